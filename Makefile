@@ -1,0 +1,57 @@
+# Everything a checkout needs, in one command each. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DATA := data/stdlib
+DATA_READY := data/.stdlib-ready
+RUN := runs/quickstart
+
+# Programs of the virtual environment (deepspeed, ninja) find each other through PATH.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart test check clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## virtual environment with the pinned dependencies, in .venv
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is missing or older than Python 3.11: make PYTHON=python3.11 ..." >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(DATA_READY): | $(READY)
+	rm -rf $(DATA)
+	python data_prep/shard.py --source stdlib --vocab-size 4096 --chunks-per-shard 32 \
+	  --valid-fraction 0.02 --out $(DATA)
+	@touch $@
+
+quickstart: $(READY) $(DATA_READY)  ## prepare data, train, evaluate and generate, from nothing
+	@# A machine without GPUs gets two ranks; elsewhere the launcher takes every GPU.
+	deepspeed $$(python -c 'import torch; print("" if torch.cuda.is_available() else "--num_accelerators 2")') \
+	  launch/train.py --deepspeed configs/zero2.json --config configs/tiny.yaml --fresh \
+	  data.path=$(DATA) run.path=$(RUN)
+	python launch/evaluate.py --checkpoint $(RUN) --data $(DATA)
+	python launch/generate.py --checkpoint $(RUN) --prompt "def " --tokens 120
+	@echo "curves:  $(RUN)/plots/loss.png and $(RUN)/plots/history.png"
+	@echo "mlflow:  $(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(dir $(RUN))mlflow.db}"
+
+test: $(READY)  ## the tests
+	pytest
+
+check: $(READY)  ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:  ## remove the environment and caches; data and runs stay
+	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Offline data preparation: text in, sharded token chunks out. Needs no torch."""

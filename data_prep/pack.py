@@ -1,0 +1,124 @@
+"""Packs documents into one stream, cuts it into chunks and shards, and keeps the index.
+
+The stream of a split is `<BOS> document <EOS> <BOS> document <EOS> ...`, cut every `chunk_length`
+tokens; the last chunk alone is filled with <PAD>. A shard is a contiguous piece of the stream.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data_prep.tar import write_shard
+from i3dist.data.manifest import Shard
+
+INDEX_NAME = "index.parquet"
+INDEX_SCHEMA = pa.schema(
+    [
+        ("document", pa.int64()),
+        ("piece", pa.int32()),
+        ("id", pa.string()),
+        ("url", pa.string()),
+        ("shard", pa.int32()),
+        ("chunk", pa.int32()),
+        ("offset", pa.int32()),
+        ("length", pa.int64()),
+    ]
+)
+IndexRow = tuple[int, int, str, str, int, int, int, int]
+"""Values in the order of `INDEX_SCHEMA`."""
+
+_ROWS_AT_A_TIME = 1 << 16
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a stream is cut, and the ids around each document."""
+
+    chunk_length: int
+    chunks_per_shard: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+class IndexWriter:
+    """Writes `index.parquet`: one row per piece of a document, in the order of the stream."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = pq.ParquetWriter(folder / INDEX_NAME, INDEX_SCHEMA, compression="zstd")
+        self._rows: list[IndexRow] = []
+
+    def add(self, row: IndexRow) -> None:
+        """Add one row."""
+        self._rows.append(row)
+        if len(self._rows) >= _ROWS_AT_A_TIME:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left and the file's footer."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        columns = list(zip(*self._rows, strict=True)) or [()] * len(INDEX_SCHEMA)
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA))
+        self._rows.clear()
+
+
+@dataclass
+class Packer:
+    """Takes documents in stream order and writes the shards and the index of one split."""
+
+    folder: Path
+    framing: Framing
+    shards: list[Shard] = field(default_factory=list)
+    documents: int = 0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        framing = self.framing
+        self._index = IndexWriter(self.folder)
+        self._shard = np.empty(framing.chunks_per_shard * framing.chunk_length, dtype=np.uint16)
+        self._filled = 0
+
+    def add(self, identifier: str, url: str, ids: NDArray[np.uint16] | Sequence[int]) -> None:
+        """Append one document: its tokens `ids` without <BOS> and <EOS>, which are put around."""
+        framing = self.framing
+        rest = np.concatenate(([framing.bos_id], ids, [framing.eos_id])).astype(np.uint16)
+        self.tokens += len(rest)
+        piece = 0
+        while len(rest):
+            length = min(len(rest), len(self._shard) - self._filled)
+            chunk, offset = divmod(self._filled, framing.chunk_length)
+            place = (len(self.shards), chunk, offset)
+            self._index.add((self.documents, piece, identifier, url, *place, length))
+            self._append(rest[:length])
+            rest = rest[length:]
+            piece += 1
+        self.documents += 1
+
+    def close(self) -> None:
+        """Fill the last chunk with <PAD>, and write the last shard and the index."""
+        if self._filled:
+            chunks = -(-self._filled // self.framing.chunk_length)
+            end = chunks * self.framing.chunk_length
+            self._shard[self._filled : end] = self.framing.pad_id
+            self._write(self._shard[:end])
+        self._index.close()
+
+    def _append(self, ids: NDArray[np.uint16]) -> None:
+        self._shard[self._filled : self._filled + len(ids)] = ids
+        self._filled += len(ids)
+        if self._filled == len(self._shard):
+            self._write(self._shard)
+            self._filled = 0
+
+    def _write(self, stream: NDArray[np.uint16]) -> None:
+        chunks = stream.reshape(-1, self.framing.chunk_length)
+        self.shards.append(write_shard(self.folder, len(self.shards), chunks))

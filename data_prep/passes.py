@@ -1,0 +1,142 @@
+"""The two passes over the documents: spill them (in parallel), then pack them in order."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+from data_prep.pack import Packer
+from data_prep.shuffle import HASH_END, PartSummary, Spiller, in_order, summary_path
+from data_prep.sources import Part
+from i3dist.errors import UserError
+from i3dist.tokenizer import Tokenizer
+
+_POLL_S = 0.25
+_spiller: Spiller | None = None
+
+Report = Callable[[int, int], None]
+"""Called with how many (units, tokens) were done since the last call."""
+
+
+@dataclass(frozen=True)
+class SpillPlan:
+    """Pass 1 as a whole."""
+
+    parts: Sequence[Part]
+    tokenizer: Path
+    folder: Path
+    seed: int
+
+
+def spill_all(plan: SpillPlan, workers: int, report: Report) -> list[PartSummary]:
+    """Spill the parts that are not finished yet, and return the summaries of all of them."""
+    for stale in plan.folder.glob(".*"):
+        stale.unlink(missing_ok=True)
+    todo = [n for n in range(len(plan.parts)) if not summary_path(plan.folder, n).exists()]
+    report(len(plan.parts) - len(todo), 0)
+    spill = _spill_here if min(workers, len(todo)) <= 1 else _spill_in_processes
+    spill(plan, todo, workers, report)
+    paths = (summary_path(plan.folder, n) for n in range(len(plan.parts)))
+    return [PartSummary.model_validate_json(path.read_bytes()) for path in paths]
+
+
+def _spill_here(plan: SpillPlan, todo: Sequence[int], workers: int, report: Report) -> None:
+    tokenizer = Tokenizer.load(plan.tokenizer)
+    spiller = Spiller(tokenizer, plan.folder, plan.seed, lambda tokens: report(0, tokens))
+    for number in todo:
+        spiller.spill(plan.parts[number], number)
+        report(1, 0)
+
+
+def _spill_in_processes(plan: SpillPlan, todo: Sequence[int], workers: int, report: Report) -> None:
+    # Spawned, not forked: the parent has threads (progress bar, Arrow) that a fork would not copy.
+    context = multiprocessing.get_context("spawn")
+    tokens = context.Value("Q", 0)
+    setup = (plan.tokenizer, plan.folder, plan.seed, tokens)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, setup)
+    seen = 0
+    try:
+        pending = {pool.submit(_spill, plan.parts[number], number) for number in todo}
+        while pending:
+            finished, pending = wait(pending, _POLL_S, FIRST_COMPLETED)
+            for future in finished:
+                _raise_failure(future)
+            now = tokens.value
+            report(len(finished), now - seen)
+            seen = now
+    finally:
+        # After a failure nobody waits for the parts under way: the workers end with this process.
+        pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
+
+
+def _raise_failure(future: "Future[None]") -> None:
+    try:
+        future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process died (out of memory?): run the same command again with "
+            "fewer --workers, and it continues"
+        ) from None
+
+
+def _start_worker(tokenizer: Path, folder: Path, seed: int, tokens: "Synchronized[int]") -> None:
+    global _spiller
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def count(more: int) -> None:
+        with tokens.get_lock():
+            tokens.value += more
+
+    _spiller = Spiller(Tokenizer.load(tokenizer), folder, seed, count)
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone, even by SIGKILL, instead of waiting for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _spill(part: Part, number: int) -> None:
+    assert _spiller is not None
+    _spiller.spill(part, number)
+
+
+def split_ranges(summaries: Sequence[PartSummary], valid_fraction: float) -> tuple[range, range]:
+    """Split hashes that make (train, valid), such that neither is without a document.
+
+    Where the fraction alone would leave one empty, the text with the smallest hash is in valid
+    and the one with the largest in train. A corpus of a single text cannot be split: `UserError`.
+    """
+    if not valid_fraction:
+        return range(HASH_END), range(0)
+    smallest = min(summary.smallest_split for summary in summaries)
+    largest = max(summary.largest_split for summary in summaries)
+    if smallest == largest:
+        raise UserError(
+            "a validation split needs two different documents and the source has one: "
+            "give it more, or set --valid-fraction 0"
+        )
+    bound = min(max(int(valid_fraction * HASH_END), smallest + 1), largest)
+    return range(bound, HASH_END), range(bound)
+
+
+def pack_split(
+    summaries: Sequence[PartSummary], runs: Path, splits: range, packer: Packer, report: Report
+) -> None:
+    """Pass 2 for one split: pack its documents in the order of their keys."""
+    paths = [runs / name for summary in summaries for name in summary.runs]
+    total = sum(summary.tokens for summary in summaries)
+    for document in in_order(paths, total, splits):
+        packer.add(document.id, document.url, document.tokens)
+        report(1, len(document.tokens))
+    packer.close()

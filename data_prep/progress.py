@@ -1,0 +1,63 @@
+"""The progress bar of a pass, and the table at the end."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from data_prep.passes import Report
+from i3dist.data.manifest import Manifest
+
+_REDRAW_S = 0.1
+
+
+@contextmanager
+def pass_bar(console: Console, title: str, unit: str, total: int) -> Iterator[Report]:
+    """Show a bar over `total` units, and the tokens per second since it started."""
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit + ", {task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f}/s"),
+        TimeElapsedColumn(),
+    )
+    start = drawn = time.monotonic()
+    done = tokens = 0
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total, tokens=0, speed=0.0)
+
+        def report(more_units: int, more_tokens: int) -> None:
+            nonlocal drawn, done, tokens
+            done += more_units
+            tokens += more_tokens
+            now = time.monotonic()
+            if now - drawn >= _REDRAW_S or done >= total:
+                drawn = now
+                speed = tokens / max(now - start, 1e-9)
+                progress.update(task, completed=done, tokens=tokens, speed=speed)
+
+        yield report
+
+
+def closing_table(
+    manifests: Mapping[str, Manifest], skipped: Mapping[str, int], seconds: float
+) -> Table:
+    """What was made of how much, in what time, and what was left out for what reason."""
+    table = Table(title="Shards", caption=_caption(manifests, skipped, seconds))
+    for heading in ("split", "documents", "tokens", "chunks", "shards", "MB"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for split, manifest in sorted(manifests.items()):
+        size = sum(shard.size for shard in manifest.shards) / 1e6
+        counts = (manifest.documents, manifest.tokens, manifest.chunks, len(manifest.shards))
+        table.add_row(split, *(f"{count:,}" for count in counts), f"{size:,.1f}")
+    return table
+
+
+def _caption(manifests: Mapping[str, Manifest], skipped: Mapping[str, int], seconds: float) -> str:
+    tokens = sum(manifest.tokens for manifest in manifests.values())
+    reasons: Sequence[str] = [f"{count:,} {reason}" for reason, count in sorted(skipped.items())]
+    left_out = f"skipped documents: {', '.join(reasons)}" if reasons else "no document skipped"
+    return f"{seconds:,.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s; {left_out}"

@@ -1,0 +1,215 @@
+"""A global shuffle in bounded memory: sorted runs on disk, then a sort bucket by bucket.
+
+Pass 1 (`Spiller`, in any number of processes) tokenizes a part of the source and writes *runs*:
+Arrow files of documents sorted by key, the key being a hash of seed, place and text. Pass 2
+(`in_order`) divides the range of keys into buckets, gathers each bucket from all runs and sorts it.
+So the order depends on the seed and the source alone. Memory is one run per process, then one
+bucket; 10 billion tokens take 20 GB of runs beside the 30 GB of shards, and some 300 buckets.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from data_prep.records import Record, Skip, usable_text
+from data_prep.sources import Part
+from i3dist.tokenizer import Tokenizer
+
+HASH_END = 1 << 62
+"""Hashes lie below this, so that they and the bounds of buckets fit into int64."""
+
+RUN_TOKENS = 1 << 25
+BUCKET_TOKENS = 1 << 25
+_RUN_DOCUMENTS = 1 << 18
+_SCHEMA = pa.schema(
+    [
+        ("high", pa.int64()),
+        ("low", pa.int64()),
+        ("split", pa.int64()),
+        ("id", pa.string()),
+        ("url", pa.string()),
+        ("tokens", pa.large_list(pa.uint16())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """A document's key (`high`, `low`) for the order, and `split` for the choice of the split."""
+
+    high: int
+    low: int
+    split: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """A tokenized document, without <BOS> and <EOS>."""
+
+    id: str
+    url: str
+    tokens: NDArray[np.uint16]
+
+
+class PartSummary(BaseModel):
+    """What pass 1 made of a part; `tokens` are without <BOS> and <EOS>."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runs: tuple[str, ...]
+    documents: int
+    tokens: int
+    skipped: dict[str, int]
+    smallest_split: int
+    largest_split: int
+
+
+def hashes(text: str, position: str, seed: int) -> Hashes:
+    """Hash a document. `split` depends on its text and the seed alone: duplicates stay together."""
+    salt = seed.to_bytes(8, "little")
+    digest = hashlib.blake2b(text.encode(), digest_size=16, key=salt).digest()
+    key = hashlib.blake2b(digest + position.encode(), digest_size=16, key=salt).digest()
+    high, low, split = (int.from_bytes(b) % HASH_END for b in (key[:8], key[8:], digest[:8]))
+    return Hashes(high, low, split)
+
+
+@dataclass
+class _Run:
+    documents: list[Document] = field(default_factory=list)
+    hashes: list[Hashes] = field(default_factory=list)
+    tokens: int = 0
+
+    def add(self, document: Document, its_hashes: Hashes) -> None:
+        self.documents.append(document)
+        self.hashes.append(its_hashes)
+        self.tokens += len(document.tokens)
+
+    def is_full(self) -> bool:
+        return self.tokens >= RUN_TOKENS or len(self.documents) >= _RUN_DOCUMENTS
+
+    def table(self) -> pa.Table:
+        """The run sorted by key, as one chunk."""
+        rows = np.array([(h.high, h.low, h.split) for h in self.hashes], dtype=np.int64)
+        order = np.lexsort((rows[:, 1], rows[:, 0]))
+        documents = [self.documents[i] for i in order]
+        offsets = np.cumsum([0, *(len(d.tokens) for d in documents)], dtype=np.int64)
+        values = pa.array(np.concatenate([d.tokens for d in documents]))
+        labels = [pa.array([getattr(d, name) for d in documents]) for name in ("id", "url")]
+        tokens = pa.LargeListArray.from_arrays(pa.array(offsets), values)
+        columns = [pa.array(rows[order, i]) for i in range(3)]
+        return pa.Table.from_arrays([*columns, *labels, tokens], schema=_SCHEMA)
+
+
+@dataclass(frozen=True)
+class Spiller:
+    """Pass 1: writes the runs of a part into `folder`; `report` hears of tokens as they come."""
+
+    tokenizer: Tokenizer
+    folder: Path
+    seed: int
+    report: Callable[[int], None]
+
+    def spill(self, part: Part, number: int) -> PartSummary:
+        """Tokenize part `number` into runs, and write its summary last."""
+        skipped: Counter[str] = Counter()
+        names: list[str] = []
+        totals = np.zeros(2, dtype=np.int64)
+        splits = [HASH_END, -1]
+        for run in self._runs(part, skipped):
+            names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
+            _write_table(run.table(), self.folder / names[-1])
+            totals += len(run.documents), run.tokens
+            found = [h.split for h in run.hashes]
+            splits = [min(splits[0], *found), max(splits[1], *found)]
+        summary = PartSummary(
+            runs=tuple(names),
+            documents=int(totals[0]),
+            tokens=int(totals[1]),
+            skipped=dict(skipped),
+            smallest_split=splits[0],
+            largest_split=splits[1],
+        )
+        _write_bytes(summary.model_dump_json().encode(), summary_path(self.folder, number))
+        return summary
+
+    def _runs(self, part: Part, skipped: Counter[str]) -> Iterator[_Run]:
+        run = _Run()
+        for record in part.records():
+            text = usable_text(record.text)
+            if isinstance(text, Skip):
+                skipped[text.value] += 1
+                continue
+            run.add(self._tokenized(record, text), hashes(text, record.position, self.seed))
+            if run.is_full():
+                yield run
+                run = _Run()
+        if run.documents:
+            yield run
+
+    def _tokenized(self, record: Record, text: str) -> Document:
+        [tokens] = self.tokenizer.encode_batch([text])
+        self.report(len(tokens))
+        return Document(record.id, record.url, tokens.astype(np.uint16, copy=False))
+
+
+def summary_path(folder: Path, number: int) -> Path:
+    """Where the summary of part `number` lies, once the part is finished."""
+    return folder / f"part-{number:06d}.json"
+
+
+def in_order(runs: Sequence[Path], tokens: int, splits: range) -> Iterator[Document]:
+    """All documents of `runs` whose split hash lies in `splits`, sorted by key.
+
+    `tokens` is about how many the runs hold, and decides the number of buckets.
+    """
+    buckets = max(1, -(-tokens // BUCKET_TOKENS))
+    for bucket in range(buckets):
+        bounds = [HASH_END * b // buckets for b in (bucket, bucket + 1)]
+        tables = [_rows(run, bounds, splits) for run in runs]
+        yield from _sorted(pa.concat_tables(tables).combine_chunks())
+
+
+def _rows(run: Path, bounds: list[int], splits: range) -> pa.Table:
+    with pa.memory_map(str(run)) as file:
+        table = pa.ipc.open_file(file).read_all()
+        first, last = np.searchsorted(table["high"].to_numpy(), bounds)
+        rows = table.slice(first, last - first)
+        split = rows["split"].to_numpy()
+        return rows.filter(pa.array((split >= splits.start) & (split < splits.stop)))
+
+
+def _sorted(table: pa.Table) -> Iterator[Document]:
+    if not len(table):
+        return
+    order = np.lexsort((table["low"].to_numpy(), table["high"].to_numpy()))
+    tokens = table["tokens"].chunk(0)
+    offsets, values = tokens.offsets.to_numpy(), tokens.values.to_numpy()
+    ids, urls = table["id"], table["url"]
+    for row in order:
+        ends = offsets[row], offsets[row + 1]
+        yield Document(ids[row].as_py(), urls[row].as_py(), values[slice(*ends)])
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    temporary = _temporary(path)
+    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        writer.write_table(table)
+    temporary.replace(path)
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    temporary = _temporary(path)
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,0 +1,290 @@
+"""Checkpoints: staged aside, hashed, published by a rename, verified when read.
+
+    RUN/checkpoints/latest                        name of the newest checkpoint
+    RUN/checkpoints/step-00000100/
+        manifest.json                             size and SHA-256 of every other file; written last
+        state.json                                step, tokens seen, settings, data fingerprint
+        optimizer-00000.safetensors ...           a file per rank: fragments of weights and AdamW
+        lanes-00000.safetensors ...               a file per rank: state by lane number
+
+Nothing in them depends on the number of ranks, and nothing is a pickle.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from i3dist import dist
+from i3dist.config import Settings
+from i3dist.engine import ADAM_STATES, Fragment
+from i3dist.errors import UserError
+from i3dist.model.lm import I3LM
+from i3dist.model.state import LaneState
+from i3dist.tokenizer import Tokenizer
+
+LATEST = "latest"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+class RunState(BaseModel):
+    """Where a run stands, as saved in a checkpoint's state.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int
+    """Optimizer steps taken."""
+    windows: int
+    """Windows of the job that have been read; the next one has this index."""
+    tokens_seen: int
+    """Tokens that were an input, padding and idle lanes left out."""
+    settings: dict[str, Any]
+    """The run's resolved settings."""
+    data: str
+    """Fingerprint of the training split's manifest."""
+
+
+def save(
+    folder: Path,
+    job: dist.Job,
+    state: RunState,
+    fragments: Iterable[Fragment],
+    lanes: tuple[range, LaneState],
+    keep: int,
+) -> Path:
+    """Write one checkpoint; every rank calls this and returns when it is published.
+
+    Args:
+        folder: RUN/checkpoints.
+        job: this rank's place.
+        state: what to continue from.
+        fragments: this rank's share of weights and optimizer state.
+        lanes: the lane numbers this rank owns, and their state row by row.
+        keep: number of newest checkpoints that stay.
+    """
+    name = f"step-{state.step:08d}"
+    staging = folder / f".{name}.partial"
+    if job.rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    dist.barrier()
+    written = _write_share(staging, job.rank, fragments, lanes)
+    digests = _gather({path.name: _digest(path) for path in written})
+    if job.rank == 0:
+        _write_durably(staging / STATE, state.model_dump_json(indent=1))
+        digests[STATE] = _digest(staging / STATE)
+        _write_durably(staging / MANIFEST, json.dumps(dict(sorted(digests.items())), indent=1))
+        _publish(folder, staging, name, keep)
+    dist.barrier()
+    return folder / name
+
+
+def _write_share(
+    staging: Path, rank: int, fragments: Iterable[Fragment], lanes: tuple[range, LaneState]
+) -> list[Path]:
+    """Write this rank's two files."""
+    optimizer = {
+        f"{key}/{fragment.start}/{fragment.name}": tensor.cpu().contiguous()
+        for fragment in fragments
+        for key, tensor in fragment.tensors.items()
+    }
+    numbers, state = lanes
+    rows = {
+        f"{lane}/{name}": tensor[row].cpu().contiguous()
+        for name, tensor in state.tensors().items()
+        for row, lane in enumerate(numbers)
+    }
+    paths = [staging / f"{kind}-{rank:05d}.safetensors" for kind in ("optimizer", "lanes")]
+    for path, tensors in zip(paths, (optimizer, rows), strict=True):
+        try:
+            save_file(tensors, path)
+            _sync(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write checkpoint {path}: {error}") from None
+    return paths
+
+
+def _publish(folder: Path, staging: Path, name: str, keep: int) -> None:
+    """Rename the finished checkpoint into place, point `latest` at it, drop the oldest."""
+    target = folder / name
+    if target.exists():  # a run that was continued from before this step
+        shutil.rmtree(target)
+    os.replace(staging, target)
+    _write_durably(folder / f".{LATEST}.partial", name)
+    os.replace(folder / f".{LATEST}.partial", folder / LATEST)
+    _sync(folder)
+    complete = sorted(path for path in folder.glob("step-*") if path.is_dir())
+    for old in complete[:-keep]:
+        shutil.rmtree(old)
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names, or None where the run has none.
+
+    Raises:
+        UserError: `latest` names a checkpoint that is not there.
+    """
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if not (folder / name / MANIFEST).is_file():
+        raise UserError(
+            f"{pointer} names {name!r}, which is no complete checkpoint; "
+            "write the name of a whole one into it, or start over with --fresh"
+        )
+    return folder / name
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """Read and validate state.json."""
+    try:
+        return RunState.model_validate_json((checkpoint / STATE).read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{checkpoint / STATE} cannot be read: {reason}") from None
+
+
+def verify(checkpoint: Path, job: dist.Job) -> None:
+    """Compare every file with the manifest's SHA-256; the ranks share the work and agree.
+
+    Raises:
+        UserError: on every rank, naming the first bad file.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        names = sorted(manifest)
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{checkpoint / MANIFEST} cannot be read") from None
+    bad = {}
+    for name in names[job.rank :: job.world_size]:
+        path = checkpoint / name
+        if not path.is_file() or _digest(path) != manifest[name]:
+            bad[name] = "missing or altered"
+    for name, reason in sorted(_gather(bad).items()):
+        raise UserError(
+            f"checkpoint file {checkpoint / name} is {reason}; "
+            f"point {checkpoint.parent / LATEST} at another checkpoint, or start with --fresh"
+        )
+
+
+class OptimizerReader(Mapping[str, dict[str, Tensor]]):
+    """Whole weights and optimizer state of a checkpoint by parameter name, read when asked for."""
+
+    def __init__(self, checkpoint: Path):
+        self._stack = ExitStack()
+        self._places: dict[str, list[tuple[int, str, Any]]] = {}
+        for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                kind, start, name = key.split("/", 2)
+                if kind == "weight":
+                    self._places.setdefault(name, []).append((int(start), name, file))
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        places = sorted(self._places[name], key=lambda place: place[0])
+        return {
+            kind: torch.cat([f.get_tensor(f"{kind}/{start}/{n}") for start, n, f in places])
+            for kind in ("weight", *ADAM_STATES)
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def read_lanes(checkpoint: Path, lanes: range, device: torch.device) -> LaneState:
+    """State of the given lanes, whichever rank wrote it."""
+    rows: dict[int, dict[str, Tensor]] = {}
+    for path in sorted(checkpoint.glob("lanes-*.safetensors")):
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                lane, name = key.split("/", 1)
+                if int(lane) in lanes:
+                    rows.setdefault(int(lane), {})[name] = file.get_tensor(key)
+    names = rows[lanes[0]]
+    return LaneState.from_tensors(
+        {name: torch.stack([rows[lane][name] for lane in lanes]) for name in names}
+    )
+
+
+def export_weights(run: Path, model: I3LM) -> Path:
+    """Write RUN/model.safetensors: the weights as the forward pass uses them."""
+    path = run / "model.safetensors"
+    staging = run / ".model.safetensors.partial"
+    save_file({name: t.cpu().contiguous() for name, t in model.state_dict().items()}, staging)
+    _sync(staging)
+    os.replace(staging, path)
+    return path
+
+
+def load_run(run: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer]:
+    """A finished run's model in evaluation mode, its settings and tokenizer; no DeepSpeed.
+
+    On the CPU the model computes in fp32, elsewhere in the type of its weights.
+
+    Raises:
+        UserError: RUN is no finished run, or its files do not belong together.
+    """
+    path = run / "model.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing: a run writes it when it ends; "
+            "continue the run with launch/train.py, or name another --checkpoint"
+        )
+    settings = Settings.load(run / "settings.yaml")
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    try:
+        weights = load_file(path, device=str(device))
+        model = I3LM(settings.model, tokenizer.bos_id)
+        model.load_state_dict(weights)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} does not fit {run / 'settings.yaml'}: {reason}") from None
+    dtype = torch.float32 if device.type == "cpu" else weights["head.weight"].dtype
+    for parameter in model.parameters():  # buffers stay fp32, as in training
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device).eval().requires_grad_(False), settings, tokenizer
+
+
+def _digest(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _gather(mine: dict[str, Any]) -> dict[str, Any]:
+    """The union of every rank's dict, on every rank."""
+    if not torch_dist.is_initialized():
+        return mine
+    parts: list[dict[str, Any]] = [{} for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _sync(path: Path) -> None:
+    """Make sure that what was written to a file or folder survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)

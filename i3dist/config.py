@@ -1,0 +1,340 @@
+"""The typed tree of settings: defaults are the i3-4096ctx card.
+
+Order of precedence: the defaults below, then ``--config FILE.yaml``, then ``section.key=value``.
+Values are validated when the tree is built; whatever is wrong becomes one line that names the key,
+the value, the legal range and the remedy.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml import YAMLError
+
+from i3dist.errors import UserError
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1, le=2**40)]
+CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+CARD_VOCAB_SIZE = 32_000
+
+
+class Section(BaseModel):
+    """A frozen group of settings. Field docstrings are what ``--help`` shows."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class RunSettings(Section):
+    """Where one run keeps what it makes."""
+
+    path: Path = Path("runs/i3-4096ctx")
+    """Folder of the run: checkpoints, logs, plots, final weights."""
+
+
+class DataSettings(Section):
+    """What the run reads."""
+
+    path: Path = Path("data/fineweb-edu")
+    """Output folder of data_prep/shard.py, with train/ and valid/ in it."""
+    workers: Annotated[int, Field(ge=0, le=256)] = 1
+    """Loader processes per rank; 0 reads in the training process. Never changes the stream."""
+
+
+class ModelSettings(Section):
+    """The architecture. Defaults: i3-4096ctx, about 340M parameters."""
+
+    vocab_size: Annotated[int, Field(ge=16, le=65_536)] | Auto = "auto"
+    """Vocabulary; auto follows the data's tokenizer (32,000 where there is no data)."""
+    d_model: Annotated[int, Field(ge=8, le=65_536)] = 1180
+    """Width D of the residual stream."""
+    rwkv_layers: Annotated[int, Field(ge=1, le=1024)] = 12
+    """RWKV-4 blocks, at the bottom of the stack."""
+    attention_layers: Annotated[int, Field(ge=1, le=1024)] = 2
+    """Causal attention blocks above them; only these see the compressed history."""
+    heads: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Attention heads asked for; adjusts to the nearest divisor of d_model."""
+    ff_mult: Annotated[int, Field(ge=1, le=64)] = 4
+    """Hidden width of feed-forward and channel-mix, in units of d_model."""
+    chunk_length: Annotated[int, Field(ge=2, le=65_536)] = 512
+    """Tokens T of a chunk; must equal the data's."""
+    latents: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Latent tokens M that a chunk is compressed to."""
+    history_chunks: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Compressed chunks a new chunk attends to; older ones are dropped."""
+    state_carry: bool = False
+    """Carry RWKV state over chunk ends within a document. Beyond the card: gives up the exact
+    reach of history_chunks + 1 chunks."""
+
+    @property
+    def vocab(self) -> int:
+        """The vocabulary as a number: the card's where it is still "auto"."""
+        return CARD_VOCAB_SIZE if self.vocab_size == "auto" else self.vocab_size
+
+
+class CompressionSettings(Section):
+    """How history enters training: gate g in [0, 1] adds log g to its attention logits."""
+
+    off_steps: CountOrZero = 100
+    """Steps at the start with g = 0."""
+    ramp_steps: CountOrZero = 50
+    """Steps over which g then rises linearly to 1."""
+
+    def gate_at(self, step: int) -> float:
+        """Gate g for optimizer step `step` (the first is 0)."""
+        if step < self.off_steps:
+            return 0.0
+        return min(1.0, (step - self.off_steps + 1) / max(1, self.ramp_steps))
+
+
+class OptimizerSettings(Section):
+    """AdamW with decoupled decay on matrices only; cosine learning rate with linear warm-up."""
+
+    lr: Positive = 4e-4
+    """Peak learning rate."""
+    min_lr_ratio: Fraction = 0.1
+    """Final learning rate as a fraction of the peak."""
+    warmup_steps: CountOrZero = 100
+    """Steps of linear warm-up."""
+    decay_steps: Count | Auto = "auto"
+    """Length of the whole curve in steps; auto is train.steps of the run's start, and stays."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first-moment decay."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's second-moment decay."""
+    eps: Positive = 1e-8
+    """AdamW's denominator offset."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Decoupled weight decay, on matrices only."""
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate for optimizer step `step` (the first is 0)."""
+        if self.decay_steps == "auto":
+            raise ValueError("optimizer.decay_steps is not resolved")
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        span = max(1, self.decay_steps - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / span)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)
+
+
+class TrainSettings(Section):
+    """The optimizer step: lanes x windows x chunks x tokens."""
+
+    steps: Count = 20_000
+    """Optimizer steps of the whole run."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the weights and of the order of shards."""
+    lanes: Count | Auto = "auto"
+    """Rows G of the whole job's batch; auto is 4 per rank when a run starts, and stays."""
+    window_chunks: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Consecutive chunks K of a lane trained at once; gradient flows into latents inside it."""
+    accumulation: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Successive windows of each lane that are accumulated into one step."""
+    micro_batch: Count | Auto = "auto"
+    """Lanes of a rank computed at once; auto is all of them. Never changes the step's content."""
+    clip: Positive = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+
+
+class LogSettings(Section):
+    """What the run says."""
+
+    every: Count = 10
+    """Steps between lines in the terminal, metrics.jsonl and MLflow."""
+
+
+class ValidateSettings(Section):
+    """Held-out loss, with and without history."""
+
+    every: CountOrZero = 500
+    """Steps between validations; 0 validates only at the end."""
+    chunks: Count = 1024
+    """Chunks of the fixed validation subset, rounded up to whole shards."""
+
+
+class CheckpointSettings(Section):
+    """What the run can continue from."""
+
+    every: CountOrZero = 500
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+
+
+class TrackingSettings(Section):
+    """MLflow. The store is MLFLOW_TRACKING_URI, or an SQLite file beside the run's folder."""
+
+    enabled: bool = True
+    """Log to MLflow; metrics.jsonl is written in any case."""
+    experiment: str = "i3dist"
+    """MLflow experiment."""
+    run_name: str | None = None
+    """MLflow run name; the last part of run.path where it is not given."""
+    system_metrics: bool = True
+    """Log CPU, memory and GPU use."""
+
+
+class Settings(Section):
+    """Everything that decides a run, but for the engine's own file (zero2.json)."""
+
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    compression: CompressionSettings = CompressionSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    log: LogSettings = LogSettings()
+    validate_: ValidateSettings = Field(default=ValidateSettings(), alias="validate")
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @classmethod
+    def load(cls, config: Path | None = None, overrides: Sequence[str] = ()) -> "Settings":
+        """Build the tree from a YAML file and ``section.key=value`` words.
+
+        Raises:
+            UserError: unreadable file, unknown key or illegal value; the line names it.
+        """
+        for word in overrides:
+            key, separator, _ = word.partition("=")
+            if not separator or "." not in key:
+                raise UserError(f"setting {word!r} is not of the form section.key=value")
+        try:
+            file = OmegaConf.load(config) if config else OmegaConf.create({})
+            tree = OmegaConf.merge(file, OmegaConf.from_dotlist(list(overrides)))
+            values = OmegaConf.to_container(tree, resolve=True)
+        except OSError as error:
+            raise UserError(f"cannot read settings {config}: {error.strerror}") from None
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+            where = f"{config}: " if config else ""
+            raise UserError(f"settings cannot be parsed: {where}{_first_line(error)}") from None
+        return cls.build(values)
+
+    @classmethod
+    def build(cls, values: Any) -> "Settings":
+        """Validate a plain nested dict.
+
+        Raises:
+            UserError: unknown key or illegal value.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(_explain(error)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, in the names that users type."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def flat(self) -> dict[str, Any]:
+        """One entry per setting: {"train.steps": 20000, ...}."""
+        return {
+            f"{section}.{key}": value
+            for section, fields in self.to_dict().items()
+            for key, value in fields.items()
+        }
+
+    def to_yaml(self) -> str:
+        """The tree as YAML, which `load` reads back to an equal tree."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+
+    def save(self, path: Path) -> None:
+        """Write `to_yaml` to a file."""
+        path.write_text(self.to_yaml(), encoding="utf-8")
+
+    def with_values(self, **changes: Any) -> "Settings":
+        """A copy with settings replaced: ``with_values(**{"train.lanes": 8})``."""
+        values = self.to_dict()
+        for name, value in changes.items():
+            section, key = name.split(".")
+            values[section][key] = value
+        return Settings.build(values)
+
+
+# What may differ when a run continues: it changes how or how long, never what is computed.
+FREE_TO_CHANGE = (
+    "run.path",
+    "data.path",  # the data itself is compared by its fingerprint
+    "data.workers",
+    "train.steps",
+    "train.micro_batch",
+    "log.every",
+    "validate.every",
+    "validate.chunks",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "tracking.enabled",
+    "tracking.experiment",
+    "tracking.run_name",
+    "tracking.system_metrics",
+)
+
+# Settings whose "auto" is decided when a run starts and stays the run's from then on.
+DECIDED_AT_START = ("train.lanes", "optimizer.decay_steps", "model.vocab_size")
+
+
+def inherit_decided(settings: Settings, saved: Settings) -> Settings:
+    """Fill each "auto" of `DECIDED_AT_START` with what the saved run decided."""
+    flat, before = settings.flat(), saved.flat()
+    return settings.with_values(
+        **{key: before[key] for key in DECIDED_AT_START if flat[key] == "auto"}
+    )
+
+
+def first_conflict(settings: Settings, saved: Settings) -> str | None:
+    """Name the first setting that a continued run may not change, or None."""
+    before = saved.flat()
+    for key, value in settings.flat().items():
+        if key not in FREE_TO_CHANGE and before[key] != value:
+            return f"{key} is {value} but the saved run has {before[key]}"
+    return None
+
+
+def setting_lines() -> Iterator[tuple[str, str, str]]:
+    """(name, default, description) of every setting, for ``--help``."""
+    defaults = Settings().flat()
+    for section, group in Settings.model_fields.items():
+        section_type = group.annotation
+        assert isinstance(section_type, type) and issubclass(section_type, Section)
+        for key, field in section_type.model_fields.items():
+            name = f"{group.alias or section}.{key}"
+            yield name, str(defaults[name]), " ".join((field.description or "").split())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault of a validation as one line: key, value, legal range, remedy."""
+    fault = error.errors(include_url=False)[0]
+    # Tagged unions put their branch into the location; only setting names are wanted.
+    names = [str(part) for part in fault["loc"]][:2]
+    key = ".".join(names) or "the settings"
+    known = [name for name, _, _ in setting_lines()]
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown setting {key}{hint} (launch/train.py --help lists all)"
+    remedies = {name: text for name, _, text in setting_lines()}
+    legal = "; ".join(
+        dict.fromkeys(
+            other["msg"].removeprefix("Input ").lower()
+            for other in error.errors(include_url=False)
+            if [str(part) for part in other["loc"]][:2] == names
+        )
+    )
+    meaning = f" ({remedies[key]})" if key in remedies else ""
+    return f"setting {key}={fault['input']!r} {legal}{meaning}"

@@ -1,0 +1,1 @@
+"""The data format and its readers: manifest, schedule, shards, lanes."""

@@ -1,0 +1,79 @@
+"""The output of data_prep/shard.py as the trainer sees it: two splits and a tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from i3dist.config import ModelSettings
+from i3dist.data.manifest import Manifest
+from i3dist.data.schedule import Schedule, fixed_subset
+from i3dist.errors import UserError
+from i3dist.tokenizer import Tokenizer
+
+# The validation subset is the same whatever the run's seed: runs are compared on it.
+VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """One stream of chunks, cut into shards."""
+
+    folder: Path
+    manifest: Manifest
+
+    def schedule(
+        self, lanes: int, window: int, seed: int, subset: tuple[int, ...] | None = None
+    ) -> Schedule:
+        """How `lanes` lanes walk through this split."""
+        sizes = tuple(shard.chunks for shard in self.manifest.shards)
+        return Schedule(sizes, lanes, window, seed, subset)
+
+    def validation_subset(self, chunks: int) -> tuple[int, ...]:
+        """A fixed choice of whole shards with `chunks` chunks or more, or all there are."""
+        sizes = [shard.chunks for shard in self.manifest.shards]
+        return fixed_subset(sizes, chunks, VALIDATION_SEED)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything a run reads."""
+
+    train: Split
+    valid: Split
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, path: Path, model: ModelSettings) -> "Corpus":
+        """Open a data folder and see that its parts, and the model's settings, belong together.
+
+        Raises:
+            UserError: missing or mixed parts; chunk length or vocabulary differ from the model's.
+        """
+        splits = {
+            name: Split(path / name, Manifest.load(path / name)) for name in ("train", "valid")
+        }
+        tokenizer = Tokenizer.load(path / "tokenizer.json")
+        for split in splits.values():
+            if split.manifest.tokenizer_sha256 != tokenizer.sha256:
+                raise UserError(
+                    f"{tokenizer.path} is not the tokenizer that made {split.folder}; "
+                    "restore it or make the data again"
+                )
+        corpus = cls(splits["train"], splits["valid"], tokenizer)
+        corpus.check(model)
+        return corpus
+
+    def check(self, model: ModelSettings) -> None:
+        """See that a model of these settings can read the data."""
+        for split in (self.train, self.valid):
+            length = split.manifest.chunk_length
+            if length != model.chunk_length:
+                raise UserError(
+                    f"model.chunk_length={model.chunk_length} but {split.folder} has chunks of "
+                    f"{length} tokens; set model.chunk_length={length} or make other data"
+                )
+        vocab = self.tokenizer.vocab_size
+        if model.vocab_size not in ("auto", vocab):
+            raise UserError(
+                f"model.vocab_size={model.vocab_size} but the data's tokenizer has {vocab} "
+                f"entries; leave it at auto"
+            )

@@ -1,0 +1,99 @@
+"""Batches of lanes. Letters: B lanes, K chunks of a window, T tokens.
+
+A window of the job is a pure function of its index (see `schedule`), so workers need no order
+among themselves and a continued run needs no replay: it asks for the next index.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from i3dist.data.manifest import Manifest
+from i3dist.data.schedule import Schedule
+from i3dist.data.shards import ShardCache
+from i3dist.errors import UserError
+from i3dist.ops.cross_entropy import IGNORE
+
+
+class Batch(NamedTuple):
+    """One window of some lanes."""
+
+    tokens: Tensor  # [B, K, T] int64
+    targets: Tensor  # [B, K, T] int64, IGNORE where nothing is predicted
+    depth: Tensor  # [B, K] int64, chunks before each that belong to the document it continues
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Lanes [start, stop)."""
+        return Batch(*(part[start:stop] for part in self))
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on the device."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+
+class LaneWindows(Dataset["Batch | UserError"]):
+    """Window index -> the batch of a range of lanes.
+
+    A `UserError` is returned, not raised: raised in a worker process it would arrive wrapped in
+    that process's traceback.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, schedule: Schedule, lanes: range):
+        self.manifest = manifest
+        self.schedule = schedule
+        self.lanes = lanes
+        # A lane may end one shard and begin the next within a window.
+        self.shards = ShardCache(folder, manifest, capacity=2 * len(lanes))
+
+    def __getitem__(self, index: int) -> "Batch | UserError":
+        try:
+            rows = [self._row(index, lane) for lane in self.lanes]
+        except UserError as error:
+            return error
+        return Batch(*(torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True)))
+
+    def _row(self, index: int, lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [K, T], targets [K, T] and depth [K] of one lane."""
+        m = self.manifest
+        shape = (self.schedule.window, m.chunk_length)
+        tokens = np.full(shape, m.pad_id, np.int64)
+        targets = np.full(shape, IGNORE, np.int64)
+        depth = np.zeros(shape[0], np.int64)
+        for k, place in enumerate(self.schedule.chunks(index, lane)):
+            if place is None:
+                continue  # the lane idles: padding without targets, on the same graph
+            shard, chunk = self.shards[place[0]], place[1]
+            tokens[k] = shard.tokens[chunk]
+            targets[k, :-1] = shard.tokens[chunk, 1:]
+            if chunk + 1 < len(shard.tokens):
+                targets[k, -1] = shard.tokens[chunk + 1, 0]
+            depth[k] = shard.depth[chunk]
+        targets[(targets == m.bos_id) | (targets == m.pad_id)] = IGNORE
+        return tokens, targets, depth
+
+
+def windows(
+    dataset: LaneWindows, start: int, stop: int, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Batches of windows [start, stop) in order, on the device, read ahead by `workers` processes.
+
+    Raises:
+        UserError: a shard is missing or altered.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch.to(device)

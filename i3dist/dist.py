@@ -1,0 +1,329 @@
+"""The job as it is: ranks, hosts, rendezvous, threads, device.
+
+Every launcher tells a process its place through environment variables, each in its own words.
+`Job.detect` reads them, `Job.export` writes them in torch's words, and nothing else in the
+project looks at the environment for a rank.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as torch_dist
+from torch.utils import cpp_extension
+
+from i3dist.errors import UserError
+
+Launcher = Literal["deepspeed", "torchrun", "slurm", "python"]
+
+# Rendezvous ports under Slurm: below Linux's ephemeral range, which begins at 32768.
+FIRST_PORT, PORTS = 10_240, 20_000
+
+# Building DeepSpeed's operator takes half a minute; a lock this old has no owner.
+STALE_LOCK_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's place in the job.
+
+    `hosts` counts the machines of the job, `local_world_size` the ranks on this one, and
+    `master_addr:master_port` is where rank 0 listens.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    hosts: int
+    master_addr: str
+    master_port: int
+    launcher: Launcher
+
+    def __post_init__(self) -> None:
+        _check_range("rank", self.rank, self.world_size)
+        _check_range("local rank", self.local_rank, self.local_world_size)
+        if self.local_world_size > self.world_size:
+            raise UserError(
+                f"{self.launcher} environment: {self.local_world_size} ranks on this host but "
+                f"WORLD_SIZE={self.world_size}; start the job again with one launcher"
+            )
+        if not 0 < self.master_port < 65_536:
+            raise UserError(f"MASTER_PORT={self.master_port} is no port; use 1 to 65535")
+
+    @staticmethod
+    def detect(environ: Mapping[str, str] = os.environ) -> "Job":
+        """Read the job from `environ`; raise `UserError` where it is set by halves.
+
+        RANK or WORLD_SIZE mean `deepspeed` or `torchrun`, also inside a Slurm allocation; then a
+        Slurm step (`srun`); otherwise this is one process of its own.
+        """
+        if "RANK" in environ or "WORLD_SIZE" in environ:
+            return _from_torch(environ)
+        # A batch script and its children have SLURM_PROCID too, and are no step: only srun is.
+        if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+            return _from_slurm(environ)
+        return Job(0, 1, 0, 1, 1, "127.0.0.1", _free_port(), "python")
+
+    def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        """Write the job to `environ` in the words that torch and DeepSpeed read.
+
+        LOCAL_SIZE is DeepSpeed's word. On CPU it is how DeepSpeed knows whether all ranks share
+        one host's memory, so it must be there and true.
+        """
+        environ["RANK"] = str(self.rank)
+        environ["WORLD_SIZE"] = str(self.world_size)
+        environ["LOCAL_RANK"] = str(self.local_rank)
+        environ["LOCAL_WORLD_SIZE"] = environ["LOCAL_SIZE"] = str(self.local_world_size)
+        environ["MASTER_ADDR"] = self.master_addr
+        environ["MASTER_PORT"] = str(self.master_port)
+
+
+def _from_torch(environ: Mapping[str, str]) -> Job:
+    launcher: Launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
+    world_size = _integer(environ, "WORLD_SIZE")
+    # The deepspeed launcher says LOCAL_SIZE and CROSS_SIZE, torchrun the other two.
+    local_name = "LOCAL_SIZE" if "LOCAL_SIZE" in environ else "LOCAL_WORLD_SIZE"
+    local_world_size = _integer(environ, local_name)
+    hosts_name = "CROSS_SIZE" if "CROSS_SIZE" in environ else "GROUP_WORLD_SIZE"
+    if hosts_name in environ:
+        hosts = _integer(environ, hosts_name)
+    else:
+        hosts = -(-world_size // max(1, local_world_size))
+    return Job(
+        rank=_integer(environ, "RANK"),
+        world_size=world_size,
+        local_rank=_integer(environ, "LOCAL_RANK"),
+        local_world_size=local_world_size,
+        hosts=hosts,
+        master_addr=_text(environ, "MASTER_ADDR"),
+        master_port=_integer(environ, "MASTER_PORT"),
+        launcher=launcher,
+    )
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Job:
+    node = _integer(environ, "SLURM_NODEID")
+    tasks = tasks_per_node(_text(environ, "SLURM_STEP_TASKS_PER_NODE"))
+    if node >= len(tasks):
+        raise UserError(
+            f"SLURM_NODEID={node} but SLURM_STEP_TASKS_PER_NODE names {len(tasks)} nodes; "
+            "start the job with srun, as slurm/train.sbatch does"
+        )
+    port_seed = _integer(environ, "SLURM_JOB_ID") + _integer(environ, "SLURM_STEP_ID")
+    return Job(
+        rank=_integer(environ, "SLURM_PROCID"),
+        world_size=_integer(environ, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_integer(environ, "SLURM_LOCALID"),
+        local_world_size=tasks[node],
+        hosts=len(tasks),
+        master_addr=environ.get("MASTER_ADDR") or first_host(_text(environ, "SLURM_STEP_NODELIST")),
+        master_port=_integer(environ, "MASTER_PORT")
+        if "MASTER_PORT" in environ
+        else FIRST_PORT + port_seed % PORTS,
+        launcher="slurm",
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[007-010,12],login1` gives `gpu007`."""
+    match = re.match(r"(?:[^\[\],]|\[[^\]]*\])+", nodelist)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} names no host; start the job with srun")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match.group())
+
+
+def tasks_per_node(counts: str) -> list[int]:
+    """Expand Slurm's `2(x3),1` to `[2, 2, 2, 1]`: tasks on each node, in node order."""
+    tasks: list[int] = []
+    for part in counts.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise UserError(
+                f"SLURM_STEP_TASKS_PER_NODE={counts!r} is not Slurm's form, such as 2(x3),1; "
+                "start the job with srun"
+            )
+        tasks += [int(match[1])] * int(match[2] or 1)
+    return tasks
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    if not environ.get(name):
+        raise UserError(
+            f"the environment is set by halves: {name} is missing; "
+            "start with deepspeed, torchrun, srun or plain python, or unset RANK and WORLD_SIZE"
+        )
+    return environ[name]
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    text = _text(environ, name)
+    if not re.fullmatch(r"[0-9]+", text):
+        raise UserError(f"environment variable {name}={text!r} is not a whole number; correct it")
+    return int(text)
+
+
+def _check_range(what: str, value: int, size: int) -> None:
+    if value >= size:
+        name = what.upper().replace(" ", "_")
+        raise UserError(f"{name}={value} is outside a job of {size} such ranks; correct {name}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def thread_count(cores: int, local_world_size: int) -> int:
+    """Threads for one of `local_world_size` ranks that share `cores`: at least one."""
+    return max(1, cores // local_world_size)
+
+
+def share_threads(job: Job, environ: MutableMapping[str, str] = os.environ) -> int:
+    """Give this rank its share of the host's cores, and return the number of threads.
+
+    Ranks that each take every core slow each other down by an order of magnitude. A number that
+    the user set in OMP_NUM_THREADS stands, except torchrun's own default of 1.
+    """
+    chosen = environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdigit() and int(chosen) > 0 and (job.launcher, chosen) != ("torchrun", "1"):
+        threads = int(chosen)
+    else:
+        usable = len(os.sched_getaffinity(0))
+        # Slurm may have bound each task to its own cores already, so the share is of the cores
+        # that the step holds on this host, and only capped by those this task may use.
+        on_node = environ.get("SLURM_CPUS_ON_NODE", "") if job.launcher == "slurm" else ""
+        shared = int(on_node) if on_node.isdigit() else usable
+        threads = min(usable, thread_count(shared, job.local_world_size))
+    environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def uses_cuda() -> bool:
+    """Whether the job runs on CUDA: where there is a GPU, unless DS_ACCELERATOR=cpu."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def backend() -> Literal["nccl", "gloo"]:
+    """The torch.distributed backend of the device that the job runs on."""
+    return "nccl" if uses_cuda() else "gloo"
+
+
+def device(job: Job) -> torch.device:
+    """This rank's device: its own GPU where CUDA is available, else the CPU."""
+    if not uses_cuda():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if job.local_rank >= visible:
+        raise UserError(
+            f"local rank {job.local_rank} has no GPU: this host shows {visible}; start at most "
+            "one rank per GPU, and let each see all GPUs of its host (Slurm: --gpu-bind=none)"
+        )
+    return torch.device("cuda", job.local_rank)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of a single process: "cpu", "cuda", or "auto" for a GPU where there is one."""
+    if wanted == "auto":
+        wanted = "cuda" if uses_cuda() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA GPU here; use --device cpu")
+    return torch.device(wanted)
+
+
+def require_compiler(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Make sure that DeepSpeed can load its shared-memory operator; `UserError` if not.
+
+    On CPU DeepSpeed loads that operator through ninja whenever it starts, and compiles it the
+    first time. A `ninja` beside the running interpreter is put on PATH.
+    """
+    if uses_cuda() or _operator_installed():
+        return
+    path = environ.get("PATH", os.defpath)
+    if shutil.which("ninja", path=path) is None:
+        beside = Path(sys.executable).parent
+        if shutil.which("ninja", path=str(beside)) is None:
+            raise UserError("ninja is not on PATH, and DeepSpeed needs it: pip install ninja")
+        environ["PATH"] = f"{beside}{os.pathsep}{path}"
+    build = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False))
+    _refuse_stale_lock(build / "lock")
+    if any(build.glob("deepspeed_shm_comm*.so")):
+        return
+    # The same choice of compiler as torch.utils.cpp_extension makes.
+    compiler = environ.get("CXX") or "c++"
+    if shutil.which(compiler.split()[0], path=path) is None:
+        raise UserError(
+            f"the C++ compiler {compiler!r} is not on PATH, and DeepSpeed needs one on CPU: "
+            "install it (Debian: apt-get install g++) or name another in CXX"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        raise UserError(
+            f"{header} is missing, and DeepSpeed compiles against it on CPU: install Python's "
+            "headers (Debian: apt-get install python3-dev)"
+        )
+
+
+def _refuse_stale_lock(lock: Path) -> None:
+    """A process killed while it built leaves its lock, and every later one waits for ever."""
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return
+    if age > STALE_LOCK_SECONDS:
+        raise UserError(
+            f"{lock} is {age / 60:.0f} minutes old, left by a run that was killed while it built "
+            "DeepSpeed's operator: remove that file"
+        )
+
+
+def _operator_installed() -> bool:
+    """Whether DeepSpeed was installed with its shared-memory operator built beforehand."""
+    # find_spec of a top-level package does not import it.
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        return False
+    folder = Path(spec.origin).parent / "ops" / "comm"
+    return any(folder.glob("deepspeed_shm_comm_op*.so"))
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place, and return it; alone, return it unchanged."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for all ranks; alone, return at once."""
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+def leave() -> None:
+    """Meet once more, so that no rank's exit ends another's work, and leave the process group."""
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+        torch_dist.destroy_process_group()
+
+
+def say(*parts: object) -> None:
+    """Print on rank 0 only, at once."""
+    if torch_dist.is_initialized():
+        first = torch_dist.get_rank() == 0
+    else:
+        first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print(*parts, flush=True)

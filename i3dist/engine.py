@@ -1,0 +1,273 @@
+"""DeepSpeed: the only file that imports it.
+
+`Engine` runs one optimizer step in micro-batches and hands its optimizer state out, and takes it
+in, as fragments by parameter name, which belong to no particular number of ranks.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from i3dist import dist
+from i3dist.config import OptimizerSettings, TrainSettings
+from i3dist.errors import UserError
+from i3dist.model.lm import I3LM, decayed
+from i3dist.model.state import LaneState
+
+# Read at import: the accelerator, and how much DeepSpeed says.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
+
+import deepspeed
+
+# What the trainer decides from its own settings; the engine's file leaves these out or "auto".
+OURS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+# Engine matters. DeepSpeed ignores a top-level key that it does not know, so a typo would pass.
+ENGINE_KEYS = (
+    "bf16",
+    "data_types",
+    "communication_data_type",
+    "zero_optimization",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "compile",
+    "flops_profiler",
+)
+ADAM_STATES = ("exp_avg", "exp_avg_sq")
+
+
+def read_engine_config(path: Path) -> dict[str, Any]:
+    """Read and check the engine's file (configs/zero2.json).
+
+    Raises:
+        UserError: unreadable, not ZeRO-2, or a key that is not an engine matter.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read engine config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"engine config {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"engine config {path} is not a JSON object")
+    for key in OURS:
+        if config.pop(key, "auto") != "auto":
+            raise UserError(
+                f"engine config {path}: {key} is computed from the settings; remove it or write "
+                '"auto", and use train.* and optimizer.* settings'
+            )
+    for key in config:
+        if key not in ENGINE_KEYS:
+            legal = ", ".join(ENGINE_KEYS)
+            raise UserError(f"engine config {path}: unknown key {key!r}; legal: {legal}")
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") != 2:
+        raise UserError(f"engine config {path}: zero_optimization.stage must be 2")
+    for key in ("offload_optimizer", "offload_param", "round_robin_gradients"):
+        if zero.get(key):
+            raise UserError(f"engine config {path}: zero_optimization.{key} is not supported")
+    return config
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one parameter whose optimizer state this rank holds."""
+
+    name: str
+    start: int  # first element in the flattened parameter
+    tensors: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq": fp32, 1-D, equal lengths
+
+
+class Engine:
+    """One rank's share of the model, its gradients and its optimizer."""
+
+    def __init__(
+        self,
+        model: I3LM,
+        config: dict[str, Any],
+        optimizer: OptimizerSettings,
+        train: TrainSettings,
+        micro_batches: int,
+    ):
+        """Wrap the model for ZeRO-2.
+
+        Args:
+            model: on any device, fp32; the engine moves and casts it.
+            config: from `read_engine_config`.
+            optimizer: AdamW's settings.
+            train: clipping.
+            micro_batches: of one optimizer step on this rank.
+        """
+        self.micro_batches = micro_batches
+        self.settings = optimizer
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_adamw(model, optimizer),
+            config=config
+            | {
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": micro_batches,
+                "gradient_clipping": train.clip,
+            },
+        )
+        self._check(config)
+        self.model: I3LM = self._engine.module
+
+    def _check(self, config: dict[str, Any]) -> None:
+        """DeepSpeed ignores what it does not understand: see that it took what it was given."""
+        engine = self._engine
+        bf16 = config.get("bf16", {}).get("enabled", False)
+        taken = {
+            "ZeRO stage": (engine.zero_optimization_stage(), 2),
+            "bf16": (engine.bfloat16_enabled(), bf16),
+            "accumulation": (engine.gradient_accumulation_steps(), self.micro_batches),
+            "gradient accumulation dtype": (
+                engine.optimizer.gradient_accumulation_dtype,
+                torch.float32,
+            ),
+        }
+        for what, (is_, wanted) in taken.items():
+            if is_ != wanted:
+                raise UserError(f"DeepSpeed runs with {what} {is_}, not {wanted}; see configs/")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters in forward and backward."""
+        return self.model.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self._engine.device)
+
+    def __call__(
+        self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
+    ) -> tuple[Tensor, LaneState]:
+        """`I3LM.forward` through the engine."""
+        return self._engine(tokens, targets, depth, state, gate)
+
+    def backward(self, loss_sum: Tensor, targets: Tensor) -> None:
+        """Add one micro-batch's share to the gradient of the step's mean loss.
+
+        The step's loss is the sum of cross-entropy over all targets of the whole job's step,
+        divided by their number. DeepSpeed divides by micro-batches and by ranks; that is undone.
+
+        Args:
+            loss_sum: scalar, sum of token losses of the micro-batch.
+            targets: scalar, number of targets in the whole job's step.
+        """
+        scale = self.micro_batches * self._engine.dp_world_size / targets.clamp(min=1)
+        self._engine.backward(loss_sum * scale.to(loss_sum.dtype))
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, lr: float) -> float:
+        """Clip, update all parameters with learning rate `lr`, return the gradient's norm."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of weights and optimizer state, parameter by parameter."""
+        for name, parameter in self.model.named_parameters():
+            fragment = self._fragment(name, parameter)
+            if fragment is not None:
+                yield fragment
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
+        """Take weights and optimizer state: the inverse of `fragments`, for any number of ranks.
+
+        Args:
+            state: parameter name -> {"weight", "exp_avg", "exp_avg_sq"}, fp32, whole and 1-D.
+            steps: optimizer steps taken so far.
+        """
+        self._create_adam_state(steps)
+        for name, parameter in self.model.named_parameters():
+            whole = state[name]
+            parameter.copy_(whole["weight"].view_as(parameter))
+            fragment = self._fragment(name, parameter)
+            if fragment is not None:
+                for key, tensor in fragment.tensors.items():
+                    tensor.copy_(whole[key].narrow(0, fragment.start, len(tensor)))
+
+    def _fragment(self, name: str, parameter: Tensor) -> Fragment | None:
+        """Views into the flat fp32 partition that DeepSpeed maps a part of `parameter` to.
+
+        Its own accessors are no use here: they link AdamW's state after the first parameter
+        group's first step, when the other groups have none yet (0.19.8).
+        """
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        zero, place = self._engine.optimizer, mapping.hp_fragment_address
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        whole = {"weight": flat} | {key: zero.optimizer.state[flat][key] for key in ADAM_STATES}
+        views = {key: t.detach().narrow(0, place.start, place.numel) for key, t in whole.items()}
+        return Fragment(name, mapping.lp_fragment_address.start, views)
+
+    def _create_adam_state(self, steps: int) -> None:
+        """Make AdamW's state, which torch only does in its first step, and set its step count."""
+        zero = self._engine.optimizer
+        for flat in zero.single_partition_of_fp32_groups:
+            zero.optimizer.state[flat] = {
+                "step": torch.tensor(float(steps), device=flat.device if _fused() else "cpu"),
+                **{key: torch.zeros_like(flat) for key in ADAM_STATES},
+            }
+
+    def close(self) -> None:
+        """Let go of the engine's hooks and buffers."""
+        self._engine.destroy()
+
+
+def start(job: dist.Job) -> None:
+    """Join the process group of the job: NCCL on GPUs, gloo (and shared memory) on CPUs."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    job.export()
+    if dist.uses_cuda():
+        torch.cuda.set_device(job.local_rank)
+    else:
+        dist.require_compiler()
+    deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
+
+
+def _fused() -> bool:
+    return dist.uses_cuda()
+
+
+def _adamw(model: I3LM, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019) with decay on matrices only."""
+    matrices = set(decayed(model))
+    named = list(model.named_parameters())
+    groups = [
+        {
+            "params": [p for name, p in named if name in matrices],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=_fused(),
+    )

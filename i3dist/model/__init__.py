@@ -1,0 +1,1 @@
+"""The i3 model: RWKV blocks, a chunk compressor, and attention over compressed history."""

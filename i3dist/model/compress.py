@@ -1,0 +1,45 @@
+"""The compressor: a chunk's hidden states to M latents. Letters: T tokens, M latents, D width.
+
+Learned queries read the chunk by cross-attention, as in Perceiver (Jaegle et al., 2021,
+arXiv:2103.03206), then LayerNorm and a feed-forward refine them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from i3dist.model.layers import FeedForward, adjust_heads, linear, merge_heads, split_heads
+
+
+class Compressor(nn.Module):
+    """[..., T, D] hidden states -> [..., M, D] latents. About 12 D^2 parameters."""
+
+    def __init__(self, width: int, heads: int, mult: int, latents: int):
+        super().__init__()
+        self.heads = adjust_heads(width, heads)
+        self.queries = nn.Parameter(torch.zeros(latents, width))
+        self.norm_in = nn.LayerNorm(width)
+        self.norm_ff = nn.LayerNorm(width)
+        self.norm_out = nn.LayerNorm(width)
+        self.query = linear(width, width)
+        self.key_value = linear(width, 2 * width)
+        self.output = linear(width, width)
+        self.ff = FeedForward(width, mult)
+
+    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
+        """Compress the kept positions of each chunk.
+
+        Args:
+            hidden: [..., T, D].
+            keep: [..., T] bool; at least one position of every chunk is kept.
+        """
+        key, value = self.key_value(self.norm_in(hidden)).chunk(2, dim=-1)
+        query = self.query(self.queries).expand(*hidden.shape[:-2], -1, -1)
+        read = F.scaled_dot_product_attention(
+            split_heads(query, self.heads),
+            split_heads(key, self.heads),
+            split_heads(value, self.heads),
+            attn_mask=keep[..., None, None, :],
+        )
+        latents = self.queries + self.output(merge_heads(read))
+        return self.norm_out(latents + self.ff(self.norm_ff(latents)))

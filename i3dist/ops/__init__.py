@@ -1,0 +1,1 @@
+"""Operators: each fast form stands beside the naive twin that is its oracle."""

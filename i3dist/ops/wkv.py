@@ -1,0 +1,135 @@
+"""WKV, the recurrence of RWKV-4 (Peng et al., 2023, arXiv:2305.13048), in the form the device likes.
+
+Letters: B rows, T tokens, C channels. The equations, and what state and its gradient mean, stand in
+`i3dist.ops.wkv_naive`, the oracle. On the CPU the work is a blocked scan, on CUDA a pair of Triton
+kernels. Both are one operator to PyTorch, so `torch.compile` holds it without a graph break.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from i3dist.ops import wkv_blocked
+from i3dist.ops.wkv_naive import compute_dtype, empty_state
+
+__all__ = ["empty_state", "wkv"]
+
+
+def wkv(
+    decay: Tensor,
+    bonus: Tensor,
+    k: Tensor,
+    v: Tensor,
+    restart: Tensor,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Decayed, exponentially weighted mean of the values so far, per channel.
+
+    Differentiable in all floating-point arguments; of the state in a and b, m being a constant.
+    Nothing before a restart reaches what follows it, in values or in gradients, bit for bit.
+
+    Args:
+        decay: [C] fp32, negative: w, the log decay of a step.
+        bonus: [C] fp32: u, added to the present token's key.
+        k: [B, T, C] fp32 or bf16, any finite values; T >= 1.
+        v: [B, T, C] in k's dtype.
+        restart: [B, T] bool, true where the state is emptied before the token.
+        state: [B, 3, C] fp32 (a, b, m), from `empty_state` or an earlier call; None is empty.
+
+    Returns:
+        y [B, T, C] in k's dtype, and the final state [B, 3, C] fp32. Inside, all is fp32.
+
+    Raises:
+        ValueError: a shape or dtype is wrong, or T = 0.
+    """
+    if state is None:
+        state = empty_state(k.shape[0], k.shape[-1], k.device, compute_dtype(k))
+    _check(decay, bonus, k, v, restart, state)
+    y, final, _ = _wkv(decay, bonus, k, v, restart, state)
+    return y, final
+
+
+def _check(
+    decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, restart: Tensor, state: Tensor
+) -> None:
+    if k.ndim != 3 or k.shape[1] == 0:
+        raise ValueError(f"wkv: k must be [B, T, C] with T >= 1, got {list(k.shape)}")
+    rows, length, channels = k.shape
+    wanted = {
+        "decay": (decay, (channels,)),
+        "bonus": (bonus, (channels,)),
+        "v": (v, (rows, length, channels)),
+        "restart": (restart, (rows, length)),
+        "state": (state, (rows, 3, channels)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"wkv: {name} must be {list(shape)}, got {list(tensor.shape)}")
+    if v.dtype != k.dtype or restart.dtype != torch.bool:
+        raise ValueError(
+            f"wkv: k and v must share a dtype and restart be bool, got {k.dtype}, {v.dtype} and "
+            f"{restart.dtype}"
+        )
+
+
+@torch.library.custom_op("i3dist::wkv", mutates_args=())
+def _wkv(
+    decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, restart: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, final state, and the state that enters each block of tokens [B, N, 3, C]."""
+    return wkv_blocked.forward(decay, bonus, k, v, restart, state)
+
+
+@torch.library.custom_op("i3dist::wkv_backward", mutates_args=())
+def _wkv_backward(
+    grad_y: Tensor,
+    grad_final: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    k: Tensor,
+    v: Tensor,
+    restart: Tensor,
+    entries: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of decay, bonus, k, v and the initial state."""
+    return wkv_blocked.backward(grad_y, grad_final, decay, bonus, k, v, restart, entries)
+
+
+@_wkv.register_fake
+def _wkv_fake(
+    decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, restart: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, length, channels = k.shape
+    final = k.new_empty(rows, 3, channels, dtype=compute_dtype(k))
+    blocks = (length + wkv_blocked.BLOCK - 1) // wkv_blocked.BLOCK
+    return k.new_empty(k.shape), final, final.new_empty(rows, blocks, 3, channels)
+
+
+@_wkv_backward.register_fake
+def _wkv_backward_fake(
+    grad_y: Tensor,
+    grad_final: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    k: Tensor,
+    v: Tensor,
+    restart: Tensor,
+    entries: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = [x.new_empty(x.shape) for x in (decay, bonus, k, v, grad_final)]
+    return like[0], like[1], like[2], like[3], like[4]
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[2])
+
+
+def _differentiate(
+    ctx: Any, grad_y: Tensor, grad_final: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    decay, bonus, k, v, state = _wkv_backward(grad_y, grad_final, *ctx.saved_tensors)
+    return decay, bonus, k, v, None, state
+
+
+_wkv.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,70 @@
+"""RWKV-4's WKV as its equations read: a loop over time, plain autograd. The oracle of every fast form.
+
+Letters: B rows, T tokens, C channels. Per channel, with decay w < 0 and bonus u:
+
+    y_t = (a_{t-1} + e^{u+k_t} v_t) / (b_{t-1} + e^{u+k_t})
+    a_t = e^w a_{t-1} + e^{k_t} v_t
+    b_t = e^w b_{t-1} + e^{k_t}
+
+State is [B, 3, C]: a and b divided by e^m, and m, the running maximum of the exponents. m only fixes
+the unit in which a and b are written, so it is a constant to differentiation: the gradient of a and
+b is taken at fixed m, and m has none. That is exact for whatever depends on the state by a e^m and
+b e^m alone, as a later call does.
+"""
+
+import torch
+from torch import Tensor
+
+# Below every exponent, yet finite: no difference of two exponents is NaN.
+EMPTY_MAXIMUM = torch.finfo(torch.float32).min
+
+
+def empty_state(
+    rows: int,
+    channels: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The state before any token: [rows, 3, channels], a = b = 0."""
+    state = torch.zeros(rows, 3, channels, device=device, dtype=dtype)
+    state[:, 2] = EMPTY_MAXIMUM
+    return state
+
+
+def compute_dtype(k: Tensor) -> torch.dtype:
+    """What WKV is computed in: fp32, or fp64 where the inputs are."""
+    return torch.promote_types(k.dtype, torch.float32)
+
+
+def wkv_naive(
+    decay: Tensor,
+    bonus: Tensor,
+    k: Tensor,
+    v: Tensor,
+    restart: Tensor,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """WKV one token after another; arguments and results are those of `i3dist.ops.wkv.wkv`."""
+    wide = compute_dtype(k)
+    rows, length, channels = k.shape
+    if state is None:
+        state = empty_state(rows, channels, k.device, wide)
+    decay, bonus = decay.to(wide), bonus.to(wide)
+    a, b, m = state.to(wide).unbind(1)
+    m = m.detach()
+    outputs = []
+    for t in range(length):
+        fresh = restart[:, t, None]
+        a, b = a.masked_fill(fresh, 0.0), b.masked_fill(fresh, 0.0)
+        m = m.masked_fill(fresh, EMPTY_MAXIMUM)
+        k_t, v_t = k[:, t].to(wide), v[:, t].to(wide)
+
+        top = torch.maximum(m, bonus + k_t).detach()
+        past, present = torch.exp(m - top), torch.exp(bonus + k_t - top)
+        outputs.append((past * a + present * v_t) / (past * b + present))
+
+        top = torch.maximum(decay + m, k_t).detach()
+        # m - top is exact where it matters, so rounding of `top` never enters the decay.
+        past, present = torch.exp(decay + (m - top)), torch.exp(k_t - top)
+        a, b, m = past * a + present * v_t, past * b + present, top
+    return torch.stack(outputs, dim=1).to(k.dtype), torch.stack([a, b, m], dim=1)

@@ -1,0 +1,95 @@
+"""What a run will be, before it runs: settings, parameters, tokens, memory."""
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from i3dist.config import Settings
+from i3dist.model.lm import I3LM, parameters_by_part
+
+GIB = 2**30
+
+
+def count_parameters(settings: Settings) -> dict[str, int]:
+    """Parameters by part, without allocating any."""
+    with torch.device("meta"):
+        return parameters_by_part(I3LM(settings.model, bos_id=0))
+
+
+def tokens_per_step(settings: Settings) -> int:
+    """Tokens of one optimizer step of the whole job, when every lane is busy."""
+    train = settings.train
+    assert isinstance(train.lanes, int)
+    return train.lanes * train.accumulation * train.window_chunks * settings.model.chunk_length
+
+
+def memory_estimate(settings: Settings, parameters: int, world_size: int) -> dict[str, float]:
+    """Bytes on one rank, by what they hold. A guide, not a bound.
+
+    ZeRO-2 keeps bf16 weights (2 bytes a parameter) on every rank and shares out fp32 weights, two
+    AdamW moments and the fp32 gradient (16 bytes); bf16 gradients (2 bytes) live for a while.
+    Activations are those kept for backward: about 34 D values per token in an RWKV block and 24 D
+    in an attention block (with 4x feed-forward), in bf16, and the logits in bf16 and twice in fp32.
+    """
+    model, train = settings.model, settings.train
+    assert isinstance(train.lanes, int)
+    lanes = train.lanes // world_size
+    rows = lanes if train.micro_batch == "auto" else train.micro_batch
+    tokens = rows * train.window_chunks * model.chunk_length
+    values = model.d_model * (34 * model.rwkv_layers + 24 * model.attention_layers)
+    return {
+        "weights and gradients, bf16": 4.0 * parameters,
+        "optimizer and gradients, fp32, 1/ranks": 16.0 * parameters / world_size,
+        "activations of a micro-batch": 2.0 * tokens * values,
+        "logits of a micro-batch": 10.0 * tokens * model.vocab,
+    }
+
+
+def print_summary(settings: Settings, world_size: int, console: Console | None = None) -> None:
+    """Print settings, the parameter table, tokens per step and the memory estimate."""
+    console = console or Console(width=100)
+    parameters = count_parameters(settings)
+    total = sum(parameters.values())
+    console.print(_settings_table(settings))
+    console.print(_parameter_table(parameters))
+    console.print(_memory_table(memory_estimate(settings, total, world_size)))
+    train = settings.train
+    print(
+        f"tokens_per_step={tokens_per_step(settings)} ({train.lanes} lanes x {train.accumulation} "
+        f"windows x {train.window_chunks} chunks x {settings.model.chunk_length} tokens, "
+        f"{world_size} ranks)"
+    )
+    print(f"parameters_total={total}")
+
+
+def _settings_table(settings: Settings) -> Table:
+    table = Table(title="settings", title_justify="left")
+    table.add_column("setting")
+    table.add_column("value")
+    for name, value in settings.flat().items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _parameter_table(parameters: dict[str, int]) -> Table:
+    table = Table(title="parameters", title_justify="left")
+    table.add_column("part")
+    table.add_column("count", justify="right")
+    table.add_column("share", justify="right")
+    total = sum(parameters.values())
+    for part, count in parameters.items():
+        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    table.add_section()
+    table.add_row("total", f"{total:,}", "")
+    return table
+
+
+def _memory_table(parts: dict[str, float]) -> Table:
+    table = Table(title="memory of a rank (estimate)", title_justify="left")
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    for what, size in parts.items():
+        table.add_row(what, f"{size / GIB:.2f}")
+    table.add_section()
+    table.add_row("total", f"{sum(parts.values()) / GIB:.2f}")
+    return table

@@ -1,0 +1,254 @@
+"""The tokenizer: byte-level BPE, kept in the `tokenizers` library's own `tokenizer.json`.
+
+Ids are those of `tokenizers`. Where the file is a plain byte-level BPE with GPT-2's split pattern,
+`tiktoken` computes the same ids several times faster; `_fast_encoder` says when that is certain.
+"""
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as HFTokenizer
+
+from i3dist.errors import UserError
+
+SPECIAL_TOKENS: tuple[str, ...] = (
+    "<UNK>",
+    "<PAD>",
+    "<BOS>",
+    "<EOS>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "[INST]",
+    "[/INST]",
+)
+
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# tiktoken's regex engine aborts on about a million blanks in a row. No text under this many
+# characters can hold so many; longer ones are looked through first.
+_SAFE_CHARACTERS = 500_000
+_MAX_FILE_BYTES = 1 << 28
+
+
+class Tokenizer:
+    """Text to token ids and back. Text never makes special ids: "<BOS>" in a text stays text."""
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        """Build from the bytes of a `tokenizer.json`; `path` is where they stand."""
+        self.path = path
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.data = data
+        """The bytes of the file."""
+        self._backend = _parse(data, path)
+        self._backend.encode_special_tokens = True
+        spec = json.loads(self._backend.to_str())
+        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        _check_vocab(vocab, spec, path)
+        self.bos_id, self.eos_id, self.pad_id = (vocab[t] for t in ("<BOS>", "<EOS>", "<PAD>"))
+        self.special_ids: dict[str, int] = {token: vocab[token] for token in SPECIAL_TOKENS}
+        """Id of each special token: the explicit path by which chat tokens are made."""
+        self._bytes = _bytes_of_ids(vocab, spec, path)
+        self._fast = _fast_encoder(self._backend, spec, self._bytes)
+        specials = set(self.special_ids.values())
+        if any(specials.intersection(self.encode(token)) for token in SPECIAL_TOKENS):
+            raise UserError(f"{path}: it makes special ids out of plain text; train another")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            UserError: it cannot be read, is not byte-level, or lacks special tokens (listed).
+        """
+        path = Path(path)
+        try:
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise UserError(f"{path} is too large to be a tokenizer.json")
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+        return cls(data, path)
+
+    def save(self, path: Path | str) -> None:
+        """Write to `path` the very bytes that were loaded."""
+        Path(path).write_bytes(self.data)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; never special ids. A lone surrogate in it is a `UserError`."""
+        return self._encode_one(text).tolist()
+
+    def encode_batch(self, texts: Iterable[str]) -> list[NDArray[np.integer]]:
+        """Ids of each text: uint16 arrays, or int32 where the vocabulary exceeds 65,536."""
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+        return [self._encode_one(text).astype(dtype) for text in texts]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
+        """Text of `ids`. Specials give nothing; bytes that are not UTF-8 give U+FFFD."""
+        return self._join(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        """Number of UTF-8 bytes that each id stands for, shape [vocab_size]; specials 0."""
+        return np.array([len(token) for token in self._bytes], dtype=np.int32)
+
+    def stream_decoder(self) -> "StreamDecoder":
+        """A decoder to push ids into one by one, as they are generated."""
+        return StreamDecoder(self._bytes)
+
+    def _encode_one(self, text: str) -> NDArray[np.integer]:
+        if not _is_unicode(text):
+            raise UserError("the text holds a lone surrogate, so it is no valid Unicode")
+        if self._fast is not None and _is_safe(text):
+            return self._fast.encode_to_numpy(text, disallowed_special=())
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.uint32)
+
+    def _join(self, ids: Sequence[int] | NDArray[np.integer]) -> bytes:
+        return b"".join(self._bytes[_checked(int(i), len(self._bytes))] for i in ids)
+
+
+class StreamDecoder:
+    """Decodes ids one by one and never gives out half a character."""
+
+    def __init__(self, bytes_of_ids: Sequence[bytes]) -> None:
+        self._bytes = bytes_of_ids
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """Text that `token` completes; empty while a character is still unfinished."""
+        return self._decoder.decode(self._bytes[_checked(token, len(self._bytes))])
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD where the ids stop inside a character."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _checked(token: int, vocab_size: int) -> int:
+    if not 0 <= token < vocab_size:
+        raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")
+    return token
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_safe(text: str) -> bool:
+    if len(text) < _SAFE_CHARACTERS:
+        return True
+    runs = re.finditer(r"\s+", text)
+    return all(run.end() - run.start() < _SAFE_CHARACTERS for run in runs)
+
+
+def _parse(data: bytes, path: Path) -> HFTokenizer:
+    try:
+        backend = HFTokenizer.from_str(data.decode())
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a tokenizer.json: it is not UTF-8 text") from None
+    except Exception as error:  # The library raises bare Exception for every kind of bad content
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a tokenizer.json: {reason}") from None
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def _check_vocab(vocab: dict[str, int], spec: dict[str, Any], path: Path) -> None:
+    if (spec.get("decoder") or {}).get("type") != "ByteLevel":
+        raise UserError(f"{path} is not a byte-level tokenizer, so not every text round-trips")
+    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
+    if missing:
+        raise UserError(f"{path} lacks the special tokens {' '.join(missing)}")
+    if any(char not in vocab for char in _BYTE_OF_CHARACTER):
+        raise UserError(f"{path} lacks some of the 256 single bytes, so not every text round-trips")
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise UserError(f"{path}: its ids do not run from 0 to {len(vocab) - 1}")
+
+
+def _byte_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for.
+
+    Printable Latin-1 bytes stand for themselves, the others for U+0100 and on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_characters()
+
+
+def _bytes_of_ids(vocab: dict[str, int], spec: dict[str, Any], path: Path) -> list[bytes]:
+    """Bytes that each id stands for, by id; specials give none, other added tokens their text."""
+    added = {token["id"]: token for token in spec["added_tokens"]}
+    table = [b""] * len(vocab)
+    for token, number in vocab.items():
+        if number in added:
+            table[number] = b"" if added[number]["special"] else token.encode()
+        elif all(char in _BYTE_OF_CHARACTER for char in token):
+            table[number] = bytes(_BYTE_OF_CHARACTER[char] for char in token)
+        else:
+            raise UserError(f"{path}: its token {token!r} is neither bytes nor an added token")
+    return table
+
+
+def _fast_encoder(
+    backend: HFTokenizer, spec: dict[str, Any], bytes_of_ids: list[bytes]
+) -> tiktoken.Encoding | None:
+    """A tiktoken encoding with the same ids, or None where that is not certain.
+
+    `tokenizers` merges the pair whose *merge* comes first, tiktoken the pair whose *joined bytes*
+    have the lowest id. The two agree if merges are numbered in order and each token's text alone
+    encodes to that token: then two neighbours that join to a token are always the pair of its
+    merge, because BPE did inside their span just what it does on that text alone.
+    """
+    if not _is_plain_gpt2(spec):
+        return None
+    special = {token["id"] for token in spec["added_tokens"]}
+    vocab = backend.get_vocab(with_added_tokens=False)
+    merged = [vocab["".join(_pair(merge))] for merge in spec["model"]["merges"]]
+    if merged != sorted(set(merged)) or len(merged) + 256 + len(special) != len(bytes_of_ids):
+        return None
+    texts = ((token, number) for token, number in vocab.items() if number not in special)
+    if any([t.id for t in backend.model.tokenize(text)] != [n] for text, n in texts):
+        return None
+    ranks = {token: n for n, token in enumerate(bytes_of_ids) if n not in special}
+    return tiktoken.Encoding(
+        "i3dist", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+
+
+def _pair(merge: str | list[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _is_plain_gpt2(spec: dict[str, Any]) -> bool:
+    splitter, model = spec["pre_tokenizer"] or {}, spec["model"]
+    plain_model = model["type"] == "BPE" and not any(
+        model.get(key)
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    )
+    plain_splitter = (
+        splitter.get("type") == "ByteLevel"
+        and not splitter["add_prefix_space"]
+        and splitter["use_regex"]
+    )
+    only_specials = all(token["special"] for token in spec["added_tokens"])
+    return plain_model and plain_splitter and only_specials and spec["normalizer"] is None

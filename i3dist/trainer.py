@@ -1,0 +1,332 @@
+"""The training loop. Letters: B lanes of this rank, K chunks of a window, T tokens.
+
+One optimizer step reads `train.accumulation` windows of every lane, each in micro-batches of
+lanes, and trains on the mean loss over all targets of the whole job's step.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from i3dist import checkpoint, dist, plots
+from i3dist.checkpoint import RunState
+from i3dist.config import Settings
+from i3dist.data.corpus import Corpus
+from i3dist.data.lanes import Batch, LaneWindows, windows
+from i3dist.data.schedule import lanes_of_rank
+from i3dist.engine import Engine
+from i3dist.errors import UserError
+from i3dist.evaluate import Evaluation, evaluate
+from i3dist.metrics_log import MetricsLog
+from i3dist.model.state import LaneState
+from i3dist.ops.cross_entropy import IGNORE
+from i3dist.tracking import NoTracker, Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where the run stands."""
+
+    step: int = 0  # optimizer steps taken
+    windows: int = 0  # windows of the job read
+
+
+class Trainer:
+    """One rank of a run. `launch/train.py` builds the parts and calls `fit`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        job: dist.Job,
+        corpus: Corpus,
+        engine: Engine,
+        tracker: Tracker | NoTracker,
+    ):
+        """Put the parts together; `settings` has no "auto" left where a run decides it."""
+        self.settings = settings
+        self.job = job
+        self.corpus = corpus
+        self.engine = engine
+        self.tracker = tracker
+        self.progress = Progress()
+        lanes = settings.train.lanes
+        assert isinstance(lanes, int)
+        self.lanes = lanes_of_rank(lanes, job.rank, job.world_size)
+        self.lane_state = self._empty_lanes()
+        self.micro_batch = lanes_at_once(settings, len(self.lanes))
+        folder = settings.run.path
+        self.metrics_log = MetricsLog(folder / "metrics.jsonl")
+        self.validation_log = MetricsLog(folder / "validation.jsonl")
+        # On the device, so that counting a step waits for nothing.
+        self.tokens_seen = torch.zeros((), dtype=torch.int64, device=engine.device)
+        self._interval = _Interval()
+
+    def fit(self) -> None:
+        """Train to `train.steps`; the last step is always reported, validated and saved."""
+        batches = self._batches()
+        while self.progress.step < self.settings.train.steps:
+            self.train_step(batches)
+            self.report_if_due()
+            self.validate_if_due()
+            self.checkpoint_if_due()
+        self.export()
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step: every window, every micro-batch, one update."""
+        step, settings = self.progress.step, self.settings
+        gate = settings.compression.gate_at(step)
+        step_batches = [next(batches) for _ in range(settings.train.accumulation)]
+        counts = self._count(step_batches, gate)
+        loss_sum = self._backward(step_batches, gate, counts[0])
+        norm = self.engine.step(settings.optimizer.lr_at(step))
+        self.progress.step += 1
+        self.progress.windows += settings.train.accumulation
+        self.tokens_seen += counts[1].long()
+        self._interval.add(dist.all_sum(loss_sum), counts, norm)
+
+    def _backward(self, step_batches: list[Batch], gate: float, targets: Tensor) -> Tensor:
+        """Add up the step's gradient and move the lanes on. Returns this rank's loss sum."""
+        loss_sum = torch.zeros((), device=self.engine.device)
+        gate_value = torch.tensor(gate, device=self.engine.device)
+        for batch in step_batches:
+            states = []
+            for start in range(0, len(self.lanes), self.micro_batch):
+                rows = (start, start + self.micro_batch)
+                tokens, wanted, depth = batch.rows(*rows)
+                state = self.lane_state.rows(*rows)
+                losses, state = self.engine(tokens, wanted, depth, state, gate_value)
+                self.engine.backward(losses.sum(), targets)
+                loss_sum += losses.detach().sum()
+                states.append(state)
+            self.lane_state = LaneState.concatenate(states)
+        return loss_sum
+
+    def _count(self, step_batches: list[Batch], gate: float) -> Tensor:
+        """Job-wide counts of a step, [4] fp64: targets, tokens, active latents, chunks."""
+        pad = self.corpus.train.manifest.pad_id
+        model = self.settings.model
+        counts = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
+        for tokens, targets, depth in step_batches:
+            used = tokens != pad
+            visible = depth.clamp(max=model.history_chunks) * model.latents
+            counts += torch.stack(
+                [
+                    (targets != IGNORE).sum(),
+                    used.sum(),
+                    visible.sum() * (gate > 0),
+                    used.any(-1).sum(),
+                ]
+            )
+        return dist.all_sum(counts)
+
+    def report_if_due(self) -> None:
+        """Print, log and track what happened since the last report."""
+        if not self._due(self.settings.log.every):
+            return
+        metrics, self._interval = self._interval.metrics(), _Interval()
+        step = self.progress.step
+        metrics |= {
+            "learning_rate": self.settings.optimizer.lr_at(step - 1),
+            "gate": self.settings.compression.gate_at(step - 1),
+            "tokens_seen": int(self.tokens_seen),
+        }
+        if not math.isfinite(metrics["loss"]):
+            raise UserError(
+                f"loss is {metrics['loss']} at step {step}; continue from the last checkpoint "
+                "with a lower optimizer.lr in another run.path"
+            )
+        if self.job.rank == 0:
+            self.metrics_log.append(step, metrics)
+            self.tracker.log(step, metrics, prefix="train")
+            print(report_line(step, self.settings.train.steps, metrics), flush=True)
+
+    def validate_if_due(self) -> None:
+        """Validate at the interval, outside the clock of training."""
+        if self._due(self.settings.validate_.every):
+            with self._interval.stopped_clock():
+                self.validate()
+
+    def checkpoint_if_due(self) -> None:
+        """Save at the interval, outside the clock of training."""
+        if self._due(self.settings.checkpoint.every):
+            with self._interval.stopped_clock():
+                self.save()
+
+    def validate(self) -> Evaluation:
+        """Loss on the fixed validation subset, on lanes of its own."""
+        settings, valid = self.settings, self.corpus.valid
+        lanes = len(self.lanes) * self.job.world_size
+        subset = valid.validation_subset(settings.validate_.chunks)
+        schedule = valid.schedule(lanes, settings.train.window_chunks, 0, subset)
+        dataset = LaneWindows(valid.folder, valid.manifest, schedule, self.lanes)
+        token_bytes = torch.from_numpy(self.corpus.tokenizer.token_bytes())
+        result = evaluate(
+            self.engine.model,
+            windows(dataset, 0, schedule.windows_in_epoch(0), 0, self.engine.device),
+            self._empty_lanes(),
+            token_bytes.to(self.engine.device),
+            valid.manifest.chunks_per_shard,
+            self.micro_batch,
+        )
+        if self.job.rank == 0:
+            self.validation_log.append(self.progress.step, result.to_dict())
+            self.tracker.log(self.progress.step, result.to_dict(), prefix="valid")
+            print(validation_line(self.progress.step, result), flush=True)
+        return result
+
+    def save(self) -> None:
+        """Write a checkpoint that the run can continue from, bit for bit."""
+        started = time.perf_counter()
+        state = RunState(
+            step=self.progress.step,
+            windows=self.progress.windows,
+            tokens_seen=int(self.tokens_seen),
+            settings=self.settings.to_dict(),
+            data=self.corpus.train.manifest.fingerprint,
+        )
+        path = checkpoint.save(
+            self.settings.run.path / "checkpoints",
+            self.job,
+            state,
+            self.engine.fragments(),
+            (self.lanes, self.lane_state),
+            self.settings.checkpoint.keep,
+        )
+        dist.say(f"saved {path} ({time.perf_counter() - started:.1f} s)")
+
+    def resume(self, path: Path, state: RunState) -> None:
+        """Take up the run where checkpoint `path` left it."""
+        checkpoint.verify(path, self.job)
+        self.engine.load(checkpoint.OptimizerReader(path), state.step)
+        self.lane_state = checkpoint.read_lanes(path, self.lanes, self.engine.device)
+        self.progress = Progress(state.step, state.windows)
+        self.tokens_seen.fill_(state.tokens_seen)
+        dist.say(f"continued from step {state.step}")
+
+    def export(self) -> None:
+        """Write plain weights and plots, and hand them to the tracker."""
+        folder = self.settings.run.path
+        if self.job.rank == 0:
+            checkpoint.export_weights(folder, self.engine.model)
+            for plot in plots.plot_run(folder):
+                self.tracker.artifact(plot, "plots")
+        dist.barrier()
+
+    def _batches(self) -> Iterator[Batch]:
+        """This rank's lanes, from the next window to the last of the run."""
+        settings, train = self.settings.train, self.corpus.train
+        assert isinstance(settings.lanes, int)
+        schedule = train.schedule(settings.lanes, settings.window_chunks, settings.seed)
+        dataset = LaneWindows(train.folder, train.manifest, schedule, self.lanes)
+        stop = self.progress.windows + settings.accumulation * (settings.steps - self.progress.step)
+        workers = self.settings.data.workers
+        return windows(dataset, self.progress.windows, stop, workers, self.engine.device)
+
+    def _empty_lanes(self) -> LaneState:
+        model, engine = self.settings.model, self.engine
+        return LaneState.empty(len(self.lanes), model, engine.device, engine.dtype)
+
+    def _due(self, every: int) -> bool:
+        """Whether an interval ends here, or the run does."""
+        step = self.progress.step
+        return step == self.settings.train.steps or (every > 0 and step % every == 0)
+
+
+class _Interval:
+    """The steps since the last report; nothing waits for the device until `metrics`."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.steps = 0
+        self.tokens: Tensor | float = 0.0
+        self.last: tuple[Tensor, Tensor, float] | None = None
+
+    def add(self, loss_sum: Tensor, counts: Tensor, norm: float) -> None:
+        self.steps += 1
+        self.tokens = self.tokens + counts[1]
+        self.last = (loss_sum, counts, norm)
+
+    @contextmanager
+    def stopped_clock(self) -> Iterator[None]:
+        """Leave out what is no training: validation and saving."""
+        before = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - before
+
+    def metrics(self) -> dict[str, float]:
+        """Loss and norm of the last step, so that a continued run reports the very same; speed
+        over all steps of the interval."""
+        assert self.last is not None
+        loss_sum, counts, norm = self.last
+        targets, _, latents, chunks = counts.tolist()
+        tokens = float(self.tokens)
+        loss = float(loss_sum) / max(1.0, targets)
+        seconds = time.perf_counter() - self.started
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "gradient_norm": norm,
+            "tokens_per_second": tokens / seconds,
+            "step_time": seconds / self.steps,
+            "active_latents": latents / max(1.0, chunks),
+        }
+
+
+def lanes_at_once(settings: Settings, lanes: int) -> int:
+    """Lanes of a micro-batch on a rank that owns `lanes`.
+
+    Raises:
+        UserError: train.micro_batch does not divide them.
+    """
+    wanted = settings.train.micro_batch
+    if wanted == "auto":
+        return lanes
+    if lanes % wanted:
+        legal = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        raise UserError(
+            f"train.micro_batch={wanted} does not divide the {lanes} lanes of a rank; "
+            f"legal: {legal}, auto"
+        )
+    return wanted
+
+
+def micro_batches_per_step(settings: Settings, job: dist.Job) -> int:
+    """Micro-batches that a rank computes for one optimizer step.
+
+    Raises:
+        UserError: lanes are not divisible by ranks, or a rank's lanes by train.micro_batch.
+    """
+    assert isinstance(settings.train.lanes, int)
+    lanes = len(lanes_of_rank(settings.train.lanes, job.rank, job.world_size))
+    return settings.train.accumulation * lanes // lanes_at_once(settings, lanes)
+
+
+def report_line(step: int, steps: int, metrics: dict[str, Any]) -> str:
+    """One logging interval as one line."""
+    return (
+        f"step {step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
+        f"lr {metrics['learning_rate']:.2e}  norm {metrics['gradient_norm']:.2f}  "
+        f"gate {metrics['gate']:.2f}  latents {metrics['active_latents']:.0f}  "
+        f"{metrics['tokens_per_second']:,.0f} tok/s  {metrics['step_time'] * 1e3:.0f} ms/step"
+    )
+
+
+def validation_line(step: int, result: Evaluation) -> str:
+    """One validation as one line; the gain is over chunks that have history."""
+    later = [chunk for chunk in result.by_chunk if chunk.index > 0]
+    tokens = sum(chunk.tokens for chunk in later)
+    gain = sum((c.loss_without_history - c.loss) * c.tokens for c in later) / max(1, tokens)
+    return (
+        f"validation at step {step}: loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
+        f"bits/byte {result.bits_per_byte:.4f}  history gain {gain:+.4f} nats"
+    )

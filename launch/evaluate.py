@@ -1,0 +1,113 @@
+"""Evaluate a trained model on held-out data: `launch/evaluate.py --checkpoint RUN --data DIR`.
+
+Prints loss, perplexity, bits per byte, and the loss by chunk index within the document, with
+history and with history withheld, on the whole valid split of DIR.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from i3dist import dist
+from i3dist.checkpoint import load_run
+from i3dist.config import Settings
+from i3dist.data.corpus import Corpus
+from i3dist.data.lanes import Batch, LaneWindows, windows
+from i3dist.errors import UserError, one_line_errors
+from i3dist.evaluate import Evaluation, evaluate
+from i3dist.model.lm import I3LM
+from i3dist.model.state import LaneState
+
+MAX_LANES = 8
+ROWS_SHOWN = 12
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="shard.py's output")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args()
+
+
+def evaluate_corpus(model: I3LM, settings: Settings, corpus: Corpus) -> Evaluation:
+    """Evaluate the whole valid split in one process."""
+    valid = corpus.valid
+    weight = model.head.weight
+    lanes = min(MAX_LANES, len(valid.manifest.shards))
+    schedule = valid.schedule(lanes, settings.train.window_chunks, seed=0)
+    dataset = LaneWindows(valid.folder, valid.manifest, schedule, range(lanes))
+    count = schedule.windows_in_epoch(0)
+    batches = windows(dataset, 0, count, workers=0, device=weight.device)
+    return evaluate(
+        model,
+        with_progress(batches, count),
+        LaneState.empty(lanes, settings.model, weight.device, weight.dtype),
+        torch.from_numpy(corpus.tokenizer.token_bytes()).to(weight.device),
+        valid.manifest.chunks_per_shard,
+        micro_batch=lanes,
+    )
+
+
+def with_progress(batches: Iterator[Batch], total: int) -> Iterator[Batch]:
+    """Show a bar on standard error while batches are used up."""
+    console = Console(stderr=True)
+    yield from track(batches, "evaluating", total, console=console, transient=True)
+
+
+def print_tables(result: Evaluation) -> None:
+    """Print the figures for people."""
+    console = Console(width=100)
+    console.print(
+        f"loss {result.loss:.4f} nats/token   perplexity {result.perplexity:.2f}   "
+        f"bits/byte {result.bits_per_byte:.4f}   tokens {result.tokens:,}"
+    )
+    table = Table(title="loss by chunk index within the document", title_justify="left")
+    for heading in ("chunk", "tokens", "loss", "without history", "gain"):
+        table.add_column(heading, justify="right")
+    for chunk in result.by_chunk[:ROWS_SHOWN]:
+        gain = chunk.loss_without_history - chunk.loss
+        table.add_row(
+            str(chunk.index),
+            f"{chunk.tokens:,}",
+            f"{chunk.loss:.4f}",
+            f"{chunk.loss_without_history:.4f}",
+            f"{gain:+.4f}",
+        )
+    console.print(table)
+    if len(result.by_chunk) > ROWS_SHOWN:
+        console.print(f"({len(result.by_chunk) - ROWS_SHOWN} later chunks: see --json)")
+
+
+def main() -> None:
+    """Evaluate and print."""
+    arguments = parse_arguments()
+    model, settings, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
+    corpus = Corpus.open(arguments.data, settings.model)
+    if corpus.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{arguments.data} was made with another tokenizer than {arguments.checkpoint}; "
+            f"make it again with --tokenizer {tokenizer.path}"
+        )
+    result = evaluate_corpus(model, settings, corpus)
+    print_tables(result)
+    if arguments.json:
+        try:
+            arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {arguments.json}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

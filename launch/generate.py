@@ -1,0 +1,65 @@
+"""Continue a prompt with a trained model: `launch/generate.py --checkpoint RUN --prompt TEXT`.
+
+Text streams out as it is drawn. Every 512 tokens the model compresses what it has read, so memory
+stays constant however long it runs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from i3dist import dist
+from i3dist.checkpoint import load_run
+from i3dist.errors import UserError, one_line_errors
+from i3dist.generate import Sampling, generate
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Sampling()
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
+    parser.add_argument("--prompt", help="text to continue (default: standard input)")
+    parser.add_argument("--tokens", type=int, default=256, help="new tokens at most (256)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        help=f"divides the logits; 0 takes the likeliest token ({default.temperature})",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=default.top_k, help="likeliest tokens to keep; 0 is all (0)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=default.top_p, help="probability mass to keep (1.0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
+    parser.add_argument(
+        "--ignore-eos", action="store_true", help="begin another document instead of stopping"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Stream a continuation to standard output."""
+    arguments = parse_arguments()
+    if arguments.tokens < 1:
+        raise UserError(f"--tokens {arguments.tokens} must be 1 or more")
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    model, _, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
+    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    sys.stdout.write(prompt)
+    for text in generate(
+        model, tokenizer, prompt, arguments.tokens, sampling, arguments.seed, arguments.ignore_eos
+    ):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

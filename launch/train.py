@@ -1,0 +1,127 @@
+"""Train an i3 model: `deepspeed launch/train.py --deepspeed configs/zero2.json`.
+
+Runs under deepspeed, torchrun, Slurm (see slurm/train.sbatch) or plain python (one rank). Started
+again with the same settings, it continues from the newest checkpoint in run.path.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from i3dist import dist, engine, tracking
+from i3dist.config import Settings, setting_lines
+from i3dist.data.corpus import Corpus
+from i3dist.errors import UserError, one_line_errors
+from i3dist.model.lm import I3LM
+from i3dist.run import decide, lay_out, resolve, set_aside
+from i3dist.summary import print_summary
+from i3dist.trainer import Trainer, micro_batches_per_step
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; `--help` lists every setting."""
+    settings = "\n".join(
+        f"  {name}={default}\n      {text}" for name, default, text in setting_lines()
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"settings and their defaults:\n{settings}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--deepspeed",
+        type=Path,
+        metavar="FILE",
+        default=Path(__file__).parent.parent / "configs" / "zero2.json",
+        help="engine settings (default: configs/zero2.json)",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings as YAML")
+    parser.add_argument("--fresh", action="store_true", help="start over; the old run is set aside")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would be, stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings, see below"
+    )
+    return parser.parse_args()
+
+
+def open_corpus(settings: Settings, optional: bool) -> Corpus | None:
+    """The data; None where it may be absent and is."""
+    if optional and not settings.data.path.exists():
+        return None
+    return Corpus.open(settings.data.path, settings.model)
+
+
+def dry_run(settings: Settings, job: dist.Job) -> None:
+    """Print settings, parameters, tokens per step and memory."""
+    corpus = open_corpus(settings, optional=True)
+    vocab_size = corpus.tokenizer.vocab_size if corpus else settings.model.vocab
+    if job.rank == 0:
+        print_summary(decide(settings, job.world_size, vocab_size), job.world_size)
+
+
+def build(
+    arguments: argparse.Namespace, settings: Settings, job: dist.Job, corpus: Corpus
+) -> Trainer:
+    """Join the job, settle the settings, and put model, engine and tracker together."""
+    engine_config = engine.read_engine_config(arguments.deepspeed)
+    dist.share_threads(job)
+    engine.start(job)
+    if arguments.fresh and job.rank == 0:
+        set_aside(settings.run.path)
+    dist.barrier()
+    settings, saved = resolve(settings, corpus, job.world_size)
+    micro_batches = micro_batches_per_step(settings, job)
+    torch.manual_seed(settings.train.seed)
+    model = I3LM(settings.model, corpus.tokenizer.bos_id)
+    started = engine.Engine(model, engine_config, settings.optimizer, settings.train, micro_batches)
+    tracker: tracking.Tracker | tracking.NoTracker = tracking.NoTracker()
+    if job.rank == 0:
+        lay_out(settings, corpus)
+        print_summary(settings, job.world_size)
+        tracker = tracking.start(settings, tags=tags(corpus), fresh=saved is None)
+        for name in ("settings.yaml", "tokenizer.json"):
+            tracker.artifact(settings.run.path / name)
+    trainer = Trainer(settings, job, corpus, started, tracker)
+    if saved is not None:
+        trainer.resume(*saved)
+    return trainer
+
+
+def tags(corpus: Corpus) -> dict[str, str]:
+    """What tells one run's origin from another's."""
+    return {
+        "git_commit": tracking.git_commit(),
+        "data_fingerprint": corpus.train.manifest.fingerprint,
+        "data_source": corpus.train.manifest.source,
+    }
+
+
+def main() -> None:
+    """Train, or say in one line why not."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    arguments = parse_arguments()
+    settings = Settings.load(arguments.config, arguments.overrides)
+    job = dist.Job.detect()
+    logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
+    if arguments.dry_run:
+        dry_run(settings, job)
+        return
+    corpus = open_corpus(settings, optional=False)
+    assert corpus is not None
+    trainer = build(arguments, settings, job, corpus)
+    try:
+        trainer.fit()
+    except (UserError, KeyboardInterrupt):
+        trainer.tracker.finish("FAILED")
+        raise
+    trainer.tracker.finish()
+    dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
+    dist.leave()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

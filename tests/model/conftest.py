@@ -1,0 +1,35 @@
+"""A small model whose random weights are large enough for every path to matter."""
+
+import pytest
+import torch
+
+from i3dist.config import ModelSettings
+from i3dist.model.lm import I3LM
+
+BOS = 2
+SMALL = {
+    "vocab_size": 40,
+    "d_model": 24,
+    "rwkv_layers": 2,
+    "attention_layers": 2,
+    "heads": 4,
+    "chunk_length": 12,
+    "latents": 3,
+    "history_chunks": 3,
+}
+
+
+def build(**changes: object) -> I3LM:
+    """A model in fp64 with weights of standard deviation 0.3."""
+    torch.manual_seed(0)
+    model = I3LM(ModelSettings.model_validate(SMALL | changes), BOS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.3)
+    return model.double()
+
+
+@pytest.fixture(scope="session")
+def model() -> I3LM:
+    return build()

@@ -1,0 +1,259 @@
+"""What the model promises: causality, isolation, reach, and one result however it is computed."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from i3dist.config import CompressionSettings, ModelSettings
+from i3dist.model.decode import Decoder
+from i3dist.model.layers import adjust_heads
+from i3dist.model.lm import I3LM, decayed, parameters_by_part
+from i3dist.model.state import LaneState
+from i3dist.ops.cross_entropy import IGNORE
+from tests.model.conftest import SMALL, build
+from tests.model.streams import BOS, depth_of, empty, logits, stream
+
+T, V, C = SMALL["chunk_length"], SMALL["vocab_size"], SMALL["history_chunks"]
+seeds = st.integers(0, 2**31)
+EXACT = {"rtol": 0, "atol": 0}
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # fp64 rounding
+
+
+def random_stream(seed: int, chunks: int = 6, mean_document: float = 30) -> torch.Tensor:
+    return stream(seed, chunks, T, V, mean_document)
+
+
+def other_token(token: torch.Tensor) -> torch.Tensor:
+    return 4 + (token - 4 + 1) % (V - 4)
+
+
+@given(seed=seeds, position=st.integers(1, 6 * T - 1))
+@settings(max_examples=30, deadline=None)
+def test_a_future_token_changes_no_past_logit(model: I3LM, seed: int, position: int) -> None:
+    tokens = random_stream(seed)
+    changed = tokens.clone()
+    changed.view(-1)[position] = other_token(changed.view(-1)[position])
+    before = logits(model, tokens).flatten(0, 2)[:position]
+    after = logits(model, changed).flatten(0, 2)[:position]
+    torch.testing.assert_close(after, before, **EXACT)
+
+
+@given(seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_the_present_token_matters(model: I3LM, seed: int) -> None:
+    """The oracle of the test above can fail: logits at and after a change do move."""
+    tokens = random_stream(seed)
+    changed = tokens.clone()
+    changed[0, 2, 5] = other_token(changed[0, 2, 5])
+    assert (logits(model, changed)[0, 2, 5] - logits(model, tokens)[0, 2, 5]).abs().max() > 1e-6
+
+
+@given(seed=seeds, which=st.integers(0, 50))
+@settings(max_examples=30, deadline=None)
+def test_documents_do_not_see_their_neighbours_content(model: I3LM, seed: int, which: int) -> None:
+    tokens = random_stream(seed, mean_document=15)
+    document = (tokens.view(-1) == BOS).cumsum(0)
+    chosen = which % int(document.max()) + 1
+    outside = (document != chosen) & (tokens.view(-1) >= 4)
+    changed = tokens.clone()
+    changed.view(-1)[outside] = other_token(changed.view(-1)[outside])
+    inside = document == chosen
+    before, after = (logits(model, x).flatten(0, 2)[inside] for x in (tokens, changed))
+    torch.testing.assert_close(after, before, **EXACT)
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@given(seed=seeds, window=st.sampled_from([1, 2, 3]))
+@settings(max_examples=12, deadline=None)
+def test_sequential_equals_chunk_parallel(carry: bool, seed: int, window: int) -> None:
+    model = build(state_carry=carry)
+    tokens = random_stream(seed)
+    depth, state, gate = depth_of(tokens), empty(model), torch.tensor(0.7)
+    whole, whole_state = model.hidden(tokens, depth, state, gate)
+    parts = []
+    for start in range(0, tokens.shape[1], window):
+        part = slice(start, start + window)
+        hidden, state = model.hidden(tokens[:, part], depth[:, part], state, gate)
+        parts.append(hidden)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
+    for name, tensor in whole_state.tensors().items():
+        torch.testing.assert_close(state.tensors()[name], tensor, **CLOSE)
+
+
+@given(seed=seeds, chunk=st.integers(0, 6), offset=st.integers(1, T - 1))
+@settings(max_examples=30, deadline=None)
+def test_reach_is_exactly_the_history(model: I3LM, seed: int, chunk: int, offset: int) -> None:
+    """In a long document a token in chunk c sees chunks c - C to c, and nothing earlier."""
+    tokens = random_stream(seed, chunks=7, mean_document=10_000)
+    changed = tokens.clone()
+    changed[0, chunk, offset] = other_token(changed[0, chunk, offset])
+    moved = (logits(model, changed) - logits(model, tokens)).abs().amax(dim=(0, 2, 3))
+    expected = [chunk <= later <= chunk + C for later in range(7)]
+    # The last token of a chunk moves its own logits and the latents that later chunks read.
+    assert (moved > 0).tolist() == expected
+
+
+def test_state_carry_reaches_further(model: I3LM) -> None:
+    carrying = build(state_carry=True)
+    tokens = random_stream(0, chunks=7, mean_document=10_000)
+    changed = tokens.clone()
+    changed[0, 0, 3] = other_token(changed[0, 0, 3])
+    moved = (logits(carrying, changed) - logits(carrying, tokens)).abs().amax(dim=(0, 2, 3))
+    assert moved[C + 1] > 0
+
+
+def test_history_holds_the_newest_chunks_and_drops_the_oldest(model: I3LM) -> None:
+    tokens = random_stream(1, chunks=C + 2, mean_document=10_000)
+    depth, gate = depth_of(tokens), torch.tensor(1.0)
+    _, state = model.hidden(tokens, depth, empty(model), gate)
+    _, newest = model.hidden(tokens[:, -C:], depth[:, -C:], empty(model), gate)
+    assert state.latents.shape == (1, C, SMALL["latents"], SMALL["d_model"])
+    torch.testing.assert_close(state.latents, newest.latents, **CLOSE)
+
+
+def test_the_card_holds_256_latents() -> None:
+    card = ModelSettings()
+    state = LaneState.empty(1, card, torch.device("meta"), torch.bfloat16)
+    assert state.latents.shape[1] * state.latents.shape[2] == 256
+    assert card.history_chunks * card.chunk_length == 4096
+
+
+@given(seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_gate_zero_equals_no_history(model: I3LM, seed: int) -> None:
+    tokens = random_stream(seed, mean_document=200)
+    nothing_visible = torch.zeros_like(depth_of(tokens))
+    closed = logits(model, tokens, gate=0.0)
+    hidden, _ = model.hidden(tokens, nothing_visible, empty(model), torch.tensor(1.0))
+    torch.testing.assert_close(closed, model.head(hidden), **EXACT)
+    assert (logits(model, tokens, gate=1.0) - closed).abs().max() > 1e-6
+
+
+def training_loss(model: I3LM, tokens: torch.Tensor, state: LaneState) -> torch.Tensor:
+    targets = torch.full_like(tokens, IGNORE)
+    targets[..., :-1] = tokens[..., 1:]
+    losses, _ = model(tokens, targets, depth_of(tokens), state, torch.tensor(1.0))
+    return losses.sum()
+
+
+def test_gradient_flows_into_the_compressor_inside_a_window_only(model: I3LM) -> None:
+    tokens = random_stream(2, chunks=3, mean_document=10_000)
+    gradients = torch.autograd.grad(
+        training_loss(model, tokens, empty(model)),
+        list(model.compressor.parameters()),
+        allow_unused=True,
+    )
+    assert all(g is not None and g.norm() > 0 for g in gradients)
+    alone = training_loss(model, tokens[:, :1], empty(model))
+    last = torch.autograd.grad(alone, list(model.compressor.parameters()), allow_unused=True)
+    assert all(g is None or g.norm() == 0 for g in last)
+
+
+@given(seed=seeds, rows=st.sampled_from([1, 2, 3]))
+@settings(max_examples=8, deadline=None)
+def test_grouping_lanes_into_micro_batches_keeps_the_gradient(
+    model: I3LM, seed: int, rows: int
+) -> None:
+    """The same holds for ranks, which are given other lanes of the same step."""
+    lanes = torch.cat([random_stream(seed + i, chunks=3) for i in range(6)])
+    parameters = list(model.parameters())
+    whole = torch.autograd.grad(training_loss(model, lanes, empty(model, 6)), parameters)
+    parts = [
+        torch.autograd.grad(
+            training_loss(model, lanes[i : i + rows], empty(model, rows)), parameters
+        )
+        for i in range(0, 6, rows)
+    ]
+    for name, expected, *pieces in zip(dict(model.named_parameters()), whole, *parts, strict=True):
+        torch.testing.assert_close(
+            torch.stack(pieces).sum(0), expected, rtol=1e-7, atol=1e-7, msg=name
+        )
+
+
+def test_a_window_without_targets_gives_zero_and_no_nan(model: I3LM) -> None:
+    tokens = torch.ones(2, 2, T, dtype=torch.long)  # an idle lane reads padding
+    targets = torch.full_like(tokens, IGNORE)
+    depth = torch.zeros(2, 2, dtype=torch.long)
+    losses, state = model(tokens, targets, depth, empty(model, 2), torch.tensor(0.0))
+    gradients = torch.autograd.grad(losses.sum(), list(model.parameters()), allow_unused=True)
+    assert losses.sum() == 0
+    assert all(g is None or not g.any() for g in gradients)
+    assert state.latents.isfinite().all()
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@given(seed=seeds, prompt=st.integers(1, 3 * T), mean_document=st.sampled_from([15, 60, 10_000]))
+@settings(max_examples=8, deadline=None)
+def test_token_by_token_equals_the_training_forward(
+    carry: bool, seed: int, prompt: int, mean_document: float
+) -> None:
+    model = build(state_carry=carry)
+    tokens = random_stream(seed, mean_document=mean_document)
+    expected = logits(model, tokens).flatten(0, 2)
+    decoder = Decoder(model)
+    flat = tokens.flatten()
+    got = [decoder.feed(flat[:prompt]), *(decoder.feed(t[None]) for t in flat[prompt:])]
+    torch.testing.assert_close(
+        torch.stack(got).double(), expected[prompt - 1 :], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_decoding_holds_constant_memory(model: I3LM) -> None:
+    decoder, sizes = Decoder(model), []
+    for token in random_stream(3, chunks=12, mean_document=40).flatten():
+        decoder.feed(token[None])
+        sizes.append(decoder.chunk.tokens.shape[1])
+        assert decoder.state.latents.shape[1] == C
+    assert max(sizes) == T
+
+
+@pytest.mark.parametrize(
+    ("width", "requested", "heads"),
+    [(1180, 8, 10), (512, 8, 8), (12, 5, 6), (1181, 8, 1), (7, 5, 7), (9, 2, 3), (6, 100, 6)],
+)
+def test_heads_adjust_to_the_nearest_divisor(width: int, requested: int, heads: int) -> None:
+    assert adjust_heads(width, requested) == heads
+
+
+@given(width=st.integers(1, 3000), requested=st.integers(1, 64))
+def test_heads_always_divide_the_width(width: int, requested: int) -> None:
+    heads = adjust_heads(width, requested)
+    assert width % heads == 0
+    assert all(
+        width % n or abs(n - requested) >= abs(heads - requested) for n in range(1, width + 1)
+    )
+
+
+@pytest.mark.parametrize("width", [1180, 101])
+def test_awkward_widths_run(width: int) -> None:
+    model = I3LM(ModelSettings.model_validate(SMALL | {"d_model": width}), BOS)
+    tokens = random_stream(0, chunks=2)
+    loss = training_loss(model, tokens, empty(model))
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_the_card_has_340_million_parameters() -> None:
+    with torch.device("meta"):
+        model = I3LM(ModelSettings(), BOS)
+    counts = parameters_by_part(model)
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    assert 335e6 <= sum(counts.values()) <= 348e6
+
+
+def test_decay_applies_to_matrices_only(model: I3LM) -> None:
+    names = set(decayed(model))
+    parameters = dict(model.named_parameters())
+    assert names <= set(parameters)
+    assert all(parameters[name].ndim == 2 for name in names)
+    assert not any("mix" in n.split(".")[-1] or "offset" in n or "norm" in n for n in names)
+    assert {"head.weight", "rwkv.0.time_mix.key.weight"} <= names
+
+
+def test_gate_is_off_then_rises() -> None:
+    gate = CompressionSettings(off_steps=100, ramp_steps=50).gate_at
+    assert [gate(s) for s in (0, 99)] == [0.0, 0.0]
+    assert gate(100) == pytest.approx(1 / 50)
+    assert [gate(s) for s in (149, 10_000)] == [1.0, 1.0]
+    assert CompressionSettings(off_steps=0, ramp_steps=0).gate_at(0) == 1.0

@@ -1,0 +1,87 @@
+"""The tree's directions: imports run one way, and heavy packages stay behind one file each."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Each layer may import itself and those before it.
+LAYERS = [
+    {"i3dist.errors"},
+    {"i3dist.config", "i3dist.dist", "i3dist.tokenizer"},
+    {"i3dist.ops"},
+    {"i3dist.model", "i3dist.data"},
+    {"i3dist.engine", "i3dist.tracking", "i3dist.metrics_log", "i3dist.plots"},
+    {"i3dist.checkpoint", "i3dist.evaluate", "i3dist.generate", "i3dist.summary"},
+    {"i3dist.run", "i3dist.trainer"},
+]
+
+
+def layer_of(module: str) -> int:
+    for level, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return level
+    raise AssertionError(f"{module} stands in no layer: add it to LAYERS")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def known(name: str) -> bool:
+    """Whether a dotted name is a module of ours, not something inside one."""
+    path = ROOT / Path(*name.split("."))
+    return path.with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("path", modules("i3dist"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    if path.name == "__init__.py":
+        return
+    here = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for name in imports(path):
+        assert not name.startswith(("launch", "data_prep", "tests")), name
+        if name.startswith("i3dist.") and known(name):
+            assert layer_of(name) <= layer_of(here), f"{here} imports {name}"
+
+
+def test_the_model_never_sees_data() -> None:
+    for path in modules("i3dist/model"):
+        assert not any(name.startswith("i3dist.data") for name in imports(path)), path
+
+
+@pytest.mark.parametrize(
+    ("package", "owner"), [("deepspeed", "i3dist/engine.py"), ("mlflow", "i3dist/tracking.py")]
+)
+def test_one_file_imports(package: str, owner: str) -> None:
+    files = [p for folder in ("i3dist", "launch", "data_prep") for p in modules(folder)]
+    using = {
+        str(path.relative_to(ROOT))
+        for path in files
+        if any(name.split(".")[0] == package for name in imports(path))
+    }
+    assert using == {owner}
+
+
+def test_data_preparation_needs_no_torch() -> None:
+    script = (
+        "import sys, runpy, pkgutil, importlib, data_prep, i3dist.data.manifest, i3dist.tokenizer\n"
+        "[importlib.import_module(f'data_prep.{m.name}') "
+        "for m in pkgutil.iter_modules(data_prep.__path__)]\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,148 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_hex, to_rgba
+
+from i3dist import plots
+from i3dist.metrics_log import MetricsLog
+
+NUMBER = st.none() | st.floats(0, 20)
+TRAIN_LINE = st.fixed_dictionaries(
+    {"step": st.integers(0, 10**6)},
+    optional={"loss": NUMBER, "gate": st.floats(0, 1), "tokens_seen": st.integers(0, 10**12)},
+)
+CHUNK = st.fixed_dictionaries(
+    {"index": st.integers(0, 40)}, optional={"loss": NUMBER, "loss_without_history": NUMBER}
+)
+VALID_LINE = st.fixed_dictionaries(
+    {"step": st.integers(0, 10**6)},
+    optional={"loss": NUMBER, "by_chunk": st.lists(CHUNK, max_size=3)},
+)
+
+
+def training(last, every=10):
+    """Lines as the trainer writes them: gate off to step 100, open from 150 on."""
+    return [
+        {
+            "step": step,
+            "loss": 3 + 7 / step,
+            "gate": min(1.0, max(0.0, (step - 100) / 50)),
+            "tokens_seen": 16_384 * step,
+        }
+        for step in range(every, last + 1, every)
+    ]
+
+
+def validation(steps, chunks=3):
+    return [
+        {
+            "step": step,
+            "loss": 3.5,
+            "by_chunk": [
+                {"index": i, "tokens": 5, "loss": 3.0, "loss_without_history": 3.0 + i * step}
+                for i in range(chunks)
+            ],
+        }
+        for step in steps
+    ]
+
+
+def write(path, lines):
+    log = MetricsLog(path)
+    for line in lines:
+        log.append(line["step"], {key: value for key, value in line.items() if key != "step"})
+
+
+def labelled(axes):
+    handles, labels = axes.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
+
+
+def test_a_whole_run_gives_both_pictures(tmp_path):
+    write(tmp_path / "metrics.jsonl", training(400))
+    write(tmp_path / "validation.jsonl", validation([200, 400]))
+    written = plots.plot_run(tmp_path)
+    assert written == [tmp_path / "plots/loss.png", tmp_path / "plots/history.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "drawn"),
+    [
+        ("metrics.jsonl", training(10), ["loss.png"]),
+        ("metrics.jsonl", [{"step": 1, "loss": math.nan}], []),
+        ("validation.jsonl", validation([5]), ["loss.png", "history.png"]),
+        ("validation.jsonl", [{"step": 5, "loss": 3.0}], ["loss.png"]),
+        ("validation.jsonl", [], []),
+    ],
+)
+def test_what_is_missing_leaves_only_its_picture_out(tmp_path, name, lines, drawn):
+    write(tmp_path / name, lines)
+    assert [path.name for path in plots.plot_run(tmp_path)] == drawn
+
+
+# Drawing a figure takes tenths of a second; the pictures are laid out but not encoded.
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(TRAIN_LINE, max_size=4), st.lists(VALID_LINE, max_size=3))
+def test_no_lines_break_a_picture(metrics, held_out):
+    def in_order(lines):
+        return sorted({line["step"]: line for line in lines}.values(), key=lambda x: x["step"])
+
+    for figure in (
+        plots._loss(in_order(metrics), in_order(held_out)),
+        plots._history(in_order(held_out)),
+    ):
+        if figure is not None:
+            figure.draw_without_rendering()
+
+
+def test_the_loss_picture_shows_both_losses_tokens_and_the_gate():
+    figure = plots._loss(training(400), validation([200, 400]))
+    axes, top = figure.axes
+    parts = labelled(axes)
+    assert {"validation", "history off", "history ramps in"} < set(parts)
+    assert list(parts["validation"].get_xdata()) == [200, 400]
+    ramp = parts["history ramps in"].get_extents().transformed(axes.transData.inverted())
+    assert (ramp.x0, ramp.x1) == pytest.approx((110, 150))
+    assert (axes.get_xlabel(), top.get_xlabel()) == ("step", "tokens seen")
+    assert "nats" in axes.get_ylabel()
+    positions = {
+        label.get_text(): x
+        for x, label in zip(top.get_xticks(), top.get_xticklabels(), strict=True)
+    }
+    assert positions["1M"] == pytest.approx(1e6 / 16_384)
+    assert top.get_xlim() == axes.get_xlim()
+
+
+def test_the_history_picture_shows_the_last_validation_and_gains_over_steps():
+    left, right, _ = plots._history(validation([200, 400])).axes
+    parts = labelled(left)
+    assert list(parts["history withheld"].get_ydata()) == [3.0, 403.0, 803.0]
+    assert list(parts["with history"].get_ydata()) == [3.0, 3.0, 3.0]
+    curves = [line for line in right.lines if line.get_marker() == "."]
+    assert [list(line.get_ydata()) for line in curves] == [[0, 0], [200, 400], [400, 800]]
+    assert len({to_hex(to_rgba(line.get_color())) for line in curves}) == 3
+
+
+@given(st.integers(1, 200), st.floats(-5, 5), st.floats(-5, 5))
+def test_the_running_mean_keeps_lines_straight(count, slope, start):
+    line = start + slope * np.arange(count)
+    np.testing.assert_allclose(plots._running_mean(line), line, atol=1e-9)
+
+
+def test_the_running_mean_smooths():
+    noise = np.random.default_rng(0).normal(size=1000)
+    assert plots._running_mean(noise)[500:900].std() < 0.25
+
+
+def test_drawing_needs_neither_torch_nor_a_display():
+    program = "import sys, i3dist.plots; print({'torch', 'matplotlib.pyplot'} & set(sys.modules))"
+    root = Path(plots.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr

@@ -1,0 +1,291 @@
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from i3dist import tracking
+from i3dist.config import Settings
+from i3dist.tracking import NoTracker, Tracker, git_commit, open_command, start, store_uri
+
+DEAD_SERVER = "http://user:secret@127.0.0.1:9"  # discard port: nobody listens
+
+
+@pytest.fixture(autouse=True)
+def no_store_from_outside(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs beside one another share a store; setting one up takes seconds."""
+    return tmp_path_factory.mktemp("runs with space")
+
+
+def make_settings(path, **changes):
+    return Settings().with_values(
+        **{"run.path": str(path), "tracking.system_metrics": False, **changes}
+    )
+
+
+def stored(settings):
+    run_id = (settings.run.path / tracking.RUN_ID_FILE).read_text().strip()
+    client = MlflowClient(store_uri(settings))
+    return client, client.get_run(run_id)
+
+
+def test_a_run_holds_params_tags_metrics_artifacts_and_leaves_the_cwd_alone(folder):
+    folder.joinpath("cwd").mkdir()
+    with chdir(folder / "cwd"):
+        settings = make_settings(Path("../named"))
+        tracker = start(settings, tags={"git_commit": "abc"}, fresh=False)
+        tracker.log(10, {"loss": 2.5, "gate": 0, "bad": float("nan"), "worse": None}, "train")
+        chunk = {"index": 3, "tokens": 7, "loss": 1.5, "loss_without_history": 1.75}
+        tracker.log(10, {"loss": 2.0, "by_chunk": [chunk]}, "valid")
+        settings.run.path.joinpath("resolved.yaml").write_text(settings.to_yaml())
+        tracker.artifact(settings.run.path / "resolved.yaml", "settings")
+        tracker.finish()
+        client, run = stored(settings)
+        assert list(Path().iterdir()) == []
+    assert (run.info.run_name, run.info.status) == ("named", "FINISHED")
+    assert run.data.params == {key: str(value) for key, value in settings.flat().items()}
+    assert run.data.tags["git_commit"] == "abc"
+    assert run.data.metrics == {
+        "train/loss": 2.5,
+        "train/gate": 0.0,
+        "valid/loss": 2.0,
+        "valid/chunk_03/loss": 1.5,
+        "valid/chunk_03/loss_without_history": 1.75,
+    }
+    assert client.get_metric_history(run.info.run_id, "train/loss")[0].step == 10
+    assert [item.path for item in client.list_artifacts(run.info.run_id, "settings")] == [
+        "settings/resolved.yaml"
+    ]
+    assert list(folder.glob("mlartifacts/*/artifacts/settings/resolved.yaml"))
+
+
+def test_a_continued_run_goes_on_in_the_same_run_with_changed_settings_as_tags(folder):
+    settings = make_settings(folder / "continued")
+    tracker = start(settings, tags={"git_commit": "a"}, fresh=False)
+    tracker.log(1, {"loss": 3.0}, "train")
+    tracker.finish("KILLED")
+    before = stored(settings)[1]
+    assert before.info.status == "KILLED"
+
+    longer = settings.with_values(**{"train.steps": 30_000})
+    tracker = start(longer, tags={"git_commit": "b"}, fresh=False)
+    assert stored(settings)[1].info.status == "RUNNING"
+    tracker.log(2, {"loss": 2.0}, "train")
+    tracker.finish()
+    client, after = stored(settings)
+    assert after.info.run_id == before.info.run_id
+    assert [m.step for m in client.get_metric_history(after.info.run_id, "train/loss")] == [1, 2]
+    assert after.data.params == before.data.params
+    assert after.data.tags["changed.train.steps"] == "30000"
+    assert after.data.tags["git_commit"] == "b"
+    assert sum(tag.startswith("changed.") for tag in after.data.tags) == 1
+
+    start(settings, tags={}, fresh=False).finish()
+    assert stored(settings)[1].data.tags["changed.train.steps"] == "20000"
+
+
+@pytest.mark.parametrize("way", ["fresh", "deleted", "lost", "empty"])
+def test_a_new_run_where_asked_or_where_the_old_one_is_gone(folder, way):
+    settings = make_settings(folder / way)
+    start(settings, tags={}, fresh=False).finish()
+    client, old = stored(settings)
+    id_file = settings.run.path / tracking.RUN_ID_FILE
+    if way == "deleted":
+        client.delete_run(old.info.run_id)
+    elif way != "fresh":
+        id_file.write_text({"lost": "0" * 32, "empty": ""}[way])
+    start(settings, tags={}, fresh=way == "fresh").finish()
+    run = stored(settings)[1]
+    assert run.info.run_id != old.info.run_id
+    assert run.info.status == "FINISHED"
+
+
+def test_system_metrics_of_a_continued_run_go_on_with_the_next_step(folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    settings = make_settings(folder / "system", **{"tracking.system_metrics": True})
+    for _ in range(2):
+        tracker = start(settings, tags={}, fresh=False)
+        time.sleep(0.5)
+        tracker.finish()
+    client, run = stored(settings)
+    name = "system/cpu_utilization_percentage"
+    history = client.get_metric_history(run.info.run_id, name)
+    assert [metric.step for metric in sorted(history, key=lambda metric: metric.timestamp)] == list(
+        range(len(history))
+    )
+    assert len(history) >= 2
+
+
+def test_a_server_that_is_down_costs_one_warning_and_no_waiting(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD_SERVER)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    # Each retry waits seconds, which is too slow for a test.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = start(make_settings(tmp_path / "run"), tags={}, fresh=False)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"  # the user's, kept
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+    begin = time.monotonic()
+    for step in range(2 * tracking.QUEUE_LIMIT):
+        tracker.log(step, {"loss": 1.0}, "train")
+    assert time.monotonic() - begin < 1
+    tracker.finish()
+    assert time.monotonic() - begin < 5
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
+    assert "http://***@127.0.0.1:9 fails, training goes on" in warning
+    assert "Connection refused" in warning
+    assert "secret" not in warning and "\n" not in warning
+
+
+class FakeRun:
+    """Stands for an open run of a store."""
+
+    def __init__(self):
+        self.steps, self.status, self.monitor_stopped = [], None, False
+        self.broken = False
+
+    def log(self, values, step, time_ms):
+        if self.broken:
+            raise OSError("store went away")
+        self.steps.append(step)
+
+    def stop_monitor(self):
+        self.monitor_stopped = True
+
+    def finish(self, status):
+        self.status = status
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+def test_a_store_that_comes_back_gets_the_rest_of_the_run(caplog):
+    caplog.set_level("INFO")
+    runs = []
+
+    def open_run():
+        runs.append(FakeRun())
+        if len(runs) in (1, 2):
+            raise ConnectionError("first line\nsecond line")
+        return runs[-1]
+
+    tracker = Tracker("store", open_run)
+    tracker.log(1, {"loss": 1.0}, "train")  # fails with the second opening
+    tracker.log(2, {"loss": 1.0}, "train")
+    wait_for(lambda: len(runs) == 3 and runs[2].steps == [2])
+    runs[2].broken = True
+    tracker.log(3, {"loss": 1.0}, "train")
+    tracker.log(4, {"loss": 1.0}, "train")
+    tracker.finish("KILLED")
+    assert runs[2].monitor_stopped
+    assert runs[-1].status == "KILLED"
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["WARNING", "INFO", "WARNING", "INFO"]
+    assert "second line" not in caplog.text
+
+
+def test_a_store_that_hangs_blocks_neither_logging_nor_the_end(monkeypatch, caplog):
+    monkeypatch.setattr(tracking, "FINISH_WAIT_S", 0.2)
+    monkeypatch.setattr(tracking, "QUEUE_LIMIT", 3)
+    release = threading.Event()
+
+    def open_run():
+        release.wait(10)
+        return FakeRun()
+
+    tracker = Tracker("store", open_run)
+    begin = time.monotonic()
+    for step in range(10):
+        tracker.log(step, {"loss": 1.0}, "train")
+    tracker.finish()
+    assert time.monotonic() - begin < 1
+    assert "did not take everything" in caplog.text
+    release.set()
+
+
+def test_where_tracking_is_off_nothing_is_written(tmp_path):
+    settings = make_settings(tmp_path / "run", **{"tracking.enabled": False})
+    tracker = start(settings, tags={}, fresh=False)
+    assert isinstance(tracker, NoTracker)
+    tracker.log(1, {"loss": 1.0}, "train")
+    tracker.artifact(tmp_path / "none")
+    tracker.finish("FAILED")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_trackers_have_the_same_methods():
+    public = {name for name in vars(NoTracker) if not name.startswith("_")}
+    assert public == {"log", "artifact", "finish"}
+    assert public < set(vars(Tracker))
+
+
+def test_the_terminal_holds_our_lines_only_and_mlflow_is_imported_late(tmp_path):
+    program = """
+import sys
+from i3dist import tracking
+from i3dist.config import Settings
+assert "mlflow" not in sys.modules
+settings = Settings().with_values(**{"run.path": "runs/one"})
+tracker = tracking.start(settings, tags={}, fresh=False)
+tracker.log(1, {"loss": 1.0}, "train")
+tracker.finish()
+"""
+    environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
+    environment["PYTHONPATH"] = str(Path(tracking.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"one", "mlflow.db"}
+
+
+def test_the_ui_command_names_the_store_quoted_and_without_its_password(tmp_path, monkeypatch):
+    settings = make_settings(tmp_path / "a b" / "run")
+    expected = f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/a b/mlflow.db'"
+    assert open_command(settings) == expected
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:pw@tracking:5000")
+    assert open_command(settings) == "https://***@tracking:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:pw@db/mlflow")
+    assert "pw" not in open_command(settings)
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
+
+
+def test_git_commit_names_the_commit_and_what_was_changed(tmp_path, monkeypatch):
+    file = tmp_path / "module.py"
+    file.write_text("1")
+    assert git_commit(file) == "unknown"
+    git(tmp_path, "init")
+    assert git_commit(file) == "unknown"
+    git(tmp_path, "add", "module.py")
+    git(tmp_path, "commit", "-m", "one")
+    clean = git_commit(file)
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    other = tmp_path / "other.py"
+    other.write_text("2")
+    assert git_commit(file) == f"{clean}+dirty"
+    assert git_commit(other) == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert git_commit(file) == "unknown"
