@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Job(settings, output, console).run(source.parts(), given, options.workers)
     except OSError as error:
         place = error.filename or output.folder
-        raise UserError(f"cannot write to {place}: {error.strerror}") from None
+        raise UserError(f"cannot write to {place}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class ValidateSettings(Section):
     """Held-out loss, with and without history."""
 
     every: CountOrZero = 500
-    """Steps between validations; 0 validates only at the end."""
+    """Steps between validations; 0 validates only before the first step and after the last."""
     chunks: Count = 1024
     """Chunks of the fixed validation subset, rounded up to whole shards."""
 

@@ -29,6 +29,9 @@ Launcher = Literal["deepspeed", "torchrun", "slurm", "python"]
 # Rendezvous ports under Slurm: below Linux's ephemeral range, which begins at 32768.
 FIRST_PORT, PORTS = 10_240, 20_000
 
+# What gloo says when the other end of a connection is gone.
+PEER_LOSS = r"gloo.*(closed|reset|refused|broken|timed out)|onnection (closed|reset) by peer"
+
 # Building DeepSpeed's operator takes half a minute; a lock this old has no owner.
 STALE_LOCK_SECONDS = 600
 
@@ -310,6 +313,13 @@ def barrier() -> None:
     """Wait for all ranks; alone, return at once."""
     if torch_dist.is_initialized():
         torch_dist.barrier()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank of the job is gone."""
+    if isinstance(error, torch_dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search(PEER_LOSS, str(error)))
 
 
 def leave() -> None:

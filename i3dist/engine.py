@@ -7,6 +7,7 @@ in, as fragments by parameter name, which belong to no particular number of rank
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,10 @@ from i3dist.model.state import LaneState
 # Read at import: the accelerator, and how much DeepSpeed says.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
 
-import deepspeed
+# DeepSpeed still calls names that torch is about to retire.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+import deepspeed  # noqa: E402
 
 # What the trainer decides from its own settings; the engine's file leaves these out or "auto".
 OURS = (

@@ -2,8 +2,13 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# Ranks but the first wait so long before they speak: most errors strike all ranks alike, and the
+# launcher ends the others once the first has spoken and gone.
+OTHERS_WAIT_SECONDS = 3.0
 
 
 class UserError(Exception):
@@ -17,13 +22,18 @@ def one_line_errors() -> Iterator[None]:
     The exit skips interpreter teardown, so a rank that fails ends at once even where other ranks
     wait for it in a collective.
     """
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        message = f"error: {error}"
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
+        message = "error: interrupted"
     else:
         return
+    if rank:
+        time.sleep(OTHERS_WAIT_SECONDS)
+        message = f"[rank {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)

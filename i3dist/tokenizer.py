@@ -161,7 +161,10 @@ def _parse(data: bytes, path: Path) -> HFTokenizer:
         backend = HFTokenizer.from_str(data.decode())
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a tokenizer.json: it is not UTF-8 text") from None
-    except Exception as error:  # The library raises bare Exception for every kind of bad content
+    except BaseException as error:
+        # The library raises bare Exception for bad content, and a Rust panic is not even that.
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a tokenizer.json: {reason}") from None
     backend.no_padding()

@@ -74,6 +74,9 @@ class Trainer:
     def fit(self) -> None:
         """Train to `train.steps`; the last step is always reported, validated and saved."""
         batches = self._batches()
+        if self.progress.step == 0:
+            self.validate()
+        self._interval = _Interval()
         while self.progress.step < self.settings.train.steps:
             self.train_step(batches)
             self.report_if_due()

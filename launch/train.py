@@ -114,8 +114,10 @@ def main() -> None:
     trainer = build(arguments, settings, job, corpus)
     try:
         trainer.fit()
-    except (UserError, KeyboardInterrupt):
+    except BaseException as error:
         trainer.tracker.finish("FAILED")
+        if dist.lost_peer(error):
+            raise UserError("another rank of the job ended early; its message says why") from None
         raise
     trainer.tracker.finish()
     dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")

@@ -1,0 +1,28 @@
+"""One corpus and one output for all tests of the data stage."""
+
+from pathlib import Path
+
+import pytest
+
+from data_prep import sources
+from tests.data_prep.corpus import build, write_corpus
+
+
+@pytest.fixture(autouse=True)
+def _many_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_SMALLEST_PART", 4000)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The corpus's folder and its usable texts by id."""
+    folder = tmp_path_factory.mktemp("corpus")
+    return folder, write_corpus(folder)
+
+
+@pytest.fixture(scope="session")
+def built(corpus: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one worker makes of the corpus in one go, with parts of the usual size."""
+    out = tmp_path_factory.mktemp("built") / "out"
+    build(corpus[0], out)
+    return out

@@ -1,0 +1,110 @@
+"""The shuffle: an order that hangs on seed and source alone, whatever the runs and the buckets."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep import shuffle
+from data_prep.passes import split_ranges
+from data_prep.records import Record
+from data_prep.shuffle import HASH_END, PartSummary, Spiller, hashes, in_order
+from i3dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Part:
+    first: int
+    last: int
+
+    def records(self) -> Iterator[Record]:
+        for i in range(self.first, self.last):
+            yield Record(f"f#{i}", f"id {i}", "", "word " * (1 + i % 7) + str(i))
+
+
+def _tokenizer() -> Any:
+    def encode_batch(texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16) for text in texts]
+
+    return SimpleNamespace(encode_batch=encode_batch)
+
+
+def _order(folder: Path, ends: list[int], seed: int = 0, splits: range = range(HASH_END)) -> list:
+    folder.mkdir()
+    spiller = Spiller(_tokenizer(), folder, seed, lambda tokens: None)
+    cuts = zip([0, *ends], ends, strict=False)
+    summaries = [spiller.spill(_Part(*cut), number) for number, cut in enumerate(cuts)]
+    tokens = sum(summary.tokens for summary in summaries)
+    runs = [folder / name for summary in summaries for name in summary.runs]
+    return [(d.id, bytes(d.tokens.astype(np.uint8))) for d in in_order(runs, tokens, splits)]
+
+
+def test_parts_runs_and_buckets_do_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _order(tmp_path / "whole", [200])
+    monkeypatch.setattr(shuffle, "RUN_TOKENS", 300)
+    monkeypatch.setattr(shuffle, "BUCKET_TOKENS", 500)
+    pieces = _order(tmp_path / "pieces", [3, 90, 91, 200])
+    assert pieces == whole
+    assert len(list((tmp_path / "pieces").glob("*.arrow"))) > 10
+    assert sorted(name for name, _ in whole) == sorted(f"id {i}" for i in range(200))
+
+
+def test_the_seed_decides_the_order(tmp_path: Path) -> None:
+    orders = [[name for name, _ in _order(tmp_path / str(s), [200], s)] for s in (0, 1)]
+    assert orders[0] != orders[1]
+    assert orders[0] != sorted(orders[0])
+    numbers = [int(name.split()[1]) for name in orders[0]]
+    assert abs(np.corrcoef(numbers, np.arange(200))[0, 1]) < 0.3
+
+
+def test_ranges_of_split_hashes_divide_the_documents(tmp_path: Path) -> None:
+    whole = _order(tmp_path / "whole", [200])
+    bound = HASH_END // 3
+    low = _order(tmp_path / "low", [200], splits=range(bound))
+    high = _order(tmp_path / "high", [200], splits=range(bound, HASH_END))
+    assert 30 < len(low) < 110
+    assert low == [d for d in whole if d in set(low)]
+    assert high == [d for d in whole if d not in set(low)]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, (1 << 63) - 1))
+def test_equal_texts_share_the_split_and_not_the_place(text: str, seed: int) -> None:
+    one, other = hashes(text, "f#1", seed), hashes(text, "f#2", seed)
+    assert one.split == other.split
+    assert (one.high, one.low) != (other.high, other.low)
+    assert all(0 <= h < HASH_END for h in (one.high, one.low, one.split))
+
+
+def _summary(smallest: int, largest: int) -> PartSummary:
+    return PartSummary(
+        runs=(),
+        documents=2,
+        tokens=2,
+        skipped={},
+        smallest_split=smallest,
+        largest_split=largest,
+    )
+
+
+@given(
+    st.lists(st.integers(0, HASH_END - 1), min_size=2, unique=True),
+    st.floats(0, 0.9, exclude_min=True),
+)
+def test_no_split_is_left_empty(found: list[int], fraction: float) -> None:
+    train, valid = split_ranges([_summary(min(found), max(found))], fraction)
+    assert all((h in train) != (h in valid) for h in found)
+    assert any(h in train for h in found) and any(h in valid for h in found)
+
+
+def test_one_text_cannot_be_split() -> None:
+    with pytest.raises(UserError, match="--valid-fraction 0"):
+        split_ranges([_summary(5, 5)], 0.1)
+    assert split_ranges([_summary(5, 5)], 0.0) == (range(HASH_END), range(0))

@@ -1,0 +1,168 @@
+"""Sources: each is read in a fixed order, and a broken file is an error that names it."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data_prep import hub
+from data_prep.records import Record
+from data_prep.sources import Source, file_source, stdlib_source
+from i3dist.errors import UserError
+from tests.data_prep.corpus import build
+
+LINES = "".join(json.dumps({"text": f"text {i} " * 50}) + "\n" for i in range(300)).encode()
+
+
+def records(source: Source) -> list[Record]:
+    return [record for part in source.parts() for record in part.records()]
+
+
+def parquet(**columns: list[object]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def test_a_folder_is_read_in_the_order_of_names(corpus: tuple[Path, dict[str, str]]) -> None:
+    found = records(file_source(str(corpus[0])))
+    order = [record.position.partition("#")[0] for record in found]
+    assert order == sorted(order)
+    assert "ignored.md" not in order
+    assert len({record.position for record in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jsonl", {"odd.jsonl"}),
+        ("deep/*", {"b.jsonl", "c.jsonl.gz", "e.txt"}),
+        ("**/*.zst", {"deep/er/d.jsonl.zst"}),
+        ("deep", {"b.jsonl", "c.jsonl.gz", "e.txt", "er/d.jsonl.zst"}),
+        ("a.parquet", {"a.parquet"}),
+    ],
+)
+def test_files_folders_and_globs(
+    corpus: tuple[Path, dict[str, str]], pattern: str, expected: set[str]
+) -> None:
+    source = file_source(f"{corpus[0]}/{pattern}")
+    assert {name for _, name in source.files} == expected
+    assert source.name == Path(pattern).name
+
+
+def test_a_path_with_brackets_is_a_path_first(tmp_path: Path) -> None:
+    (tmp_path / "[a].txt").write_text("x")
+    assert [r.id for r in records(file_source(str(tmp_path / "[a].txt")))] == ["[a].txt"]
+
+
+def test_the_revision_follows_names_and_content(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    revisions = [file_source(str(tmp_path)).revision]
+    file.write_text("two")
+    revisions.append(file_source(str(tmp_path)).revision)
+    file.rename(tmp_path / "b.txt")
+    revisions.append(file_source(str(tmp_path)).revision)
+    assert len(set(revisions)) == 3
+
+
+def test_dictionary_and_large_strings_are_text(tmp_path: Path) -> None:
+    texts = pa.array(["a", "b", "a"])
+    for kind in (texts.dictionary_encode(), texts.cast(pa.large_string())):
+        pq.write_table(pa.table({"text": kind}), tmp_path / "t.parquet")
+        found = records(file_source(str(tmp_path / "t.parquet")))
+        assert [record.text for record in found] == [b"a", b"b", b"a"]
+
+
+def test_the_standard_library_has_text_and_no_tests() -> None:
+    source = stdlib_source()
+    names = [name for _, name in source.files]
+    assert "json/decoder.py" in names and names == sorted(names)
+    assert not any({"test", "tests", "site-packages"} & set(name.split("/")) for name in names)
+    found = records(source)
+    assert "stdlib:json/decoder.py" in {record.url for record in found}
+    assert sum(len(record.text) for record in found) > 5_000_000  # type: ignore[arg-type]
+
+
+BROKEN: dict[str, tuple[str, bytes, str]] = {
+    "parquet, cut": ("x.parquet", parquet(text=["a"] * 99)[:-20], "cannot read .*x.parquet"),
+    "parquet, empty": ("x.parquet", b"", "cannot read .*x.parquet"),
+    "parquet, no text": ("x.parquet", parquet(body=["a"]), r"x.parquet has no column 'text'.*body"),
+    "gzip, cut": ("x.jsonl.gz", gzip.compress(LINES)[:-9], "cannot read .*x.jsonl.gz"),
+    "gzip, none": ("x.jsonl.gz", b"no gzip at all", "cannot read .*x.jsonl.gz"),
+    "zstd, cut": ("x.jsonl.zst", zstandard.compress(LINES)[:-9], "cannot read .*x.jsonl.zst"),
+    "broken line": ("x.jsonl", b'{"text": "a"}\n\n{"text": "b', r"x\.jsonl, line 3: broken JSON"),
+    "deep line": ("x.jsonl", b"[" * 100_000, r"x\.jsonl, line 1: broken JSON"),
+    "long number": ("x.jsonl", b'{"n": ' + b"1" * 9999 + b"}", r"x\.jsonl, line 1: broken JSON"),
+    "no key": ("x.jsonl", b'{"text": "a"}\n{"body": "b"}', r"x\.jsonl, line 2: no key 'text'"),
+    "no object": ("x.jsonl", b'"text"', r"x\.jsonl, line 1: no key 'text'"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_is_named(tmp_path: Path, kind: str) -> None:
+    name, data, message = BROKEN[kind]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message) as caught:
+        records(file_source(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_page_of_parquet_is_named(tmp_path: Path) -> None:
+    data = bytearray(parquet(text=[f"{i} text" for i in range(5000)]))
+    data[200:400] = bytes(200)
+    (tmp_path / "x.parquet").write_bytes(data)
+    with pytest.raises(UserError, match=r"cannot read .*x\.parquet"):
+        records(file_source(str(tmp_path)))
+
+
+def test_a_broken_file_is_named_by_a_worker_process(
+    corpus: tuple[Path, dict[str, str]], built: Path, tmp_path: Path
+) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jsonl").write_bytes(LINES if number < 3 else LINES[:-9])
+    with pytest.raises(UserError, match=r"3\.jsonl, line 300: broken JSON"):
+        build(tmp_path, tmp_path / "out", "--workers", 2, "--tokenizer", built / "tokenizer.json")
+
+
+def _local(folder: Path) -> Callable[..., object]:
+    import datasets
+
+    for number in range(3):
+        rows = [{"text": f"text {number} {i}", "id": f"{number}-{i}", "n": i} for i in range(4)]
+        table = pa.Table.from_pylist(rows).append_column("url", pa.array(["u"] * 4))
+        pq.write_table(table, folder / f"{number}.parquet")
+    files = sorted(str(path) for path in folder.glob("*.parquet"))
+    load = datasets.load_dataset
+    return lambda *_, **__: load("parquet", data_files=files, split="train", streaming=True)
+
+
+def test_the_hub_is_streamed_file_by_file_at_one_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr(hub, "_check_reachable", lambda r: asked.append(r) or r or "newest")
+    monkeypatch.setattr("datasets.load_dataset", _local(tmp_path))
+    source = hub.HubSource()
+    parts = source.parts()
+    assert [part.number for part in parts] == [0, 1, 2]
+    assert {part.revision for part in parts} == {"newest"} and asked == [None, "newest"]
+    found = records(source)
+    assert [record.id for record in found] == [f"{n}-{i}" for n in range(3) for i in range(4)]
+    assert found[5].url == "u" and found[5].text == "text 1 1"
+    assert hub.HubSource(pinned="old").parts()[0].revision == "old"
+
+
+def test_a_stream_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("gone\naway")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(UserError, match=r"cannot read .* from the hub .*gone away") as caught:
+        list(hub.HubPart("main", 0, 1).records())
+    assert "\n" not in str(caught.value)

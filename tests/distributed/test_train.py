@@ -1,0 +1,132 @@
+"""Whole runs under the real launcher: two CPU ranks, one rank, stopped and continued."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import QUICK, deepspeed, error_line, losses, program
+
+STEPS = 9
+
+
+def succeed(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of two ranks, with a checkpoint in its middle."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    words = [f"data.path={data}", f"run.path={run}", f"train.steps={STEPS}", "checkpoint.every=4"]
+    output = succeed(deepspeed(*QUICK, *words, "checkpoint.keep=9", "validate.every=4"))
+    lines = [line for line in output.splitlines() if line.startswith("step ")]
+    assert len(lines) == STEPS, "one line per logging interval, from one rank"
+    return run
+
+
+def test_a_run_leaves_everything_behind(whole: Path) -> None:
+    assert (whole / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}"
+    assert {p.name for p in whole.glob("checkpoints/step-*")} == {
+        f"step-{n:08d}" for n in (4, 8, STEPS)
+    }
+    for name in ("model.safetensors", "settings.yaml", "tokenizer.json", "plots/loss.png"):
+        assert (whole / name).stat().st_size > 0, name
+    assert not list(whole.glob("checkpoints/.*")), "nothing staged is left"
+    validated = [json.loads(line) for line in (whole / "validation.jsonl").open()]
+    assert [line["step"] for line in validated] == [0, 4, 8, STEPS]
+
+
+def test_it_learns(whole: Path) -> None:
+    curve = losses(whole)
+    assert len(curve) == STEPS
+    assert curve[-1] < curve[0] - 0.05
+
+
+@pytest.mark.parametrize("cut", [4, 8])
+def test_continued_equals_uninterrupted(whole: Path, data: Path, tmp_path: Path, cut: int) -> None:
+    """Bit for bit: losses, weights, optimizer and lanes; the cuts lie inside documents."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("step-*", "metrics.jsonl", "model.*"))
+    name = f"step-{cut:08d}"
+    shutil.copytree(whole / "checkpoints" / name, run / "checkpoints" / name)
+    (run / "checkpoints" / "latest").write_text(name)
+    words = [f"data.path={data}", f"run.path={run}", f"train.steps={STEPS}", "checkpoint.every=4"]
+    output = succeed(deepspeed(*QUICK, *words, "validate.every=4"))
+    assert f"continued from step {cut}\n" in output
+    assert losses(run) == losses(whole)[cut:]
+    last = f"checkpoints/step-{STEPS:08d}"
+    files = [
+        "model.safetensors",
+        *(f"{last}/{kind}-0000{r}.safetensors" for kind in ("optimizer", "lanes") for r in (0, 1)),
+    ]
+    for file in files:
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_one_rank_walks_the_same_stream(whole: Path, data: Path, tmp_path: Path) -> None:
+    """Lanes, not ranks, make the step: one rank gives two ranks' losses, up to bf16 rounding."""
+    run = tmp_path / "one"
+    words = [f"data.path={data}", f"run.path={run}", f"train.steps={STEPS}"]
+    succeed(program("launch/train.py", *QUICK, *words, "train.micro_batch=1"))
+    assert losses(run)[0] == pytest.approx(losses(whole)[0], abs=1e-5)
+    assert losses(run) == pytest.approx(losses(whole), abs=2e-3)
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_one(
+    whole: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "checkpoints" / "latest").write_text("step-00000008")
+    words = [f"data.path={data}", f"run.path={run}", f"train.steps={STEPS}"]
+    output = succeed(program("launch/train.py", *QUICK, *words))
+    assert "continued from step 8\n" in output
+    assert losses(run)[-1] == pytest.approx(losses(whole)[-1], abs=2e-3)
+
+
+def test_every_parameter_moves(whole: Path) -> None:
+    """The compressor included: its gradient is above zero."""
+    before = load_checkpoint(whole, 4)
+    after = load_checkpoint(whole, STEPS)
+    still = [name for name in before if before[name].equal(after[name])]
+    assert not still
+
+
+def load_checkpoint(run: Path, step: int) -> dict:
+    tensors = {}
+    for file in (run / "checkpoints" / f"step-{step:08d}").glob("optimizer-*"):
+        tensors |= load_file(file)
+    return {key: value for key, value in tensors.items() if key.startswith("weight/")}
+
+
+def test_other_settings_are_refused(whole: Path, data: Path) -> None:
+    words = [f"data.path={data}", f"run.path={whole}", f"train.steps={STEPS}", "train.seed=1"]
+    line = error_line(program("launch/train.py", *QUICK, *words))
+    assert "train.seed is 1 but the saved run has 0" in line
+    assert "run.path" in line and "--fresh" in line
+
+
+def test_an_altered_shard_stops_every_rank_with_one_line(data: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "data"
+    shutil.copytree(data, bad)
+    for shard in (bad / "train").glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        content[600] ^= 1
+        shard.write_bytes(content)
+    words = [f"data.path={bad}", f"run.path={tmp_path / 'run'}"]
+    line = error_line(deepspeed(*QUICK, *words, timeout=90))
+    assert "shard-" in line and "differs from its manifest" in line
+
+
+def test_fresh_sets_the_earlier_run_aside(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    words = [f"data.path={data}", f"run.path={run}", "train.steps=1", "train.seed=5"]
+    succeed(program("launch/train.py", "--fresh", *QUICK, *words))
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000001"
+    assert (tmp_path / "run.1" / "checkpoints" / f"step-{STEPS:08d}").is_dir()
