@@ -37,8 +37,6 @@ class SpillPlan:
 
 def spill_all(plan: SpillPlan, workers: int, report: Report) -> list[PartSummary]:
     """Spill the parts that are not finished yet, and return the summaries of all of them."""
-    for stale in plan.folder.glob(".*"):
-        stale.unlink(missing_ok=True)
     todo = [n for n in range(len(plan.parts)) if not summary_path(plan.folder, n).exists()]
     report(len(plan.parts) - len(todo), 0)
     spill = _spill_here if min(workers, len(todo)) <= 1 else _spill_in_processes

@@ -1,10 +1,13 @@
-"""WKV, the recurrence of RWKV-4 (Peng et al., 2023, arXiv:2305.13048), in the form the device likes.
+"""WKV, the recurrence of RWKV-4 (Peng et al., 2023, arXiv:2305.13048), in the device's form.
 
-Letters: B rows, T tokens, C channels. The equations, and what state and its gradient mean, stand in
-`i3dist.ops.wkv_naive`, the oracle. On the CPU the work is a blocked scan, on CUDA a pair of Triton
-kernels. Both are one operator to PyTorch, so `torch.compile` holds it without a graph break.
+Letters: B rows, T tokens, C channels. The equations, and the meaning of the state and its gradient,
+stand in `i3dist.ops.wkv_naive`, the oracle. On the CPU the work is a blocked scan, on CUDA a pair of
+Triton kernels. Both are one operator to PyTorch, so `torch.compile` holds it without a graph break.
 """
 
+import functools
+import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -73,12 +76,22 @@ def _check(
         )
 
 
+@functools.cache
+def _form(device: str) -> ModuleType:
+    """The module that computes on this kind of device."""
+    if device == "cuda" and importlib.util.find_spec("triton"):
+        from i3dist.ops import wkv_triton  # PyTorch's CPU wheel comes without triton
+
+        return wkv_triton
+    return wkv_blocked
+
+
 @torch.library.custom_op("i3dist::wkv", mutates_args=())
 def _wkv(
     decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, restart: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, final state, and the state that enters each block of tokens [B, N, 3, C]."""
-    return wkv_blocked.forward(decay, bonus, k, v, restart, state)
+    return _form(k.device.type).forward(decay, bonus, k, v, restart, state)
 
 
 @torch.library.custom_op("i3dist::wkv_backward", mutates_args=())
@@ -91,9 +104,11 @@ def _wkv_backward(
     v: Tensor,
     restart: Tensor,
     entries: Tensor,
+    final: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of decay, bonus, k, v and the initial state."""
-    return wkv_blocked.backward(grad_y, grad_final, decay, bonus, k, v, restart, entries)
+    form = _form(k.device.type)
+    return form.backward(grad_y, grad_final, decay, bonus, k, v, restart, entries, final)
 
 
 @_wkv.register_fake
@@ -102,7 +117,8 @@ def _wkv_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, channels = k.shape
     final = k.new_empty(rows, 3, channels, dtype=compute_dtype(k))
-    blocks = (length + wkv_blocked.BLOCK - 1) // wkv_blocked.BLOCK
+    block = _form(k.device.type).BLOCK
+    blocks = (length + block - 1) // block
     return k.new_empty(k.shape), final, final.new_empty(rows, blocks, 3, channels)
 
 
@@ -116,13 +132,15 @@ def _wkv_backward_fake(
     v: Tensor,
     restart: Tensor,
     entries: Tensor,
+    final: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = [x.new_empty(x.shape) for x in (decay, bonus, k, v, grad_final)]
+    like = [x.new_empty(x.shape) for x in (decay, bonus, k, v, final)]
     return like[0], like[1], like[2], like[3], like[4]
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], output[2])
+    _, final, entries = output
+    ctx.save_for_backward(*inputs[:5], entries, final)
 
 
 def _differentiate(

@@ -5,8 +5,7 @@ Letters: B rows, T tokens, C channels, N blocks of L tokens (T = N L after paddi
 The running maximum m and then (a, b) are first-order recurrences. Each is solved inside all blocks
 at once (L steps), then across blocks (N steps), then filled in (L steps); the rest is elementwise
 over the whole tensor. Kept for the backward pass is the state that enters each block: it fills in
-the others anew and runs one more such recurrence, reversed. a and b are relative to e^m whatever m
-is, so rounding of m costs no accuracy.
+the others anew and runs one more such recurrence, reversed.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, compute_dtype
+from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, MAX_SLIP, compute_dtype
 
 BLOCK = 32  # L, by measurement at 4 x 512 x 256; shorter sequences are one block
 
@@ -91,6 +90,7 @@ def backward(
     v: Tensor,
     restart: Tensor,
     entries: Tensor,
+    final: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of decay, bonus, k, v and the initial state."""
     inputs = _prepare(decay, bonus, k, v, restart)
@@ -106,7 +106,7 @@ def backward(
     grad_k = torch.addcmul(left_b, inputs.v, left_a).mul_(solved.present).add_(grad_bonus_k)
     grad_v.addcmul_(solved.present, left_a)
     grad_decay = (solved.a * left_a).addcmul_(solved.b, left_b).mul_(solved.past)
-    grad_state = torch.zeros_like(grad_final)
+    grad_state = torch.zeros_like(final)
     grad_state[:, :2] = found[:, :, 0].transpose(0, 1)
     return (
         grad_decay.sum((0, 1)).to(decay.dtype),
@@ -145,13 +145,13 @@ def _solve(
     """
     k, cuts = inputs.k, inputs.cuts
     rows, length, channels = k.shape
-    m = k.new_empty(rows, length + 1, channels)
+    m, aged = k.new_empty(rows, length + 1, channels), torch.empty_like(k)
     m[:, 0] = start[:, 2]
     entering_m = _enter_maximum(m[:, 0], inputs) if entries is None else entries[:, :, 2]
-    _fill_maximum(m[:, 1:], entering_m, inputs)
+    _fill_maximum(m[:, 1:], aged, entering_m, inputs)
     present = (k - m[:, 1:]).exp_()
-    past = (m[:, :-1] - m[:, 1:]).add_(inputs.decay).exp_()
-    past[cuts.index] = 0.0
+    slip = (m[:, :-1] - aged).add_(inputs.decay).clamp_(-MAX_SLIP, MAX_SLIP)
+    past = aged.sub_(m[:, 1:]).add_(slip).exp_()
 
     ab = k.new_empty(2, rows, length + 1, channels)
     ab[:, :, 0] = start[:, :2].transpose(0, 1)
@@ -217,12 +217,16 @@ def _enter_maximum(start: Tensor, inputs: _Inputs) -> Tensor:
     return torch.stack(carries[:-1], dim=1)
 
 
-def _fill_maximum(m: Tensor, entering: Tensor, inputs: _Inputs) -> None:
-    """m [B, T, C] <- max(w + m_{t-1}, k_t), or k_t at a restart; `entering` [B, N, C]."""
-    keys, outs = (_blocks(x, inputs.block).unbind(2) for x in (inputs.k, m))
-    for step, (key, out) in enumerate(zip(keys, outs, strict=True)):
+def _fill_maximum(m: Tensor, aged: Tensor, entering: Tensor, inputs: _Inputs) -> None:
+    """aged [B, T, C] <- w + m_{t-1}, empty at a restart; m [B, T, C] <- max(aged, k_t).
+
+    `entering` [B, N, C] is the m that enters each block.
+    """
+    views = (_blocks(x, inputs.block).unbind(2) for x in (inputs.k, aged, m))
+    for step, (key, old, new) in enumerate(zip(*views, strict=True)):
         found = inputs.cuts.at_step(entering, step, EMPTY_MAXIMUM)
-        entering = torch.maximum(found + inputs.decay, key, out=out)
+        torch.add(found, inputs.decay, out=old)
+        entering = torch.maximum(old, key, out=new)
 
 
 def _enter_linear(x: Tensor, past: Tensor, start: Tensor, inputs: _Inputs, steps: range) -> Tensor:

@@ -1,4 +1,4 @@
-"""RWKV-4's WKV as its equations read: a loop over time, plain autograd. The oracle of every fast form.
+"""RWKV-4's WKV as its equations read: a loop over time, plain autograd. The fast forms' oracle.
 
 Letters: B rows, T tokens, C channels. Per channel, with decay w < 0 and bonus u:
 
@@ -6,10 +6,10 @@ Letters: B rows, T tokens, C channels. Per channel, with decay w < 0 and bonus u
     a_t = e^w a_{t-1} + e^{k_t} v_t
     b_t = e^w b_{t-1} + e^{k_t}
 
-State is [B, 3, C]: a and b divided by e^m, and m, the running maximum of the exponents. m only fixes
-the unit in which a and b are written, so it is a constant to differentiation: the gradient of a and
-b is taken at fixed m, and m has none. That is exact for whatever depends on the state by a e^m and
-b e^m alone, as a later call does.
+State is [B, 3, C]: a and b divided by e^m, and m, the running maximum of the exponents. m only
+fixes the unit in which a and b are written, so it is a constant to differentiation: the gradient of
+a and b is taken at fixed m, and m has none. That is exact for whatever depends on the state by
+a e^m and b e^m alone, as a later call does.
 """
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 
 # Below every exponent, yet finite: no difference of two exponents is NaN.
 EMPTY_MAXIMUM = torch.finfo(torch.float32).min
+# w + m is rounded, and the same way step after step, so a and b take up the difference. Where m is
+# so large that it exceeds this (|m| > 8192), they would drift out of range: the rounding stands.
+MAX_SLIP = 2.0**-11
 
 
 def empty_state(
@@ -63,8 +66,9 @@ def wkv_naive(
         past, present = torch.exp(m - top), torch.exp(bonus + k_t - top)
         outputs.append((past * a + present * v_t) / (past * b + present))
 
-        top = torch.maximum(decay + m, k_t).detach()
-        # m - top is exact where it matters, so rounding of `top` never enters the decay.
-        past, present = torch.exp(decay + (m - top)), torch.exp(k_t - top)
+        aged = decay + m
+        slip = ((m - aged) + decay).clamp(-MAX_SLIP, MAX_SLIP).detach()
+        top = torch.maximum(aged, k_t).detach()
+        past, present = torch.exp(aged - top + slip), torch.exp(k_t - top)
         a, b, m = past * a + present * v_t, past * b + present, top
     return torch.stack(outputs, dim=1).to(k.dtype), torch.stack([a, b, m], dim=1)

@@ -1,0 +1,142 @@
+"""The engine in one process: what it takes, what it refuses, and what its gradient is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from i3dist import dist, engine
+from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
+from i3dist.engine import ADAM_STATES, Engine, read_engine_config
+from i3dist.errors import UserError
+from i3dist.model.lm import I3LM
+from i3dist.model.state import LaneState
+from tests.conftest import ROOT
+from tests.model.conftest import SMALL
+from tests.model.streams import BOS, depth_of, stream
+
+ZERO2 = ROOT / "configs" / "zero2.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def job() -> None:
+    engine.start(dist.Job.detect({}))
+
+
+def build(micro_batches: int = 1, bf16: bool = True, seed: int = 0) -> Engine:
+    torch.manual_seed(seed)
+    config = read_engine_config(ZERO2) | {"bf16": {"enabled": bf16}}
+    if not bf16:
+        del config["data_types"]
+    optimizer = OptimizerSettings(decay_steps=10)
+    model = I3LM(ModelSettings.model_validate(SMALL), BOS)
+    return Engine(model, config, optimizer, TrainSettings(clip=1e9), micro_batches)
+
+
+def batch(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    length, vocab = SMALL["chunk_length"], SMALL["vocab_size"]
+    tokens = torch.cat([stream(seed + i, 4, length, vocab, 30) for i in range(rows)])
+    return tokens, tokens.roll(-1, -1), depth_of(tokens)
+
+
+def step(engine: Engine, data: tuple[Tensor, Tensor, Tensor], rows: int) -> float:
+    """One optimizer step over `data` in micro-batches of `rows`; returns the gradient's norm."""
+    targets = torch.tensor(data[0].numel())
+    for start in range(0, len(data[0]), rows):
+        tokens, wanted, depth = (part[start : start + rows] for part in data)
+        state = LaneState.empty(len(tokens), engine.model.settings, engine.device, engine.dtype)
+        losses, _ = engine(tokens, wanted, depth, state, torch.tensor(1.0))
+        engine.backward(losses.sum(), targets)
+    return engine.step(1e-2)
+
+
+def snapshot(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    return {f.name: {k: t.clone() for k, t in f.tensors.items()} for f in engine.fragments()}
+
+
+def test_it_computes_in_bf16_with_decays_in_fp32() -> None:
+    model = build().model
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in model.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_gradient_does_not_depend_on_micro_batches(rows: int) -> None:
+    """In fp32, where rounding is small: norm of the gradient and weights after the step."""
+    whole, parts = build(bf16=False), build(4 // rows, bf16=False)
+    data = batch(4)
+    assert step(parts, data, rows) == pytest.approx(step(whole, data, 4), rel=1e-5)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean_loss() -> None:
+    trained = build(2, bf16=False)
+    torch.manual_seed(0)
+    plain = I3LM(ModelSettings.model_validate(SMALL), BOS)
+    data = batch(4)
+    state = LaneState.empty(4, plain.settings, torch.device("cpu"), torch.float32)
+    losses, _ = plain(*data, state, torch.tensor(1.0))
+    (losses.sum() / data[0].numel()).backward()
+    squares = sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None)
+    assert step(trained, data, 2) == pytest.approx(squares**0.5, rel=1e-5)
+
+
+def test_state_goes_out_and_comes_back_in() -> None:
+    """A fresh engine that takes the fragments goes on exactly like the old one."""
+    old, new = build(), build(seed=1)
+    for seed in range(3):
+        step(old, batch(2, seed), 2)
+    state = snapshot(old)
+    assert set(state) == {name for name, _ in old.model.named_parameters()}
+    assert all(t.abs().sum() > 0 for s in state.values() for k, t in s.items() if k in ADAM_STATES)
+    new.load(state, steps=3)
+    for seed in range(3, 5):
+        assert step(new, batch(2, seed), 2) == step(old, batch(2, seed), 2)
+    for name, tensors in snapshot(new).items():
+        for key, tensor in tensors.items():
+            assert tensor.equal(snapshot(old)[name][key]), (name, key)
+
+
+def test_decay_reaches_matrices_only() -> None:
+    trained = build()
+    groups = trained._engine.optimizer.param_groups
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"train_batch_size": 8}, "train_batch_size is computed from the settings"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer is computed from the settings"),
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation'"),
+        ({"zero_optimization": {"stage": 3}}, "stage must be 2"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, None),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "not supported"),
+        ({"gradient_clipping": "auto"}, None),
+    ],
+)
+def test_the_file_holds_engine_matters_only(tmp_path: Path, change: dict, says: str | None) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(json.loads(ZERO2.read_text()) | change))
+    if says is None:
+        read_engine_config(path)
+        return
+    with pytest.raises(UserError, match=says):
+        read_engine_config(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "3"])
+def test_a_broken_file_is_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        read_engine_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.json"):
+        read_engine_config(Path("nowhere.json"))
