@@ -178,6 +178,14 @@ def test_every_key_is_needed(tmp_path: Path, key: str) -> None:
         Manifest.load(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["a\nb", "\u2028", "\x07"])
+def test_a_key_cannot_break_the_line(tmp_path: Path, key: str) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({**example(), key: 1}))
+    with pytest.raises(UserError) as caught:
+        Manifest.load(tmp_path)
+    assert str(caught.value).isprintable()
+
+
 def test_a_missing_manifest_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"shard\.py --out {tmp_path}`"):
         Manifest.load(tmp_path / "train")

@@ -1,5 +1,6 @@
 """Packing: the stream comes back from the shards whole, and the index finds every document."""
 
+import itertools
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.pack import Framing, Packer
+from data_prep.tar import shard_bytes
 from i3dist.data.manifest import archive_size, member_name, member_stride, shard_name
 from tests.data_prep.corpus import read_chunks
 
@@ -51,13 +53,14 @@ def test_shards_hold_the_stream_and_the_index_every_piece(
         assert row["id"] == f"id {row['document']}" and row["url"] == f"url {row['document']}"
     assert list(pieces.values()) == [[BOS, *ids, EOS] for ids in documents]
     assert len({(row["document"], row["shard"]) for row in index}) == len(index)
+    for _, group in itertools.groupby(index, key=lambda row: row["document"]):
+        rows = list(group)
+        assert [row["piece"] for row in rows] == list(range(len(rows)))
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 12), st.integers(2, 700), st.integers(0, 999_999))
 def test_every_chunk_stands_where_its_number_says(count: int, length: int, number: int) -> None:
-    from data_prep.tar import shard_bytes
-
     chunks = np.random.default_rng(0).integers(0, 1 << 16, (count, length), dtype=np.uint16)
     data = shard_bytes(number, chunks)
     assert len(data) == archive_size(count, length)

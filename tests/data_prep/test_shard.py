@@ -189,17 +189,8 @@ def test_one_line_and_no_traceback_from_the_command_line(tmp_path: Path) -> None
 def test_help_names_every_option() -> None:
     command = [sys.executable, str(ROOT / "data_prep" / "shard.py"), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    options = [
-        "source",
-        "out",
-        "tokenizer",
-        "vocab-size",
-        "workers",
-        "chunks-per-shard",
-        "valid-fraction",
-        "seed",
-    ]
-    assert all(f"--{option}" in text for option in options)
+    for option in ("source", "out", "tokenizer", "vocab-size", "workers", "chunks-per-shard"):
+        assert f"--{option} " in text
 
 
 @pytest.mark.parametrize(
@@ -289,3 +280,4 @@ def test_no_usable_document_is_an_error(tmp_path: Path, built: Path, workers: in
     for options in ([], given):
         with pytest.raises(UserError, match=r"no usable document \(it holds 1 empty, 1 null\)"):
             build(tmp_path, tmp_path / f"out-{len(options)}", "--workers", workers, *options)
+    assert not (tmp_path / "out-0").exists(), "a failure before any work leaves nothing"

@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from data_prep import shuffle
 from data_prep.passes import split_ranges
 from data_prep.records import Record
-from data_prep.shuffle import HASH_END, PartSummary, Spiller, hashes, in_order
+from data_prep.shuffle import HASH_END, Hashes, PartSummary, Spiller, hashes, in_order
 from i3dist.errors import UserError
+
+
+def _text(number: int) -> str:
+    return "word " * (1 + number % 7) + str(number)
+
+
+def _hashes_of(number: int) -> Hashes:
+    return hashes(_text(number), f"f#{number}", 0)
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class _Part:
 
     def records(self) -> Iterator[Record]:
         for i in range(self.first, self.last):
-            yield Record(f"f#{i}", f"id {i}", "", "word " * (1 + i % 7) + str(i))
+            yield Record(f"f#{i}", f"id {i}", "", _text(i))
 
 
 def _tokenizer() -> Any:
@@ -67,10 +75,11 @@ def test_the_seed_decides_the_order(tmp_path: Path) -> None:
 
 def test_ranges_of_split_hashes_divide_the_documents(tmp_path: Path) -> None:
     whole = _order(tmp_path / "whole", [200])
-    bound = HASH_END // 3
+    found = sorted(_hashes_of(number).split for number in range(200))
+    bound = found[60]
     low = _order(tmp_path / "low", [200], splits=range(bound))
     high = _order(tmp_path / "high", [200], splits=range(bound, HASH_END))
-    assert 30 < len(low) < 110
+    assert len(low) == 60
     assert low == [d for d in whole if d in set(low)]
     assert high == [d for d in whole if d not in set(low)]
 

@@ -12,7 +12,9 @@ import zstandard
 
 from data_prep import hub
 from data_prep.records import Record
+from data_prep.shard import main
 from data_prep.sources import Source, file_source, stdlib_source
+from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep.corpus import build
 
@@ -156,6 +158,23 @@ def test_the_hub_is_streamed_file_by_file_at_one_revision(
     assert [record.id for record in found] == [f"{n}-{i}" for n in range(3) for i in range(4)]
     assert found[5].url == "u" and found[5].text == "text 1 1"
     assert hub.HubSource(pinned="old").parts()[0].revision == "old"
+
+
+def test_a_finished_output_from_the_hub_needs_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(revision: str | None) -> str:
+        raise ConnectionError
+
+    arguments = ["--out", str(tmp_path / "out"), "--vocab-size", "300", "--workers", "1"]
+    monkeypatch.setattr(hub, "_check_reachable", lambda revision: revision or "newest")
+    with monkeypatch.context() as patched:
+        patched.setattr("datasets.load_dataset", _local(tmp_path))
+        main(arguments)
+    assert Manifest.load(tmp_path / "out" / "train").source == hub.HUB_NAME
+    monkeypatch.setattr(hub, "_check_reachable", unreachable)
+    main(arguments)
+    assert capsys.readouterr().out.endswith("is already complete\n")
 
 
 def test_a_stream_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
