@@ -23,14 +23,20 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
 
 
 def resolve(
-    settings: Settings, corpus: Corpus, world_size: int
+    settings: Settings, corpus: Corpus, world_size: int, fresh: bool
 ) -> tuple[Settings, tuple[Path, RunState] | None]:
     """Settle the settings, and find the checkpoint that the run continues from, if any.
+
+    Args:
+        settings: as the user gave them.
+        corpus: the data.
+        world_size: ranks of the job.
+        fresh: start over, whatever lies in the run's folder.
 
     Raises:
         UserError: the run's folder holds a checkpoint of other settings or other data.
     """
-    path = checkpoint.find_latest(settings.run.path / "checkpoints")
+    path = None if fresh else checkpoint.find_latest(settings.run.path / "checkpoints")
     if path is None:
         return decide(settings, world_size, corpus.tokenizer.vocab_size), None
     state = checkpoint.read_state(path)
@@ -45,6 +51,18 @@ def resolve(
             f"(fingerprints differ); name the data it had, {ways_out}"
         )
     return settings, (path, state)
+
+
+def idle_lanes(settings: Settings, corpus: Corpus) -> str | None:
+    """A warning where there are fewer shards than lanes, so that some lanes never work."""
+    shards, lanes = len(corpus.train.manifest.shards), settings.train.lanes
+    assert isinstance(lanes, int)
+    if shards >= lanes:
+        return None
+    return (
+        f"warning: {lanes} lanes but {shards} shards, so {lanes - shards} lanes idle; "
+        "make smaller shards (--chunks-per-shard) or set a smaller train.lanes"
+    )
 
 
 def set_aside(folder: Path) -> None:

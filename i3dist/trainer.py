@@ -4,14 +4,11 @@ One optimizer step reads `train.accumulation` windows of every lane, each in mic
 lanes, and trains on the mean loss over all targets of the whole job's step.
 """
 
-import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +22,10 @@ from i3dist.data.schedule import lanes_of_rank
 from i3dist.engine import Engine
 from i3dist.errors import UserError
 from i3dist.evaluate import Evaluation, evaluate
+from i3dist.metrics import Interval, count_step, report_line, validation_line
 from i3dist.metrics_log import MetricsLog
 from i3dist.model.state import LaneState
-from i3dist.ops.cross_entropy import IGNORE
 from i3dist.tracking import NoTracker, Tracker
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,6 +54,7 @@ class Trainer:
         self.engine = engine
         self.tracker = tracker
         self.progress = Progress()
+        self.pad_id = corpus.train.manifest.pad_id
         lanes = settings.train.lanes
         assert isinstance(lanes, int)
         self.lanes = lanes_of_rank(lanes, job.rank, job.world_size)
@@ -69,14 +65,14 @@ class Trainer:
         self.validation_log = MetricsLog(folder / "validation.jsonl")
         # On the device, so that counting a step waits for nothing.
         self.tokens_seen = torch.zeros((), dtype=torch.int64, device=engine.device)
-        self._interval = _Interval()
+        self._interval = Interval()
 
     def fit(self) -> None:
         """Train to `train.steps`; the last step is always reported, validated and saved."""
         batches = self._batches()
         if self.progress.step == 0:
             self.validate()
-        self._interval = _Interval()
+        self._interval = Interval()
         while self.progress.step < self.settings.train.steps:
             self.train_step(batches)
             self.report_if_due()
@@ -89,12 +85,12 @@ class Trainer:
         step, settings = self.progress.step, self.settings
         gate = settings.compression.gate_at(step)
         step_batches = [next(batches) for _ in range(settings.train.accumulation)]
-        counts = self._count(step_batches, gate)
-        loss_sum = self._backward(step_batches, gate, counts[0])
+        counts = count_step(step_batches, self.pad_id, settings.model)
+        loss_sum = self._backward(step_batches, gate, counts.targets)
         norm = self.engine.step(settings.optimizer.lr_at(step))
         self.progress.step += 1
         self.progress.windows += settings.train.accumulation
-        self.tokens_seen += counts[1].long()
+        self.tokens_seen += counts.tokens.long()
         self._interval.add(dist.all_sum(loss_sum), counts, norm)
 
     def _backward(self, step_batches: list[Batch], gate: float, targets: Tensor) -> Tensor:
@@ -114,35 +110,15 @@ class Trainer:
             self.lane_state = LaneState.concatenate(states)
         return loss_sum
 
-    def _count(self, step_batches: list[Batch], gate: float) -> Tensor:
-        """Job-wide counts of a step, [4] fp64: targets, tokens, active latents, chunks."""
-        pad = self.corpus.train.manifest.pad_id
-        model = self.settings.model
-        counts = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
-        for tokens, targets, depth in step_batches:
-            used = tokens != pad
-            visible = depth.clamp(max=model.history_chunks) * model.latents
-            counts += torch.stack(
-                [
-                    (targets != IGNORE).sum(),
-                    used.sum(),
-                    visible.sum() * (gate > 0),
-                    used.any(-1).sum(),
-                ]
-            )
-        return dist.all_sum(counts)
-
     def report_if_due(self) -> None:
         """Print, log and track what happened since the last report."""
         if not self._due(self.settings.log.every):
             return
-        metrics, self._interval = self._interval.metrics(), _Interval()
-        step = self.progress.step
-        metrics |= {
-            "learning_rate": self.settings.optimizer.lr_at(step - 1),
-            "gate": self.settings.compression.gate_at(step - 1),
-            "tokens_seen": int(self.tokens_seen),
-        }
+        step, settings = self.progress.step, self.settings
+        metrics = self._interval.metrics(settings.compression.gate_at(step - 1))
+        metrics["learning_rate"] = settings.optimizer.lr_at(step - 1)
+        metrics["tokens_seen"] = int(self.tokens_seen)
+        self._interval = Interval()
         if not math.isfinite(metrics["loss"]):
             raise UserError(
                 f"loss is {metrics['loss']} at step {step}; continue from the last checkpoint "
@@ -151,7 +127,7 @@ class Trainer:
         if self.job.rank == 0:
             self.metrics_log.append(step, metrics)
             self.tracker.log(step, metrics, prefix="train")
-            print(report_line(step, self.settings.train.steps, metrics), flush=True)
+            print(report_line(step, settings.train.steps, metrics), flush=True)
 
     def validate_if_due(self) -> None:
         """Validate at the interval, outside the clock of training."""
@@ -245,46 +221,6 @@ class Trainer:
         return step == self.settings.train.steps or (every > 0 and step % every == 0)
 
 
-class _Interval:
-    """The steps since the last report; nothing waits for the device until `metrics`."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.steps = 0
-        self.tokens: Tensor | float = 0.0
-        self.last: tuple[Tensor, Tensor, float] | None = None
-
-    def add(self, loss_sum: Tensor, counts: Tensor, norm: float) -> None:
-        self.steps += 1
-        self.tokens = self.tokens + counts[1]
-        self.last = (loss_sum, counts, norm)
-
-    @contextmanager
-    def stopped_clock(self) -> Iterator[None]:
-        """Leave out what is no training: validation and saving."""
-        before = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - before
-
-    def metrics(self) -> dict[str, float]:
-        """Loss and norm of the last step, so that a continued run reports the very same; speed
-        over all steps of the interval."""
-        assert self.last is not None
-        loss_sum, counts, norm = self.last
-        targets, _, latents, chunks = counts.tolist()
-        tokens = float(self.tokens)
-        loss = float(loss_sum) / max(1.0, targets)
-        seconds = time.perf_counter() - self.started
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "gradient_norm": norm,
-            "tokens_per_second": tokens / seconds,
-            "step_time": seconds / self.steps,
-            "active_latents": latents / max(1.0, chunks),
-        }
-
-
 def lanes_at_once(settings: Settings, lanes: int) -> int:
     """Lanes of a micro-batch on a rank that owns `lanes`.
 
@@ -312,24 +248,3 @@ def micro_batches_per_step(settings: Settings, job: dist.Job) -> int:
     assert isinstance(settings.train.lanes, int)
     lanes = len(lanes_of_rank(settings.train.lanes, job.rank, job.world_size))
     return settings.train.accumulation * lanes // lanes_at_once(settings, lanes)
-
-
-def report_line(step: int, steps: int, metrics: dict[str, Any]) -> str:
-    """One logging interval as one line."""
-    return (
-        f"step {step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
-        f"lr {metrics['learning_rate']:.2e}  norm {metrics['gradient_norm']:.2f}  "
-        f"gate {metrics['gate']:.2f}  latents {metrics['active_latents']:.0f}  "
-        f"{metrics['tokens_per_second']:,.0f} tok/s  {metrics['step_time'] * 1e3:.0f} ms/step"
-    )
-
-
-def validation_line(step: int, result: Evaluation) -> str:
-    """One validation as one line; the gain is over chunks that have history."""
-    later = [chunk for chunk in result.by_chunk if chunk.index > 0]
-    tokens = sum(chunk.tokens for chunk in later)
-    gain = sum((c.loss_without_history - c.loss) * c.tokens for c in later) / max(1, tokens)
-    return (
-        f"validation at step {step}: loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
-        f"bits/byte {result.bits_per_byte:.4f}  history gain {gain:+.4f} nats"
-    )

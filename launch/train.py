@@ -15,7 +15,7 @@ from i3dist.config import Settings, setting_lines
 from i3dist.data.corpus import Corpus
 from i3dist.errors import UserError, one_line_errors
 from i3dist.model.lm import I3LM
-from i3dist.run import decide, lay_out, resolve, set_aside
+from i3dist.run import decide, idle_lanes, lay_out, resolve, set_aside
 from i3dist.summary import print_summary
 from i3dist.trainer import Trainer, micro_batches_per_step
 
@@ -65,22 +65,24 @@ def dry_run(settings: Settings, job: dist.Job) -> None:
 def build(
     arguments: argparse.Namespace, settings: Settings, job: dist.Job, corpus: Corpus
 ) -> Trainer:
-    """Join the job, settle the settings, and put model, engine and tracker together."""
+    """Settle the settings, join the job, and put model, engine and tracker together."""
+    # All that can be wrong with the input is found before the ranks wait for each other.
     engine_config = engine.read_engine_config(arguments.deepspeed)
+    settings, saved = resolve(settings, corpus, job.world_size, arguments.fresh)
+    micro_batches = micro_batches_per_step(settings, job)
     dist.share_threads(job)
     engine.start(job)
-    if arguments.fresh and job.rank == 0:
-        set_aside(settings.run.path)
-    dist.barrier()
-    settings, saved = resolve(settings, corpus, job.world_size)
-    micro_batches = micro_batches_per_step(settings, job)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
     started = engine.Engine(model, engine_config, settings.optimizer, settings.train, micro_batches)
     tracker: tracking.Tracker | tracking.NoTracker = tracking.NoTracker()
     if job.rank == 0:
+        if arguments.fresh:
+            set_aside(settings.run.path)
         lay_out(settings, corpus)
         print_summary(settings, job.world_size)
+        if warning := idle_lanes(settings, corpus):
+            print(warning, flush=True)
         tracker = tracking.start(settings, tags=tags(corpus), fresh=saved is None)
         for name in ("settings.yaml", "tokenizer.json"):
             tracker.artifact(settings.run.path / name)

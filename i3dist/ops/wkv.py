@@ -1,8 +1,8 @@
 """WKV, the recurrence of RWKV-4 (Peng et al., 2023, arXiv:2305.13048), in the device's form.
 
 Letters: B rows, T tokens, C channels. The equations, and the meaning of the state and its gradient,
-stand in `i3dist.ops.wkv_naive`, the oracle. On the CPU the work is a blocked scan, on CUDA a pair of
-Triton kernels. Both are one operator to PyTorch, so `torch.compile` holds it without a graph break.
+stand in `i3dist.ops.wkv_naive`, the oracle. On the CPU the work is a blocked scan, on CUDA a pair
+of Triton kernels. Both are one operator to PyTorch: `torch.compile` holds it without a graph break.
 """
 
 import functools

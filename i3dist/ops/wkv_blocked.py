@@ -78,7 +78,7 @@ def forward(
     inputs = _prepare(decay, bonus, k, v, restart)
     solved, final, entries = _solve(inputs, state.to(inputs.k.dtype))
     y = _mix(inputs, solved).y
-    return y[:, : inputs.length].to(k.dtype), final, entries
+    return _trim(y, k), final, entries
 
 
 def backward(
@@ -111,8 +111,8 @@ def backward(
     return (
         grad_decay.sum((0, 1)).to(decay.dtype),
         grad_bonus_k.sum((0, 1)).to(bonus.dtype),
-        grad_k[:, : inputs.length].to(k.dtype),
-        grad_v[:, : inputs.length].to(v.dtype),
+        _trim(grad_k, k),
+        _trim(grad_v, v),
         grad_state,
     )
 
@@ -129,6 +129,11 @@ def _pad(x: Tensor, block: int) -> Tensor:
     """[B, T, C] with zeros up to whole blocks."""
     missing = -x.shape[1] % block
     return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def _trim(x: Tensor, like: Tensor) -> Tensor:
+    """Undo `_pad`, in the dtype of `like`."""
+    return x[:, : like.shape[1]].to(like.dtype).contiguous()
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:

@@ -10,6 +10,8 @@ it (minus infinity if it restarts), and e^m (a, b) what it adds. The adjoint obe
 recurrence in reverse, each token adding e^-top (g, -g y), so both passes share one scan.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from typing import Any
 
 import torch
@@ -113,6 +115,15 @@ def _tile(row, tile, restart, decay, channel, T, C, step, L: tl.constexpr):
 
 
 @triton.jit
+def _read(u, k, v, m, a, b):
+    """What a token reads: the mean, the top exponent, 1 / denominator, weight of the present."""
+    top = tl.maximum(m, u + k)
+    past, present = tl.exp(m - top), tl.exp(u + k - top)
+    scale = 1.0 / (past * b + present)
+    return (past * a + present * v) * scale, top, scale, present
+
+
+@triton.jit
 def _forward_kernel(
     decay, bonus, k, v, restart, state, y, final, entries, T, C, L: tl.constexpr, W: tl.constexpr
 ):
@@ -132,9 +143,7 @@ def _forward_kernel(
         found_m, found_a, found_b, m, a, b = _found(
             keys, values, log_decay, cut, valid, m, a, b, step, L
         )
-        top = tl.maximum(found_m, u + keys)
-        past, present = tl.exp(found_m - top), tl.exp(u + keys - top)
-        mean = (past * found_a + present * values) / (past * found_b + present)
+        mean, _, _, _ = _read(u, keys, values, found_m, found_a, found_b)
         tl.store(y + at, mean.to(y.dtype.element_ty), mask=valid)
     _store_state(final, row * 3 * C + channel, C, inside, a, b, m)
 
@@ -168,8 +177,8 @@ def _backward_kernel(
     u = tl.load(bonus + channel, mask=inside, other=0.0)
     at_state = row * 3 * C + channel
     adjoint_a, adjoint_b, _ = _load_state(grad_final, at_state, C, inside)
-    _, _, m = _load_state(final, at_state, C, inside)
-    adjoint_m = -m
+    _, _, final_m = _load_state(final, at_state, C, inside)
+    adjoint_m = -final_m
     sum_decay, sum_bonus = tl.zeros_like(w), tl.zeros_like(w)
     tiles = tl.cdiv(T, L)
     for back in range(tiles):
@@ -178,13 +187,12 @@ def _backward_kernel(
         keys = tl.load(k + at, mask=valid, other=0.0).to(tl.float32)
         values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
         grads = tl.load(grad_y + at, mask=valid, other=0.0).to(tl.float32)
-        a, b, m = _load_state(entries, (row * tiles + tile) * 3 * C + channel, C, inside)
-        m, a, b, _, _, _ = _found(keys, values, log_decay, cut, valid, m, a, b, step, L)
-
-        top = tl.maximum(m, u + keys)
-        past, present = tl.exp(m - top), tl.exp(u + keys - top)
-        scale = 1.0 / (past * b + present)
-        mean = (past * a + present * values) * scale
+        at_entry = (row * tiles + tile) * 3 * C + channel
+        entry_a, entry_b, entry_m = _load_state(entries, at_entry, C, inside)
+        m, a, b, _, _, _ = _found(
+            keys, values, log_decay, cut, valid, entry_m, entry_a, entry_b, step, L
+        )
+        mean, top, scale, present = _read(u, keys, values, m, a, b)
         grads = grads * scale
         adds = valid & (cut == 0)
         left_m, left_a, left_b, adjoint_m, adjoint_a, adjoint_b = _walk(
@@ -212,10 +220,10 @@ def _backward_kernel(
 
     tl.store(grad_decay + row * C + channel, sum_decay, mask=inside)
     tl.store(grad_bonus + row * C + channel, sum_bonus, mask=inside)
-    _, _, m = _load_state(entries, row * tiles * 3 * C + channel, C, inside)
-    weight = tl.exp(tl.minimum(m + adjoint_m, _MAX_EXPONENT))
-    a, b = weight * adjoint_a, weight * adjoint_b
-    _store_state(grad_state, at_state, C, inside, a, b, tl.zeros_like(a))
+    _, _, first_m = _load_state(entries, row * tiles * 3 * C + channel, C, inside)
+    weight = tl.exp(tl.minimum(first_m + adjoint_m, _MAX_EXPONENT))
+    grad_a, grad_b = weight * adjoint_a, weight * adjoint_b
+    _store_state(grad_state, at_state, C, inside, grad_a, grad_b, tl.zeros_like(w))
 
 
 def forward(

@@ -130,3 +130,43 @@ def test_fresh_sets_the_earlier_run_aside(whole: Path, data: Path, tmp_path: Pat
     succeed(program("launch/train.py", "--fresh", *QUICK, *words))
     assert (run / "checkpoints" / "latest").read_text() == "step-00000001"
     assert (tmp_path / "run.1" / "checkpoints" / f"step-{STEPS:08d}").is_dir()
+
+
+def test_evaluate_reads_a_finished_run(whole: Path, data: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", whole, "--data", data, "--json", tmp_path / "figures.json"]
+    output = succeed(program("launch/evaluate.py", *words))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert f"{figures['loss']:.4f}" in output
+    assert set(figures) >= {"loss", "perplexity", "bits_per_byte", "by_chunk"}
+    for chunk in figures["by_chunk"]:
+        assert set(chunk) == {"index", "tokens", "loss", "loss_without_history"}
+    # The trainer validated a part of the same split in bf16.
+    validated = json.loads((whole / "validation.jsonl").read_text().splitlines()[-1])
+    assert figures["loss"] == pytest.approx(validated["loss"], abs=0.3)
+
+
+def test_generate_continues_a_prompt(whole: Path) -> None:
+    words = ["launch/generate.py", "--checkpoint", whole, "--tokens", 30, "--ignore-eos"]
+    first = succeed(program(*words, "--prompt", "def "))
+    assert first.startswith("def ") and len(first) > len("def \n")
+    assert succeed(program(*words, "--prompt", "def ")) == first
+    assert succeed(program(*words)).strip(), "an empty standard input is an empty prompt"
+
+
+def test_data_of_another_tokenizer_is_refused(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("other words make another tokenizer " * 400)
+    (tmp_path / "more.txt").write_text("a second document, so that each split has one " * 300)
+    made = tmp_path / "data"
+    words = ["--source", tmp_path, "--vocab-size", 300, "--valid-fraction", 0.5, "--out", made]
+    succeed(program("data_prep/shard.py", *words))
+    line = error_line(program("launch/evaluate.py", "--checkpoint", whole, "--data", made))
+    assert "tokenizer" in line
+
+
+def test_other_data_is_refused(whole: Path, data: Path, tmp_path: Path) -> None:
+    made = tmp_path / "data"
+    words = ["--source", data.parent / "text.jsonl", "--tokenizer", data / "tokenizer.json"]
+    words += ["--chunks-per-shard", 8, "--valid-fraction", 0.1, "--seed", 3, "--out", made]
+    succeed(program("data_prep/shard.py", *words))
+    words = [*QUICK, f"data.path={made}", f"run.path={whole}", f"train.steps={STEPS}"]
+    assert "other data" in error_line(program("launch/train.py", *words))

@@ -1,0 +1,71 @@
+"""Worker processes: one that dies is reported, and none outlives the run that started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep.passes import SpillPlan, spill_all
+from data_prep.records import Record
+from i3dist.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class DeadlyPart:
+    """Kills the process that reads it."""
+
+    def records(self) -> Iterator[Record]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield Record("", "", "", "")
+
+
+@dataclass(frozen=True)
+class EndlessPart:
+    """Never comes to an end."""
+
+    def records(self) -> Iterator[Record]:
+        while True:
+            time.sleep(0.01)
+            yield Record("", "", "", "text")
+
+
+def spill(folder: Path, tokenizer: Path, part: type[DeadlyPart] | type[EndlessPart]) -> None:
+    plan = SpillPlan([part(), part()], tokenizer, folder, 0)
+    spill_all(plan, 2, lambda parts, tokens: None)
+
+
+def test_a_worker_that_dies_is_reported(built: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a worker process died .* it continues"):
+        spill(tmp_path, built / "tokenizer.json", DeadlyPart)
+
+
+def test_no_worker_outlives_a_run_that_is_killed(built: Path, tmp_path: Path) -> None:
+    code = "import sys; from tests.data_prep.test_passes import *; "
+    code += "spill(Path(sys.argv[1]), Path(sys.argv[2]), EndlessPart)"
+    words = [sys.executable, "-c", code, str(tmp_path), str(built / "tokenizer.json")]
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL) as run:
+        parent = psutil.Process(run.pid)
+        while len(workers := parent.children()) < 3:  # with multiprocessing's resource tracker
+            time.sleep(0.05)
+        time.sleep(1.0)
+        run.kill()
+    deadline = time.monotonic() + 10
+    while any(map(_is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_is_running, workers))
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

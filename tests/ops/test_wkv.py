@@ -1,0 +1,256 @@
+"""WKV against its equations. Run time about 10 s."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from i3dist.ops import wkv as wkv_module
+from i3dist.ops.wkv import empty_state, wkv
+from i3dist.ops.wkv_naive import wkv_naive
+
+Form = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Case(NamedTuple):
+    decay: Tensor
+    bonus: Tensor
+    k: Tensor
+    v: Tensor
+    restart: Tensor
+    state: Tensor
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -> Case:
+    return make_case(
+        rows=draw(st.integers(1, 3)),
+        length=draw(st.one_of(st.integers(1, 5), st.integers(6, 80))),
+        channels=draw(st.integers(1, 6)),
+        dtype=draw(st.sampled_from(dtypes)),
+        scale=draw(st.sampled_from([1.0, 30.0, 1000.0])),
+        restarts=draw(st.sampled_from([0.0, 0.05, 0.5, 1.0])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def make_case(
+    rows: int,
+    length: int,
+    channels: int,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    restarts: float = 0.05,
+    seed: int = 0,
+) -> Case:
+    random = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    decay = -torch.exp(torch.empty(channels).uniform_(-9.2, 3.9, generator=random))
+    b = torch.exp(normal(rows, channels))
+    state = torch.stack([b * normal(rows, channels), b, scale * normal(rows, channels)], dim=1)
+    return Case(
+        decay.to(wide),
+        normal(channels).to(wide),
+        (scale * normal(rows, length, channels)).to(dtype),
+        normal(rows, length, channels).to(dtype),
+        torch.rand(rows, length, generator=random) < restarts,
+        state.to(wide),
+    )
+
+
+def loss_of(y: Tensor, state: Tensor, seed: int = 1) -> Tensor:
+    """Some smooth function of y and of what the state stands for, whatever its unit e^m."""
+    random = torch.Generator().manual_seed(seed)
+    a, b, m = state.unbind(1)
+    weights = torch.randn(3, *a.shape, generator=random).to(a)
+    loss = (y.double() * torch.randn(y.shape, generator=random).bfloat16().to(y).double()).sum()
+    means = (a / b * weights[0] + (b.log() + m) * weights[1]).masked_fill(b == 0, 0.0)
+    return loss + means.double().sum()
+
+
+def gradients(form: Form, case: Case) -> tuple[Tensor, Tensor, list[Tensor]]:
+    leaves = Case(*(x.detach().clone().requires_grad_(x.is_floating_point()) for x in case))
+    y, state = form(*leaves)
+    inputs = [x for x in leaves if x.requires_grad]
+    return y.detach(), state.detach(), list(torch.autograd.grad(loss_of(y, state), inputs))
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    bound = tolerance * (1.0 + want.double().abs().max())
+    assert (got.double() - want.double()).abs().max() <= bound
+
+
+def assert_same_run(got: tuple, want: tuple, tolerance: float) -> None:
+    (y, state, grads), (want_y, want_state, want_grads) = got, want
+    assert_close(y, want_y, tolerance)
+    assert_close(state[:, 0] / state[:, 1], want_state[:, 0] / want_state[:, 1], tolerance)
+    assert_close(*(s[:, 1].double().log() + s[:, 2] for s in (state, want_state)), tolerance)
+    for grad, want_grad in zip(grads, want_grads, strict=True):
+        assert_close(grad, want_grad, tolerance)
+
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(tuple(TOLERANCE)))
+def test_values_and_gradients_are_the_equations(case: Case) -> None:
+    exact = Case(*(x.double() if x.is_floating_point() else x for x in case))
+    want = gradients(wkv_naive, exact)
+    assert_same_run(gradients(wkv, case), want, TOLERANCE[case.k.dtype])
+
+
+@pytest.mark.parametrize("form", [wkv, wkv_naive])
+@pytest.mark.parametrize("length", [1, 7, 35])
+def test_gradients_are_finite_differences(form: Form, length: int) -> None:
+    case = make_case(2, length, 2, torch.float64, restarts=0.1)
+
+    def function(decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, ab: Tensor) -> Tensor:
+        start = torch.cat([ab, case.state[:, 2:]], dim=1)
+        return loss_of(*form(decay, bonus, k, v, case.restart, start))
+
+    inputs = (*case[:4], case.state[:, :2])
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases((torch.float64, torch.float32)), st.data())
+def test_split_run_is_the_whole_run(case: Case, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, case.k.shape[1]))
+
+    def split(decay, bonus, k, v, restart, state):
+        pieces = []
+        for part in (slice(None, at), slice(at, None)):
+            if k[:, part].shape[1]:
+                y, state = wkv(decay, bonus, k[:, part], v[:, part], restart[:, part], state)
+                pieces.append(y)
+        return torch.cat(pieces, dim=1), state
+
+    assert_same_run(gradients(split, case), gradients(wkv, case), TOLERANCE[case.k.dtype])
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases((torch.float32, torch.bfloat16)), st.sampled_from([1e3, 1e30, 3e38]), st.data())
+def test_nothing_before_a_restart_touches_what_follows(
+    case: Case, huge: float, data: st.DataObject
+) -> None:
+    at = data.draw(st.integers(0, case.k.shape[1] - 1))
+    case.restart[:, at] = True
+
+    def later(k: Tensor, v: Tensor, state: Tensor) -> list[Tensor]:
+        k, v = k.clone().requires_grad_(), v.clone().requires_grad_()
+        y, final = wkv(case.decay, case.bonus, k, v, case.restart, state)
+        grads = torch.autograd.grad(loss_of(y[:, at:], final), (k, v))
+        return [y[:, at:], final, *(grad[:, at:] for grad in grads)]
+
+    signs = torch.randn(case.k.shape, generator=torch.Generator().manual_seed(0)).sign()
+    before = torch.arange(case.k.shape[1])[None, :, None] < at
+    other = [torch.where(before, (signs * huge).to(x.dtype), x) for x in (case.k, case.v)]
+    other_state = torch.full_like(case.state, huge)
+    for one, two in zip(later(case.k, case.v, case.state), later(*other, other_state), strict=True):
+        assert torch.equal(one, two)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases((torch.float32,)), st.data())
+def test_no_gradient_crosses_a_restart(case: Case, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, case.k.shape[1] - 1))
+    case.restart[:, at] = True
+    k, v, state = (x.clone().requires_grad_() for x in (case.k, case.v, case.state))
+    y, final = wkv(case.decay, case.bonus, k, v, case.restart, state)
+    grad_k, grad_v, grad_state = torch.autograd.grad(loss_of(y[:, at:], final), (k, v, state))
+    assert not grad_k[:, :at].any() and not grad_v[:, :at].any() and not grad_state.any()
+
+
+@pytest.mark.parametrize("form", [wkv, wkv_naive])
+@pytest.mark.parametrize("decay", [-1e-4, -0.3, -50.0, -1e4])
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e10, 1e30, 3e38])
+def test_any_finite_key_gives_a_mean_of_values(form: Form, decay: float, size: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    k = size * (2.0 * torch.rand(2, 130, 6, generator=random) - 1.0)
+    k[:, 0, :2], k[:, 1:, :2] = size, -size  # one key rules for good
+    k[..., 2:4] = size
+    v = torch.randn(2, 130, 6, generator=random)
+    decays, bonus = torch.full((6,), decay), torch.linspace(-2, 2, 6)
+    case = Case(decays, bonus, k, v, torch.zeros(2, 130, dtype=torch.bool), empty_state(2, 6))
+    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in case]
+    y, final = form(*leaves)
+    assert torch.equal(y[:, 0], v[:, 0])
+    slack = 1e-5 * v.abs().max()
+    assert (y <= v.cummax(1).values + slack).all() and (y >= v.cummin(1).values - slack).all()
+    grads = torch.autograd.grad(
+        y.sum() + final[:, :2].sum(), [x for x in leaves if x.requires_grad]
+    )
+    assert all(x.isfinite().all() for x in (final, *grads))
+
+
+def test_small_decay_survives_large_keys() -> None:
+    """At m near 1000 a decay of 1e-4 is about the rounding of m: uncompensated, errors add up."""
+    case = make_case(1, 600, 4, torch.float32, restarts=0.0)
+    case = case._replace(decay=torch.full((4,), -1e-4), bonus=torch.zeros(4), k=1000.0 + case.k)
+    exact = Case(*(x.double() if x.is_floating_point() else x for x in case))
+    want, _ = wkv_naive(*exact)
+    for form in (wkv, wkv_naive):
+        assert_close(form(*case)[0], want, 1e-5)
+
+
+def test_no_state_is_the_empty_state() -> None:
+    case = make_case(2, 9, 3, torch.float32)
+    without = wkv(*case[:5])
+    for got, want in zip(without, wkv(*case[:5], empty_state(2, 3)), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(without[0][:, 0], case.v[:, 0])
+
+
+def test_inputs_of_any_layout() -> None:
+    case = make_case(3, 40, 5, torch.float32)
+    strided = case._replace(
+        k=case.k.transpose(0, 2).contiguous().transpose(0, 2),
+        v=torch.stack([case.v, case.v], dim=-1)[..., 0],
+        restart=case.restart.t().contiguous().t(),
+    )
+    got, want = gradients(wkv, strided), gradients(wkv, case)
+    assert torch.equal(got[0], want[0])
+    assert all(torch.equal(x, y) for x, y in zip(got[2], want[2], strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 33, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_holds_it_whole(length: int, dtype: torch.dtype) -> None:
+    case = make_case(2, length, 3, dtype)
+    compiled = torch.compile(lambda *x: wkv(*x), backend="aot_eager", fullgraph=True)
+    got, want = gradients(compiled, case), gradients(wkv, case)
+    assert torch.equal(got[0], want[0])
+    assert all(torch.equal(x, y) for x, y in zip(got[2], want[2], strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 33])
+def test_registration_is_sound(length: int) -> None:
+    case = make_case(2, length, 3, torch.bfloat16)
+    leaves = [x.requires_grad_(x.is_floating_point()) for x in case]
+    torch.library.opcheck(wkv_module._wkv, tuple(leaves))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"k": torch.zeros(2, 0, 3)}, "T >= 1"),
+        ({"v": torch.zeros(2, 4, 5)}, "v must be"),
+        ({"v": torch.zeros(2, 4, 3, dtype=torch.bfloat16)}, "share a dtype"),
+        ({"restart": torch.zeros(2, 4)}, "be bool"),
+        ({"state": torch.zeros(2, 3)}, "state must be"),
+        ({"decay": torch.zeros(4)}, "decay must be"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Tensor], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        wkv(*make_case(2, 4, 3, torch.float32)._replace(**change))

@@ -1,0 +1,89 @@
+"""The programs as a user meets them: help, dry runs, and one clear line for what is wrong."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from i3dist.config import setting_lines
+from tests.conftest import QUICK, error_line, program
+
+
+def test_help_lists_every_setting() -> None:
+    text = program("launch/train.py", "--help").stdout
+    assert all(f"{name}=" in text for name, _, _ in setting_lines())
+
+
+def test_a_dry_run_without_data_is_the_card() -> None:
+    result = program("launch/train.py", "--dry-run", "data.path=nowhere")
+    assert result.returncode == 0, result.stderr
+    total = int(re.search(r"^parameters_total=(\d+)$", result.stdout, re.MULTILINE)[1])
+    assert 335e6 <= total <= 348e6
+    assert "tokens_per_step=16384" in result.stdout
+    assert "8 heads do not divide width 1180: using 10" in result.stdout + result.stderr
+
+
+def test_a_dry_run_with_data_follows_its_vocabulary(data: Path) -> None:
+    result = program("launch/train.py", "--dry-run", *QUICK, f"data.path={data}")
+    assert re.search(r"model\.vocab_size\W+512\b", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train.stpes=1"], "unknown setting train.stpes; did you mean train.steps"),
+        (["train.steps=0"], "train.steps=0 should be greater than or equal to 1"),
+        (["data.path=nowhere"], "python data_prep/shard.py"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--deepspeed", "nowhere.json", "DATA"], "nowhere.json"),
+        (["DATA", "model.chunk_length=64"], "chunks of 512 tokens; set model.chunk_length=512"),
+        (["DATA", "train.lanes=4", "train.micro_batch=3"], "legal: 1, 2, 4, auto"),
+    ],
+)
+def test_bad_input_to_train_is_one_line(
+    data: Path, tmp_path: Path, words: list[str], says: str
+) -> None:
+    words = [f"data.path={data}" if word == "DATA" else word for word in words]
+    result = program("launch/train.py", *words, f"run.path={tmp_path / 'run'}", timeout=60)
+    assert says in error_line(result)
+
+
+def test_lanes_that_ranks_cannot_share_are_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen by the first of three ranks, before it waits for the others."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 3, "LOCAL_RANK": 0, "LOCAL_SIZE": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29501")
+    words = [f"data.path={data}", f"run.path={tmp_path / 'run'}", "train.lanes=4"]
+    result = program("launch/train.py", *words, timeout=60)
+    assert "train.lanes=4 cannot be shared by 3 ranks" in error_line(result)
+    assert "1, 2, 4" in error_line(result)
+
+
+def test_a_missing_compiler_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "nothing-built"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = program("launch/train.py", f"data.path={data}", f"run.path={tmp_path / 'run'}")
+    assert "the C++ compiler 'no-such-compiler' is not on PATH" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["launch/evaluate.py", "--checkpoint", "nowhere", "--data", "x"], "model.safetensors"),
+        (["launch/generate.py", "--checkpoint", "nowhere"], "model.safetensors"),
+        (["launch/generate.py", "--checkpoint", "x", "--tokens", "0"], "--tokens 0"),
+        (["launch/generate.py", "--checkpoint", "x", "--top-p", "2"], "--top-p 2.0"),
+        (["launch/generate.py", "--checkpoint", "x", "--device", "cuda"], "no CUDA GPU"),
+    ],
+)
+def test_bad_input_to_the_other_programs_is_one_line(words: list[str], says: str) -> None:
+    if "cuda" in words:
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+    assert says in error_line(program(*words, timeout=60))
