@@ -312,7 +312,8 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 def barrier() -> None:
     """Wait for all ranks; alone, return at once."""
     if torch_dist.is_initialized():
-        torch_dist.barrier()
+        # NCCL warns unless it is told the device that it should use anyway.
+        torch_dist.barrier(device_ids=[torch.cuda.current_device()] if uses_cuda() else None)
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -325,7 +326,7 @@ def lost_peer(error: BaseException) -> bool:
 def leave() -> None:
     """Meet once more, so that no rank's exit ends another's work, and leave the process group."""
     if torch_dist.is_initialized():
-        torch_dist.barrier()
+        barrier()
         torch_dist.destroy_process_group()
 
 

@@ -155,7 +155,7 @@ def _solve(
     entering_m = _enter_maximum(m[:, 0], inputs) if entries is None else entries[:, :, 2]
     _fill_maximum(m[:, 1:], aged, entering_m, inputs)
     present = (k - m[:, 1:]).exp_()
-    slip = (m[:, :-1] - aged).add_(inputs.decay).clamp_(-MAX_SLIP, MAX_SLIP)
+    slip = _slip(m[:, :-1], aged, inputs)
     past = aged.sub_(m[:, 1:]).add_(slip).exp_()
 
     ab = k.new_empty(2, rows, length + 1, channels)
@@ -232,6 +232,19 @@ def _fill_maximum(m: Tensor, aged: Tensor, entering: Tensor, inputs: _Inputs) ->
         found = inputs.cuts.at_step(entering, step, EMPTY_MAXIMUM)
         torch.add(found, inputs.decay, out=old)
         entering = torch.maximum(old, key, out=new)
+
+
+def _slip(m: Tensor, aged: Tensor, inputs: _Inputs) -> Tensor:
+    """What rounding took from `aged`, limited: w + m_{t-1} - aged, [B, T, C].
+
+    The m that enters a block is rounded once where the steps before it are rounded L times, so its
+    first token takes up to L slips.
+    """
+    slip = (m - aged).add_(inputs.decay)
+    limit = MAX_SLIP * inputs.block
+    first = slip[:, :: inputs.block].clamp(-limit, limit)
+    slip.clamp_(-MAX_SLIP, MAX_SLIP)[:, :: inputs.block] = first
+    return slip
 
 
 def _enter_linear(x: Tensor, past: Tensor, start: Tensor, inputs: _Inputs, steps: range) -> Tensor:

@@ -287,7 +287,8 @@ def backward(
         W=_CHANNELS,
         num_warps=1,
     )
-    grad_decay, grad_bonus = partial.sum(1)
+    # Each a tensor of its own: outputs of an operator must not share memory.
+    grad_decay, grad_bonus = (part.sum(0) for part in partial)
     return grad_decay.to(decay.dtype), grad_bonus.to(bonus.dtype), grad_k, grad_v, grad_state
 
 
