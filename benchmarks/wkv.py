@@ -161,7 +161,7 @@ def show(rows: list[Row], title: str) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         figures = (row.ms, row.gb_per_s, row.times_copy, row.loop_ms, row.times_faster_than_loop)
-        texts = ("" if x is None else f"{x:.3g}" for x in figures)
+        texts = ("" if x is None else f"{x:,.{1 if x >= 100 else 3}f}" for x in figures)
         table.add_row(row.shape, row.dtype, row.what, *texts)
     Console().print(table)
 

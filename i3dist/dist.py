@@ -255,11 +255,12 @@ def require_compiler(environ: MutableMapping[str, str] = os.environ) -> None:
     if uses_cuda() or _operator_installed():
         return
     path = environ.get("PATH", os.defpath)
-    if shutil.which("ninja", path=path) is None:
-        beside = Path(sys.executable).parent
-        if shutil.which("ninja", path=str(beside)) is None:
-            raise UserError("ninja is not on PATH, and DeepSpeed needs it: pip install ninja")
+    beside = Path(sys.executable).parent
+    if shutil.which("ninja", path=str(beside)):
+        # First on PATH: two versions of ninja would each build the other's work anew.
         environ["PATH"] = f"{beside}{os.pathsep}{path}"
+    elif shutil.which("ninja", path=path) is None:
+        raise UserError("ninja is not on PATH, and DeepSpeed needs it: pip install ninja")
     build = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False))
     _refuse_stale_lock(build / "lock")
     if any(build.glob("deepspeed_shm_comm*.so")):

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tensors are tiny here: threads would only wait for each other.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 # Small enough for seconds; history is on from the first step, so every part takes part.
