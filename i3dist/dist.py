@@ -5,6 +5,7 @@ Every launcher tells a process its place through environment variables, each in 
 project looks at the environment for a rank.
 """
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -31,6 +32,9 @@ FIRST_PORT, PORTS = 10_240, 20_000
 
 # What gloo says when the other end of a connection is gone.
 PEER_LOSS = r"gloo.*(closed|reset|refused|broken|timed out)|onnection (closed|reset) by peer"
+
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 # Building DeepSpeed's operator takes half a minute; a lock this old has no owner.
 STALE_LOCK_SECONDS = 600
@@ -212,6 +216,18 @@ def share_threads(job: Job, environ: MutableMapping[str, str] = os.environ) -> i
     environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     return threads
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what is freed; returns whether it does (glibc can).
+
+    By default each large tensor is mapped from the kernel anew, page by page, and given back: on
+    CPU a third of a training step (docs/performance.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def uses_cuda() -> bool:

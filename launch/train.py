@@ -71,6 +71,8 @@ def build(
     settings, saved = resolve(settings, corpus, job.world_size, arguments.fresh)
     micro_batches = micro_batches_per_step(settings, job)
     dist.share_threads(job)
+    if not dist.uses_cuda():
+        dist.keep_freed_memory()
     engine.start(job)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)

@@ -1,6 +1,7 @@
 """i3dist/dist.py: every launcher's environment, threads, and the tools DeepSpeed needs. 3 s."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -306,3 +307,21 @@ def test_alone_the_collectives_do_nothing(
     monkeypatch.setenv("RANK", "1")
     dist.say("unheard")
     assert capsys.readouterr().out == "step 1\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_freed_memory_is_kept() -> None:
+    """A block of 64 MB that is freed and asked for again costs no new pages."""
+    script = """
+import resource, torch
+from i3dist import dist
+assert dist.keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    torch.ones(1 << 24)
+before = faults()
+for _ in range(5):
+    torch.ones(1 << 24)
+assert faults() - before < 1000, faults() - before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
