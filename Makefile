@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-DATA := data/stdlib
-DATA_READY := data/.stdlib-ready
+DATA := data/quickstart
+DATA_READY := $(DATA)/train/manifest.json
 RUN := runs/quickstart
 
 # Programs of the virtual environment (deepspeed, ninja) find each other through PATH.
@@ -29,14 +29,13 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(DATA_READY): | $(READY)
-	rm -rf $(DATA)
 	python data_prep/shard.py --source stdlib --vocab-size 4096 --chunks-per-shard 32 \
 	  --valid-fraction 0.02 --out $(DATA)
-	@touch $@
 
 quickstart: $(READY) $(DATA_READY)  ## prepare data, train, evaluate and generate, from nothing
-	@# A machine without GPUs gets two ranks; elsewhere the launcher takes every GPU.
-	deepspeed $$(python -c 'import torch; print("" if torch.cuda.is_available() else "--num_accelerators 2")') \
+	@# The tiny model has 4 lanes: as many ranks as there are GPUs, but 1, 2 or 4; without GPUs 2.
+	deepspeed --num_accelerators $$(python -c \
+	  'import torch; n = torch.cuda.device_count(); print(4 if n > 3 else 2 if n != 1 else 1)') \
 	  launch/train.py --deepspeed configs/zero2.json --config configs/tiny.yaml --fresh \
 	  data.path=$(DATA) run.path=$(RUN)
 	python launch/evaluate.py --checkpoint $(RUN) --data $(DATA)

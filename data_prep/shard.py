@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
@@ -25,7 +24,7 @@ from data_prep.tokenizer import (
     train_tokenizer,
 )
 from i3dist.data.manifest import MAX_SHARDS, Manifest
-from i3dist.errors import UserError, one_line_errors
+from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.tokenizer import Tokenizer
 
 DEFAULT_VOCABULARY = 32_000
@@ -42,11 +41,6 @@ document lies) and manifest.json, beside tokenizer.json. The same source and set
 bytes, whatever --workers is. A run that was stopped continues when it is started again; a folder
 made with other settings is refused. While it works it needs disk for about twice the shards.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
@@ -67,12 +61,10 @@ def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; a value that makes no sense is a `UserError`."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="shard.py",
         description="Turn text into tokenized, shuffled, packed shards for training.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

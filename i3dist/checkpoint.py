@@ -11,11 +11,9 @@ Nothing in them depends on the number of ranks, and nothing is a pickle.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +51,26 @@ class RunState(BaseModel):
     settings: dict[str, Any]
     """The run's resolved settings."""
     data: str
-    """Fingerprint of the training split's manifest."""
+    """Fingerprint of the data, both splits."""
+    engine: dict[str, Any]
+    """What of the engine's file decides numbers."""
+
+
+class FileDigest(BaseModel):
+    """What a file must be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int
+    sha256: str
+
+
+class CheckpointManifest(BaseModel):
+    """manifest.json: every other file of the checkpoint, by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    files: dict[str, FileDigest]
 
 
 def save(
@@ -77,7 +94,8 @@ def save(
     name = f"step-{state.step:08d}"
     staging = folder / f".{name}.partial"
     if job.rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
+        for leftover in folder.glob(".step-*.partial"):
+            shutil.rmtree(leftover)
         staging.mkdir(parents=True)
     dist.barrier()
     written = _write_share(staging, job.rank, fragments, lanes)
@@ -85,7 +103,8 @@ def save(
     if job.rank == 0:
         _write_durably(staging / STATE, state.model_dump_json(indent=1))
         digests[STATE] = _digest(staging / STATE)
-        _write_durably(staging / MANIFEST, json.dumps(dict(sorted(digests.items())), indent=1))
+        listed = CheckpointManifest(files=dict(sorted(digests.items())))
+        _write_durably(staging / MANIFEST, listed.model_dump_json(indent=1))
         _publish(folder, staging, name, keep)
     dist.barrier()
     return folder / name
@@ -125,9 +144,13 @@ def _publish(folder: Path, staging: Path, name: str, keep: int) -> None:
     _write_durably(folder / f".{LATEST}.partial", name)
     os.replace(folder / f".{LATEST}.partial", folder / LATEST)
     _sync(folder)
-    complete = sorted(path for path in folder.glob("step-*") if path.is_dir())
-    for old in complete[:-keep]:
-        shutil.rmtree(old)
+    older: list[Path] = []
+    newer: list[Path] = []
+    for path in sorted(folder.glob("step-*")):
+        (older if path.name <= name else newer).append(path)
+    # Newer ones belong to a future that was given up when the run continued from before it.
+    for path in older[:-keep] + newer:
+        shutil.rmtree(path)
 
 
 def find_latest(folder: Path) -> Path | None:
@@ -164,14 +187,14 @@ def verify(checkpoint: Path, job: dist.Job) -> None:
         UserError: on every rank, naming the first bad file.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
-        names = sorted(manifest)
-    except (OSError, ValueError, TypeError):
+        listed = CheckpointManifest.model_validate_json((checkpoint / MANIFEST).read_bytes()).files
+    except (OSError, ValidationError):
         raise UserError(f"{checkpoint / MANIFEST} cannot be read") from None
-    bad = {}
-    for name in names[job.rank :: job.world_size]:
+    present = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    bad = dict.fromkeys(present - set(listed), "not in its manifest")
+    for name in sorted(listed)[job.rank :: job.world_size]:
         path = checkpoint / name
-        if not path.is_file() or _digest(path) != manifest[name]:
+        if not path.is_file() or _digest(path) != listed[name]:
             bad[name] = "missing or altered"
     for name, reason in sorted(_gather(bad).items()):
         raise UserError(
@@ -184,10 +207,9 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
     """Whole weights and optimizer state of a checkpoint by parameter name, read when asked for."""
 
     def __init__(self, checkpoint: Path):
-        self._stack = ExitStack()
         self._places: dict[str, list[tuple[int, str, Any]]] = {}
         for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
-            file = self._stack.enter_context(safe_open(path, framework="pt"))
+            file = safe_open(path, framework="pt").__enter__()  # maps the file while we live
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 kind, start, name = key.split("/", 2)
                 if kind == "weight":
@@ -222,11 +244,12 @@ def read_lanes(checkpoint: Path, lanes: range, device: torch.device) -> LaneStat
     )
 
 
-def export_weights(run: Path, model: I3LM) -> Path:
-    """Write RUN/model.safetensors: the weights as the forward pass uses them."""
+def export_weights(run: Path, model: I3LM, step: int) -> Path:
+    """Write RUN/model.safetensors: the weights as the forward pass uses them after `step`."""
     path = run / "model.safetensors"
     staging = run / ".model.safetensors.partial"
-    save_file({name: t.cpu().contiguous() for name, t in model.state_dict().items()}, staging)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, staging, metadata={"step": str(step)})
     _sync(staging)
     os.replace(staging, path)
     return path
@@ -248,12 +271,17 @@ def load_run(run: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer
         )
     settings = Settings.load(run / "settings.yaml")
     tokenizer = Tokenizer.load(run / "tokenizer.json")
+    if settings.model.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size in "
+            f"{run / 'settings.yaml'} is {settings.model.vocab_size}; restore the run's own files"
+        )
     try:
         weights = load_file(path, device=str(device))
         model = I3LM(settings.model, tokenizer.bos_id)
         model.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit {run / 'settings.yaml'}: {reason}") from None
     dtype = torch.float32 if device.type == "cpu" else weights["head.weight"].dtype
     for parameter in model.parameters():  # buffers stay fp32, as in training
@@ -261,10 +289,10 @@ def load_run(run: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer
     return model.to(device).eval().requires_grad_(False), settings, tokenizer
 
 
-def _digest(path: Path) -> dict[str, int | str]:
+def _digest(path: Path) -> FileDigest:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+    return FileDigest(size=path.stat().st_size, sha256=digest)
 
 
 def _gather(mine: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
 from i3dist.errors import UserError
@@ -23,6 +23,8 @@ Count = Annotated[int, Field(ge=1, le=2**40)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# A folder may be called 2024, which YAML reads as a number.
+AnyPath = Annotated[Path, BeforeValidator(str)]
 
 CARD_VOCAB_SIZE = 32_000
 
@@ -31,21 +33,25 @@ class Section(BaseModel):
     """A frozen group of settings. Field docstrings are what ``--help`` shows."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        coerce_numbers_to_str=True,
     )
 
 
 class RunSettings(Section):
     """Where one run keeps what it makes."""
 
-    path: Path = Path("runs/i3-4096ctx")
+    path: AnyPath = Path("runs/i3-4096ctx")
     """Folder of the run: checkpoints, logs, plots, final weights."""
 
 
 class DataSettings(Section):
     """What the run reads."""
 
-    path: Path = Path("data/fineweb-edu")
+    path: AnyPath = Path("data/fineweb-edu")
     """Output folder of data_prep/shard.py, with train/ and valid/ in it."""
     workers: Annotated[int, Field(ge=0, le=256)] = 1
     """Loader processes per rank; 0 reads in the training process. Never changes the stream."""
@@ -209,7 +215,8 @@ class Settings(Section):
         """
         for word in overrides:
             key, separator, _ = word.partition("=")
-            if not separator or "." not in key:
+            section, _, name = key.partition(".")
+            if not (separator and section and name):
                 raise UserError(f"setting {word!r} is not of the form section.key=value")
         try:
             file = OmegaConf.load(config) if config else OmegaConf.create({})
@@ -272,7 +279,6 @@ FREE_TO_CHANGE = (
     "train.micro_batch",
     "log.every",
     "validate.every",
-    "validate.chunks",
     "checkpoint.every",
     "checkpoint.keep",
     "tracking.enabled",

@@ -21,6 +21,7 @@ from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM, decayed
 from i3dist.model.state import LaneState
+from i3dist.toolchain import require_compiler
 
 # Read at import: the accelerator, and how much DeepSpeed says.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
@@ -54,6 +55,8 @@ ENGINE_KEYS = (
     "compile",
     "flops_profiler",
 )
+# Those of them that decide numbers: a run keeps them.
+NUMERIC_KEYS = ("bf16", "data_types", "communication_data_type")
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
 
@@ -90,6 +93,11 @@ def read_engine_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def numeric_part(config: dict[str, Any]) -> dict[str, Any]:
+    """What of the engine's file decides numbers, and so belongs to a run's identity."""
+    return {key: config[key] for key in NUMERIC_KEYS if key in config}
+
+
 @dataclass(frozen=True)
 class Fragment:
     """The part of one parameter whose optimizer state this rank holds."""
@@ -120,6 +128,7 @@ class Engine:
             micro_batches: of one optimizer step on this rank.
         """
         self.micro_batches = micro_batches
+        self.numeric = numeric_part(config)
         self.settings = optimizer
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -237,19 +246,15 @@ class Engine:
                 **{key: torch.zeros_like(flat) for key in ADAM_STATES},
             }
 
-    def close(self) -> None:
-        """Let go of the engine's hooks and buffers."""
-        self._engine.destroy()
-
 
 def start(job: dist.Job) -> None:
     """Join the process group of the job: NCCL on GPUs, gloo (and shared memory) on CPUs."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     job.export()
     if dist.uses_cuda():
-        torch.cuda.set_device(job.local_rank)
+        torch.cuda.set_device(dist.device(job))
     else:
-        dist.require_compiler()
+        require_compiler()
     deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
 
 

@@ -1,10 +1,12 @@
 """The one kind of error a user is meant to see: a line that says what, where, and what to do."""
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 # Ranks but the first wait so long before they speak: most errors strike all ranks alike, and the
 # launcher ends the others once the first has spoken and gone.
@@ -15,23 +17,40 @@ class UserError(Exception):
     """Bad input or a bad environment. The message is one line: what, where, what to do."""
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line like all others, and which keeps help text as it is."""
+
+    def __init__(self, **options: object) -> None:
+        """As argparse, without abbreviations."""
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage and exiting."""
+        raise UserError(f"{message} (see --help)")
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print a `UserError` as one line on stderr and leave with status 1, with no traceback.
 
-    The exit skips interpreter teardown, so a rank that fails ends at once even where other ranks
-    wait for it in a collective.
+    An `OSError` that nobody explained (a full disk, say) names its file and reason. The exit skips
+    interpreter teardown, so a rank that fails ends at once even where others wait for it.
     """
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     try:
         yield
+        return
     except UserError as error:
         message = f"error: {error}"
     except KeyboardInterrupt:
         message = "error: interrupted"
-    else:
-        return
-    if rank:
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os._exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"error: {where}{error.strerror or error}"
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank != "0":
         time.sleep(OTHERS_WAIT_SECONDS)
         message = f"[rank {rank}] {message}"
     print(message, file=sys.stderr, flush=True)

@@ -24,8 +24,8 @@ class Sampling:
     """Keep the likeliest tokens that together reach this probability (Holtzman et al., 2020)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature} must be a number of at least 0")
+        if self.temperature and not 1e-3 <= self.temperature <= 1e3:
+            raise UserError(f"--temperature {self.temperature} must be 0, or from 0.001 to 1000")
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k} must be 0 or more; 0 keeps all")
         if not 0 < self.top_p <= 1:

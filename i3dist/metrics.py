@@ -38,7 +38,7 @@ def count_step(batches: Sequence[Batch], pad_id: int, model: ModelSettings) -> S
 
 
 class Interval:
-    """The steps since the last report; nothing waits for the device until `metrics`."""
+    """The steps since the last report; adding one does not wait for the device."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()

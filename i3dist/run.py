@@ -1,14 +1,31 @@
 """How a run begins: what it decides once, what it continues from, what it refuses."""
 
+import fcntl
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as torch_dist
 
 from i3dist import checkpoint, dist
 from i3dist.checkpoint import RunState
 from i3dist.config import Settings, first_conflict, inherit_decided
 from i3dist.data.corpus import Corpus
+from i3dist.engine import numeric_part
 from i3dist.errors import UserError
 
 LANES_PER_RANK = 4
+WAYS_OUT = "choose another run.path, or start over with --fresh"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts from."""
+
+    settings: Settings  # no "auto" is left that a run decides
+    checkpoint: Path | None = None  # None starts from step 0
+    state: RunState | None = None
 
 
 def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
@@ -23,12 +40,13 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
 
 
 def resolve(
-    settings: Settings, corpus: Corpus, world_size: int, fresh: bool
-) -> tuple[Settings, tuple[Path, RunState] | None]:
+    settings: Settings, engine_config: dict[str, Any], corpus: Corpus, world_size: int, fresh: bool
+) -> Start:
     """Settle the settings, and find the checkpoint that the run continues from, if any.
 
     Args:
         settings: as the user gave them.
+        engine_config: the engine's file.
         corpus: the data.
         world_size: ranks of the job.
         fresh: start over, whatever lies in the run's folder.
@@ -38,19 +56,44 @@ def resolve(
     """
     path = None if fresh else checkpoint.find_latest(settings.run.path / "checkpoints")
     if path is None:
-        return decide(settings, world_size, corpus.tokenizer.vocab_size), None
+        return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
     state = checkpoint.read_state(path)
     saved = Settings.build(state.settings)
     settings = inherit_decided(settings, saved)
-    ways_out = "choose another run.path, or start over with --fresh"
     if conflict := first_conflict(settings, saved):
-        raise UserError(f"{path} is of other settings: {conflict}; {ways_out}")
-    if state.data != corpus.train.manifest.fingerprint:
+        raise UserError(f"{path} is of other settings: {conflict}; {WAYS_OUT}")
+    if state.engine != numeric_part(engine_config):
         raise UserError(
-            f"{path} was trained on other data than {corpus.train.folder} "
-            f"(fingerprints differ); name the data it had, {ways_out}"
+            f"{path} was made with other engine settings: {numeric_part(engine_config)} but the "
+            f"saved run has {state.engine}; {WAYS_OUT}"
         )
-    return settings, (path, state)
+    if state.data != corpus.fingerprint:
+        raise UserError(
+            f"{path} was trained on other data than {corpus.train.folder.parent} "
+            f"(fingerprints differ); name the data it had, {WAYS_OUT}"
+        )
+    if state.step > settings.train.steps:
+        raise UserError(
+            f"{path} is beyond train.steps={settings.train.steps}: the run has taken {state.step} "
+            f"steps; raise train.steps, {WAYS_OUT}"
+        )
+    return Start(settings, path, state)
+
+
+def agree(start: Start) -> None:
+    """See that every rank starts alike.
+
+    Raises:
+        UserError: on every rank, where they see different folders.
+    """
+    mine = (start.state.step if start.state else 0, start.settings.to_yaml())
+    starts: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(starts, mine)
+    if any(other != starts[0] for other in starts):
+        raise UserError(
+            f"run.path={start.settings.run.path} is not the same folder on every host; "
+            "put it on a file system that they share"
+        )
 
 
 def idle_lanes(settings: Settings, corpus: Corpus) -> str | None:
@@ -67,8 +110,7 @@ def idle_lanes(settings: Settings, corpus: Corpus) -> str | None:
 
 def set_aside(folder: Path) -> None:
     """Rename an earlier run's folder to the first free FOLDER.1, FOLDER.2, ...: nothing is lost."""
-    if not folder.exists():
-        return
+    folder = folder.resolve()
     number = 1
     while (target := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
@@ -76,12 +118,39 @@ def set_aside(folder: Path) -> None:
     dist.say(f"the earlier run now lies in {target}")
 
 
-def lay_out(settings: Settings, corpus: Corpus) -> None:
-    """Write what belongs to a run's folder from the start: resolved settings and tokenizer."""
-    folder = settings.run.path
+def lay_out(start: Start, corpus: Corpus) -> None:
+    """Prepare the run's folder on rank 0, and hold it until the process ends.
+
+    A run that starts from step 0 begins with an empty folder: what an earlier one left there (with
+    --fresh, or killed before its first checkpoint) is set aside, so that their logs never mix.
+
+    Raises:
+        UserError: another process runs in the folder, or it cannot be written.
+    """
+    folder = start.settings.run.path
     try:
+        if start.checkpoint is None and (folder / "settings.yaml").exists():
+            _hold(folder)
+            set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        settings.save(folder / "settings.yaml")
-        corpus.tokenizer.save(folder / "tokenizer.json")
+        _hold(folder)
+        _replace(folder / "settings.yaml", start.settings.to_yaml().encode())
+        _replace(folder / "tokenizer.json", corpus.tokenizer.data)
     except OSError as error:
         raise UserError(f"run.path={folder} cannot be written: {error.strerror}") from None
+
+
+def _hold(folder: Path) -> None:
+    """Lock the folder for as long as this process lives; the handle is never closed."""
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process runs in run.path={folder}; end it first") from None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old one or the new one, whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

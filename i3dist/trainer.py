@@ -63,7 +63,7 @@ class Trainer:
         folder = settings.run.path
         self.metrics_log = MetricsLog(folder / "metrics.jsonl")
         self.validation_log = MetricsLog(folder / "validation.jsonl")
-        # On the device, so that counting a step waits for nothing.
+        # On the device, so that counting does not wait for it.
         self.tokens_seen = torch.zeros((), dtype=torch.int64, device=engine.device)
         self._interval = Interval()
 
@@ -88,6 +88,11 @@ class Trainer:
         counts = count_step(step_batches, self.pad_id, settings.model)
         loss_sum = self._backward(step_batches, gate, counts.targets)
         norm = self.engine.step(settings.optimizer.lr_at(step))
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the gradient's norm is {norm} in step {step + 1}, so the run stops; continue "
+                "from its last checkpoint with a lower optimizer.lr, in another run.path"
+            )
         self.progress.step += 1
         self.progress.windows += settings.train.accumulation
         self.tokens_seen += counts.tokens.long()
@@ -119,11 +124,6 @@ class Trainer:
         metrics["learning_rate"] = settings.optimizer.lr_at(step - 1)
         metrics["tokens_seen"] = int(self.tokens_seen)
         self._interval = Interval()
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(
-                f"loss is {metrics['loss']} at step {step}; continue from the last checkpoint "
-                "with a lower optimizer.lr in another run.path"
-            )
         if self.job.rank == 0:
             self.metrics_log.append(step, metrics)
             self.tracker.log(step, metrics, prefix="train")
@@ -171,7 +171,8 @@ class Trainer:
             windows=self.progress.windows,
             tokens_seen=int(self.tokens_seen),
             settings=self.settings.to_dict(),
-            data=self.corpus.train.manifest.fingerprint,
+            data=self.corpus.fingerprint,
+            engine=self.engine.numeric,
         )
         path = checkpoint.save(
             self.settings.run.path / "checkpoints",
@@ -196,7 +197,7 @@ class Trainer:
         """Write plain weights and plots, and hand them to the tracker."""
         folder = self.settings.run.path
         if self.job.rank == 0:
-            checkpoint.export_weights(folder, self.engine.model)
+            checkpoint.export_weights(folder, self.engine.model, self.progress.step)
             for plot in plots.plot_run(folder):
                 self.tracker.artifact(plot, "plots")
         dist.barrier()

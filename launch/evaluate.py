@@ -19,10 +19,11 @@ from i3dist.checkpoint import load_run
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
-from i3dist.errors import UserError, one_line_errors
+from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.evaluate import Evaluation, evaluate
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
+from i3dist.tokenizer import Tokenizer
 
 MAX_LANES = 8
 ROWS_SHOWN = 12
@@ -30,9 +31,7 @@ ROWS_SHOWN = 12
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="shard.py's output")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
@@ -92,20 +91,19 @@ def print_tables(result: Evaluation) -> None:
 def main() -> None:
     """Evaluate and print."""
     arguments = parse_arguments()
+    if arguments.json:
+        arguments.json.touch()  # better an error now than after the work
     model, settings, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
-    corpus = Corpus.open(arguments.data, settings.model)
-    if corpus.tokenizer.sha256 != tokenizer.sha256:
+    made_with = Tokenizer.load(arguments.data / "tokenizer.json")
+    if made_with.sha256 != tokenizer.sha256:
         raise UserError(
             f"{arguments.data} was made with another tokenizer than {arguments.checkpoint}; "
             f"make it again with --tokenizer {tokenizer.path}"
         )
-    result = evaluate_corpus(model, settings, corpus)
+    result = evaluate_corpus(model, settings, Corpus.open(arguments.data, settings.model))
     print_tables(result)
     if arguments.json:
-        try:
-            arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {arguments.json}: {error.strerror}") from None
+        arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

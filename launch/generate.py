@@ -10,15 +10,13 @@ from pathlib import Path
 
 from i3dist import dist
 from i3dist.checkpoint import load_run
-from i3dist.errors import UserError, one_line_errors
+from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.generate import Sampling, generate
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     default = Sampling()
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
@@ -48,6 +46,8 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.tokens < 1:
         raise UserError(f"--tokens {arguments.tokens} must be 1 or more")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed {arguments.seed} must be from 0 to 2^63 - 1")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     model, _, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt

@@ -13,9 +13,9 @@ import torch
 from i3dist import dist, engine, tracking
 from i3dist.config import Settings, setting_lines
 from i3dist.data.corpus import Corpus
-from i3dist.errors import UserError, one_line_errors
+from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
-from i3dist.run import decide, idle_lanes, lay_out, resolve, set_aside
+from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve
 from i3dist.summary import print_summary
 from i3dist.trainer import Trainer, micro_batches_per_step
 
@@ -25,10 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     settings = "\n".join(
         f"  {name}={default}\n      {text}" for name, default, text in setting_lines()
     )
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         epilog=f"settings and their defaults:\n{settings}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--deepspeed",
@@ -44,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings, see below"
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # settings and options in any order
 
 
 def open_corpus(settings: Settings, optional: bool) -> Corpus | None:
@@ -68,37 +67,44 @@ def build(
     """Settle the settings, join the job, and put model, engine and tracker together."""
     # All that can be wrong with the input is found before the ranks wait for each other.
     engine_config = engine.read_engine_config(arguments.deepspeed)
-    settings, saved = resolve(settings, corpus, job.world_size, arguments.fresh)
+    start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
+    settings = start.settings
     micro_batches = micro_batches_per_step(settings, job)
     dist.share_threads(job)
     if not dist.uses_cuda():
         dist.keep_freed_memory()
     engine.start(job)
+    agree(start)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
     started = engine.Engine(model, engine_config, settings.optimizer, settings.train, micro_batches)
-    tracker: tracking.Tracker | tracking.NoTracker = tracking.NoTracker()
-    if job.rank == 0:
-        if arguments.fresh:
-            set_aside(settings.run.path)
-        lay_out(settings, corpus)
-        print_summary(settings, job.world_size)
-        if warning := idle_lanes(settings, corpus):
-            print(warning, flush=True)
-        tracker = tracking.start(settings, tags=tags(corpus), fresh=saved is None)
-        for name in ("settings.yaml", "tokenizer.json"):
-            tracker.artifact(settings.run.path / name)
+    tracker = begin_record(start, job, corpus) if job.rank == 0 else tracking.NoTracker()
     trainer = Trainer(settings, job, corpus, started, tracker)
-    if saved is not None:
-        trainer.resume(*saved)
+    if start.checkpoint is not None and start.state is not None:
+        trainer.resume(start.checkpoint, start.state)
     return trainer
+
+
+def begin_record(
+    start: Start, job: dist.Job, corpus: Corpus
+) -> tracking.Tracker | tracking.NoTracker:
+    """On rank 0: prepare the run's folder, say what the run is, and open it in MLflow."""
+    settings = start.settings
+    lay_out(start, corpus)
+    print_summary(settings, job.world_size)
+    if warning := idle_lanes(settings, corpus):
+        print(warning, flush=True)
+    tracker = tracking.start(settings, tags=tags(corpus), fresh=start.checkpoint is None)
+    for name in ("settings.yaml", "tokenizer.json"):
+        tracker.artifact(settings.run.path / name)
+    return tracker
 
 
 def tags(corpus: Corpus) -> dict[str, str]:
     """What tells one run's origin from another's."""
     return {
         "git_commit": tracking.git_commit(),
-        "data_fingerprint": corpus.train.manifest.fingerprint,
+        "data_fingerprint": corpus.fingerprint,
         "data_source": corpus.train.manifest.source,
     }
 

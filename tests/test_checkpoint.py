@@ -32,9 +32,8 @@ def fragment(name: str, start: int, size: int) -> Fragment:
 
 
 def save(folder: Path, step: int, keep: int = 2) -> tuple[Path, list[Fragment], LaneState]:
-    state = RunState(
-        step=step, windows=step, tokens_seen=1, settings=Settings().to_dict(), data="x"
-    )
+    settings = Settings().to_dict()
+    state = RunState(step=step, windows=step, tokens_seen=1, settings=settings, data="x", engine={})
     parts = [fragment("a.weight", 0, 5), fragment("b", 0, 3)]
     lanes = random_lanes(2)
     path = checkpoint.save(folder, JOB, state, parts, (range(2), lanes), keep)
@@ -74,6 +73,33 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         save(tmp_path, step, keep=2)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000003", "step-00000010"]
+
+
+def test_a_future_that_was_given_up_is_dropped(tmp_path: Path) -> None:
+    """A run that continues from an earlier checkpoint keeps what it then writes."""
+    for step in (100, 200, 300):
+        save(tmp_path, step, keep=9)
+    (tmp_path / "latest").write_text("step-00000100")
+    path, _, _ = save(tmp_path, 150, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000100", "step-00000150"]
+    assert checkpoint.find_latest(tmp_path) == path
+
+
+def test_what_was_left_unfinished_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000003.partial").mkdir()
+    save(tmp_path, 9)
+    assert not list(tmp_path.glob(".step-*"))
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", '{"files": {}}', "x"])
+def test_a_manifest_that_lists_less_than_there_is_verifies_nothing(
+    tmp_path: Path, manifest: str
+) -> None:
+    path, _, _ = save(tmp_path, 1)
+    (path / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError) as error:
+        checkpoint.verify(path, JOB)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,19 @@ def test_names_that_stay() -> None:
         ("train.seed=[1", "cannot be parsed"),
         ("steps=4", "not of the form section.key=value"),
         ("train.steps", "not of the form section.key=value"),
+        (".=3", "not of the form section.key=value"),
     ],
 )
 def test_wrong_words_are_one_line(word: str, says: str) -> None:
     with pytest.raises(UserError, match=says) as error:
         Settings.load(None, [word])
     assert "\n" not in str(error.value)
+
+
+def test_names_that_look_like_numbers_are_names() -> None:
+    settings = Settings.load(None, ["tracking.run_name=2024", "run.path=123"])
+    assert settings.tracking.run_name == "2024"
+    assert settings.run.path == Path("123")
 
 
 @pytest.mark.parametrize("content", ["train: [", "- 1", "train: 3", "\x00", "trian: {steps: 1}"])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i3dist import dist
+from i3dist import dist, toolchain
 from i3dist.dist import Job, first_host, share_threads, tasks_per_node, thread_count
 from i3dist.errors import UserError
 
@@ -245,14 +245,14 @@ def program(path: Path) -> None:
 def test_each_missing_tool_is_one_line(tools: Path) -> None:
     environ = {"PATH": str(tools)}
     with pytest.raises(UserError, match="ninja is not on PATH"):
-        dist.require_compiler(environ)
+        toolchain.require_compiler(environ)
     program(tools / "ninja")
     with pytest.raises(UserError, match=r"compiler 'c\+\+' is not on PATH"):
-        dist.require_compiler(environ)
+        toolchain.require_compiler(environ)
     with pytest.raises(UserError, match="compiler 'clang -O1' is not on PATH"):
-        dist.require_compiler(environ | {"CXX": "clang -O1"})
+        toolchain.require_compiler(environ | {"CXX": "clang -O1"})
     program(tools / "c++")
-    dist.require_compiler(environ)
+    toolchain.require_compiler(environ)
     assert environ == {"PATH": str(tools)}
 
 
@@ -261,16 +261,16 @@ def test_ninja_beside_the_interpreter_is_put_on_path(tools: Path) -> None:
     program(beside / "ninja")
     program(tools / "c++")
     environ = {"PATH": str(tools)}
-    dist.require_compiler(environ)
+    toolchain.require_compiler(environ)
     assert environ["PATH"] == f"{beside}{os.pathsep}{tools}"
 
 
 def test_missing_headers_are_one_line(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tools / "ninja")
     program(tools / "c++")
-    monkeypatch.setattr(dist.sysconfig, "get_path", lambda _: str(tools))
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda _: str(tools))
     with pytest.raises(UserError, match=r"Python\.h is missing"):
-        dist.require_compiler({"PATH": str(tools)})
+        toolchain.require_compiler({"PATH": str(tools)})
 
 
 def test_a_built_operator_needs_no_compiler_but_ninja(tools: Path, tmp_path: Path) -> None:
@@ -278,9 +278,9 @@ def test_a_built_operator_needs_no_compiler_but_ninja(tools: Path, tmp_path: Pat
     build.mkdir(parents=True)
     (build / "deepspeed_shm_comm.so").touch()
     with pytest.raises(UserError, match="ninja"):
-        dist.require_compiler({"PATH": str(tools)})
+        toolchain.require_compiler({"PATH": str(tools)})
     program(tools / "ninja")
-    dist.require_compiler({"PATH": str(tools)})
+    toolchain.require_compiler({"PATH": str(tools)})
 
 
 def test_a_lock_that_nobody_holds_is_named(tools: Path, tmp_path: Path) -> None:
@@ -289,11 +289,11 @@ def test_a_lock_that_nobody_holds_is_named(tools: Path, tmp_path: Path) -> None:
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    dist.require_compiler({"PATH": str(tools)})  # another rank may be building just now
+    toolchain.require_compiler({"PATH": str(tools)})  # another rank may be building just now
     old = time.time() - 3600
     os.utime(lock, (old, old))
     with pytest.raises(UserError, match="lock is 60 minutes old"):
-        dist.require_compiler({"PATH": str(tools)})
+        toolchain.require_compiler({"PATH": str(tools)})
 
 
 def test_alone_the_collectives_do_nothing(

@@ -1,6 +1,7 @@
 """The engine in one process: what it takes, what it refuses, and what its gradient is."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,11 @@ def test_a_broken_file_is_one_line(tmp_path: Path, content: str) -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(UserError, match=r"nowhere\.json"):
         read_engine_config(Path("nowhere.json"))
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
+    """DeepSpeed skips such a step without a word; the trainer must be able to see it."""
+    trained = build()
+    with torch.no_grad():
+        trained.model.head.weight.fill_(float("inf"))
+    assert not math.isfinite(step(trained, batch(1), 1))

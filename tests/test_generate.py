@@ -53,7 +53,14 @@ def test_the_forbidden_is_never_drawn(values: list[float], seed: int) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 2}],
+    [
+        {"temperature": -1},
+        {"temperature": 1e-40},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 2},
+    ],
 )
 def test_impossible_sampling_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="--"):

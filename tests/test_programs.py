@@ -28,9 +28,18 @@ def test_a_dry_run_with_data_follows_its_vocabulary(data: Path) -> None:
     assert re.search(r"model\.vocab_size\W+512\b", result.stdout)
 
 
+def test_settings_and_options_come_in_any_order() -> None:
+    words = ["train.steps=5", "--config", "configs/tiny.yaml", "train.seed=7", "data.path=nowhere"]
+    result = program("launch/train.py", "--dry-run", *words)
+    assert result.returncode == 0, result.stderr
+    for setting, value in (("train.steps", 5), ("train.seed", 7), ("model.d_model", 128)):
+        assert re.search(rf"{re.escape(setting)}\W+{value}\b", result.stdout)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["--no-such-option"], "unrecognized arguments: --no-such-option"),
         (["train.stpes=1"], "unknown setting train.stpes; did you mean train.steps"),
         (["train.steps=0"], "train.steps=0 should be greater than or equal to 1"),
         (["data.path=nowhere"], "python data_prep/shard.py"),
@@ -76,7 +85,9 @@ def test_a_missing_compiler_is_one_line(
     [
         (["launch/evaluate.py", "--checkpoint", "nowhere", "--data", "x"], "model.safetensors"),
         (["launch/generate.py", "--checkpoint", "nowhere"], "model.safetensors"),
+        (["launch/evaluate.py", "--data", "x"], "--checkpoint"),
         (["launch/generate.py", "--checkpoint", "x", "--tokens", "0"], "--tokens 0"),
+        (["launch/generate.py", "--checkpoint", "x", "--seed", "-1"], "--seed -1"),
         (["launch/generate.py", "--checkpoint", "x", "--top-p", "2"], "--top-p 2.0"),
         (["launch/generate.py", "--checkpoint", "x", "--device", "cuda"], "no CUDA GPU"),
     ],

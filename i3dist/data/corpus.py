@@ -1,5 +1,6 @@
 """The output of data_prep/shard.py as the trainer sees it: two splits and a tokenizer."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class Corpus:
         Raises:
             UserError: missing or mixed parts; chunk length or vocabulary differ from the model's.
         """
+        if (path / "train").is_dir() and not (path / "valid").exists():
+            raise UserError(f"{path} has no valid split: make data with a --valid-fraction above 0")
         splits = {
             name: Split(path / name, Manifest.load(path / name)) for name in ("train", "valid")
         }
@@ -61,6 +64,12 @@ class Corpus:
         corpus = cls(splits["train"], splits["valid"], tokenizer)
         corpus.check(model)
         return corpus
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over both splits' manifests, which hold the hash of every shard."""
+        both = self.train.manifest.fingerprint + self.valid.manifest.fingerprint
+        return hashlib.sha256(both.encode()).hexdigest()
 
     def check(self, model: ModelSettings) -> None:
         """See that a model of these settings can read the data."""

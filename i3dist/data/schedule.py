@@ -75,10 +75,6 @@ class Schedule:
         plan = self._plans.of_epoch(epoch)[lane]
         return [plan.chunk(window * self.window + k) for k in range(self.window)]
 
-    def plan(self, epoch: int) -> list[LanePlan]:
-        """What every lane reads in `epoch`."""
-        return self._plans.of_epoch(epoch)
-
 
 @dataclass
 class _Plans:

@@ -1,5 +1,6 @@
 """Whole runs under the real launcher: two CPU ranks, one rank, stopped and continued."""
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import QUICK, deepspeed, error_line, losses, program
+from tests.conftest import QUICK, ROOT, deepspeed, error_line, losses, program
 
 STEPS = 9
 
@@ -109,6 +110,30 @@ def test_other_settings_are_refused(whole: Path, data: Path) -> None:
     line = error_line(program("launch/train.py", *QUICK, *words))
     assert "train.seed is 1 but the saved run has 0" in line
     assert "run.path" in line and "--fresh" in line
+
+
+def test_other_engine_settings_are_refused(whole: Path, data: Path, tmp_path: Path) -> None:
+    engine = json.loads((ROOT / "configs" / "zero2.json").read_text())
+    (tmp_path / "fp32.json").write_text(json.dumps(engine | {"bf16": {"enabled": False}}))
+    words = [f"data.path={data}", f"run.path={whole}", f"train.steps={STEPS}"]
+    words += ["--deepspeed", str(tmp_path / "fp32.json")]
+    assert "other engine settings" in error_line(program("launch/train.py", *QUICK, *words))
+
+
+def test_a_run_killed_before_its_first_checkpoint_never_mixes(
+    whole: Path, data: Path, tmp_path: Path
+) -> None:
+    """Its folder is set aside, and the new run's logs begin anew; a running one is left alone."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints"))
+    words = [f"data.path={data}", f"run.path={run}", "train.steps=1", "train.seed=3"]
+    with (run / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        line = error_line(program("launch/train.py", *QUICK, *words))
+        assert "another process runs in run.path" in line
+    succeed(program("launch/train.py", *QUICK, *words))
+    assert len(losses(run)) == 1
+    assert losses(tmp_path / "run.1") == losses(whole)
 
 
 def test_an_altered_shard_stops_every_rank_with_one_line(data: Path, tmp_path: Path) -> None:
