@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from i3dist import dist
 from i3dist.ops.wkv import empty_state, wkv
 
 CPU_SHAPES = [(4, 512, 256), (4, 512, 1180)]
@@ -163,7 +164,7 @@ def show(rows: list[Row], title: str) -> None:
         figures = (row.ms, row.gb_per_s, row.times_copy, row.loop_ms, row.times_faster_than_loop)
         texts = ("" if x is None else f"{x:,.{1 if x >= 100 else 3}f}" for x in figures)
         table.add_row(row.shape, row.dtype, row.what, *texts)
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 def main() -> None:
@@ -173,6 +174,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="least per CPU figure")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
+    if not cuda:
+        dist.keep_freed_memory()  # as training does
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     rows: list[Row] = []
