@@ -150,6 +150,14 @@ def test_gradient_flows_into_the_compressor_inside_a_window_only(model: I3LM) ->
     assert all(g is None or g.norm() == 0 for g in last)
 
 
+@pytest.mark.parametrize("carry", [False, True])
+def test_no_gradient_crosses_windows(carry: bool) -> None:
+    model = build(state_carry=carry)
+    tokens = random_stream(5, chunks=2)
+    _, state = model.hidden(tokens, depth_of(tokens), empty(model), torch.tensor(1.0))
+    assert not any(tensor.requires_grad for tensor in state.tensors().values())
+
+
 @given(seed=seeds, rows=st.sampled_from([1, 2, 3]))
 @settings(max_examples=8, deadline=None)
 def test_grouping_lanes_into_micro_batches_keeps_the_gradient(
