@@ -68,8 +68,9 @@ class TimeMix(nn.Module):
         k = self.key(torch.lerp(before, x, self.mix_key))
         v = self.value(torch.lerp(before, x, self.mix_value))
         r = self.receptance(torch.lerp(before, x, self.mix_receptance))
-        decay = -torch.exp(self.decay_base + self.decay_offset.float())
-        bonus = self.bonus_base + self.bonus_offset.float()
+        # An fp32 buffer plus a bf16 parameter is fp32.
+        decay = -torch.exp(self.decay_base + self.decay_offset)
+        bonus = self.bonus_base + self.bonus_offset
         y, state = wkv(decay, bonus, k, v, restart, state)
         return self.output(torch.sigmoid(r) * y), state
 
