@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -28,6 +27,7 @@ from i3dist import dist
 from i3dist.config import Settings
 from i3dist.engine import ADAM_STATES, Fragment
 from i3dist.errors import UserError
+from i3dist.files import sync, write_whole
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.tokenizer import Tokenizer
@@ -99,12 +99,12 @@ def save(
         staging.mkdir(parents=True)
     dist.barrier()
     written = _write_share(staging, job.rank, fragments, lanes)
-    digests = _gather({path.name: _digest(path) for path in written})
+    digests = _union({path.name: _digest(path) for path in written})
     if job.rank == 0:
-        _write_durably(staging / STATE, state.model_dump_json(indent=1))
+        write_whole(staging / STATE, state.model_dump_json(indent=1).encode())
         digests[STATE] = _digest(staging / STATE)
         listed = CheckpointManifest(files=dict(sorted(digests.items())))
-        _write_durably(staging / MANIFEST, listed.model_dump_json(indent=1))
+        write_whole(staging / MANIFEST, listed.model_dump_json(indent=1).encode())
         _publish(folder, staging, name, keep)
     dist.barrier()
     return folder / name
@@ -129,7 +129,7 @@ def _write_share(
     for path, tensors in zip(paths, (optimizer, rows), strict=True):
         try:
             save_file(tensors, path)
-            _sync(path)
+            sync(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write checkpoint {path}: {error}") from None
     return paths
@@ -141,9 +141,8 @@ def _publish(folder: Path, staging: Path, name: str, keep: int) -> None:
     if target.exists():  # a run that was continued from before this step
         shutil.rmtree(target)
     os.replace(staging, target)
-    _write_durably(folder / f".{LATEST}.partial", name)
-    os.replace(folder / f".{LATEST}.partial", folder / LATEST)
-    _sync(folder)
+    write_whole(folder / LATEST, name.encode())
+    sync(folder)
     older: list[Path] = []
     newer: list[Path] = []
     for path in sorted(folder.glob("step-*")):
@@ -196,7 +195,7 @@ def verify(checkpoint: Path, job: dist.Job) -> None:
         path = checkpoint / name
         if not path.is_file() or _digest(path) != listed[name]:
             bad[name] = "missing or altered"
-    for name, reason in sorted(_gather(bad).items()):
+    for name, reason in sorted(_union(bad).items()):
         raise UserError(
             f"checkpoint file {checkpoint / name} is {reason}; "
             f"point {checkpoint.parent / LATEST} at another checkpoint, or start with --fresh"
@@ -250,7 +249,7 @@ def export_weights(run: Path, model: I3LM, step: int) -> Path:
     staging = run / ".model.safetensors.partial"
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, staging, metadata={"step": str(step)})
-    _sync(staging)
+    sync(staging)
     os.replace(staging, path)
     return path
 
@@ -295,24 +294,6 @@ def _digest(path: Path) -> FileDigest:
     return FileDigest(size=path.stat().st_size, sha256=digest)
 
 
-def _gather(mine: dict[str, Any]) -> dict[str, Any]:
-    """The union of every rank's dict, on every rank."""
-    if not torch_dist.is_initialized():
-        return mine
-    parts: list[dict[str, Any]] = [{} for _ in range(torch_dist.get_world_size())]
-    torch_dist.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def _sync(path: Path) -> None:
-    """Make sure that what was written to a file or folder survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
+def _union(mine: dict[str, Any]) -> dict[str, Any]:
+    """Every rank's entries, on every rank."""
+    return {key: value for part in dist.gather_objects(mine) for key, value in part.items()}

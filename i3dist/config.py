@@ -153,6 +153,13 @@ class TrainSettings(Section):
     clip: Positive = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
 
+    @property
+    def lane_count(self) -> int:
+        """`lanes` as a number, once the run has decided it."""
+        if self.lanes == "auto":
+            raise ValueError("train.lanes is not resolved")
+        return self.lanes
+
 
 class LogSettings(Section):
     """What the run says."""

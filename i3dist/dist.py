@@ -1,8 +1,8 @@
 """The job as it is: ranks, hosts, rendezvous, threads, device.
 
 Every launcher tells a process its place through environment variables, each in its own words.
-`Job.detect` reads them, `Job.export` writes them in torch's words, and nothing else in the
-project looks at the environment for a rank.
+`Job.detect` reads them and `Job.export` writes them in torch's words. Only what must speak before
+that, or without torch, looks for a rank itself: `say` here, and the printing of errors.
 """
 
 import ctypes
@@ -11,13 +11,14 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
 
 from i3dist.errors import UserError
 
+Gathered = TypeVar("Gathered")
 Launcher = Literal["deepspeed", "torchrun", "slurm", "python"]
 
 # Rendezvous ports under Slurm: below Linux's ephemeral range, which begins at 32768.
@@ -257,6 +258,15 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     if torch_dist.is_initialized():
         torch_dist.all_reduce(tensor)
     return tensor
+
+
+def gather_objects(mine: Gathered) -> list[Gathered]:
+    """Every rank's object, by rank, on every rank; alone, a list of one. Small objects only."""
+    if not torch_dist.is_initialized():
+        return [mine]
+    gathered: list[Gathered | None] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(gathered, mine)
+    return cast("list[Gathered]", gathered)
 
 
 def barrier() -> None:

@@ -1,15 +1,16 @@
 """Held-out loss by chunk index within the document, with history and with history withheld."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from i3dist import dist
-from i3dist.data.lanes import Batch
+from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.model.lm import I3LM
 from i3dist.model.segments import segment_ids
 from i3dist.model.state import LaneState
@@ -39,6 +40,34 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
+
+
+def evaluate_epoch(
+    model: I3LM,
+    reader: LaneWindows,
+    token_bytes: np.ndarray,
+    micro_batch: int,
+    progress: Callable[[Iterator[Batch], int], Iterator[Batch]] = lambda batches, _: batches,
+) -> Evaluation:
+    """Evaluate one pass over what `reader` holds; every rank calls this with its own lanes.
+
+    Args:
+        model: in any mode, on any device.
+        reader: this rank's lanes of a split.
+        token_bytes: [V] bytes of text that each token stands for.
+        micro_batch: lanes computed at once.
+        progress: wraps the batches, given their number, to show how far it is.
+    """
+    weight, count = model.head.weight, reader.schedule.windows_in_epoch(0)
+    batches = windows(reader, 0, count, workers=0, device=weight.device)
+    return evaluate(
+        model,
+        progress(batches, count),
+        LaneState.empty(len(reader.lanes), model.settings, weight.device, weight.dtype),
+        torch.from_numpy(token_bytes).to(weight.device),
+        reader.manifest.chunks_per_shard,
+        micro_batch,
+    )
 
 
 @torch.no_grad()

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as torch_dist
-
 from i3dist import checkpoint, dist
 from i3dist.checkpoint import RunState
 from i3dist.config import Settings, first_conflict, inherit_decided
 from i3dist.data.corpus import Corpus
 from i3dist.engine import numeric_part
 from i3dist.errors import UserError
+from i3dist.files import write_whole
 
 LANES_PER_RANK = 4
 WAYS_OUT = "choose another run.path, or start over with --fresh"
@@ -87,8 +86,7 @@ def agree(start: Start) -> None:
         UserError: on every rank, where they see different folders.
     """
     mine = (start.state.step if start.state else 0, start.settings.to_yaml())
-    starts: list[Any] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(starts, mine)
+    starts = dist.gather_objects(mine)
     if any(other != starts[0] for other in starts):
         raise UserError(
             f"run.path={start.settings.run.path} is not the same folder on every host; "
@@ -98,8 +96,7 @@ def agree(start: Start) -> None:
 
 def idle_lanes(settings: Settings, corpus: Corpus) -> str | None:
     """A warning where there are fewer shards than lanes, so that some lanes never work."""
-    shards, lanes = len(corpus.train.manifest.shards), settings.train.lanes
-    assert isinstance(lanes, int)
+    shards, lanes = len(corpus.train.manifest.shards), settings.train.lane_count
     if shards >= lanes:
         return None
     return (
@@ -134,8 +131,8 @@ def lay_out(start: Start, corpus: Corpus) -> None:
             set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _hold(folder)
-        _replace(folder / "settings.yaml", start.settings.to_yaml().encode())
-        _replace(folder / "tokenizer.json", corpus.tokenizer.data)
+        write_whole(folder / "settings.yaml", start.settings.to_yaml().encode())
+        write_whole(folder / "tokenizer.json", corpus.tokenizer.data)
     except OSError as error:
         raise UserError(f"run.path={folder} cannot be written: {error.strerror}") from None
 
@@ -147,10 +144,3 @@ def _hold(folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process runs in run.path={folder}; end it first") from None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old one or the new one, whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

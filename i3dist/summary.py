@@ -19,8 +19,7 @@ def count_parameters(settings: Settings) -> dict[str, int]:
 def tokens_per_step(settings: Settings) -> int:
     """Tokens of one optimizer step of the whole job, when every lane is busy."""
     train = settings.train
-    assert isinstance(train.lanes, int)
-    return train.lanes * train.accumulation * train.window_chunks * settings.model.chunk_length
+    return train.lane_count * train.accumulation * train.window_chunks * settings.model.chunk_length
 
 
 def memory_estimate(settings: Settings, parameters: int, world_size: int) -> dict[str, float]:
@@ -32,8 +31,7 @@ def memory_estimate(settings: Settings, parameters: int, world_size: int) -> dic
     in an attention block (with 4x feed-forward), in bf16, and the logits in bf16 and twice in fp32.
     """
     model, train = settings.model, settings.train
-    assert isinstance(train.lanes, int)
-    lanes = train.lanes // world_size
+    lanes = train.lane_count // world_size
     rows = lanes if train.micro_batch == "auto" else train.micro_batch
     tokens = rows * train.window_chunks * model.chunk_length
     values = model.d_model * (34 * model.rwkv_layers + 24 * model.attention_layers)

@@ -16,12 +16,12 @@ from torch import Tensor
 from i3dist import checkpoint, dist, plots
 from i3dist.checkpoint import RunState
 from i3dist.config import Settings
-from i3dist.data.corpus import Corpus
+from i3dist.data.corpus import VALIDATION_SEED, Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
-from i3dist.data.schedule import lanes_of_rank
+from i3dist.data.schedule import divisors, lanes_of_rank
 from i3dist.engine import Engine
 from i3dist.errors import UserError
-from i3dist.evaluate import Evaluation, evaluate
+from i3dist.evaluate import evaluate_epoch
 from i3dist.metrics import Interval, count_step, report_line, validation_line
 from i3dist.metrics_log import MetricsLog
 from i3dist.model.state import LaneState
@@ -55,9 +55,7 @@ class Trainer:
         self.tracker = tracker
         self.progress = Progress()
         self.pad_id = corpus.train.manifest.pad_id
-        lanes = settings.train.lanes
-        assert isinstance(lanes, int)
-        self.lanes = lanes_of_rank(lanes, job.rank, job.world_size)
+        self.lanes = lanes_of_rank(settings.train.lane_count, job.rank, job.world_size)
         self.lane_state = self._empty_lanes()
         self.micro_batch = lanes_at_once(settings, len(self.lanes))
         folder = settings.run.path
@@ -141,27 +139,20 @@ class Trainer:
             with self._interval.stopped_clock():
                 self.save()
 
-    def validate(self) -> Evaluation:
+    def validate(self) -> None:
         """Loss on the fixed validation subset, on lanes of its own."""
-        settings, valid = self.settings, self.corpus.valid
-        lanes = len(self.lanes) * self.job.world_size
+        settings, valid, step = self.settings, self.corpus.valid, self.progress.step
         subset = valid.validation_subset(settings.validate_.chunks)
-        schedule = valid.schedule(lanes, settings.train.window_chunks, 0, subset)
-        dataset = LaneWindows(valid.folder, valid.manifest, schedule, self.lanes)
-        token_bytes = torch.from_numpy(self.corpus.tokenizer.token_bytes())
-        result = evaluate(
-            self.engine.model,
-            windows(dataset, 0, schedule.windows_in_epoch(0), 0, self.engine.device),
-            self._empty_lanes(),
-            token_bytes.to(self.engine.device),
-            valid.manifest.chunks_per_shard,
-            self.micro_batch,
+        schedule = valid.schedule(
+            settings.train.lane_count, settings.train.window_chunks, VALIDATION_SEED, subset
         )
+        reader = LaneWindows(valid.folder, valid.manifest, schedule, self.lanes)
+        token_bytes = self.corpus.tokenizer.token_bytes()
+        result = evaluate_epoch(self.engine.model, reader, token_bytes, self.micro_batch)
         if self.job.rank == 0:
-            self.validation_log.append(self.progress.step, result.to_dict())
-            self.tracker.log(self.progress.step, result.to_dict(), prefix="valid")
-            print(validation_line(self.progress.step, result), flush=True)
-        return result
+            self.validation_log.append(step, result.to_dict())
+            self.tracker.log(step, result.to_dict(), prefix="valid")
+            print(validation_line(step, result), flush=True)
 
     def save(self) -> None:
         """Write a checkpoint that the run can continue from, bit for bit."""
@@ -205,8 +196,7 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         """This rank's lanes, from the next window to the last of the run."""
         settings, train = self.settings.train, self.corpus.train
-        assert isinstance(settings.lanes, int)
-        schedule = train.schedule(settings.lanes, settings.window_chunks, settings.seed)
+        schedule = train.schedule(settings.lane_count, settings.window_chunks, settings.seed)
         dataset = LaneWindows(train.folder, train.manifest, schedule, self.lanes)
         stop = self.progress.windows + settings.accumulation * (settings.steps - self.progress.step)
         workers = self.settings.data.workers
@@ -232,10 +222,9 @@ def lanes_at_once(settings: Settings, lanes: int) -> int:
     if wanted == "auto":
         return lanes
     if lanes % wanted:
-        legal = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         raise UserError(
             f"train.micro_batch={wanted} does not divide the {lanes} lanes of a rank; "
-            f"legal: {legal}, auto"
+            f"legal: {divisors(lanes)}, auto"
         )
     return wanted
 
@@ -246,6 +235,5 @@ def micro_batches_per_step(settings: Settings, job: dist.Job) -> int:
     Raises:
         UserError: lanes are not divisible by ranks, or a rank's lanes by train.micro_batch.
     """
-    assert isinstance(settings.train.lanes, int)
-    lanes = len(lanes_of_rank(settings.train.lanes, job.rank, job.world_size))
+    lanes = len(lanes_of_rank(settings.train.lane_count, job.rank, job.world_size))
     return settings.train.accumulation * lanes // lanes_at_once(settings, lanes)

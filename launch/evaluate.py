@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -17,13 +16,11 @@ from rich.table import Table
 from i3dist import dist
 from i3dist.checkpoint import load_run
 from i3dist.config import Settings
-from i3dist.data.corpus import Corpus
-from i3dist.data.lanes import Batch, LaneWindows, windows
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
-from i3dist.evaluate import Evaluation, evaluate
+from i3dist.data.corpus import VALIDATION_SEED, Corpus
+from i3dist.data.lanes import Batch, LaneWindows
+from i3dist.errors import ArgumentParser, one_line_errors
+from i3dist.evaluate import Evaluation, evaluate_epoch
 from i3dist.model.lm import I3LM
-from i3dist.model.state import LaneState
-from i3dist.tokenizer import Tokenizer
 
 MAX_LANES = 8
 ROWS_SHOWN = 12
@@ -42,20 +39,10 @@ def parse_arguments() -> argparse.Namespace:
 def evaluate_corpus(model: I3LM, settings: Settings, corpus: Corpus) -> Evaluation:
     """Evaluate the whole valid split in one process."""
     valid = corpus.valid
-    weight = model.head.weight
     lanes = min(MAX_LANES, len(valid.manifest.shards))
-    schedule = valid.schedule(lanes, settings.train.window_chunks, seed=0)
-    dataset = LaneWindows(valid.folder, valid.manifest, schedule, range(lanes))
-    count = schedule.windows_in_epoch(0)
-    batches = windows(dataset, 0, count, workers=0, device=weight.device)
-    return evaluate(
-        model,
-        with_progress(batches, count),
-        LaneState.empty(lanes, settings.model, weight.device, weight.dtype),
-        torch.from_numpy(corpus.tokenizer.token_bytes()).to(weight.device),
-        valid.manifest.chunks_per_shard,
-        micro_batch=lanes,
-    )
+    schedule = valid.schedule(lanes, settings.train.window_chunks, VALIDATION_SEED)
+    reader = LaneWindows(valid.folder, valid.manifest, schedule, range(lanes))
+    return evaluate_epoch(model, reader, corpus.tokenizer.token_bytes(), lanes, with_progress)
 
 
 def with_progress(batches: Iterator[Batch], total: int) -> Iterator[Batch]:
@@ -94,13 +81,8 @@ def main() -> None:
     if arguments.json:
         arguments.json.touch()  # better an error now than after the work
     model, settings, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
-    made_with = Tokenizer.load(arguments.data / "tokenizer.json")
-    if made_with.sha256 != tokenizer.sha256:
-        raise UserError(
-            f"{arguments.data} was made with another tokenizer than {arguments.checkpoint}; "
-            f"make it again with --tokenizer {tokenizer.path}"
-        )
-    result = evaluate_corpus(model, settings, Corpus.open(arguments.data, settings.model))
+    corpus = Corpus.open(arguments.data, settings.model, trained_with=tokenizer)
+    result = evaluate_corpus(model, settings, corpus)
     print_tables(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")

@@ -46,17 +46,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()  # settings and options in any order
 
 
-def open_corpus(settings: Settings, optional: bool) -> Corpus | None:
-    """The data; None where it may be absent and is."""
-    if optional and not settings.data.path.exists():
-        return None
-    return Corpus.open(settings.data.path, settings.model)
-
-
 def dry_run(settings: Settings, job: dist.Job) -> None:
-    """Print settings, parameters, tokens per step and memory."""
-    corpus = open_corpus(settings, optional=True)
-    vocab_size = corpus.tokenizer.vocab_size if corpus else settings.model.vocab
+    """Print settings, parameters, tokens per step and memory; without data, the card's."""
+    vocab_size = settings.model.vocab
+    if settings.data.path.exists():
+        vocab_size = Corpus.open(settings.data.path, settings.model).tokenizer.vocab_size
     if job.rank == 0:
         print_summary(decide(settings, job.world_size, vocab_size), job.world_size)
 
@@ -119,8 +113,7 @@ def main() -> None:
     if arguments.dry_run:
         dry_run(settings, job)
         return
-    corpus = open_corpus(settings, optional=False)
-    assert corpus is not None
+    corpus = Corpus.open(settings.data.path, settings.model)
     trainer = build(arguments, settings, job, corpus)
     try:
         trainer.fit()

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from i3dist.config import ModelSettings
@@ -43,8 +44,15 @@ class Corpus:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, path: Path, model: ModelSettings) -> "Corpus":
+    def open(
+        cls, path: Path, model: ModelSettings, trained_with: Tokenizer | None = None
+    ) -> "Corpus":
         """Open a data folder and see that its parts, and the model's settings, belong together.
+
+        Args:
+            path: output folder of data_prep/shard.py.
+            model: settings of the model that is to read it.
+            trained_with: the tokenizer of a model that is trained already; the data's must equal.
 
         Raises:
             UserError: missing or mixed parts; chunk length or vocabulary differ from the model's.
@@ -55,6 +63,11 @@ class Corpus:
             name: Split(path / name, Manifest.load(path / name)) for name in ("train", "valid")
         }
         tokenizer = Tokenizer.load(path / "tokenizer.json")
+        if trained_with is not None and trained_with.sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{path} was made with another tokenizer than {trained_with.path}; "
+                f"make it again with --tokenizer {trained_with.path}"
+            )
         for split in splits.values():
             if split.manifest.tokenizer_sha256 != tokenizer.sha256:
                 raise UserError(
@@ -65,7 +78,7 @@ class Corpus:
         corpus.check(model)
         return corpus
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over both splits' manifests, which hold the hash of every shard."""
         both = self.train.manifest.fingerprint + self.valid.manifest.fingerprint

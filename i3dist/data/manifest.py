@@ -7,13 +7,13 @@ chunk's tokens stand at `k * member_stride(chunk_length) + TAR_BLOCK`.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from i3dist.errors import UserError
+from i3dist.files import write_whole
 
 TAR_BLOCK = 512
 """Bytes of a tar block: a member's header is one, and its payload is padded to whole ones."""
@@ -142,12 +142,7 @@ class Manifest(_Frozen):
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`; a reader sees the whole file or none."""
         path = Path(folder) / MANIFEST_NAME
-        temporary = path.with_name(f".{MANIFEST_NAME}.{os.getpid()}")
-        with temporary.open("wb") as file:
-            file.write(self.model_dump_json(indent=1).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, self.model_dump_json(indent=1).encode() + b"\n")
 
     @property
     def fingerprint(self) -> str:
