@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,14 @@ ZERO2 = ROOT / "configs" / "zero2.json"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def job() -> None:
+def job() -> Iterator[None]:
+    """A job of one rank, which leaves nothing in the environment of programs run later."""
+    before = dict(os.environ)
     engine.start(dist.Job.detect({}))
+    yield
+    dist.leave()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def build(micro_batches: int = 1, bf16: bool = True, seed: int = 0) -> Engine:
