@@ -1,7 +1,8 @@
 """DeepSpeed: the only file that imports it.
 
 `Engine` runs one optimizer step in micro-batches and hands its optimizer state out, and takes it
-in, as fragments by parameter name, which belong to no particular number of ranks.
+in, as fragments by parameter name, which belong to no particular number of ranks. DeepSpeed itself
+sees the few flat tensors of `PackedModel`: what it does per tensor costs more than the arithmetic.
 """
 
 import json
@@ -19,7 +20,8 @@ from torch import Tensor
 from i3dist import dist
 from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.errors import UserError
-from i3dist.model.lm import I3LM, decayed
+from i3dist.model.lm import I3LM
+from i3dist.model.packed import PackedModel
 from i3dist.model.state import LaneState
 from i3dist.toolchain import require_compiler
 
@@ -129,19 +131,18 @@ class Engine:
         """
         self.micro_batches = micro_batches
         self.numeric = numeric_part(config)
-        self.settings = optimizer
+        self.clip = train.clip
+        self.model = model
+        self._packed = PackedModel(model)
+        adamw = _adamw(self._packed, optimizer)
+        adamw.register_step_pre_hook(self._clip_and_guard)
         self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=_adamw(model, optimizer),
-            config=config
-            | {
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": micro_batches,
-                "gradient_clipping": train.clip,
-            },
+            model=self._packed, optimizer=adamw, config=_complete(config, micro_batches)
         )
         self._check(config)
-        self.model: I3LM = self._engine.module
+        model.to(self.device)
+        self._packed.share()
+        self._norm: _Arriving | None = None
 
     def _check(self, config: dict[str, Any]) -> None:
         """DeepSpeed ignores what it does not understand: see that it took what it was given."""
@@ -192,18 +193,54 @@ class Engine:
             self._engine.step()
 
     def step(self, lr: float) -> float:
-        """Clip, update all parameters with learning rate `lr`, return the gradient's norm."""
+        """Clip, update all parameters with learning rate `lr`, return the gradient's norm.
+
+        Where the norm is not finite nothing is updated. The norm is awaited while the device is
+        still busy with the update, so that it does not fall idle.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        self._norm = None
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        assert self._norm is not None, "DeepSpeed stepped without the optimizer"
+        return self._norm.value()
+
+    def _clip_and_guard(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
+        """Before each group's update: tell fused AdamW what to divide by, and when to do nothing.
+
+        DeepSpeed's own clipping and overflow check each pass over all gradients again and stop
+        for the result.
+        """
+        if self._norm is None:
+            norm = self._engine.optimizer._global_grad_norm
+            adamw.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
+            adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self._norm = _Arriving(norm)
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of weights and optimizer state, parameter by parameter."""
-        for name, parameter in self.model.named_parameters():
-            fragment = self._fragment(name, parameter)
-            if fragment is not None:
-                yield fragment
+        """This rank's share of weights and optimizer state, parameter by parameter.
+
+        Views into the flat fp32 partition that DeepSpeed maps a part of each flat tensor to. Its
+        own accessors are no use here: they link AdamW's state after the first parameter group's
+        first step, when the other groups have none yet (0.19.8).
+        """
+        zero = self._engine.optimizer
+        for flat in self._packed.flats:
+            mapping = flat.parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                continue
+            partition = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            whole = {"weight": partition} | {
+                k: zero.optimizer.state[partition][k] for k in ADAM_STATES
+            }
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            for piece in flat.pieces:
+                start = max(piece.start, here.start)
+                length = min(piece.start + piece.numel, here.start + here.numel) - start
+                if length > 0:
+                    at = there.start + start - here.start
+                    views = {k: t.detach().narrow(0, at, length) for k, t in whole.items()}
+                    yield Fragment(piece.name, start - piece.start, views)
 
     @torch.no_grad()
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
@@ -215,34 +252,18 @@ class Engine:
         """
         self._create_adam_state(steps)
         for name, parameter in self.model.named_parameters():
-            whole = state[name]
-            parameter.copy_(whole["weight"].view_as(parameter))
-            fragment = self._fragment(name, parameter)
-            if fragment is not None:
-                for key, tensor in fragment.tensors.items():
-                    tensor.copy_(whole[key].narrow(0, fragment.start, len(tensor)))
-
-    def _fragment(self, name: str, parameter: Tensor) -> Fragment | None:
-        """Views into the flat fp32 partition that DeepSpeed maps a part of `parameter` to.
-
-        Its own accessors are no use here: they link AdamW's state after the first parameter
-        group's first step, when the other groups have none yet (0.19.8).
-        """
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            return None
-        zero, place = self._engine.optimizer, mapping.hp_fragment_address
-        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        whole = {"weight": flat} | {key: zero.optimizer.state[flat][key] for key in ADAM_STATES}
-        views = {key: t.detach().narrow(0, place.start, place.numel) for key, t in whole.items()}
-        return Fragment(name, mapping.lp_fragment_address.start, views)
+            parameter.copy_(state[name]["weight"].view_as(parameter))
+        for fragment in self.fragments():
+            whole = state[fragment.name]
+            for key, tensor in fragment.tensors.items():
+                tensor.copy_(whole[key].narrow(0, fragment.start, len(tensor)))
 
     def _create_adam_state(self, steps: int) -> None:
         """Make AdamW's state, which torch only does in its first step, and set its step count."""
         zero = self._engine.optimizer
         for flat in zero.single_partition_of_fp32_groups:
             zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(steps), device=flat.device if _fused() else "cpu"),
+                "step": torch.tensor(float(steps), device=flat.device),
                 **{key: torch.zeros_like(flat) for key in ADAM_STATES},
             }
 
@@ -258,25 +279,47 @@ def start(job: dist.Job) -> None:
     deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
 
 
-def _fused() -> bool:
-    return dist.uses_cuda()
+def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:
+    """The engine's file, and what is decided here. Clipping and the guard against overflow are in
+    `_clip_and_guard`; DeepSpeed's throughput timer would wait for the device twice a step."""
+    return config | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": 0.0,
+        "bf16": config.get("bf16", {}) | {"check_grad_overflow": False},
+        "timers": {"throughput": {"enabled": False}},
+    }
 
 
-def _adamw(model: I3LM, settings: OptimizerSettings) -> torch.optim.AdamW:
+class _Arriving:
+    """A scalar on its way from the device to the host."""
+
+    def __init__(self, scalar: Tensor):
+        self.host = scalar.to("cpu", non_blocking=True)
+        self.event = torch.cuda.Event() if scalar.is_cuda else None
+        if self.event is not None:
+            self.event.record()
+
+    def value(self) -> float:
+        """Wait for it, and not for what was asked of the device since."""
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.host)
+
+
+def _adamw(packed: PackedModel, settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019) with decay on matrices only."""
-    matrices = set(decayed(model))
-    named = list(model.named_parameters())
     groups = [
         {
-            "params": [p for name, p in named if name in matrices],
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0},
+            "params": [flat.parameter for flat in packed.flats if flat.decays == decays],
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
     ]
     return torch.optim.AdamW(
         groups,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
-        fused=_fused(),
+        fused=True,
     )

@@ -8,22 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.layers import FeedForward, adjust_heads, linear, merge_heads, split_heads
+from i3dist.model.layers import (
+    Channels,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    adjust_heads,
+    merge_heads,
+    split_heads,
+)
 
 
 class Compressor(nn.Module):
     """[..., T, D] hidden states -> [..., M, D] latents. About 12 D^2 parameters."""
 
-    def __init__(self, width: int, heads: int, mult: int, latents: int):
+    def __init__(self, width: Channels, heads: int, mult: int, latents: int):
         super().__init__()
-        self.heads = adjust_heads(width, heads)
-        self.queries = nn.Parameter(torch.zeros(latents, width))
-        self.norm_in = nn.LayerNorm(width)
-        self.norm_ff = nn.LayerNorm(width)
-        self.norm_out = nn.LayerNorm(width)
-        self.query = linear(width, width)
-        self.key_value = linear(width, 2 * width)
-        self.output = linear(width, width)
+        self.width = width
+        self.heads = adjust_heads(width.stored, heads)
+        inner = width.split(self.heads)
+        self.scale = inner.per_head**-0.5
+        self.queries = nn.Parameter(torch.zeros(latents, width.stored))
+        self.norm_in = LayerNorm(width)
+        self.norm_ff = LayerNorm(width)
+        self.norm_out = LayerNorm(width)
+        self.query = Linear(width, inner)
+        self.key_value = Linear(width, width.times(2).split(2 * self.heads))
+        self.output = Linear(inner, width)
         self.ff = FeedForward(width, mult)
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
@@ -34,12 +45,14 @@ class Compressor(nn.Module):
             keep: [..., T] bool; at least one position of every chunk is kept.
         """
         key, value = self.key_value(self.norm_in(hidden)).chunk(2, dim=-1)
-        query = self.query(self.queries).expand(*hidden.shape[:-2], -1, -1)
+        queries = self.width.pad(self.queries)
+        query = self.query(queries).expand(*hidden.shape[:-2], -1, -1)
         read = F.scaled_dot_product_attention(
             split_heads(query, self.heads),
             split_heads(key, self.heads),
             split_heads(value, self.heads),
             attn_mask=keep[..., None, None, :],
+            scale=self.scale,
         )
-        latents = self.queries + self.output(merge_heads(read))
+        latents = queries + self.output(merge_heads(read))
         return self.norm_out(latents + self.ff(self.norm_ff(latents)))

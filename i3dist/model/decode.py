@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from i3dist.model.attention import attention_bias
 from i3dist.model.lm import I3LM
 from i3dist.model.segments import history_mask, last_segment, segment_ids
 from i3dist.model.state import LaneState, RwkvState
+from i3dist.ops.attention import attention_bias
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -83,7 +83,7 @@ class Decoder:
         model, chunk = self.model, self.chunk
         segments = segment_ids(chunk.tokens, model.bos_id)
         latents = model.compressor(chunk.hidden, last_segment(segments)).unsqueeze(1)
-        newest = torch.cat([self.state.latents[:, 1:], latents], dim=1)
+        newest = torch.cat([self.state.latents[:, 1:], model.width.trim(latents)], dim=1)
         self.state = LaneState(newest, self.state.rwkv)
         self.depth = 1 if (chunk.tokens == model.bos_id).any() else self.depth + 1
         self.chunk = self._open_chunk(chunk.rwkv)
@@ -91,12 +91,12 @@ class Decoder:
     def _open_chunk(self, rwkv: RwkvState) -> _Chunk:
         model, latents = self.model, self.state.latents
         # The window function makes one window too many of C chunks; the last entry is dropped.
-        padded = torch.cat([latents, latents[:, -1:]], dim=1)
+        windows = model.width.pad(torch.cat([latents, latents[:, -1:]], dim=1))
         with torch.no_grad():
-            past = [(k[:, 0], v[:, 0]) for k, v in model.history_keys_values(padded)]
+            past = [(k[:, 0], v[:, 0]) for k, v in model.history_keys_values(windows)]
         return _Chunk(
             tokens=torch.empty(1, 0, dtype=torch.long, device=latents.device),
-            hidden=latents.new_empty(1, 0, model.settings.d_model),
+            hidden=latents.new_empty(1, 0, model.width.computed),
             rwkv=rwkv,
             own=[None] * len(past),
             past=past,

@@ -1,12 +1,69 @@
-"""Small parts shared by the blocks. Letters: T tokens, D width, H heads."""
+"""Small parts shared by the blocks. Letters: T tokens, D width, H heads.
+
+Parameters are stored at the width that the settings name; computation runs on channels padded to a
+multiple of `ALIGNMENT`, because matrix units read rows that start at such a boundary several times
+faster (docs/performance.md). What is padded is zero in every activation and in every weight, so it
+adds nothing to any sum and its gradient falls away with it.
+"""
 
 import logging
+from dataclasses import dataclass
 from functools import cache
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
+
+ALIGNMENT = 16  # elements: 32 bytes of bf16
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A number of channels as stored and as computed with; heads are padded one by one.
+
+    Attributes:
+        stored: channels of parameters and of saved state.
+        heads: equal groups that they fall into.
+        alignment: what a group is padded to a multiple of; 1 pads nothing.
+    """
+
+    stored: int
+    heads: int = 1
+    alignment: int = ALIGNMENT
+
+    @property
+    def computed(self) -> int:
+        """Channels of activations."""
+        return self.heads * (-(-self.per_head // self.alignment) * self.alignment)
+
+    @property
+    def per_head(self) -> int:
+        """Stored channels of one head."""
+        return self.stored // self.heads
+
+    def times(self, factor: int) -> "Channels":
+        """As many channels `factor` times over."""
+        return Channels(factor * self.stored, self.heads, self.alignment)
+
+    def split(self, heads: int) -> "Channels":
+        """The same channels in `heads` groups."""
+        return Channels(self.stored, heads, self.alignment)
+
+    def pad(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Stored -> computed channels along `dim`, with zeros."""
+        extra = self.computed - self.stored
+        if extra == 0:
+            return x
+        x = x.movedim(dim, -1)
+        x = F.pad(x.unflatten(-1, (self.heads, -1)), (0, extra // self.heads)).flatten(-2)
+        return x.movedim(-1, dim)
+
+    def trim(self, x: Tensor) -> Tensor:
+        """Computed -> stored channels along the last dimension."""
+        if self.computed == self.stored:
+            return x
+        return x.unflatten(-1, (self.heads, -1))[..., : self.per_head].flatten(-2)
 
 
 @cache
@@ -29,18 +86,37 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-2, -3).flatten(-2)
 
 
-def linear(d_in: int, d_out: int) -> nn.Linear:
-    """A projection without bias."""
-    return nn.Linear(d_in, d_out, bias=False)
+class Linear(nn.Linear):
+    """A projection without bias; its weight is [stored out, stored in]."""
+
+    def __init__(self, d_in: Channels, d_out: Channels):
+        super().__init__(d_in.stored, d_out.stored, bias=False)
+        self.d_in, self.d_out = d_in, d_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., computed in] -> [..., computed out]."""
+        return F.linear(x, self.d_out.pad(self.d_in.pad(self.weight), dim=0))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation over the stored channels of padded ones (Ba et al., 2016)."""
+
+    def __init__(self, channels: Channels):
+        super().__init__(channels.stored)
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., computed] -> the same."""
+        return self.channels.pad(super().forward(self.channels.trim(x)))
 
 
 class FeedForward(nn.Module):
     """Position-wise feed-forward with GELU (Hendrycks & Gimpel, 2016). [..., D] -> [..., D]."""
 
-    def __init__(self, d_model: int, mult: int):
+    def __init__(self, width: Channels, mult: int):
         super().__init__()
-        self.up = linear(d_model, mult * d_model)
-        self.down = linear(mult * d_model, d_model)
+        self.up = Linear(width, width.times(mult))
+        self.down = Linear(width.times(mult), width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every position."""

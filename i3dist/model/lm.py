@@ -13,35 +13,53 @@ import torch
 from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
-from i3dist.model.attention import AttentionBlock, HistoryEmbedding, attention_bias
+from i3dist.model.attention import AttentionBlock, HistoryEmbedding
 from i3dist.model.compress import Compressor
-from i3dist.model.layers import linear
+from i3dist.model.layers import ALIGNMENT, Channels, LayerNorm, Linear
 from i3dist.model.rwkv import RwkvBlock
 from i3dist.model.segments import causal_mask, history_mask, last_segment, restarts, segment_ids
 from i3dist.model.state import LaneState, RwkvState
+from i3dist.ops.attention import Visibility, attention_bias, block_visibility
 from i3dist.ops.cross_entropy import token_losses
 
 
 class I3LM(nn.Module):
     """RWKV blocks, a compressor beside them, causal attention blocks above, an untied head."""
 
-    def __init__(self, settings: ModelSettings, bos_id: int):
+    def __init__(self, settings: ModelSettings, bos_id: int, alignment: int = ALIGNMENT):
+        """Build the model.
+
+        Args:
+            settings: the architecture.
+            bos_id: the token that opens a document.
+            alignment: channels are computed in multiples of it; changes nothing but rounding.
+        """
         super().__init__()
         self.settings = settings
         self.bos_id = bos_id
-        width, heads, mult = settings.d_model, settings.heads, settings.ff_mult
-        layers = settings.rwkv_layers
-        self.embedding = nn.Embedding(settings.vocab, width)
-        self.norm_in = nn.LayerNorm(width)
+        self.width = width = Channels(settings.d_model, alignment=alignment)
+        heads, mult, layers = settings.heads, settings.ff_mult, settings.rwkv_layers
+        self.compiled = False
+        self.embedding = nn.Embedding(settings.vocab, width.stored)
+        self.norm_in = LayerNorm(width)
         self.rwkv = nn.ModuleList(RwkvBlock(width, mult, i, layers) for i in range(layers))
         self.compressor = Compressor(width, heads, mult, settings.latents)
         self.history = HistoryEmbedding(width, settings.history_chunks, settings.latents)
         self.attention = nn.ModuleList(
             AttentionBlock(width, heads, mult) for _ in range(settings.attention_layers)
         )
-        self.norm_out = nn.LayerNorm(width)
-        self.head = linear(width, settings.vocab)
+        self.norm_out = LayerNorm(width)
+        # The vocabulary stays as it is: a padded logit would take part in the softmax.
+        self.head = Linear(width, Channels(settings.vocab, alignment=1))
         self._initialise()
+
+    def compile_blocks(self) -> None:
+        """Compile block by block: all blocks of a kind share one compilation."""
+        self.compiled = True
+        for block in (*self.rwkv, *self.attention, self.compressor):
+            block.compile(dynamic=False)
+        for name in ("embed", "losses", "history_keys_values"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
     def forward(
         self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
@@ -58,20 +76,32 @@ class I3LM(nn.Module):
         Returns:
             Losses [B, K, T] fp32 in nats, 0 where the target is `IGNORE`; the new, detached state.
         """
-        hidden, state = self.hidden(tokens, depth, state, gate)
-        return token_losses(hidden, self.head.weight, targets), state
+        x, state = self._blocks(tokens, depth, state, gate)
+        return self.losses(x, targets), state
 
     def hidden(
         self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor
     ) -> tuple[Tensor, LaneState]:
         """Final hidden states [B, K, T, D] (the head makes logits of them) and the new state."""
+        x, state = self._blocks(tokens, depth, state, gate)
+        return self.norm_out(x), state
+
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy [B, K, T] of the blocks' output [B, K, T, D]."""
+        return token_losses(self.norm_out(x), self.width.pad(self.head.weight), targets)
+
+    def _blocks(
+        self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor
+    ) -> tuple[Tensor, LaneState]:
+        """All blocks over a window: the residual stream [B, K, T, D] and the new state."""
         segments = segment_ids(tokens, self.bos_id)
         x, carried = self._recur(tokens, depth, state.rwkv)
-        latents = self.compressor(x, last_segment(segments))
-        latents = torch.cat([state.latents, latents], dim=1)  # [B, C + K, M, D]
+        new = self.compressor(x.flatten(0, 1), last_segment(segments).flatten(0, 1))
+        new = new.unflatten(0, tokens.shape[:2])
+        latents = torch.cat([self.width.pad(state.latents), new], dim=1)  # [B, C + K, M, D]
         x = self._attend(x, segments, depth, latents, gate)
-        newest = latents[:, -self.settings.history_chunks :]
-        return self.norm_out(x), LaneState(newest, carried).detach()
+        newest = self.width.trim(latents[:, -self.settings.history_chunks :])
+        return x, LaneState(newest, carried).detach()
 
     def run_rwkv(self, x: Tensor, restart: Tensor, state: RwkvState) -> tuple[Tensor, RwkvState]:
         """The RWKV stack on N independent sequences. x [N, T, D], restart [N, T]."""
@@ -83,7 +113,7 @@ class I3LM(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids -> the residual stream's start, [..., D]."""
-        return self.norm_in(self.embedding(tokens))
+        return self.norm_in(self.width.pad(self.embedding(tokens)))
 
     def _recur(self, tokens: Tensor, depth: Tensor, carried: RwkvState) -> tuple[Tensor, RwkvState]:
         """The RWKV stack over a window: independent chunks, or one sequence where state carries."""
@@ -92,34 +122,36 @@ class I3LM(nn.Module):
         x = self.embed(tokens)
         rows = (lambda t: t.flatten(1, 2)) if carry else (lambda t: t.flatten(0, 1))
         flat = rows(x)
-        state = carried if carry else self.empty_rwkv(flat.shape[0], x)
-        y, after = self.run_rwkv(flat, rows(restart), state)
-        return y.view_as(x), after if carry else carried
+        if not carry:
+            y, _ = self.run_rwkv(flat, rows(restart), self.empty_rwkv(flat.shape[0], x))
+            return y.view_as(x), carried
+        y, after = self.run_rwkv(flat, rows(restart), carried.map(self.width.pad))
+        return y.view_as(x), after.map(self.width.trim)
 
     def empty_rwkv(self, rows: int, like: Tensor) -> RwkvState:
-        """Recurrent state of `rows` sequences that have read nothing."""
-        settings = self.settings
-        return RwkvState.empty(
-            rows, settings.rwkv_layers, settings.d_model, like.device, like.dtype
-        )
+        """Recurrent state of `rows` sequences that have read nothing, as it is computed with."""
+        layers, width = self.settings.rwkv_layers, self.width.computed
+        return RwkvState.empty(rows, layers, width, like.device, like.dtype)
 
     def _attend(
         self, x: Tensor, segments: Tensor, depth: Tensor, latents: Tensor, gate: Tensor
     ) -> Tensor:
         """The attention blocks over a window. x [B, K, T, D], latents [B, C + K, M, D]."""
-        settings = self.settings
-        bias = attention_bias(
-            causal_mask(segments).flatten(0, 1),
-            history_mask(segments, depth, settings.history_chunks).flatten(0, 1),
-            gate,
-            settings.latents,
-        )
+        visible = self._visible(segments.flatten(0, 1), depth.flatten(), gate)
         flat = x.flatten(0, 1)
         for block, (keys, values) in zip(
             self.attention, self.history_keys_values(latents), strict=True
         ):
-            flat, _ = block(flat, (keys.flatten(0, 1), values.flatten(0, 1)), None, bias)
+            flat, _ = block(flat, (keys.flatten(0, 1), values.flatten(0, 1)), None, visible)
         return flat.view_as(x)
+
+    def _visible(self, segments: Tensor, depth: Tensor, gate: Tensor) -> Visibility:
+        """What tokens see. segments [N, T], depth [N]."""
+        chunks, latents = self.settings.history_chunks, self.settings.latents
+        if self.compiled and segments.is_cuda:
+            return block_visibility(segments, depth, gate, chunks, latents)
+        history = history_mask(segments, depth, chunks)
+        return attention_bias(causal_mask(segments), history, gate, latents)
 
     def history_keys_values(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What each attention block sees of history: latents [B, C + K, M, D] ->

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.layers import linear
+from i3dist.model.layers import Channels, LayerNorm, Linear
 from i3dist.ops.wkv import wkv
 
 
@@ -42,66 +42,69 @@ class TimeMix(nn.Module):
     decay_base: Tensor
     bonus_base: Tensor
 
-    def __init__(self, width: int, layer: int, layers: int):
+    def __init__(self, width: Channels, layer: int, layers: int):
         super().__init__()
+        self.width = width
         ratio = layer / max(1, layers - 1)
         power = 1.0 - layer / layers
-        channel = torch.arange(width) / max(1, width - 1)
-        zigzag = ((torch.arange(width) + 1) % 3 - 1) * 0.5
+        channel = torch.arange(width.stored) / max(1, width.stored - 1)
+        zigzag = ((torch.arange(width.stored) + 1) % 3 - 1) * 0.5
         self.register_buffer("decay_base", -5.0 + 8.0 * channel.pow(0.7 + 1.3 * ratio))
         self.register_buffer("bonus_base", math.log(0.3) + zigzag)
-        self.decay_offset = nn.Parameter(torch.zeros(width))
-        self.bonus_offset = nn.Parameter(torch.zeros(width))
-        self.mix_key = _mix_curve(width, power)
-        self.mix_value = _mix_curve(width, power, 0.3 * ratio)
-        self.mix_receptance = _mix_curve(width, 0.5 * power)
-        self.key = linear(width, width)
-        self.value = linear(width, width)
-        self.receptance = linear(width, width)
-        self.output = linear(width, width)
+        self.decay_offset = nn.Parameter(torch.zeros(width.stored))
+        self.bonus_offset = nn.Parameter(torch.zeros(width.stored))
+        self.mix_key = _mix_curve(width.stored, power)
+        self.mix_value = _mix_curve(width.stored, power, 0.3 * ratio)
+        self.mix_receptance = _mix_curve(width.stored, 0.5 * power)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.receptance = Linear(width, width)
+        self.output = Linear(width, width)
 
     def forward(
         self, x: Tensor, restart: Tensor, shift: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """x [N, T, D], shift [N, D], state [N, 3, D] fp32 -> output [N, T, D] and final state."""
         before = token_shift(x, restart, shift)
-        k = self.key(torch.lerp(before, x, self.mix_key))
-        v = self.value(torch.lerp(before, x, self.mix_value))
-        r = self.receptance(torch.lerp(before, x, self.mix_receptance))
+        pad = self.width.pad
+        k = self.key(torch.lerp(before, x, pad(self.mix_key)))
+        v = self.value(torch.lerp(before, x, pad(self.mix_value)))
+        r = self.receptance(torch.lerp(before, x, pad(self.mix_receptance)))
         # An fp32 buffer plus a bf16 parameter is fp32.
         decay = -torch.exp(self.decay_base + self.decay_offset)
         bonus = self.bonus_base + self.bonus_offset
-        y, state = wkv(decay, bonus, k, v, restart, state)
+        y, state = wkv(pad(decay), pad(bonus), k, v, restart, state)
         return self.output(torch.sigmoid(r) * y), state
 
 
 class ChannelMix(nn.Module):
     """Token-shifted feed-forward with squared ReLU (So et al., 2021). 9 D^2 parameters at 4x."""
 
-    def __init__(self, width: int, mult: int, layer: int, layers: int):
+    def __init__(self, width: Channels, mult: int, layer: int, layers: int):
         super().__init__()
+        self.width = width
         power = 1.0 - layer / layers
-        self.mix_key = _mix_curve(width, power)
-        self.mix_receptance = _mix_curve(width, power)
-        self.key = linear(width, mult * width)
-        self.value = linear(mult * width, width)
-        self.receptance = linear(width, width)
+        self.mix_key = _mix_curve(width.stored, power)
+        self.mix_receptance = _mix_curve(width.stored, power)
+        self.key = Linear(width, width.times(mult))
+        self.value = Linear(width.times(mult), width)
+        self.receptance = Linear(width, width)
 
     def forward(self, x: Tensor, restart: Tensor, shift: Tensor) -> Tensor:
         """x [N, T, D], shift [N, D] -> [N, T, D]."""
-        before = token_shift(x, restart, shift)
-        hidden = F.relu(self.key(torch.lerp(before, x, self.mix_key))).square()
-        gate = torch.sigmoid(self.receptance(torch.lerp(before, x, self.mix_receptance)))
+        before, pad = token_shift(x, restart, shift), self.width.pad
+        hidden = F.relu(self.key(torch.lerp(before, x, pad(self.mix_key)))).square()
+        gate = torch.sigmoid(self.receptance(torch.lerp(before, x, pad(self.mix_receptance))))
         return gate * self.value(hidden)
 
 
 class RwkvBlock(nn.Module):
     """Pre-norm time-mix and channel-mix, each with a residual connection."""
 
-    def __init__(self, width: int, mult: int, layer: int, layers: int):
+    def __init__(self, width: Channels, mult: int, layer: int, layers: int):
         super().__init__()
-        self.norm_time = nn.LayerNorm(width)
-        self.norm_channel = nn.LayerNorm(width)
+        self.norm_time = LayerNorm(width)
+        self.norm_channel = LayerNorm(width)
         self.time_mix = TimeMix(width, layer, layers)
         self.channel_mix = ChannelMix(width, mult, layer, layers)
 

@@ -4,7 +4,7 @@ State is functional: it goes into the model and comes out; nothing is changed in
 activation recomputation cannot append twice. Every tensor is row-first, so that a lane is a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,10 @@ class RwkvState(NamedTuple):
         shift = torch.zeros(rows, layers, width, device=device, dtype=dtype)
         return cls(wkv, shift, shift.clone())
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "RwkvState":
+        """Every tensor changed alike."""
+        return RwkvState(*(change(part) for part in self))
+
 
 class LaneState(NamedTuple):
     """The memory of B lanes: the newest compressed chunks, oldest first, and carried RWKV state.
@@ -53,11 +57,11 @@ class LaneState(NamedTuple):
 
     def rows(self, start: int, stop: int) -> "LaneState":
         """Lanes [start, stop)."""
-        return LaneState(self.latents[start:stop], RwkvState(*(x[start:stop] for x in self.rwkv)))
+        return LaneState(self.latents[start:stop], self.rwkv.map(lambda x: x[start:stop]))
 
     def detach(self) -> "LaneState":
         """The same values without their past: gradient ends at the window's start."""
-        return LaneState(self.latents.detach(), RwkvState(*(x.detach() for x in self.rwkv)))
+        return LaneState(self.latents.detach(), self.rwkv.map(Tensor.detach))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, for saving; each has lanes as its first dimension."""
