@@ -1,14 +1,25 @@
-"""Time of WKV: against a plain copy of the bytes it must move and, on the CPU, the scripted loop.
+"""Time of WKV beside other implementations and a plain copy of the bytes that it must move.
 
-    python benchmarks/wkv.py [--json FILE]
+    python benchmarks/wkv.py [--json FILE] [--rwkv-lm DIR]
 
-On CUDA the two kernels are timed alone, replayed from a graph; on the CPU with autograd around
-them, as is the loop. Bytes: forward reads k and v and writes y; backward reads k, v and y's
-gradient and writes two more. A copy of as many bytes is timed in the same way.
+Bytes: forward reads k and v and writes y; backward reads k, v and y's gradient and writes two more.
+A copy of as many bytes is timed in the same run; a form's share of its bandwidth is in "% copy".
+
+On the CPU, in fp32, with autograd: ours and the same recurrence as a TorchScript loop over time.
+
+On CUDA, in bf16, the operators alone, replayed from a graph: ours, that of `fla` (the package
+fla-core of https://github.com/fla-org/flash-linear-attention) where installed, and the kernels of
+https://github.com/BlinkDL/RWKV-LM where --rwkv-lm names a folder with wkv_cuda_bf16.cu and
+wkv_op_bf16.cpp. These use the default stream, which a graph cannot hold, so their launches are
+timed in a row. All start from an empty state and, as the last two know no restarts, run without
+any; ours is timed with restarts as well.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +35,22 @@ from i3dist import dist
 from i3dist.ops.wkv import empty_state, wkv
 
 CPU_SHAPES = [(4, 512, 256), (4, 512, 1180)]
-CUDA_SHAPES = [(4, 512, 1180), (32, 512, 1180), (64, 512, 1180)]
+CUDA_SHAPES = [(4, 512, 1184), (32, 512, 1180), (32, 512, 1184), (64, 512, 1184)]
 TENSORS_MOVED = {"forward": 3, "backward": 5}
+
+Shape = tuple[int, int, int]  # B, T, C
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """An implementation, ready to run on inputs of one shape."""
+
+    name: str
+    y: Tensor
+    forward: Call
+    backward: Call
+    milliseconds: Callable[[Call], float]
 
 
 @dataclass(frozen=True)
@@ -34,16 +59,12 @@ class Row:
 
     shape: str
     dtype: str
+    form: str
     what: str
     ms: float
     gb_per_s: float
-    times_copy: float
-    loop_ms: float | None = None
-
-    @property
-    def times_faster_than_loop(self) -> float | None:
-        """How much longer the scripted loop takes."""
-        return self.loop_ms / self.ms if self.loop_ms else None
+    percent_of_copy: float
+    times_ours: float
 
 
 @torch.jit.script
@@ -67,8 +88,8 @@ def scripted_loop(
     return torch.stack(outputs, 1), torch.stack([a, b, m], 1)
 
 
-def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
-    """A training step's inputs: documents of a few hundred tokens, decays of every length."""
+def make_inputs(shape: Shape, dtype: torch.dtype, device: str, restarts: bool) -> list[Tensor]:
+    """A training step's inputs: decays of every length, documents of a few hundred tokens."""
     rows, length, channels = shape
     generator = torch.Generator(device).manual_seed(0)
 
@@ -77,13 +98,15 @@ def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str) ->
 
     restart = torch.rand(rows, length, generator=generator, device=device) < 0.003
     restart[:, 0] = True
+    restart &= restarts
     decay = -torch.exp(torch.linspace(-5, 3, channels, device=device))
+    bonus = normal(channels).bfloat16().float()  # some forms take it in bf16
     k, v = (normal(*shape).to(dtype).requires_grad_() for _ in range(2))
     state = empty_state(rows, channels, device)
-    return [decay.requires_grad_(), normal(channels).requires_grad_(), k, v, restart, state]
+    return [decay.requires_grad_(), bonus.requires_grad_(), k, v, restart, state]
 
 
-def cpu_ms(call: Callable[[], Any], least: float) -> float:
+def cpu_ms(call: Call, least: float) -> float:
     """Median over at least `least` seconds."""
     for _ in range(3):
         call()
@@ -92,78 +115,156 @@ def cpu_ms(call: Callable[[], Any], least: float) -> float:
     return timer.blocked_autorange(min_run_time=least).median * 1e3
 
 
-def cuda_ms(call: Callable[[], Any]) -> float:
+def cuda_ms(call: Call) -> float:
     """Median of replays of a CUDA graph."""
     from triton.testing import do_bench_cudagraph
 
     return do_bench_cudagraph(call, rep=200, return_mode="median")
 
 
-def cpu_times(form: Callable, inputs: list[Tensor], least: float) -> dict[str, float]:
-    """Forward and backward through autograd."""
-    y, final = form(*inputs)
+def default_stream_ms(call: Call, repeats: int = 20, launches: int = 10) -> float:
+    """Median of several rows of launches, for what does not follow the current stream."""
+    times = []
+    for _ in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(launches):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / launches)
+    return statistics.median(times[1:])
+
+
+def cpu_form(name: str, operator: Callable, inputs: list[Tensor], least: float) -> Form:
+    """An operator and autograd's backward pass."""
+    y, final = operator(*inputs)
     leaves = [x for x in inputs if x.requires_grad]
     grads = [torch.ones_like(y), torch.ones_like(final)]
 
     def backward() -> None:
         torch.autograd.grad([y, final], leaves, grads, retain_graph=True)
 
-    return {"forward": cpu_ms(lambda: form(*inputs), least), "backward": cpu_ms(backward, least)}
+    return Form(name, y, lambda: operator(*inputs), backward, lambda call: cpu_ms(call, least))
 
 
-def cuda_times(inputs: list[Tensor]) -> dict[str, float]:
-    """The two operators alone."""
+def cuda_form(name: str, inputs: list[Tensor]) -> Form:
+    """Our two operators."""
     inputs = [x.detach() for x in inputs]
     y, final, entries = torch.ops.i3dist.wkv(*inputs)
     saved = (torch.ones_like(y), torch.ones_like(final), *inputs[:5], entries, final)
-    return {
-        "forward": cuda_ms(lambda: torch.ops.i3dist.wkv(*inputs)),
-        "backward": cuda_ms(lambda: torch.ops.i3dist.wkv_backward(*saved)),
-    }
+    return Form(
+        name,
+        y,
+        lambda: torch.ops.i3dist.wkv(*inputs),
+        lambda: torch.ops.i3dist.wkv_backward(*saved),
+        cuda_ms,
+    )
 
 
-def copy_ms(size: float, device: str, least: float) -> float:
-    """A copy that moves `size` bytes, half of them in and half out."""
-    source = torch.empty(int(size) // 2, dtype=torch.uint8, device=device)
+def fla_form(inputs: list[Tensor]) -> Form:
+    """The two halves of fla's `fused_recurrent_rwkv4`."""
+    from fla.ops.rwkv4 import fused_recurrent as fla
+
+    decay, bonus, k, v, _, state = (x.detach() for x in inputs)
+    state = state.clamp(min=-1e38).unsqueeze(2)  # [B, 3, 1, C]
+    y, states = fla.fused_recurrent_rwkv4_forward(decay, bonus, k, v, state)
+    grads = torch.ones_like(y), torch.ones_like(states[:, :, -1:])
+    saved = decay, bonus, k, v, states[:, :, :-1]
+    return Form(
+        "fla",
+        y,
+        lambda: fla.fused_recurrent_rwkv4_forward(decay, bonus, k, v, state),
+        lambda: fla.fused_recurrent_rwkv4_backward(*saved, *grads),
+        cuda_ms,
+    )
+
+
+@functools.cache
+def rwkv_lm_kernels(folder: Path, length: int) -> Any:
+    """RWKV-LM's kernels, compiled with its own flags for up to `length` tokens."""
+    from torch.utils.cpp_extension import load
+
+    flags = f"-O3 --use_fast_math --maxrregcount 60 --extra-device-vectorization -DTmax={length}"
+    sources = [str(folder / name) for name in ("wkv_op_bf16.cpp", "wkv_cuda_bf16.cu")]
+    return load(f"wkv_rwkv_lm_{length}", sources, extra_cuda_cflags=flags.split())
+
+
+def rwkv_lm_form(inputs: list[Tensor], folder: Path) -> Form:
+    """RWKV-LM's two kernels."""
+    decay, bonus, k, v, _, _ = (x.detach() for x in inputs)
+    rows, length, channels = k.shape
+    kernels = rwkv_lm_kernels(folder, length)
+    bonus, y, grad_y = bonus.bfloat16(), torch.empty_like(k), torch.ones_like(k)
+    grads = (*bonus.new_empty(2, rows, channels), torch.empty_like(k), torch.empty_like(v))
+    given = rows, length, channels, decay, bonus, k, v, y
+    kernels.forward(*given)
+
+    def backward() -> tuple[Tensor, Tensor]:
+        kernels.backward(*given, grad_y, *grads)
+        return grads[0].sum(0), grads[1].sum(0)
+
+    return Form("RWKV-LM", y, lambda: kernels.forward(*given), backward, default_stream_ms)
+
+
+def cuda_forms(shape: Shape, dtype: torch.dtype, rwkv_lm: Path | None) -> list[Form]:
+    """Ours, and those that are there and take this shape."""
+    inputs = make_inputs(shape, dtype, "cuda", restarts=False)
+    forms = [cuda_form("i3dist", inputs)]
+    if importlib.util.find_spec("fla"):
+        forms.append(fla_form(inputs))
+    if rwkv_lm and shape[0] * shape[2] % min(shape[2], 32) == 0:
+        forms.append(rwkv_lm_form(inputs, rwkv_lm))
+    for form in forms:
+        # The same function: what differs is rounding.
+        torch.testing.assert_close(form.y, forms[0].y, rtol=0.02, atol=0.02)
+    with_restarts = make_inputs(shape, dtype, "cuda", restarts=True)
+    return [*forms, cuda_form("i3dist, restarts", with_restarts)]
+
+
+def cpu_forms(shape: Shape, dtype: torch.dtype, least: float) -> list[Form]:
+    """Ours and the loop."""
+    inputs = make_inputs(shape, dtype, "cpu", restarts=True)
+    operators: dict[str, Callable] = {"i3dist": wkv, "scripted loop": scripted_loop}
+    return [cpu_form(name, operator, inputs, least) for name, operator in operators.items()]
+
+
+def copy_ms(size: float, form: Form) -> float:
+    """A copy that moves `size` bytes, half of them in and half out, timed as the form is."""
+    source = torch.empty(int(size) // 2, dtype=torch.uint8, device=form.y.device)
     target = torch.empty_like(source)
-
-    def copy() -> Tensor:
-        return target.copy_(source)
-
-    return cuda_ms(copy) if device == "cuda" else cpu_ms(copy, least)
+    return form.milliseconds(lambda: target.copy_(source))
 
 
-def measure(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: str, least: float
-) -> list[Row]:
-    """Rows of one shape."""
-    inputs = make_inputs(shape, dtype, device)
-    loop: dict[str, float] = {}
-    if device == "cuda":
-        times = cuda_times(inputs)
-    else:
-        times, loop = (cpu_times(form, inputs, least) for form in (wkv, scripted_loop))
-    moved: dict[str, float] = {what: n * inputs[2].nbytes for what, n in TENSORS_MOVED.items()}
-    copies = {what: copy_ms(size, device, least) for what, size in moved.items()}
-    for table in (times, loop, moved, copies):
-        if table:
-            table["both"] = table["forward"] + table["backward"]
-    name, kind = "x".join(map(str, shape)), str(dtype).removeprefix("torch.")
-    return [
-        Row(name, kind, what, ms, moved[what] / ms / 1e6, ms / copies[what], loop.get(what))
-        for what, ms in times.items()
+def measure(shape: Shape, forms: list[Form]) -> list[Row]:
+    """Rows of one shape; the first form is ours."""
+    ours = forms[0]
+    moved = {what: float(n * ours.y.nbytes) for what, n in TENSORS_MOVED.items()}
+    copies = {what: copy_ms(size, ours) for what, size in moved.items()}
+    tables = [
+        {"forward": form.milliseconds(form.forward), "backward": form.milliseconds(form.backward)}
+        for form in forms
     ]
+    for table in (moved, copies, *tables):
+        table["both"] = table["forward"] + table["backward"]
+    name, dtype = "x".join(map(str, shape)), str(ours.y.dtype).removeprefix("torch.")
+    rows = []
+    for form, times in zip(forms, tables, strict=True):
+        for what, ms in times.items():
+            percent, times_ours = 100 * copies[what] / ms, ms / tables[0][what]
+            speed = moved[what] / ms / 1e6
+            rows.append(Row(name, dtype, form.name, what, ms, speed, percent, times_ours))
+    return rows
 
 
 def show(rows: list[Row], title: str) -> None:
     """Print the table."""
     table = Table(title=title)
-    for column in ("B x T x C", "dtype", "pass", "ms", "GB/s", "x copy", "loop ms", "x faster"):
+    for column in ("B x T x C", "dtype", "form", "pass", "ms", "GB/s", "% copy", "x i3dist"):
         table.add_column(column, justify="right")
     for row in rows:
-        figures = (row.ms, row.gb_per_s, row.times_copy, row.loop_ms, row.times_faster_than_loop)
-        texts = ("" if x is None else f"{x:,.{1 if x >= 100 else 3}f}" for x in figures)
-        table.add_row(row.shape, row.dtype, row.what, *texts)
+        figures = (f"{row.ms:,.3f}", f"{row.gb_per_s:,.0f}", f"{row.percent_of_copy:.1f}")
+        table.add_row(row.shape, row.dtype, row.form, row.what, *figures, f"{row.times_ours:.2f}")
     Console(width=100).print(table)
 
 
@@ -172,15 +273,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--seconds", type=float, default=2.0, help="least per CPU figure")
+    parser.add_argument("--rwkv-lm", type=Path, metavar="DIR", help="RWKV-LM's RWKV-v4neo/cuda")
     arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        dist.keep_freed_memory()  # as training does
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     rows: list[Row] = []
-    for shape in CUDA_SHAPES if cuda else CPU_SHAPES:
-        rows += measure(shape, dtype, device, arguments.seconds)
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        if not importlib.util.find_spec("fla"):
+            print("fla is left out: fla-core is not installed")
+        for shape in CUDA_SHAPES:
+            rows += measure(shape, cuda_forms(shape, torch.bfloat16, arguments.rwkv_lm))
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads"
+        dist.keep_freed_memory()  # as training does
+        for shape in CPU_SHAPES:
+            rows += measure(shape, cpu_forms(shape, torch.float32, arguments.seconds))
     show(rows, f"WKV, {name}, PyTorch {torch.__version__}")
     if arguments.json:
         figures = [asdict(row) for row in rows]

@@ -149,7 +149,9 @@ class TrainSettings(Section):
     accumulation: Annotated[int, Field(ge=1, le=4096)] = 1
     """Successive windows of each lane that are accumulated into one step."""
     micro_batch: Count | Auto = "auto"
-    """Lanes of a rank computed at once; auto is all of them. Never changes the step's content."""
+    """Lanes of a rank computed at once; auto is all that fit. Never changes the step's content."""
+    compile: bool | Auto = "auto"
+    """Compile the blocks (torch.compile) before the first step; auto does on GPUs."""
     clip: Positive = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
 
@@ -284,6 +286,7 @@ FREE_TO_CHANGE = (
     "data.workers",
     "train.steps",
     "train.micro_batch",
+    "train.compile",
     "log.every",
     "validate.every",
     "checkpoint.every",

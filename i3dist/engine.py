@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from i3dist import dist
 from i3dist.config import OptimizerSettings, TrainSettings
@@ -60,6 +61,8 @@ ENGINE_KEYS = (
 # Those of them that decide numbers: a run keeps them.
 NUMERIC_KEYS = ("bf16", "data_types", "communication_data_type")
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
+# Of a GPU's memory; the rest is for the CUDA context, NCCL and fragmentation.
+MEMORY_SHARE = 0.92
 
 
 def read_engine_config(path: Path) -> dict[str, Any]:
@@ -118,7 +121,7 @@ class Engine:
         config: dict[str, Any],
         optimizer: OptimizerSettings,
         train: TrainSettings,
-        micro_batches: int,
+        micro_batches: int = 1,
     ):
         """Wrap the model for ZeRO-2.
 
@@ -127,22 +130,21 @@ class Engine:
             config: from `read_engine_config`.
             optimizer: AdamW's settings.
             train: clipping.
-            micro_batches: of one optimizer step on this rank.
+            micro_batches: of one optimizer step on this rank; see `accumulate`.
         """
         self.micro_batches = micro_batches
         self.numeric = numeric_part(config)
         self.clip = train.clip
         self.model = model
         self._packed = PackedModel(model)
-        adamw = _adamw(self._packed, optimizer)
-        adamw.register_step_pre_hook(self._clip_and_guard)
+        self._adamw = _adamw(self._packed, optimizer)
         self._engine, *_ = deepspeed.initialize(
-            model=self._packed, optimizer=adamw, config=_complete(config, micro_batches)
+            model=self._packed, optimizer=self._adamw, config=_complete(config, micro_batches)
         )
         self._check(config)
         model.to(self.device)
         self._packed.share()
-        self._norm: _Arriving | None = None
+        self._captures = model.compiled and self.device.type == "cuda"
 
     def _check(self, config: dict[str, Any]) -> None:
         """DeepSpeed ignores what it does not understand: see that it took what it was given."""
@@ -171,11 +173,54 @@ class Engine:
         """Where the model is."""
         return torch.device(self._engine.device)
 
+    def accumulate(self, micro_batches: int) -> None:
+        """Take so many micro-batches for each optimizer step from now on."""
+        self.micro_batches = micro_batches
+        self._engine.set_train_batch_size(micro_batches * self._engine.dp_world_size)
+
+    def fits(self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor) -> bool:
+        """Whether a micro-batch of this shape leaves room on this GPU for the update.
+
+        Runs it forward and backward; gradients are thrown away.
+        """
+        if self.device.type != "cuda":
+            return True
+        flats = [flat.parameter for flat in self._packed.flats]
+        torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            losses, _ = self._packed(tokens, tokens, depth, state, gate)
+            torch.autograd.grad(losses.sum(), flats, allow_unused=True)
+            del losses
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+        # Still to come: fp32 gradients, whole and this rank's share, and AdamW's two moments.
+        elements = sum(flat.numel() for flat in flats)
+        update = elements * (4 + 12 / self._engine.dp_world_size)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return torch.cuda.max_memory_allocated(self.device) + update < MEMORY_SHARE * total
+
     def __call__(
         self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
     ) -> tuple[Tensor, LaneState]:
         """`I3LM.forward` through the engine."""
-        return self._engine(tokens, targets, depth, state, gate)
+        arguments = (tokens, targets, depth, state, gate)
+        if self._captures:
+            self._capture(arguments)
+        losses, state = self._engine(*arguments)
+        # The next replay of a graph overwrites what this one returned.
+        return losses, state.map(lambda part: part.detach().clone())
+
+    def _capture(self, arguments: tuple[Any, ...]) -> None:
+        """Record forward and backward of a micro-batch as CUDA graphs, once.
+
+        All micro-batches of a run have one shape, and launching their kernels one by one takes the
+        host longer than the kernels take the GPU.
+        """
+        samples = tree_map(torch.clone, arguments)
+        torch.cuda.make_graphed_callables(self._packed, samples)
+        self._captures = False
 
     def backward(self, loss_sum: Tensor, targets: Tensor) -> None:
         """Add one micro-batch's share to the gradient of the step's mean loss.
@@ -200,22 +245,19 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._norm = None
+        norm = self._gradient_norm()
+        arriving = _Arriving(norm)
+        # Fused AdamW divides the gradient by the one, and does nothing where the other is 1.
+        self._adamw.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
+        self._adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._engine.step()
-        assert self._norm is not None, "DeepSpeed stepped without the optimizer"
-        return self._norm.value()
+        return arriving.value()
 
-    def _clip_and_guard(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
-        """Before each group's update: tell fused AdamW what to divide by, and when to do nothing.
-
-        DeepSpeed's own clipping and overflow check each pass over all gradients again and stop
-        for the result.
-        """
-        if self._norm is None:
-            norm = self._engine.optimizer._global_grad_norm
-            adamw.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
-            adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-            self._norm = _Arriving(norm)
+    def _gradient_norm(self) -> Tensor:
+        """Norm of the whole job's gradient, of which this rank holds a part: scalar fp32."""
+        groups = self._engine.optimizer.averaged_gradients.values()
+        parts = [torch.linalg.vector_norm(part) for group in groups for part in group]
+        return dist.all_sum(torch.stack(parts).square().sum()).sqrt()
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of weights and optimizer state, parameter by parameter.
@@ -234,13 +276,13 @@ class Engine:
                 k: zero.optimizer.state[partition][k] for k in ADAM_STATES
             }
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            for piece in flat.pieces:
-                start = max(piece.start, here.start)
-                length = min(piece.start + piece.numel, here.start + here.numel) - start
+            for name, slot in zip(flat.names, flat.slots, strict=True):
+                start = max(slot.start, here.start)
+                length = min(slot.start + slot.numel, here.start + here.numel) - start
                 if length > 0:
                     at = there.start + start - here.start
                     views = {k: t.detach().narrow(0, at, length) for k, t in whole.items()}
-                    yield Fragment(piece.name, start - piece.start, views)
+                    yield Fragment(name, start - slot.start, views)
 
     @torch.no_grad()
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
@@ -280,9 +322,14 @@ def start(job: dist.Job) -> None:
 
 
 def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:
-    """The engine's file, and what is decided here. Clipping and the guard against overflow are in
-    `_clip_and_guard`; DeepSpeed's throughput timer would wait for the device twice a step."""
+    """The engine's file, and what is decided here.
+
+    The norm, clipping and the guard against overflow are `Engine.step`'s: DeepSpeed's (0.19.8) pass
+    over all gradients again, in fp64, and stop for the result. Its throughput timer would wait for
+    the device twice a step.
+    """
     return config | {
+        "zero_optimization": config["zero_optimization"] | {"compute_grad_norm": False},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 0.0,

@@ -43,6 +43,7 @@ class Interval:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.steps = 0
+        self.waited = 0.0  # seconds, for data
         self.tokens: Tensor | float = 0.0
         self.last: tuple[Tensor, StepCounts, float] | None = None
 
@@ -58,6 +59,13 @@ class Interval:
         before = time.perf_counter()
         yield
         self.started += time.perf_counter() - before
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count as waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
 
     def metrics(self, gate: float) -> dict[str, float]:
         """Figures of the interval.
@@ -76,6 +84,7 @@ class Interval:
             "gradient_norm": norm,
             "tokens_per_second": float(self.tokens) / seconds,
             "step_time": seconds / self.steps,
+            "data_wait": self.waited / seconds,
             "active_latents": visible if gate > 0 else 0.0,
             "gate": gate,
         }

@@ -57,7 +57,8 @@ class Trainer:
         self.pad_id = corpus.train.manifest.pad_id
         self.lanes = lanes_of_rank(settings.train.lane_count, job.rank, job.world_size)
         self.lane_state = self._empty_lanes()
-        self.micro_batch = lanes_at_once(settings, len(self.lanes))
+        self.micro_batch = self._lanes_at_once()
+        engine.accumulate(settings.train.accumulation * len(self.lanes) // self.micro_batch)
         folder = settings.run.path
         self.metrics_log = MetricsLog(folder / "metrics.jsonl")
         self.validation_log = MetricsLog(folder / "validation.jsonl")
@@ -82,7 +83,8 @@ class Trainer:
         """One optimizer step: every window, every micro-batch, one update."""
         step, settings = self.progress.step, self.settings
         gate = settings.compression.gate_at(step)
-        step_batches = [next(batches) for _ in range(settings.train.accumulation)]
+        with self._interval.waiting():
+            step_batches = [next(batches) for _ in range(settings.train.accumulation)]
         counts = count_step(step_batches, self.pad_id, settings.model)
         loss_sum = self._backward(step_batches, gate, counts.targets)
         norm = self.engine.step(settings.optimizer.lr_at(step))
@@ -202,6 +204,28 @@ class Trainer:
         workers = self.settings.data.workers
         return windows(dataset, self.progress.windows, stop, workers, self.engine.device)
 
+    def _lanes_at_once(self) -> int:
+        """Lanes of a micro-batch: as set, or the most that fit on every rank's GPU."""
+        wanted = self.settings.train.micro_batch
+        if wanted != "auto":
+            return wanted
+        for rows in reversed(divisors(len(self.lanes))):
+            if all(dist.gather_objects(self._fits(rows))):
+                return rows
+        raise UserError(
+            "one lane's window does not fit on the GPU: lower train.window_chunks or the model's "
+            "size"
+        )
+
+    def _fits(self, rows: int) -> bool:
+        """Whether windows of so many lanes fit; compiles them as well."""
+        model, device = self.settings.model, self.engine.device
+        shape = (rows, self.settings.train.window_chunks, model.chunk_length)
+        tokens = torch.full(shape, self.pad_id, device=device)
+        depth = torch.zeros(shape[:2], dtype=torch.long, device=device)
+        state, gate = self.lane_state.rows(0, rows), torch.ones((), device=device)
+        return self.engine.fits(tokens, depth, state, gate)
+
     def _empty_lanes(self) -> LaneState:
         model, engine = self.settings.model, self.engine
         return LaneState.empty(len(self.lanes), model, engine.device, engine.dtype)
@@ -212,28 +236,16 @@ class Trainer:
         return step == self.settings.train.steps or (every > 0 and step % every == 0)
 
 
-def lanes_at_once(settings: Settings, lanes: int) -> int:
-    """Lanes of a micro-batch on a rank that owns `lanes`.
+def check_micro_batch(settings: Settings, job: dist.Job) -> None:
+    """See that lanes are divisible by ranks, and a rank's lanes by train.micro_batch.
 
     Raises:
-        UserError: train.micro_batch does not divide them.
-    """
-    wanted = settings.train.micro_batch
-    if wanted == "auto":
-        return lanes
-    if lanes % wanted:
-        raise UserError(
-            f"train.micro_batch={wanted} does not divide the {lanes} lanes of a rank; "
-            f"legal: {divisors(lanes)}, auto"
-        )
-    return wanted
-
-
-def micro_batches_per_step(settings: Settings, job: dist.Job) -> int:
-    """Micro-batches that a rank computes for one optimizer step.
-
-    Raises:
-        UserError: lanes are not divisible by ranks, or a rank's lanes by train.micro_batch.
+        UserError: they are not.
     """
     lanes = len(lanes_of_rank(settings.train.lane_count, job.rank, job.world_size))
-    return settings.train.accumulation * lanes // lanes_at_once(settings, lanes)
+    wanted = settings.train.micro_batch
+    if wanted != "auto" and lanes % wanted:
+        raise UserError(
+            f"train.micro_batch={wanted} does not divide the {lanes} lanes of a rank; "
+            f"legal: {', '.join(map(str, divisors(lanes)))}, auto"
+        )

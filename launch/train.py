@@ -17,7 +17,7 @@ from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
 from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve
 from i3dist.summary import print_summary
-from i3dist.trainer import Trainer, micro_batches_per_step
+from i3dist.trainer import Trainer, check_micro_batch
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,7 +63,7 @@ def build(
     engine_config = engine.read_engine_config(arguments.deepspeed)
     start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
     settings = start.settings
-    micro_batches = micro_batches_per_step(settings, job)
+    check_micro_batch(settings, job)
     dist.share_threads(job)
     if not dist.uses_cuda():
         dist.keep_freed_memory()
@@ -71,7 +71,9 @@ def build(
     agree(start)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
-    started = engine.Engine(model, engine_config, settings.optimizer, settings.train, micro_batches)
+    if settings.train.compile is True or (settings.train.compile == "auto" and dist.uses_cuda()):
+        model.compile_blocks()
+    started = engine.Engine(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus) if job.rank == 0 else tracking.NoTracker()
     trainer = Trainer(settings, job, corpus, started, tracker)
     if start.checkpoint is not None and start.state is not None:

@@ -118,15 +118,15 @@ def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
     if lanes % world_size:
         raise UserError(
             f"train.lanes={lanes} cannot be shared by {world_size} ranks; "
-            f"start a number of ranks that divides it: {divisors(lanes)}"
+            f"start a number of ranks that divides it: {', '.join(map(str, divisors(lanes)))}"
         )
     share = lanes // world_size
     return range(rank * share, (rank + 1) * share)
 
 
-def divisors(lanes: int) -> str:
-    """The numbers that divide `lanes`, as a list to show."""
-    return ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+def divisors(lanes: int) -> list[int]:
+    """The numbers that divide `lanes`, in order."""
+    return [n for n in range(1, lanes + 1) if lanes % n == 0]
 
 
 def fixed_subset(shard_chunks: Sequence[int], chunks: int, seed: int) -> tuple[int, ...]:

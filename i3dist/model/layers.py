@@ -51,17 +51,17 @@ class Channels:
         return Channels(self.stored, heads, self.alignment)
 
     def pad(self, x: Tensor, dim: int = -1) -> Tensor:
-        """Stored -> computed channels along `dim`, with zeros."""
-        extra = self.computed - self.stored
-        if extra == 0:
+        """Stored -> computed channels along `dim`, with zeros; what is padded already stays."""
+        if x.shape[dim] == self.computed:
             return x
+        extra = self.computed // self.heads - self.per_head
         x = x.movedim(dim, -1)
-        x = F.pad(x.unflatten(-1, (self.heads, -1)), (0, extra // self.heads)).flatten(-2)
+        x = F.pad(x.unflatten(-1, (self.heads, -1)), (0, extra)).flatten(-2)
         return x.movedim(-1, dim)
 
     def trim(self, x: Tensor) -> Tensor:
-        """Computed -> stored channels along the last dimension."""
-        if self.computed == self.stored:
+        """Computed -> stored channels along the last dimension; the inverse of `pad`."""
+        if x.shape[-1] == self.stored:
             return x
         return x.unflatten(-1, (self.heads, -1))[..., : self.per_head].flatten(-2)
 
@@ -93,9 +93,13 @@ class Linear(nn.Linear):
         super().__init__(d_in.stored, d_out.stored, bias=False)
         self.d_in, self.d_out = d_in, d_out
 
+    def computed(self, weight: Tensor) -> Tensor:
+        """[stored out, stored in] -> [computed out, computed in]."""
+        return self.d_out.pad(self.d_in.pad(weight), dim=0)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., computed in] -> [..., computed out]."""
-        return F.linear(x, self.d_out.pad(self.d_in.pad(self.weight), dim=0))
+        return F.linear(x, self.computed(self.weight))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -107,7 +111,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., computed] -> the same."""
-        return self.channels.pad(super().forward(self.channels.trim(x)))
+        trim, shape = self.channels.trim, self.normalized_shape
+        y = F.layer_norm(trim(x), shape, trim(self.weight), trim(self.bias), self.eps)
+        return self.channels.pad(y)
 
 
 class FeedForward(nn.Module):

@@ -7,7 +7,7 @@ tokens and the latents of the C chunks before it.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from i3dist.model.segments import causal_mask, history_mask, last_segment, resta
 from i3dist.model.state import LaneState, RwkvState
 from i3dist.ops.attention import Visibility, attention_bias, block_visibility
 from i3dist.ops.cross_entropy import token_losses
+
+# Rows are aligned already; padding them further would make operators of ours copy their inputs.
+COMPILE: dict[str, Any] = {"dynamic": False, "options": {"comprehensive_padding": False}}
 
 
 class I3LM(nn.Module):
@@ -57,9 +60,9 @@ class I3LM(nn.Module):
         """Compile block by block: all blocks of a kind share one compilation."""
         self.compiled = True
         for block in (*self.rwkv, *self.attention, self.compressor):
-            block.compile(dynamic=False)
+            block.compile(**COMPILE)
         for name in ("embed", "losses", "history_keys_values"):
-            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+            setattr(self, name, torch.compile(getattr(self, name), **COMPILE))
 
     def forward(
         self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
@@ -88,7 +91,7 @@ class I3LM(nn.Module):
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy [B, K, T] of the blocks' output [B, K, T, D]."""
-        return token_losses(self.norm_out(x), self.width.pad(self.head.weight), targets)
+        return token_losses(self.norm_out(x), self.head.computed(self.head.weight), targets)
 
     def _blocks(
         self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor

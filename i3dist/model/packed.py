@@ -1,38 +1,53 @@
-"""A model's parameters as slices of a few flat tensors.
+"""A model's parameters as slices of two flat tensors: those that weight decay applies to, and the
+rest.
 
 Whatever handles parameters one by one (hooks, buckets, reductions, norms) costs time per tensor;
-the model has hundreds, most of them small. Packed, each block has two: the matrices that weight
-decay applies to, and all the rest.
+the model has hundreds, most of them small.
 """
 
-import re
-from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from i3dist.model.lm import I3LM, decayed
-
-# Slices begin at multiples of this many elements: 16 bytes of bf16, what vector loads need.
-SLICE_ALIGNMENT = 8
+from i3dist.model.layers import ALIGNMENT, Channels, Linear
+from i3dist.model.lm import COMPILE, I3LM, decayed
 
 
-class Piece(NamedTuple):
-    """One parameter's place in its flat tensor."""
+class Slot(NamedTuple):
+    """One parameter's place in a flat tensor, and the form that it is computed in."""
 
-    name: str
-    shape: torch.Size
     start: int  # first element
     numel: int
+    shape: torch.Size
+    sides: tuple[Channels, Channels] | None  # of a projection: channels out and in
+
+    @property
+    def size(self) -> int:
+        """Elements that it takes, so that every slot begins aligned; those beyond stay zero."""
+        return -(-self.numel // ALIGNMENT) * ALIGNMENT
+
+    def stored(self, part: Tensor) -> Tensor:
+        """The parameter in its own shape, as a view of its part of the flat tensor."""
+        return part[: self.numel].view(self.shape)
+
+    def computed(self, part: Tensor) -> Tensor:
+        """The parameter in the shape that blocks compute with."""
+        if len(self.shape) == 1:
+            return part  # the slot's zeros are the padding
+        if self.sides is None:
+            return self.stored(part)
+        d_out, d_in = self.sides
+        return d_out.pad(d_in.pad(self.stored(part)), dim=0)
 
 
 class Flat(NamedTuple):
     """One flat tensor and what it is made of."""
 
     parameter: nn.Parameter  # 1-D
-    pieces: list[Piece]
+    names: list[str]
+    slots: tuple[Slot, ...]
     decays: bool  # whether weight decay applies
 
 
@@ -43,19 +58,22 @@ class PackedModel(nn.Module):
         super().__init__()
         # In a tuple, so that it is no submodule and its parameters are not counted twice.
         self._model = (model,)
+        self._unpack = torch.compile(unpack, **COMPILE) if model.compiled else unpack
         matrices = set(decayed(model))
-        groups: dict[tuple[str, bool], dict[str, nn.Parameter]] = defaultdict(dict)
-        for name, parameter in model.named_parameters():
-            groups[_block(name), name in matrices][name] = parameter
-        self.flats = [_flatten(parameters, key[1]) for key, parameters in groups.items()]
-        for (block, decays), flat in zip(groups, self.flats, strict=True):
-            kind = "matrices" if decays else "vectors"
-            self.register_parameter(f"{block}_{kind}".replace(".", "_"), flat.parameter)
+        names = [name for name, _ in model.named_parameters()]
+        self.flats = [
+            _flatten(model, [name for name in names if (name in matrices) == decays], decays)
+            for decays in (True, False)
+        ]
+        self.decayed, self.undecayed = (flat.parameter for flat in self.flats)
 
     def forward(self, *arguments: Any) -> Any:
         """The model's forward; gradients flow to the flat parameters."""
-        slices = {name: view for flat in self.flats for name, view in _slices(flat).items()}
-        return functional_call(self._model[0], slices, arguments, tie_weights=False)
+        parameters: dict[str, Tensor] = {}
+        for flat in self.flats:
+            slices = self._unpack(flat.parameter, flat.slots)
+            parameters |= zip(flat.names, slices, strict=True)
+        return functional_call(self._model[0], parameters, arguments, tie_weights=False)
 
     @torch.no_grad()
     def share(self) -> None:
@@ -63,38 +81,32 @@ class PackedModel(nn.Module):
 
         To be called once the flat parameters have their final place, device and type.
         """
-        parameters = dict(self._model[0].named_parameters())
         for flat in self.flats:
-            for name, view in _slices(flat).items():
-                parameters[name].data = view
+            for name, slot in zip(flat.names, flat.slots, strict=True):
+                part = flat.parameter.narrow(0, slot.start, slot.size)
+                self._model[0].get_parameter(name).data = slot.stored(part)
 
 
-def _block(name: str) -> str:
-    """The block that a parameter belongs to: "rwkv.3", "head", ..."""
-    match = re.match(r"\w+\.\d+|\w+", name)
-    assert match is not None
-    return match.group()
+def unpack(flat: Tensor, slots: tuple[Slot, ...]) -> list[Tensor]:
+    """A flat tensor's parameters, each in the shape that blocks compute with.
+
+    Together, so that backward joins all their gradients in one pass.
+    """
+    parts = flat.split([slot.size for slot in slots])
+    return [slot.computed(part) for slot, part in zip(slots, parts, strict=True)]
 
 
-def _flatten(parameters: dict[str, nn.Parameter], decays: bool) -> Flat:
+@torch.no_grad()
+def _flatten(model: I3LM, names: list[str], decays: bool) -> Flat:
     """Copy parameters into one flat tensor, each at an aligned place."""
-    pieces, start = [], 0
-    for name, parameter in parameters.items():
-        pieces.append(Piece(name, parameter.shape, start, parameter.numel()))
-        start += -(-parameter.numel() // SLICE_ALIGNMENT) * SLICE_ALIGNMENT
+    slots, start = [], 0
+    for name in names:
+        parameter = model.get_parameter(name)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        sides = (owner.d_out, owner.d_in) if isinstance(owner, Linear) else None
+        slots.append(Slot(start, parameter.numel(), parameter.shape, sides))
+        start += slots[-1].size
     flat = torch.zeros(start)
-    for piece, parameter in zip(pieces, parameters.values(), strict=True):
-        flat.narrow(0, piece.start, piece.numel).copy_(parameter.detach().flatten())
-    return Flat(nn.Parameter(flat), pieces, decays)
-
-
-def _slices(flat: Flat) -> dict[str, Tensor]:
-    """Parameter name -> its part of the flat tensor, in its own shape."""
-    ends = [piece.start for piece in flat.pieces[1:]] + [flat.parameter.numel()]
-    sizes = [end - piece.start for piece, end in zip(flat.pieces, ends, strict=True)]
-    # Split as a whole, so that backward joins all gradients in one pass.
-    parts = flat.parameter.split(sizes)
-    return {
-        piece.name: part[: piece.numel].view(piece.shape)
-        for piece, part in zip(flat.pieces, parts, strict=True)
-    }
+    for name, slot in zip(names, slots, strict=True):
+        flat.narrow(0, slot.start, slot.numel).copy_(model.get_parameter(name).flatten())
+    return Flat(nn.Parameter(flat), names, tuple(slots), decays)

@@ -71,9 +71,9 @@ class TimeMix(nn.Module):
         v = self.value(torch.lerp(before, x, pad(self.mix_value)))
         r = self.receptance(torch.lerp(before, x, pad(self.mix_receptance)))
         # An fp32 buffer plus a bf16 parameter is fp32.
-        decay = -torch.exp(self.decay_base + self.decay_offset)
-        bonus = self.bonus_base + self.bonus_offset
-        y, state = wkv(pad(decay), pad(bonus), k, v, restart, state)
+        decay = -torch.exp(pad(self.decay_base) + pad(self.decay_offset))
+        bonus = pad(self.bonus_base) + pad(self.bonus_offset)
+        y, state = wkv(decay, bonus, k, v, restart, state)
         return self.output(torch.sigmoid(r) * y), state
 
 

@@ -57,11 +57,15 @@ class LaneState(NamedTuple):
 
     def rows(self, start: int, stop: int) -> "LaneState":
         """Lanes [start, stop)."""
-        return LaneState(self.latents[start:stop], self.rwkv.map(lambda x: x[start:stop]))
+        return self.map(lambda x: x[start:stop])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LaneState":
+        """Every tensor changed alike."""
+        return LaneState(change(self.latents), self.rwkv.map(change))
 
     def detach(self) -> "LaneState":
         """The same values without their past: gradient ends at the window's start."""
-        return LaneState(self.latents.detach(), self.rwkv.map(Tensor.detach))
+        return self.map(Tensor.detach)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, for saving; each has lanes as its first dimension."""

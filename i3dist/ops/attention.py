@@ -8,6 +8,8 @@ chunk, and is the oracle. `block_visibility` says the same as a rule over positi
 fused kernel computes only the tiles where something is seen.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -97,14 +99,7 @@ def attend(
     )
 
 
-_compiled_create_mask = None
-
-
-def _create_mask(fused: bool):
+@functools.cache
+def _create_mask(fused: bool) -> Callable[..., BlockMask]:
     """The mask's constructor, compiled where a GPU would otherwise run a kernel for each term."""
-    global _compiled_create_mask
-    if not fused:
-        return create_block_mask
-    if _compiled_create_mask is None:
-        _compiled_create_mask = torch.compile(create_block_mask, dynamic=False)
-    return _compiled_create_mask
+    return torch.compile(create_block_mask, dynamic=False) if fused else create_block_mask

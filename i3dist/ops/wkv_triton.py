@@ -1,16 +1,17 @@
 """WKV as a pair of Triton kernels: the CUDA form.
 
-Letters: B rows, T tokens, C channels, N tiles of L tokens. One program per row and group of
-channels walks the tiles in order (the backward pass in reverse), with a tile's loads in flight at
-once. Inside a tile the recurrence is an associative scan that does not wait for the walk: only the
-state that enters the tile does, and it joins afterwards.
+Letters: B rows, T tokens, C channels, N tiles of L tokens. A program is one warp, which walks a
+group of channels, a thread per channel, through one row: no thread waits for another. A thread
+holds a tile in registers and loads the next one while it computes on this one.
 
-A piece of the recurrence is (s, m, a, b): s is the log decay that it puts on whatever stands before
-it (minus infinity if it restarts), and e^m (a, b) what it adds. The adjoint obeys the same
-recurrence in reverse, each token adding e^-top (g, -g y), so both passes share one scan.
+The forward kernel keeps the state that enters each tile. The backward kernel takes the tiles from
+the last to the first; in each it walks forward once more from that state, then back. The adjoint
+of (a, b) is written in the unit e^-m, m being the maximum of the state beside it. In that unit
+every weight is at most 1, so the adjoint needs no maximum of its own.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# Kernels are untyped, and tuples of tokens grow.
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from typing import Any
 
@@ -21,134 +22,184 @@ from torch import Tensor
 
 from i3dist.ops import wkv_naive
 
-BLOCK = 16  # L: a thread holds a tile's channel in registers
-_CHANNELS = 32  # per program: one warp, a thread per channel
+BLOCK = 16  # L, of both kernels
+_CHANNELS = 32  # per program
 _EMPTY = tl.constexpr(wkv_naive.EMPTY_MAXIMUM)
 _MAX_SLIP = tl.constexpr(wkv_naive.MAX_SLIP)
-# The exponents of products of state and adjoint are below zero but for rounding of two maxima.
-_MAX_EXPONENT = tl.constexpr(16.0)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _join(m1, a1, b1, s2, m2, a2, b2):
-    """What stands before a piece, and then the piece: e^m (a, b) of both."""
-    cut = s2 == float("-inf")
-    aged = m1 + s2
-    slip = tl.minimum(tl.maximum((m1 - aged) + s2, -_MAX_SLIP), _MAX_SLIP)
-    m = tl.where(cut, m2, tl.maximum(aged, m2))
-    past = tl.exp((aged - m) + slip)
-    present = tl.exp(m2 - m)
-    # Selected, not multiplied by zero: what is cut off may be infinite.
-    a = tl.where(cut, 0.0, past * a1) + present * a2
-    b = tl.where(cut, 0.0, past * b1) + present * b2
-    return m, a, b
+def _weights(x, y):
+    """e^x and e^y, both divided by the larger."""
+    difference = x - y
+    smaller = tl.exp2(-_LOG2_E * tl.abs(difference))
+    first = difference >= 0
+    return tl.where(first, 1.0, smaller), tl.where(first, smaller, 1.0)
 
 
 @triton.jit
-def _combine(s1, m1, a1, b1, es1, em1, ea1, eb1, s2, m2, a2, b2, es2, em2, ea2, eb2):
-    """Two neighbouring pieces as one; e... is the same piece without its last token."""
-    m, a, b = _join(m1, a1, b1, s2, m2, a2, b2)
-    em, ea, eb = _join(m1, a1, b1, es2, em2, ea2, eb2)
-    return s1 + s2, m, a, b, s1 + es2, em, ea, eb
-
-
-@triton.jit
-def _walk(s, m, a, b, carry_m, carry_a, carry_b, step, LAST: tl.constexpr, REVERSE: tl.constexpr):
-    """Scan a tile [L, channels]: what each token finds, and the carry [1, channels] that leaves."""
-    nothing = tl.zeros_like(a)
-    s, m, a, b, es, em, ea, eb = tl.associative_scan(
-        (s, m, a, b, nothing, nothing + _EMPTY, nothing, nothing), 0, _combine, reverse=REVERSE
+def _reciprocal(x):
+    """1 / x to the last bit or so, in one instruction."""
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
-    found_m, found_a, found_b = _join(carry_m, carry_a, carry_b, es, em, ea, eb)
-    last = step == LAST
-    s = tl.sum(tl.where(last, s, 0.0), axis=0, keep_dims=True)
-    m = tl.sum(tl.where(last, m, 0.0), axis=0, keep_dims=True)
-    a = tl.sum(tl.where(last, a, 0.0), axis=0, keep_dims=True)
-    b = tl.sum(tl.where(last, b, 0.0), axis=0, keep_dims=True)
-    carry_m, carry_a, carry_b = _join(carry_m, carry_a, carry_b, s, m, a, b)
-    return found_m, found_a, found_b, carry_m, carry_a, carry_b
 
 
 @triton.jit
-def _load_state(state, offset, C, inside):
-    """(a, b, m) [1, channels] from [..., 3, C]."""
-    a = tl.load(state + offset, mask=inside, other=0.0)
-    b = tl.load(state + offset + C, mask=inside, other=0.0)
-    m = tl.load(state + offset + 2 * C, mask=inside, other=_EMPTY)
-    return a, b, m
+def _read(a, b, m, u, k, v):
+    """y, what scales numerator and denominator, and the weights of past and present in them."""
+    past, present = _weights(m, u + k)
+    scale = _reciprocal(past * b + present)
+    return (past * a + present * v) * scale, scale, past, present
 
 
 @triton.jit
-def _store_state(state, offset, C, inside, a, b, m):
-    tl.store(state + offset, a, mask=inside)
-    tl.store(state + offset + C, b, mask=inside)
-    tl.store(state + offset + 2 * C, m, mask=inside)
+def _advance(a, b, m, w, k, v):
+    """The state after a token, and the weights of past and present in it."""
+    aged = m + w
+    slip = tl.minimum(tl.maximum((m - aged) + w, -_MAX_SLIP), _MAX_SLIP)
+    past, present = _weights(aged, k)
+    past += past * slip  # e^slip, as slip is small
+    return past * a + present * v, past * b + present, tl.maximum(aged, k), past, present
 
 
 @triton.jit
-def _found(k, v, log_decay, cut, valid, m, a, b, step, L: tl.constexpr):
-    """The state (m, a, b) that each token of a tile finds, and the one that leaves the tile."""
-    found_m, found_a, found_b, m, a, b = _walk(
-        log_decay,
-        tl.where(valid, k, _EMPTY),
-        tl.where(valid, v, 0.0),
-        tl.where(valid, 1.0, tl.zeros_like(v)),
-        m,
-        a,
-        b,
-        step,
-        L - 1,
-        False,
+def _unless(cut, a, b, m):
+    """The state, emptied at a cut. Selected, not multiplied by zero: it may be infinite."""
+    return tl.where(cut, 0.0, a), tl.where(cut, 0.0, b), tl.where(cut, _EMPTY, m)
+
+
+@triton.jit
+def _place(C: tl.constexpr, W: tl.constexpr):
+    """The program's row and channels. Those beyond the last repeat it, and must not be stored."""
+    channel = tl.program_id(0) * W + tl.arange(0, W)
+    return tl.program_id(1).to(tl.int64), tl.minimum(channel, C - 1), channel < C
+
+
+@triton.jit
+def _load_tile(pointer, left, C: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr):
+    """L tokens, [W] each. Those from `left` on are 0; if EVEN, there are none."""
+    tile = ()
+    for t in tl.static_range(L):
+        at = pointer + t * C
+        x = tl.load(at) if EVEN else tl.load(at, mask=t < left, other=0.0)
+        tile += (x,)
+    return tile
+
+
+@triton.jit
+def _load_inputs(k, v, restart, tile, T, C: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr):
+    """A tile's keys, values and restarts [L], as they are in memory."""
+    first = tile * L
+    step = tl.arange(0, L)
+    return (
+        _load_tile(k + first * C, T - first, C, L, EVEN),
+        _load_tile(v + first * C, T - first, C, L, EVEN),
+        tl.load(restart + first + step, mask=first + step < T, other=0),
     )
-    found_m = tl.where(cut, _EMPTY, found_m)
-    return found_m, tl.where(cut, 0.0, found_a), tl.where(cut, 0.0, found_b), m, a, b
 
 
 @triton.jit
-def _tile(row, tile, restart, decay, channel, T, C, step, L: tl.constexpr):
-    """Of a tile: offsets into [B, T, C], which are valid, where it is cut, and its log decays."""
-    t = tile * L + step
-    valid = (t < T) & (channel < C)
-    cut = tl.load(restart + row * T + t, mask=t < T, other=0) != 0
-    log_decay = tl.where(cut, float("-inf"), tl.where(valid, decay, 0.0))
-    return (row * T + t) * C + channel, valid, cut, log_decay
+def _widen(tile, L: tl.constexpr):
+    """A tile in fp32."""
+    wide = ()
+    for t in tl.static_range(L):
+        wide += (tile[t].to(tl.float32),)
+    return wide
 
 
 @triton.jit
-def _read(u, k, v, m, a, b):
-    """What a token reads: the mean, the top exponent, 1 / denominator, weight of the present."""
-    top = tl.maximum(m, u + k)
-    past, present = tl.exp(m - top), tl.exp(u + k - top)
-    scale = 1.0 / (past * b + present)
-    return (past * a + present * v) * scale, top, scale, present
+def _unpack(inputs, L: tl.constexpr):
+    """Keys and values in fp32, and the restarts as bits, the lowest for the first token."""
+    keys, values, restarts = inputs
+    cuts = tl.sum(restarts.to(tl.int32) << tl.arange(0, L), axis=0)
+    return _widen(keys, L), _widen(values, L), cuts
 
 
 @triton.jit
+def _load_state(state, C: tl.constexpr):
+    """(a, b, m) [W] from [..., 3, C]."""
+    return tl.load(state), tl.load(state + C), tl.load(state + 2 * C)
+
+
+@triton.jit
+def _store_state(state, a, b, m, inside, C: tl.constexpr):
+    tl.store(state, a, mask=inside)
+    tl.store(state + C, b, mask=inside)
+    tl.store(state + 2 * C, m, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
-    decay, bonus, k, v, restart, state, y, final, entries, T, C, L: tl.constexpr, W: tl.constexpr
+    decay,
+    bonus,
+    k,
+    v,
+    restart,
+    state,
+    y,
+    final,
+    entries,
+    T,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    channel = (tl.program_id(0) * W + tl.arange(0, W))[None, :]
-    step = tl.arange(0, L)[:, None]
-    inside = channel < C
-    w = tl.load(decay + channel, mask=inside, other=0.0)
-    u = tl.load(bonus + channel, mask=inside, other=0.0)
-    a, b, m = _load_state(state, row * 3 * C + channel, C, inside)
+    row, channel, inside = _place(C, W)
+    w, u = tl.load(decay + channel), tl.load(bonus + channel)
+    a, b, m = _load_state(state + row * 3 * C + channel, C)
     tiles = tl.cdiv(T, L)
+    at = row * T * C + channel
+    k, v, y, restart = k + at, v + at, y + at, restart + row * T
+    entries += row * tiles * 3 * C + channel
+    keys, values, cuts = _unpack(_load_inputs(k, v, restart, 0, T, C, L, EVEN), L)
     for tile in range(tiles):
-        _store_state(entries, (row * tiles + tile) * 3 * C + channel, C, inside, a, b, m)
-        at, valid, cut, log_decay = _tile(row, tile, restart, w, channel, T, C, step, L)
-        keys = tl.load(k + at, mask=valid, other=0.0).to(tl.float32)
-        values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
-        found_m, found_a, found_b, m, a, b = _found(
-            keys, values, log_decay, cut, valid, m, a, b, step, L
-        )
-        mean, _, _, _ = _read(u, keys, values, found_m, found_a, found_b)
-        tl.store(y + at, mean.to(y.dtype.element_ty), mask=valid)
-    _store_state(final, row * 3 * C + channel, C, inside, a, b, m)
+        ahead = tl.minimum(tile + 1, tiles - 1)
+        inputs = _load_inputs(k, v, restart, ahead, T, C, L, EVEN)
+        _store_state(entries + tile * 3 * C, a, b, m, inside, C)
+        tile_y = y + tile * L * C
+        for t in tl.static_range(L):
+            if EVEN or tile * L + t < T:
+                a, b, m = _unless(((cuts >> t) & 1) != 0, a, b, m)
+                mean = _read(a, b, m, u, keys[t], values[t])[0]
+                tl.store(tile_y + t * C, mean.to(y.dtype.element_ty), mask=inside)
+                a, b, m = _advance(a, b, m, w, keys[t], values[t])[:3]
+        keys, values, cuts = _unpack(inputs, L)  # not earlier: this waits for the loads
+    _store_state(final + row * 3 * C + channel, a, b, m, inside, C)
 
 
 @triton.jit
+def _revisit(a, b, m, w, keys, values, cuts, L: tl.constexpr):
+    """Per token of a tile: the state (a, b, m) that it finds, and its weights in `_advance`."""
+    found = ()
+    for t in tl.static_range(L):
+        a, b, m = _unless(((cuts >> t) & 1) != 0, a, b, m)
+        next_a, next_b, next_m, past, present = _advance(a, b, m, w, keys[t], values[t])
+        found += ((a, b, m, past, present),)
+        a, b, m = next_a, next_b, next_m
+    return found
+
+
+@triton.jit
+def _retreat(adjoint_a, adjoint_b, found, u, k, v, grad_y):
+    """The adjoint of the state that a token finds; gradients of its k and v, of bonus and decay."""
+    a, b, m, past, present = found
+    mean, scale, read_past, read_present = _read(a, b, m, u, k, v)
+    grad = grad_y * scale
+    grad_v = grad * read_present
+    grad_u = grad_v * (v - mean)
+    grad_k = grad_u + present * (v * adjoint_a + adjoint_b)
+    grad_v += present * adjoint_a
+    grad_w = past * (a * adjoint_a + b * adjoint_b)
+    grad *= read_past
+    adjoint_a = past * adjoint_a + grad
+    adjoint_b = past * adjoint_b - grad * mean
+    return adjoint_a, adjoint_b, grad_k, grad_v, grad_u, grad_w
+
+
+@triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
     grad_y,
     grad_final,
@@ -158,96 +209,84 @@ def _backward_kernel(
     v,
     restart,
     entries,
-    final,
-    grad_decay,
-    grad_bonus,
+    grad_parameters,
     grad_k,
     grad_v,
     grad_state,
     T,
-    C,
+    C: tl.constexpr,
     L: tl.constexpr,
     W: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    channel = (tl.program_id(0) * W + tl.arange(0, W))[None, :]
-    step = tl.arange(0, L)[:, None]
-    inside = channel < C
-    w = tl.load(decay + channel, mask=inside, other=0.0)
-    u = tl.load(bonus + channel, mask=inside, other=0.0)
-    at_state = row * 3 * C + channel
-    adjoint_a, adjoint_b, _ = _load_state(grad_final, at_state, C, inside)
-    _, _, final_m = _load_state(final, at_state, C, inside)
-    adjoint_m = -final_m
-    sum_decay, sum_bonus = tl.zeros_like(w), tl.zeros_like(w)
+    row, channel, inside = _place(C, W)
+    w, u = tl.load(decay + channel), tl.load(bonus + channel)
+    adjoint_a, adjoint_b, _ = _load_state(grad_final + row * 3 * C + channel, C)
+    sum_w, sum_u = tl.zeros_like(w), tl.zeros_like(w)
     tiles = tl.cdiv(T, L)
-    for back in range(tiles):
-        tile = tiles - 1 - back
-        at, valid, cut, log_decay = _tile(row, tile, restart, w, channel, T, C, step, L)
-        keys = tl.load(k + at, mask=valid, other=0.0).to(tl.float32)
-        values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
-        grads = tl.load(grad_y + at, mask=valid, other=0.0).to(tl.float32)
-        at_entry = (row * tiles + tile) * 3 * C + channel
-        entry_a, entry_b, entry_m = _load_state(entries, at_entry, C, inside)
-        m, a, b, _, _, _ = _found(
-            keys, values, log_decay, cut, valid, entry_m, entry_a, entry_b, step, L
-        )
-        mean, top, scale, present = _read(u, keys, values, m, a, b)
-        grads = grads * scale
-        adds = valid & (cut == 0)
-        left_m, left_a, left_b, adjoint_m, adjoint_a, adjoint_b = _walk(
-            log_decay,
-            tl.where(adds, -top, _EMPTY),
-            tl.where(adds, grads, 0.0),
-            tl.where(adds, -grads * mean, 0.0),
-            adjoint_m,
-            adjoint_a,
-            adjoint_b,
-            step,
-            0,
-            True,
-        )
-        grads = grads * present
-        now = grads * (values - mean)
-        later = tl.exp(tl.minimum(keys + left_m, _MAX_EXPONENT))
-        grad_keys = now + later * (values * left_a + left_b)
-        tl.store(grad_k + at, grad_keys.to(grad_k.dtype.element_ty), mask=valid)
-        grad_values = grads + later * left_a
-        tl.store(grad_v + at, grad_values.to(grad_v.dtype.element_ty), mask=valid)
-        aged = tl.exp(tl.minimum((m + left_m) + w, _MAX_EXPONENT)) * (a * left_a + b * left_b)
-        sum_decay += tl.sum(tl.where(adds, aged, 0.0), axis=0, keep_dims=True)
-        sum_bonus += tl.sum(now, axis=0, keep_dims=True)
-
-    tl.store(grad_decay + row * C + channel, sum_decay, mask=inside)
-    tl.store(grad_bonus + row * C + channel, sum_bonus, mask=inside)
-    _, _, first_m = _load_state(entries, row * tiles * 3 * C + channel, C, inside)
-    weight = tl.exp(tl.minimum(first_m + adjoint_m, _MAX_EXPONENT))
-    grad_a, grad_b = weight * adjoint_a, weight * adjoint_b
-    _store_state(grad_state, at_state, C, inside, grad_a, grad_b, tl.zeros_like(w))
+    at = row * T * C + channel
+    k, v, grad_y, restart = k + at, v + at, grad_y + at, restart + row * T
+    grad_k, grad_v = grad_k + at, grad_v + at
+    entries += row * tiles * 3 * C + channel
+    first = (tiles - 1) * L
+    keys, values, cuts = _unpack(_load_inputs(k, v, restart, tiles - 1, T, C, L, EVEN), L)
+    grads = _widen(_load_tile(grad_y + first * C, T - first, C, L, EVEN), L)
+    a, b, m = _load_state(entries + (tiles - 1) * 3 * C, C)
+    for tile in range(tiles - 1, -1, -1):
+        ahead = tl.maximum(tile - 1, 0)
+        inputs = _load_inputs(k, v, restart, ahead, T, C, L, EVEN)
+        next_grads = _load_tile(grad_y + ahead * L * C, T - ahead * L, C, L, EVEN)
+        entry = _load_state(entries + ahead * 3 * C, C)
+        found = _revisit(a, b, m, w, keys, values, cuts, L)
+        tile_k, tile_v = grad_k + tile * L * C, grad_v + tile * L * C
+        for t in tl.static_range(L - 1, -1, -1):
+            if EVEN or tile * L + t < T:
+                adjoint_a, adjoint_b, key, value, du, dw = _retreat(
+                    adjoint_a, adjoint_b, found[t], u, keys[t], values[t], grads[t]
+                )
+                sum_u += du
+                sum_w += dw
+                tl.store(tile_k + t * C, key.to(grad_k.dtype.element_ty), mask=inside)
+                tl.store(tile_v + t * C, value.to(grad_v.dtype.element_ty), mask=inside)
+                cut = ((cuts >> t) & 1) != 0
+                adjoint_a = tl.where(cut, 0.0, adjoint_a)
+                adjoint_b = tl.where(cut, 0.0, adjoint_b)
+        keys, values, cuts = _unpack(inputs, L)  # not earlier: this waits for the loads
+        grads = _widen(next_grads, L)
+        a, b, m = entry
+    tl.store(grad_parameters + row * 2 * C + channel, sum_w, mask=inside)
+    tl.store(grad_parameters + row * 2 * C + C + channel, sum_u, mask=inside)
+    at = grad_state + row * 3 * C + channel
+    _store_state(at, adjoint_a, adjoint_b, tl.zeros_like(w), inside, C)
 
 
 def forward(
-    decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, restart: Tensor, state: Tensor
+    decay: Tensor,
+    bonus: Tensor,
+    k: Tensor,
+    v: Tensor,
+    restart: Tensor,
+    state: Tensor,
+    block: int = BLOCK,
+    channels_per_program: int = _CHANNELS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, C] in k's dtype, the final state [B, 3, C], and each tile's first [B, N, 3, C]."""
     rows, length, channels = k.shape
     k, v = k.contiguous(), v.contiguous()
     y, final = torch.empty_like(k), k.new_empty(rows, 3, channels, dtype=torch.float32)
-    entries = final.new_empty(rows, triton.cdiv(length, BLOCK), 3, channels)
-    _forward_kernel[_grid(rows, channels)](
-        *_wide(decay, bonus),
+    entries = final.new_empty(rows, triton.cdiv(length, block), 3, channels)
+    grid, options = _launch(rows, length, channels, block, channels_per_program)
+    _forward_kernel[grid](
+        *_fp32(decay, bonus),
         k,
         v,
         restart.contiguous().view(torch.uint8),
-        *_wide(state),
+        *_fp32(state),
         y,
         final,
         entries,
         length,
-        channels,
-        L=BLOCK,
-        W=_CHANNELS,
-        num_warps=1,
+        **options,
     )
     return y, final, entries
 
@@ -262,39 +301,42 @@ def backward(
     restart: Tensor,
     entries: Tensor,
     final: Tensor,
+    block: int = BLOCK,
+    channels_per_program: int = _CHANNELS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of decay, bonus, k, v and the initial state."""
     rows, length, channels = k.shape
     k, v = k.contiguous(), v.contiguous()
     grad_k, grad_v, grad_state = torch.empty_like(k), torch.empty_like(v), torch.empty_like(final)
-    partial = final.new_empty(2, rows, channels)
-    _backward_kernel[_grid(rows, channels)](
+    partial = final.new_empty(rows, 2, channels)
+    grid, options = _launch(rows, length, channels, block, channels_per_program)
+    _backward_kernel[grid](
         grad_y.contiguous(),
-        *_wide(grad_final, decay, bonus),
+        *_fp32(grad_final, decay, bonus),
         k,
         v,
         restart.contiguous().view(torch.uint8),
         entries,
-        final,
-        partial[0],
-        partial[1],
+        partial,
         grad_k,
         grad_v,
         grad_state,
         length,
-        channels,
-        L=BLOCK,
-        W=_CHANNELS,
-        num_warps=1,
+        **options,
     )
     # Each a tensor of its own: outputs of an operator must not share memory.
-    grad_decay, grad_bonus = (part.sum(0) for part in partial)
+    grad_decay, grad_bonus = (part.sum(0) for part in partial.unbind(1))
     return grad_decay.to(decay.dtype), grad_bonus.to(bonus.dtype), grad_k, grad_v, grad_state
 
 
-def _grid(rows: int, channels: int) -> tuple[Any, ...]:
-    return (triton.cdiv(channels, _CHANNELS), rows)
+def _launch(
+    rows: int, length: int, channels: int, block: int, width: int
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """A kernel's grid and constants."""
+    grid = (triton.cdiv(channels, width), rows)
+    even = length % block == 0
+    return grid, {"C": channels, "L": block, "W": width, "EVEN": even, "num_warps": 1}
 
 
-def _wide(*tensors: Tensor) -> list[Tensor]:
+def _fp32(*tensors: Tensor) -> list[Tensor]:
     return [x.float().contiguous() for x in tensors]
