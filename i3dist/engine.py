@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from i3dist import dist
 from i3dist.config import OptimizerSettings, TrainSettings
@@ -144,7 +143,6 @@ class Engine:
         self._check(config)
         model.to(self.device)
         self._packed.share()
-        self._captures = model.compiled and self.device.type == "cuda"
 
     def _check(self, config: dict[str, Any]) -> None:
         """DeepSpeed ignores what it does not understand: see that it took what it was given."""
@@ -201,26 +199,22 @@ class Engine:
         total = torch.cuda.get_device_properties(self.device).total_memory
         return torch.cuda.max_memory_allocated(self.device) + update < MEMORY_SHARE * total
 
+    def prepare(self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor) -> None:
+        """Get ready for micro-batches of this shape, and only this, if the model is compiled.
+
+        On a GPU forward and backward are recorded as CUDA graphs: launching their kernels one by
+        one takes the host longer than they take the GPU. No other thread may use CUDA meanwhile.
+        """
+        if self.model.compiled and self.device.type == "cuda":
+            self._packed.capture(tokens, tokens, depth, state, gate)
+
     def __call__(
         self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
     ) -> tuple[Tensor, LaneState]:
         """`I3LM.forward` through the engine."""
-        arguments = (tokens, targets, depth, state, gate)
-        if self._captures:
-            self._capture(arguments)
-        losses, state = self._engine(*arguments)
+        losses, state = self._engine(tokens, targets, depth, state, gate)
         # The next replay of a graph overwrites what this one returned.
         return losses, state.map(lambda part: part.detach().clone())
-
-    def _capture(self, arguments: tuple[Any, ...]) -> None:
-        """Record forward and backward of a micro-batch as CUDA graphs, once.
-
-        All micro-batches of a run have one shape, and launching their kernels one by one takes the
-        host longer than the kernels take the GPU.
-        """
-        samples = tree_map(torch.clone, arguments)
-        torch.cuda.make_graphed_callables(self._packed, samples)
-        self._captures = False
 
     def backward(self, loss_sum: Tensor, targets: Tensor) -> None:
         """Add one micro-batch's share to the gradient of the step's mean loss.
@@ -258,6 +252,10 @@ class Engine:
         groups = self._engine.optimizer.averaged_gradients.values()
         parts = [torch.linalg.vector_norm(part) for group in groups for part in group]
         return dist.all_sum(torch.stack(parts).square().sum()).sqrt()
+
+    def close(self) -> None:
+        """Let go of the model: DeepSpeed's hooks hold it, whoever else has forgotten it."""
+        self._engine.destroy()
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of weights and optimizer state, parameter by parameter.

@@ -59,6 +59,7 @@ class Trainer:
         self.lane_state = self._empty_lanes()
         self.micro_batch = self._lanes_at_once()
         engine.accumulate(settings.train.accumulation * len(self.lanes) // self.micro_batch)
+        engine.prepare(*self._sample(self.micro_batch))  # before loaders start their threads
         folder = settings.run.path
         self.metrics_log = MetricsLog(folder / "metrics.jsonl")
         self.validation_log = MetricsLog(folder / "validation.jsonl")
@@ -210,21 +211,20 @@ class Trainer:
         if wanted != "auto":
             return wanted
         for rows in reversed(divisors(len(self.lanes))):
-            if all(dist.gather_objects(self._fits(rows))):
+            if all(dist.gather_objects(self.engine.fits(*self._sample(rows)))):
                 return rows
         raise UserError(
             "one lane's window does not fit on the GPU: lower train.window_chunks or the model's "
             "size"
         )
 
-    def _fits(self, rows: int) -> bool:
-        """Whether windows of so many lanes fit; compiles them as well."""
+    def _sample(self, rows: int) -> tuple[Tensor, Tensor, LaneState, Tensor]:
+        """Tokens, depth, state and gate of a micro-batch of so many lanes."""
         model, device = self.settings.model, self.engine.device
         shape = (rows, self.settings.train.window_chunks, model.chunk_length)
         tokens = torch.full(shape, self.pad_id, device=device)
         depth = torch.zeros(shape[:2], dtype=torch.long, device=device)
-        state, gate = self.lane_state.rows(0, rows), torch.ones((), device=device)
-        return self.engine.fits(tokens, depth, state, gate)
+        return tokens, depth, self.lane_state.rows(0, rows), torch.ones((), device=device)
 
     def _empty_lanes(self) -> LaneState:
         model, engine = self.settings.model, self.engine

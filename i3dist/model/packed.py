@@ -5,11 +5,13 @@ Whatever handles parameters one by one (hooks, buckets, reductions, norms) costs
 the model has hundreds, most of them small.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from i3dist.model.layers import ALIGNMENT, Channels, Linear
 from i3dist.model.lm import COMPILE, I3LM, decayed
@@ -59,6 +61,7 @@ class PackedModel(nn.Module):
         # In a tuple, so that it is no submodule and its parameters are not counted twice.
         self._model = (model,)
         self._unpack = torch.compile(unpack, **COMPILE) if model.compiled else unpack
+        self._call: Callable[..., Any] = self._unpack_and_call
         matrices = set(decayed(model))
         names = [name for name, _ in model.named_parameters()]
         self.flats = [
@@ -69,10 +72,27 @@ class PackedModel(nn.Module):
 
     def forward(self, *arguments: Any) -> Any:
         """The model's forward; gradients flow to the flat parameters."""
+        return self._call(self.decayed, self.undecayed, *arguments)
+
+    def capture(self, *arguments: Any) -> None:
+        """Record forward and backward of a call like this one as CUDA graphs, to be replayed.
+
+        From then on arguments must keep their shapes, and a call overwrites what the last returned.
+        """
+        samples = tree_map(torch.clone, arguments)
+        # Leaves of their own, in the same memory: what hooks the parameters' own autograd nodes is
+        # bound to another stream.
+        leaves = [flat.parameter.detach().requires_grad_() for flat in self.flats]
+        losses, _ = self._unpack_and_call(*leaves, *samples)  # compiles before recording
+        torch.autograd.grad(losses.sum(), leaves)
+        del losses
+        leaves = [flat.parameter.detach().requires_grad_() for flat in self.flats]
+        self._call = torch.cuda.make_graphed_callables(self._unpack_and_call, (*leaves, *samples))
+
+    def _unpack_and_call(self, decayed: Tensor, undecayed: Tensor, *arguments: Any) -> Any:
         parameters: dict[str, Tensor] = {}
-        for flat in self.flats:
-            slices = self._unpack(flat.parameter, flat.slots)
-            parameters |= zip(flat.names, slices, strict=True)
+        for flat, values in zip(self.flats, (decayed, undecayed), strict=True):
+            parameters |= zip(flat.names, self._unpack(values, flat.slots), strict=True)
         return functional_call(self._model[0], parameters, arguments, tie_weights=False)
 
     @torch.no_grad()
@@ -106,7 +126,7 @@ def _flatten(model: I3LM, names: list[str], decays: bool) -> Flat:
         sides = (owner.d_out, owner.d_in) if isinstance(owner, Linear) else None
         slots.append(Slot(start, parameter.numel(), parameter.shape, sides))
         start += slots[-1].size
-    flat = torch.zeros(start)
+    flat = model.get_parameter(names[0]).new_zeros(start)
     for name, slot in zip(names, slots, strict=True):
         flat.narrow(0, slot.start, slot.numel).copy_(model.get_parameter(name).flatten())
     return Flat(nn.Parameter(flat), names, tuple(slots), decays)

@@ -5,25 +5,37 @@ paper. Token shift and WKV state restart wherever `restart` is true.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from i3dist.model.layers import Channels, LayerNorm, Linear
+from i3dist.ops.shift_mix import norm_shift_mix
 from i3dist.ops.wkv import wkv
 
 
-def token_shift(x: Tensor, restart: Tensor, before: Tensor) -> Tensor:
-    """The previous position's x; zero where the position restarts.
+def norm_and_mix(
+    norm: LayerNorm, mixes: Sequence[Tensor], x: Tensor, restart: Tensor, shift: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Normalised x, mixed with the previous position's; a branch's inputs.
 
     Args:
-        x: [N, T, D].
-        restart: [N, T] bool.
-        before: [N, D], what stood before position 0.
+        norm: of the branch.
+        mixes: [D] each, the share of the present position in each channel of an input.
+        x: [N, T, D], the residual stream.
+        restart: [N, T] bool, where nothing stands before a position.
+        shift: [N, D], normalised, what stands before position 0.
+
+    Returns:
+        One tensor [N, T, D] for each of `mixes`, and the shift of what follows [N, D].
     """
-    shifted = torch.cat([before.unsqueeze(1), x[:, :-1]], dim=1)
-    return shifted.masked_fill(restart.unsqueeze(-1), 0.0)
+    pad = norm.channels.pad
+    shares = torch.stack([pad(mix) for mix in mixes])
+    weight, bias = pad(norm.weight), pad(norm.bias)
+    channels = norm.channels.stored
+    return norm_shift_mix(x, weight, bias, shares, restart, shift, channels, norm.eps)
 
 
 def _mix_curve(width: int, power: float, offset: float = 0.0) -> nn.Parameter:
@@ -32,7 +44,7 @@ def _mix_curve(width: int, power: float, offset: float = 0.0) -> nn.Parameter:
 
 
 class TimeMix(nn.Module):
-    """Token-shifted, receptance-gated WKV. 4 D^2 parameters.
+    """Receptance-gated WKV of mixed inputs. 4 D^2 parameters.
 
     The decay and bonus reach the kernel in fp32. Each is an fp32 buffer (its initial curve) plus a
     learned offset that starts at zero: an engine that casts parameters to bf16 then rounds only
@@ -61,15 +73,18 @@ class TimeMix(nn.Module):
         self.receptance = Linear(width, width)
         self.output = Linear(width, width)
 
+    @property
+    def mixes(self) -> tuple[Tensor, ...]:
+        """[D] each: of the key's, the value's and the receptance's input."""
+        return self.mix_key, self.mix_value, self.mix_receptance
+
     def forward(
-        self, x: Tensor, restart: Tensor, shift: Tensor, state: Tensor
+        self, inputs: Sequence[Tensor], restart: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x [N, T, D], shift [N, D], state [N, 3, D] fp32 -> output [N, T, D] and final state."""
-        before = token_shift(x, restart, shift)
+        """Three inputs [N, T, D], state [N, 3, D] fp32 -> output [N, T, D] and final state."""
+        for_key, for_value, for_receptance = inputs
+        k, v, r = self.key(for_key), self.value(for_value), self.receptance(for_receptance)
         pad = self.width.pad
-        k = self.key(torch.lerp(before, x, pad(self.mix_key)))
-        v = self.value(torch.lerp(before, x, pad(self.mix_value)))
-        r = self.receptance(torch.lerp(before, x, pad(self.mix_receptance)))
         # An fp32 buffer plus a bf16 parameter is fp32.
         decay = -torch.exp(pad(self.decay_base) + pad(self.decay_offset))
         bonus = pad(self.bonus_base) + pad(self.bonus_offset)
@@ -78,11 +93,11 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """Token-shifted feed-forward with squared ReLU (So et al., 2021). 9 D^2 parameters at 4x."""
+    """Gated feed-forward with squared ReLU (So et al., 2021) of mixed inputs. 9 D^2 parameters at
+    4x."""
 
     def __init__(self, width: Channels, mult: int, layer: int, layers: int):
         super().__init__()
-        self.width = width
         power = 1.0 - layer / layers
         self.mix_key = _mix_curve(width.stored, power)
         self.mix_receptance = _mix_curve(width.stored, power)
@@ -90,12 +105,16 @@ class ChannelMix(nn.Module):
         self.value = Linear(width.times(mult), width)
         self.receptance = Linear(width, width)
 
-    def forward(self, x: Tensor, restart: Tensor, shift: Tensor) -> Tensor:
-        """x [N, T, D], shift [N, D] -> [N, T, D]."""
-        before, pad = token_shift(x, restart, shift), self.width.pad
-        hidden = F.relu(self.key(torch.lerp(before, x, pad(self.mix_key)))).square()
-        gate = torch.sigmoid(self.receptance(torch.lerp(before, x, pad(self.mix_receptance))))
-        return gate * self.value(hidden)
+    @property
+    def mixes(self) -> tuple[Tensor, ...]:
+        """[D] each: of the key's and the receptance's input."""
+        return self.mix_key, self.mix_receptance
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Two inputs [N, T, D] -> [N, T, D]."""
+        for_key, for_receptance = inputs
+        hidden = F.relu(self.key(for_key)).square()
+        return torch.sigmoid(self.receptance(for_receptance)) * self.value(hidden)
 
 
 class RwkvBlock(nn.Module):
@@ -113,9 +132,11 @@ class RwkvBlock(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """x [N, T, D]; state (wkv [N, 3, D] fp32, time shift [N, D], channel shift [N, D])."""
         wkv_state, time_shift, channel_shift = state
-        time_in = self.norm_time(x)
-        mixed, wkv_state = self.time_mix(time_in, restart, time_shift, wkv_state)
+        time, channel = self.time_mix, self.channel_mix
+        inputs, time_shift = norm_and_mix(self.norm_time, time.mixes, x, restart, time_shift)
+        mixed, wkv_state = time(inputs, restart, wkv_state)
         x = x + mixed
-        channel_in = self.norm_channel(x)
-        x = x + self.channel_mix(channel_in, restart, channel_shift)
-        return x, (wkv_state, time_in[:, -1], channel_in[:, -1])
+        inputs, channel_shift = norm_and_mix(
+            self.norm_channel, channel.mixes, x, restart, channel_shift
+        )
+        return x + channel(inputs), (wkv_state, time_shift, channel_shift)

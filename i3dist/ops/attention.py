@@ -95,7 +95,12 @@ def attend(
         return torch.where(key < history, score + log_gate, score)
 
     return flex_attention(
-        query, keys, values, score_mod=gated, block_mask=visible.mask, scale=scale
+        query,
+        keys,
+        values,
+        score_mod=gated if history else None,
+        block_mask=visible.mask,
+        scale=scale,
     )
 
 

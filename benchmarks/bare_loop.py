@@ -1,0 +1,91 @@
+"""The training step of a plain PyTorch program, without DeepSpeed, to hold the engine against."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from i3dist.config import OptimizerSettings
+from i3dist.model.lm import decayed
+from i3dist.model.packed import PackedModel
+from i3dist.model.state import LaneState
+
+
+class BareLoop:
+    """bf16 parameters, and beside them fp32 copies, gradients and AdamW, each one flat tensor.
+
+    Has the engine's interface. Clipping is a factor inside the fused AdamW; nothing in a step waits
+    for the device.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, clip: float):
+        """Take over the model; its parameters become bf16 and its buffers stay."""
+        self.model, self.clip = model, clip
+        matrices = {"decayed"} if isinstance(model, PackedModel) else set(decayed(model))
+        named = sorted(model.named_parameters(), key=lambda item: item[0] not in matrices)
+        self.parameters = [parameter for _, parameter in named]
+        sizes = [parameter.numel() for parameter in self.parameters]
+        master = torch.cat([p.detach().float().flatten() for p in self.parameters])
+        self.gradient = torch.zeros_like(master)
+        self.masters, self.gradients = (
+            [part.view_as(p) for part, p in zip(flat.split(sizes), self.parameters, strict=True)]
+            for flat in (master, self.gradient)
+        )
+        for parameter in self.parameters:
+            parameter.data = parameter.data.bfloat16()
+        in_matrices = sum(p.numel() for name, p in named if name in matrices)
+        self.adamw = _adamw(master, self.gradient, in_matrices, settings)
+        self._accumulated = False
+
+    def prepare(self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor) -> None:
+        """Record an i3's forward and backward as CUDA graphs, as the engine does."""
+        if tokens.is_cuda and isinstance(self.model, PackedModel):
+            self.model.capture(tokens, tokens, depth, state, gate)
+
+    def close(self) -> None:
+        """Let go of the model."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The model's forward."""
+        return self.model(*inputs)
+
+    def backward(self, loss_sum: Tensor, targets: Tensor) -> None:
+        """Add one micro-batch's share to the fp32 gradient of the mean over `targets`."""
+        (loss_sum / targets.clamp(min=1).to(loss_sum.dtype)).backward()
+        new = [parameter.grad for parameter in self.parameters]
+        add = torch._foreach_add_ if self._accumulated else torch._foreach_copy_
+        add(self.gradients, new)
+        self._accumulated = True
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """Clip and update; returns the gradient's norm, on the device."""
+        norm = torch.linalg.vector_norm(self.gradient)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
+        self.adamw.found_inf = torch.zeros_like(norm)  # type: ignore[attr-defined]
+        self.adamw.step()
+        torch._foreach_copy_(self.parameters, self.masters)
+        self._accumulated = False
+        return norm
+
+
+def _adamw(
+    master: Tensor, gradient: Tensor, matrices: int, settings: OptimizerSettings
+) -> torch.optim.AdamW:
+    """Fused AdamW over flat parameters, the first `matrices` elements with weight decay."""
+    sizes = [matrices, len(master) - matrices]
+    parts = master.split(sizes)
+    for part, grad in zip(parts, gradient.split(sizes), strict=True):
+        part.grad = grad
+    decays = (settings.weight_decay, 0.0)
+    return torch.optim.AdamW(
+        [{"params": [p], "weight_decay": decay} for p, decay in zip(parts, decays, strict=True)],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )

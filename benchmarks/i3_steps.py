@@ -1,0 +1,185 @@
+"""Optimizer steps of the i3, through the engine or bare, and the i3 with one thing changed."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from bare_loop import BareLoop
+from torch import Tensor, nn
+from wkv import scripted_loop
+
+from i3dist import dist
+from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
+from i3dist.data.lanes import Batch
+from i3dist.metrics import count_step
+from i3dist.model import rwkv
+from i3dist.model.lm import I3LM
+from i3dist.model.packed import PackedModel
+from i3dist.model.segments import causal_mask, history_mask, segment_ids
+from i3dist.model.state import LaneState
+from i3dist.ops.attention import Visibility, attention_bias, block_visibility
+from i3dist.ops.wkv import empty_state
+
+ENGINE_CONFIG = Path(__file__).parent.parent / "configs" / "zero2.json"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An optimizer step."""
+
+    lanes: int
+    micro_batch: int  # lanes at once
+    window: int = 8
+    accumulation: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        """Read "16", 16 lanes at once, or "32x16", 32 lanes in micro-batches of 16."""
+        lanes, _, micro_batch = text.partition("x")
+        try:
+            shape = cls(int(lanes), int(micro_batch or lanes))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not LANES or LANESxROWS") from None
+        if shape.lanes < 4 or shape.micro_batch < 1 or shape.lanes % shape.micro_batch:
+            raise argparse.ArgumentTypeError(f"{text!r}: 4 lanes or more, in equal micro-batches")
+        return shape
+
+    def __str__(self) -> str:
+        rows = f" by {self.micro_batch}" if self.micro_batch < self.lanes else ""
+        times = f", {self.accumulation} times" if self.accumulation > 1 else ""
+        chunks = f"{self.window} chunk" + ("s" if self.window > 1 else "")
+        return f"{self.lanes} lanes{rows} x {chunks}{times}"
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one step."""
+        return self.accumulation * self.lanes // self.micro_batch
+
+    @property
+    def chunks(self) -> int:
+        """Of one step."""
+        return self.lanes * self.window * self.accumulation
+
+
+class I3Steps:
+    """Takes optimizer steps as the trainer does."""
+
+    def __init__(self, loop: Any, model: I3LM, shape: Shape, device: torch.device):
+        """`loop` is an `Engine` or a `BareLoop` of the model."""
+        self.loop, self.model, self.shape = loop, model, shape
+        dtype = model.head.weight.dtype
+        self.state = LaneState.empty(shape.lanes, model.settings, device, dtype)
+        self.gate = torch.ones((), device=device)
+        rows = (shape.micro_batch, shape.window)
+        tokens = torch.zeros(*rows, model.settings.chunk_length, dtype=torch.long, device=device)
+        state = self.state.rows(0, shape.micro_batch)
+        loop.prepare(tokens, tokens[..., 0], state, self.gate)
+
+    def __call__(self, batches: list[Batch], lr: float, pad_id: int) -> Tensor:
+        """One step over successive windows; returns its mean loss, on the device."""
+        counts = count_step(batches, pad_id, self.model.settings)
+        loss_sum = torch.zeros((), device=self.gate.device)
+        for batch in batches:
+            states = []
+            for start in range(0, self.shape.lanes, self.shape.micro_batch):
+                rows = (start, start + self.shape.micro_batch)
+                tokens, targets, depth = batch.rows(*rows)
+                state = self.state.rows(*rows)
+                losses, state = self.loop(tokens, targets, depth, state, self.gate)
+                self.loop.backward(losses.sum(), counts.targets)
+                loss_sum += losses.detach().sum()
+                states.append(state)
+            self.state = LaneState.concatenate(states)
+        self.loop.step(lr)
+        return loss_sum / counts.targets
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.loop.close()
+
+
+Loop = Callable[[I3LM, Shape, torch.device], I3Steps]
+
+
+def in_engine(model: I3LM, shape: Shape, device: torch.device) -> I3Steps:
+    """Steps through the engine, compiled as `launch/train.py` does."""
+    from i3dist import engine  # other contestants need no DeepSpeed
+
+    if not torch.distributed.is_initialized():
+        engine.start(dist.Job.detect({}))
+    if device.type == "cuda":
+        model.compile_blocks()
+    config = engine.read_engine_config(ENGINE_CONFIG)
+    settings, train = OptimizerSettings(), TrainSettings()
+    loop = engine.Engine(model, config, settings, train, shape.micro_batches)
+    return I3Steps(loop, model, shape, device)
+
+
+def in_bare_loop(model: I3LM, shape: Shape, device: torch.device, compiled: bool) -> I3Steps:
+    """Steps in a plain PyTorch loop; compiled, on flat parameters as in the engine."""
+    settings, clip = OptimizerSettings(), TrainSettings().clip
+    if not compiled:
+        return I3Steps(BareLoop(model, settings, clip), model, shape, device)
+    model.compile_blocks()
+    packed = PackedModel(model)
+    loop = BareLoop(packed, settings, clip)
+    packed.share()
+    return I3Steps(loop, model, shape, device)
+
+
+class WithoutHistory(I3LM):
+    """i3 without compressor and history, and without their parameters."""
+
+    def __init__(self, settings: ModelSettings, bos_id: int):
+        super().__init__(settings, bos_id)
+        self.compressor = self.history = nn.Identity()  # type: ignore[assignment]
+
+    def _blocks(
+        self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor
+    ) -> tuple[Tensor, LaneState]:
+        """As `I3LM._blocks`, with attention to the chunk's own tokens only."""
+        segments = segment_ids(tokens, self.bos_id)
+        x, carried = self._recur(tokens, depth, state.rwkv)
+        visible = self._visible(segments.flatten(0, 1), depth.flatten(), gate)
+        flat = x.flatten(0, 1)
+        for block in self.attention:
+            heads = block.attention.heads
+            none = flat.new_empty(
+                len(flat), heads, 0, block.attention.query.d_out.computed // heads
+            )
+            flat, _ = block(flat, (none, none), None, visible)
+        return flat.view_as(x), LaneState(state.latents, carried).detach()
+
+    def _visible(self, segments: Tensor, depth: Tensor, gate: Tensor) -> Visibility:
+        """As `I3LM._visible`, with a history of no chunks."""
+        latents = self.settings.latents
+        if self.compiled and segments.is_cuda:
+            return block_visibility(segments, depth, gate, 0, latents)
+        own, history = causal_mask(segments), history_mask(segments, depth, 0)
+        return attention_bias(own, history, gate, latents)
+
+
+@contextmanager
+def scripted_wkv() -> Iterator[None]:
+    """Inside, RWKV blocks run WKV as a TorchScript loop over time, in fp32."""
+
+    def loop(
+        decay: Tensor,
+        bonus: Tensor,
+        k: Tensor,
+        v: Tensor,
+        restart: Tensor,
+        state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if state is None:
+            state = empty_state(k.shape[0], k.shape[2], k.device)
+        y, final = scripted_loop(decay, bonus, k.float(), v.float(), restart, state)
+        return y.to(k.dtype), final
+
+    with mock.patch.object(rwkv, "wkv", loop):
+        yield

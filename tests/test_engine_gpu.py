@@ -1,0 +1,94 @@
+"""The engine on a GPU, compiled and replayed as CUDA graphs, against the plain model."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from i3dist import dist, engine
+from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
+from i3dist.engine import Engine, read_engine_config
+from i3dist.model.lm import I3LM
+from i3dist.model.state import LaneState
+from tests.conftest import ROOT
+from tests.model.streams import BOS, depth_of, stream
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+# The card's head size, chunk and history; two lanes of four chunks.
+SIZES = ModelSettings(
+    vocab_size=1000, d_model=236, heads=2, rwkv_layers=2, attention_layers=2, chunk_length=512
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def job() -> Iterator[None]:
+    before = dict(os.environ)
+    engine.start(dist.Job.detect({}))
+    yield
+    dist.leave()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def build(compiled: bool) -> Engine:
+    torch.manual_seed(0)
+    model = I3LM(SIZES, BOS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4.0)
+    if compiled:
+        model.compile_blocks()
+    config = read_engine_config(ROOT / "configs" / "zero2.json")
+    return Engine(model, config, OptimizerSettings(decay_steps=10), TrainSettings(clip=1e9))
+
+
+def train(trained: Engine, steps: int) -> tuple[list[Tensor], list[float]]:
+    """Token losses and gradient norms of successive windows; the lanes' state is carried."""
+    state = LaneState.empty(2, SIZES, trained.device, trained.dtype)
+    gate = torch.tensor(0.7, device=trained.device)
+    losses, norms = [], []
+    for seed in range(steps):
+        tokens = torch.cat([stream(seed + 9 * lane, 4, 512, 1000, 700) for lane in range(2)])
+        parts = [x.cuda() for x in (tokens, tokens.roll(-1, -1), depth_of(tokens))]
+        if seed == 0:
+            trained.prepare(parts[0], parts[2], state, gate)
+        token_losses, state = trained(*parts, state, gate)
+        trained.backward(token_losses.sum(), torch.tensor(tokens.numel(), device="cuda"))
+        losses.append(token_losses.detach().clone())
+        norms.append(trained.step(1e-3))
+    return losses, norms
+
+
+def test_compiled_and_replayed_equals_plain() -> None:
+    """To bf16's rounding: mean losses of every step, and norms of every gradient."""
+    fast, plain = (train(build(compiled), 4) for compiled in (True, False))
+    for a, b in zip(fast[0], plain[0], strict=True):
+        assert (a - b).abs().mean() < 2e-2 * b.mean()
+        assert float(a.mean()) == pytest.approx(float(b.mean()), rel=2e-3)
+    assert fast[1] == pytest.approx(plain[1], rel=3e-2)
+
+
+def test_two_runs_agree_bit_for_bit() -> None:
+    once, again = train(build(True), 4), train(build(True), 4)
+    assert all(a.equal(b) for a, b in zip(once[0], again[0], strict=True))
+    assert once[1] == again[1]
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing() -> None:
+    trained = build(True)
+    train(trained, 1)
+    before = [p.detach().clone() for p in trained.model.parameters()]
+    with torch.no_grad():
+        trained.model.head.weight[3, 3] = float("inf")
+        before[[n for n, _ in trained.model.named_parameters()].index("head.weight")][3, 3] = float(
+            "inf"
+        )
+    _, norms = train(trained, 1)
+    assert norms == [float("inf")] or norms[0] != norms[0]
+    # DeepSpeed writes its fp32 weights back, which never held the infinity.
+    for a, b in zip(trained.model.parameters(), before, strict=True):
+        assert (a == b).sum() >= b.numel() - 1
