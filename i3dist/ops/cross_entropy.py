@@ -2,8 +2,8 @@
 
 Logits are the largest tensor of a step: N x V, in fp32 ten times a block's activations at the
 card's size. `token_losses_naive` is the definition, and what a compiler fuses by itself;
-`token_losses` otherwise goes through the tokens in slices and keeps only each one's log-sum-exp and
-the logits as the matrix product gave them.
+`token_losses` otherwise goes through the tokens in slices, and keeps the logits only as the matrix
+product gave them.
 """
 
 from typing import Any
@@ -42,31 +42,36 @@ def token_losses_naive(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 class _SlicedLosses(torch.autograd.Function):
-    """loss_n = log sum_v e^z_nv - z_n,target, with z = hidden head^T;
+    """loss_n = (max_n - z_n,target) + log sum_v e^(z_nv - max_n), with z = hidden head^T;
     dloss_n / dz_nv = softmax(z_n)_v - [v = target]."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(hidden, head)
         rows = max(1, SLICE_ELEMENTS // head.shape[0])
-        normalisers = torch.cat([_widen(part).logsumexp(-1) for part in logits.split(rows)])
-        used = targets != IGNORE
-        chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        ctx.save_for_backward(hidden, head, targets, logits, normalisers)
+        peaks = _widen(logits.amax(-1, keepdim=True))
+        slices = zip(logits.split(rows), peaks.split(rows), strict=True)
+        sums = [(_widen(z) - peak).exp_().sum(-1, keepdim=True) for z, peak in slices]
+        log_sums = torch.cat(sums).log()
+        chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1))
+        ctx.save_for_backward(hidden, head, targets, logits, peaks, log_sums)
         ctx.rows = rows
-        return torch.where(used, normalisers - chosen, 0.0)
+        losses = ((peaks - chosen) + log_sums).squeeze(-1)
+        return losses.masked_fill(targets == IGNORE, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden, head, targets, logits, normalisers = ctx.saved_tensors
-        weights = torch.where(targets != IGNORE, grad, 0.0).unsqueeze(-1)
+        hidden, head, targets, logits, peaks, log_sums = ctx.saved_tensors
+        weights = grad.masked_fill(targets == IGNORE, 0.0).unsqueeze(-1)
+        chosen = targets.clamp(min=0).unsqueeze(-1)
         grad_logits = torch.empty_like(logits)
-        slices = (x.split(ctx.rows) for x in (logits, normalisers, weights, targets, grad_logits))
-        for part, normaliser, weight, target, out in zip(*slices, strict=True):
-            share = (_widen(part) - normaliser.unsqueeze(-1)).exp_().mul_(weight)
-            share.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), -weight)
-            out.copy_(share)
+        slices = (
+            x.split(ctx.rows) for x in (logits, peaks, log_sums, weights, chosen, grad_logits)
+        )
+        for z, peak, log_sum, weight, target, out in zip(*slices, strict=True):
+            share = (_widen(z) - peak).sub_(log_sum).exp_().mul_(weight)
+            out.copy_(share.scatter_add_(-1, target, -weight))
         return grad_logits @ head, grad_logits.T @ hidden, None
 
 
