@@ -151,9 +151,26 @@ def test_a_missing_file_is_named() -> None:
         read_engine_config(Path("nowhere.json"))
 
 
-def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
-    """DeepSpeed skips such a step without a word; the trainer must be able to see it."""
-    trained = build()
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_changes_nothing(bf16: bool) -> None:
+    trained = build(bf16=bf16)
+    step(trained, batch(2), 2)
+    before = snapshot(trained)
     with torch.no_grad():
         trained.model.head.weight.fill_(float("inf"))
     assert not math.isfinite(step(trained, batch(1), 1))
+    for name, tensors in snapshot(trained).items():
+        for key, tensor in tensors.items():
+            assert tensor.equal(before[name][key]), (name, key)
+
+
+def test_gradients_above_the_bound_are_scaled_down_to_it() -> None:
+    """AdamW's first moment after one step is a tenth of the gradient that it was given."""
+    torch.manual_seed(0)
+    config = read_engine_config(ZERO2)
+    model = I3LM(ModelSettings.model_validate(SMALL), BOS)
+    trained = Engine(model, config, OptimizerSettings(), TrainSettings(clip=0.01))
+    assert step(trained, batch(1), 1) > 0.02
+    moments = [tensors["exp_avg"] for tensors in snapshot(trained).values()]
+    norm = sum(float(moment.square().sum()) for moment in moments) ** 0.5
+    assert norm == pytest.approx(0.1 * 0.01, rel=1e-4)
