@@ -87,8 +87,12 @@ def attend(
         scale: factor of the logits.
     """
     if isinstance(visible, Tensor):
-        bias = visible.to(query.dtype)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
+        # On a CPU PyTorch's backward is faster in fp32 than in bf16.
+        low = query.dtype == torch.bfloat16 and not query.is_cuda
+        dtype = torch.float32 if low else query.dtype
+        q, k, v, bias = (x.to(dtype) for x in (query, keys, values, visible))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return mixed.to(query.dtype)
     log_gate, history = visible.log_gate, visible.history
 
     def gated(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
