@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import kernels
 import torch
 from results import Row
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Case:
     few: bool = False  # it is too slow for as many steps as the others take
 
 
-def measure(case: Case, warm_up: int, timed: int, peak: float) -> Row:
+def measure(case: Case, warm_up: int, timed: int, peak: float, profiled: bool = False) -> Row:
     """Time a contestant, and see that it learns.
 
     Args:
@@ -47,6 +48,7 @@ def measure(case: Case, warm_up: int, timed: int, peak: float) -> Row:
         warm_up: steps before the clock starts.
         timed: steps after that.
         peak: FLOP/s that its MFU is a share of.
+        profiled: whether to print afterwards where the GPU's time goes.
 
     Raises:
         UserError: its loss is not finite, or does not fall over one and the same batch.
@@ -57,6 +59,8 @@ def measure(case: Case, warm_up: int, timed: int, peak: float) -> Row:
         warm_up, timed = FEW
     try:
         losses, times, memory = time_steps(ready.step, warm_up, timed)
+        if profiled:
+            kernels.show(kernels.kernels(ready.step), f"{case.contestant}, {case.shape}")
     finally:
         ready.close()
     falls = losses[-1] < losses[0] or ready.waits is not None

@@ -265,6 +265,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="write the results here; rows of contestants that are not measured now stay",
     )
     parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="print afterwards where the GPU's time goes, by kernel",
+    )
+    parser.add_argument(
         "--toy",
         action="store_true",
         help="models of a few thousand parameters, to see that everything runs",
@@ -297,7 +302,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[Row]:
             free()
             started = time.perf_counter()
             try:
-                row = measure(case, options.warm_up, options.steps, peak)
+                row = measure(case, options.warm_up, options.steps, peak, options.profile)
             except torch.OutOfMemoryError:
                 print(f"{case.contestant}, {case.shape}: does not fit into the GPU's memory")
                 continue

@@ -140,7 +140,7 @@ def _measure(x, eps, D: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "T", "run"])
-def _forward_kernel(
+def _shift_mix_forward_kernel(
     x,
     weight,
     bias,
@@ -211,7 +211,7 @@ def _norm_backward(grad, standard, scale, D: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "T", "run"])
-def _backward_kernel(
+def _shift_mix_backward_kernel(
     grad_mixed,
     grad_last,
     x,
@@ -309,7 +309,7 @@ def forward(
     statistics = x.new_empty(2, rows, length, dtype=torch.float32)
     tokens = rows * length
     run = triton.cdiv(tokens, FORWARD.programs)
-    _forward_kernel[(triton.cdiv(tokens, run),)](
+    _shift_mix_forward_kernel[(triton.cdiv(tokens, run),)](
         x,
         weight,
         bias,
@@ -356,7 +356,7 @@ def backward(
     tokens = rows * length
     programs = backward_programs(tokens)
     summands = statistics.new_empty(programs, 2 + len(mixes), width)
-    _backward_kernel[(programs,)](
+    _shift_mix_backward_kernel[(programs,)](
         tuple(_contiguous(*grad_mixed)),
         grad_last.contiguous(),
         x,

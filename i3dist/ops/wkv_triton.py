@@ -131,7 +131,7 @@ def _store_state(state, a, b, m, inside, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _forward_kernel(
+def _wkv_forward_kernel(
     decay,
     bonus,
     k,
@@ -200,7 +200,7 @@ def _retreat(adjoint_a, adjoint_b, found, u, k, v, grad_y):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _backward_kernel(
+def _wkv_backward_kernel(
     grad_y,
     grad_final,
     decay,
@@ -276,7 +276,7 @@ def forward(
     y, final = torch.empty_like(k), k.new_empty(rows, 3, channels, dtype=torch.float32)
     entries = final.new_empty(rows, triton.cdiv(length, block), 3, channels)
     grid, options = _launch(rows, length, channels, block, channels_per_program)
-    _forward_kernel[grid](
+    _wkv_forward_kernel[grid](
         *_fp32(decay, bonus),
         k,
         v,
@@ -310,7 +310,7 @@ def backward(
     grad_k, grad_v, grad_state = torch.empty_like(k), torch.empty_like(v), torch.empty_like(final)
     partial = final.new_empty(rows, 2, channels)
     grid, options = _launch(rows, length, channels, block, channels_per_program)
-    _backward_kernel[grid](
+    _wkv_backward_kernel[grid](
         grad_y.contiguous(),
         *_fp32(grad_final, decay, bonus),
         k,
