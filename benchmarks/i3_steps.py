@@ -175,11 +175,13 @@ def scripted_wkv() -> Iterator[None]:
         v: Tensor,
         restart: Tensor,
         state: Tensor | None = None,
+        receptance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if state is None:
             state = empty_state(k.shape[0], k.shape[2], k.device)
         y, final = scripted_loop(decay, bonus, k.float(), v.float(), restart, state)
-        return y.to(k.dtype), final
+        y = y.to(k.dtype)
+        return y if receptance is None else torch.sigmoid(receptance) * y, final
 
     with mock.patch.object(rwkv, "wkv", loop):
         yield

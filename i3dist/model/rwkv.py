@@ -88,8 +88,8 @@ class TimeMix(nn.Module):
         # An fp32 buffer plus a bf16 parameter is fp32.
         decay = -torch.exp(pad(self.decay_base) + pad(self.decay_offset))
         bonus = pad(self.bonus_base) + pad(self.bonus_offset)
-        y, state = wkv(decay, bonus, k, v, restart, state)
-        return self.output(torch.sigmoid(r) * y), state
+        y, state = wkv(decay, bonus, k, v, restart, state, receptance=r)
+        return self.output(y), state
 
 
 class ChannelMix(nn.Module):

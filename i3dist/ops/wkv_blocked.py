@@ -72,12 +72,20 @@ class _Mixed(NamedTuple):
 
 
 def forward(
-    decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, restart: Tensor, state: Tensor
+    decay: Tensor,
+    bonus: Tensor,
+    k: Tensor,
+    v: Tensor,
+    restart: Tensor,
+    state: Tensor,
+    receptance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, C] in k's dtype, the final state [B, 3, C], and each block's first [B, N, 3, C]."""
     inputs = _prepare(decay, bonus, k, v, restart)
     solved, final, entries = _solve(inputs, state.to(inputs.k.dtype))
     y = _mix(inputs, solved).y
+    if receptance is not None:
+        y[:, : inputs.length].mul_(_gate(receptance))
     return _trim(y, k), final, entries
 
 
@@ -91,12 +99,18 @@ def backward(
     restart: Tensor,
     entries: Tensor,
     final: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of decay, bonus, k, v and the initial state."""
+    receptance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of decay, bonus, k, v, the initial state, and receptance (no elements if None)."""
     inputs = _prepare(decay, bonus, k, v, restart)
     solved, _, _ = _solve(inputs, entries[:, 0], entries)
     mixed = _mix(inputs, solved)
-    grad_y = _pad(grad_y.to(mixed.y.dtype), inputs.block)
+    grad_y, grad_receptance = grad_y.to(mixed.y.dtype), k.new_empty(0)
+    if receptance is not None:
+        gate = _gate(receptance)
+        grad_y = grad_y * gate
+        grad_receptance = (1.0 - gate).mul_(grad_y).mul_(mixed.y[:, : inputs.length]).to(k.dtype)
+    grad_y = _pad(grad_y, inputs.block)
 
     grad_v = mixed.present.mul_(grad_y)
     grad_bonus_k = (inputs.v - mixed.y).mul_(grad_v)
@@ -114,7 +128,13 @@ def backward(
         _trim(grad_k, k),
         _trim(grad_v, v),
         grad_state,
+        grad_receptance,
     )
+
+
+def _gate(receptance: Tensor) -> Tensor:
+    """Its sigmoid, in the dtype of computation."""
+    return receptance.to(compute_dtype(receptance)).contiguous().sigmoid()
 
 
 def _prepare(decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, restart: Tensor) -> _Inputs:

@@ -6,6 +6,8 @@ Letters: B rows, T tokens, C channels. Per channel, with decay w < 0 and bonus u
     a_t = e^w a_{t-1} + e^{k_t} v_t
     b_t = e^w b_{t-1} + e^{k_t}
 
+Given a receptance r, what is returned is sigmoid(r_t) y_t.
+
 State is [B, 3, C]: a and b divided by e^m, and m, the running maximum of the exponents. m only
 fixes the unit in which a and b are written, so it is a constant to differentiation: the gradient of
 a and b is taken at fixed m, and m has none. That is exact for whatever depends on the state by
@@ -46,6 +48,7 @@ def wkv_naive(
     v: Tensor,
     restart: Tensor,
     state: Tensor | None = None,
+    receptance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """WKV one token after another; arguments and results are those of `i3dist.ops.wkv.wkv`."""
     wide = compute_dtype(k)
@@ -71,4 +74,7 @@ def wkv_naive(
         top = torch.maximum(aged, k_t).detach()
         past, present = torch.exp(aged - top + slip), torch.exp(k_t - top)
         a, b, m = past * a + present * v_t, past * b + present, top
-    return torch.stack(outputs, dim=1).to(k.dtype), torch.stack([a, b, m], dim=1)
+    y = torch.stack(outputs, dim=1)
+    if receptance is not None:
+        y = torch.sigmoid(receptance.to(wide)) * y
+    return y.to(k.dtype), torch.stack([a, b, m], dim=1)

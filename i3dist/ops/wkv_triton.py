@@ -47,6 +47,11 @@ def _reciprocal(x):
 
 
 @triton.jit
+def _sigmoid(x):
+    return _reciprocal(1.0 + tl.exp2(-_LOG2_E * x))
+
+
+@triton.jit
 def _read(a, b, m, u, k, v):
     """y, what scales numerator and denominator, and the weights of past and present in them."""
     past, present = _weights(m, u + k)
@@ -89,32 +94,38 @@ def _load_tile(pointer, left, C: tl.constexpr, L: tl.constexpr, EVEN: tl.constex
 
 
 @triton.jit
-def _load_inputs(k, v, restart, tile, T, C: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr):
-    """A tile's keys, values and restarts [L], as they are in memory."""
+def _load_inputs(
+    k, v, receptance, restart, tile, T, C: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr
+):
+    """A tile's keys, values, receptances (if any) and restarts [L], as they are in memory."""
     first = tile * L
     step = tl.arange(0, L)
+    receptances = ()
+    if receptance is not None:
+        receptances = _load_tile(receptance + first * C, T - first, C, L, EVEN)
     return (
         _load_tile(k + first * C, T - first, C, L, EVEN),
         _load_tile(v + first * C, T - first, C, L, EVEN),
+        receptances,
         tl.load(restart + first + step, mask=first + step < T, other=0),
     )
 
 
 @triton.jit
-def _widen(tile, L: tl.constexpr):
+def _widen(tile):
     """A tile in fp32."""
     wide = ()
-    for t in tl.static_range(L):
+    for t in tl.static_range(len(tile)):
         wide += (tile[t].to(tl.float32),)
     return wide
 
 
 @triton.jit
 def _unpack(inputs, L: tl.constexpr):
-    """Keys and values in fp32, and the restarts as bits, the lowest for the first token."""
-    keys, values, restarts = inputs
+    """The inputs in fp32, and the restarts as bits, the lowest for the first token."""
+    keys, values, receptances, restarts = inputs
     cuts = tl.sum(restarts.to(tl.int32) << tl.arange(0, L), axis=0)
-    return _widen(keys, L), _widen(values, L), cuts
+    return _widen(keys), _widen(values), _widen(receptances), cuts
 
 
 @triton.jit
@@ -136,6 +147,7 @@ def _wkv_forward_kernel(
     bonus,
     k,
     v,
+    receptance,
     restart,
     state,
     y,
@@ -153,20 +165,26 @@ def _wkv_forward_kernel(
     tiles = tl.cdiv(T, L)
     at = row * T * C + channel
     k, v, y, restart = k + at, v + at, y + at, restart + row * T
+    if receptance is not None:
+        receptance += at
     entries += row * tiles * 3 * C + channel
-    keys, values, cuts = _unpack(_load_inputs(k, v, restart, 0, T, C, L, EVEN), L)
+    inputs = _load_inputs(k, v, receptance, restart, 0, T, C, L, EVEN)
+    keys, values, receptances, cuts = _unpack(inputs, L)
     for tile in range(tiles):
         ahead = tl.minimum(tile + 1, tiles - 1)
-        inputs = _load_inputs(k, v, restart, ahead, T, C, L, EVEN)
+        inputs = _load_inputs(k, v, receptance, restart, ahead, T, C, L, EVEN)
         _store_state(entries + tile * 3 * C, a, b, m, inside, C)
         tile_y = y + tile * L * C
         for t in tl.static_range(L):
             if EVEN or tile * L + t < T:
                 a, b, m = _unless(((cuts >> t) & 1) != 0, a, b, m)
                 mean = _read(a, b, m, u, keys[t], values[t])[0]
+                if receptance is not None:
+                    mean *= _sigmoid(receptances[t])
                 tl.store(tile_y + t * C, mean.to(y.dtype.element_ty), mask=inside)
                 a, b, m = _advance(a, b, m, w, keys[t], values[t])[:3]
-        keys, values, cuts = _unpack(inputs, L)  # not earlier: this waits for the loads
+        # Not earlier: this waits for the loads.
+        keys, values, receptances, cuts = _unpack(inputs, L)
     _store_state(final + row * 3 * C + channel, a, b, m, inside, C)
 
 
@@ -184,7 +202,7 @@ def _revisit(a, b, m, w, keys, values, cuts, L: tl.constexpr):
 
 @triton.jit
 def _retreat(adjoint_a, adjoint_b, found, u, k, v, grad_y):
-    """The adjoint of the state that a token finds; gradients of its k and v, of bonus and decay."""
+    """The adjoint of the state that a token finds; gradients of k, v, bonus, decay; its mean."""
     a, b, m, past, present = found
     mean, scale, read_past, read_present = _read(a, b, m, u, k, v)
     grad = grad_y * scale
@@ -196,7 +214,7 @@ def _retreat(adjoint_a, adjoint_b, found, u, k, v, grad_y):
     grad *= read_past
     adjoint_a = past * adjoint_a + grad
     adjoint_b = past * adjoint_b - grad * mean
-    return adjoint_a, adjoint_b, grad_k, grad_v, grad_u, grad_w
+    return adjoint_a, adjoint_b, grad_k, grad_v, grad_u, grad_w, mean
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -207,11 +225,13 @@ def _wkv_backward_kernel(
     bonus,
     k,
     v,
+    receptance,
     restart,
     entries,
     grad_parameters,
     grad_k,
     grad_v,
+    grad_receptance,
     grad_state,
     T,
     C: tl.constexpr,
@@ -227,23 +247,33 @@ def _wkv_backward_kernel(
     at = row * T * C + channel
     k, v, grad_y, restart = k + at, v + at, grad_y + at, restart + row * T
     grad_k, grad_v = grad_k + at, grad_v + at
+    if receptance is not None:
+        receptance, grad_receptance = receptance + at, grad_receptance + at
     entries += row * tiles * 3 * C + channel
     first = (tiles - 1) * L
-    keys, values, cuts = _unpack(_load_inputs(k, v, restart, tiles - 1, T, C, L, EVEN), L)
-    grads = _widen(_load_tile(grad_y + first * C, T - first, C, L, EVEN), L)
+    inputs = _load_inputs(k, v, receptance, restart, tiles - 1, T, C, L, EVEN)
+    keys, values, receptances, cuts = _unpack(inputs, L)
+    grads = _widen(_load_tile(grad_y + first * C, T - first, C, L, EVEN))
     a, b, m = _load_state(entries + (tiles - 1) * 3 * C, C)
     for tile in range(tiles - 1, -1, -1):
         ahead = tl.maximum(tile - 1, 0)
-        inputs = _load_inputs(k, v, restart, ahead, T, C, L, EVEN)
+        inputs = _load_inputs(k, v, receptance, restart, ahead, T, C, L, EVEN)
         next_grads = _load_tile(grad_y + ahead * L * C, T - ahead * L, C, L, EVEN)
         entry = _load_state(entries + ahead * 3 * C, C)
         found = _revisit(a, b, m, w, keys, values, cuts, L)
         tile_k, tile_v = grad_k + tile * L * C, grad_v + tile * L * C
         for t in tl.static_range(L - 1, -1, -1):
             if EVEN or tile * L + t < T:
-                adjoint_a, adjoint_b, key, value, du, dw = _retreat(
-                    adjoint_a, adjoint_b, found[t], u, keys[t], values[t], grads[t]
+                grad = grads[t]
+                if receptance is not None:
+                    gate = _sigmoid(receptances[t])
+                    grad *= gate
+                adjoint_a, adjoint_b, key, value, du, dw, mean = _retreat(
+                    adjoint_a, adjoint_b, found[t], u, keys[t], values[t], grad
                 )
+                if receptance is not None:
+                    grad_gate = (grad * (1.0 - gate) * mean).to(grad_receptance.dtype.element_ty)
+                    tl.store(grad_receptance + tile * L * C + t * C, grad_gate, mask=inside)
                 sum_u += du
                 sum_w += dw
                 tl.store(tile_k + t * C, key.to(grad_k.dtype.element_ty), mask=inside)
@@ -251,8 +281,9 @@ def _wkv_backward_kernel(
                 cut = ((cuts >> t) & 1) != 0
                 adjoint_a = tl.where(cut, 0.0, adjoint_a)
                 adjoint_b = tl.where(cut, 0.0, adjoint_b)
-        keys, values, cuts = _unpack(inputs, L)  # not earlier: this waits for the loads
-        grads = _widen(next_grads, L)
+        # Not earlier: this waits for the loads.
+        keys, values, receptances, cuts = _unpack(inputs, L)
+        grads = _widen(next_grads)
         a, b, m = entry
     tl.store(grad_parameters + row * 2 * C + channel, sum_w, mask=inside)
     tl.store(grad_parameters + row * 2 * C + C + channel, sum_u, mask=inside)
@@ -267,6 +298,7 @@ def forward(
     v: Tensor,
     restart: Tensor,
     state: Tensor,
+    receptance: Tensor | None = None,
     block: int = BLOCK,
     channels_per_program: int = _CHANNELS,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,6 +312,7 @@ def forward(
         *_fp32(decay, bonus),
         k,
         v,
+        None if receptance is None else receptance.contiguous(),
         restart.contiguous().view(torch.uint8),
         *_fp32(state),
         y,
@@ -301,13 +334,15 @@ def backward(
     restart: Tensor,
     entries: Tensor,
     final: Tensor,
+    receptance: Tensor | None = None,
     block: int = BLOCK,
     channels_per_program: int = _CHANNELS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of decay, bonus, k, v and the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of decay, bonus, k, v, the initial state, and receptance (no elements if None)."""
     rows, length, channels = k.shape
     k, v = k.contiguous(), v.contiguous()
     grad_k, grad_v, grad_state = torch.empty_like(k), torch.empty_like(v), torch.empty_like(final)
+    grad_receptance = k.new_empty(0 if receptance is None else k.shape)
     partial = final.new_empty(rows, 2, channels)
     grid, options = _launch(rows, length, channels, block, channels_per_program)
     _wkv_backward_kernel[grid](
@@ -315,18 +350,21 @@ def backward(
         *_fp32(grad_final, decay, bonus),
         k,
         v,
+        None if receptance is None else receptance.contiguous(),
         restart.contiguous().view(torch.uint8),
         entries,
         partial,
         grad_k,
         grad_v,
+        grad_receptance,
         grad_state,
         length,
         **options,
     )
     # Each a tensor of its own: outputs of an operator must not share memory.
     grad_decay, grad_bonus = (part.sum(0) for part in partial.unbind(1))
-    return grad_decay.to(decay.dtype), grad_bonus.to(bonus.dtype), grad_k, grad_v, grad_state
+    parameters = grad_decay.to(decay.dtype), grad_bonus.to(bonus.dtype)
+    return *parameters, grad_k, grad_v, grad_state, grad_receptance
 
 
 def _launch(

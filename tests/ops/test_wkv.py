@@ -16,6 +16,7 @@ from tests.ops.wkv_cases import (
     assert_close,
     assert_same_run,
     exact,
+    gate_outside,
     gradients,
     loss_of,
     make_case,
@@ -32,6 +33,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -
         scale=draw(st.sampled_from([1.0, 30.0, 1000.0])),
         restarts=draw(st.sampled_from([0.0, 0.05, 0.5, 1.0])),
         seed=draw(st.integers(0, 2**31)),
+        gated=draw(st.booleans()),
     )
 
 
@@ -43,15 +45,34 @@ def test_values_and_gradients_are_the_equations(case: Case) -> None:
 
 
 @pytest.mark.parametrize("form", [wkv, wkv_naive])
+@pytest.mark.parametrize("length", [1, 31, 40])
+def test_gate_is_the_sigmoid_of_receptance(form: Form, length: int) -> None:
+    case = make_case(2, length, 3, torch.float64, gated=True)
+    assert_same_run(gradients(form, case), gradients(gate_outside(form), case), 1e-12)
+
+
+def test_padded_channels_stay_zero() -> None:
+    case = make_case(2, 40, 5, torch.float32, gated=True)
+    case = case.map(lambda x: torch.nn.functional.pad(x, (0, 3)))
+    state = empty_state(2, 8)
+    state[..., :5] = case.state[..., :5]
+    y, _, (*_, grad_receptance) = gradients(wkv, case._replace(state=state))
+    assert not y[..., 5:].any() and not grad_receptance[..., 5:].any()
+
+
+@pytest.mark.parametrize("form", [wkv, wkv_naive])
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("length", [1, 7, 35])
-def test_gradients_are_finite_differences(form: Form, length: int) -> None:
-    case = make_case(2, length, 2, torch.float64, restarts=0.1)
+def test_gradients_are_finite_differences(form: Form, gated: bool, length: int) -> None:
+    case = make_case(2, length, 2, torch.float64, restarts=0.1, gated=gated)
 
-    def function(decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, ab: Tensor) -> Tensor:
+    def function(
+        decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, ab: Tensor, *receptance: Tensor
+    ) -> Tensor:
         start = torch.cat([ab, case.state[:, 2:]], dim=1)
-        return loss_of(*form(decay, bonus, k, v, case.restart, start))
+        return loss_of(*form(decay, bonus, k, v, case.restart, start, *receptance))
 
-    inputs = (*case[:4], case.state[:, :2])
+    inputs = (*case[:4], case.state[:, :2], *([] if case.receptance is None else case[6:]))
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
@@ -61,11 +82,12 @@ def test_gradients_are_finite_differences(form: Form, length: int) -> None:
 def test_split_run_is_the_whole_run(case: Case, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, case.k.shape[1]))
 
-    def split(decay, bonus, k, v, restart, state):
+    def split(decay, bonus, k, v, restart, state, receptance):
         pieces = []
         for part in (slice(None, at), slice(at, None)):
             if k[:, part].shape[1]:
-                y, state = wkv(decay, bonus, k[:, part], v[:, part], restart[:, part], state)
+                r = None if receptance is None else receptance[:, part]
+                y, state = wkv(decay, bonus, k[:, part], v[:, part], restart[:, part], state, r)
                 pieces.append(y)
         return torch.cat(pieces, dim=1), state
 
@@ -82,7 +104,7 @@ def test_nothing_before_a_restart_touches_what_follows(
 
     def later(k: Tensor, v: Tensor, state: Tensor) -> list[Tensor]:
         k, v = k.clone().requires_grad_(), v.clone().requires_grad_()
-        y, final = wkv(case.decay, case.bonus, k, v, case.restart, state)
+        y, final = wkv(case.decay, case.bonus, k, v, case.restart, state, case.receptance)
         grads = torch.autograd.grad(loss_of(y[:, at:], final), (k, v))
         return [y[:, at:], final, *(grad[:, at:] for grad in grads)]
 
@@ -100,7 +122,7 @@ def test_no_gradient_crosses_a_restart(case: Case, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, case.k.shape[1] - 1))
     case.restart[:, at] = True
     k, v, state = (x.clone().requires_grad_() for x in (case.k, case.v, case.state))
-    y, final = wkv(case.decay, case.bonus, k, v, case.restart, state)
+    y, final = wkv(case.decay, case.bonus, k, v, case.restart, state, case.receptance)
     grad_k, grad_v, grad_state = torch.autograd.grad(loss_of(y[:, at:], final), (k, v, state))
     assert not grad_k[:, :at].any() and not grad_v[:, :at].any() and not grad_state.any()
 
@@ -116,13 +138,13 @@ def test_any_finite_key_gives_a_mean_of_values(form: Form, decay: float, size: f
     v = torch.randn(2, 130, 6, generator=random)
     decays, bonus = torch.full((6,), decay), torch.linspace(-2, 2, 6)
     case = Case(decays, bonus, k, v, torch.zeros(2, 130, dtype=torch.bool), empty_state(2, 6))
-    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in case]
+    leaves = case.map(lambda x: x.clone().requires_grad_())
     y, final = form(*leaves)
     assert torch.equal(y[:, 0], v[:, 0])
     slack = 1e-5 * v.abs().max()
     assert (y <= v.cummax(1).values + slack).all() and (y >= v.cummin(1).values - slack).all()
     grads = torch.autograd.grad(
-        y.sum() + final[:, :2].sum(), [x for x in leaves if x.requires_grad]
+        y.sum() + final[:, :2].sum(), [x for x in leaves[:6] if x.requires_grad]
     )
     assert all(x.isfinite().all() for x in (final, *grads))
 
@@ -145,11 +167,12 @@ def test_no_state_is_the_empty_state() -> None:
 
 
 def test_inputs_of_any_layout() -> None:
-    case = make_case(3, 40, 5, torch.float32)
+    case = make_case(3, 40, 5, torch.float32, gated=True)
     strided = case._replace(
         k=case.k.transpose(0, 2).contiguous().transpose(0, 2),
         v=torch.stack([case.v, case.v], dim=-1)[..., 0],
         restart=case.restart.t().contiguous().t(),
+        receptance=case.receptance.transpose(0, 1).contiguous().transpose(0, 1),
     )
     got, want = gradients(wkv, strided), gradients(wkv, case)
     assert torch.equal(got[0], want[0])
@@ -158,8 +181,9 @@ def test_inputs_of_any_layout() -> None:
 
 @pytest.mark.parametrize("length", [1, 33, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compile_holds_it_whole(length: int, dtype: torch.dtype) -> None:
-    case = make_case(2, length, 3, dtype)
+@pytest.mark.parametrize("gated", [False, True])
+def test_compile_holds_it_whole(length: int, dtype: torch.dtype, gated: bool) -> None:
+    case = make_case(2, length, 3, dtype, gated=gated)
     compiled = torch.compile(lambda *x: wkv(*x), backend="aot_eager", fullgraph=True)
     got, want = gradients(compiled, case), gradients(wkv, case)
     assert torch.equal(got[0], want[0])
@@ -168,10 +192,10 @@ def test_compile_holds_it_whole(length: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("length", [1, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_registration_is_sound(length: int, dtype: torch.dtype) -> None:
-    case = make_case(2, length, 3, dtype)
-    leaves = [x.requires_grad_(x.is_floating_point()) for x in case]
-    torch.library.opcheck(wkv_module._wkv, tuple(leaves))
+@pytest.mark.parametrize("gated", [False, True])
+def test_registration_is_sound(length: int, dtype: torch.dtype, gated: bool) -> None:
+    case = make_case(2, length, 3, dtype, gated=gated)
+    torch.library.opcheck(wkv_module._wkv, tuple(case.map(Tensor.requires_grad_)))
 
 
 @pytest.mark.parametrize(
@@ -183,6 +207,8 @@ def test_registration_is_sound(length: int, dtype: torch.dtype) -> None:
         ({"restart": torch.zeros(2, 4)}, "be bool"),
         ({"state": torch.zeros(2, 3)}, "state must be"),
         ({"decay": torch.zeros(4)}, "decay must be"),
+        ({"receptance": torch.zeros(2, 4)}, "receptance must be"),
+        ({"receptance": torch.zeros(2, 4, 3, dtype=torch.bfloat16)}, "share a dtype"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Tensor], says: str) -> None:

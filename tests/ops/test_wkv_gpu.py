@@ -10,8 +10,10 @@ from i3dist.ops.wkv_naive import wkv_naive
 from tests.ops.wkv_cases import (
     TOLERANCE,
     Case,
+    assert_close,
     assert_same_run,
     exact,
+    gate_outside,
     gradients,
     loss_of,
     make_case,
@@ -21,10 +23,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def cuda_case(
-    rows: int, length: int, channels: int, dtype: torch.dtype, scale: float = 1.0
+    rows: int,
+    length: int,
+    channels: int,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    gated: bool = False,
 ) -> Case:
-    case = make_case(rows, length, channels, dtype, scale, seed=length)
-    return Case(*(x.cuda() for x in case))
+    case = make_case(rows, length, channels, dtype, scale, seed=length, gated=gated)
+    return case.map(Tensor.cuda)._replace(restart=case.restart.cuda())
 
 
 def test_triton_is_there() -> None:
@@ -36,13 +43,29 @@ def test_triton_is_there() -> None:
     ("rows", "length", "channels"),
     [(4, 512, 1180), (1, 1, 1), (3, 1, 33), (2, 15, 32), (2, 16, 31), (3, 17, 65), (5, 133, 1180)],
 )
+@pytest.mark.parametrize("gated", [False, True])
 def test_values_and_gradients_are_the_equations(
-    rows: int, length: int, channels: int, dtype: torch.dtype
+    rows: int, length: int, channels: int, dtype: torch.dtype, gated: bool
 ) -> None:
-    case = cuda_case(rows, length, channels, dtype)
+    case = cuda_case(rows, length, channels, dtype, gated=gated)
     got, want = gradients(wkv, case), gradients(wkv_naive, exact(case))
     assert got[0].dtype == dtype
     assert_same_run(got, want, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("length", [1, 17, 64])
+def test_gate_is_the_sigmoid_of_receptance(length: int) -> None:
+    case = cuda_case(3, length, 40, torch.float32, gated=True)
+    assert_same_run(gradients(wkv, case), gradients(gate_outside(wkv), case), 1e-5)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 3e38])
+def test_gate_opens_and_closes(size: float) -> None:
+    case = cuda_case(2, 33, 40, torch.float32, gated=True)
+    sign = case.receptance.sign()
+    y, _, (*_, grad) = gradients(wkv, case._replace(receptance=size * sign))
+    assert_close(y, wkv(*case[:6])[0].where(sign > 0, 0.0), 1e-6)
+    assert not grad.any()
 
 
 @pytest.mark.parametrize("scale", [30.0, 1000.0])
@@ -53,24 +76,25 @@ def test_large_keys(scale: float) -> None:
 
 @pytest.mark.parametrize("at", [1, 16, 50, 99])
 def test_split_run_is_the_whole_run(at: int) -> None:
-    def split(decay, bonus, k, v, restart, state):
-        first, state = wkv(decay, bonus, k[:, :at], v[:, :at], restart[:, :at], state)
-        second, state = wkv(decay, bonus, k[:, at:], v[:, at:], restart[:, at:], state)
+    def split(decay, bonus, k, v, restart, state, r):
+        first, state = wkv(decay, bonus, k[:, :at], v[:, :at], restart[:, :at], state, r[:, :at])
+        second, state = wkv(decay, bonus, k[:, at:], v[:, at:], restart[:, at:], state, r[:, at:])
         return torch.cat([first, second], dim=1), state
 
-    case = cuda_case(2, 100, 40, torch.float32)
+    case = cuda_case(2, 100, 40, torch.float32, gated=True)
     assert_same_run(gradients(split, case), gradients(wkv, case), 1e-4)
 
 
 @pytest.mark.parametrize("at", [0, 7, 16, 63])
 @pytest.mark.parametrize("huge", [1e3, 1e30, 3e38])
-def test_nothing_before_a_restart_touches_what_follows(at: int, huge: float) -> None:
-    case = cuda_case(2, 64, 40, torch.float32)
+@pytest.mark.parametrize("gated", [False, True])
+def test_nothing_before_a_restart_touches_what_follows(at: int, huge: float, gated: bool) -> None:
+    case = cuda_case(2, 64, 40, torch.float32, gated=gated)
     case.restart[:, at] = True
 
     def later(k: Tensor, v: Tensor, state: Tensor) -> list[Tensor]:
         k, v = k.clone().requires_grad_(), v.clone().requires_grad_()
-        y, final = wkv(case.decay, case.bonus, k, v, case.restart, state)
+        y, final = wkv(case.decay, case.bonus, k, v, case.restart, state, case.receptance)
         grads = torch.autograd.grad(loss_of(y[:, at:], final), (k, v))
         return [y[:, at:], final, *(grad[:, at:] for grad in grads)]
 
@@ -101,20 +125,23 @@ def test_any_finite_key_gives_a_mean_of_values(decay: float, size: float) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compile_holds_it_whole(dtype: torch.dtype) -> None:
-    case = cuda_case(2, 64, 40, dtype)
+@pytest.mark.parametrize("gated", [False, True])
+def test_compile_holds_it_whole(dtype: torch.dtype, gated: bool) -> None:
+    case = cuda_case(2, 64, 40, dtype, gated=gated)
     compiled = torch.compile(lambda *x: wkv(*x), fullgraph=True)
     assert_same_run(gradients(compiled, case), gradients(wkv, case), 1e-6)
 
 
-def test_registration_is_sound() -> None:
-    leaves = [x.requires_grad_(x.is_floating_point()) for x in cuda_case(2, 33, 40, torch.bfloat16)]
-    torch.library.opcheck(wkv_module._wkv, tuple(leaves))
+@pytest.mark.parametrize("gated", [False, True])
+def test_registration_is_sound(gated: bool) -> None:
+    case = cuda_case(2, 33, 40, torch.bfloat16, gated=gated)
+    torch.library.opcheck(wkv_module._wkv, tuple(case.map(Tensor.requires_grad_)))
 
 
-def test_no_wide_copy_of_the_output() -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_no_wide_copy_of_the_output(gated: bool) -> None:
     """Beyond its results a bf16 call allocates only states: no [B, T, C] in fp32."""
-    case = cuda_case(8, 512, 1180, torch.bfloat16)
+    case = cuda_case(8, 512, 1180, torch.bfloat16, gated=gated)
     wkv(*case)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

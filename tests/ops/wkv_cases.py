@@ -19,6 +19,11 @@ class Case(NamedTuple):
     v: Tensor
     restart: Tensor
     state: Tensor
+    receptance: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Case":
+        """The case with each floating-point tensor replaced by the function of it."""
+        return Case(*(function(x) if x is not None and x.is_floating_point() else x for x in self))
 
 
 def make_case(
@@ -29,6 +34,7 @@ def make_case(
     scale: float = 1.0,
     restarts: float = 0.05,
     seed: int = 0,
+    gated: bool = False,
 ) -> Case:
     random = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
@@ -46,6 +52,7 @@ def make_case(
         normal(rows, length, channels).to(dtype),
         torch.rand(rows, length, generator=random) < restarts,
         state.to(wide),
+        (3.0 * normal(rows, length, channels)).to(dtype) if gated else None,
     )
 
 
@@ -60,9 +67,9 @@ def loss_of(y: Tensor, state: Tensor, seed: int = 1) -> Tensor:
 
 
 def gradients(form: Form, case: Case) -> Run:
-    leaves = Case(*(x.detach().clone().requires_grad_(x.is_floating_point()) for x in case))
+    leaves = case.map(lambda x: x.detach().clone().requires_grad_())
     y, state = form(*leaves)
-    inputs = [x for x in leaves if x.requires_grad]
+    inputs = [x for x in leaves if x is not None and x.requires_grad]
     return y.detach(), state.detach(), list(torch.autograd.grad(loss_of(y, state), inputs))
 
 
@@ -82,4 +89,15 @@ def assert_same_run(got: Run, want: Run, tolerance: float) -> None:
 
 def exact(case: Case) -> Case:
     """The same numbers in fp64."""
-    return Case(*(x.double() if x.is_floating_point() else x for x in case))
+    return case.map(Tensor.double)
+
+
+def gate_outside(form: Form) -> Form:
+    """The form without a receptance, its result gated afterwards."""
+
+    def gated(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        *rest, receptance = inputs
+        y, state = form(*rest)
+        return torch.sigmoid(receptance) * y, state
+
+    return gated
