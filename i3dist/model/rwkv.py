@@ -17,8 +17,13 @@ from i3dist.ops.wkv import wkv
 
 
 def norm_and_mix(
-    norm: LayerNorm, mixes: Sequence[Tensor], x: Tensor, restart: Tensor, shift: Tensor
-) -> tuple[tuple[Tensor, ...], Tensor]:
+    norm: LayerNorm,
+    mixes: Sequence[Tensor],
+    x: Tensor,
+    restart: Tensor,
+    shift: Tensor,
+    branch: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Normalised x, mixed with the previous position's; a branch's inputs.
 
     Args:
@@ -27,15 +32,18 @@ def norm_and_mix(
         x: [N, T, D], the residual stream.
         restart: [N, T] bool, where nothing stands before a position.
         shift: [N, D], normalised, what stands before position 0.
+        branch: [N, T, D], the output of an earlier branch, not yet added to x; None if there
+            is none.
 
     Returns:
-        One tensor [N, T, D] for each of `mixes`, and the shift of what follows [N, D].
+        One tensor [N, T, D] for each of `mixes`, the shift of what follows [N, D], and the residual
+        stream with the earlier branch added.
     """
     pad = norm.channels.pad
     shares = torch.stack([pad(mix) for mix in mixes])
     weight, bias = pad(norm.weight), pad(norm.bias)
     channels = norm.channels.stored
-    return norm_shift_mix(x, weight, bias, shares, restart, shift, channels, norm.eps)
+    return norm_shift_mix(x, weight, bias, shares, restart, shift, channels, norm.eps, branch)
 
 
 def _mix_curve(width: int, power: float, offset: float = 0.0) -> nn.Parameter:
@@ -133,10 +141,9 @@ class RwkvBlock(nn.Module):
         """x [N, T, D]; state (wkv [N, 3, D] fp32, time shift [N, D], channel shift [N, D])."""
         wkv_state, time_shift, channel_shift = state
         time, channel = self.time_mix, self.channel_mix
-        inputs, time_shift = norm_and_mix(self.norm_time, time.mixes, x, restart, time_shift)
+        inputs, time_shift, _ = norm_and_mix(self.norm_time, time.mixes, x, restart, time_shift)
         mixed, wkv_state = time(inputs, restart, wkv_state)
-        x = x + mixed
-        inputs, channel_shift = norm_and_mix(
-            self.norm_channel, channel.mixes, x, restart, channel_shift
+        inputs, channel_shift, x = norm_and_mix(
+            self.norm_channel, channel.mixes, x, restart, channel_shift, mixed
         )
         return x + channel(inputs), (wkv_state, time_shift, channel_shift)

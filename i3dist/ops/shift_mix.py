@@ -1,4 +1,4 @@
-"""LayerNorm, token shift and learned mixes: what an RWKV-4 layer does to its input.
+"""Residual, LayerNorm, token shift and learned mixes: what an RWKV-4 layer does to its input.
 
 Letters: N sequences, T tokens, D channels, P channels with padding, M mixes. With
 weight g and bias b, per token:
@@ -33,8 +33,11 @@ def norm_shift_mix(
     shift: Tensor,
     channels: int,
     eps: float,
-) -> tuple[tuple[Tensor, ...], Tensor]:
+    branch: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Normalised x, mixed with the previous token's in as many ways as there are mixes.
+
+    Where there is a branch, x stands for x + branch throughout, rounded to x's dtype.
 
     Differentiable in all floating-point tensors. Nothing before a restart reaches what follows it,
     in values or in gradients, bit for bit. Results and gradients are 0 in padded channels.
@@ -47,22 +50,24 @@ def norm_shift_mix(
         restart: [N, T] bool, true where nothing came before the token.
         shift: [N, P] in x's dtype, the normalised token before the first: zeros, or an earlier
             call's second result.
-        channels: D <= P. Statistics are over the first D channels; the parameters, x and shift
-            are 0 in the others.
+        channels: D <= P. Statistics are over the first D channels; the parameters, x, shift and
+            branch are 0 in the others.
         eps: added to the variance.
+        branch: [N, T, P] in x's dtype: what a residual connection adds to x first; None is 0.
 
     Returns:
-        M tensors [N, T, P], and the last token's normed [N, P], in x's dtype. The CUDA kernels
-        compute in fp32 and round once.
+        M tensors [N, T, P], the last token's normed [N, P], and x + branch [N, T, P] or, without a
+        branch, x itself; in x's dtype. The CUDA kernels compute in fp32 and round once.
 
     Raises:
         ValueError: a shape or dtype is wrong, or T = 0.
     """
-    _check(x, weight, bias, mixes, restart, shift, channels)
+    _check(x, weight, bias, mixes, restart, shift, channels, branch)
+    inputs = x, weight, bias, mixes, restart, shift, channels, eps, branch
     if not (_TRITON and x.is_cuda and x.dtype != torch.float64):
-        return norm_shift_mix_naive(x, weight, bias, mixes, restart, shift, channels, eps)
-    mixed, last, _ = _norm_shift_mix(x, weight, bias, mixes, restart, shift, channels, eps)
-    return tuple(mixed), last
+        return norm_shift_mix_naive(*inputs)
+    mixed, last, _, total = _norm_shift_mix(*inputs)
+    return tuple(mixed), last, x if branch is None else total
 
 
 def norm_shift_mix_naive(
@@ -74,7 +79,8 @@ def norm_shift_mix_naive(
     shift: Tensor,
     channels: int,
     eps: float,
-) -> tuple[tuple[Tensor, ...], Tensor]:
+    branch: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """The equations; arguments and results are those of `norm_shift_mix`."""
     weight, bias, mixes = (p[..., :channels].to(x.dtype) for p in (weight, bias, mixes))
     padding = x.shape[-1] - channels
@@ -82,12 +88,14 @@ def norm_shift_mix_naive(
     def pad(tensor: Tensor) -> Tensor:
         return F.pad(tensor, (0, padding)) if padding else tensor  # a pad of 0 would copy
 
+    if branch is not None:
+        x = pad(x[..., :channels] + branch[..., :channels])
     normed = pad(F.layer_norm(x[..., :channels], (channels,), weight, bias, eps))
     shift = pad(shift[:, :channels])
     before = torch.cat([shift.unsqueeze(1), normed[:, :-1]], dim=1)
     before = before.masked_fill(restart.unsqueeze(-1), 0.0)
     mixed = tuple(torch.lerp(before, normed, mix) for mix in pad(mixes))
-    return mixed, normed[:, -1]
+    return mixed, normed[:, -1], x
 
 
 def _check(
@@ -98,6 +106,7 @@ def _check(
     restart: Tensor,
     shift: Tensor,
     channels: int,
+    branch: Tensor | None,
 ) -> None:
     if x.ndim != 3 or x.shape[1] == 0:
         raise ValueError(f"norm_shift_mix: x must be [N, T, P] with T >= 1, got {list(x.shape)}")
@@ -112,6 +121,7 @@ def _check(
         "mixes": (mixes, (mixes.shape[0], width)),
         "restart": (restart, (rows, length)),
         "shift": (shift, (rows, width)),
+        "branch": (x if branch is None else branch, (rows, length, width)),
     }
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
@@ -122,6 +132,10 @@ def _check(
         raise ValueError(
             f"norm_shift_mix: x and shift must share a dtype and restart be bool, got {x.dtype}, "
             f"{shift.dtype} and {restart.dtype}"
+        )
+    if branch is not None and branch.dtype != x.dtype:
+        raise ValueError(
+            f"norm_shift_mix: branch and x must share a dtype, got {branch.dtype} and {x.dtype}"
         )
 
 
@@ -142,12 +156,14 @@ def _norm_shift_mix(
     shift: Tensor,
     channels: int,
     eps: float,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The mixed, the last normed, and each token's mean and reciprocal deviation [2, N, T] fp32.
+    branch: Tensor | None,  # no default: PyTorch drops defaults, then misses their gradients
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """The mixed, the last normed, each token's mean and reciprocal deviation [2, N, T] fp32, and
+    x + branch (no elements if there is no branch).
 
     One tensor a mix, not a stack: their gradients then come as they are, uncopied.
     """
-    return _kernels().forward(x, weight, bias, mixes, restart, shift, channels, eps)
+    return _kernels().forward(x, weight, bias, mixes, restart, shift, channels, eps, branch)
 
 
 @torch.library.custom_op("i3dist::norm_shift_mix_backward", mutates_args=())
@@ -162,11 +178,14 @@ def _norm_shift_mix_backward(
     shift: Tensor,
     statistics: Tensor,
     channels: int,
+    grad_total: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and shift, and summands [:, 2 + M, P] fp32 of weight's, bias's and mixes'."""
-    return _kernels().backward(
-        grad_mixed, grad_last, x, weight, bias, mixes, restart, shift, statistics, channels
-    )
+    """Gradients of x and shift, and summands [:, 2 + M, P] fp32 of weight's, bias's and mixes'.
+
+    x is with its branch, if any; then so is its gradient, and includes `grad_total`.
+    """
+    forward = x, weight, bias, mixes, restart, shift, statistics, channels
+    return _kernels().backward(grad_mixed, grad_last, *forward, grad_total)
 
 
 @_norm_shift_mix.register_fake
@@ -179,10 +198,12 @@ def _norm_shift_mix_fake(
     shift: Tensor,
     channels: int,
     eps: float,
-) -> tuple[list[Tensor], Tensor, Tensor]:
+    branch: Tensor | None,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     mixed = [x.new_empty(x.shape) for _ in range(mixes.shape[0])]
     statistics = x.new_empty(2, *restart.shape, dtype=torch.float32)
-    return mixed, shift.new_empty(shift.shape), statistics
+    total = x.new_empty(0 if branch is None else x.shape)
+    return mixed, shift.new_empty(shift.shape), statistics, total
 
 
 @_norm_shift_mix_backward.register_fake
@@ -197,6 +218,7 @@ def _norm_shift_mix_backward_fake(
     shift: Tensor,
     statistics: Tensor,
     channels: int,
+    grad_total: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, width = x.shape
     programs = _kernels().backward_programs(rows * length)
@@ -204,20 +226,26 @@ def _norm_shift_mix_backward_fake(
     return x.new_empty(x.shape), shift.new_empty(shift.shape), summands
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor]) -> None:
-    *tensors, ctx.channels, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor, Tensor]
+) -> None:
+    x, *tensors, ctx.channels, _, branch = inputs
+    _, _, statistics, total = output
+    ctx.branches = branch is not None
+    ctx.save_for_backward(total if ctx.branches else x, *tensors, statistics)
 
 
 def _differentiate(
-    ctx: Any, grad_mixed: list[Tensor], grad_last: Tensor, _: Tensor
+    ctx: Any, grad_mixed: list[Tensor], grad_last: Tensor, _: Tensor, grad_total: Tensor
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    x, shift, summands = _norm_shift_mix_backward(grad_mixed, grad_last, *saved, ctx.channels)
+    x, shift, summands = _norm_shift_mix_backward(
+        grad_mixed, grad_last, *saved, ctx.channels, grad_total if ctx.branches else None
+    )
     _, weight, bias, mixes, *_ = saved
     total = summands.sum(0)  # in a fixed order: the same bits in every run
     parameters = total[0].to(weight.dtype), total[1].to(bias.dtype), total[2:].to(mixes.dtype)
-    return x, *parameters, None, shift, None, None
+    return x, *parameters, None, shift, None, None, x if ctx.branches else None
 
 
 _norm_shift_mix.register_autograd(_differentiate, setup_context=_save)

@@ -1,4 +1,4 @@
-"""LayerNorm, token shift and mixes as a pair of Triton kernels: the CUDA form.
+"""Residual, LayerNorm, token shift and mixes as a pair of Triton kernels: the CUDA form.
 
 Letters: N sequences, T tokens, D channels, P channels with padding, M mixes. Tokens are numbered
 through all sequences. A program walks a run of them with whole tokens in registers, so it has the
@@ -118,6 +118,24 @@ def _keep(x, limit, W: tl.constexpr):
 
 
 @triton.jit
+def _round(x, dtype: tl.constexpr):
+    """x in fp32, as it would be read back from a tensor of the dtype."""
+    result = ()
+    for c in tl.static_range(len(x)):
+        result += (x[c].to(dtype).to(tl.float32),)
+    return result
+
+
+@triton.jit
+def _load_sum(x, branch, at, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
+    """A row of x + branch in fp32, rounded to x's dtype; of x where there is no branch."""
+    row = _load(x + at, D, P, W)
+    if branch is not None:
+        row = _round(_add(row, _load(branch + at, D, P, W)), x.dtype.element_ty)
+    return row
+
+
+@triton.jit
 def _fold(x):
     """The sum of a row's pieces [W]."""
     total = x[0]
@@ -147,9 +165,11 @@ def _shift_mix_forward_kernel(
     mixes,
     restart,
     shift,
+    branch,
     mixed,
     last,
     statistics,
+    total,
     tokens,
     T,
     run,
@@ -166,11 +186,13 @@ def _shift_mix_forward_kernel(
     shares = ()
     for i in tl.static_range(len(mixed)):
         shares += (_load(mixes + i * P, D, P, W),)
-    row = _load(x + tl.maximum(first - 1, 0) * P, D, P, W)
+    row = _load_sum(x, branch, tl.maximum(first - 1, 0) * P, D, P, W)
     mean, scale = _measure(row, eps, D, W)
     before = _multiply_add(_affine(row, scale, -mean * scale), w, b)
     for token in tl.range(first, end, num_stages=STAGES):
-        row = _load(x + token * P, D, P, W)
+        row = _load_sum(x, branch, token * P, D, P, W)
+        if branch is not None:
+            _store(total + token * P, row, P, W)
         cut = tl.load(restart + token) != 0
         if cut | (t == 0):
             before = _load(shift + n * P, D, P, W, when=cut == 0)
@@ -221,6 +243,7 @@ def _shift_mix_backward_kernel(
     restart,
     shift,
     statistics,
+    grad_total,
     grad_x,
     grad_shift,
     summands,
@@ -277,6 +300,8 @@ def _shift_mix_backward_kernel(
         grad = _add(grad, passed)
         sum_w, sum_b = _multiply_add(grad, standard, sum_w), _add(sum_b, grad)
         grad = _norm_backward(_multiply(grad, w), standard, scale, D, W)
+        if grad_total is not None:
+            grad = _add(grad, _load(grad_total + token * P, D, P, W))
         _store(grad_x + token * P, grad, P, W)
         passed = _keep(past, tl.where(cut, 0, D), W)
         if t == 0:
@@ -300,13 +325,16 @@ def forward(
     shift: Tensor,
     channels: int,
     eps: float,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """M mixed [N, T, P], the last normed [N, P], and each token's mean and scale [2, N, T]."""
+    branch: Tensor | None,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """M mixed [N, T, P], the last normed [N, P], each token's mean and scale [2, N, T], and
+    x + branch [N, T, P] (no elements if there is no branch)."""
     x, weight, bias, mixes, shift = _contiguous(x, weight, bias, mixes, shift)
     rows, length, width = x.shape
     mixed = [torch.empty_like(x) for _ in mixes]
     last = torch.empty_like(shift)
     statistics = x.new_empty(2, rows, length, dtype=torch.float32)
+    total = x.new_empty(0 if branch is None else x.shape)
     tokens = rows * length
     run = triton.cdiv(tokens, FORWARD.programs)
     _shift_mix_forward_kernel[(triton.cdiv(tokens, run),)](
@@ -316,9 +344,11 @@ def forward(
         mixes,
         restart.contiguous().view(torch.uint8),
         shift,
+        None if branch is None else branch.contiguous(),
         tuple(mixed),
         last,
         statistics,
+        total,
         tokens,
         length,
         run,
@@ -329,7 +359,7 @@ def forward(
         STAGES=FORWARD.stages,
         num_warps=FORWARD.warps,
     )
-    return mixed, last, statistics
+    return mixed, last, statistics, total
 
 
 def backward_programs(tokens: int) -> int:
@@ -348,6 +378,7 @@ def backward(
     shift: Tensor,
     statistics: Tensor,
     channels: int,
+    grad_total: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and shift, and summands [:, 2 + M, P] fp32 of weight's, bias's and mixes'."""
     x, weight, bias, mixes, shift = _contiguous(x, weight, bias, mixes, shift)
@@ -366,6 +397,7 @@ def backward(
         restart.contiguous().view(torch.uint8),
         shift,
         statistics,
+        None if grad_total is None else grad_total.contiguous(),
         grad_x,
         grad_shift,
         summands,

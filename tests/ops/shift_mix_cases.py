@@ -1,6 +1,6 @@
 """Inputs of norm_shift_mix, and comparison of two forms of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.ops.wkv_cases import assert_close
 
-Form = Callable[..., tuple[tuple[Tensor, ...], Tensor]]
+Form = Callable[..., tuple[tuple[Tensor, ...], Tensor, Tensor]]
 
 
 class Case(NamedTuple):
@@ -20,6 +20,7 @@ class Case(NamedTuple):
     shift: Tensor
     channels: int
     eps: float = 1e-5
+    branch: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Case":
         """The case with each floating-point tensor replaced by the function of it."""
@@ -32,12 +33,11 @@ class Case(NamedTuple):
 
 
 class Run(NamedTuple):
-    mixed: tuple[Tensor, ...]
-    last: Tensor
-    gradients: list[Tensor]  # of x, weight, bias, mixes and shift
+    results: list[Tensor]  # the mixed, the last and, where there is a branch, the total
+    gradients: list[Tensor]  # of x, weight, bias, mixes, shift and branch
 
     def tensors(self) -> list[Tensor]:
-        return [*self.mixed, self.last, *self.gradients]
+        return [*self.results, *self.gradients]
 
 
 def make_case(
@@ -50,6 +50,7 @@ def make_case(
     restarts: float = 0.1,
     seed: int = 0,
     parameters: torch.dtype | None = None,
+    branch: bool = False,
 ) -> Case:
     """A case of `channels` + `padding` computed channels; parameters may have another dtype."""
     random = torch.Generator().manual_seed(seed)
@@ -67,23 +68,28 @@ def make_case(
         torch.rand(rows, length, generator=random) < restarts,
         normal(rows, width).to(dtype),
         channels,
+        branch=normal(rows, length, width).to(dtype) if branch else None,
     )
 
 
-def loss_of(mixed: tuple[Tensor, ...], last: Tensor, seed: int = 1) -> Tensor:
+def results_of(form: Form, case: Case) -> list[Tensor]:
+    mixed, last, total = form(*case)
+    return [*mixed, last] if case.branch is None else [*mixed, last, total]
+
+
+def loss_of(results: Sequence[Tensor], seed: int = 1) -> Tensor:
     """A weighted sum of all results, padding included."""
     random = torch.Generator().manual_seed(seed)
-    weights = (torch.randn(y.shape, generator=random).bfloat16().to(y) for y in (*mixed, last))
-    products = [(y.double() * w).sum() for y, w in zip((*mixed, last), weights, strict=True)]
+    weights = (torch.randn(y.shape, generator=random).bfloat16().to(y) for y in results)
+    products = [(y.double() * w).sum() for y, w in zip(results, weights, strict=True)]
     return torch.stack(products).sum()
 
 
 def run(form: Form, case: Case) -> Run:
     case = case.map(lambda x: x.detach().clone().requires_grad_())
-    mixed, last = form(*case)
-    loss = loss_of(mixed, last)
-    gradients = torch.autograd.grad(loss, case.floats(), materialize_grads=True)
-    return Run(tuple(y.detach() for y in mixed), last.detach(), list(gradients))
+    results = results_of(form, case)
+    gradients = torch.autograd.grad(loss_of(results), case.floats(), materialize_grads=True)
+    return Run([y.detach() for y in results], list(gradients))
 
 
 def assert_same_run(got: Run, want: Run, tolerance: float) -> None:
@@ -100,25 +106,36 @@ def assert_equal_run(got: Run, want: Run) -> None:
 def split_form(form: Form, at: int) -> Form:
     """The form in two calls: the tokens before `at`, and the rest with the shift carried in."""
 
-    def split(x, weight, bias, mixes, restart, shift, channels, eps):
+    def split(x, weight, bias, mixes, restart, shift, channels, eps, branch):
         pieces = []
         for part in (slice(None, at), slice(at, None)):
             if x[:, part].shape[1]:
                 rest = restart[:, part], shift, channels, eps
-                mixed, shift = form(x[:, part], weight, bias, mixes, *rest)
-                pieces.append(mixed)
-        return tuple(torch.cat(mix, dim=1) for mix in zip(*pieces, strict=True)), shift
+                addend = None if branch is None else branch[:, part]
+                mixed, shift, total = form(x[:, part], weight, bias, mixes, *rest, addend)
+                pieces.append((*mixed, total))
+        *mixed, total = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
+        return tuple(mixed), shift, total
 
     return split
 
 
+def add_outside(form: Form) -> Form:
+    """The form without a branch, on an x to which the branch has been added."""
+
+    def added(x, *rest):
+        *rest, branch = rest
+        return form(x + branch, *rest)
+
+    return added
+
+
 def since(form: Form, case: Case, at: int) -> list[Tensor]:
     """Values of the tokens from `at` on, and the gradient of x there of a loss of those values."""
-    x = case.x.clone().requires_grad_()
-    mixed, last = form(x, *case[1:])
-    later = tuple(y[:, at:] for y in mixed)
-    (gradient,) = torch.autograd.grad(loss_of(later, last), x)
-    return [*(y.detach() for y in later), last.detach(), gradient[:, at:]]
+    case = case._replace(x=case.x.clone().requires_grad_())
+    later = [y[:, at:] if y.ndim == 3 else y for y in results_of(form, case)]
+    (gradient,) = torch.autograd.grad(loss_of(later), case.x)
+    return [*(y.detach() for y in later), gradient[:, at:]]
 
 
 def overwrite_before(case: Case, at: int, value: float) -> Case:

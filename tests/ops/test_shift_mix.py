@@ -9,11 +9,13 @@ from torch import Tensor
 from i3dist.ops.shift_mix import norm_shift_mix
 from tests.ops.shift_mix_cases import (
     Case,
+    add_outside,
     assert_equal_run,
     assert_same_run,
     loss_of,
     make_case,
     overwrite_before,
+    results_of,
     run,
     since,
     split_form,
@@ -34,6 +36,7 @@ def cases(
         dtype=draw(st.sampled_from(dtypes)),
         restarts=draw(st.sampled_from([0.0, 0.3, 1.0])),
         seed=draw(st.integers(0, 2**31)),
+        branch=draw(st.booleans()),
     )
 
 
@@ -46,9 +49,12 @@ def loop_over_tokens(
     shift: Tensor,
     channels: int,
     eps: float,
-) -> tuple[tuple[Tensor, ...], Tensor]:
+    branch: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """One token of one row after another, by the definitions."""
     rows, length, width = x.shape
+    if branch is not None:
+        x = (x + branch) * (torch.arange(width) < channels)
     mixed = [x.new_zeros(x.shape) for _ in mixes]
     last = x.new_zeros(rows, width)
     for n in range(rows):
@@ -64,7 +70,7 @@ def loop_over_tokens(
                 y[n, t, :channels] = mix * normed + (1.0 - mix) * before
             before = normed
         last[n, :channels] = before
-    return tuple(mixed), last
+    return tuple(mixed), last, x
 
 
 @settings(max_examples=80, deadline=None)
@@ -73,24 +79,39 @@ def test_values_and_gradients_are_the_definitions(case: Case) -> None:
     assert_same_run(run(norm_shift_mix, case), run(loop_over_tokens, case), 1e-10)
 
 
+@settings(max_examples=40, deadline=None)
+@given(cases(tuple(TOLERANCE), padding=0))
+def test_a_branch_is_added_first(case: Case) -> None:
+    if case.branch is None:
+        case = case._replace(branch=case.x.flip(1))
+    assert_equal_run(run(norm_shift_mix, case), run(add_outside(norm_shift_mix), case))
+
+
+def test_without_a_branch_x_is_the_total() -> None:
+    case = make_case(2, 5, 6, 2, 3, torch.bfloat16)
+    assert norm_shift_mix(*case)[2] is case.x
+
+
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_dtypes(dtype: torch.dtype, parameters: torch.dtype) -> None:
-    case = make_case(3, 20, 60, 4, 3, dtype, parameters=parameters)
+@pytest.mark.parametrize("branch", [False, True])
+def test_narrow_dtypes(dtype: torch.dtype, parameters: torch.dtype, branch: bool) -> None:
+    case = make_case(3, 20, 60, 4, 3, dtype, parameters=parameters, branch=branch)
     got, want = run(norm_shift_mix, case), run(loop_over_tokens, case.map(Tensor.double))
     # Doubled: on the CPU every intermediate is rounded.
     assert_same_run(got, want, 2.0 * max(TOLERANCE[dtype], TOLERANCE[parameters]))
-    assert all(y.dtype == dtype for y in (*got.mixed, got.last))
+    assert all(y.dtype == dtype for y in got.results)
     assert [g.dtype for g in got.gradients] == [x.dtype for x in case.floats()]
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_gradients_are_finite_differences(length: int) -> None:
-    case = make_case(2, length, 4, 2, 2, torch.float64, restarts=0.3)
+@pytest.mark.parametrize("branch", [False, True])
+def test_gradients_are_finite_differences(length: int, branch: bool) -> None:
+    case = make_case(2, length, 4, 2, 2, torch.float64, restarts=0.3, branch=branch)
 
-    def function(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor, shift: Tensor) -> Tensor:
-        rest = case.restart, shift, case.channels, case.eps
-        return loss_of(*norm_shift_mix(x, weight, bias, mixes, *rest))
+    def function(*leaves: Tensor) -> Tensor:
+        given = iter(leaves)
+        return loss_of(results_of(norm_shift_mix, case.map(lambda _: next(given))))
 
     leaves = [x.requires_grad_() for x in case.floats()]
     assert torch.autograd.gradcheck(function, leaves)
@@ -109,8 +130,10 @@ def test_split_run_is_the_whole_run(case: Case, data: st.DataObject) -> None:
 def test_padded_run_is_the_plain_run(case: Case, padding: int) -> None:
     def padded(*tensors_and_rest):
         wide = Case(*tensors_and_rest).map(lambda x: torch.nn.functional.pad(x, (0, padding)))
-        mixed, last = norm_shift_mix(*wide)
-        return tuple(y[..., : case.channels] for y in mixed), last[..., : case.channels]
+        mixed, *rest = norm_shift_mix(*wide)
+        return tuple(y[..., : case.channels] for y in mixed), *(
+            y[..., : case.channels] for y in rest
+        )
 
     assert_same_run(run(padded, case), run(norm_shift_mix, case), 1e-12)
 
@@ -145,14 +168,15 @@ def test_no_gradient_crosses_a_restart(case: Case, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, case.x.shape[1] - 1))
     case.restart[:, at] = True
     leaves = case.map(lambda x: x.requires_grad_())
-    mixed, last = norm_shift_mix(*leaves)
-    loss = loss_of(tuple(y[:, at:] for y in mixed), last)
+    later = [y[:, at:] if y.ndim == 3 else y for y in results_of(norm_shift_mix, leaves)]
+    loss = loss_of(later)
     grad_x, grad_shift = torch.autograd.grad(loss, (leaves.x, leaves.shift))
     assert not grad_x[:, :at].any() and not grad_shift.any()
 
 
-def test_compile_holds_it_whole() -> None:
-    case = make_case(2, 5, 6, 2, 3, torch.bfloat16)
+@pytest.mark.parametrize("branch", [False, True])
+def test_compile_holds_it_whole(branch: bool) -> None:
+    case = make_case(2, 5, 6, 2, 3, torch.bfloat16, branch=branch)
     compiled = torch.compile(lambda *x: norm_shift_mix(*x), backend="aot_eager", fullgraph=True)
     assert_equal_run(run(compiled, case), run(norm_shift_mix, case))
 
@@ -169,6 +193,8 @@ def test_compile_holds_it_whole() -> None:
         ({"restart": torch.zeros(2, 3, dtype=torch.bool)}, "restart must be"),
         ({"shift": torch.zeros(5)}, "shift must be"),
         ({"shift": torch.zeros(2, 5, dtype=torch.bfloat16)}, "share a dtype"),
+        ({"branch": torch.zeros(2, 4, 4)}, "branch must be"),
+        ({"branch": torch.zeros(2, 4, 5, dtype=torch.bfloat16)}, "share a dtype"),
         ({"channels": 6}, "1 to 5"),
         ({"channels": 0}, "1 to 5"),
     ],
