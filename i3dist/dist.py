@@ -260,6 +260,28 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_parts(tensor: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Sum `tensor` over all ranks, each of which gets a part of the result.
+
+    Args:
+        tensor: [N], as long on every rank.
+        size: of a part; all ranks' parts hold N elements or more, zeros beyond N.
+        dtype: what is sent and summed.
+
+    Returns:
+        [size] in `dtype`, in memory of its own: elements rank x size and on.
+    """
+    ranks = torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+    whole = tensor.new_empty(ranks * size, dtype=dtype)
+    whole[: len(tensor)] = tensor
+    whole[len(tensor) :] = 0
+    if ranks == 1:
+        return whole
+    part = whole.new_empty(size)
+    torch_dist.reduce_scatter_tensor(part, whole)
+    return part
+
+
 def gather_objects(mine: Gathered) -> list[Gathered]:
     """Every rank's object, by rank, on every rank; alone, a list of one. Small objects only."""
     if not torch_dist.is_initialized():

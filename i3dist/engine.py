@@ -32,6 +32,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 import deepspeed  # noqa: E402
+from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
 
 # What the trainer decides from its own settings; the engine's file leaves these out or "auto".
 OURS = (
@@ -141,6 +142,7 @@ class Engine:
             model=self._packed, optimizer=self._adamw, config=_complete(config, micro_batches)
         )
         self._check(config)
+        self._engine.optimizer.average_tensor = self._reduce
         model.to(self.device)
         self._packed.share()
 
@@ -220,13 +222,13 @@ class Engine:
         """Add one micro-batch's share to the gradient of the step's mean loss.
 
         The step's loss is the sum of cross-entropy over all targets of the whole job's step,
-        divided by their number. DeepSpeed divides by micro-batches and by ranks; that is undone.
+        divided by their number. DeepSpeed divides by micro-batches; that is undone.
 
         Args:
             loss_sum: scalar, sum of token losses of the micro-batch.
             targets: scalar, number of targets in the whole job's step.
         """
-        scale = self.micro_batches * self._engine.dp_world_size / targets.clamp(min=1)
+        scale = self.micro_batches / targets.clamp(min=1)
         self._engine.backward(loss_sum * scale.to(loss_sum.dtype))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -257,12 +259,41 @@ class Engine:
         """Let go of the model: DeepSpeed's hooks hold it, whoever else has forgotten it."""
         self._engine.destroy()
 
-    def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of weights and optimizer state, parameter by parameter.
+    def _reduce(self, gradients: Tensor, dtype: torch.dtype) -> None:
+        """Sum gradients over ranks and keep this rank's part: DeepSpeed calls it after backward.
 
-        Views into the flat fp32 partition that DeepSpeed maps a part of each flat tensor to. Its
-        own accessors are no use here: they link AdamW's state after the first parameter group's
-        first step, when the other groups have none yet (0.19.8).
+        In place of its own `average_tensor` (0.19.8), which reduces all of it to every rank, writes
+        the sums back in the gradient's type and adds them to zeros.
+
+        Args:
+            gradients: [elements], those of the flat tensors in DeepSpeed's bucket.
+            dtype: what they are summed in.
+        """
+        zero = self._engine.optimizer
+        start = 0
+        for group, _, _ in zero.ipg_buckets[dtype].params:
+            (flat,) = zero.bit16_groups[group]
+            gradient = gradients.narrow(0, start, flat.numel())
+            start += flat.numel()
+            part = dist.sum_parts(gradient, zero.partition_size[group], dtype).float()
+            earlier = zero.averaged_gradients.get(group)
+            if earlier is None:
+                zero.averaged_gradients[group] = GradPartitionBufferGroup([part], part)
+            else:
+                earlier.flat_partition.add_(part)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of weights and optimizer state, parameter by parameter."""
+        for name, start, mask, parts in self._shares():
+            yield Fragment(name, start, {key: part[mask] for key, part in parts.items()})
+
+    def _shares(self) -> Iterator[tuple[str, int, Tensor, dict[str, Tensor]]]:
+        """Per parameter in this rank's partition: its name, the first of its elements here, which
+        elements of the tensors are its (the others are padding), and the tensors.
+
+        They are views into the flat fp32 partition that DeepSpeed maps a part of each flat tensor
+        to. Its own accessors are no use here: they link AdamW's state after the first parameter
+        group's first step, when the other groups have none yet (0.19.8).
         """
         zero = self._engine.optimizer
         for flat in self._packed.flats:
@@ -270,17 +301,19 @@ class Engine:
             if mapping is None:
                 continue
             partition = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            whole = {"weight": partition} | {
-                k: zero.optimizer.state[partition][k] for k in ADAM_STATES
-            }
+            moments = {key: zero.optimizer.state[partition][key] for key in ADAM_STATES}
+            whole = {"weight": partition.detach()} | moments
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             for name, slot in zip(flat.names, flat.slots, strict=True):
-                start = max(slot.start, here.start)
-                length = min(slot.start + slot.numel, here.start + here.numel) - start
-                if length > 0:
-                    at = there.start + start - here.start
-                    views = {k: t.detach().narrow(0, at, length) for k, t in whole.items()}
-                    yield Fragment(name, start - slot.start, views)
+                first = max(slot.start, here.start)
+                end = min(slot.start + slot.size, here.start + here.numel)
+                if first >= end:
+                    continue
+                mask = slot.mask(partition.device)
+                before, mask = mask.tensor_split([first - slot.start, end - slot.start])[:2]
+                at = there.start + first - here.start
+                views = {key: tensor.narrow(0, at, end - first) for key, tensor in whole.items()}
+                yield name, int(before.sum()), mask, views
 
     @torch.no_grad()
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
@@ -293,10 +326,10 @@ class Engine:
         self._create_adam_state(steps)
         for name, parameter in self.model.named_parameters():
             parameter.copy_(state[name]["weight"].view_as(parameter))
-        for fragment in self.fragments():
-            whole = state[fragment.name]
-            for key, tensor in fragment.tensors.items():
-                tensor.copy_(whole[key].narrow(0, fragment.start, len(tensor)))
+        for name, start, mask, parts in self._shares():
+            whole, length = state[name], int(mask.sum())
+            for key, part in parts.items():
+                part[mask] = whole[key].narrow(0, start, length).to(part.device)
 
     def _create_adam_state(self, steps: int) -> None:
         """Make AdamW's state, which torch only does in its first step, and set its step count."""

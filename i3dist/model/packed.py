@@ -14,34 +14,52 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from i3dist.model.layers import ALIGNMENT, Channels, Linear
-from i3dist.model.lm import COMPILE, I3LM, decayed
+from i3dist.model.lm import I3LM, decayed
 
 
 class Slot(NamedTuple):
-    """One parameter's place in a flat tensor, and the form that it is computed in."""
+    """One parameter's place in a flat tensor.
+
+    Padding that a matrix is computed with stands in the flat tensor as well, so that blocks use
+    slices of it as they are. Only the channels of heads, padded one by one, are padded when used.
+    """
 
     start: int  # first element
-    numel: int
-    shape: torch.Size
+    shape: torch.Size  # of the parameter
     sides: tuple[Channels, Channels] | None  # of a projection: channels out and in
 
     @property
+    def layout(self) -> torch.Size:
+        """The shape that the parameter is the first corner of."""
+        if self.sides is None:
+            return self.shape
+        return torch.Size(c.computed if c.heads == 1 else c.stored for c in self.sides)
+
+    @property
     def size(self) -> int:
-        """Elements that it takes, so that every slot begins aligned; those beyond stay zero."""
-        return -(-self.numel // ALIGNMENT) * ALIGNMENT
+        """Elements that it takes, so that every slot begins aligned."""
+        return -(-self.layout.numel() // ALIGNMENT) * ALIGNMENT
 
     def stored(self, part: Tensor) -> Tensor:
         """The parameter in its own shape, as a view of its part of the flat tensor."""
-        return part[: self.numel].view(self.shape)
+        whole = part[: self.layout.numel()].view(self.layout)
+        return whole[tuple(slice(length) for length in self.shape)]
 
     def computed(self, part: Tensor) -> Tensor:
         """The parameter in the shape that blocks compute with."""
         if len(self.shape) == 1:
             return part  # the slot's zeros are the padding
+        whole = part[: self.layout.numel()].view(self.layout)
         if self.sides is None:
-            return self.stored(part)
+            return whole
         d_out, d_in = self.sides
-        return d_out.pad(d_in.pad(self.stored(part)), dim=0)
+        return d_out.pad(d_in.pad(whole), dim=0)
+
+    def mask(self, device: torch.device) -> Tensor:
+        """Which elements of the slot are the parameter's, in its order: [size] bool."""
+        mask = torch.zeros(self.size, dtype=torch.bool, device=device)
+        self.stored(mask).fill_(True)
+        return mask
 
 
 class Flat(NamedTuple):
@@ -60,7 +78,6 @@ class PackedModel(nn.Module):
         super().__init__()
         # In a tuple, so that it is no submodule and its parameters are not counted twice.
         self._model = (model,)
-        self._unpack = torch.compile(unpack, **COMPILE) if model.compiled else unpack
         self._call: Callable[..., Any] = self._unpack_and_call
         matrices = set(decayed(model))
         names = [name for name, _ in model.named_parameters()]
@@ -92,7 +109,9 @@ class PackedModel(nn.Module):
     def _unpack_and_call(self, decayed: Tensor, undecayed: Tensor, *arguments: Any) -> Any:
         parameters: dict[str, Tensor] = {}
         for flat, values in zip(self.flats, (decayed, undecayed), strict=True):
-            parameters |= zip(flat.names, self._unpack(values, flat.slots), strict=True)
+            parts = values.split([slot.size for slot in flat.slots])
+            for name, slot, part in zip(flat.names, flat.slots, parts, strict=True):
+                parameters[name] = slot.computed(part)
         return functional_call(self._model[0], parameters, arguments, tie_weights=False)
 
     @torch.no_grad()
@@ -107,15 +126,6 @@ class PackedModel(nn.Module):
                 self._model[0].get_parameter(name).data = slot.stored(part)
 
 
-def unpack(flat: Tensor, slots: tuple[Slot, ...]) -> list[Tensor]:
-    """A flat tensor's parameters, each in the shape that blocks compute with.
-
-    Together, so that backward joins all their gradients in one pass.
-    """
-    parts = flat.split([slot.size for slot in slots])
-    return [slot.computed(part) for slot, part in zip(slots, parts, strict=True)]
-
-
 @torch.no_grad()
 def _flatten(model: I3LM, names: list[str], decays: bool) -> Flat:
     """Copy parameters into one flat tensor, each at an aligned place."""
@@ -124,9 +134,9 @@ def _flatten(model: I3LM, names: list[str], decays: bool) -> Flat:
         parameter = model.get_parameter(name)
         owner = model.get_submodule(name.rpartition(".")[0])
         sides = (owner.d_out, owner.d_in) if isinstance(owner, Linear) else None
-        slots.append(Slot(start, parameter.numel(), parameter.shape, sides))
+        slots.append(Slot(start, parameter.shape, sides))
         start += slots[-1].size
     flat = model.get_parameter(names[0]).new_zeros(start)
     for name, slot in zip(names, slots, strict=True):
-        flat.narrow(0, slot.start, slot.numel).copy_(model.get_parameter(name).flatten())
+        slot.stored(flat.narrow(0, slot.start, slot.size)).copy_(model.get_parameter(name))
     return Flat(nn.Parameter(flat), names, tuple(slots), decays)

@@ -28,7 +28,7 @@ class Plan(NamedTuple):
     programs: int  # at most
     width: int  # W
     warps: int  # of a program
-    stages: int  # tokens in flight: loads run ahead of the arithmetic
+    stages: int  # tokens in flight: loads run ahead of the arithmetic, but for single bytes (cuts)
 
 
 # An H100 or H200 has 132 multiprocessors. The backward kernel fills the registers of each with two
@@ -189,11 +189,13 @@ def _shift_mix_forward_kernel(
     row = _load_sum(x, branch, tl.maximum(first - 1, 0) * P, D, P, W)
     mean, scale = _measure(row, eps, D, W)
     before = _multiply_add(_affine(row, scale, -mean * scale), w, b)
+    next_cut = tl.load(restart + first) != 0
     for token in tl.range(first, end, num_stages=STAGES):
         row = _load_sum(x, branch, token * P, D, P, W)
         if branch is not None:
             _store(total + token * P, row, P, W)
-        cut = tl.load(restart + token) != 0
+        cut = next_cut
+        next_cut = tl.load(restart + tl.minimum(token + 1, tokens - 1)) != 0
         if cut | (t == 0):
             before = _load(shift + n * P, D, P, W, when=cut == 0)
         mean, scale = _measure(row, eps, D, W)
@@ -275,6 +277,7 @@ def _shift_mix_backward_kernel(
     row = _load(x + (end - 1) * P, D, P, W)
     standard = _affine(row, scale, -tl.load(statistics + end - 1) * scale)
     normed = _multiply_add(standard, w, b)
+    next_cut = tl.load(restart + end - 1) != 0
     for step in tl.range(0, end - first, num_stages=STAGES):
         token = end - 1 - step
         behind = tl.maximum(token - 1, 0)
@@ -282,7 +285,8 @@ def _shift_mix_backward_kernel(
         grads = ()
         for i in tl.static_range(M):
             grads += (_load(grad_mixed[i] + token * P, D, P, W),)
-        cut = tl.load(restart + token) != 0
+        cut = next_cut
+        next_cut = tl.load(restart + behind) != 0
         next_scale = tl.load(statistics + tokens + behind)
         next_standard = _affine(row, next_scale, -tl.load(statistics + behind) * next_scale)
         next_normed = _multiply_add(next_standard, w, b)

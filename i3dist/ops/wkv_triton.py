@@ -24,6 +24,9 @@ from i3dist.ops import wkv_naive
 
 BLOCK = 16  # L, of both kernels
 _CHANNELS = 32  # per program
+# Of a thread of the backward kernel, at most: nine programs then share a multiprocessor, so that all
+# programs of 32 rows x 1,184 channels run at once on 132 of them.
+_REGISTERS = 224
 _EMPTY = tl.constexpr(wkv_naive.EMPTY_MAXIMUM)
 _MAX_SLIP = tl.constexpr(wkv_naive.MAX_SLIP)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -250,40 +253,43 @@ def _wkv_backward_kernel(
     if receptance is not None:
         receptance, grad_receptance = receptance + at, grad_receptance + at
     entries += row * tiles * 3 * C + channel
-    first = (tiles - 1) * L
-    inputs = _load_inputs(k, v, receptance, restart, tiles - 1, T, C, L, EVEN)
-    keys, values, receptances, cuts = _unpack(inputs, L)
-    grads = _widen(_load_tile(grad_y + first * C, T - first, C, L, EVEN))
+    keys, values, _, cuts = _unpack(
+        _load_inputs(k, v, None, restart, tiles - 1, T, C, L, EVEN), L
+    )
     a, b, m = _load_state(entries + (tiles - 1) * 3 * C, C)
     for tile in range(tiles - 1, -1, -1):
+        # First what this tile needs once it has been revisited, then the next tile.
+        grads = _load_tile(grad_y + tile * L * C, T - tile * L, C, L, EVEN)
+        if receptance is not None:
+            receptances = _load_tile(receptance + tile * L * C, T - tile * L, C, L, EVEN)
         ahead = tl.maximum(tile - 1, 0)
-        inputs = _load_inputs(k, v, receptance, restart, ahead, T, C, L, EVEN)
-        next_grads = _load_tile(grad_y + ahead * L * C, T - ahead * L, C, L, EVEN)
+        inputs = _load_inputs(k, v, None, restart, ahead, T, C, L, EVEN)
         entry = _load_state(entries + ahead * 3 * C, C)
-        found = _revisit(a, b, m, w, keys, values, cuts, L)
-        tile_k, tile_v = grad_k + tile * L * C, grad_v + tile * L * C
-        for t in tl.static_range(L - 1, -1, -1):
-            if EVEN or tile * L + t < T:
-                grad = grads[t]
-                if receptance is not None:
-                    gate = _sigmoid(receptances[t])
-                    grad *= gate
-                adjoint_a, adjoint_b, key, value, du, dw, mean = _retreat(
-                    adjoint_a, adjoint_b, found[t], u, keys[t], values[t], grad
-                )
-                if receptance is not None:
-                    grad_gate = (grad * (1.0 - gate) * mean).to(grad_receptance.dtype.element_ty)
-                    tl.store(grad_receptance + tile * L * C + t * C, grad_gate, mask=inside)
-                sum_u += du
-                sum_w += dw
-                tl.store(tile_k + t * C, key.to(grad_k.dtype.element_ty), mask=inside)
-                tl.store(tile_v + t * C, value.to(grad_v.dtype.element_ty), mask=inside)
-                cut = ((cuts >> t) & 1) != 0
-                adjoint_a = tl.where(cut, 0.0, adjoint_a)
-                adjoint_b = tl.where(cut, 0.0, adjoint_b)
+        # Always so. The assembler would move loads down to their use, but not into another block.
+        if tile < T:
+            found = _revisit(a, b, m, w, keys, values, cuts, L)
+            tile_k, tile_v = grad_k + tile * L * C, grad_v + tile * L * C
+            for t in tl.static_range(L - 1, -1, -1):
+                if EVEN or tile * L + t < T:
+                    grad = grads[t].to(tl.float32)
+                    if receptance is not None:
+                        gate = _sigmoid(receptances[t].to(tl.float32))
+                        grad *= gate
+                    adjoint_a, adjoint_b, key, value, du, dw, mean = _retreat(
+                        adjoint_a, adjoint_b, found[t], u, keys[t], values[t], grad
+                    )
+                    if receptance is not None:
+                        grad_gate = (grad * (1.0 - gate) * mean).to(grad_receptance.dtype.element_ty)
+                        tl.store(grad_receptance + tile * L * C + t * C, grad_gate, mask=inside)
+                    sum_u += du
+                    sum_w += dw
+                    tl.store(tile_k + t * C, key.to(grad_k.dtype.element_ty), mask=inside)
+                    tl.store(tile_v + t * C, value.to(grad_v.dtype.element_ty), mask=inside)
+                    cut = ((cuts >> t) & 1) != 0
+                    adjoint_a = tl.where(cut, 0.0, adjoint_a)
+                    adjoint_b = tl.where(cut, 0.0, adjoint_b)
         # Not earlier: this waits for the loads.
-        keys, values, receptances, cuts = _unpack(inputs, L)
-        grads = _widen(next_grads)
+        keys, values, _, cuts = _unpack(inputs, L)
         a, b, m = entry
     tl.store(grad_parameters + row * 2 * C + channel, sum_w, mask=inside)
     tl.store(grad_parameters + row * 2 * C + C + channel, sum_u, mask=inside)
@@ -360,6 +366,7 @@ def backward(
         grad_state,
         length,
         **options,
+        maxnreg=_REGISTERS,
     )
     # Each a tensor of its own: outputs of an operator must not share memory.
     grad_decay, grad_bonus = (part.sum(0) for part in partial.unbind(1))
