@@ -24,8 +24,8 @@ from i3dist.ops import wkv_naive
 
 BLOCK = 16  # L, of both kernels
 _CHANNELS = 32  # per program
-# Of a thread of the backward kernel, at most: nine programs then share a multiprocessor, so that all
-# programs of 32 rows x 1,184 channels run at once on 132 of them.
+# Of a thread of the backward kernel, at most: nine programs then share a multiprocessor, so that
+# all programs of 32 rows x 1,184 channels run at once on 132 of them.
 _REGISTERS = 224
 _EMPTY = tl.constexpr(wkv_naive.EMPTY_MAXIMUM)
 _MAX_SLIP = tl.constexpr(wkv_naive.MAX_SLIP)
@@ -132,6 +132,11 @@ def _unpack(inputs, L: tl.constexpr):
 
 
 @triton.jit
+def _store_token(pointer, x, inside):
+    tl.store(pointer, x.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _load_state(state, C: tl.constexpr):
     """(a, b, m) [W] from [..., 3, C]."""
     return tl.load(state), tl.load(state + C), tl.load(state + 2 * C)
@@ -184,7 +189,7 @@ def _wkv_forward_kernel(
                 mean = _read(a, b, m, u, keys[t], values[t])[0]
                 if receptance is not None:
                     mean *= _sigmoid(receptances[t])
-                tl.store(tile_y + t * C, mean.to(y.dtype.element_ty), mask=inside)
+                _store_token(tile_y + t * C, mean, inside)
                 a, b, m = _advance(a, b, m, w, keys[t], values[t])[:3]
         # Not earlier: this waits for the loads.
         keys, values, receptances, cuts = _unpack(inputs, L)
@@ -253,9 +258,8 @@ def _wkv_backward_kernel(
     if receptance is not None:
         receptance, grad_receptance = receptance + at, grad_receptance + at
     entries += row * tiles * 3 * C + channel
-    keys, values, _, cuts = _unpack(
-        _load_inputs(k, v, None, restart, tiles - 1, T, C, L, EVEN), L
-    )
+    inputs = _load_inputs(k, v, None, restart, tiles - 1, T, C, L, EVEN)
+    keys, values, _, cuts = _unpack(inputs, L)
     a, b, m = _load_state(entries + (tiles - 1) * 3 * C, C)
     for tile in range(tiles - 1, -1, -1):
         # First what this tile needs once it has been revisited, then the next tile.
@@ -279,12 +283,12 @@ def _wkv_backward_kernel(
                         adjoint_a, adjoint_b, found[t], u, keys[t], values[t], grad
                     )
                     if receptance is not None:
-                        grad_gate = (grad * (1.0 - gate) * mean).to(grad_receptance.dtype.element_ty)
-                        tl.store(grad_receptance + tile * L * C + t * C, grad_gate, mask=inside)
+                        grad_gate = grad * (1.0 - gate) * mean
+                        _store_token(grad_receptance + (tile * L + t) * C, grad_gate, inside)
                     sum_u += du
                     sum_w += dw
-                    tl.store(tile_k + t * C, key.to(grad_k.dtype.element_ty), mask=inside)
-                    tl.store(tile_v + t * C, value.to(grad_v.dtype.element_ty), mask=inside)
+                    _store_token(tile_k + t * C, key, inside)
+                    _store_token(tile_v + t * C, value, inside)
                     cut = ((cuts >> t) & 1) != 0
                     adjoint_a = tl.where(cut, 0.0, adjoint_a)
                     adjoint_b = tl.where(cut, 0.0, adjoint_b)
