@@ -200,8 +200,8 @@ def tables(cost: Cost, measured: dict[tuple[int, int], float]) -> dict[str, str]
     fit = "lanes | at once | measured, ms | fit, ms | off"
     scaling = "alike | GPUs | lanes a GPU | micro-batches | tokens a step | step, ms"
     scaling += " | communication | tokens/s | efficiency | bf16 | Ethernet | Ethernet, bf16"
-    schemes = "GPUs, link | DP, ms | ZeRO-1, ms | ZeRO-2, ms | 8 micro-batches, ms"
-    schemes += " | of 4 lanes | of 16 lanes | DP, GB | ZeRO, GB"
+    schemes = "GPUs, link | DP, ms | ZeRO-1, ms | ZeRO-2, ms | ZeRO-2, m = 8, ms"
+    schemes += " | longer: 8 x 4 lanes | 8 x 16 lanes | DP, GB | ZeRO, GB"
     return {
         "fit": _markdown(fit, _fit_rows(cost, measured)),
         "scaling": _markdown(scaling, _scaling_rows(cost)),
@@ -262,7 +262,7 @@ def fill(document: Path, contents: dict[str, str]) -> None:
 
 def draw(cost: Cost, path: Path) -> None:
     """Efficiency with as many lanes on every GPU; speed with as many tokens a step. PNG."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     left.set(ylabel="efficiency", ylim=(0, 1.02), title="as many lanes on every GPU")
@@ -281,7 +281,7 @@ def draw(cost: Cost, path: Path) -> None:
         axes.set(xlabel="GPUs", xticks=WORLDS, xticklabels=[f"{world:,}" for world in WORLDS])
         axes.axvline(NODE, color="0.85", lw=6, zorder=0)  # the last that one node holds
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, framealpha=0.9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)
     figure.savefig(path, dpi=150, format="png")
 
 

@@ -61,8 +61,10 @@ class Attention(nn.Module):
         """
         chunks, width = embed.age.shape[0], embed.width
         projected = self.key_value(latents + width.pad(embed.slot))  # [B, C + K, M, 2D]
-        windows = projected.unfold(1, chunks, 1)[:, :-1]  # [B, K, M, 2D, C]
-        windows = windows.movedim(-1, 2) + self.key_value(width.pad(embed.age))[:, None]
+        count = latents.shape[1] - chunks
+        # Slices, not `unfold`, whose gradient is summed by atomic additions where it is compiled.
+        windows = torch.stack([projected[:, i : i + count] for i in range(chunks)], dim=2)
+        windows = windows + self.key_value(width.pad(embed.age))[:, None]  # [B, K, C, M, 2D]
         key, value = windows.flatten(2, 3).chunk(2, dim=-1)  # [B, K, C * M, D] each
         return split_heads(key, self.heads), split_heads(value, self.heads)
 

@@ -5,7 +5,6 @@ arXiv:2103.03206), then LayerNorm and a feed-forward refine them.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from i3dist.model.layers import (
@@ -17,6 +16,7 @@ from i3dist.model.layers import (
     merge_heads,
     split_heads,
 )
+from i3dist.ops.attention import attend_few
 
 
 class Compressor(nn.Module):
@@ -47,12 +47,7 @@ class Compressor(nn.Module):
         key, value = self.key_value(self.norm_in(hidden)).chunk(2, dim=-1)
         queries = self.width.pad(self.queries)
         query = self.query(queries).expand(*hidden.shape[:-2], -1, -1)
-        read = F.scaled_dot_product_attention(
-            split_heads(query, self.heads),
-            split_heads(key, self.heads),
-            split_heads(value, self.heads),
-            attn_mask=keep[..., None, None, :],
-            scale=self.scale,
-        )
+        query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
+        read = attend_few(query, key, value, keep[..., None, None, :], self.scale)
         latents = queries + self.output(merge_heads(read))
         return self.norm_out(latents + self.ff(self.norm_ff(latents)))

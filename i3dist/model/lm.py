@@ -61,7 +61,7 @@ class I3LM(nn.Module):
         self.compiled = True
         for block in (*self.rwkv, *self.attention, self.compressor):
             block.compile(**COMPILE)
-        for name in ("embed", "losses", "history_keys_values"):
+        for name in ("_start", "losses", "history_keys_values"):
             setattr(self, name, torch.compile(getattr(self, name), **COMPILE))
 
     def forward(
@@ -115,8 +115,16 @@ class I3LM(nn.Module):
         return x, RwkvState(*(torch.stack(parts, dim=1) for parts in zip(*after, strict=True)))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids -> the residual stream's start, [..., D]."""
-        return self.norm_in(self.width.pad(self.embedding(tokens)))
+        """Token ids -> the residual stream's start, [..., D].
+
+        The lookup itself is never compiled: its gradient would be summed by atomic additions in
+        bf16, in another order every time.
+        """
+        return self._start(self.embedding(tokens))
+
+    def _start(self, embedded: Tensor) -> Tensor:
+        """[..., stored] -> [..., D]."""
+        return self.norm_in(self.width.pad(embedded))
 
     def _recur(self, tokens: Tensor, depth: Tensor, carried: RwkvState) -> tuple[Tensor, RwkvState]:
         """The RWKV stack over a window: independent chunks, or one sequence where state carries."""

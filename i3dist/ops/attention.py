@@ -108,6 +108,24 @@ def attend(
     )
 
 
+def attend_few(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Scaled dot-product attention of few queries, with all logits written out.
+
+    PyTorch's fused kernel that takes a mask may add up gradients in another order every time.
+
+    Args:
+        query: [..., M, D/H].
+        keys: [..., S, D/H].
+        values: [..., S, D/H].
+        seen: bool, broadcast to [..., M, S]; a query sees at least one key.
+        scale: factor of the logits.
+    """
+    logits = (query * scale) @ keys.transpose(-1, -2)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    weights = logits.to(wide).masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    return weights.to(values.dtype) @ values
+
+
 @functools.cache
 def _create_mask(fused: bool) -> Callable[..., BlockMask]:
     """The mask's constructor, compiled where a GPU would otherwise run a kernel for each term."""

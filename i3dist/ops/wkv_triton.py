@@ -24,9 +24,9 @@ from i3dist.ops import wkv_naive
 
 BLOCK = 16  # L, of both kernels
 _CHANNELS = 32  # per program
-# Of a thread of the backward kernel, at most: nine programs then share a multiprocessor, so that
-# all programs of 32 rows x 1,184 channels run at once on 132 of them.
-_REGISTERS = 224
+# Of a thread of the backward kernel, at most: three warps then fit into each of a multiprocessor's
+# four register files, and 132 multiprocessors run 32 rows x 1,184 channels at once.
+_REGISTERS = 168
 _EMPTY = tl.constexpr(wkv_naive.EMPTY_MAXIMUM)
 _MAX_SLIP = tl.constexpr(wkv_naive.MAX_SLIP)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -262,36 +262,34 @@ def _wkv_backward_kernel(
     keys, values, _, cuts = _unpack(inputs, L)
     a, b, m = _load_state(entries + (tiles - 1) * 3 * C, C)
     for tile in range(tiles - 1, -1, -1):
-        # First what this tile needs once it has been revisited, then the next tile.
+        # What this tile needs once it has been revisited, and the next tile.
         grads = _load_tile(grad_y + tile * L * C, T - tile * L, C, L, EVEN)
         if receptance is not None:
             receptances = _load_tile(receptance + tile * L * C, T - tile * L, C, L, EVEN)
         ahead = tl.maximum(tile - 1, 0)
         inputs = _load_inputs(k, v, None, restart, ahead, T, C, L, EVEN)
         entry = _load_state(entries + ahead * 3 * C, C)
-        # Always so. The assembler would move loads down to their use, but not into another block.
-        if tile < T:
-            found = _revisit(a, b, m, w, keys, values, cuts, L)
-            tile_k, tile_v = grad_k + tile * L * C, grad_v + tile * L * C
-            for t in tl.static_range(L - 1, -1, -1):
-                if EVEN or tile * L + t < T:
-                    grad = grads[t].to(tl.float32)
-                    if receptance is not None:
-                        gate = _sigmoid(receptances[t].to(tl.float32))
-                        grad *= gate
-                    adjoint_a, adjoint_b, key, value, du, dw, mean = _retreat(
-                        adjoint_a, adjoint_b, found[t], u, keys[t], values[t], grad
-                    )
-                    if receptance is not None:
-                        grad_gate = grad * (1.0 - gate) * mean
-                        _store_token(grad_receptance + (tile * L + t) * C, grad_gate, inside)
-                    sum_u += du
-                    sum_w += dw
-                    _store_token(tile_k + t * C, key, inside)
-                    _store_token(tile_v + t * C, value, inside)
-                    cut = ((cuts >> t) & 1) != 0
-                    adjoint_a = tl.where(cut, 0.0, adjoint_a)
-                    adjoint_b = tl.where(cut, 0.0, adjoint_b)
+        found = _revisit(a, b, m, w, keys, values, cuts, L)
+        tile_k, tile_v = grad_k + tile * L * C, grad_v + tile * L * C
+        for t in tl.static_range(L - 1, -1, -1):
+            if EVEN or tile * L + t < T:
+                grad = grads[t].to(tl.float32)
+                if receptance is not None:
+                    gate = _sigmoid(receptances[t].to(tl.float32))
+                    grad *= gate
+                adjoint_a, adjoint_b, key, value, du, dw, mean = _retreat(
+                    adjoint_a, adjoint_b, found[t], u, keys[t], values[t], grad
+                )
+                if receptance is not None:
+                    grad_gate = grad * (1.0 - gate) * mean
+                    _store_token(grad_receptance + (tile * L + t) * C, grad_gate, inside)
+                sum_u += du
+                sum_w += dw
+                _store_token(tile_k + t * C, key, inside)
+                _store_token(tile_v + t * C, value, inside)
+                cut = ((cuts >> t) & 1) != 0
+                adjoint_a = tl.where(cut, 0.0, adjoint_a)
+                adjoint_b = tl.where(cut, 0.0, adjoint_b)
         # Not earlier: this waits for the loads.
         keys, values, _, cuts = _unpack(inputs, L)
         a, b, m = entry

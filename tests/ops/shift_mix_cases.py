@@ -125,7 +125,8 @@ def add_outside(form: Form) -> Form:
 
     def added(x, *rest):
         *rest, branch = rest
-        return form(x + branch, *rest)
+        inside = torch.arange(x.shape[-1], device=x.device) < rest[-2]
+        return form((x + branch).where(inside, 0.0), *rest)
 
     return added
 
