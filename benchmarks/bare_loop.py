@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from i3dist.config import OptimizerSettings
 from i3dist.model.lm import decayed
 from i3dist.model.packed import PackedModel
-from i3dist.model.state import LaneState
+from i3dist.ops.adamw import FlatAdamW
 
 
 class BareLoop:
     """bf16 parameters, and beside them fp32 copies, gradients and AdamW, each one flat tensor.
 
-    Has the engine's interface. Clipping is a factor inside the fused AdamW; nothing in a step waits
-    for the device.
+    Has the engine's interface. Clipping is a factor inside AdamW; nothing in a step waits for the
+    device.
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, clip: float):
@@ -37,10 +37,8 @@ class BareLoop:
         self.adamw = _adamw(master, self.gradient, in_matrices, settings)
         self._accumulated = False
 
-    def prepare(self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor) -> None:
-        """Record an i3's forward and backward as CUDA graphs, as the engine does."""
-        if tokens.is_cuda and isinstance(self.model, PackedModel):
-            self.model.capture(tokens, tokens, depth, state, gate)
+    def prepare(self, *inputs: Any) -> None:
+        """Nothing: kernels are launched one by one."""
 
     def close(self) -> None:
         """Let go of the model."""
@@ -76,13 +74,14 @@ class BareLoop:
 def _adamw(
     master: Tensor, gradient: Tensor, matrices: int, settings: OptimizerSettings
 ) -> torch.optim.AdamW:
-    """Fused AdamW over flat parameters, the first `matrices` elements with weight decay."""
+    """AdamW of flat parameters, on a GPU the engine's; weight decay on the first `matrices`."""
     sizes = [matrices, len(master) - matrices]
     parts = master.split(sizes)
     for part, grad in zip(parts, gradient.split(sizes), strict=True):
         part.grad = grad
     decays = (settings.weight_decay, 0.0)
-    return torch.optim.AdamW(
+    kind = FlatAdamW if master.is_cuda else torch.optim.AdamW
+    return kind(
         [{"params": [p], "weight_decay": decay} for p, decay in zip(parts, decays, strict=True)],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),

@@ -273,7 +273,7 @@ def sum_parts(tensor: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tens
     """
     ranks = torch_dist.get_world_size() if torch_dist.is_initialized() else 1
     whole = tensor.new_empty(ranks * size, dtype=dtype)
-    whole[: len(tensor)] = tensor
+    torch._foreach_copy_([whole[: len(tensor)]], [tensor])  # `copy_` between types is half as fast
     whole[len(tensor) :] = 0
     if ranks == 1:
         return whole

@@ -23,6 +23,7 @@ from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.packed import PackedModel
 from i3dist.model.state import LaneState
+from i3dist.ops.adamw import FlatAdamW
 from i3dist.toolchain import require_compiler
 
 # Read at import: the accelerator, and how much DeepSpeed says.
@@ -243,7 +244,7 @@ class Engine:
             group["lr"] = lr
         norm = self._gradient_norm()
         arriving = _Arriving(norm)
-        # Fused AdamW divides the gradient by the one, and does nothing where the other is 1.
+        # AdamW divides the gradient by the one, and does nothing where the other is 1.
         self._adamw.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
         self._adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._engine.step()
@@ -366,6 +367,7 @@ def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "bf16": config.get("bf16", {}) | {"check_grad_overflow": False},
         "timers": {"throughput": {"enabled": False}},
+        "zero_allow_untested_optimizer": True,  # `FlatAdamW` is not on its list
     }
 
 
@@ -386,7 +388,7 @@ class _Arriving:
 
 
 def _adamw(packed: PackedModel, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019) with decay on matrices only."""
+    """AdamW with decay on matrices only, compiled if the model is."""
     groups = [
         {
             "params": [flat.parameter for flat in packed.flats if flat.decays == decays],
@@ -394,7 +396,8 @@ def _adamw(packed: PackedModel, settings: OptimizerSettings) -> torch.optim.Adam
         }
         for decays in (True, False)
     ]
-    return torch.optim.AdamW(
+    kind = FlatAdamW if packed.compiled else torch.optim.AdamW
+    return kind(
         groups,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),

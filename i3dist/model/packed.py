@@ -21,7 +21,7 @@ class Slot(NamedTuple):
     """One parameter's place in a flat tensor.
 
     Padding that a matrix is computed with stands in the flat tensor as well, so that blocks use
-    slices of it as they are. Only the channels of heads, padded one by one, are padded when used.
+    slices of it as they are; but for that of heads, which each pads by itself.
     """
 
     start: int  # first element
@@ -42,18 +42,16 @@ class Slot(NamedTuple):
 
     def stored(self, part: Tensor) -> Tensor:
         """The parameter in its own shape, as a view of its part of the flat tensor."""
-        whole = part[: self.layout.numel()].view(self.layout)
-        return whole[tuple(slice(length) for length in self.shape)]
+        return self._whole(part)[tuple(slice(length) for length in self.shape)]
 
     def computed(self, part: Tensor) -> Tensor:
-        """The parameter in the shape that blocks compute with."""
-        if len(self.shape) == 1:
-            return part  # the slot's zeros are the padding
-        whole = part[: self.layout.numel()].view(self.layout)
-        if self.sides is None:
-            return whole
-        d_out, d_in = self.sides
-        return d_out.pad(d_in.pad(whole), dim=0)
+        """The parameter as blocks take it, with its padding, as a view."""
+        return part if len(self.shape) == 1 else self._whole(part)
+
+    def _whole(self, part: Tensor) -> Tensor:
+        # Sliced only where needed: in backward a slice is a copy.
+        numel = self.layout.numel()
+        return (part if numel == len(part) else part[:numel]).view(self.layout)
 
     def mask(self, device: torch.device) -> Tensor:
         """Which elements of the slot are the parameter's, in its order: [size] bool."""
@@ -78,6 +76,7 @@ class PackedModel(nn.Module):
         super().__init__()
         # In a tuple, so that it is no submodule and its parameters are not counted twice.
         self._model = (model,)
+        self.compiled = model.compiled
         self._call: Callable[..., Any] = self._unpack_and_call
         matrices = set(decayed(model))
         names = [name for name, _ in model.named_parameters()]

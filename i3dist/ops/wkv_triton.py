@@ -258,24 +258,23 @@ def _wkv_backward_kernel(
     if receptance is not None:
         receptance, grad_receptance = receptance + at, grad_receptance + at
     entries += row * tiles * 3 * C + channel
-    inputs = _load_inputs(k, v, None, restart, tiles - 1, T, C, L, EVEN)
-    keys, values, _, cuts = _unpack(inputs, L)
+    first = (tiles - 1) * L
+    inputs = _load_inputs(k, v, receptance, restart, tiles - 1, T, C, L, EVEN)
+    keys, values, receptances, cuts = _unpack(inputs, L)
+    grads = _widen(_load_tile(grad_y + first * C, T - first, C, L, EVEN))
     a, b, m = _load_state(entries + (tiles - 1) * 3 * C, C)
     for tile in range(tiles - 1, -1, -1):
-        # What this tile needs once it has been revisited, and the next tile.
-        grads = _load_tile(grad_y + tile * L * C, T - tile * L, C, L, EVEN)
-        if receptance is not None:
-            receptances = _load_tile(receptance + tile * L * C, T - tile * L, C, L, EVEN)
         ahead = tl.maximum(tile - 1, 0)
-        inputs = _load_inputs(k, v, None, restart, ahead, T, C, L, EVEN)
+        inputs = _load_inputs(k, v, receptance, restart, ahead, T, C, L, EVEN)
+        next_grads = _load_tile(grad_y + ahead * L * C, T - ahead * L, C, L, EVEN)
         entry = _load_state(entries + ahead * 3 * C, C)
         found = _revisit(a, b, m, w, keys, values, cuts, L)
         tile_k, tile_v = grad_k + tile * L * C, grad_v + tile * L * C
         for t in tl.static_range(L - 1, -1, -1):
             if EVEN or tile * L + t < T:
-                grad = grads[t].to(tl.float32)
+                grad = grads[t]
                 if receptance is not None:
-                    gate = _sigmoid(receptances[t].to(tl.float32))
+                    gate = _sigmoid(receptances[t])
                     grad *= gate
                 adjoint_a, adjoint_b, key, value, du, dw, mean = _retreat(
                     adjoint_a, adjoint_b, found[t], u, keys[t], values[t], grad
@@ -291,7 +290,8 @@ def _wkv_backward_kernel(
                 adjoint_a = tl.where(cut, 0.0, adjoint_a)
                 adjoint_b = tl.where(cut, 0.0, adjoint_b)
         # Not earlier: this waits for the loads.
-        keys, values, _, cuts = _unpack(inputs, L)
+        keys, values, receptances, cuts = _unpack(inputs, L)
+        grads = _widen(next_grads)
         a, b, m = entry
     tl.store(grad_parameters + row * 2 * C + channel, sum_w, mask=inside)
     tl.store(grad_parameters + row * 2 * C + C + channel, sum_u, mask=inside)
