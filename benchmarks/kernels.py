@@ -17,11 +17,15 @@ KINDS = {
     "WKV": r"wkv_(forward|backward)_kernel",
     "LayerNorm, shift, mixes": r"shift_mix_",
     "loss": r"log_softmax|nll_loss",
-    "AdamW": r"FusedOptimizer|multi_tensor_apply|[Aa]dam",
+    "AdamW": r"FusedOptimizer|[Aa]dam|triton_poi\w*_sqrt",
     "communication": r"nccl",
     "other compiled": r"^triton_",
     "other": "",
 }
+
+
+STEPS = 3
+PROFILED = STEPS + 1  # steps that a profile takes
 
 
 def kind_of(kernel: str) -> str:
@@ -29,23 +33,23 @@ def kind_of(kernel: str) -> str:
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel))
 
 
-def kernels(step: Callable[[], Any], steps: int = 3) -> list[tuple[str, float, float]]:
+def kernels(step: Callable[[], Any]) -> list[tuple[str, float, float]]:
     """(name, ms, launches) of every kernel in a step, on average, the longest first."""
     step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
-        for _ in range(steps):
+        for _ in range(STEPS):
             step()
         torch.cuda.synchronize()
     found = [
-        (event.key, event.self_device_time_total / steps / 1e3, event.count / steps)
+        (event.key, event.self_device_time_total / STEPS / 1e3, event.count / STEPS)
         for event in recorded.key_averages()
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     return sorted(found, key=lambda row: -row[1])
 
 
-def show(found: Iterable[tuple[str, float, float]], title: str, longest: int = 25) -> None:
+def show(found: Iterable[tuple[str, float, float]], title: str, longest: int = 45) -> None:
     """Print the time of each kind of kernel, and of the longest kernels."""
     found = list(found)
     total = sum(ms for _, ms, _ in found)

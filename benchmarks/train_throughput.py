@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 
 import flops
+import kernels
 import results
 import synthetic
 import torch
@@ -165,7 +166,7 @@ class Bench:
         """Steps of the engine over batches as they come from a loader with one worker."""
         steps, waits = self.i3_steps(shape, in_engine, I3LM), []
         reader = self.data.lane_windows(shape.lanes, shape.window)
-        count = self.options.warm_up + self.options.steps
+        count = self.options.warm_up + self.options.steps + kernels.PROFILED
         batches = windows(reader, 0, count, workers=1, device=self.device)
 
         def step() -> Tensor:

@@ -119,7 +119,7 @@ def cuda_ms(call: Call) -> float:
     """Median of replays of a CUDA graph."""
     from triton.testing import do_bench_cudagraph
 
-    return do_bench_cudagraph(call, rep=200, return_mode="median")
+    return do_bench_cudagraph(call, rep=20, return_mode="median")
 
 
 def default_stream_ms(call: Call, repeats: int = 20, launches: int = 10) -> float:

@@ -91,7 +91,7 @@ class AttentionBlock(nn.Module):
         own: tuple[Tensor, Tensor] | None,
         visible: Visibility,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x [N, T, D] -> the same, and the keys and values of all the chunk's tokens so far.
+        """x [N, T, D] -> the same, and keys and values of all the chunk's tokens so far, detached.
 
         Args:
             x: the residual stream.
@@ -106,4 +106,4 @@ class AttentionBlock(nn.Module):
         keys = torch.cat([past[0], now[0]], dim=-2)
         values = torch.cat([past[1], now[1]], dim=-2)
         x = x + self.attention(normed, keys, values, visible)
-        return x + self.ff(self.norm_ff(x)), now
+        return x + self.ff(self.norm_ff(x)), (now[0].detach(), now[1].detach())

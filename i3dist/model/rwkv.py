@@ -138,7 +138,10 @@ class RwkvBlock(nn.Module):
     def forward(
         self, x: Tensor, restart: Tensor, state: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """x [N, T, D]; state (wkv [N, 3, D] fp32, time shift [N, D], channel shift [N, D])."""
+        """x [N, T, D]; state (wkv [N, 3, D] fp32, time shift [N, D], channel shift [N, D]).
+
+        The state after x has no gradient: it begins another window.
+        """
         wkv_state, time_shift, channel_shift = state
         time, channel = self.time_mix, self.channel_mix
         inputs, time_shift, _ = norm_and_mix(self.norm_time, time.mixes, x, restart, time_shift)
@@ -146,4 +149,5 @@ class RwkvBlock(nn.Module):
         inputs, channel_shift, x = norm_and_mix(
             self.norm_channel, channel.mixes, x, restart, channel_shift, mixed
         )
-        return x + channel(inputs), (wkv_state, time_shift, channel_shift)
+        state = wkv_state.detach(), time_shift.detach(), channel_shift.detach()
+        return x + channel(inputs), state
