@@ -16,7 +16,7 @@ def stream(seed: int, chunks: int, length: int, vocab: int, mean_document: float
     rng = np.random.default_rng(seed)
     tokens: list[int] = []
     while len(tokens) < chunks * length:
-        size = rng.geometric(1.0 / mean_document)
+        size = min(rng.geometric(1.0 / mean_document), chunks * length)
         tokens += [BOS, *rng.integers(4, vocab, size).tolist(), EOS]
     return torch.tensor(tokens[: chunks * length]).view(1, chunks, length)
 

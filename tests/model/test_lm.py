@@ -85,7 +85,7 @@ def test_sequential_equals_chunk_parallel(carry: bool, seed: int, window: int) -
 @settings(max_examples=30, deadline=None)
 def test_reach_is_exactly_the_history(model: I3LM, seed: int, chunk: int, offset: int) -> None:
     """In a long document a token in chunk c sees chunks c - C to c, and nothing earlier."""
-    tokens = random_stream(seed, chunks=7, mean_document=10_000)
+    tokens = random_stream(seed, chunks=7, mean_document=1e9)
     changed = tokens.clone()
     changed[0, chunk, offset] = other_token(changed[0, chunk, offset])
     moved = (logits(model, changed) - logits(model, tokens)).abs().amax(dim=(0, 2, 3))
@@ -96,7 +96,7 @@ def test_reach_is_exactly_the_history(model: I3LM, seed: int, chunk: int, offset
 
 def test_state_carry_reaches_further(model: I3LM) -> None:
     carrying = build(state_carry=True)
-    tokens = random_stream(0, chunks=7, mean_document=10_000)
+    tokens = random_stream(0, chunks=7, mean_document=1e9)
     changed = tokens.clone()
     changed[0, 0, 3] = other_token(changed[0, 0, 3])
     moved = (logits(carrying, changed) - logits(carrying, tokens)).abs().amax(dim=(0, 2, 3))
@@ -104,7 +104,7 @@ def test_state_carry_reaches_further(model: I3LM) -> None:
 
 
 def test_history_holds_the_newest_chunks_and_drops_the_oldest(model: I3LM) -> None:
-    tokens = random_stream(1, chunks=C + 2, mean_document=10_000)
+    tokens = random_stream(1, chunks=C + 2, mean_document=1e9)
     depth, gate = depth_of(tokens), torch.tensor(1.0)
     _, state = model.hidden(tokens, depth, empty(model), gate)
     _, newest = model.hidden(tokens[:, -C:], depth[:, -C:], empty(model), gate)
@@ -138,7 +138,7 @@ def training_loss(model: I3LM, tokens: torch.Tensor, state: LaneState) -> torch.
 
 
 def test_gradient_flows_into_the_compressor_inside_a_window_only(model: I3LM) -> None:
-    tokens = random_stream(2, chunks=3, mean_document=10_000)
+    tokens = random_stream(2, chunks=3, mean_document=1e9)
     gradients = torch.autograd.grad(
         training_loss(model, tokens, empty(model)),
         list(model.compressor.parameters()),
