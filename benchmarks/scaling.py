@@ -2,9 +2,10 @@
 
     python benchmarks/scaling.py [--measured FILE] [--plot FILE] [--document FILE] [--json FILE]
 
-Nothing runs on a GPU here. Step times of one GPU are those of `MEASURED`, or of a FILE that
-train_throughput.py --json wrote: its rows "engine" of 4 and of 16 lanes x 8 chunks make the fit,
-the engine's others check it. Tables are in Markdown; --document puts them into docs/scaling.md.
+Nothing runs on a GPU here. Step times of one GPU are those of a FILE that train_throughput.py
+--json wrote, by default the results in docs/: its rows "engine" of 4 and of 16 lanes x 8 chunks
+make the fit, the engine's others check it. Tables are in Markdown; --document puts them into
+docs/scaling.md.
 
 Units: seconds, bytes, bytes/s, tokens. A lane is 8 chunks of 512 tokens.
 """
@@ -31,7 +32,7 @@ from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
 from i3dist.model.packed import PackedModel
 
-ADAMW = 3.3e-3  # of a step on one GPU: fused AdamW over all states, from a profile
+ADAMW = 3.4e-3  # of a step on one GPU: AdamW over all states, from its profile
 WORLDS = [2**power for power in range(11)]
 SHOWN = (1, 8, 64, 256, 1024)  # of them, in tables
 LANE_TOKENS = 8 * 512
@@ -39,8 +40,7 @@ LANES = (4, 16)  # of a GPU: the default, and the most at once that the fit goes
 BATCHES = {"1M tokens": 256, "4M tokens": 1024}  # lanes of a step
 SCALARS = 3  # sums of a step over ranks: targets, loss, gradient norm
 FP32, BF16 = 4, 2
-# H200, through the engine: seconds of a step by its lanes, and lanes of a micro-batch.
-MEASURED = {(4, 4): 73.6e-3, (16, 16): 259.6e-3}
+MEASURED = Path(__file__).parent.parent / "docs" / "results" / "train_throughput.json"
 
 # Assumed, as docs/scaling.md explains: bandwidths one way, as NCCL achieves them.
 NODE, NVLINK = 8, 360e9  # GPUs of a node, the bandwidth of each
@@ -179,7 +179,8 @@ def memory(scheme: Scheme, world: int) -> float:
 
 
 def load(path: Path) -> dict[tuple[int, int], float]:
-    """The engine's steps in a file of train_throughput.py, windows of 8 chunks; see `MEASURED`.
+    """The engine's steps in a file of train_throughput.py, windows of 8 chunks: seconds by lanes
+    and lanes at once.
 
     Raises:
         UserError: there is no such file, or it is something else.
@@ -299,12 +300,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the tables; draw, fill the document and write JSON where asked."""
     parser = ArgumentParser(description=__doc__)
     add = partial(parser.add_argument, metavar="FILE", type=Path)
-    add("--measured", help="read steps of one GPU here")
+    add("--measured", default=MEASURED, help="read steps of one GPU here (default: in docs/)")
     add("--plot", help="draw the curves here, as PNG")
     add("--document", help="replace the tables of this document")
     add("--json", help="write every point here")
     options = parser.parse_args(arguments)
-    measured = load(options.measured) if options.measured else MEASURED
+    measured = load(options.measured)
     cost = Cost.fit(measured)
     contents = tables(cost, measured)
     print("\n".join(f"{name}\n\n{table}" for name, table in contents.items()))

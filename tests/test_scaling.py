@@ -17,7 +17,7 @@ import results
 import scaling
 from scaling import Cost, Job, Scheme, all_reduce, ring
 
-COST = Cost.fit(scaling.MEASURED)
+COST = Cost.fit({(4, 4): 70e-3, (16, 16): 250e-3})
 LINKS = pytest.mark.parametrize("link", scaling.LINKS)
 SEVERAL = pytest.mark.parametrize("world", scaling.WORLDS[1:])
 
