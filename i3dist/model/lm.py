@@ -16,7 +16,7 @@ from i3dist.config import ModelSettings
 from i3dist.model.attention import AttentionBlock, HistoryEmbedding
 from i3dist.model.compress import Compressor
 from i3dist.model.layers import ALIGNMENT, Channels, LayerNorm, Linear
-from i3dist.model.rwkv import RwkvBlock, settle
+from i3dist.model.rwkv import RwkvBlock
 from i3dist.model.segments import causal_mask, history_mask, last_segment, restarts, segment_ids
 from i3dist.model.state import LaneState, RwkvState
 from i3dist.ops.attention import Visibility, attention_bias, block_visibility
@@ -108,14 +108,11 @@ class I3LM(nn.Module):
 
     def run_rwkv(self, x: Tensor, restart: Tensor, state: RwkvState) -> tuple[Tensor, RwkvState]:
         """The RWKV stack on N independent sequences. x [N, T, D], restart [N, T]."""
-        after, pending = [], None
+        after = []
         for i, block in enumerate(self.rwkv):
-            layer_state = tuple(part[:, i] for part in state)
-            x, pending, layer_state = block(x, pending, restart, layer_state)
+            x, layer_state = block(x, restart, tuple(part[:, i] for part in state))
             after.append(layer_state)
-        return settle(x, pending), RwkvState(
-            *(torch.stack(parts, dim=1) for parts in zip(*after, strict=True))
-        )
+        return x, RwkvState(*(torch.stack(parts, dim=1) for parts in zip(*after, strict=True)))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids -> the residual stream's start, [..., D].
@@ -138,10 +135,9 @@ class I3LM(nn.Module):
         flat = rows(x)
         if not carry:
             nothing = RwkvState(*(part[:, 0] for part in self.empty_rwkv(len(flat), x, layers=1)))
-            pending = None
             for block in self.rwkv:
-                flat, pending, _ = block(flat, pending, rows(restart), nothing)
-            return settle(flat, pending).view_as(x), carried
+                flat, _ = block(flat, rows(restart), nothing)
+            return flat.view_as(x), carried
         y, after = self.run_rwkv(flat, rows(restart), carried.map(self.width.pad))
         return y.view_as(x), after.map(self.width.trim)
 

@@ -22,8 +22,7 @@ def norm_and_mix(
     x: Tensor,
     restart: Tensor,
     shift: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None = None,
+    branch: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Normalised x, mixed with the previous position's; a branch's inputs.
 
@@ -35,7 +34,6 @@ def norm_and_mix(
         shift: [N, D], normalised, what stands before position 0.
         branch: [N, T, D], the output of an earlier branch, not yet added to x; None if there
             is none.
-        gate: [N, T, D], whose sigmoid the branch is to be multiplied by first, or None.
 
     Returns:
         One tensor [N, T, D] for each of `mixes`, the shift of what follows [N, D], and the residual
@@ -44,16 +42,8 @@ def norm_and_mix(
     pad = norm.channels.pad
     shares = torch.stack([pad(mix) for mix in mixes])
     weight, bias = pad(norm.weight), pad(norm.bias)
-    rest = restart, shift, norm.channels.stored, norm.eps
-    return norm_shift_mix(x, weight, bias, shares, *rest, branch, gate)
-
-
-def settle(x: Tensor, pending: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The residual stream [N, T, D] with a last block's gated output added."""
-    if pending is None:
-        return x
-    branch, gate = pending
-    return x + torch.sigmoid(gate) * branch
+    channels = norm.channels.stored
+    return norm_shift_mix(x, weight, bias, shares, restart, shift, channels, norm.eps, branch)
 
 
 def _mix_curve(width: int, power: float, offset: float = 0.0) -> nn.Parameter:
@@ -128,11 +118,11 @@ class ChannelMix(nn.Module):
         """[D] each: of the key's and the receptance's input."""
         return self.mix_key, self.mix_receptance
 
-    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Two inputs [N, T, D] -> output and the gate that it is yet to pass, [N, T, D] each."""
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Two inputs [N, T, D] -> [N, T, D]."""
         for_key, for_receptance = inputs
         hidden = F.relu(self.key(for_key)).square()
-        return self.value(hidden), self.receptance(for_receptance)
+        return torch.sigmoid(self.receptance(for_receptance)) * self.value(hidden)
 
 
 class RwkvBlock(nn.Module):
@@ -146,34 +136,18 @@ class RwkvBlock(nn.Module):
         self.channel_mix = ChannelMix(width, mult, layer, layers)
 
     def forward(
-        self,
-        x: Tensor,
-        pending: tuple[Tensor, Tensor] | None,
-        restart: Tensor,
-        state: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """One block.
+        self, x: Tensor, restart: Tensor, state: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """x [N, T, D]; state (wkv [N, 3, D] fp32, time shift [N, D], channel shift [N, D]).
 
-        A block's last branch is left to the next one, whose first kernel reads x anyway.
-
-        Args:
-            x: [N, T, D].
-            pending: output and gate of the block below, not yet added to x; None at the bottom.
-            restart: [N, T] bool.
-            state: wkv [N, 3, D] fp32, time shift [N, D], channel shift [N, D].
-
-        Returns:
-            x, what is pending now, and the state after x, which has no gradient: it begins another
-            window.
+        The state after x has no gradient: it begins another window.
         """
         wkv_state, time_shift, channel_shift = state
         time, channel = self.time_mix, self.channel_mix
-        inputs, time_shift, x = norm_and_mix(
-            self.norm_time, time.mixes, x, restart, time_shift, *(pending or (None,))
-        )
+        inputs, time_shift, _ = norm_and_mix(self.norm_time, time.mixes, x, restart, time_shift)
         mixed, wkv_state = time(inputs, restart, wkv_state)
         inputs, channel_shift, x = norm_and_mix(
             self.norm_channel, channel.mixes, x, restart, channel_shift, mixed
         )
         state = wkv_state.detach(), time_shift.detach(), channel_shift.detach()
-        return x, channel(inputs), state
+        return x + channel(inputs), state

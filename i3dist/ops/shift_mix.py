@@ -34,12 +34,10 @@ def norm_shift_mix(
     channels: int,
     eps: float,
     branch: Tensor | None = None,
-    gate: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Normalised x, mixed with the previous token's in as many ways as there are mixes.
 
-    Where there is a branch, x stands for x + branch throughout, rounded to x's dtype; with a gate,
-    for x + sigmoid(gate) branch.
+    Where there is a branch, x stands for x + branch throughout, rounded to x's dtype.
 
     Differentiable in all floating-point tensors. Nothing before a restart reaches what follows it,
     in values or in gradients, bit for bit. Results and gradients are 0 in padded channels.
@@ -56,17 +54,16 @@ def norm_shift_mix(
             branch are 0 in the others.
         eps: added to the variance.
         branch: [N, T, P] in x's dtype: what a residual connection adds to x first; None is 0.
-        gate: [N, T, P] in x's dtype; None lets the branch through as it is.
 
     Returns:
-        M tensors [N, T, P], the last token's normed [N, P], and the sum [N, T, P] or, without a
+        M tensors [N, T, P], the last token's normed [N, P], and x + branch [N, T, P] or, without a
         branch, x itself; in x's dtype. The CUDA kernels compute in fp32 and round once.
 
     Raises:
         ValueError: a shape or dtype is wrong, or T = 0.
     """
-    _check(x, weight, bias, mixes, restart, shift, channels, branch, gate)
-    inputs = x, weight, bias, mixes, restart, shift, channels, eps, branch, gate
+    _check(x, weight, bias, mixes, restart, shift, channels, branch)
+    inputs = x, weight, bias, mixes, restart, shift, channels, eps, branch
     if not (_TRITON and x.is_cuda and x.dtype != torch.float64):
         return norm_shift_mix_naive(*inputs)
     mixed, last, _, total = _norm_shift_mix(*inputs)
@@ -83,7 +80,6 @@ def norm_shift_mix_naive(
     channels: int,
     eps: float,
     branch: Tensor | None = None,
-    gate: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """The equations; arguments and results are those of `norm_shift_mix`."""
     weight, bias, mixes = (p[..., :channels].to(x.dtype) for p in (weight, bias, mixes))
@@ -93,8 +89,6 @@ def norm_shift_mix_naive(
         return F.pad(tensor, (0, padding)) if padding else tensor  # a pad of 0 would copy
 
     if branch is not None:
-        if gate is not None:
-            branch = torch.sigmoid(gate) * branch
         x = pad(x[..., :channels] + branch[..., :channels])
     normed = pad(F.layer_norm(x[..., :channels], (channels,), weight, bias, eps))
     shift = pad(shift[:, :channels])
@@ -113,7 +107,6 @@ def _check(
     shift: Tensor,
     channels: int,
     branch: Tensor | None,
-    gate: Tensor | None,
 ) -> None:
     if x.ndim != 3 or x.shape[1] == 0:
         raise ValueError(f"norm_shift_mix: x must be [N, T, P] with T >= 1, got {list(x.shape)}")
@@ -129,7 +122,6 @@ def _check(
         "restart": (restart, (rows, length)),
         "shift": (shift, (rows, width)),
         "branch": (x if branch is None else branch, (rows, length, width)),
-        "gate": (x if gate is None else gate, (rows, length, width)),
     }
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
@@ -141,13 +133,10 @@ def _check(
             f"norm_shift_mix: x and shift must share a dtype and restart be bool, got {x.dtype}, "
             f"{shift.dtype} and {restart.dtype}"
         )
-    for name, part in (("branch", branch), ("gate", gate)):
-        if part is not None and part.dtype != x.dtype:
-            raise ValueError(
-                f"norm_shift_mix: {name} and x must share a dtype, got {part.dtype} and {x.dtype}"
-            )
-    if gate is not None and branch is None:
-        raise ValueError("norm_shift_mix: a gate needs a branch")
+    if branch is not None and branch.dtype != x.dtype:
+        raise ValueError(
+            f"norm_shift_mix: branch and x must share a dtype, got {branch.dtype} and {x.dtype}"
+        )
 
 
 @functools.cache
@@ -168,14 +157,13 @@ def _norm_shift_mix(
     channels: int,
     eps: float,
     branch: Tensor | None,  # no default: PyTorch drops defaults, then misses their gradients
-    gate: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """The mixed, the last normed, each token's mean and reciprocal deviation [2, N, T] fp32, and
     x + branch (no elements if there is no branch).
 
     One tensor a mix, not a stack: their gradients then come as they are, uncopied.
     """
-    return _kernels().forward(x, weight, bias, mixes, restart, shift, channels, eps, branch, gate)
+    return _kernels().forward(x, weight, bias, mixes, restart, shift, channels, eps, branch)
 
 
 @torch.library.custom_op("i3dist::norm_shift_mix_backward", mutates_args=())
@@ -191,16 +179,13 @@ def _norm_shift_mix_backward(
     statistics: Tensor,
     channels: int,
     grad_total: Tensor | None,
-    branch: Tensor | None,
-    gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and shift, summands [:, 2 + M, P] fp32 of weight's, bias's and mixes', and
-    gradients of branch and gate (no elements if there is no gate).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and shift, and summands [:, 2 + M, P] fp32 of weight's, bias's and mixes'.
 
     x is with its branch, if any; then so is its gradient, and includes `grad_total`.
     """
     forward = x, weight, bias, mixes, restart, shift, statistics, channels
-    return _kernels().backward(grad_mixed, grad_last, *forward, grad_total, branch, gate)
+    return _kernels().backward(grad_mixed, grad_last, *forward, grad_total)
 
 
 @_norm_shift_mix.register_fake
@@ -214,7 +199,6 @@ def _norm_shift_mix_fake(
     channels: int,
     eps: float,
     branch: Tensor | None,
-    gate: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     mixed = [x.new_empty(x.shape) for _ in range(mixes.shape[0])]
     statistics = x.new_empty(2, *restart.shape, dtype=torch.float32)
@@ -235,39 +219,33 @@ def _norm_shift_mix_backward_fake(
     statistics: Tensor,
     channels: int,
     grad_total: Tensor | None,
-    branch: Tensor | None,
-    gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, width = x.shape
     programs = _kernels().backward_programs(rows * length)
     summands = x.new_empty(programs, 2 + mixes.shape[0], width, dtype=torch.float32)
-    grad_branch, grad_gate = (x.new_empty(0 if gate is None else x.shape) for _ in range(2))
-    return x.new_empty(x.shape), shift.new_empty(shift.shape), summands, grad_branch, grad_gate
+    return x.new_empty(x.shape), shift.new_empty(shift.shape), summands
 
 
 def _save(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor, Tensor]
 ) -> None:
-    x, *tensors, ctx.channels, _, branch, gate = inputs
+    x, *tensors, ctx.channels, _, branch = inputs
     _, _, statistics, total = output
-    ctx.branches, ctx.gated = branch is not None, gate is not None
-    addend = (branch, gate) if ctx.gated else ()
-    ctx.save_for_backward(total if ctx.branches else x, *tensors, statistics, *addend)
+    ctx.branches = branch is not None
+    ctx.save_for_backward(total if ctx.branches else x, *tensors, statistics)
 
 
 def _differentiate(
     ctx: Any, grad_mixed: list[Tensor], grad_last: Tensor, _: Tensor, grad_total: Tensor
 ) -> tuple[Tensor | None, ...]:
-    saved, addend = ctx.saved_tensors[:7], ctx.saved_tensors[7:] or (None, None)
-    x, shift, summands, branch, gate = _norm_shift_mix_backward(
-        grad_mixed, grad_last, *saved, ctx.channels, grad_total if ctx.branches else None, *addend
+    saved = ctx.saved_tensors
+    x, shift, summands = _norm_shift_mix_backward(
+        grad_mixed, grad_last, *saved, ctx.channels, grad_total if ctx.branches else None
     )
     _, weight, bias, mixes, *_ = saved
     total = summands.sum(0)  # in a fixed order: the same bits in every run
     parameters = total[0].to(weight.dtype), total[1].to(bias.dtype), total[2:].to(mixes.dtype)
-    if not ctx.gated:
-        branch, gate = x if ctx.branches else None, None
-    return x, *parameters, None, shift, None, None, branch, gate
+    return x, *parameters, None, shift, None, None, x if ctx.branches else None
 
 
 _norm_shift_mix.register_autograd(_differentiate, setup_context=_save)

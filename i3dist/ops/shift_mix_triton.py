@@ -127,23 +127,11 @@ def _round(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(x):
-    result = ()
-    for c in tl.static_range(len(x)):
-        result += (tl.sigmoid(x[c]),)
-    return result
-
-
-@triton.jit
-def _load_sum(x, branch, gate, at, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
-    """A row of x + branch in fp32, rounded to x's dtype; the branch gated if there is a gate, and
-    left out where there is none."""
+def _load_sum(x, branch, at, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
+    """A row of x + branch in fp32, rounded to x's dtype; of x where there is no branch."""
     row = _load(x + at, D, P, W)
     if branch is not None:
-        addend = _load(branch + at, D, P, W)
-        if gate is not None:
-            addend = _multiply(_sigmoid(_load(gate + at, D, P, W)), addend)
-        row = _round(_add(row, addend), x.dtype.element_ty)
+        row = _round(_add(row, _load(branch + at, D, P, W)), x.dtype.element_ty)
     return row
 
 
@@ -178,7 +166,6 @@ def _shift_mix_forward_kernel(
     restart,
     shift,
     branch,
-    gate,
     mixed,
     last,
     statistics,
@@ -199,12 +186,12 @@ def _shift_mix_forward_kernel(
     shares = ()
     for i in tl.static_range(len(mixed)):
         shares += (_load(mixes + i * P, D, P, W),)
-    row = _load_sum(x, branch, gate, tl.maximum(first - 1, 0) * P, D, P, W)
+    row = _load_sum(x, branch, tl.maximum(first - 1, 0) * P, D, P, W)
     mean, scale = _measure(row, eps, D, W)
     before = _multiply_add(_affine(row, scale, -mean * scale), w, b)
     next_cut = tl.load(restart + first) != 0
     for token in tl.range(first, end, num_stages=STAGES):
-        row = _load_sum(x, branch, gate, token * P, D, P, W)
+        row = _load_sum(x, branch, token * P, D, P, W)
         if branch is not None:
             _store(total + token * P, row, P, W)
         cut = next_cut
@@ -259,12 +246,8 @@ def _shift_mix_backward_kernel(
     shift,
     statistics,
     grad_total,
-    branch,
-    gate,
     grad_x,
     grad_shift,
-    grad_branch,
-    grad_gate,
     summands,
     tokens,
     T,
@@ -324,12 +307,6 @@ def _shift_mix_backward_kernel(
         if grad_total is not None:
             grad = _add(grad, _load(grad_total + token * P, D, P, W))
         _store(grad_x + token * P, grad, P, W)
-        if gate is not None:
-            share = _sigmoid(_load(gate + token * P, D, P, W))
-            grad = _multiply(grad, share)
-            _store(grad_branch + token * P, grad, P, W)
-            grad = _multiply(grad, _load(branch + token * P, D, P, W))
-            _store(grad_gate + token * P, _multiply(grad, _affine(share, -1.0, 1.0)), P, W)
         passed = _keep(past, tl.where(cut, 0, D), W)
         if t == 0:
             _store(grad_shift + n * P, passed, P, W)
@@ -353,7 +330,6 @@ def forward(
     channels: int,
     eps: float,
     branch: Tensor | None,
-    gate: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """M mixed [N, T, P], the last normed [N, P], each token's mean and scale [2, N, T], and
     x + branch [N, T, P] (no elements if there is no branch)."""
@@ -372,7 +348,7 @@ def forward(
         mixes,
         restart.contiguous().view(torch.uint8),
         shift,
-        *_contiguous_or_none(branch, gate),
+        None if branch is None else branch.contiguous(),
         tuple(mixed),
         last,
         statistics,
@@ -407,15 +383,11 @@ def backward(
     statistics: Tensor,
     channels: int,
     grad_total: Tensor | None,
-    branch: Tensor | None,
-    gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and shift, summands [:, 2 + M, P] fp32 of weight's, bias's and mixes', and
-    gradients of branch and gate (no elements if there is no gate)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and shift, and summands [:, 2 + M, P] fp32 of weight's, bias's and mixes'."""
     x, weight, bias, mixes, shift = _contiguous(x, weight, bias, mixes, shift)
     rows, length, width = x.shape
     grad_x, grad_shift = torch.empty_like(x), torch.empty_like(shift)
-    grad_branch, grad_gate = (x.new_empty(0 if gate is None else x.shape) for _ in range(2))
     tokens = rows * length
     programs = backward_programs(tokens)
     summands = statistics.new_empty(programs, 2 + len(mixes), width)
@@ -429,11 +401,9 @@ def backward(
         restart.contiguous().view(torch.uint8),
         shift,
         statistics,
-        *_contiguous_or_none(grad_total, branch, gate),
+        None if grad_total is None else grad_total.contiguous(),
         grad_x,
         grad_shift,
-        grad_branch,
-        grad_gate,
         summands,
         tokens,
         length,
@@ -444,12 +414,8 @@ def backward(
         STAGES=BACKWARD.stages,
         num_warps=BACKWARD.warps,
     )
-    return grad_x, grad_shift, summands, grad_branch, grad_gate
+    return grad_x, grad_shift, summands
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [x.contiguous() for x in tensors]
-
-
-def _contiguous_or_none(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]

@@ -10,9 +10,6 @@ from tests.ops.wkv_cases import assert_close
 
 Form = Callable[..., tuple[tuple[Tensor, ...], Tensor, Tensor]]
 
-# What is added to x: nothing, a branch, a gated branch.
-ADDED: list[dict[str, bool]] = [{}, {"branch": True}, {"branch": True, "gate": True}]
-
 
 class Case(NamedTuple):
     x: Tensor
@@ -24,7 +21,6 @@ class Case(NamedTuple):
     channels: int
     eps: float = 1e-5
     branch: Tensor | None = None
-    gate: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Case":
         """The case with each floating-point tensor replaced by the function of it."""
@@ -38,7 +34,7 @@ class Case(NamedTuple):
 
 class Run(NamedTuple):
     results: list[Tensor]  # the mixed, the last and, where there is a branch, the total
-    gradients: list[Tensor]  # of x, weight, bias, mixes, shift, branch and gate
+    gradients: list[Tensor]  # of x, weight, bias, mixes, shift and branch
 
     def tensors(self) -> list[Tensor]:
         return [*self.results, *self.gradients]
@@ -55,7 +51,6 @@ def make_case(
     seed: int = 0,
     parameters: torch.dtype | None = None,
     branch: bool = False,
-    gate: bool = False,
 ) -> Case:
     """A case of `channels` + `padding` computed channels; parameters may have another dtype."""
     random = torch.Generator().manual_seed(seed)
@@ -74,7 +69,6 @@ def make_case(
         normal(rows, width).to(dtype),
         channels,
         branch=normal(rows, length, width).to(dtype) if branch else None,
-        gate=normal(rows, length, width).to(dtype) if gate else None,
     )
 
 
@@ -112,13 +106,13 @@ def assert_equal_run(got: Run, want: Run) -> None:
 def split_form(form: Form, at: int) -> Form:
     """The form in two calls: the tokens before `at`, and the rest with the shift carried in."""
 
-    def split(x, weight, bias, mixes, restart, shift, channels, eps, branch, gate):
+    def split(x, weight, bias, mixes, restart, shift, channels, eps, branch):
         pieces = []
         for part in (slice(None, at), slice(at, None)):
             if x[:, part].shape[1]:
                 rest = restart[:, part], shift, channels, eps
-                addend = (None if y is None else y[:, part] for y in (branch, gate))
-                mixed, shift, total = form(x[:, part], weight, bias, mixes, *rest, *addend)
+                addend = None if branch is None else branch[:, part]
+                mixed, shift, total = form(x[:, part], weight, bias, mixes, *rest, addend)
                 pieces.append((*mixed, total))
         *mixed, total = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
         return tuple(mixed), shift, total
@@ -130,9 +124,7 @@ def add_outside(form: Form) -> Form:
     """The form without a branch, on an x to which the branch has been added."""
 
     def added(x, *rest):
-        *rest, branch, gate = rest
-        if gate is not None:
-            branch = torch.sigmoid(gate) * branch
+        *rest, branch = rest
         inside = torch.arange(x.shape[-1], device=x.device) < rest[-2]
         return form((x + branch).where(inside, 0.0), *rest)
 
