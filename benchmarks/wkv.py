@@ -151,13 +151,13 @@ def cpu_form(name: str, operator: Callable, inputs: list[Tensor], least: float) 
 def cuda_form(name: str, inputs: list[Tensor]) -> Form:
     """Our two operators."""
     inputs = [x.detach() for x in inputs]
-    y, final, entries = torch.ops.i3dist.wkv(*inputs)
+    y, final, entries = torch.ops.i3dist.wkv(*inputs, None)
     saved = (torch.ones_like(y), torch.ones_like(final), *inputs[:5], entries, final)
     return Form(
         name,
         y,
-        lambda: torch.ops.i3dist.wkv(*inputs),
-        lambda: torch.ops.i3dist.wkv_backward(*saved),
+        lambda: torch.ops.i3dist.wkv(*inputs, None),
+        lambda: torch.ops.i3dist.wkv_backward(*saved, None),
         cuda_ms,
     )
 

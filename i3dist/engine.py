@@ -54,8 +54,6 @@ ENGINE_KEYS = (
     "wall_clock_breakdown",
     "memory_breakdown",
     "dump_state",
-    "prescale_gradients",
-    "gradient_predivide_factor",
     "compile",
     "flops_profiler",
 )
@@ -96,6 +94,9 @@ def read_engine_config(path: Path) -> dict[str, Any]:
     for key in ("offload_optimizer", "offload_param", "round_robin_gradients"):
         if zero.get(key):
             raise UserError(f"engine config {path}: zero_optimization.{key} is not supported")
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if not zero.get(key, True):
+            raise UserError(f"engine config {path}: zero_optimization.{key} must be true")
     return config
 
 
@@ -144,6 +145,7 @@ class Engine:
         )
         self._check(config)
         self._engine.optimizer.average_tensor = self._reduce
+        self._reduced: set[int] = set()  # groups of this step
         model.to(self.device)
         self._packed.share()
 
@@ -190,9 +192,10 @@ class Engine:
         torch.cuda.reset_peak_memory_stats(self.device)
         try:
             losses, _ = self._packed(tokens, tokens, depth, state, gate)
-            torch.autograd.grad(losses.sum(), flats, allow_unused=True)
+            torch.autograd.grad(losses.sum(), flats)
             del losses
         except torch.OutOfMemoryError:
+            torch._dynamo.reset()  # it keeps only so many shapes, and this one is not to be used
             return False
         finally:
             torch.cuda.empty_cache()
@@ -240,7 +243,14 @@ class Engine:
         Where the norm is not finite nothing is updated. The norm is awaited while the device is
         still busy with the update, so that it does not fall idle.
         """
-        for group in self._engine.optimizer.param_groups:
+        zero = self._engine.optimizer
+        if self._reduced != set(range(len(zero.bit16_groups))):
+            raise UserError(
+                f"DeepSpeed {deepspeed.__version__} does not hand over gradients as it is expected "
+                "to; install the version in constraints.txt"
+            )
+        self._reduced.clear()
+        for group in zero.param_groups:
             group["lr"] = lr
         norm = self._gradient_norm()
         arriving = _Arriving(norm)
@@ -272,7 +282,12 @@ class Engine:
         """
         zero = self._engine.optimizer
         start = 0
-        for group, _, _ in zero.ipg_buckets[dtype].params:
+        groups = [group for group, _, _ in zero.ipg_buckets[dtype].params]
+        self._reduced.update(groups)
+        if zero.dtype == torch.float32:  # then DeepSpeed itself keeps its part of the whole sum
+            dist.all_sum(gradients)
+            return
+        for group in groups:
             (flat,) = zero.bit16_groups[group]
             gradient = gradients.narrow(0, start, flat.numel())
             start += flat.numel()

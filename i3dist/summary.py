@@ -25,21 +25,23 @@ def tokens_per_step(settings: Settings) -> int:
 def memory_estimate(settings: Settings, parameters: int, world_size: int) -> dict[str, float]:
     """Bytes on one rank, by what they hold. A guide, not a bound.
 
-    ZeRO-2 keeps bf16 weights (2 bytes a parameter) on every rank and shares out fp32 weights, two
-    AdamW moments and the fp32 gradient (16 bytes); bf16 gradients (2 bytes) live for a while.
-    Activations are those kept for backward: about 34 D values per token in an RWKV block and 24 D
-    in an attention block (with 4x feed-forward), in bf16, and the logits in bf16 and twice in fp32.
+    Every rank keeps bf16 weights and gradients (4 bytes a parameter) and, while they are reduced,
+    the fp32 gradients (4 bytes); ZeRO shares out fp32 weights and two AdamW moments (12 bytes).
+    Activations are those that compiled blocks keep for backward: about 22 D values per token in an
+    RWKV block, 20 D in an attention block (with 4x feed-forward) and 7 D elsewhere, in bf16, and
+    the logits with their gradients. One H200 holds 19.5 GiB with the card's 4 lanes.
     """
     model, train = settings.model, settings.train
     lanes = train.lane_count // world_size
     rows = lanes if train.micro_batch == "auto" else train.micro_batch
     tokens = rows * train.window_chunks * model.chunk_length
-    values = model.d_model * (34 * model.rwkv_layers + 24 * model.attention_layers)
+    values = model.d_model * (22 * model.rwkv_layers + 20 * model.attention_layers + 7)
     return {
         "weights and gradients, bf16": 4.0 * parameters,
-        "optimizer and gradients, fp32, 1/ranks": 16.0 * parameters / world_size,
+        "gradients, fp32": 4.0 * parameters,
+        "weights and AdamW, fp32, 1/ranks": 12.0 * parameters / world_size,
         "activations of a micro-batch": 2.0 * tokens * values,
-        "logits of a micro-batch": 10.0 * tokens * model.vocab,
+        "logits of a micro-batch": 4.0 * tokens * model.vocab,
     }
 
 

@@ -6,6 +6,8 @@ again with the same settings, it continues from the newest checkpoint in run.pat
 
 import argparse
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -75,10 +77,28 @@ def build(
         model.compile_blocks()
     started = engine.Engine(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus) if job.rank == 0 else tracking.NoTracker()
-    trainer = Trainer(settings, job, corpus, started, tracker)
-    if start.checkpoint is not None and start.state is not None:
-        trainer.resume(start.checkpoint, start.state)
+    with recorded(tracker):
+        trainer = Trainer(settings, job, corpus, started, tracker)
+        if start.checkpoint is not None and start.state is not None:
+            trainer.resume(start.checkpoint, start.state)
     return trainer
+
+
+@contextmanager
+def recorded(tracker: tracking.Tracker | tracking.NoTracker) -> Iterator[None]:
+    """What fails inside is entered in the record, and explained where that can be done."""
+    try:
+        yield
+    except BaseException as error:
+        tracker.finish("FAILED")
+        if dist.lost_peer(error):
+            raise UserError("another rank of the job ended early; its message says why") from None
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                "the GPU's memory is full: set train.micro_batch=auto or a smaller number, or "
+                "lower train.window_chunks"
+            ) from None
+        raise
 
 
 def begin_record(
@@ -117,13 +137,8 @@ def main() -> None:
         return
     corpus = Corpus.open(settings.data.path, settings.model)
     trainer = build(arguments, settings, job, corpus)
-    try:
+    with recorded(trainer.tracker):
         trainer.fit()
-    except BaseException as error:
-        trainer.tracker.finish("FAILED")
-        if dist.lost_peer(error):
-            raise UserError("another rank of the job ended early; its message says why") from None
-        raise
     trainer.tracker.finish()
     dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
     dist.leave()

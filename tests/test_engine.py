@@ -124,6 +124,12 @@ def test_decay_reaches_matrices_only() -> None:
         ({"zero_optimization": {"stage": 3}}, "stage must be 2"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, None),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "not supported"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_scatter": False}},
+            "reduce_scatter must be true",
+        ),
+        ({"zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "must be true"),
+        ({"zero_optimization": {"stage": 2}, "prescale_gradients": True}, "unknown key"),
         ({"gradient_clipping": "auto"}, None),
     ],
 )

@@ -1,12 +1,16 @@
 """The programs as a user meets them: help, dry runs, and one clear line for what is wrong."""
 
 import re
+import runpy
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 from i3dist.config import setting_lines
-from tests.conftest import QUICK, error_line, program
+from i3dist.errors import UserError
+from tests.conftest import QUICK, ROOT, error_line, program
 
 
 def test_help_lists_every_setting() -> None:
@@ -98,3 +102,19 @@ def test_bad_input_to_the_other_programs_is_one_line(words: list[str], says: str
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
     assert says in error_line(program(*words, timeout=60))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA"), "train.micro_batch=auto"),
+        (torch.distributed.DistError("gone"), "another rank"),
+        (UserError("as it is"), "as it is"),
+    ],
+)
+def test_what_fails_is_recorded_and_explained(error: Exception, says: str) -> None:
+    recorded = runpy.run_path(str(ROOT / "launch" / "train.py"))["recorded"]
+    tracker = mock.Mock()
+    with pytest.raises(UserError, match=says), recorded(tracker):
+        raise error
+    tracker.finish.assert_called_once_with("FAILED")

@@ -94,7 +94,7 @@ class Linear(nn.Linear):
         self.d_in, self.d_out = d_in, d_out
 
     def computed(self, weight: Tensor) -> Tensor:
-        """[stored out, stored in] -> [computed out, computed in]."""
+        """[out, in], stored or padded already, -> [computed out, computed in]."""
         return self.d_out.pad(self.d_in.pad(weight), dim=0)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from i3dist.model.lm import I3LM, decayed
 class Slot(NamedTuple):
     """One parameter's place in a flat tensor.
 
-    Padding that a matrix is computed with stands in the flat tensor as well, so that blocks use
-    slices of it as they are; but for that of heads, which each pads by itself.
+    Padding that a matrix is computed with stands in the flat tensor as well, so that blocks use a
+    view of it as it is. Heads are the exception: their channels are padded where they are used.
     """
 
     start: int  # first element
@@ -45,7 +45,7 @@ class Slot(NamedTuple):
         return self._whole(part)[tuple(slice(length) for length in self.shape)]
 
     def computed(self, part: Tensor) -> Tensor:
-        """The parameter as blocks take it, with its padding, as a view."""
+        """The parameter as blocks take it, a view."""
         return part if len(self.shape) == 1 else self._whole(part)
 
     def _whole(self, part: Tensor) -> Tensor:
@@ -74,6 +74,8 @@ class PackedModel(nn.Module):
 
     def __init__(self, model: I3LM):
         super().__init__()
+        if model.width.alignment != ALIGNMENT:
+            raise ValueError(f"a packed model is aligned to {ALIGNMENT}")
         # In a tuple, so that it is no submodule and its parameters are not counted twice.
         self._model = (model,)
         self.compiled = model.compiled

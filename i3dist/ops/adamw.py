@@ -4,6 +4,7 @@ PyTorch's fused AdamW, which this equals to rounding, also writes the clipped gr
 is asked to clip; without that a step on a GPU takes two thirds of the time (docs/performance.md).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ def update(
     mean = beta1 * exp_avg + (1 - beta1) * scaled
     square = beta2 * exp_avg_sq + (1 - beta2) * scaled * scaled
     count = step + 1
-    direction = mean / (1 - beta1**count) / ((square / (1 - beta2**count)).sqrt() + eps)
+    # 1 - beta^count, without cancellation.
+    seen1, seen2 = (-torch.expm1(count * math.log(max(beta, 1e-30))) for beta in betas)
+    direction = mean / seen1 / ((square / seen2).sqrt() + eps)
     new = weight - lr * (direction + weight_decay * weight)
     for old, value in ((weight, new), (exp_avg, mean), (exp_avg_sq, square), (step, count)):
         old.copy_(torch.where(taken, value, old))

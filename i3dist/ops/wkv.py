@@ -107,7 +107,7 @@ def _wkv(
     v: Tensor,
     restart: Tensor,
     state: Tensor,
-    receptance: Tensor | None = None,
+    receptance: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, final state, and the state that enters each block of tokens [B, N, 3, C]."""
     return _form(k.device.type).forward(decay, bonus, k, v, restart, state, receptance)
@@ -124,7 +124,7 @@ def _wkv_backward(
     restart: Tensor,
     entries: Tensor,
     final: Tensor,
-    receptance: Tensor | None = None,
+    receptance: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of decay, bonus, k, v, the initial state, and receptance (no elements if None)."""
     form = _form(k.device.type)
@@ -141,7 +141,7 @@ def _wkv_fake(
     v: Tensor,
     restart: Tensor,
     state: Tensor,
-    receptance: Tensor | None = None,
+    receptance: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, channels = k.shape
     final = k.new_empty(rows, 3, channels, dtype=compute_dtype(k))
@@ -161,7 +161,7 @@ def _wkv_backward_fake(
     restart: Tensor,
     entries: Tensor,
     final: Tensor,
-    receptance: Tensor | None = None,
+    receptance: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = [x.new_empty(x.shape) for x in (decay, bonus, k, v, final)]
     grad_receptance = k.new_empty(0 if receptance is None else receptance.shape)
