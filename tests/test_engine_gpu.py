@@ -33,7 +33,7 @@ def job() -> Iterator[None]:
     os.environ.update(before)
 
 
-def build(compiled: bool) -> Engine:
+def build(compiled: bool, micro_batches: int = 1) -> Engine:
     torch.manual_seed(0)
     model = I3LM(SIZES, BOS)
     with torch.no_grad():
@@ -43,30 +43,52 @@ def build(compiled: bool) -> Engine:
     if compiled:
         model.compile_blocks()
     config = read_engine_config(ROOT / "configs" / "zero2.json")
-    return Engine(model, config, OptimizerSettings(decay_steps=10), TrainSettings(clip=1e9))
+    train = TrainSettings(clip=1e9)
+    return Engine(model, config, OptimizerSettings(decay_steps=10), train, micro_batches)
+
+
+def window(seed: int) -> list[Tensor]:
+    """Tokens, targets and depth of two lanes."""
+    tokens = torch.cat([stream(seed + 9 * lane, 4, 512, 1000, 700) for lane in range(2)])
+    return [x.cuda() for x in (tokens, tokens.roll(-1, -1), depth_of(tokens))]
 
 
 def train(trained: Engine, steps: int) -> tuple[list[Tensor], list[float]]:
     """Token losses and gradient norms of successive windows; the lanes' state is carried."""
     state = LaneState.empty(2, SIZES, trained.device, trained.dtype)
     gate = torch.tensor(0.7, device=trained.device)
+    tokens, _, depth = window(0)
+    trained.prepare(tokens, depth, state, gate)
+    targets = torch.tensor(trained.micro_batches * tokens.numel(), device="cuda")
     losses, norms = [], []
-    for seed in range(steps):
-        tokens = torch.cat([stream(seed + 9 * lane, 4, 512, 1000, 700) for lane in range(2)])
-        parts = [x.cuda() for x in (tokens, tokens.roll(-1, -1), depth_of(tokens))]
-        if seed == 0:
-            trained.prepare(parts[0], parts[2], state, gate)
-        token_losses, state = trained(*parts, state, gate)
-        trained.backward(token_losses.sum(), torch.tensor(tokens.numel(), device="cuda"))
-        losses.append(token_losses.detach().clone())
+    for step in range(steps):
+        for micro_batch in range(trained.micro_batches):
+            parts = window(steps * micro_batch + step)
+            token_losses, state = trained(*parts, state, gate)
+            trained.backward(token_losses.sum(), targets)
+            losses.append(token_losses.detach().clone())
         norms.append(trained.step(1e-3))
     return losses, norms
 
 
-def test_compiled_and_replayed_equals_plain() -> None:
-    """To bf16's rounding: mean losses of every step, and norms of every gradient."""
-    fast, plain = (train(build(compiled), 4) for compiled in (True, False))
-    for a, b in zip(fast[0], plain[0], strict=True):
+def validate(trained: Engine) -> Tensor:
+    """Token losses of a window, as validation computes them: two lanes, then one."""
+    losses = []
+    for lanes in (2, 1):
+        state = LaneState.empty(lanes, SIZES, trained.device, trained.dtype)
+        parts = [x[:lanes] for x in window(100)]
+        with torch.no_grad():
+            losses.append(trained.model(*parts, state, torch.ones((), device="cuda"))[0])
+    return torch.cat(losses)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_compiled_and_replayed_equals_plain(micro_batches: int) -> None:
+    """To bf16's rounding: losses of every window and of validation, and norms of every gradient."""
+    engines = [build(compiled, micro_batches) for compiled in (True, False)]
+    fast, plain = (train(trained, 4) for trained in engines)
+    validated = [[validate(trained)] for trained in engines]
+    for a, b in zip(fast[0] + validated[0], plain[0] + validated[1], strict=True):
         assert (a - b).abs().mean() < 2e-2 * b.mean()
         assert float(a.mean()) == pytest.approx(float(b.mean()), rel=2e-3)
     assert fast[1] == pytest.approx(plain[1], rel=3e-2)
