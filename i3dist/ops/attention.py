@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from i3dist.ops.precision import widen
+
 
 class BlockVisibility(NamedTuple):
     """Who sees what, for the fused kernel."""
@@ -120,9 +122,8 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale:
         seen: bool, broadcast to [..., M, S]; a query sees at least one key.
         scale: factor of the logits.
     """
-    logits = (query * scale) @ keys.transpose(-1, -2)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    weights = logits.to(wide).masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    logits = widen((query * scale) @ keys.transpose(-1, -2))
+    weights = logits.masked_fill(~seen, float("-inf")).softmax(dim=-1)
     return weights.to(values.dtype) @ values
 
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from i3dist.ops.precision import widen
+
 IGNORE = -100  # a target that is not trained on
 
 SLICE_ELEMENTS = 2**21  # logits of a slice: 8 MiB in fp32
@@ -34,7 +36,7 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 def token_losses_naive(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """The definition; arguments and results are those of `token_losses`."""
-    logits = _widen(F.linear(hidden, head))
+    logits = widen(F.linear(hidden, head))
     losses = F.cross_entropy(
         logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="none"
     )
@@ -51,7 +53,7 @@ class _SlicedLosses(torch.autograd.Function):
         chosen = targets.clamp(min=0).unsqueeze(-1)
         losses, normalisers = [], []
         for h, target in zip(hidden.split(ctx.rows), chosen.split(ctx.rows), strict=True):
-            z = _widen(F.linear(h, head))
+            z = widen(F.linear(h, head))
             peak = z.amax(-1, keepdim=True)
             own = peak - z.gather(-1, target)
             log_sum = z.sub_(peak).exp_().sum(-1, keepdim=True).log_()
@@ -66,16 +68,12 @@ class _SlicedLosses(torch.autograd.Function):
         hidden, head, targets, normalisers = ctx.saved_tensors
         weights = grad.masked_fill(targets == IGNORE, 0.0).unsqueeze(-1)
         chosen = targets.clamp(min=0).unsqueeze(-1)
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(_widen(head))
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(widen(head))
         slices = (x.split(ctx.rows) for x in (hidden, normalisers, weights, chosen, grad_hidden))
         for h, normaliser, weight, target, out in zip(*slices, strict=True):
             peak, log_sum = normaliser.split(1, dim=-1)
-            share = _widen(F.linear(h, head)).sub_(peak).sub_(log_sum).exp_().mul_(weight)
+            share = widen(F.linear(h, head)).sub_(peak).sub_(log_sum).exp_().mul_(weight)
             grad_z = share.scatter_add_(-1, target, -weight).to(h.dtype)
             torch.mm(grad_z, head, out=out)
             grad_head += grad_z.T @ h
         return grad_hidden, grad_head.to(head.dtype), None
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

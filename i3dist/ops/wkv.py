@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from i3dist.ops import wkv_blocked
-from i3dist.ops.wkv_naive import compute_dtype, empty_state
+from i3dist.ops.precision import compute_dtype
+from i3dist.ops.wkv_naive import empty_state
 
 __all__ = ["empty_state", "wkv"]
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, MAX_SLIP, compute_dtype
+from i3dist.ops.precision import compute_dtype, widen
+from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, MAX_SLIP
 
 BLOCK = 32  # L, by measurement at 4 x 512 x 256; shorter sequences are one block
 
@@ -134,7 +135,7 @@ def backward(
 
 def _gate(receptance: Tensor) -> Tensor:
     """Its sigmoid, in the dtype of computation."""
-    return receptance.to(compute_dtype(receptance)).contiguous().sigmoid()
+    return widen(receptance).contiguous().sigmoid()
 
 
 def _prepare(decay: Tensor, bonus: Tensor, k: Tensor, v: Tensor, restart: Tensor) -> _Inputs:

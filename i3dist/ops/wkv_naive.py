@@ -17,6 +17,8 @@ a e^m and b e^m alone, as a later call does.
 import torch
 from torch import Tensor
 
+from i3dist.ops.precision import compute_dtype
+
 # Below every exponent, yet finite: no difference of two exponents is NaN.
 EMPTY_MAXIMUM = torch.finfo(torch.float32).min
 # w + m is rounded, and the same way step after step, so a and b take up the difference. Where m is
@@ -34,11 +36,6 @@ def empty_state(
     state = torch.zeros(rows, 3, channels, device=device, dtype=dtype)
     state[:, 2] = EMPTY_MAXIMUM
     return state
-
-
-def compute_dtype(k: Tensor) -> torch.dtype:
-    """What WKV is computed in: fp32, or fp64 where the inputs are."""
-    return torch.promote_types(k.dtype, torch.float32)
 
 
 def wkv_naive(
