@@ -139,7 +139,7 @@ class Engine:
         self.clip = train.clip
         self.model = model
         self._packed = PackedModel(model)
-        self._adamw = _adamw(self._packed, optimizer)
+        self._adamw = _adamw(self._packed, optimizer, model.compiled)
         self._engine, *_ = deepspeed.initialize(
             model=self._packed, optimizer=self._adamw, config=_complete(config, micro_batches)
         )
@@ -402,8 +402,8 @@ class _Arriving:
         return float(self.host)
 
 
-def _adamw(packed: PackedModel, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only, compiled if the model is."""
+def _adamw(packed: PackedModel, settings: OptimizerSettings, compiled: bool) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only."""
     groups = [
         {
             "params": [flat.parameter for flat in packed.flats if flat.decays == decays],
@@ -411,7 +411,7 @@ def _adamw(packed: PackedModel, settings: OptimizerSettings) -> torch.optim.Adam
         }
         for decays in (True, False)
     ]
-    kind = FlatAdamW if packed.compiled else torch.optim.AdamW
+    kind = FlatAdamW if compiled else torch.optim.AdamW
     return kind(
         groups,
         lr=settings.lr,

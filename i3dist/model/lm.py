@@ -134,16 +134,14 @@ class I3LM(nn.Module):
         rows = (lambda t: t.flatten(1, 2)) if carry else (lambda t: t.flatten(0, 1))
         flat = rows(x)
         if not carry:
-            nothing = RwkvState(*(part[:, 0] for part in self.empty_rwkv(len(flat), x, layers=1)))
-            for block in self.rwkv:
-                flat, _ = block(flat, rows(restart), nothing)
-            return flat.view_as(x), carried
+            y, _ = self.run_rwkv(flat, rows(restart), self.empty_rwkv(flat.shape[0], x))
+            return y.view_as(x), carried
         y, after = self.run_rwkv(flat, rows(restart), carried.map(self.width.pad))
         return y.view_as(x), after.map(self.width.trim)
 
-    def empty_rwkv(self, rows: int, like: Tensor, layers: int | None = None) -> RwkvState:
+    def empty_rwkv(self, rows: int, like: Tensor) -> RwkvState:
         """Recurrent state of `rows` sequences that have read nothing, as it is computed with."""
-        layers, width = layers or self.settings.rwkv_layers, self.width.computed
+        layers, width = self.settings.rwkv_layers, self.width.computed
         return RwkvState.empty(rows, layers, width, like.device, like.dtype)
 
     def _attend(

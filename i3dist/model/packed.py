@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from i3dist.model.layers import ALIGNMENT, Channels, Linear
+from i3dist.model.layers import ALIGNMENT, Linear
 from i3dist.model.lm import I3LM, decayed
 
 
@@ -25,20 +25,9 @@ class Slot(NamedTuple):
     """
 
     start: int  # first element
+    size: int  # elements that it takes, so that every slot begins aligned
     shape: torch.Size  # of the parameter
-    sides: tuple[Channels, Channels] | None  # of a projection: channels out and in
-
-    @property
-    def layout(self) -> torch.Size:
-        """The shape that the parameter is the first corner of."""
-        if self.sides is None:
-            return self.shape
-        return torch.Size(c.computed if c.heads == 1 else c.stored for c in self.sides)
-
-    @property
-    def size(self) -> int:
-        """Elements that it takes, so that every slot begins aligned."""
-        return -(-self.layout.numel() // ALIGNMENT) * ALIGNMENT
+    layout: torch.Size  # the shape that the parameter is the first corner of
 
     def stored(self, part: Tensor) -> Tensor:
         """The parameter in its own shape, as a view of its part of the flat tensor."""
@@ -78,7 +67,6 @@ class PackedModel(nn.Module):
             raise ValueError(f"a packed model is aligned to {ALIGNMENT}")
         # In a tuple, so that it is no submodule and its parameters are not counted twice.
         self._model = (model,)
-        self.compiled = model.compiled
         self._call: Callable[..., Any] = self._unpack_and_call
         matrices = set(decayed(model))
         names = [name for name, _ in model.named_parameters()]
@@ -134,9 +122,13 @@ def _flatten(model: I3LM, names: list[str], decays: bool) -> Flat:
     for name in names:
         parameter = model.get_parameter(name)
         owner = model.get_submodule(name.rpartition(".")[0])
-        sides = (owner.d_out, owner.d_in) if isinstance(owner, Linear) else None
-        slots.append(Slot(start, parameter.shape, sides))
-        start += slots[-1].size
+        layout = parameter.shape
+        if isinstance(owner, Linear):
+            sides = (owner.d_out, owner.d_in)
+            layout = torch.Size(c.computed if c.heads == 1 else c.stored for c in sides)
+        size = -(-layout.numel() // ALIGNMENT) * ALIGNMENT
+        slots.append(Slot(start, size, parameter.shape, layout))
+        start += size
     flat = model.get_parameter(names[0]).new_zeros(start)
     for name, slot in zip(names, slots, strict=True):
         slot.stored(flat.narrow(0, slot.start, slot.size)).copy_(model.get_parameter(name))

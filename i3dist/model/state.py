@@ -25,10 +25,10 @@ class RwkvState(NamedTuple):
     def empty(
         cls, rows: int, layers: int, width: int, device: torch.device, dtype: torch.dtype
     ) -> "RwkvState":
-        """The state before a document's first token."""
-        wkv = empty_state(rows, width, device).unsqueeze(1).repeat(1, layers, 1, 1)
-        shift = torch.zeros(rows, layers, width, device=device, dtype=dtype)
-        return cls(wkv, shift, shift.clone())
+        """The state before a document's first token, one in memory for all layers."""
+        wkv = empty_state(rows, width, device).unsqueeze(1).expand(-1, layers, -1, -1)
+        shifts = (torch.zeros(rows, 1, width, device=device, dtype=dtype) for _ in range(2))
+        return cls(wkv, *(shift.expand(-1, layers, -1) for shift in shifts))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "RwkvState":
         """Every tensor changed alike."""
