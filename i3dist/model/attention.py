@@ -99,11 +99,12 @@ class AttentionBlock(nn.Module):
             own: keys and values of tokens of this chunk before x, or None.
             visible: what each token sees of history and of its chunk.
         """
-        normed = self.norm_attention(x)
+        normed, x = self.norm_attention.of_sum(x)
         now = self.attention.keys_values(normed)
         if own is not None:
             now = (torch.cat([own[0], now[0]], dim=-2), torch.cat([own[1], now[1]], dim=-2))
         keys = torch.cat([past[0], now[0]], dim=-2)
         values = torch.cat([past[1], now[1]], dim=-2)
-        x = x + self.attention(normed, keys, values, visible)
-        return x + self.ff(self.norm_ff(x)), (now[0].detach(), now[1].detach())
+        read = self.attention(normed, keys, values, visible)
+        normed, x = self.norm_ff.of_sum(x, read)
+        return x + self.ff(normed), (now[0].detach(), now[1].detach())

@@ -50,4 +50,5 @@ class Compressor(nn.Module):
         query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
         read = attend_few(query, key, value, keep[..., None, None, :], self.scale)
         latents = queries + self.output(merge_heads(read))
-        return self.norm_out(latents + self.ff(self.norm_ff(latents)))
+        normed, latents = self.norm_ff.of_sum(latents)
+        return self.norm_out(latents + self.ff(normed))

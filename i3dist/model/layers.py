@@ -13,6 +13,8 @@ from functools import cache
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from i3dist.ops.layer_norm import add_and_norm
+
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 16  # elements: 32 bytes of bf16
@@ -103,7 +105,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over the stored channels of padded ones (Ba et al., 2016)."""
+    """Layer normalisation over the stored channels of padded ones."""
 
     def __init__(self, channels: Channels):
         super().__init__(channels.stored)
@@ -111,9 +113,16 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., computed] -> the same."""
-        trim, shape = self.channels.trim, self.normalized_shape
-        y = F.layer_norm(trim(x), shape, trim(self.weight), trim(self.bias), self.eps)
-        return self.channels.pad(y)
+        return self._of_sum(x, None, goes_on=False)[0]
+
+    def of_sum(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A residual stream [..., computed] and what a branch adds to it, None being 0 -> the
+        stream, normalised, and the stream from which to go on."""
+        return self._of_sum(x, branch, goes_on=True)
+
+    def _of_sum(self, x: Tensor, branch: Tensor | None, goes_on: bool) -> tuple[Tensor, Tensor]:
+        weight, bias = self.channels.pad(self.weight), self.channels.pad(self.bias)
+        return add_and_norm(x, weight, bias, self.channels.stored, self.eps, branch, goes_on)
 
 
 class FeedForward(nn.Module):

@@ -144,7 +144,7 @@ class RwkvBlock(nn.Module):
         """
         wkv_state, time_shift, channel_shift = state
         time, channel = self.time_mix, self.channel_mix
-        inputs, time_shift, _ = norm_and_mix(self.norm_time, time.mixes, x, restart, time_shift)
+        inputs, time_shift, x = norm_and_mix(self.norm_time, time.mixes, x, restart, time_shift)
         mixed, wkv_state = time(inputs, restart, wkv_state)
         inputs, channel_shift, x = norm_and_mix(
             self.norm_channel, channel.mixes, x, restart, channel_shift, mixed

@@ -34,6 +34,7 @@ def norm_shift_mix(
     channels: int,
     eps: float,
     branch: Tensor | None = None,
+    goes_on: bool = True,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Normalised x, mixed with the previous token's in as many ways as there are mixes.
 
@@ -54,20 +55,28 @@ def norm_shift_mix(
             branch are 0 in the others.
         eps: added to the variance.
         branch: [N, T, P] in x's dtype: what a residual connection adds to x first; None is 0.
+        goes_on: whether the third result is used, and so has a gradient.
 
     Returns:
         M tensors [N, T, P], the last token's normed [N, P], and x + branch [N, T, P] or, without a
-        branch, x itself; in x's dtype. The CUDA kernels compute in fp32 and round once.
+        branch, x; in x's dtype. The CUDA kernels compute in fp32 and round once. The stream is to
+        go on from the third result, not from x: gradients are then added in the kernel.
 
     Raises:
         ValueError: a shape or dtype is wrong, or T = 0.
     """
     _check(x, weight, bias, mixes, restart, shift, channels, branch)
     inputs = x, weight, bias, mixes, restart, shift, channels, eps, branch
-    if not (_TRITON and x.is_cuda and x.dtype != torch.float64):
-        return norm_shift_mix_naive(*inputs)
-    mixed, last, _, total = _norm_shift_mix(*inputs)
-    return tuple(mixed), last, x if branch is None else total
+    if has_kernels(x):
+        total, last, *mixed = _NormShiftMix.apply(goes_on, *inputs)
+    else:
+        mixed, last, total = norm_shift_mix_naive(*inputs)
+    return tuple(mixed), last, total if goes_on else total.detach()
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether `norm_shift_mix` of x runs as CUDA kernels."""
+    return _TRITON and x.is_cuda and x.dtype != torch.float64
 
 
 def norm_shift_mix_naive(
@@ -156,7 +165,7 @@ def _norm_shift_mix(
     shift: Tensor,
     channels: int,
     eps: float,
-    branch: Tensor | None,  # no default: PyTorch drops defaults, then misses their gradients
+    branch: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """The mixed, the last normed, each token's mean and reciprocal deviation [2, N, T] fp32, and
     x + branch (no elements if there is no branch).
@@ -226,26 +235,29 @@ def _norm_shift_mix_backward_fake(
     return x.new_empty(x.shape), shift.new_empty(shift.shape), summands
 
 
-def _save(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor, Tensor]
-) -> None:
-    x, *tensors, ctx.channels, _, branch = inputs
-    _, _, statistics, total = output
-    ctx.branches = branch is not None
-    ctx.save_for_backward(total if ctx.branches else x, *tensors, statistics)
+class _NormShiftMix(torch.autograd.Function):
+    """The kernels and their gradients. Not registered with the operator: an operator cannot return
+    x itself, which is the total where there is no branch."""
 
+    @staticmethod
+    def forward(ctx: Any, goes_on: bool, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, ctx.channels, _, branch = inputs
+        ctx.goes_on, ctx.branches = goes_on, branch is not None
+        mixed, last, statistics, total = _norm_shift_mix(x, *inputs)
+        total = total if ctx.branches else x.view_as(x)
+        ctx.save_for_backward(total if ctx.branches else x, *tensors, statistics)
+        return total, last, *mixed
 
-def _differentiate(
-    ctx: Any, grad_mixed: list[Tensor], grad_last: Tensor, _: Tensor, grad_total: Tensor
-) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    x, shift, summands = _norm_shift_mix_backward(
-        grad_mixed, grad_last, *saved, ctx.channels, grad_total if ctx.branches else None
-    )
-    _, weight, bias, mixes, *_ = saved
-    total = summands.sum(0)  # in a fixed order: the same bits in every run
-    parameters = total[0].to(weight.dtype), total[1].to(bias.dtype), total[2:].to(mixes.dtype)
-    return x, *parameters, None, shift, None, None, x if ctx.branches else None
-
-
-_norm_shift_mix.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def backward(
+        ctx: Any, grad_total: Tensor, grad_last: Tensor, *grad_mixed: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        # Where the total ends here, its gradient is a tensor of zeros.
+        x, shift, summands = _norm_shift_mix_backward(
+            list(grad_mixed), grad_last, *saved, ctx.channels, grad_total if ctx.goes_on else None
+        )
+        _, weight, bias, mixes, *_ = saved
+        total = summands.sum(0)  # in a fixed order: the same bits in every run
+        parameters = total[0].to(weight.dtype), total[1].to(bias.dtype), total[2:].to(mixes.dtype)
+        return None, x, *parameters, None, shift, None, None, x if ctx.branches else None

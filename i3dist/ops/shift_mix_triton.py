@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 
 # An H100 or H200 has 132 multiprocessors. The backward kernel fills the registers of each with two
 # programs; more would leave more summands.
-FORWARD = Plan(programs=2112, width=256, warps=4, stages=4)
+FORWARD = Plan(programs=4224, width=256, warps=4, stages=4)
 BACKWARD = Plan(programs=264, width=256, warps=4, stages=4)
 
 

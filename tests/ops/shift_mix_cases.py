@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 class Run(NamedTuple):
-    results: list[Tensor]  # the mixed, the last and, where there is a branch, the total
+    results: list[Tensor]  # the mixed, the last and the total
     gradients: list[Tensor]  # of x, weight, bias, mixes, shift and branch
 
     def tensors(self) -> list[Tensor]:
@@ -74,7 +74,9 @@ def make_case(
 
 def results_of(form: Form, case: Case) -> list[Tensor]:
     mixed, last, total = form(*case)
-    return [*mixed, last] if case.branch is None else [*mixed, last, total]
+    if case.branch is None:  # then it is x, which nothing keeps from a gradient in its padding
+        total = total.where(torch.arange(total.shape[-1], device=total.device) < case.channels, 0.0)
+    return [*mixed, last, total]
 
 
 def loss_of(results: Sequence[Tensor], seed: int = 1) -> Tensor:

@@ -67,7 +67,21 @@ def test_a_branch_is_added_first(dtype: torch.dtype) -> None:
 
 def test_without_a_branch_x_is_the_total() -> None:
     case = cuda_case(2, 5, 28, 4, 3, dtype=torch.bfloat16)
-    assert norm_shift_mix(*case)[2] is case.x
+    assert norm_shift_mix(*case)[2].data_ptr() == case.x.data_ptr()
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_a_total_that_ends_has_no_gradient(branch: bool) -> None:
+    case = cuda_case(3, 65, 60, 4, 2, dtype=torch.float32, branch=branch)
+
+    def ends(*inputs):
+        return norm_shift_mix(*inputs, goes_on=False)
+
+    def forgotten(*inputs):
+        mixed, last, total = norm_shift_mix(*inputs)
+        return mixed, last, total.detach()
+
+    assert_equal_run(run(ends, case), run(forgotten, case))
 
 
 @pytest.mark.parametrize("restarts", [0.0, 0.5, 1.0])
@@ -135,7 +149,7 @@ def test_compile_holds_it_whole(dtype: torch.dtype, branch: bool) -> None:
 @pytest.mark.parametrize("branch", [False, True])
 def test_registration_is_sound(branch: bool) -> None:
     case = cuda_case(2, 33, 28, 4, 3, dtype=torch.bfloat16, branch=branch)
-    torch.library.opcheck(shift_mix_module._norm_shift_mix, tuple(case.map(Tensor.requires_grad_)))
+    torch.library.opcheck(shift_mix_module._norm_shift_mix, tuple(case))
 
 
 @pytest.mark.parametrize("branch", [False, True])
