@@ -32,7 +32,7 @@ from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
 from i3dist.model.packed import PackedModel
 
-ADAMW = 3.4e-3  # of a step on one GPU: AdamW over all states, from its profile
+ADAMW = 2.3e-3  # of a step on one GPU: AdamW over all states, from its profile
 WORLDS = [2**power for power in range(11)]
 SHOWN = (1, 8, 64, 256, 1024)  # of them, in tables
 LANE_TOKENS = 8 * 512

@@ -72,14 +72,11 @@ def train(trained: Engine, steps: int) -> tuple[list[Tensor], list[float]]:
 
 
 def validate(trained: Engine) -> Tensor:
-    """Token losses of a window, as validation computes them: two lanes, then one."""
-    losses = []
-    for lanes in (2, 1):
-        state = LaneState.empty(lanes, SIZES, trained.device, trained.dtype)
-        parts = [x[:lanes] for x in window(100)]
-        with torch.no_grad():
-            losses.append(trained.model(*parts, state, torch.ones((), device="cuda"))[0])
-    return torch.cat(losses)
+    """Token losses of a window, as validation computes them, in another shape than recorded."""
+    state = LaneState.empty(1, SIZES, trained.device, trained.dtype)
+    parts = [x[:1] for x in window(100)]
+    with torch.no_grad():
+        return trained.model(*parts, state, torch.ones((), device="cuda"))[0]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
