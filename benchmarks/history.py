@@ -1,0 +1,237 @@
+"""Does compressed history earn its place? The same model with and without it, on whole books.
+
+    python benchmarks/history.py run --data DIR --held-out DIR --arms none span --seeds 0 1
+    python benchmarks/history.py report RESULTS.jsonl [--plot FILE]
+
+`run` trains every arm with every seed on the same windows in the same order, and appends one line
+to --results for each evaluation, so that an experiment can be gathered in parts: what is there
+already is not run again. Evaluation is on authors that no arm was trained on: losses by chunk index
+within the document with history, with history withheld, and with another document's; and of rare
+tokens. `report` compares arms that share seeds. The arms are those of benchmarks/history_arms.py.
+
+Data are two outputs of data_prep/shard.py with one tokenizer, made of documents that run over many
+chunks (benchmarks/books.py); of --held-out the train split is read, which is nearly all of it.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import history_report
+import torch
+from history_arms import CHANGES, build
+from i3_steps import Shape, in_bare_loop, in_engine
+from torch import Tensor
+from unigram import counts
+
+from i3dist import dist
+from i3dist.config import CompressionSettings, ModelSettings, OptimizerSettings
+from i3dist.data.corpus import Split
+from i3dist.data.lanes import Batch, LaneWindows, windows
+from i3dist.data.manifest import Manifest
+from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.model.lm import I3LM
+from i3dist.model.segments import segment_ids
+from i3dist.model.state import LaneState
+from i3dist.ops.cross_entropy import IGNORE
+
+WINDOW = 8  # chunks
+RARE = 0.1  # share of the training targets that rare tokens make up
+BARS = ("loss", "withheld", "other")  # what evaluation measures
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training run."""
+
+    arm: str
+    seed: int
+    model: ModelSettings
+    lanes: int
+    steps: int
+    marks: tuple[int, ...]  # steps after which it is evaluated
+    lr: float
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.lanes * WINDOW * self.model.chunk_length
+
+
+class Experiment:
+    """The data, and what runs on it."""
+
+    def __init__(self, data: Path, held_out: Path):
+        self.train = Split(data / "train", Manifest.load(data / "train"))
+        self.held_out = Split(held_out / "train", Manifest.load(held_out / "train"))
+        if self.train.manifest.tokenizer_sha256 != self.held_out.manifest.tokenizer_sha256:
+            raise UserError(f"{held_out} was made with another tokenizer than {data}")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.rare = rare_tokens(data / "train").to(self.device)
+
+    def run(self, plan: Plan) -> Iterator[dict[str, Any]]:
+        """Train; yields what is measured at each mark."""
+        loop = in_engine if self.device.type == "cuda" else partial(in_bare_loop, compiled=False)
+        with self.device:
+            model = build(plan.arm, plan.model, self.train.manifest.bos_id, plan.seed)
+        steps = loop(model, Shape(plan.lanes, plan.lanes, WINDOW), self.device)
+        optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
+        gates, times = CompressionSettings(), []
+        for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.steps)):
+            started = time.perf_counter()
+            steps.gate.fill_(gates.gate_at(step))
+            loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)
+            times.append(time.perf_counter() - started)
+            if step + 1 in plan.marks:
+                peak = torch.cuda.max_memory_reserved() / 2**30 if self.device.type == "cuda" else 0
+                yield {
+                    "arm": plan.arm,
+                    "seed": plan.seed,
+                    "tokens": (step + 1) * plan.tokens,
+                    "parameters": sum(p.numel() for p in model.parameters()),
+                    "training_loss": float(loss),
+                    "ms": 1e3 * statistics.median(times[len(times) // 2 :]),
+                    "gib": peak,
+                } | self.evaluate(model, plan)
+        steps.close()
+
+    def batches(self, split: Split, plan: Plan, seed: int, count: int) -> Iterator[Batch]:
+        """The first windows of a split."""
+        schedule = split.schedule(plan.lanes, WINDOW, seed)
+        reader = LaneWindows(split.folder, split.manifest, schedule, range(plan.lanes))
+        workers = 2 if self.device.type == "cuda" else 0
+        return windows(reader, 0, count, workers=workers, device=self.device)
+
+    @torch.no_grad()
+    def evaluate(self, model: I3LM, plan: Plan) -> dict[str, Any]:
+        """Sums of losses over the held-out split, by chunk index and of rare tokens."""
+        schedule = self.held_out.schedule(plan.lanes, WINDOW, 0)
+        count = schedule.windows_in_epoch(0)
+        size = self.held_out.manifest.chunks_per_shard
+        by_chunk = torch.zeros(1 + len(BARS), size, dtype=torch.float64, device=self.device)
+        rare = torch.zeros(1 + len(BARS), dtype=torch.float64, device=self.device)
+        state = LaneState.empty(plan.lanes, model.settings, self.device, model.head.weight.dtype)
+        for batch in self.batches(self.held_out, plan, 0, count):
+            losses, state = three_losses(model, batch, state)
+            values = torch.stack([torch.ones_like(losses[0]), *losses]).double()
+            used = batch.targets != IGNORE
+            continues = segment_ids(batch.tokens, model.bos_id) == 0
+            index = torch.where(continues, batch.depth.unsqueeze(-1), 0)
+            by_chunk.index_add_(1, index[used], values[:, used])
+            few = used & (index > 0) & self.rare[batch.targets.clamp(min=0)]
+            rare += values[:, few].sum(1)
+        names = ("count", *BARS)
+        return {
+            "by_chunk": dict(zip(names, by_chunk.tolist(), strict=True)),
+            "rare": dict(zip(names, rare.tolist(), strict=True)),
+        }
+
+
+def three_losses(model: I3LM, batch: Batch, state: LaneState) -> tuple[list[Tensor], LaneState]:
+    """Token losses with history, with history withheld and with another lane's; the new state."""
+    with torch.compiler.set_stance("force_eager"), mock.patch.object(model, "compiled", False):
+        on, off = (
+            torch.ones((), device=batch.tokens.device),
+            torch.zeros((), device=state[0].device),
+        )
+        loss, after = model(*batch, state, on)
+        withheld, _ = model(*batch, state, off)
+        attend = model._attend
+
+        def to_another(x, segments, depth, latents, gate):
+            return attend(x, segments, depth, latents.roll(1, 0), gate)
+
+        with mock.patch.object(model, "_attend", to_another):
+            other, _ = model(*batch, state, on)
+    return [loss, withheld, other], after
+
+
+def rare_tokens(folder: Path) -> Tensor:
+    """The least frequent tokens, which together make up `RARE` of the targets: [V] bool."""
+    frequency = torch.from_numpy(counts(folder)).double()
+    order = frequency.argsort()
+    rare = torch.zeros(len(frequency), dtype=torch.bool)
+    rare[order[frequency[order].cumsum(0) <= RARE * frequency.sum()]] = True
+    return rare
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train and evaluate arms")
+    run.add_argument("--data", type=Path, required=True, help="what is trained on")
+    run.add_argument("--held-out", type=Path, required=True, help="what is evaluated")
+    run.add_argument("--arms", nargs="+", choices=list(CHANGES), default=list(CHANGES))
+    run.add_argument("--seeds", nargs="+", type=int, default=[0])
+    run.add_argument("--tokens", type=float, default=150e6, help="of a run (default: 150e6)")
+    run.add_argument("--lanes", type=int, default=16, help="(default: 16)")
+    run.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    run.add_argument("--width", type=int, default=512, help="of the model (default: 512)")
+    run.add_argument("--layers", type=int, default=6, help="RWKV blocks (default: 6)")
+    run.add_argument("--results", type=Path, default=Path("history.jsonl"))
+    report = commands.add_parser("report", help="compare arms")
+    report.add_argument("results", type=Path)
+    report.add_argument("--plot", type=Path, help="write loss by chunk index here")
+    return parser.parse_args(arguments)
+
+
+def plans(options: argparse.Namespace, manifest: Manifest) -> Iterator[Plan]:
+    """Every run that is asked for."""
+    model = ModelSettings(
+        vocab_size=manifest.vocab_size,
+        d_model=options.width,
+        rwkv_layers=options.layers,
+        chunk_length=manifest.chunk_length,
+        latents=manifest.chunk_length // 16,
+    )
+    per_step = options.lanes * WINDOW * manifest.chunk_length
+    steps = max(2, round(options.tokens / per_step))
+    for seed in options.seeds:
+        for arm in options.arms:
+            yield Plan(arm, seed, model, options.lanes, steps, (steps // 2, steps), options.lr)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train what is not there yet, and append what is measured."""
+    experiment = Experiment(options.data, options.held_out)
+    lines = history_report.read(options.results)
+    done = {(line["arm"], line["seed"], line["tokens"]) for line in lines}
+    for plan in plans(options, experiment.train.manifest):
+        if (plan.arm, plan.seed, plan.steps * plan.tokens) in done:
+            continue
+        started = time.perf_counter()
+        for line in experiment.run(plan):
+            with options.results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        torch._dynamo.reset()
+        seconds = time.perf_counter() - started
+        figures = history_report.Figures.of(line)
+        print(
+            f"{plan.arm}, seed {plan.seed}: loss {figures.first:.4f} in chunk 0, "
+            f"{figures.later:.4f} later ({figures.withheld:.4f} without, {figures.other:.4f} with "
+            f"another document's history); {line['ms']:.1f} ms a step, {seconds:.0f} s in all",
+            flush=True,
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run or report."""
+    options = parse_arguments(arguments)
+    if options.command == "report":
+        history_report.show(history_report.read(options.results), options.plot)
+        return
+    run(options)
+    dist.leave()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,184 @@
+"""The arms of benchmarks/history.py: what stands where i3-4096ctx has its compressor.
+
+Letters: N chunks, T tokens, M latents, S = T / M tokens of a latent's span, D width, H heads.
+
+  none        no history
+  literal     the card's compressor: learned queries read the whole chunk
+  anchored    queries are learned + the mean of their span of S tokens, which stays in the latent
+  span        anchored, and attention begins with its own span: a learned bonus there per head
+  span-kv     span, and history has key and value projections of its own in every attention block
+  mean        means of the spans, normalised: no compressor
+  mean-kv     mean, and projections of its own
+  detached    literal, trained by nothing
+  ceiling     no compression: every token of the last 4,096
+  carry       no history, RWKV state carried from chunk to chunk
+  span-carry  span, and RWKV state carried
+"""
+
+from collections.abc import Callable
+
+import torch
+from i3_steps import WithoutHistory
+from torch import Tensor, nn
+
+from i3dist.config import ModelSettings
+from i3dist.model.attention import Attention
+from i3dist.model.compress import Compressor
+from i3dist.model.layers import Channels, LayerNorm, Linear, merge_heads, split_heads
+from i3dist.model.lm import I3LM
+
+OWN_SPAN = 4.0  # first bonus on the logits of a latent's own span
+
+
+def span_means(x: Tensor, keep: Tensor, latents: int) -> Tensor:
+    """Means over each span's kept positions, 0 where there are none: x [N, T, D] -> [N, M, D]."""
+    spans = (x * keep.unsqueeze(-1)).unflatten(1, (latents, -1)).sum(2)
+    return spans / keep.unflatten(1, (latents, -1)).sum(2).clamp(min=1).unsqueeze(-1)
+
+
+class Uncompressed(nn.Module):
+    """Every kept position, normalised: M = T."""
+
+    def __init__(self, width: Channels):
+        super().__init__()
+        self.norm = LayerNorm(width)
+
+    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
+        """hidden [N, T, D], keep [N, T] -> [N, T, D]."""
+        return self.norm(hidden) * keep.unsqueeze(-1)
+
+
+class MeanPool(nn.Module):
+    """The means of the spans, normalised."""
+
+    def __init__(self, width: Channels, latents: int):
+        super().__init__()
+        self.latents = latents
+        self.norm = LayerNorm(width)
+
+    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
+        """hidden [N, T, D], keep [N, T] -> [N, M, D]."""
+        return self.norm(span_means(hidden, keep, self.latents))
+
+
+class Detached(Compressor):
+    """The card's compressor, left as it began."""
+
+    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
+        """As `Compressor.forward`, without gradient."""
+        return super().forward(hidden, keep).detach()
+
+
+class Anchored(Compressor):
+    """Queries that start from the mean of their span."""
+
+    def __init__(self, width: Channels, heads: int, mult: int, latents: int, bonus: float | None):
+        super().__init__(width, heads, mult, latents)
+        self.bonus = None if bonus is None else nn.Parameter(torch.full((self.heads,), bonus))
+
+    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
+        """As `Compressor.forward`."""
+        normed = self.norm_in(hidden)
+        queries = self.width.pad(self.queries)
+        queries = queries + span_means(normed, keep, len(queries))  # [N, M, D]
+        key, value = self.key_value(normed).chunk(2, dim=-1)
+        query, key, value = (
+            split_heads(part, self.heads) for part in (self.query(queries), key, value)
+        )
+        logits = ((query * self.scale) @ key.transpose(-1, -2)).float()  # [N, H, M, T]
+        if self.bonus is not None:
+            logits = logits + self.bonus.float()[:, None, None] * self._own_span(logits)
+        weights = logits.masked_fill(~keep[:, None, None], float("-inf")).softmax(-1)
+        latents = queries + self.output(merge_heads(weights.to(value.dtype) @ value))
+        return self.norm_out(latents + self.ff(self.norm_ff(latents)))
+
+    @staticmethod
+    def _own_span(logits: Tensor) -> Tensor:
+        """Which tokens are of which latent's span: [M, T] as 0 and 1."""
+        latents, tokens = logits.shape[-2:]
+        of = torch.arange(tokens, device=logits.device) // (tokens // latents)
+        return (of == torch.arange(latents, device=logits.device)[:, None]).to(logits.dtype)
+
+
+class OwnProjections(Attention):
+    """Attention that projects latents by matrices of their own."""
+
+    def __init__(self, width: Channels, heads: int):
+        super().__init__(width, heads)
+        self.latent_key_value = Linear(width, width.times(2).split(2 * self.heads))
+
+    def history_keys_values(self, latents: Tensor, embed) -> tuple[Tensor, Tensor]:
+        """As `Attention.history_keys_values`."""
+        tokens, self.key_value = self.key_value, self.latent_key_value
+        try:
+            return super().history_keys_values(latents, embed)
+        finally:
+            self.key_value = tokens
+
+
+Change = Callable[[I3LM], None]
+
+
+def anchored(bonus: float | None) -> Change:
+    """The compressor anchored."""
+
+    def change(model: I3LM) -> None:
+        s = model.settings
+        model.compressor = Anchored(model.width, s.heads, s.ff_mult, s.latents, bonus)  # type: ignore[assignment]
+
+    return change
+
+
+def mean_pool(model: I3LM) -> None:
+    """Means in place of the compressor."""
+    model.compressor = MeanPool(model.width, model.settings.latents)  # type: ignore[assignment]
+
+
+def detached(model: I3LM) -> None:
+    """A compressor that is not trained."""
+    s = model.settings
+    model.compressor = Detached(model.width, s.heads, s.ff_mult, s.latents)
+
+
+def uncompressed(model: I3LM) -> None:
+    """All tokens in place of latents."""
+    model.compressor = Uncompressed(model.width)  # type: ignore[assignment]
+
+
+def own_projections(model: I3LM) -> None:
+    """Projections of its own for history in every attention block."""
+    for block in model.attention:
+        block.attention = OwnProjections(model.width, model.settings.heads)
+
+
+CHANGES: dict[str, tuple[Change, ...]] = {
+    "none": (),
+    "literal": (),
+    "anchored": (anchored(None),),
+    "span": (anchored(OWN_SPAN),),
+    "span-kv": (anchored(OWN_SPAN), own_projections),
+    "mean": (mean_pool,),
+    "mean-kv": (mean_pool, own_projections),
+    "detached": (detached,),
+    "ceiling": (uncompressed,),
+    "carry": (),
+    "span-carry": (anchored(OWN_SPAN),),
+}
+WITHOUT = ("none", "carry")  # arms without history
+
+
+def build(arm: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
+    """The model of an arm. What arms of a seed have in common begins with the same weights, up to
+    the first part that differs in shape."""
+    changes: dict[str, object] = {"state_carry": arm.endswith("carry")}
+    if arm == "ceiling":
+        changes["latents"] = settings.chunk_length
+    torch.manual_seed(seed)
+    kind = WithoutHistory if arm in WITHOUT else I3LM
+    model = kind(settings.model_copy(update=changes), bos_id)
+    for change in CHANGES[arm]:
+        change(model)
+    # Replaced parts begin as the model's own do.
+    torch.manual_seed(seed)
+    model._initialise()
+    return model

@@ -1,0 +1,278 @@
+"""Recall over compressed history: a task that no local model can solve.
+
+    python benchmarks/recall.py [--arms ARM ...] [--pairs N ...] [--json FILE] [--plot FILE]
+
+Letters: B documents, K chunks of each, T tokens, P pairs that a chunk states.
+
+A document is K chunks. Each states P pairs of a key and a value, then asks for values of keys that
+were stated d chunks ago, d = 1 to K - 1 alike, wherever that many chunks are there. A key is stated
+once in a document; only answers are trained on. RWKV state restarts at each chunk, so what is not
+in the latents is lost: the model is to answer up to the history's length, and is to be at chance,
+one in as many as there are values, beyond. The arms are those of benchmarks/history_arms.py.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from history_arms import CHANGES, build
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from i3dist.config import ModelSettings
+from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.model.lm import I3LM
+from i3dist.model.state import LaneState
+from i3dist.ops.cross_entropy import IGNORE
+
+BOS, ASK, FIRST = 2, 3, 4  # FIRST: of the values, which keys follow
+
+
+class Documents(NamedTuple):
+    """A batch of documents; distance is 0 but where an answer is wanted."""
+
+    tokens: Tensor  # [B, K, T]
+    targets: Tensor  # [B, K, T]
+    distance: Tensor  # [B, K, T]
+    depth: Tensor  # [B, K]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Sizes of the task."""
+
+    chunks: int = 12  # K
+    length: int = 128  # T
+    pairs: int = 8  # P
+    values: int = 16
+
+    @property
+    def vocab(self) -> int:
+        """Values and as many keys as a document states, four times over."""
+        return FIRST + self.values + self.keys
+
+    @property
+    def keys(self) -> int:
+        """Different keys."""
+        return 4 * self.chunks * self.pairs
+
+    @property
+    def questions(self) -> int:
+        """Of a chunk: ASK, key, value each; what is left over stays empty."""
+        return (self.length - 1 - 2 * self.pairs) // 3
+
+    @property
+    def answers(self) -> int:
+        """Answers of a document, on average."""
+        k = self.chunks
+        return self.questions * k // 2  # at chunk c of K, c of K - 1 distances can be asked
+
+    def sample(self, documents: int, random: torch.Generator) -> Documents:
+        """Draw documents."""
+        b, k, p, q = documents, self.chunks, self.pairs, self.questions
+        order = torch.rand(b, self.keys, generator=random, device=random.device).argsort(1)
+        keys = (FIRST + self.values + order[:, : k * p]).view(b, k, p)
+        values = FIRST + self._draw(self.values, (b, k, p), random)
+        tokens = torch.zeros(b, k, self.length, dtype=torch.long, device=random.device)
+        tokens[:, 0, 0] = BOS
+        stated = tokens[..., 1 : 1 + 2 * p]
+        stated[..., 0::2], stated[..., 1::2] = keys, values
+
+        here = torch.arange(k, device=random.device)[None, :, None].expand(b, k, q)
+        back = 1 + self._draw(k - 1, (b, k, q), random)
+        asked = back <= here
+        which = ((here - back).clamp(min=0) * p + self._draw(p, (b, k, q), random)).flatten(1)
+        question = tokens[..., 1 + 2 * p : 1 + 2 * p + 3 * q]
+        answer = values.flatten(1).gather(1, which).view(b, k, q)
+        key = keys.flatten(1).gather(1, which).view(b, k, q)
+        for i, part in enumerate((torch.full_like(key, ASK), key, answer)):
+            question[..., i::3] = part * asked
+
+        targets, distance = torch.full_like(tokens, IGNORE), torch.zeros_like(tokens)
+        at = slice(1 + 2 * p + 1, 1 + 2 * p + 3 * q, 3)  # the key, after which the value is due
+        targets[..., at] = torch.where(asked, answer, IGNORE)
+        distance[..., at] = back * asked
+        depth = torch.arange(k, device=random.device).expand(b, k)
+        return Documents(tokens, targets, distance, depth)
+
+    @staticmethod
+    def _draw(below: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+        return torch.randint(below, shape, generator=random, device=random.device)
+
+
+def train(
+    model: I3LM, task: Task, steps: int, documents: int, lr: float, seed: int = 0
+) -> Iterator[Tensor]:
+    """Train in fp32, whole documents as windows; yields the loss of each step."""
+    device = model.head.weight.device
+    random = torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warm_up = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm_up, 1.0) * max(0.05, 1 - i / steps)
+    )
+    on = torch.ones((), device=device)
+    for _ in range(steps):
+        batch = task.sample(documents, random)
+        losses, _ = model(batch.tokens, batch.targets, batch.depth, _empty(model, batch), on)
+        loss = losses.sum() / (batch.distance > 0).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        yield loss.detach()
+
+
+@torch.no_grad()
+def accuracy(model: I3LM, task: Task, documents: int, gate: float = 1.0) -> list[float]:
+    """Share of right answers at distance 1, 2, ..., K - 1, on documents not trained on."""
+    device = model.head.weight.device
+    batch = task.sample(documents, torch.Generator(device).manual_seed(10**6))
+    hidden, _ = model.hidden(
+        batch.tokens, batch.depth, _empty(model, batch), torch.tensor(gate, device=device)
+    )
+    asked = batch.distance > 0
+    right = model.head(hidden[asked]).argmax(-1) == batch.targets[asked]
+    return [float(right[batch.distance[asked] == d].float().mean()) for d in range(1, task.chunks)]
+
+
+def _empty(model: I3LM, batch: Documents) -> LaneState:
+    weight = model.head.weight
+    return LaneState.empty(len(batch.tokens), model.settings, weight.device, weight.dtype)
+
+
+def settings(task: Task, width: int, history: int) -> ModelSettings:
+    """A small model: 16 tokens a latent, as the card."""
+    return ModelSettings(
+        vocab_size=task.vocab,
+        d_model=width,
+        rwkv_layers=2,
+        attention_layers=2,
+        heads=max(1, width // 32),
+        chunk_length=task.length,
+        latents=task.length // 16,
+        history_chunks=history,
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained model."""
+
+    arm: str
+    pairs: int  # of a chunk
+    latents: int  # of a chunk
+    answers: int  # trained on
+    seconds: float
+    accuracy: list[float]  # at distance 1, 2, ...
+    withheld: list[float]  # the same with history withheld
+
+
+def measure(arm: str, task: Task, options: argparse.Namespace, device: torch.device) -> Result:
+    """Train an arm and let it answer."""
+    started = time.perf_counter()
+    with device:
+        model = build(arm, settings(task, options.width, options.history), BOS, options.seed)
+    if device.type == "cuda":
+        model.compile_blocks()
+    answers = 0
+    steps = train(model, task, options.steps, options.documents, options.lr, options.seed)
+    for _ in track(steps, f"{arm}, {task.pairs} pairs", total=options.steps):
+        answers += options.documents * task.answers
+    found = [accuracy(model, task, 4 * options.documents, gate) for gate in (1.0, 0.0)]
+    seconds = time.perf_counter() - started
+    return Result(arm, task.pairs, model.settings.latents, answers, seconds, *found)
+
+
+def show(results: list[Result], chance: float) -> None:
+    """Print accuracy by distance."""
+    longest = max(len(result.accuracy) for result in results)
+    table = Table(title=f"share of right answers by distance in chunks; chance is {chance:.3f}")
+    for heading in ("arm", "pairs/latent", *map(str, range(1, longest + 1)), "withheld", "answers"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for r in results:
+        shares = [f"{share:.3f}" for share in r.accuracy]
+        withheld = f"{max(r.withheld):.3f}"
+        table.add_row(r.arm, f"{r.pairs / r.latents:g}", *shares, withheld, f"{r.answers:,}")
+    Console(width=150).print(table)
+
+
+def draw(results: list[Result], history: int, chance: float, path: Path) -> None:
+    """Accuracy by distance, and against pairs per latent."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_distance, by_load = figure.subplots(1, 2)
+    for r in results:
+        label = f"{r.arm}, {r.pairs / r.latents:g} pairs/latent"
+        by_distance.plot(range(1, len(r.accuracy) + 1), r.accuracy, "o-", ms=3, lw=1, label=label)
+    by_distance.axvline(history + 0.5, color="gray", lw=0.5, ls=":")
+    by_distance.set(xlabel="distance (chunks)", ylabel="share of right answers", ylim=(0, 1.02))
+    by_distance.legend(fontsize="x-small")
+    for arm in dict.fromkeys(r.arm for r in results):
+        of = sorted((r.pairs / r.latents, r.accuracy[:history]) for r in results if r.arm == arm)
+        means = [sum(shares) / len(shares) for _, shares in of]
+        by_load.plot([load for load, _ in of], means, "o-", ms=4, lw=1, label=arm)
+    by_load.set(xlabel="pairs per latent", xscale="log", ylabel="mean within the history's length")
+    by_load.set(ylim=(0, 1.02))
+    by_load.legend(fontsize="small")
+    for axes in (by_distance, by_load):
+        axes.axhline(chance, color="gray", lw=0.5, ls="--")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--arms", nargs="+", choices=list(CHANGES), default=["span"], help="(default: span)")
+    add("--pairs", nargs="+", type=int, default=[8], help="of a chunk (default: 8)")
+    add("--chunks", type=int, default=12, help="of a document (default: 12)")
+    add("--length", type=int, default=128, help="tokens of a chunk (default: 128)")
+    add("--history", type=int, default=8, help="chunks that history holds (default: 8)")
+    add("--values", type=int, default=16, help="different values (default: 16)")
+    add("--width", type=int, default=128, help="of the model (default: 128)")
+    add("--steps", type=int, default=3000, help="(default: 3000)")
+    add("--documents", type=int, default=64, help="of a step (default: 64)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--json", type=Path, metavar="FILE", help="write the results here")
+    add("--plot", type=Path, metavar="FILE", help="draw them here")
+    options = parser.parse_args(arguments)
+    if 3 + 2 * max(options.pairs) > options.length - 1:
+        raise UserError(f"--pairs {max(options.pairs)} leaves no room for a question in a chunk")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> list[Result]:
+    """Train and show every arm with every number of pairs."""
+    options = parse_arguments(arguments)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = []
+    for pairs in options.pairs:
+        task = Task(options.chunks, options.length, pairs, options.values)
+        for arm in options.arms:
+            results.append(measure(arm, task, options, device))
+            torch._dynamo.reset()
+    show(results, 1 / options.values)
+    if options.plot:
+        draw(results, options.history, 1 / options.values, options.plot)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,155 @@
+"""Books, arms and the recall task of benchmarks/, at toy size. About 5 s."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from i3dist.config import ModelSettings
+from i3dist.errors import UserError
+from i3dist.model.state import LaneState
+from i3dist.ops.cross_entropy import IGNORE
+from tests.conftest import ROOT
+from tests.model.streams import BOS, depth_of, stream
+
+# As for a program started in that folder.
+sys.path.append(str(ROOT / "benchmarks"))
+
+import books
+import history
+import history_arms
+import history_report
+import recall
+import synthetic
+
+SIZES = ModelSettings(
+    vocab_size=64, d_model=32, rwkv_layers=1, attention_layers=2, heads=2, chunk_length=32,
+    latents=4,
+)  # fmt: skip
+ARMS = list(history_arms.CHANGES)
+
+
+def losses(arm: str, tokens: torch.Tensor, gate: float = 1.0) -> torch.Tensor:
+    model = history_arms.build(arm, SIZES, BOS, seed=0)
+    state = LaneState.empty(len(tokens), model.settings, tokens.device, torch.float32)
+    return model(tokens, tokens.roll(-1, -1), depth_of(tokens), state, torch.tensor(gate))[0]
+
+
+def test_a_book_is_its_pieces_in_order(tmp_path: Path) -> None:
+    pieces = {"A/b#2": "three", "A/b#10.1": "five", "C/d#1": "other", "A/b#1.1": "two"}
+    pieces |= {"A/b#1.0": "one", "A/b#10.0": "four"}
+    rows = {"text": list(pieces.values()), "url": list(pieces)}
+    pq.write_table(pa.table(rows), tmp_path / "in.parquet")
+    books.main([str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet")])
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["url"] for row in found] == ["A/b", "C/d"]
+    assert found[0]["text"].split() == ["one", "two", "three", "four", "five"]
+
+
+def test_a_url_that_names_no_piece_is_one_line() -> None:
+    with pytest.raises(UserError, match="BOOK#CHAPTER"):
+        books.place("A/b#second")
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_span_means_are_means_of_what_is_kept(seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    x, keep = torch.randn(3, 12, 5, generator=random), torch.rand(3, 12, generator=random) < 0.6
+    means = history_arms.span_means(x, keep, 4)
+    for n in range(3):
+        for m in range(4):
+            kept = [x[n, t] for t in range(3 * m, 3 * m + 3) if keep[n, t]]
+            want = torch.stack(kept).mean(0) if kept else torch.zeros(5)
+            torch.testing.assert_close(means[n, m], want)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_no_arm_sees_the_future(arm: str) -> None:
+    tokens = stream(3, 4, 32, 64, 90)
+    changed = tokens.clone()
+    changed[0, 2, 20:] = torch.randint(4, 64, (12,))
+    before = losses(arm, tokens)[0].flatten()[: 2 * 32 + 19]
+    after = losses(arm, changed)[0].flatten()[: 2 * 32 + 19]
+    torch.testing.assert_close(before, after, atol=1e-5, rtol=0)
+
+
+def test_arms_of_a_seed_share_what_they_can() -> None:
+    models = {arm: history_arms.build(arm, SIZES, BOS, seed=1) for arm in ARMS}
+    for model in models.values():
+        for name, parameter in model.rwkv.named_parameters():
+            assert parameter.equal(models["none"].rwkv.get_parameter(name))
+
+
+def test_a_detached_compressor_has_no_gradient() -> None:
+    tokens = stream(3, 4, 32, 64, 300)
+    for arm, trained in (("literal", True), ("span", True), ("detached", False)):
+        model = history_arms.build(arm, SIZES, BOS, seed=0)
+        state = LaneState.empty(1, model.settings, tokens.device, torch.float32)
+        model(tokens, tokens.roll(-1, -1), depth_of(tokens), state, torch.ones(()))[
+            0
+        ].sum().backward()
+        assert any(p.grad is not None for p in model.compressor.parameters()) == trained
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms trained for a few steps on random documents."""
+    folder = tmp_path_factory.mktemp("history")
+    for name in ("data", "held-out"):
+        (folder / name / "train").mkdir(parents=True)
+        synthetic.Data.write(folder / name / "train", 64, 16, 4, 16)
+    command = ["run", "--data", str(folder / "data"), "--held-out", str(folder / "held-out")]
+    sizes = ["--width", "16", "--layers", "1", "--lanes", "2", "--tokens", "1024"]
+    file = folder / "results.jsonl"
+    for arms in (["none"], ["none", "ceiling"]):  # the second time only what is missing
+        history.main([*command, *sizes, "--arms", *arms, "--results", str(file)])
+    return file
+
+
+def test_runs_append_what_is_missing(results: Path) -> None:
+    lines = history_report.read(results)
+    assert [line["arm"] for line in lines] == ["none"] * 2 + ["ceiling"] * 2
+    assert [line["tokens"] for line in lines] == [512, 1024] * 2
+    counts = [line["by_chunk"]["count"] for line in lines]
+    assert all(count == counts[0] for count in counts), "every arm is asked the same"
+
+
+def test_withheld_and_foreign_history_are_nothing_to_a_model_without(results: Path) -> None:
+    for line in history_report.read(results):
+        sums = line["by_chunk"]
+        assert (sums["loss"] == sums["withheld"] == sums["other"]) == (line["arm"] == "none")
+        assert sums["loss"][0] == pytest.approx(sums["withheld"][0], rel=1e-6)
+
+
+def test_the_report_compares_arms_of_a_seed(results: Path, tmp_path: Path) -> None:
+    history.main(["report", str(results), "--plot", str(tmp_path / "gain.png")])
+    assert (tmp_path / "gain.png").stat().st_size > 1000
+    none, full = (
+        {0: history_report.Figures.of(json.loads(line))}
+        for line in results.read_text().splitlines()[1::2]
+    )
+    arms = {"none": none, "ceiling": full}
+    assert history_report.recovered(arms, "ceiling") == "1.00"
+    assert history_report.recovered(arms, "none").lstrip("-") == "0.00"
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), chunks=st.integers(2, 5), pairs=st.integers(1, 4))
+def test_answers_are_what_was_stated(seed: int, chunks: int, pairs: int) -> None:
+    task = recall.Task(chunks, 32, pairs, values=5)
+    tokens, targets, distance, depth = task.sample(3, torch.Generator().manual_seed(seed))
+    assert torch.equal(targets != IGNORE, distance > 0)
+    for b in range(3):
+        stated = [dict(row[1 : 1 + 2 * pairs].view(pairs, 2).tolist()) for row in tokens[b]]
+        assert len({key for pairs_of in stated for key in pairs_of}) == chunks * pairs
+        for k, t in (distance[b] > 0).nonzero().tolist():
+            key, d = int(tokens[b, k, t]), int(distance[b, k, t])
+            assert stated[k - d][key] == int(targets[b, k, t]) == int(tokens[b, k, t + 1])
+    assert depth.tolist() == [list(range(chunks))] * 3
