@@ -5,10 +5,10 @@
 Letters: B documents, K chunks of each, T tokens, P pairs that a chunk states.
 
 A document is K chunks. Each states P pairs of a key and a value, then asks for values of keys that
-were stated d chunks ago, d = 1 to K - 1 alike, wherever that many chunks are there. A key is stated
-once in a document; only answers are trained on. RWKV state restarts at each chunk, so what is not
-in the latents is lost: the model is to answer up to the history's length, and is to be at chance,
-one in as many as there are values, beyond. The arms are those of benchmarks/history_arms.py.
+were stated d chunks ago; over a document every d is as frequent. A key is stated once in a
+document; only answers are trained on. RWKV state restarts at each chunk, so what is not in the
+latents is lost: the model is to answer up to the history's length, and is to be at chance, one in
+as many as there are values, beyond. The arms are those of benchmarks/history_arms.py.
 """
 
 import argparse
@@ -50,10 +50,11 @@ class Documents(NamedTuple):
 class Task:
     """Sizes of the task."""
 
-    chunks: int = 12  # K
+    chunks: int = 24  # K
     length: int = 128  # T
     pairs: int = 8  # P
     values: int = 16
+    distances: int = 11  # d is 1 to this
 
     @property
     def vocab(self) -> int:
@@ -67,14 +68,13 @@ class Task:
 
     @property
     def questions(self) -> int:
-        """Of a chunk: ASK, key, value each; what is left over stays empty."""
-        return (self.length - 1 - 2 * self.pairs) // 3
+        """Of a chunk: ASK and a key each; what is left over stays empty."""
+        return (self.length - 1 - 2 * self.pairs) // 2
 
     @property
     def answers(self) -> int:
         """Answers of a document, on average."""
-        k = self.chunks
-        return self.questions * k // 2  # at chunk c of K, c of K - 1 distances can be asked
+        return self.questions * (self.chunks - self.distances)
 
     def sample(self, documents: int, random: torch.Generator) -> Documents:
         """Draw documents."""
@@ -88,19 +88,23 @@ class Task:
         stated[..., 0::2], stated[..., 1::2] = keys, values
 
         here = torch.arange(k, device=random.device)[None, :, None].expand(b, k, q)
-        back = 1 + self._draw(k - 1, (b, k, q), random)
-        asked = back <= here
+        back = 1 + self._draw(self.distances, (b, k, q), random)
+        # K - d chunks can ask over a distance of d: the shorter ones are left out more often.
+        chance = (k - self.distances) / (k - back)
+        asked = (back <= here) & (
+            torch.rand(b, k, q, generator=random, device=back.device) < chance
+        )
         which = ((here - back).clamp(min=0) * p + self._draw(p, (b, k, q), random)).flatten(1)
-        question = tokens[..., 1 + 2 * p : 1 + 2 * p + 3 * q]
         answer = values.flatten(1).gather(1, which).view(b, k, q)
-        key = keys.flatten(1).gather(1, which).view(b, k, q)
-        for i, part in enumerate((torch.full_like(key, ASK), key, answer)):
-            question[..., i::3] = part * asked
+        at = slice(1 + 2 * p, 1 + 2 * p + 2 * q)
+        tokens[..., at][..., 0::2] = ASK * asked
+        tokens[..., at][..., 1::2] = keys.flatten(1).gather(1, which).view(b, k, q) * asked
 
+        # The value is due after the key, and does not follow in the text: there it would be stated
+        # once more, nearer.
         targets, distance = torch.full_like(tokens, IGNORE), torch.zeros_like(tokens)
-        at = slice(1 + 2 * p + 1, 1 + 2 * p + 3 * q, 3)  # the key, after which the value is due
-        targets[..., at] = torch.where(asked, answer, IGNORE)
-        distance[..., at] = back * asked
+        targets[..., at][..., 1::2] = torch.where(asked, answer, IGNORE)
+        distance[..., at][..., 1::2] = back * asked
         depth = torch.arange(k, device=random.device).expand(b, k)
         return Documents(tokens, targets, distance, depth)
 
@@ -135,7 +139,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: I3LM, task: Task, documents: int, gate: float = 1.0) -> list[float]:
-    """Share of right answers at distance 1, 2, ..., K - 1, on documents not trained on."""
+    """Share of right answers at distance 1, 2, ..., on documents not trained on."""
     device = model.head.weight.device
     batch = task.sample(documents, torch.Generator(device).manual_seed(10**6))
     hidden, _ = model.hidden(
@@ -143,7 +147,10 @@ def accuracy(model: I3LM, task: Task, documents: int, gate: float = 1.0) -> list
     )
     asked = batch.distance > 0
     right = model.head(hidden[asked]).argmax(-1) == batch.targets[asked]
-    return [float(right[batch.distance[asked] == d].float().mean()) for d in range(1, task.chunks)]
+    return [
+        float(right[batch.distance[asked] == d].float().mean())
+        for d in range(1, task.distances + 1)
+    ]
 
 
 def _empty(model: I3LM, batch: Documents) -> LaneState:
@@ -237,7 +244,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--arms", nargs="+", choices=list(CHANGES), default=["span"], help="(default: span)")
     add("--pairs", nargs="+", type=int, default=[8], help="of a chunk (default: 8)")
-    add("--chunks", type=int, default=12, help="of a document (default: 12)")
+    add("--chunks", type=int, default=24, help="of a document (default: 24)")
     add("--length", type=int, default=128, help="tokens of a chunk (default: 128)")
     add("--history", type=int, default=8, help="chunks that history holds (default: 8)")
     add("--values", type=int, default=16, help="different values (default: 16)")
@@ -249,7 +256,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the results here")
     add("--plot", type=Path, metavar="FILE", help="draw them here")
     options = parser.parse_args(arguments)
-    if 3 + 2 * max(options.pairs) > options.length - 1:
+    if options.chunks <= options.history + 3:
+        raise UserError(
+            f"--chunks must be more than --history and 3, which is {options.history + 3}"
+        )
+    if 2 + 2 * max(options.pairs) > options.length - 1:
         raise UserError(f"--pairs {max(options.pairs)} leaves no room for a question in a chunk")
     return options
 
@@ -259,9 +270,9 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     options = parse_arguments(arguments)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = []
+    results, sizes = [], (options.chunks, options.length)
     for pairs in options.pairs:
-        task = Task(options.chunks, options.length, pairs, options.values)
+        task = Task(*sizes, pairs, options.values, options.history + 3)
         for arm in options.arms:
             results.append(measure(arm, task, options, device))
             torch._dynamo.reset()

@@ -143,7 +143,7 @@ def test_the_report_compares_arms_of_a_seed(results: Path, tmp_path: Path) -> No
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), chunks=st.integers(2, 5), pairs=st.integers(1, 4))
 def test_answers_are_what_was_stated(seed: int, chunks: int, pairs: int) -> None:
-    task = recall.Task(chunks, 32, pairs, values=5)
+    task = recall.Task(chunks, 32, pairs, values=5, distances=chunks - 1)
     tokens, targets, distance, depth = task.sample(3, torch.Generator().manual_seed(seed))
     assert torch.equal(targets != IGNORE, distance > 0)
     for b in range(3):
@@ -151,5 +151,17 @@ def test_answers_are_what_was_stated(seed: int, chunks: int, pairs: int) -> None
         assert len({key for pairs_of in stated for key in pairs_of}) == chunks * pairs
         for k, t in (distance[b] > 0).nonzero().tolist():
             key, d = int(tokens[b, k, t]), int(distance[b, k, t])
-            assert stated[k - d][key] == int(targets[b, k, t]) == int(tokens[b, k, t + 1])
+            assert stated[k - d][key] == int(targets[b, k, t])
+    assert not (
+        (tokens[..., 1 + 2 * pairs :] >= recall.FIRST)
+        & (tokens[..., 1 + 2 * pairs :] < recall.FIRST + 5)
+    ).any()
     assert depth.tolist() == [list(range(chunks))] * 3
+
+
+def test_every_distance_is_as_frequent() -> None:
+    task = recall.Task(chunks=9, length=64, pairs=2, distances=6)
+    distance = task.sample(400, torch.Generator().manual_seed(0)).distance
+    found = torch.bincount(distance[distance > 0], minlength=7)[1:]
+    expected = 400 * task.answers / 6
+    assert ((found - expected).abs() < 5 * expected**0.5).all()
