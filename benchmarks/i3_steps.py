@@ -18,7 +18,7 @@ from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.data.lanes import Batch
 from i3dist.metrics import count_step
 from i3dist.model import rwkv
-from i3dist.model.lm import I3LM
+from i3dist.model.lm import I3LM, Below
 from i3dist.model.packed import PackedModel
 from i3dist.model.segments import causal_mask, history_mask, segment_ids
 from i3dist.model.state import LaneState
@@ -139,21 +139,24 @@ class WithoutHistory(I3LM):
         super().__init__(settings, bos_id)
         self.compressor = self.history = nn.Identity()  # type: ignore[assignment]
 
-    def _blocks(
-        self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor
-    ) -> tuple[Tensor, LaneState]:
-        """As `I3LM._blocks`, with attention to the chunk's own tokens only."""
+    def below(self, tokens: Tensor, depth: Tensor, state: LaneState) -> tuple[Below, LaneState]:
+        """As `I3LM.below`; the state's latents, which nobody reads, stay as they are."""
         segments = segment_ids(tokens, self.bos_id)
         x, carried = self._recur(tokens, depth, state.rwkv)
-        visible = self._visible(segments.flatten(0, 1), depth.flatten(), gate)
-        flat = x.flatten(0, 1)
+        after = LaneState(state.latents, carried).detach()
+        return Below(x, segments, depth, state.latents), after
+
+    def above(self, below: Below, gate: Tensor) -> Tensor:
+        """As `I3LM.above`, with attention to the chunk's own tokens only."""
+        visible = self._visible(below.segments.flatten(0, 1), below.depth.flatten(), gate)
+        flat = below.x.flatten(0, 1)
         for block in self.attention:
             heads = block.attention.heads
             none = flat.new_empty(
                 len(flat), heads, 0, block.attention.query.d_out.computed // heads
             )
             flat, _ = block(flat, (none, none), None, visible)
-        return flat.view_as(x), LaneState(state.latents, carried).detach()
+        return flat.view_as(below.x)
 
     def _visible(self, segments: Tensor, depth: Tensor, gate: Tensor) -> Visibility:
         """As `I3LM._visible`, with a history of no chunks."""

@@ -168,6 +168,9 @@ class LogSettings(Section):
 
     every: Count = 10
     """Steps between lines in the terminal, metrics.jsonl and MLflow."""
+    diagnose_every: CountOrZero = 500
+    """Steps between looks into the model (diagnostics.jsonl): attention to history by age, rank of
+    the latents, the compressor's gradient; 0 never looks."""
 
 
 class ValidateSettings(Section):
@@ -288,6 +291,7 @@ FREE_TO_CHANGE = (
     "train.micro_batch",
     "train.compile",
     "log.every",
+    "log.diagnose_every",
     "validate.every",
     "checkpoint.every",
     "checkpoint.keep",

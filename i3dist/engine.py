@@ -266,6 +266,27 @@ class Engine:
         parts = [torch.linalg.vector_norm(part) for group in groups for part in group]
         return dist.all_sum(torch.stack(parts).square().sum()).sqrt()
 
+    def gradient_norm_of(self, prefix: str) -> float:
+        """Norm of the whole job's gradient of the parameters whose names begin with `prefix`.
+
+        Before clipping. To be called by every rank, after the step's last `backward` and before
+        `step`, which lets go of gradients. Waits for the device.
+        """
+        gradients = self._engine.optimizer.averaged_gradients
+        norms = [torch.zeros((), device=self.device)]
+        for flat in self._packed.flats:
+            mapping = flat.parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                continue
+            # One flat tensor a group: the first part is its gradient, what follows is padding.
+            here, gradient = mapping.lp_fragment_address, gradients[mapping.param_group_index][0]
+            for name, slot in zip(flat.names, flat.slots, strict=True):
+                first = max(slot.start - here.start, 0)
+                end = min(slot.start + slot.size - here.start, here.numel)
+                if name.startswith(prefix) and first < end:
+                    norms.append(torch.linalg.vector_norm(gradient.view(-1)[first:end]))
+        return float(dist.all_sum(torch.stack(norms).square().sum()).sqrt())
+
     def close(self) -> None:
         """Let go of the model: DeepSpeed's hooks hold it, whoever else has forgotten it."""
         self._engine.destroy()

@@ -12,8 +12,13 @@ from torch import Tensor
 from i3dist import dist
 from i3dist.config import ModelSettings
 from i3dist.data.lanes import Batch
-from i3dist.evaluate import Evaluation
+from i3dist.evaluate import ChunkLoss, Evaluation
 from i3dist.ops.cross_entropy import IGNORE
+
+# Nats per token that history must save to count as used.
+USED_GAIN = 0.001
+# Part of the gain that another document's history may keep; what it keeps is no memory.
+KEPT_BY_OTHER = 0.5
 
 
 class StepCounts(NamedTuple):
@@ -97,9 +102,42 @@ def perplexity(loss: float) -> float:
 
 def history_gain(result: Evaluation) -> float:
     """Nats per token that history saves, over chunks that may have any."""
-    later = [chunk for chunk in result.by_chunk if chunk.index > 0]
-    tokens = sum(chunk.tokens for chunk in later)
-    return sum((c.loss_without_history - c.loss) * c.tokens for c in later) / max(1, tokens)
+    later = _later_chunks(result)
+    return _mean_saved(later, [chunk.loss for chunk in later])
+
+
+def other_history_gain(result: Evaluation) -> float | None:
+    """What `history_gain` keeps with another document's history; None where that is absent."""
+    later = _later_chunks(result)
+    losses = [c.loss_other_history for c in later if c.loss_other_history is not None]
+    return _mean_saved(later, losses) if len(losses) == len(later) > 0 else None
+
+
+def _later_chunks(result: Evaluation) -> list[ChunkLoss]:
+    """Those that may have history."""
+    return [chunk for chunk in result.by_chunk if chunk.index > 0]
+
+
+def _mean_saved(chunks: list[ChunkLoss], losses: list[float]) -> float:
+    """Mean over tokens of the loss without history minus `losses`, of which each chunk has one."""
+    pairs = zip(chunks, losses, strict=True)
+    saved = sum((chunk.loss_without_history - loss) * chunk.tokens for chunk, loss in pairs)
+    return saved / max(1, sum(chunk.tokens for chunk in chunks))
+
+
+def history_warning(result: Evaluation) -> str | None:
+    """One line where a model that is trained with history has no memory of it, else None."""
+    if not _later_chunks(result):
+        return None
+    gain, other = history_gain(result), other_history_gain(result)
+    if gain < USED_GAIN:
+        return f"history is not used (yet): it saves {gain:+.4f} nats per token"
+    if other is not None and other > KEPT_BY_OTHER * gain:
+        return (
+            f"the gain from history is no memory: another document's history keeps {other:+.4f} "
+            f"of {gain:+.4f} nats per token"
+        )
+    return None
 
 
 def report_line(step: int, steps: int, metrics: dict[str, Any]) -> str:
@@ -114,7 +152,9 @@ def report_line(step: int, steps: int, metrics: dict[str, Any]) -> str:
 
 def validation_line(step: int, result: Evaluation) -> str:
     """One validation as one line."""
+    other = other_history_gain(result)
     return (
         f"validation at step {step}: loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
         f"bits/byte {result.bits_per_byte:.4f}  history gain {history_gain(result):+.4f} nats"
+        + ("" if other is None else f", another document's {other:+.4f}")
     )

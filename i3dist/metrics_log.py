@@ -1,4 +1,4 @@
-"""Append-only JSON lines: a run's metrics.jsonl and validation.jsonl."""
+"""Append-only JSON lines: a run's metrics.jsonl, validation.jsonl and diagnostics.jsonl."""
 
 import errno
 import json
@@ -70,7 +70,7 @@ def flatten_chunks(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat = {name: value for name, value in metrics.items() if name != "by_chunk"}
     for chunk in metrics.get("by_chunk", ()):
-        for name in ("loss", "loss_without_history"):
+        for name in ("loss", "loss_without_history", "loss_other_history"):
             if name in chunk:
                 flat[f"chunk_{chunk['index']:02d}/{name}"] = chunk[name]
     return flat

@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its metrics.jsonl and validation.jsonl."""
+"""Pictures of a run, drawn from its metrics.jsonl, validation.jsonl and diagnostics.jsonl."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,23 +22,28 @@ from matplotlib.ticker import (
 
 from i3dist.metrics_log import read_metrics
 
-TRAIN, VALID, WITHOUT = "#1f77b4", "#d62728", "#7f7f7f"
+TRAIN, VALID, WITHOUT, OTHER = "#1f77b4", "#d62728", "#7f7f7f", "#ff7f0e"
 LOSS_UNIT = "loss (nats per token)"
 SMOOTH_FROM = 40  # lines of metrics from which on a running mean is worth drawing
 DPI = 150
+AGE = "attention_age_"  # columns of diagnostics.jsonl, one an age
 
 Lines = Sequence[dict[str, Any]]
 
 
 def plot_run(folder: Path) -> list[Path]:
-    """Write ``plots/loss.png`` and ``plots/history.png`` of a run's folder.
+    """Write ``loss.png``, ``history.png`` and ``diagnostics.png`` to a run's folder ``plots/``.
 
     Returns:
         The files that could be drawn: missing or empty logs leave their picture out.
     """
     metrics = read_metrics(folder / "metrics.jsonl")
     validation = read_metrics(folder / "validation.jsonl")
-    figures = {"loss.png": _loss(metrics, validation), "history.png": _history(validation)}
+    figures = {
+        "loss.png": _loss(metrics, validation),
+        "history.png": _history(validation),
+        "diagnostics.png": _diagnostics(read_metrics(folder / "diagnostics.jsonl")),
+    }
     written = []
     for name, figure in figures.items():
         if figure is not None:
@@ -168,7 +173,10 @@ def _draw_by_chunk(axes: Axes, line: dict[str, Any]) -> None:
     chunks = sorted(line["by_chunk"], key=lambda chunk: chunk["index"])
     index = _column(chunks, "index")
     without, with_history = _column(chunks, "loss_without_history"), _column(chunks, "loss")
+    other = _column(chunks, "loss_other_history")
     axes.plot(index, without, "s--", color=WITHOUT, ms=5, label="history withheld")
+    if np.isfinite(other).any():
+        axes.plot(index, other, "^:", color=OTHER, ms=5, label="another document's history")
     axes.plot(index, with_history, "o-", color=TRAIN, ms=5, label="with history")
     axes.fill_between(index, with_history, without, color=TRAIN, alpha=0.12, lw=0)
     axes.set(xlabel="chunk index in the document", ylabel=LOSS_UNIT)
@@ -191,19 +199,62 @@ def _draw_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if curves:
-        colours = _index_colours(max(curves) + 1)
+        colours = _index_colours(0, max(curves))
         for index, points in sorted(curves.items()):
             axes.plot(*zip(*points, strict=True), ".-", color=colours.cmap(index))
-        bar = figure.colorbar(colours, ax=axes, label="chunk index")
-        bar.set_ticks(MaxNLocator(9, integer=True))
-        bar.minorticks_off()
+        _add_colour_bar(figure, axes, colours, "chunk index")
     _finish_axes(axes)
 
 
-def _index_colours(count: int) -> ScalarMappable:
-    """One colour a chunk index, the later the darker; its ``cmap`` takes the index."""
+def _diagnostics(lines: Lines) -> Figure | None:
+    """What was seen inside the model, against step: a panel for each of three figures."""
+    ages = sorted({name for line in lines for name in line if name.startswith(AGE)})
+    ages = [name for name in ages if np.isfinite(_column(lines, name)).any()]
+    others = {
+        "effective_rank": "effective rank of the latents",
+        "compressor_gradient_norm": "gradient norm of the compressor",
+    }
+    if not ages and not any(np.isfinite(_column(lines, name)).any() for name in others):
+        return None
+    figure = _figure(13, 3.8)
+    first, *rest = figure.subplots(1, 3)
+    _draw_attention(figure, first, lines, {int(name.removeprefix(AGE)): name for name in ages})
+    for axes, (name, title) in zip(rest, others.items(), strict=True):
+        axes.plot(_column(lines, "step"), _column(lines, name), ".-", color=TRAIN)
+        axes.set_title(title, fontsize=11)
+        axes.set_ylim(bottom=0)
+    for axes in (first, *rest):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _finish_axes(axes)
+    return figure
+
+
+def _draw_attention(figure: Figure, axes: Axes, lines: Lines, names: dict[int, str]) -> None:
+    """Attention to history against step, a curve an age; `names` are columns by age."""
+    axes.set_title("attention to the chunks before", fontsize=11)
+    axes.set(ylabel="share of a query's attention")
+    if names:
+        colours = _index_colours(min(names), max(names))
+        for age, name in names.items():
+            colour = colours.cmap(age - min(names))
+            axes.plot(_column(lines, "step"), _column(lines, name), ".-", color=colour)
+        _add_colour_bar(figure, axes, colours, "age (chunks)")
+    axes.set_ylim(bottom=0)
+
+
+def _index_colours(first: int, last: int) -> ScalarMappable:
+    """One colour a number, the larger the darker; its ``cmap`` counts from the first."""
+    count = last - first + 1
     colours = colormaps["viridis_r"].resampled(count)
-    return ScalarMappable(BoundaryNorm(np.arange(count + 1) - 0.5, count), colours)
+    return ScalarMappable(BoundaryNorm(np.arange(first, last + 2) - 0.5, count), colours)
+
+
+def _add_colour_bar(figure: Figure, axes: Axes, colours: ScalarMappable, label: str) -> None:
+    bar = figure.colorbar(colours, ax=axes, label=label)
+    bar.set_ticks(MaxNLocator(9, integer=True))
+    bar.minorticks_off()
 
 
 def _finish_axes(axes: Axes) -> None:

@@ -19,13 +19,16 @@ from i3dist.config import Settings
 from i3dist.data.corpus import VALIDATION_SEED, Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import divisors, lanes_of_rank
+from i3dist.diagnose import diagnose, diagnosis_line
 from i3dist.engine import Engine
 from i3dist.errors import UserError
 from i3dist.evaluate import evaluate_epoch
-from i3dist.metrics import Interval, count_step, report_line, validation_line
+from i3dist.metrics import Interval, count_step, history_warning, report_line, validation_line
 from i3dist.metrics_log import MetricsLog
 from i3dist.model.state import LaneState
 from i3dist.tracking import NoTracker, Tracker
+
+DIAGNOSED_LANES = 4  # of rank 0, or as many as it has
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Trainer:
         folder = settings.run.path
         self.metrics_log = MetricsLog(folder / "metrics.jsonl")
         self.validation_log = MetricsLog(folder / "validation.jsonl")
+        self.diagnostics_log = MetricsLog(folder / "diagnostics.jsonl")
         # On the device, so that counting does not wait for it.
         self.tokens_seen = torch.zeros((), dtype=torch.int64, device=engine.device)
         self._interval = Interval()
@@ -87,7 +91,9 @@ class Trainer:
         with self._interval.waiting():
             step_batches = [next(batches) for _ in range(settings.train.accumulation)]
         counts = count_step(step_batches, self.pad_id, settings.model)
+        lanes_before = self.lane_state
         loss_sum = self._backward(step_batches, gate, counts.targets)
+        self.diagnose_if_due(step_batches[0], lanes_before, gate)
         norm = self.engine.step(settings.optimizer.lr_at(step))
         if not math.isfinite(norm):
             raise UserError(
@@ -115,6 +121,29 @@ class Trainer:
                 states.append(state)
             self.lane_state = LaneState.concatenate(states)
         return loss_sum
+
+    def diagnose_if_due(self, batch: Batch, state: LaneState, gate: float) -> None:
+        """Look into the model at the interval, with the weights that the step's gradient is of."""
+        step, every = self.progress.step + 1, self.settings.log.diagnose_every
+        if not every or (step % every and step != self.settings.train.steps):
+            return
+        # Waits for backward, which is training; what follows is not.
+        norm = self.engine.gradient_norm_of("compressor.")
+        if self.job.rank == 0:
+            with self._interval.stopped_clock():
+                self._diagnose(step, batch.rows(0, DIAGNOSED_LANES), state, gate, norm)
+
+    def _diagnose(
+        self, step: int, batch: Batch, state: LaneState, gate: float, norm: float
+    ) -> None:
+        """Look, log, track and print; `norm` is the compressor's gradient norm."""
+        state = state.rows(0, len(batch.tokens))
+        gate_value = torch.tensor(gate, device=self.engine.device)
+        found = diagnose(self.engine.model, *batch, state, gate_value)
+        figures = {**found.to_dict(), "compressor_gradient_norm": norm}
+        self.diagnostics_log.append(step, figures)
+        self.tracker.log(step, figures, prefix="diagnostics")
+        print(diagnosis_line(step, figures), flush=True)
 
     def report_if_due(self) -> None:
         """Print, log and track what happened since the last report."""
@@ -156,6 +185,9 @@ class Trainer:
             self.validation_log.append(step, result.to_dict())
             self.tracker.log(step, result.to_dict(), prefix="valid")
             print(validation_line(step, result), flush=True)
+            trained_with_history = step > 0 and settings.compression.gate_at(step - 1) == 1.0
+            if trained_with_history and (warning := history_warning(result)):
+                print(warning, flush=True)
 
     def save(self) -> None:
         """Write a checkpoint that the run can continue from, bit for bit."""

@@ -1,7 +1,7 @@
 """Evaluate a trained model on held-out data: `launch/evaluate.py --checkpoint RUN --data DIR`.
 
 Prints loss, perplexity, bits per byte, and the loss by chunk index within the document, with
-history and with history withheld, on the whole valid split of DIR.
+history, with history withheld and with another document's, on the whole valid split of DIR.
 """
 
 import argparse
@@ -59,15 +59,16 @@ def print_tables(result: Evaluation) -> None:
         f"bits/byte {result.bits_per_byte:.4f}   tokens {result.tokens:,}"
     )
     table = Table(title="loss by chunk index within the document", title_justify="left")
-    for heading in ("chunk", "tokens", "loss", "without history", "gain"):
+    for heading in ("chunk", "tokens", "loss", "without history", "another document's", "gain"):
         table.add_column(heading, justify="right")
     for chunk in result.by_chunk[:ROWS_SHOWN]:
-        gain = chunk.loss_without_history - chunk.loss
+        gain, other = chunk.loss_without_history - chunk.loss, chunk.loss_other_history
         table.add_row(
             str(chunk.index),
             f"{chunk.tokens:,}",
             f"{chunk.loss:.4f}",
             f"{chunk.loss_without_history:.4f}",
+            "" if other is None else f"{other:.4f}",
             f"{gain:+.4f}",
         )
     console.print(table)

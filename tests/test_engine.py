@@ -93,6 +93,34 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
     assert step(trained, data, 2) == pytest.approx(squares**0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_norms_of_parts_make_up_the_whole_norm(bf16: bool) -> None:
+    trained, data = build(bf16=bf16), batch(2)
+    state = LaneState.empty(2, trained.model.settings, trained.device, trained.dtype)
+    losses, _ = trained(*data, state, torch.tensor(1.0))
+    trained.backward(losses.sum(), torch.tensor(data[0].numel()))
+    tops = {name.split(".")[0] for name, _ in trained.model.named_parameters()}
+    squares = [trained.gradient_norm_of(f"{top}.") ** 2 for top in tops]
+    assert min(squares) > 0
+    assert trained.gradient_norm_of("nothing.") == 0
+    assert math.fsum(squares) ** 0.5 == pytest.approx(trained.gradient_norm_of(""), rel=1e-5)
+    assert trained.gradient_norm_of("") == pytest.approx(trained.step(1e-2), rel=1e-5)
+
+
+def test_the_norm_of_a_part_is_that_of_its_gradient() -> None:
+    trained = build(bf16=False)
+    torch.manual_seed(0)
+    plain, data = I3LM(ModelSettings.model_validate(SMALL), BOS), batch(2)
+    state = LaneState.empty(2, plain.settings, torch.device("cpu"), torch.float32)
+    losses, _ = trained(*data, state, torch.tensor(1.0))
+    trained.backward(losses.sum(), torch.tensor(data[0].numel()))
+    (plain(*data, state, torch.tensor(1.0))[0].sum() / data[0].numel()).backward()
+    gradients = [p.grad.flatten() for p in plain.compressor.parameters() if p.grad is not None]
+    wanted = float(torch.cat(gradients).norm())
+    assert trained.gradient_norm_of("compressor.") == pytest.approx(wanted, rel=1e-4)
+    trained.step(0.0)
+
+
 def test_state_goes_out_and_comes_back_in() -> None:
     """A fresh engine that takes the fragments goes on exactly like the old one."""
     old, new = build(), build(seed=1)

@@ -1,5 +1,6 @@
 """Evaluation: sums that do not depend on grouping, and an index that counts within documents."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i3dist.data.lanes import Batch
-from i3dist.evaluate import evaluate
+from i3dist.evaluate import evaluate, other_history
 from i3dist.model.lm import I3LM
 from i3dist.ops.cross_entropy import IGNORE
 from tests.model.conftest import SMALL, build
@@ -53,6 +54,7 @@ def test_grouping_changes_nothing(model: I3LM, seed: int, micro_batch: int, wind
     for a, b in zip(parts.by_chunk, whole.by_chunk, strict=True):
         assert (a.index, a.tokens) == (b.index, b.tokens)
         assert a.loss == pytest.approx(b.loss, rel=1e-6)
+        assert a.loss_other_history == pytest.approx(b.loss_other_history, rel=1e-6)
 
 
 def test_index_counts_within_the_document(model: I3LM) -> None:
@@ -75,7 +77,81 @@ def test_chunk_zero_has_no_history_to_withhold(model: I3LM) -> None:
     first, *later = result.by_chunk
     assert first.index == 0
     assert first.loss == first.loss_without_history
-    assert all(chunk.loss != chunk.loss_without_history for chunk in later)
+    assert first.loss == first.loss_other_history
+    for chunk in later:
+        assert len({chunk.loss, chunk.loss_without_history, chunk.loss_other_history}) == 3
+
+
+@torch.no_grad()
+def test_losses_are_those_of_three_whole_forwards(model: I3LM) -> None:
+    """Chunk by chunk, where all of a chunk's history is in the state: there it can be exchanged."""
+    batch, state, parts = lanes(5, mean_document=60), empty(model, 4), []
+    on, off = torch.tensor(1.0), torch.tensor(0.0)
+    for k in range(CHUNKS):
+        one = Batch(*(part[:, k : k + 1] for part in batch))
+        other = state._replace(latents=state.latents.roll(1, 0))
+        with_history, after = model(*one, state, on)
+        without, other = model(*one, state, off)[0], model(*one, other, on)[0]
+        parts.append(torch.stack([with_history, without, other]))
+        state = after
+    wanted = torch.stack(parts).sum((0, 2, 3, 4)).tolist()
+    result = run(model, [batch], 4, 4).by_chunk
+    names = ("loss", "loss_without_history", "loss_other_history")
+    found = [sum(getattr(c, name) * c.tokens for c in result) for name in names]
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert len({round(total, 1) for total in found}) == 3, "kinds that differ too little to tell"
+
+
+def test_another_history_undoes_rolled_lanes() -> None:
+    batch, latents = lanes(0), torch.randn(4, 9, 3, 24)
+    assert other_history(latents.roll(-1, 0), batch, None).equal(latents)
+
+
+@given(idle=st.sets(st.integers(0, 3)))
+def test_every_busy_lane_takes_from_another_busy_lane(idle: set[int]) -> None:
+    batch = lanes(0)
+    batch.targets[sorted(idle)] = IGNORE
+    latents, before = torch.arange(4.0).view(4, 1, 1, 1), torch.full((4, 1, 1, 1), -1.0)
+    other = other_history(latents, batch, before).flatten().tolist()
+    busy = set(range(4)) - idle
+    if len(busy) < 2:
+        assert other == [-1.0] * 4
+        return
+    assert {other[lane] for lane in busy} == busy
+    assert all(other[lane] != lane for lane in busy)
+
+
+def test_a_single_lane_has_no_other_history(model: I3LM) -> None:
+    result = run(model, [lanes(0, rows=1, mean_document=200)], 1, 1)
+    assert [chunk.loss_other_history for chunk in result.by_chunk] == [None] * len(result.by_chunk)
+    assert math.isfinite(result.loss)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_tokens_without_another_history_leave_the_others_as_they_are(model: I3LM) -> None:
+    """Lane 0 is alone in the first window: what exchange costs is measured in the second."""
+    batch = lanes(4, rows=2, mean_document=25)
+    first, second = (Batch(*(part[:, i : i + 3] for part in batch)) for i in (0, 3))
+    first.targets[1] = IGNORE
+    nothing = first._replace(targets=torch.full_like(first.targets, IGNORE))
+    some, none = (
+        {c.index: c for c in run(model, [window, second], 2, 2).by_chunk}
+        for window in (first, nothing)
+    )
+    later = [index for index in none if index > 0]
+    assert any(some[index].tokens > none[index].tokens for index in later)
+    for index in later:
+        costs = [run[index].loss_other_history - run[index].loss for run in (some, none)]
+        assert costs[0] == pytest.approx(costs[1], rel=1e-9) != 0
+
+
+def test_other_history_behind_a_closed_gate_changes_nothing(model: I3LM) -> None:
+    batch = lanes(2, mean_document=200)
+    below, _ = model.below(batch.tokens, batch.depth, empty(model, 4))
+    other = below._replace(latents=other_history(below.latents, batch, None))
+    closed, opened = torch.tensor(0.0), torch.tensor(1.0)
+    assert model.above(other, closed).equal(model.above(below, closed))
+    assert not model.above(other, opened).equal(model.above(below, opened))
 
 
 def test_figures_belong_together(model: I3LM) -> None:

@@ -17,7 +17,13 @@ LAYERS = [
     {"i3dist.ops"},
     {"i3dist.model", "i3dist.data"},
     {"i3dist.engine", "i3dist.tracking", "i3dist.metrics_log", "i3dist.plots"},
-    {"i3dist.checkpoint", "i3dist.evaluate", "i3dist.generate", "i3dist.summary"},
+    {
+        "i3dist.checkpoint",
+        "i3dist.diagnose",
+        "i3dist.evaluate",
+        "i3dist.generate",
+        "i3dist.summary",
+    },
     {"i3dist.metrics", "i3dist.run"},
     {"i3dist.trainer"},
 ]

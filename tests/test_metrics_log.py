@@ -75,9 +75,14 @@ def test_no_file_reads_as_no_lines_and_no_folder_is_one_clear_line(tmp_path):
 
 
 def test_chunks_flatten_to_one_name_per_index_and_loss():
-    chunks = [{"index": 0, "tokens": 9, "loss": 3.0}, {"index": 12, "loss_without_history": 2.0}]
+    chunks = [
+        {"index": 0, "tokens": 9, "loss": 3.0, "loss_other_history": None},
+        {"index": 12, "loss_without_history": 2.0, "loss_other_history": 1.5},
+    ]
     assert flatten_chunks({"loss": 2.5, "by_chunk": chunks}) == {
         "loss": 2.5,
         "chunk_00/loss": 3.0,
+        "chunk_00/loss_other_history": None,
         "chunk_12/loss_without_history": 2.0,
+        "chunk_12/loss_other_history": 1.5,
     }

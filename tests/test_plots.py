@@ -18,7 +18,21 @@ TRAIN_LINE = st.fixed_dictionaries(
     optional={"loss": NUMBER, "gate": st.floats(0, 1), "tokens_seen": st.integers(0, 10**12)},
 )
 CHUNK = st.fixed_dictionaries(
-    {"index": st.integers(0, 40)}, optional={"loss": NUMBER, "loss_without_history": NUMBER}
+    {"index": st.integers(0, 40)},
+    optional={
+        "loss": NUMBER,
+        "loss_without_history": NUMBER,
+        "loss_other_history": NUMBER,
+    },
+)
+DIAGNOSTICS_LINE = st.fixed_dictionaries(
+    {"step": st.integers(0, 10**6)},
+    optional={
+        "attention_age_01": NUMBER,
+        "attention_age_12": NUMBER,
+        "effective_rank": NUMBER,
+        "compressor_gradient_norm": NUMBER,
+    },
 )
 VALID_LINE = st.fixed_dictionaries(
     {"step": st.integers(0, 10**6)},
@@ -53,6 +67,18 @@ def validation(steps, chunks=3):
     ]
 
 
+def diagnostics(steps, ages=3):
+    return [
+        {
+            "step": step,
+            **{f"attention_age_{i:02d}": step / 1000 / i for i in range(1, ages + 1)},
+            "effective_rank": 5.0 + step,
+            "compressor_gradient_norm": 0.5,
+        }
+        for step in steps
+    ]
+
+
 def write(path, lines):
     log = MetricsLog(path)
     for line in lines:
@@ -64,11 +90,13 @@ def labelled(axes):
     return dict(zip(labels, handles, strict=True))
 
 
-def test_a_whole_run_gives_both_pictures(tmp_path):
+def test_a_whole_run_gives_all_pictures(tmp_path):
     write(tmp_path / "metrics.jsonl", training(400))
     write(tmp_path / "validation.jsonl", validation([200, 400]))
+    write(tmp_path / "diagnostics.jsonl", diagnostics([200, 400]))
     written = plots.plot_run(tmp_path)
-    assert written == [tmp_path / "plots/loss.png", tmp_path / "plots/history.png"]
+    names = ("loss.png", "history.png", "diagnostics.png")
+    assert written == [tmp_path / "plots" / name for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
@@ -80,6 +108,9 @@ def test_a_whole_run_gives_both_pictures(tmp_path):
         ("validation.jsonl", validation([5]), ["loss.png", "history.png"]),
         ("validation.jsonl", [{"step": 5, "loss": 3.0}], ["loss.png"]),
         ("validation.jsonl", [], []),
+        ("diagnostics.jsonl", diagnostics([5]), ["diagnostics.png"]),
+        ("diagnostics.jsonl", [{"step": 5, "effective_rank": None}], []),
+        ("diagnostics.jsonl", [{"step": 5, "effective_rank": 2.0}], ["diagnostics.png"]),
     ],
 )
 def test_what_is_missing_leaves_only_its_picture_out(tmp_path, name, lines, drawn):
@@ -89,14 +120,19 @@ def test_what_is_missing_leaves_only_its_picture_out(tmp_path, name, lines, draw
 
 # Drawing a figure takes tenths of a second; the pictures are laid out but not encoded.
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(TRAIN_LINE, max_size=4), st.lists(VALID_LINE, max_size=3))
-def test_no_lines_break_a_picture(metrics, held_out):
+@given(
+    st.lists(TRAIN_LINE, max_size=4),
+    st.lists(VALID_LINE, max_size=3),
+    st.lists(DIAGNOSTICS_LINE, max_size=3),
+)
+def test_no_lines_break_a_picture(metrics, held_out, inside):
     def in_order(lines):
         return sorted({line["step"]: line for line in lines}.values(), key=lambda x: x["step"])
 
     for figure in (
         plots._loss(in_order(metrics), in_order(held_out)),
         plots._history(in_order(held_out)),
+        plots._diagnostics(in_order(inside)),
     ):
         if figure is not None:
             figure.draw_without_rendering()
@@ -128,6 +164,26 @@ def test_the_history_picture_shows_the_last_validation_and_gains_over_steps():
     curves = [line for line in right.lines if line.get_marker() == "."]
     assert [list(line.get_ydata()) for line in curves] == [[0, 0], [200, 400], [400, 800]]
     assert len({to_hex(to_rgba(line.get_color())) for line in curves}) == 3
+
+
+def test_the_history_picture_shows_another_documents_history_where_it_was_measured():
+    lines = validation([200])
+    assert "another document's history" not in labelled(plots._history(lines).axes[0])
+    for chunk in lines[-1]["by_chunk"]:
+        chunk["loss_other_history"] = 3.5 + chunk["index"]
+    parts = labelled(plots._history(lines).axes[0])
+    assert list(parts["another document's history"].get_ydata()) == [3.5, 4.5, 5.5]
+
+
+def test_the_diagnostics_picture_shows_each_figure_against_step():
+    attention, rank, norm, bar = plots._diagnostics(diagnostics([100, 200])).axes
+    found = [list(line.get_ydata()) for line in attention.lines]
+    assert found == [pytest.approx([0.1 / i, 0.2 / i]) for i in (1, 2, 3)]
+    assert len({to_hex(to_rgba(line.get_color())) for line in attention.lines}) == 3
+    assert list(rank.lines[0].get_xdata()) == [100, 200]
+    assert list(rank.lines[0].get_ydata()) == [105, 205]
+    assert list(norm.lines[0].get_ydata()) == [0.5, 0.5]
+    assert bar.get_ylabel() == "age (chunks)"
 
 
 @given(st.integers(1, 200), st.floats(-5, 5), st.floats(-5, 5))

@@ -7,7 +7,7 @@ tokens and the latents of the C chunks before it.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,18 @@ from i3dist.ops.cross_entropy import token_losses
 
 # Rows are aligned already; padding them further would make operators of ours copy their inputs.
 COMPILE: dict[str, Any] = {"dynamic": False, "options": {"comprehensive_padding": False}}
+
+
+class Below(NamedTuple):
+    """A window below history: what the attention blocks start from. A lane is a row of each part.
+
+    `latents` are those of the C chunks before the window and of its own K, oldest first.
+    """
+
+    x: Tensor  # [B, K, T, D] residual stream after the RWKV stack
+    segments: Tensor  # [B, K, T]
+    depth: Tensor  # [B, K] chunks before each that belong to the document it continues
+    latents: Tensor  # [B, C + K, M, D]
 
 
 class I3LM(nn.Module):
@@ -97,14 +109,29 @@ class I3LM(nn.Module):
         self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor
     ) -> tuple[Tensor, LaneState]:
         """All blocks over a window: the residual stream [B, K, T, D] and the new state."""
+        below, state = self.below(tokens, depth, state)
+        return self.above(below, gate), state
+
+    def below(self, tokens: Tensor, depth: Tensor, state: LaneState) -> tuple[Below, LaneState]:
+        """The part of `forward` that no history enters: the RWKV stack and the compressor.
+
+        Returns:
+            What `above` takes, and the new, detached state.
+        """
         segments = segment_ids(tokens, self.bos_id)
         x, carried = self._recur(tokens, depth, state.rwkv)
         new = self.compressor(x.flatten(0, 1), last_segment(segments).flatten(0, 1))
         new = new.unflatten(0, tokens.shape[:2])
-        latents = torch.cat([self.width.pad(state.latents), new], dim=1)  # [B, C + K, M, D]
-        x = self._attend(x, segments, depth, latents, gate)
+        latents = torch.cat([self.width.pad(state.latents), new], dim=1)
         newest = self.width.trim(latents[:, -self.settings.history_chunks :])
-        return x, LaneState(newest, carried).detach()
+        return Below(x, segments, depth, latents), LaneState(newest, carried).detach()
+
+    def above(self, below: Below, gate: Tensor) -> Tensor:
+        """The rest: the attention blocks. Returns the residual stream [B, K, T, D].
+
+        One `below` serves several calls, with another gate or with other latents in it.
+        """
+        return self._attend(*below, gate)
 
     def run_rwkv(self, x: Tensor, restart: Tensor, state: RwkvState) -> tuple[Tensor, RwkvState]:
         """The RWKV stack on N independent sequences. x [N, T, D], restart [N, T]."""

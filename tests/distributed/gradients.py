@@ -53,7 +53,10 @@ def plain_norm(dtype: torch.dtype) -> float:
 
 
 def engine_norms(job: dist.Job, dtype: torch.dtype, bucket: int) -> list[float]:
-    """Norms of two steps in which nothing is updated, in micro-batches of this rank's lanes."""
+    """Norms of two steps in which nothing is updated, in micro-batches of this rank's lanes.
+
+    Two kinds: of the whole, and made up of the norms of the model's parts.
+    """
     config = engine.read_engine_config(ROOT / "configs" / "zero2.json")
     config["zero_optimization"]["reduce_bucket_size"] = bucket
     if dtype == torch.float32:
@@ -67,6 +70,9 @@ def engine_norms(job: dist.Job, dtype: torch.dtype, bucket: int) -> list[float]:
         for rows in lanes.tensor_split(MICRO_BATCHES):
             part = losses(trained, tuple(x[rows] for x in whole), dtype)
             trained.backward(part.sum(), torch.tensor(whole[0].numel()))
+        tops = sorted({name.split(".")[0] for name, _ in trained.model.named_parameters()})
+        parts = [trained.gradient_norm_of(f"{top}.") for top in tops]
+        norms.append(float(torch.tensor(parts).norm()))
         norms.append(trained.step(0.0))
     return norms
 

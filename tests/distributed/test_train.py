@@ -69,6 +69,39 @@ def test_continued_equals_uninterrupted(whole: Path, data: Path, tmp_path: Path,
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
 
 
+def test_looking_into_the_model_changes_nothing(whole: Path, data: Path, tmp_path: Path) -> None:
+    """Bit for bit: a look in every step, against one in the last step only."""
+    run = tmp_path / "run"
+    words = [f"data.path={data}", f"run.path={run}", f"train.steps={STEPS}"]
+    output = succeed(deepspeed(*QUICK, *words, "log.diagnose_every=1"))
+    assert losses(run) == losses(whole)
+    weights = "model.safetensors"
+    assert (run / weights).read_bytes() == (whole / weights).read_bytes()
+    seen, once = (
+        [json.loads(line) for line in (folder / "diagnostics.jsonl").open()]
+        for folder in (run, whole)
+    )
+    assert [line["step"] for line in seen] == list(range(1, STEPS + 1))
+    assert once == seen[-1:]
+    assert output.count("inside at step") == STEPS
+    for line in seen:
+        assert 0 < line["attention_age_01"] < 1
+        assert line["effective_rank"] > 1
+        assert line["compressor_gradient_norm"] > 0
+
+
+@pytest.mark.parametrize(("ramp", "said"), [(1, 1), (2, 0)])
+def test_a_run_says_that_its_history_is_not_used(
+    data: Path, tmp_path: Path, ramp: int, said: int
+) -> None:
+    """After a step with all of history, not before the first step and not on the ramp."""
+    words = [f"data.path={data}", f"run.path={tmp_path / 'run'}", "train.steps=1"]
+    words += [f"compression.ramp_steps={ramp}", "optimizer.lr=1e-9"]
+    output = succeed(program("launch/train.py", *QUICK, *words))
+    assert output.count("validation at step") == 2
+    assert output.count("history is not used (yet)") == said
+
+
 def test_one_rank_walks_the_same_stream(whole: Path, data: Path, tmp_path: Path) -> None:
     """Lanes, not ranks, make the step: one rank gives two ranks' losses, up to bf16 rounding."""
     run = tmp_path / "one"
@@ -164,7 +197,8 @@ def test_evaluate_reads_a_finished_run(whole: Path, data: Path, tmp_path: Path) 
     assert f"{figures['loss']:.4f}" in output
     assert set(figures) >= {"loss", "perplexity", "bits_per_byte", "by_chunk"}
     for chunk in figures["by_chunk"]:
-        assert set(chunk) == {"index", "tokens", "loss", "loss_without_history"}
+        kinds = {"loss", "loss_without_history", "loss_other_history"}
+        assert set(chunk) == {"index", "tokens", *kinds}
     # The trainer validated a part of the same split in bf16.
     validated = json.loads((whole / "validation.jsonl").read_text().splitlines()[-1])
     assert figures["loss"] == pytest.approx(validated["loss"], abs=0.3)

@@ -1,0 +1,130 @@
+"""A look into the model while it trains: what attention does with history, and what latents hold.
+
+Nothing here computes a gradient or changes a tensor, so that training goes on bit for bit the same.
+
+Letters: B lanes, K chunks of a window, N = B x K, T tokens, C history chunks, M latents, S keys,
+H heads, D width.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from i3dist.model.attention import Attention, AttentionBlock
+from i3dist.model.layers import split_heads
+from i3dist.model.lm import I3LM, Below
+from i3dist.model.segments import causal_mask, history_mask
+from i3dist.model.state import LaneState
+from i3dist.ops.attention import attention_bias
+from i3dist.ops.cross_entropy import IGNORE
+from i3dist.ops.precision import widen
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What some lanes of one step show.
+
+    Attributes:
+        attention_by_age: share of its attention that a query gives to the latents of the chunk 1,
+            2, ... C before its own: mean over blocks, heads and the queries that may see it; NaN
+            where none may.
+        effective_rank: of the latents of the window's chunks.
+    """
+
+    attention_by_age: list[float]
+    effective_rank: float
+
+    def to_dict(self) -> dict[str, float]:
+        """As flat JSON values: ``attention_age_01`` and so on, ``effective_rank``."""
+        ages = {f"attention_age_{i:02d}": x for i, x in enumerate(self.attention_by_age, start=1)}
+        return {**ages, "effective_rank": self.effective_rank}
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # a shape used once in a while is not worth compiling
+def diagnose(
+    model: I3LM, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
+) -> Diagnosis:
+    """Look at a window of some lanes. Arguments are those of `I3LM.forward`."""
+    below, _ = model.below(tokens, depth, state)
+    used = targets != IGNORE
+    latents = below.latents[:, model.settings.history_chunks :][used.any(-1)]
+    return Diagnosis(
+        attention_by_age(model, below, used, gate).tolist(),
+        effective_rank(model.width.trim(latents).flatten(0, 1)),
+    )
+
+
+def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> Tensor:
+    """See `Diagnosis`: [C] fp64, age 1 first.
+
+    Args:
+        model: the model.
+        below: the window.
+        used: [B, K, T] bool, the queries that count.
+        gate: scalar g in [0, 1] of history.
+    """
+    segments, chunks = below.segments.flatten(0, 1), model.settings.history_chunks
+    seen = history_mask(segments, below.depth.flatten(), chunks)
+    bias = attention_bias(causal_mask(segments), seen, gate, model.settings.latents)
+    counted = seen & used.flatten(0, 1).unsqueeze(-1)  # [N, T, C]
+    total = torch.zeros(chunks, dtype=torch.float64, device=bias.device)
+    x, blocks = below.x.flatten(0, 1), cast("Iterable[AttentionBlock]", model.attention)
+    history = model.history_keys_values(below.latents)
+    for block, (past, values) in zip(blocks, history, strict=True):
+        query = block.norm_attention(x)
+        past = past.flatten(0, 1)
+        x, (own, _) = block(x, (past, values.flatten(0, 1)), None, bias)
+        # Chunk by chunk: a window's logits would be the largest tensor of all.
+        for n, keys in enumerate(torch.cat([past, own], dim=-2)):
+            mass = attention_mass(block.attention, query[n], keys, bias[n], chunks)
+            total += (mass[:, :chunks] * counted[n]).sum(0)
+    return (total / (counted.sum((0, 1)) * len(history))).flip(0)
+
+
+def attention_mass(
+    attention: Attention, x: Tensor, keys: Tensor, bias: Tensor, chunks: int
+) -> Tensor:
+    """How each query's attention falls on history and on its own chunk, mean over heads.
+
+    Args:
+        attention: the block's attention.
+        x: [T, D], its input.
+        keys: [H, S, D/H], latents of C chunks and then T tokens.
+        bias: [1, T, S], from `attention_bias`.
+        chunks: C.
+
+    Returns:
+        [T, C + 1] fp32: chunks of history, the oldest first, then the own chunk; rows sum to 1.
+    """
+    query = split_heads(attention.query(x), attention.heads)
+    logits = widen((query * attention.scale) @ keys.transpose(-1, -2)) + bias
+    past, own = logits.softmax(-1).mean(0).tensor_split([len(bias[0, 0]) - len(x)], dim=-1)
+    return torch.cat([past.unflatten(-1, (chunks, -1)).sum(-1), own.sum(-1, keepdim=True)], dim=-1)
+
+
+def effective_rank(rows: Tensor) -> float:
+    """Over how many directions rows [n, D] spread: 1 to min(n, D); NaN where nothing is spread.
+
+    exp of the entropy of the singular values, divided by their sum (Roy & Vetterli, 2007, "The
+    effective rank: a measure of effective dimensionality", EUSIPCO).
+    """
+    if not (rows.isfinite().all() and rows.any()):
+        return math.nan
+    values = torch.linalg.svdvals(rows.double())
+    return float(torch.special.entr(values / values.sum()).sum().exp())
+
+
+def diagnosis_line(step: int, figures: dict[str, float]) -> str:
+    """One look as one line; "-" where no query sees so far back."""
+    ages = [figure for name, figure in figures.items() if name.startswith("attention_")]
+    newest, oldest = ("-" if math.isnan(age) else f"{age:.4f}" for age in (ages[0], ages[-1]))
+    return (
+        f"inside at step {step}: attention to the chunk before {newest}, to the oldest {oldest}  "
+        f"effective rank of latents {figures['effective_rank']:.1f}  "
+        f"gradient norm of the compressor {figures['compressor_gradient_norm']:.2e}"
+    )
