@@ -387,6 +387,19 @@ def start(job: dist.Job) -> None:
     else:
         require_compiler()
     deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
+    if not dist.uses_cuda():
+        _unlink_shared_memory(job)
+
+
+def _unlink_shared_memory(job: dist.Job) -> None:
+    """Take the name from this rank's shared memory, which then ends with the last process.
+
+    Ranks on CPUs sum through files in /dev/shm, 66 MiB each, that DeepSpeed (0.19.8) never removes.
+    """
+    dist.barrier()  # until every rank has mapped all of them
+    where = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{where}_{job.rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:

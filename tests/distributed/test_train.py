@@ -24,7 +24,9 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of two ranks, with a checkpoint in its middle."""
     run = tmp_path_factory.mktemp("whole") / "run"
     words = [f"data.path={data}", f"run.path={run}", f"train.steps={STEPS}", "checkpoint.every=4"]
+    before = set(Path("/dev/shm").iterdir())
     output = succeed(deepspeed(*QUICK, *words, "checkpoint.keep=9", "validate.every=4"))
+    assert set(Path("/dev/shm").iterdir()) <= before, "memory is given back"
     lines = [line for line in output.splitlines() if line.startswith("step ")]
     assert len(lines) == STEPS, "one line per logging interval, from one rank"
     return run
