@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from i3dist import dist
 from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
-from i3dist.model.packed import PackedModel
+from i3dist.model.packed import PackedModel, Slot
 from i3dist.model.state import LaneState
 from i3dist.ops.adamw import FlatAdamW
 from i3dist.toolchain import require_compiler
@@ -112,6 +112,21 @@ class Fragment:
     name: str
     start: int  # first element in the flattened parameter
     tensors: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq": fp32, 1-D, equal lengths
+
+
+class _Place(NamedTuple):
+    """Where a parameter, or a part of it, lies in this rank's partition."""
+
+    name: str
+    slot: Slot
+    group: int  # DeepSpeed's number of the partition
+    first: int  # element of the flat tensor
+    at: int  # the same element in the partition
+    length: int  # elements
+
+    def of(self, partition: Tensor) -> Tensor:
+        """Its part of a partition, as a view."""
+        return partition.narrow(0, self.at, self.length)
 
 
 class Engine:
@@ -274,17 +289,10 @@ class Engine:
         """
         gradients = self._engine.optimizer.averaged_gradients
         norms = [torch.zeros((), device=self.device)]
-        for flat in self._packed.flats:
-            mapping = flat.parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:
-                continue
-            # One flat tensor a group: the first part is its gradient, what follows is padding.
-            here, gradient = mapping.lp_fragment_address, gradients[mapping.param_group_index][0]
-            for name, slot in zip(flat.names, flat.slots, strict=True):
-                first = max(slot.start - here.start, 0)
-                end = min(slot.start + slot.size - here.start, here.numel)
-                if name.startswith(prefix) and first < end:
-                    norms.append(torch.linalg.vector_norm(gradient.view(-1)[first:end]))
+        for place in self._places():
+            if place.name.startswith(prefix):
+                gradient = gradients[place.group][0].flatten()  # what follows it is padding
+                norms.append(torch.linalg.vector_norm(place.of(gradient)))
         return float(dist.all_sum(torch.stack(norms).square().sum()).sqrt())
 
     def close(self) -> None:
@@ -333,24 +341,29 @@ class Engine:
         group's first step, when the other groups have none yet (0.19.8).
         """
         zero = self._engine.optimizer
+        for place in self._places():
+            partition = zero.single_partition_of_fp32_groups[place.group]
+            moments = {key: zero.optimizer.state[partition][key] for key in ADAM_STATES}
+            whole = {"weight": partition.detach()} | moments
+            views = {key: place.of(tensor) for key, tensor in whole.items()}
+            mask = place.slot.mask(partition.device)
+            skipped = place.first - place.slot.start
+            before, mask = mask.tensor_split([skipped, skipped + place.length])[:2]
+            yield place.name, int(before.sum()), mask, views
+
+    def _places(self) -> Iterator["_Place"]:
+        """Where the parameters lie that this rank's partition holds, or holds a part of."""
         for flat in self._packed.flats:
             mapping = flat.parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
                 continue
-            partition = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            moments = {key: zero.optimizer.state[partition][key] for key in ADAM_STATES}
-            whole = {"weight": partition.detach()} | moments
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             for name, slot in zip(flat.names, flat.slots, strict=True):
                 first = max(slot.start, here.start)
                 end = min(slot.start + slot.size, here.start + here.numel)
-                if first >= end:
-                    continue
-                mask = slot.mask(partition.device)
-                before, mask = mask.tensor_split([first - slot.start, end - slot.start])[:2]
-                at = there.start + first - here.start
-                views = {key: tensor.narrow(0, at, end - first) for key, tensor in whole.items()}
-                yield name, int(before.sum()), mask, views
+                if first < end:
+                    at = there.start + first - here.start
+                    yield _Place(name, slot, mapping.param_group_index, first, at, end - first)
 
     @torch.no_grad()
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
