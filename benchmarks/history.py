@@ -37,14 +37,14 @@ from i3dist.data.corpus import Split
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.manifest import Manifest
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.evaluate import chunk_index, other_history
 from i3dist.model.lm import I3LM
-from i3dist.model.segments import segment_ids
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
 
 WINDOW = 8  # chunks
 RARE = 0.1  # share of the training targets that rare tokens make up
-BARS = ("loss", "withheld", "other")  # what evaluation measures
+LOSSES = ("loss", "withheld", "other")  # what evaluation measures
 
 
 @dataclass(frozen=True)
@@ -115,34 +115,41 @@ class Experiment:
         schedule = self.held_out.schedule(plan.lanes, WINDOW, 0)
         count = schedule.windows_in_epoch(0)
         size = self.held_out.manifest.chunks_per_shard
-        by_chunk = torch.zeros(1 + len(BARS), size, dtype=torch.float64, device=self.device)
-        rare = torch.zeros(1 + len(BARS), dtype=torch.float64, device=self.device)
+        by_chunk = torch.zeros(1 + len(LOSSES), size, dtype=torch.float64, device=self.device)
+        rare = torch.zeros(1 + len(LOSSES), dtype=torch.float64, device=self.device)
         state = LaneState.empty(plan.lanes, model.settings, self.device, model.head.weight.dtype)
+        other = None
         for batch in self.batches(self.held_out, plan, 0, count):
-            losses, state = three_losses(model, batch, state)
+            losses, state, other = three_losses(model, batch, state, other)
             values = torch.stack([torch.ones_like(losses[0]), *losses]).double()
             used = batch.targets != IGNORE
-            continues = segment_ids(batch.tokens, model.bos_id) == 0
-            index = torch.where(continues, batch.depth.unsqueeze(-1), 0)
+            index = chunk_index(batch, model.bos_id)
             by_chunk.index_add_(1, index[used], values[:, used])
             few = used & (index > 0) & self.rare[batch.targets.clamp(min=0)]
             rare += values[:, few].sum(1)
-        names = ("count", *BARS)
+        names = ("count", *LOSSES)
         return {
             "by_chunk": dict(zip(names, by_chunk.tolist(), strict=True)),
             "rare": dict(zip(names, rare.tolist(), strict=True)),
         }
 
 
-def three_losses(model: I3LM, batch: Batch, state: LaneState) -> tuple[list[Tensor], LaneState]:
-    """Token losses with history, with history withheld and with another lane's; the new state."""
+def three_losses(
+    model: I3LM, batch: Batch, state: LaneState, other: Tensor | None
+) -> tuple[list[Tensor], LaneState, Tensor]:
+    """Token losses with history, with history withheld and with another document's.
+
+    Also the new state, and the other documents' latents, which the next window's call takes.
+    """
     # Not compiled: a few windows in a shape that nothing else has.
     with torch.compiler.set_stance("force_eager"), mock.patch.object(model, "compiled", False):
         below, after = model.below(batch.tokens, batch.depth, state)
-        other = below._replace(latents=below.latents.roll(1, 0))
+        other = other_history(below.latents, batch, other)
+        if other is None:
+            raise UserError("--held-out and --lanes must leave two lanes with documents")
         on, off = torch.tensor([1.0, 0.0], device=batch.tokens.device)
-        cases = ((below, on), (below, off), (other, on))
-        return [model.losses(model.above(*case), batch.targets) for case in cases], after
+        cases = ((below, on), (below, off), (below._replace(latents=other), on))
+        return [model.losses(model.above(*case), batch.targets) for case in cases], after, other
 
 
 def rare_tokens(folder: Path) -> Tensor:

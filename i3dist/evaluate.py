@@ -164,13 +164,18 @@ def _losses(model: I3LM, below: Below, other: Tensor | None, targets: Tensor) ->
     return [loss, without, torch.ones_like(loss), exchanged - loss]
 
 
-def _by_index(batch: Batch, figures: list[Tensor], bos_id: int, max_index: int) -> Tensor:
-    """Sums of [tokens, *figures] by chunk index: [5, max_index + 1] fp64.
+def chunk_index(batch: Batch, bos_id: int) -> Tensor:
+    """Each token's chunk within its document, from 0: [B, K, T].
 
     A document that runs over the end of a shard counts from 0 again, as its history does.
     """
     continues = segment_ids(batch.tokens, bos_id) == 0
-    index = torch.where(continues, batch.depth.unsqueeze(-1), 0)
+    return torch.where(continues, batch.depth.unsqueeze(-1), 0)
+
+
+def _by_index(batch: Batch, figures: list[Tensor], bos_id: int, max_index: int) -> Tensor:
+    """Sums of [tokens, *figures] by chunk index: [5, max_index + 1] fp64."""
+    index = chunk_index(batch, bos_id)
     used = batch.targets != IGNORE
     values = torch.stack([used, *figures]).double()[:, used]
     sums = torch.zeros(len(values), max_index + 1, dtype=torch.float64, device=values.device)
