@@ -171,7 +171,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--arms", nargs="+", choices=list(CHANGES), default=list(CHANGES))
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     run.add_argument("--tokens", type=float, default=150e6, help="of a run (default: 150e6)")
-    run.add_argument("--lanes", type=int, default=16, help="(default: 16)")
+    run.add_argument("--lanes", type=int, default=8, help="(default: 8)")
     run.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
     run.add_argument("--width", type=int, default=512, help="of the model (default: 512)")
     run.add_argument("--layers", type=int, default=6, help="RWKV blocks (default: 6)")

@@ -28,6 +28,7 @@ from i3dist.model.layers import Channels, LayerNorm, Linear, merge_heads, split_
 from i3dist.model.lm import I3LM
 
 OWN_SPAN = 4.0  # first bonus on the logits of a latent's own span
+OWN_PART, OWN_SPAN_REST = 0.8, 0.15  # attention of a staggered head to its part and its span
 
 
 def span_means(x: Tensor, keep: Tensor, latents: int) -> Tensor:
@@ -100,20 +101,72 @@ class Anchored(Compressor):
         return (of == torch.arange(latents, device=logits.device)[:, None]).to(logits.dtype)
 
 
-class OwnProjections(Attention):
-    """Attention that projects latents by matrices of their own."""
+class Staggered(Compressor):
+    """Latents that read their own span, each head first another part of it.
 
-    def __init__(self, width: Channels, heads: int):
+    Content decides from there: a learned table of logits, by head and position in the span, begins
+    as the logarithm of where a head is to look.
+    """
+
+    def __init__(
+        self, width: Channels, heads: int, mult: int, latents: int, length: int, anchor: bool
+    ):
+        super().__init__(width, heads, mult, latents)
+        self.anchor, self.span, self.length = anchor, length // latents, length
+        part = self.span / self.heads
+        place = torch.arange(self.span) + 0.5
+        begin = torch.arange(self.heads)[:, None] * part
+        overlap = (
+            torch.minimum(place + 0.5, begin + part) - torch.maximum(place - 0.5, begin)
+        ).clamp(min=0)
+        inside = OWN_PART * overlap / part + OWN_SPAN_REST / self.span
+        outside = (1 - OWN_PART - OWN_SPAN_REST) / (length - self.span)
+        self.register_buffer("prior", (inside / outside).log().float())  # [H, S]
+        self.offset = nn.Parameter(torch.zeros(self.heads * self.span))
+        self.write = self.output
+        del self.output
+
+    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
+        """As `Compressor.forward`."""
+        normed = self.norm_in(hidden)
+        queries = self.width.pad(self.queries)
+        means = span_means(normed, keep, len(queries))  # [N, M, D]
+        key, value = self.key_value(normed).chunk(2, dim=-1)
+        query, key, value = (
+            split_heads(part, self.heads) for part in (self.query(queries + means), key, value)
+        )
+        logits = ((query * self.scale) @ key.transpose(-1, -2)).float()  # [N, H, M, T]
+        logits = logits + self._bias(len(queries))
+        weights = logits.masked_fill(~keep[:, None, None], float("-inf")).softmax(-1)
+        start = queries + means if self.anchor else queries
+        latents = start + self.write(merge_heads(weights.to(value.dtype) @ value))
+        return self.norm_out(latents + self.ff(self.norm_ff(latents)))
+
+    def _bias(self, latents: int) -> Tensor:
+        """[H, M, T]: the table on each latent's own span, 0 elsewhere."""
+        table = self.prior + self.offset.float().view_as(self.prior)  # [H, S]
+        eye = torch.eye(latents, device=table.device)
+        return (eye[None, :, :, None] * table[:, None, None, :]).flatten(2)
+
+
+class Reads(Attention):
+    """Attention that projects latents by matrices of their own, to R keys and values each."""
+
+    def __init__(self, width: Channels, heads: int, reads: int):
         super().__init__(width, heads)
-        self.latent_key_value = Linear(width, width.times(2).split(2 * self.heads))
+        self.reads = reads
+        self.latent_key_value = Linear(width, width.times(2 * reads).split(2 * reads * self.heads))
 
     def history_keys_values(self, latents: Tensor, embed) -> tuple[Tensor, Tensor]:
-        """As `Attention.history_keys_values`."""
-        tokens, self.key_value = self.key_value, self.latent_key_value
-        try:
-            return super().history_keys_values(latents, embed)
-        finally:
-            self.key_value = tokens
+        """As `Attention.history_keys_values`, with R * M in place of M."""
+        chunks, width = embed.age.shape[0], embed.width
+        projected = self.latent_key_value(latents + width.pad(embed.slot))
+        count = latents.shape[1] - chunks
+        windows = torch.stack([projected[:, i : i + count] for i in range(chunks)], dim=2)
+        windows = windows + self.latent_key_value(width.pad(embed.age))[:, None]
+        each = windows.unflatten(-1, (self.reads, -1)).flatten(2, 4)  # [B, K, C * M * R, 2D]
+        key, value = each.chunk(2, dim=-1)
+        return split_heads(key, self.heads), split_heads(value, self.heads)
 
 
 Change = Callable[[I3LM], None]
@@ -145,10 +198,27 @@ def uncompressed(model: I3LM) -> None:
     model.compressor = Uncompressed(model.width)  # type: ignore[assignment]
 
 
-def own_projections(model: I3LM) -> None:
+def staggered(anchor: bool) -> Change:
+    """The compressor staggered."""
+
+    def change(model: I3LM) -> None:
+        s = model.settings
+        model.compressor = Staggered(  # type: ignore[assignment]
+            model.width, s.heads, s.ff_mult, s.latents, s.chunk_length, anchor
+        )
+
+    return change
+
+
+def own_projections(reads: int) -> Change:
     """Projections of its own for history in every attention block."""
-    for block in model.attention:
-        block.attention = OwnProjections(model.width, model.settings.heads)
+
+    def change(model: I3LM) -> None:
+        model.keys_per_chunk *= reads
+        for block in model.attention:
+            block.attention = Reads(model.width, model.settings.heads, reads)
+
+    return change
 
 
 CHANGES: dict[str, tuple[Change, ...]] = {
@@ -156,9 +226,14 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "literal": (),
     "anchored": (anchored(None),),
     "span": (anchored(OWN_SPAN),),
-    "span-kv": (anchored(OWN_SPAN), own_projections),
+    "span-kv": (anchored(OWN_SPAN), own_projections(1)),
     "mean": (mean_pool,),
-    "mean-kv": (mean_pool, own_projections),
+    "mean-kv": (mean_pool, own_projections(1)),
+    "mean-kv4": (mean_pool, own_projections(4)),
+    "stagger": (staggered(True),),
+    "stagger-kv": (staggered(True), own_projections(1)),
+    "stagger-kv4": (staggered(True), own_projections(4)),
+    "slots-kv4": (staggered(False), own_projections(4)),
     "detached": (detached,),
     "ceiling": (uncompressed,),
     "carry": (),

@@ -50,7 +50,7 @@ class Documents(NamedTuple):
 class Task:
     """Sizes of the task."""
 
-    chunks: int = 24  # K
+    chunks: int = 16  # K
     length: int = 128  # T
     pairs: int = 8  # P
     values: int = 16
@@ -58,55 +58,53 @@ class Task:
 
     @property
     def vocab(self) -> int:
-        """Values and as many keys as a document states, four times over."""
-        return FIRST + self.values + self.keys
-
-    @property
-    def keys(self) -> int:
-        """Different keys."""
-        return 4 * self.chunks * self.pairs
+        """Values, and as many keys as a document states."""
+        return FIRST + self.values + self.chunks * self.pairs
 
     @property
     def questions(self) -> int:
-        """Of a chunk: ASK and a key each; what is left over stays empty."""
-        return (self.length - 1 - 2 * self.pairs) // 2
+        """Before each pair, ASK and a key each."""
+        return (self.length // self.pairs - 2) // 2
 
     @property
     def answers(self) -> int:
         """Answers of a document, on average."""
-        return self.questions * (self.chunks - self.distances)
+        return self.questions * self.pairs * (self.chunks - self.distances)
 
     def sample(self, documents: int, random: torch.Generator) -> Documents:
-        """Draw documents."""
-        b, k, p, q = documents, self.chunks, self.pairs, self.questions
-        order = torch.rand(b, self.keys, generator=random, device=random.device).argsort(1)
-        keys = (FIRST + self.values + order[:, : k * p]).view(b, k, p)
-        values = FIRST + self._draw(self.values, (b, k, p), random)
-        tokens = torch.zeros(b, k, self.length, dtype=torch.long, device=random.device)
-        tokens[:, 0, 0] = BOS
-        stated = tokens[..., 1 : 1 + 2 * p]
-        stated[..., 0::2], stated[..., 1::2] = keys, values
+        """Draw documents.
 
-        here = torch.arange(k, device=random.device)[None, :, None].expand(b, k, q)
-        back = 1 + self._draw(self.distances, (b, k, q), random)
+        A chunk is P equal parts, each with its questions first and a pair at its end.
+        """
+        b, k, p, q = documents, self.chunks, self.pairs, self.questions
+        keys = torch.rand(b, k * p, generator=random, device=random.device).argsort(1)
+        keys = (FIRST + self.values + keys).view(b, k, p)
+        values = FIRST + self._draw(self.values, (b, k, p), random)
+        shape = (b, k, p, self.length // p)
+        tokens = torch.zeros(shape, dtype=torch.long, device=random.device)
+        tokens[..., -2], tokens[..., -1] = keys, values
+
+        here = torch.arange(k, device=random.device)[None, :, None, None].expand(b, k, p, q)
+        back = 1 + self._draw(self.distances, (b, k, p, q), random)
         # K - d chunks can ask over a distance of d: the shorter ones are left out more often.
         chance = (k - self.distances) / (k - back)
-        asked = (back <= here) & (
-            torch.rand(b, k, q, generator=random, device=back.device) < chance
-        )
-        which = ((here - back).clamp(min=0) * p + self._draw(p, (b, k, q), random)).flatten(1)
-        answer = values.flatten(1).gather(1, which).view(b, k, q)
-        at = slice(1 + 2 * p, 1 + 2 * p + 2 * q)
-        tokens[..., at][..., 0::2] = ASK * asked
-        tokens[..., at][..., 1::2] = keys.flatten(1).gather(1, which).view(b, k, q) * asked
+        drawn = torch.rand(back.shape, generator=random, device=back.device)
+        asked = (back <= here) & (drawn < chance)
+        which = ((here - back).clamp(min=0) * p + self._draw(p, (b, k, p, q), random)).flatten(1)
+        answer = values.flatten(1).gather(1, which).view_as(back)
+        key = keys.flatten(1).gather(1, which).view_as(back)
+        tokens[..., : 2 * q : 2] = ASK * asked
+        tokens[..., 1 : 2 * q : 2] = key * asked
+        tokens[:, 0, 0, 0] = BOS  # chunk 0 has nothing to ask
 
         # The value is due after the key, and does not follow in the text: there it would be stated
         # once more, nearer.
         targets, distance = torch.full_like(tokens, IGNORE), torch.zeros_like(tokens)
-        targets[..., at][..., 1::2] = torch.where(asked, answer, IGNORE)
-        distance[..., at][..., 1::2] = back * asked
+        targets[..., 1 : 2 * q : 2] = torch.where(asked, answer, IGNORE)
+        distance[..., 1 : 2 * q : 2] = back * asked
         depth = torch.arange(k, device=random.device).expand(b, k)
-        return Documents(tokens, targets, distance, depth)
+        parts = (x.view(b, k, -1) for x in (tokens, targets, distance))
+        return Documents(*parts, depth)
 
     @staticmethod
     def _draw(below: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -165,7 +163,7 @@ def settings(task: Task, width: int, history: int) -> ModelSettings:
         d_model=width,
         rwkv_layers=2,
         attention_layers=2,
-        heads=max(1, width // 32),
+        heads=max(1, width // 16),
         chunk_length=task.length,
         latents=task.length // 16,
         history_chunks=history,

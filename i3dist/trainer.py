@@ -244,6 +244,9 @@ class Trainer:
             return wanted
         for rows in reversed(divisors(len(self.lanes))):
             if all(dist.gather_objects(self.engine.fits(*self._sample(rows)))):
+                dist.say(
+                    f"train.micro_batch=auto: {rows} of a rank's {len(self.lanes)} lanes at once"
+                )
                 return rows
         raise UserError(
             "one lane's window does not fit on the GPU: lower train.window_chunks or the model's "

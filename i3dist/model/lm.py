@@ -55,6 +55,7 @@ class I3LM(nn.Module):
         self.width = width = Channels(settings.d_model, alignment=alignment)
         heads, mult, layers = settings.heads, settings.ff_mult, settings.rwkv_layers
         self.compiled = False
+        self.keys_per_chunk = settings.latents  # that attention sees of an earlier chunk
         self.embedding = nn.Embedding(settings.vocab, width.stored)
         self.norm_in = LayerNorm(width)
         self.rwkv = nn.ModuleList(RwkvBlock(width, mult, i, layers) for i in range(layers))
@@ -185,11 +186,11 @@ class I3LM(nn.Module):
 
     def _visible(self, segments: Tensor, depth: Tensor, gate: Tensor) -> Visibility:
         """What tokens see. segments [N, T], depth [N]."""
-        chunks, latents = self.settings.history_chunks, self.settings.latents
+        chunks, keys = self.settings.history_chunks, self.keys_per_chunk
         if self.compiled and segments.is_cuda:
-            return block_visibility(segments, depth, gate, chunks, latents)
+            return block_visibility(segments, depth, gate, chunks, keys)
         history = history_mask(segments, depth, chunks)
-        return attention_bias(causal_mask(segments), history, gate, latents)
+        return attention_bias(causal_mask(segments), history, gate, keys)
 
     def history_keys_values(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What each attention block sees of history: latents [B, C + K, M, D] ->
@@ -199,14 +200,16 @@ class I3LM(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Normal(0, 0.02); projections that end a residual branch shrink with the depth (GPT-2)."""
+        """Normal with deviation sqrt(2 / 5D), 0.018 for the card ("SmallInit": Nguyen & Salazar,
+        2019, arXiv:1910.05895); projections that end a residual branch shrink with the depth
+        (GPT-2)."""
+        std = (0.4 / self.width.stored) ** 0.5
         branches = 2 * (self.settings.rwkv_layers + self.settings.attention_layers)
-        ends = ("output.weight", "value.weight", "down.weight")
+        ends = (".output.weight", "channel_mix.value.weight", ".down.weight")
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 continue
-            ends_branch = name.endswith(ends) and "time_mix.value" not in name
-            nn.init.normal_(parameter, std=0.02 / branches**0.5 if ends_branch else 0.02)
+            nn.init.normal_(parameter, std=std / branches**0.5 if name.endswith(ends) else std)
 
 
 PARTS = ("embedding", "rwkv", "compressor", "history", "attention", "head", "norms")

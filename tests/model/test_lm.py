@@ -250,6 +250,17 @@ def test_the_card_has_340_million_parameters() -> None:
     assert 335e6 <= sum(counts.values()) <= 348e6
 
 
+def test_only_projections_that_end_a_branch_begin_smaller() -> None:
+    torch.manual_seed(0)
+    model = I3LM(ModelSettings(d_model=64, rwkv_layers=3, attention_layers=2, vocab_size=500), 2)
+    ends = ("time_mix.output", "channel_mix.value", "attention.output", "ff.down")
+    for name, parameter in model.named_parameters():
+        owner = name.removesuffix(".weight")
+        if parameter.ndim == 2 and not name.startswith("history."):
+            end = owner.endswith(ends) or owner == "compressor.output"
+            assert parameter.std().item() == pytest.approx(0.02 / 10**0.5 if end else 0.02, rel=0.1)
+
+
 def test_decay_applies_to_matrices_only(model: I3LM) -> None:
     names = set(decayed(model))
     parameters = dict(model.named_parameters())
