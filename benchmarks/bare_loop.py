@@ -50,7 +50,8 @@ class BareLoop:
     def backward(self, loss_sum: Tensor, targets: Tensor) -> None:
         """Add one micro-batch's share to the fp32 gradient of the mean over `targets`."""
         (loss_sum / targets.clamp(min=1).to(loss_sum.dtype)).backward()
-        new = [parameter.grad for parameter in self.parameters]
+        # None where a part of the model is left as it began.
+        new = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         add = torch._foreach_add_ if self._accumulated else torch._foreach_copy_
         add(self.gradients, new)
         self._accumulated = True

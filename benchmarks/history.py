@@ -195,7 +195,15 @@ def plans(options: argparse.Namespace, manifest: Manifest) -> Iterator[Plan]:
     steps = max(2, round(options.tokens / per_step))
     for seed in options.seeds:
         for arm in options.arms:
-            yield Plan(arm, seed, model, options.lanes, steps, (steps // 2, steps), options.lr)
+            yield Plan(
+                arm,
+                seed,
+                model,
+                options.lanes,
+                steps,
+                (steps // 2, 3 * steps // 4, steps),
+                options.lr,
+            )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -62,12 +62,16 @@ class MeanPool(nn.Module):
         return self.norm(span_means(hidden, keep, self.latents))
 
 
-class Detached(Compressor):
-    """The card's compressor, left as it began."""
+class Detached(nn.Module):
+    """A compressor left as it began."""
+
+    def __init__(self, compressor: nn.Module):
+        super().__init__()
+        self.inner = compressor
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
-        """As `Compressor.forward`, without gradient."""
-        return super().forward(hidden, keep).detach()
+        """As the compressor's, without gradient."""
+        return self.inner(hidden, keep).detach()
 
 
 class Anchored(Compressor):
@@ -188,9 +192,8 @@ def mean_pool(model: I3LM) -> None:
 
 
 def detached(model: I3LM) -> None:
-    """A compressor that is not trained."""
-    s = model.settings
-    model.compressor = Detached(model.width, s.heads, s.ff_mult, s.latents)
+    """The compressor, not trained."""
+    model.compressor = Detached(model.compressor)  # type: ignore[assignment]
 
 
 def uncompressed(model: I3LM) -> None:
@@ -198,13 +201,13 @@ def uncompressed(model: I3LM) -> None:
     model.compressor = Uncompressed(model.width)  # type: ignore[assignment]
 
 
-def staggered(anchor: bool) -> Change:
+def staggered(anchor: bool, heads: int | None = None) -> Change:
     """The compressor staggered."""
 
     def change(model: I3LM) -> None:
         s = model.settings
         model.compressor = Staggered(  # type: ignore[assignment]
-            model.width, s.heads, s.ff_mult, s.latents, s.chunk_length, anchor
+            model.width, heads or s.heads, s.ff_mult, s.latents, s.chunk_length, anchor
         )
 
     return change
@@ -234,6 +237,9 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "stagger-kv": (staggered(True), own_projections(1)),
     "stagger-kv4": (staggered(True), own_projections(4)),
     "slots-kv4": (staggered(False), own_projections(4)),
+    "stagger16-kv4": (staggered(True, 16), own_projections(4)),
+    "stagger-kv4-carry": (staggered(True), own_projections(4)),
+    "stagger-kv4-detached": (staggered(True), own_projections(4), detached),
     "detached": (detached,),
     "ceiling": (uncompressed,),
     "carry": (),

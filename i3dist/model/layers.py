@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from i3dist.ops.layer_norm import add_and_norm
+from i3dist.ops.precision import linear
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., computed in] -> [..., computed out]."""
-        return F.linear(x, self.computed(self.weight))
+        return linear(x, self.computed(self.weight))
 
 
 class LayerNorm(nn.LayerNorm):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from i3dist.ops.precision import widen
+from i3dist.ops.precision import multipliable, widen
 
 
 class BlockVisibility(NamedTuple):
@@ -122,9 +122,9 @@ def attend_few(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale:
         seen: bool, broadcast to [..., M, S]; a query sees at least one key.
         scale: factor of the logits.
     """
-    logits = widen((query * scale) @ keys.transpose(-1, -2))
-    weights = logits.masked_fill(~seen, float("-inf")).softmax(dim=-1)
-    return weights.to(values.dtype) @ values
+    q, k, v = (multipliable(x) for x in (query * scale, keys, values))
+    weights = widen(q @ k.transpose(-1, -2)).masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    return (weights.to(v.dtype) @ v).to(query.dtype)
 
 
 @functools.cache

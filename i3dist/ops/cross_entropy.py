@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from i3dist.ops.precision import widen
+from i3dist.ops.precision import multipliable, widen
 
 IGNORE = -100  # a target that is not trained on
 
@@ -30,13 +30,14 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return token_losses_naive(hidden, head, targets)
-    losses = _SlicedLosses.apply(hidden.flatten(0, -2), head, targets.flatten())
+    rows = multipliable(hidden).flatten(0, -2)
+    losses = _SlicedLosses.apply(rows, multipliable(head), targets.flatten())
     return losses.view(targets.shape)
 
 
 def token_losses_naive(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """The definition; arguments and results are those of `token_losses`."""
-    logits = widen(F.linear(hidden, head))
+    logits = widen(F.linear(multipliable(hidden), multipliable(head)))
     losses = F.cross_entropy(
         logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="none"
     )

@@ -258,7 +258,8 @@ def test_only_projections_that_end_a_branch_begin_smaller() -> None:
         owner = name.removesuffix(".weight")
         if parameter.ndim == 2 and not name.startswith("history."):
             end = owner.endswith(ends) or owner == "compressor.output"
-            assert parameter.std().item() == pytest.approx(0.02 / 10**0.5 if end else 0.02, rel=0.1)
+            want = (0.4 / 64 / (10 if end else 1)) ** 0.5
+            assert parameter.std().item() == pytest.approx(want, rel=0.1)
 
 
 def test_decay_applies_to_matrices_only(model: I3LM) -> None:
