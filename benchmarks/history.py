@@ -25,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import history_report
+import numpy as np
 import torch
 from history_arms import CHANGES, build
 from i3_steps import Shape, in_bare_loop, in_engine
@@ -43,6 +44,7 @@ from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
 
 WINDOW = 8  # chunks
+DROPPED = 0.1  # share of chunks without history in arms that drop some
 RARE = 0.1  # share of the training targets that rare tokens make up
 LOSSES = ("loss", "withheld", "other")  # what evaluation measures
 
@@ -87,6 +89,8 @@ class Experiment:
         for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.steps)):
             started = time.perf_counter()
             steps.gate.fill_(gates.gate_at(step))
+            if plan.arm.endswith("-drop"):
+                batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)
             times.append(time.perf_counter() - started)
             if step + 1 in plan.marks:
@@ -152,6 +156,13 @@ def three_losses(
         return [model.losses(model.above(*case), batch.targets) for case in cases], after, other
 
 
+def without_some(batch: Batch, seed: int, step: int) -> Batch:
+    """The batch, a tenth of its chunks without history."""
+    random = np.random.default_rng((seed, step)).random(tuple(batch.depth.shape))
+    kept = torch.from_numpy(random >= DROPPED).to(batch.depth.device)
+    return batch._replace(depth=batch.depth * kept)
+
+
 def rare_tokens(folder: Path) -> Tensor:
     """The least frequent tokens, which together make up `RARE` of the targets: [V] bool."""
     frequency = torch.from_numpy(counts(folder)).double()
@@ -201,7 +212,7 @@ def plans(options: argparse.Namespace, manifest: Manifest) -> Iterator[Plan]:
                 model,
                 options.lanes,
                 steps,
-                (steps // 2, 3 * steps // 4, steps),
+                (steps // 2, steps),
                 options.lr,
             )
 

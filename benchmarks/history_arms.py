@@ -22,7 +22,7 @@ from i3_steps import WithoutHistory
 from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
-from i3dist.model.attention import Attention
+from i3dist.model.attention import Attention, HistoryEmbedding
 from i3dist.model.compress import Compressor
 from i3dist.model.layers import Channels, LayerNorm, Linear, merge_heads, split_heads
 from i3dist.model.lm import I3LM
@@ -153,6 +153,73 @@ class Staggered(Compressor):
         return (eye[None, :, :, None] * table[:, None, None, :]).flatten(2)
 
 
+class Slots(Compressor):
+    """Each latent is R slots of D/R channels: tokens of its span, projected.
+
+    A slot begins with the mean of an R-th of the span; content decides from there.
+    """
+
+    def __init__(self, width: Channels, mult: int, latents: int, length: int, slots: int):
+        super().__init__(width, slots, mult, latents)
+        self.span = length // latents
+        part = self.span / self.heads
+        place, begin = torch.arange(self.span), torch.arange(self.heads)[:, None] * part
+        overlap = torch.minimum(place + 1, begin + part) - torch.maximum(place, begin)
+        inside = 0.97 * overlap.clamp(min=0) / part + 0.02 / self.span
+        self.register_buffer("prior", (inside * (length - self.span) / 0.01).log())  # [R, S]
+        self.offset = nn.Parameter(torch.zeros(self.heads * self.span))
+        del self.output
+
+    def begin(self) -> None:
+        """Slots hold orthonormal projections of tokens."""
+        d = self.width.stored
+        for rows in self.key_value.weight[d:].chunk(self.heads):
+            nn.init.orthogonal_(rows)
+
+    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
+        """As `Compressor.forward`."""
+        normed = self.norm_in(hidden)
+        queries = self.width.pad(self.queries)
+        key, value = self.key_value(normed).chunk(2, dim=-1)
+        query = self.query(queries + span_means(normed, keep, len(queries)))
+        query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
+        logits = ((query * self.scale) @ key.transpose(-1, -2)).float()  # [N, R, M, T]
+        table = self.prior + self.offset.float().view_as(self.prior)
+        eye = torch.eye(len(queries), device=table.device)
+        logits = logits + (eye[None, :, :, None] * table[:, None, None, :]).flatten(2)
+        weights = logits.masked_fill(~keep[:, None, None], float("-inf")).softmax(-1)
+        read = self.query.d_out.trim(merge_heads(weights.to(value.dtype) @ value))
+        latents = queries + self.width.pad(read)
+        return self.norm_out(latents + self.ff(self.norm_ff(latents)))
+
+
+class Unfolding(I3LM):
+    """Attention sees R vectors for each latent, and projects them as it does tokens."""
+
+    def __init__(self, settings: ModelSettings, bos_id: int, slots: int):
+        super().__init__(settings, bos_id)
+        s, width = settings, self.width
+        self.compressor = Slots(width, s.ff_mult, s.latents, s.chunk_length, slots)  # type: ignore[assignment]
+        self.slots = self.compressor.heads
+        self.keys_per_chunk = s.latents * self.slots
+        self.history = HistoryEmbedding(width, s.history_chunks, self.keys_per_chunk)
+        self.unfold = Linear(width, width.times(self.slots))
+
+    def begin(self) -> None:
+        """Unfold a slot to the token that it was projected from."""
+        d = self.width.stored
+        nn.init.zeros_(self.unfold.weight)
+        places = self.unfold.weight.view(self.slots, d, self.slots, d // self.slots)
+        compressor = getattr(self.compressor, "inner", self.compressor)
+        for i, rows in enumerate(compressor.key_value.weight[d:].chunk(self.slots)):
+            places[i, :, i] = rows.T * self.slots**0.5
+
+    def history_keys_values(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """As `I3LM.history_keys_values`."""
+        each = self.unfold(latents).unflatten(-1, (self.slots, -1)).flatten(2, 3)
+        return super().history_keys_values(each)
+
+
 class Reads(Attention):
     """Attention that projects latents by matrices of their own, to R keys and values each."""
 
@@ -240,10 +307,24 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "stagger16-kv4": (staggered(True, 16), own_projections(4)),
     "stagger-kv4-carry": (staggered(True), own_projections(4)),
     "stagger-kv4-detached": (staggered(True), own_projections(4), detached),
+    "slots1": (),
+    "slots4": (),
+    "slots4-drop": (),
+    "slots4-detached": (detached,),
+    "slots8": (),
+    "slots16": (),
     "detached": (detached,),
     "ceiling": (uncompressed,),
     "carry": (),
     "span-carry": (anchored(OWN_SPAN),),
+}
+SLOTS = {
+    "slots1": 1,
+    "slots4": 4,
+    "slots4-drop": 4,
+    "slots4-detached": 4,
+    "slots8": 8,
+    "slots16": 16,
 }
 WITHOUT = ("none", "carry")  # arms without history
 
@@ -255,11 +336,18 @@ def build(arm: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
     if arm == "ceiling":
         changes["latents"] = settings.chunk_length
     torch.manual_seed(seed)
-    kind = WithoutHistory if arm in WITHOUT else I3LM
-    model = kind(settings.model_copy(update=changes), bos_id)
+    changed = settings.model_copy(update=changes)
+    if arm in SLOTS:
+        model: I3LM = Unfolding(changed, bos_id, SLOTS[arm])
+    else:
+        model = (WithoutHistory if arm in WITHOUT else I3LM)(changed, bos_id)
     for change in CHANGES[arm]:
         change(model)
     # Replaced parts begin as the model's own do.
     torch.manual_seed(seed)
     model._initialise()
+    with torch.no_grad():
+        for module in reversed(list(model.modules())):  # parts before the whole
+            if hasattr(module, "begin"):
+                module.begin()
     return model
