@@ -27,7 +27,7 @@ from unittest import mock
 import history_report
 import numpy as np
 import torch
-from history_arms import CHANGES, build
+from history_arms import ARMS, Arm, build
 from i3_steps import Shape, in_bare_loop, in_engine
 from torch import Tensor
 from unigram import counts
@@ -89,7 +89,7 @@ class Experiment:
         for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.steps)):
             started = time.perf_counter()
             steps.gate.fill_(gates.gate_at(step))
-            if plan.arm.endswith("-drop"):
+            if Arm.parse(plan.arm).drops:
                 batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)
             times.append(time.perf_counter() - started)
@@ -179,7 +179,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     run = commands.add_parser("run", help="train and evaluate arms")
     run.add_argument("--data", type=Path, required=True, help="what is trained on")
     run.add_argument("--held-out", type=Path, required=True, help="what is evaluated")
-    run.add_argument("--arms", nargs="+", choices=list(CHANGES), default=list(CHANGES))
+    run.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     run.add_argument("--tokens", type=float, default=150e6, help="of a run (default: 150e6)")
     run.add_argument("--lanes", type=int, default=8, help="(default: 8)")

@@ -1,6 +1,7 @@
-"""Books, arms and the recall task of benchmarks/, at toy size. About 5 s."""
+"""Books, arms and the recall task of benchmarks/, at toy size. About a minute."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from i3dist.config import ModelSettings
 from i3dist.errors import UserError
+from i3dist.model.packed import PackedModel
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
 from tests.conftest import ROOT
@@ -22,6 +24,7 @@ from tests.model.streams import BOS, depth_of, stream
 sys.path.append(str(ROOT / "benchmarks"))
 
 import books
+import compressors
 import history
 import history_arms
 import history_report
@@ -32,7 +35,7 @@ SIZES = ModelSettings(
     vocab_size=64, d_model=32, rwkv_layers=1, attention_layers=2, heads=2, chunk_length=32,
     latents=4,
 )  # fmt: skip
-ARMS = list(history_arms.CHANGES)
+ARMS = history_arms.ARMS
 
 
 def losses(arm: str, tokens: torch.Tensor, gate: float = 1.0) -> torch.Tensor:
@@ -62,7 +65,7 @@ def test_a_url_that_names_no_piece_is_one_line() -> None:
 def test_span_means_are_means_of_what_is_kept(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     x, keep = torch.randn(3, 12, 5, generator=random), torch.rand(3, 12, generator=random) < 0.6
-    means = history_arms.span_means(x, keep, 4)
+    means = compressors.span_means(x, keep, 4)
     for n in range(3):
         for m in range(4):
             kept = [x[n, t] for t in range(3 * m, 3 * m + 3) if keep[n, t]]
@@ -80,6 +83,42 @@ def test_no_arm_sees_the_future(arm: str) -> None:
     torch.testing.assert_close(before, after, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_the_same_on_packed_parameters(arm: str) -> None:
+    tokens = stream(3, 4, 32, 64, 90)
+    model = history_arms.build(arm, SIZES, BOS, seed=0)
+    state = LaneState.empty(1, model.settings, tokens.device, torch.float32)
+    inputs = (tokens, tokens.roll(-1, -1), depth_of(tokens), state, torch.ones(()))
+    plain = model(*inputs)[0]
+    plain.sum().backward()
+    packed = PackedModel(model)
+    losses = packed(*inputs)[0]
+    torch.testing.assert_close(losses, plain, atol=1e-5, rtol=0)
+    losses.sum().backward()
+    for flat in packed.flats:
+        assert flat.parameter.grad is not None
+        for name, slot in zip(flat.names, flat.slots, strict=True):
+            part = flat.parameter.grad.narrow(0, slot.start, slot.size)
+            want = model.get_parameter(name).grad
+            want = torch.zeros(slot.shape) if want is None else want
+            torch.testing.assert_close(slot.stored(part), want, atol=2e-4, rtol=1e-3)
+
+
+def test_a_gate_raises_the_logits_of_history() -> None:
+    tokens = stream(3, 4, 32, 64, 400)
+    gated, plain = (history_arms.build(f"slots4{more}", SIZES, BOS, 0) for more in ("-gate", ""))
+    state = LaneState.empty(1, plain.settings, tokens.device, torch.float32)
+    inputs = (tokens, tokens.roll(-1, -1), depth_of(tokens), state)
+    own = {name.replace(".inner", ""): tensor for name, tensor in gated.state_dict().items()}
+    plain.load_state_dict(own, strict=False)
+    for gate in (0.0, 0.3, 1.0):
+        for block in gated.attention:
+            block.attention.bias.data.fill_(math.log(gate) if gate else -1e9)
+        torch.testing.assert_close(
+            gated(*inputs, torch.ones(()))[0], plain(*inputs, torch.tensor(gate))[0]
+        )
+
+
 def test_arms_of_a_seed_share_what_they_can() -> None:
     models = {arm: history_arms.build(arm, SIZES, BOS, seed=1) for arm in ARMS}
     for model in models.values():
@@ -89,7 +128,7 @@ def test_arms_of_a_seed_share_what_they_can() -> None:
 
 def test_a_detached_compressor_has_no_gradient() -> None:
     tokens = stream(3, 4, 32, 64, 300)
-    for arm, trained in (("literal", True), ("span", True), ("detached", False)):
+    for arm, trained in (("literal", True), ("slots4", True), ("slots4-detached", False)):
         model = history_arms.build(arm, SIZES, BOS, seed=0)
         state = LaneState.empty(1, model.settings, tokens.device, torch.float32)
         model(tokens, tokens.roll(-1, -1), depth_of(tokens), state, torch.ones(()))[
@@ -165,3 +204,18 @@ def test_every_distance_is_as_frequent() -> None:
     found = torch.bincount(distance[distance > 0], minlength=7)[1:]
     expected = 400 * task.answers / 6
     assert ((found - expected).abs() < 5 * expected**0.5).all()
+
+
+def test_latents_recall_what_was_stated_as_far_as_history_reaches() -> None:
+    """The recall probe, small: a minute on two cores."""
+    task = recall.Task(chunks=8, length=32, pairs=2, values=16, distances=5)
+    model = history_arms.build("slots4", recall.settings(task, 64, history=3), recall.BOS, seed=0)
+    found = [0.0]
+    for step, _ in enumerate(recall.train(model, task, steps=1200, documents=16, lr=3e-3)):
+        if step % 50 == 0:
+            found = recall.accuracy(model, task, documents=64)
+            if min(found[:3]) > 0.95:
+                break
+    withheld = recall.accuracy(model, task, documents=64, gate=0.0)
+    assert min(found[:3]) > 0.95
+    assert max(*found[3:], *withheld) < 2.5 / task.values, "chance is 1 / values"
