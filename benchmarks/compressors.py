@@ -5,6 +5,8 @@ D width, H heads. Each compressor takes hidden [N, T, D] and keep [N, T] bool, a
 [N, M, D]; `begin`, where there is one, is called once weights have been drawn.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +15,35 @@ from i3dist.model.compress import Compressor
 from i3dist.model.layers import Channels, LayerNorm, merge_heads, split_heads
 
 
-def span_means(x: Tensor, keep: Tensor, latents: int) -> Tensor:
-    """Means over each span's kept positions, 0 where there are none: x [N, T, D] -> [N, M, D]."""
-    spans = (x * keep.unsqueeze(-1)).unflatten(1, (latents, -1)).sum(2)
-    return spans / keep.unflatten(1, (latents, -1)).sum(2).clamp(min=1).unsqueeze(-1)
+def equal_spans(length: int, latents: int) -> list[int]:
+    """Tokens of each latent's span: all the same."""
+    return [length // latents] * latents
+
+
+def tail_spans(length: int, latents: int) -> list[int]:
+    """The last tokens of the chunk one by one, in half of the latents; before them spans that grow
+    by a constant factor, the oldest first."""
+    singles = latents // 2
+    growth = (length / singles) ** (1 / (latents - singles))
+    ends = [round(singles * growth**i) for i in range(latents - singles + 1)]
+    grown = [later - sooner for sooner, later in itertools.pairwise(ends)]
+    return grown[::-1] + [1] * singles
+
+
+def membership(spans: list[int]) -> Tensor:
+    """Which tokens are of which span: [M, T] as 0 and 1."""
+    of = torch.arange(len(spans)).repeat_interleave(torch.tensor(spans))
+    return F.one_hot(of).T.float()
+
+
+def span_means(x: Tensor, keep: Tensor, member: Tensor) -> Tensor:
+    """Means over each span's kept positions, 0 where there are none.
+
+    x [N, T, D], keep [N, T], member [M, T] from `membership` -> [N, M, D].
+    """
+    weights = member * keep.unsqueeze(1)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    return weights.to(x.dtype) @ x
 
 
 class Uncompressed(nn.Module):
@@ -34,14 +61,14 @@ class Uncompressed(nn.Module):
 class MeanPool(nn.Module):
     """The means of the spans, normalised."""
 
-    def __init__(self, width: Channels, latents: int):
+    def __init__(self, width: Channels, spans: list[int]):
         super().__init__()
-        self.latents = latents
+        self.register_buffer("member", membership(spans))
         self.norm = LayerNorm(width)
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
         """[N, T, D], [N, T] -> [N, M, D]."""
-        return self.norm(span_means(hidden, keep, self.latents))
+        return self.norm(span_means(hidden, keep, self.member))
 
 
 class Detached(nn.Module):
@@ -59,11 +86,15 @@ class Detached(nn.Module):
 class Anchored(Compressor):
     """Queries that start from the mean of their span."""
 
+    def __init__(self, width: Channels, heads: int, mult: int, spans: list[int]):
+        super().__init__(width, heads, mult, len(spans))
+        self.register_buffer("member", membership(spans))
+
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
         """As `Compressor.forward`."""
         normed = self.norm_in(hidden)
         queries = self.width.pad(self.queries)
-        queries = queries + span_means(normed, keep, len(queries))  # [N, M, D]
+        queries = queries + span_means(normed, keep, self.member)  # [N, M, D]
         key, value = self.key_value(normed).chunk(2, dim=-1)
         query, key, value = (
             split_heads(part, self.heads) for part in (self.query(queries), key, value)
@@ -80,15 +111,11 @@ class Slots(Compressor):
     A slot begins with the mean of an R-th of the span; content decides from there.
     """
 
-    def __init__(self, width: Channels, mult: int, latents: int, length: int, slots: int):
-        super().__init__(width, slots, mult, latents)
-        self.span = length // latents
-        part = self.span / self.heads
-        place, begin = torch.arange(self.span), torch.arange(self.heads)[:, None] * part
-        overlap = torch.minimum(place + 1, begin + part) - torch.maximum(place, begin)
-        inside = 0.97 * overlap.clamp(min=0) / part + 0.02 / self.span
-        self.register_buffer("prior", (inside * (length - self.span) / 0.01).log())  # [R, S]
-        self.offset = nn.Parameter(torch.zeros(self.heads * self.span))
+    def __init__(self, width: Channels, mult: int, spans: list[int], slots: int):
+        super().__init__(width, slots, mult, len(spans))
+        self.register_buffer("member", membership(spans))
+        self.register_buffer("prior", where_slots_look(spans, self.heads).log())
+        self.offset = nn.Parameter(torch.zeros(self.heads * sum(spans)))
         del self.output
 
     def begin(self) -> None:
@@ -105,21 +132,28 @@ class Slots(Compressor):
         normed = self.norm_in(hidden)
         queries = self.width.pad(self.queries)
         key, value = self.key_value(normed).chunk(2, dim=-1)
-        query = self.query(queries + span_means(normed, keep, len(queries)))
+        query = self.query(queries + span_means(normed, keep, self.member))
         query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
         logits = ((query * self.scale) @ key.transpose(-1, -2)).float()  # [N, R, M, T]
-        logits = logits + self._bias(len(queries))
+        offset = self.offset[: len(self.prior) * keep.shape[-1]]  # padded where it is packed
+        logits = logits + self.prior + offset.float().view(len(self.prior), 1, -1)
         weights = logits.masked_fill(~keep[:, None, None], float("-inf")).softmax(-1)
         read = self.query.d_out.trim(merge_heads(weights.to(value.dtype) @ value))
         latents = queries + self.width.pad(read)
         return self.norm_out(latents + self.ff(self.norm_ff(latents)))
 
-    def _bias(self, latents: int) -> Tensor:
-        """[R, M, T]: a table by slot and place in the latent's own span, 0 elsewhere."""
-        offset = self.offset[: self.prior.numel()].float()  # padded where parameters are packed
-        table = self.prior + offset.view_as(self.prior)
-        own = torch.eye(latents, device=table.device)
-        return (own[None, :, :, None] * table[:, None, None, :]).flatten(2)
+
+def where_slots_look(spans: list[int], slots: int) -> Tensor:
+    """Shares of each slot's attention to begin with: [R, M, T]; nearly all on its R-th of the span,
+    some on the span, a little everywhere."""
+    member, sizes = membership(spans), torch.tensor(spans, dtype=torch.float)[:, None]
+    length = member.shape[1]
+    starts = sizes.cumsum(0) - sizes
+    low = (torch.arange(length) - starts) / sizes  # of a token in the span, 0 to 1
+    begin = torch.arange(slots)[:, None, None] / slots
+    overlap = torch.minimum(low + 1 / sizes, begin + 1 / slots) - torch.maximum(low, begin)
+    part = slots * overlap.clamp(min=0) * member
+    return 0.97 * part + 0.02 * member / sizes + 0.01 / length
 
 
 class Hashed(Compressor):

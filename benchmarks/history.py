@@ -115,12 +115,15 @@ class Experiment:
 
     @torch.no_grad()
     def evaluate(self, model: I3LM, plan: Plan) -> dict[str, Any]:
-        """Sums of losses over the held-out split, by chunk index and of rare tokens."""
+        """Sums of losses over the held-out split: by chunk index, and in chunks 1 and later by
+        position and of rare tokens."""
         schedule = self.held_out.schedule(plan.lanes, WINDOW, 0)
         count = schedule.windows_in_epoch(0)
         size = self.held_out.manifest.chunks_per_shard
-        by_chunk = torch.zeros(1 + len(LOSSES), size, dtype=torch.float64, device=self.device)
-        rare = torch.zeros(1 + len(LOSSES), dtype=torch.float64, device=self.device)
+        by_chunk, by_position, rare = (
+            torch.zeros(1 + len(LOSSES), n, dtype=torch.float64, device=self.device)
+            for n in (size, plan.model.chunk_length, 1)
+        )
         state = LaneState.empty(plan.lanes, model.settings, self.device, model.head.weight.dtype)
         other = None
         for batch in self.batches(self.held_out, plan, 0, count):
@@ -129,12 +132,15 @@ class Experiment:
             used = batch.targets != IGNORE
             index = chunk_index(batch, model.bos_id)
             by_chunk.index_add_(1, index[used], values[:, used])
-            few = used & (index > 0) & self.rare[batch.targets.clamp(min=0)]
-            rare += values[:, few].sum(1)
+            later = used & (index > 0)
+            by_position += (values * later).sum((1, 2))
+            few = later & self.rare[batch.targets.clamp(min=0)]
+            rare += values[:, few].sum(1, keepdim=True)
         names = ("count", *LOSSES)
         return {
             "by_chunk": dict(zip(names, by_chunk.tolist(), strict=True)),
-            "rare": dict(zip(names, rare.tolist(), strict=True)),
+            "by_position": dict(zip(names, by_position.tolist(), strict=True)),
+            "rare": dict(zip(names, rare.flatten().tolist(), strict=True)),
         }
 
 

@@ -4,6 +4,7 @@
   literal     the card's compressor: learned queries read the whole chunk
   anchored    queries are learned + the mean of their span, which stays in the latent
   slotsR      latents are R projected tokens of their span, which attention sees one by one
+  tailR       the same with unequal spans: half of the latents hold the chunk's last tokens
   hashed      latents gather tokens by what stands before them, over the whole chunk; attention
               begins to find them as tokens found them (with key and value projections of its own)
   mean        means of the spans, normalised: no compressor
@@ -19,12 +20,22 @@ and added to these
   -detached   what makes latents is left as it began
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from compressors import Anchored, Detached, Hashed, MeanPool, Slots, Uncompressed
+from compressors import (
+    Anchored,
+    Detached,
+    Hashed,
+    MeanPool,
+    Slots,
+    Uncompressed,
+    equal_spans,
+    tail_spans,
+)
 from i3_steps import WithoutHistory
 from torch import Tensor, nn
 
@@ -40,10 +51,10 @@ CLOSED = -4.0  # what the logit of history begins at
 class Unfolding(I3LM):
     """Attention sees R vectors for each latent, and projects them as it does tokens."""
 
-    def __init__(self, settings: ModelSettings, bos_id: int, slots: int):
+    def __init__(self, settings: ModelSettings, bos_id: int, spans: list[int], slots: int):
         super().__init__(settings, bos_id)
         s, width = settings, self.width
-        self.compressor = Slots(width, s.ff_mult, s.latents, s.chunk_length, slots)  # type: ignore[assignment]
+        self.compressor = Slots(width, s.ff_mult, spans, slots)  # type: ignore[assignment]
         self.slots = self.compressor.heads
         self.keys_per_chunk = s.latents * self.slots
         self.history = HistoryEmbedding(width, s.history_chunks, self.keys_per_chunk)
@@ -129,6 +140,7 @@ class Arm:
     """One arm; the defaults are the card's."""
 
     compressor: Callable[[I3LM], nn.Module] | None = None
+    spans: Callable[[int, int], list[int]] = equal_spans
     slots: int = 0  # of a latent; 0 where latents have none
     history: bool = True
     compressed: bool = True
@@ -142,9 +154,11 @@ class Arm:
     def parse(cls, name: str) -> "Arm":
         """Read "slots4-gate"."""
         base, *more = name.split("-")
+        slots = re.fullmatch(r"(slots|tail)(\d+)", base)
         return cls(
             compressor=COMPRESSORS.get(base),
-            slots=int(base.removeprefix("slots")) if base.startswith("slots") else 0,
+            spans=tail_spans if base.startswith("tail") else equal_spans,
+            slots=int(slots[2]) if slots else 0,
             history=base not in ("none", "carry"),
             compressed=base != "ceiling",
             own_projections="kv" in more or base == "hashed",
@@ -156,23 +170,21 @@ class Arm:
 
 
 COMPRESSORS: dict[str, Callable[[I3LM], nn.Module]] = {
-    "anchored": lambda m: Anchored(*_card(m)),
-    "hashed": lambda m: Hashed(*_card(m)),
-    "mean": lambda m: MeanPool(m.width, m.settings.latents),
+    "anchored": lambda m: Anchored(m.width, m.settings.heads, m.settings.ff_mult, _equal(m)),
+    "hashed": lambda m: Hashed(m.width, m.settings.heads, m.settings.ff_mult, m.settings.latents),
+    "mean": lambda m: MeanPool(m.width, _equal(m)),
     "ceiling": lambda m: Uncompressed(m.width),
 }
 ARMS = [
     *("none", "literal", "literal-gate", "literal-detached", "anchored", "mean", "mean-kv"),
     *("mean-gate", "slots1", "slots1-gate", "slots1-gate-carry", "slots1-gate-detached"),
     *("slots4", "slots4-gate", "slots4-gate-drop", "slots4-detached", "hashed", "hashed-gate"),
-    *("ceiling", "ceiling-gate", "carry"),
+    *("tail1", "tail1-gate", "tail4-gate", "ceiling", "ceiling-gate", "carry"),
 ]
 
 
-def _card(model: I3LM) -> tuple[Channels, int, int, int]:
-    """What the card's compressor is built from."""
-    s = model.settings
-    return model.width, s.heads, s.ff_mult, s.latents
+def _equal(model: I3LM) -> list[int]:
+    return equal_spans(model.settings.chunk_length, model.settings.latents)
 
 
 def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
@@ -184,7 +196,8 @@ def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
         changes["latents"] = settings.chunk_length
     changed = settings.model_copy(update=changes)
     if arm.slots:
-        model: I3LM = Unfolding(changed, bos_id, arm.slots)
+        spans = arm.spans(settings.chunk_length, settings.latents)
+        model: I3LM = Unfolding(changed, bos_id, spans, arm.slots)
     else:
         model = (I3LM if arm.history else WithoutHistory)(changed, bos_id)
     if arm.compressor:

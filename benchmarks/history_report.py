@@ -5,15 +5,18 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from i3dist.errors import UserError
+
+Value = TypeVar("Value", float, np.ndarray)
 
 NONE, CEILING = "none", "ceiling"
 SHOWN_CHUNKS = 32  # in the plot
@@ -28,18 +31,24 @@ class Figures(NamedTuple):
     other: float  # the same with another document's history
     rare: float  # of rare tokens, chunks 1 and later
     by_chunk: np.ndarray  # with history, [chunks]
+    by_position: np.ndarray  # with history in chunks 1 and later, [tokens of a chunk]
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Figures":
         """From one line of the results."""
-        sums = {key: np.array(value) for key, value in line["by_chunk"].items()}
+        sums, places = (
+            {key: np.array(value) for key, value in line[name].items()}
+            for name in ("by_chunk", "by_position")
+        )
         count = sums["count"]
         later = {key: value[1:].sum() / count[1:].sum() for key, value in sums.items()}
         with np.errstate(invalid="ignore"):
             by_chunk = sums["loss"] / count
+            by_position = places["loss"] / places["count"]
         rare = line["rare"]["loss"] / max(1.0, line["rare"]["count"])
         first = sums["loss"][0] / count[0]
-        return cls(first, later["loss"], later["withheld"], later["other"], rare, by_chunk)
+        losses = (later[key] for key in ("loss", "withheld", "other"))
+        return cls(first, *losses, rare, by_chunk, by_position)
 
 
 Results = dict[int, dict[str, dict[int, Figures]]]  # tokens -> arm -> seed
@@ -98,8 +107,8 @@ def _table(
 
 
 def paired(
-    arms: dict[str, dict[int, Figures]], arm: str, figure: Callable[[Figures], float]
-) -> list[float]:
+    arms: dict[str, dict[int, Figures]], arm: str, figure: Callable[[Figures], Value]
+) -> list[Value]:
     """What an arm gains over none in a figure, by common seed."""
     base = arms.get(NONE, {})
     return [figure(base[seed]) - figure(f) for seed, f in arms[arm].items() if seed in base]
@@ -123,24 +132,37 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _draw(tokens: int, arms: dict[str, dict[int, Figures]], path: Path) -> None:
-    """Gain over none by chunk index, with the spread over seeds."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    """Gain over none by chunk index and by position in the chunk, with the spread over seeds."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    by_chunk, by_position = figure.subplots(1, 2)
     for arm in arms:
-        gains = np.array(paired(arms, arm, lambda f: f.by_chunk[:SHOWN_CHUNKS]))  # type: ignore[arg-type, return-value]
-        if arm == NONE or not len(gains):
+        if arm == NONE:
             continue
-        mean, low, high = gains.mean(0), gains.min(0), gains.max(0)
-        (line,) = axes.plot(mean, "o-", ms=3, lw=1, label=f"{arm} ({len(gains)} seeds)")
-        axes.fill_between(range(len(mean)), low, high, color=line.get_color(), alpha=0.15, lw=0)
-    axes.axhline(0.0, color="black", lw=0.5)
-    axes.axvline(8.5, color="gray", lw=0.5, ls=":")
-    axes.set(
-        xlabel="chunk index within the document (history holds 8 chunks)",
-        ylabel="gain over no history (nats per token)",
-        title=f"after {tokens:,} tokens",
-    )
-    axes.legend(fontsize="small")
+        _draw_gain(by_chunk, arm, paired(arms, arm, lambda f: f.by_chunk[:SHOWN_CHUNKS]))
+        _draw_gain(by_position, arm, paired(arms, arm, lambda f: doubling_means(f.by_position)))
+    by_chunk.axvline(8.5, color="gray", lw=0.5, ls=":")
+    by_chunk.set_xlabel("chunk index within the document (history holds 8 chunks)")
+    by_position.set_xlabel("position in the chunk, to the power of two below (chunks 1 and later)")
+    for axes in (by_chunk, by_position):
+        axes.axhline(0.0, color="black", lw=0.5)
+        axes.set(ylabel="gain over no history (nats per token)", title=f"after {tokens:,} tokens")
+    by_chunk.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _draw_gain(axes: Axes, arm: str, of_seeds: list[np.ndarray]) -> None:
+    """One arm's gains: the mean as a line, the range over seeds behind it."""
+    gains = np.array(of_seeds)
+    if not len(gains):
+        return
+    mean, low, high = gains.mean(0), gains.min(0), gains.max(0)
+    (line,) = axes.plot(mean, "o-", ms=3, lw=1, label=f"{arm} ({len(gains)} seeds)")
+    axes.fill_between(range(len(mean)), low, high, color=line.get_color(), alpha=0.15, lw=0)
+
+
+def doubling_means(values: np.ndarray) -> np.ndarray:
+    """Means over positions 0, 1, 2-3, 4-7, 8-15 and so on."""
+    starts = [0, *(2**i for i in range(len(values).bit_length()) if 2**i < len(values))]
+    return np.array([part.mean() for part in np.split(values, starts[1:])])

@@ -65,12 +65,23 @@ def test_a_url_that_names_no_piece_is_one_line() -> None:
 def test_span_means_are_means_of_what_is_kept(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     x, keep = torch.randn(3, 12, 5, generator=random), torch.rand(3, 12, generator=random) < 0.6
-    means = compressors.span_means(x, keep, 4)
+    means = compressors.span_means(x, keep, compressors.membership([3] * 4))
     for n in range(3):
         for m in range(4):
             kept = [x[n, t] for t in range(3 * m, 3 * m + 3) if keep[n, t]]
             want = torch.stack(kept).mean(0) if kept else torch.zeros(5)
             torch.testing.assert_close(means[n, m], want)
+
+
+@settings(max_examples=20, deadline=None)
+@given(latents=st.integers(2, 32), ratio=st.integers(4, 20), slots=st.integers(1, 5))
+def test_tail_spans_end_in_single_tokens(latents: int, ratio: int, slots: int) -> None:
+    spans = compressors.tail_spans(latents * ratio, latents)
+    assert len(spans) == latents and sum(spans) == latents * ratio
+    assert min(spans) >= 1 and spans == sorted(spans, reverse=True)
+    assert spans[-(latents // 2) :] == [1] * (latents // 2)
+    shares = compressors.where_slots_look(spans, slots)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(slots, latents))
 
 
 @pytest.mark.parametrize("arm", ARMS)
