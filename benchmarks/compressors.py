@@ -20,14 +20,14 @@ def equal_spans(length: int, latents: int) -> list[int]:
     return [length // latents] * latents
 
 
-def tail_spans(length: int, latents: int) -> list[int]:
-    """The last tokens of the chunk one by one, in half of the latents; before them spans that grow
-    by a constant factor, the oldest first."""
-    singles = latents // 2
-    growth = (length / singles) ** (1 / (latents - singles))
-    ends = [round(singles * growth**i) for i in range(latents - singles + 1)]
+def tail_spans(length: int, latents: int, slots: int) -> list[int]:
+    """The last tokens of the chunk one to a slot, in half of the latents; before them spans that
+    grow by a constant factor, the oldest first."""
+    near = latents // 2
+    growth = (length / (near * slots)) ** (1 / (latents - near))
+    ends = [round(near * slots * growth**i) for i in range(latents - near + 1)]
     grown = [later - sooner for sooner, later in itertools.pairwise(ends)]
-    return grown[::-1] + [1] * singles
+    return grown[::-1] + [slots] * near
 
 
 def membership(spans: list[int]) -> Tensor:

@@ -140,8 +140,8 @@ class Arm:
     """One arm; the defaults are the card's."""
 
     compressor: Callable[[I3LM], nn.Module] | None = None
-    spans: Callable[[int, int], list[int]] = equal_spans
     slots: int = 0  # of a latent; 0 where latents have none
+    tail: bool = False  # half of the latents hold the chunk's last tokens
     history: bool = True
     compressed: bool = True
     own_projections: bool = False
@@ -157,8 +157,8 @@ class Arm:
         slots = re.fullmatch(r"(slots|tail)(\d+)", base)
         return cls(
             compressor=COMPRESSORS.get(base),
-            spans=tail_spans if base.startswith("tail") else equal_spans,
             slots=int(slots[2]) if slots else 0,
+            tail=base.startswith("tail"),
             history=base not in ("none", "carry"),
             compressed=base != "ceiling",
             own_projections="kv" in more or base == "hashed",
@@ -179,7 +179,7 @@ ARMS = [
     *("none", "literal", "literal-gate", "literal-detached", "anchored", "mean", "mean-kv"),
     *("mean-gate", "slots1", "slots1-gate", "slots1-gate-carry", "slots1-gate-detached"),
     *("slots4", "slots4-gate", "slots4-gate-drop", "slots4-detached", "hashed", "hashed-gate"),
-    *("tail1", "tail1-gate", "tail4-gate", "ceiling", "ceiling-gate", "carry"),
+    *("tail1", "tail1-gate", "tail2-gate", "ceiling", "ceiling-gate", "carry"),
 ]
 
 
@@ -196,7 +196,8 @@ def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
         changes["latents"] = settings.chunk_length
     changed = settings.model_copy(update=changes)
     if arm.slots:
-        spans = arm.spans(settings.chunk_length, settings.latents)
+        sizes = (settings.chunk_length, settings.latents)
+        spans = tail_spans(*sizes, arm.slots) if arm.tail else equal_spans(*sizes)
         model: I3LM = Unfolding(changed, bos_id, spans, arm.slots)
     else:
         model = (I3LM if arm.history else WithoutHistory)(changed, bos_id)

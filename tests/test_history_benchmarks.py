@@ -74,12 +74,12 @@ def test_span_means_are_means_of_what_is_kept(seed: int) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(latents=st.integers(2, 32), ratio=st.integers(4, 20), slots=st.integers(1, 5))
-def test_tail_spans_end_in_single_tokens(latents: int, ratio: int, slots: int) -> None:
-    spans = compressors.tail_spans(latents * ratio, latents)
+@given(latents=st.integers(2, 32), ratio=st.integers(12, 20), slots=st.integers(1, 4))
+def test_tail_spans_end_in_tokens_one_to_a_slot(latents: int, ratio: int, slots: int) -> None:
+    spans = compressors.tail_spans(latents * ratio, latents, slots)
     assert len(spans) == latents and sum(spans) == latents * ratio
-    assert min(spans) >= 1 and spans == sorted(spans, reverse=True)
-    assert spans[-(latents // 2) :] == [1] * (latents // 2)
+    assert min(spans) >= 1
+    assert spans[-(latents // 2) :] == [slots] * (latents // 2)
     shares = compressors.where_slots_look(spans, slots)
     torch.testing.assert_close(shares.sum(-1), torch.ones(slots, latents))
 
