@@ -1,17 +1,16 @@
 """Checkpoints: staged aside, hashed, published by a rename, verified when read.
 
-    RUN/checkpoints/latest                        name of the newest checkpoint
     RUN/checkpoints/step-00000100/
         manifest.json                             size and SHA-256 of every other file; written last
         state.json                                step, tokens seen, settings, data fingerprint
         optimizer-00000.safetensors ...           a file per rank: fragments of weights and AdamW
         lanes-00000.safetensors ...               a file per rank: state by lane number
 
-Nothing in them depends on the number of ranks, and nothing is a pickle.
+Nothing in them depends on the number of ranks, and nothing is a pickle. Which of them a run
+continues from, and which it keeps, is `shelf`'s business.
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,19 +19,16 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from i3dist import dist
-from i3dist.config import Settings
+from i3dist import dist, shelf
+from i3dist.config import CheckpointSettings
 from i3dist.engine import ADAM_STATES, Fragment
 from i3dist.errors import UserError
 from i3dist.files import sync, write_whole
-from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
-from i3dist.tokenizer import Tokenizer
 
-LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
@@ -79,7 +75,7 @@ def save(
     state: RunState,
     fragments: Iterable[Fragment],
     lanes: tuple[range, LaneState],
-    keep: int,
+    retention: CheckpointSettings,
 ) -> Path:
     """Write one checkpoint; every rank calls this and returns when it is published.
 
@@ -89,31 +85,34 @@ def save(
         state: what to continue from.
         fragments: this rank's share of weights and optimizer state.
         lanes: the lane numbers this rank owns, and their state row by row.
-        keep: number of newest checkpoints that stay.
+        retention: which checkpoints stay.
+
+    Raises:
+        UserError: on every rank, where any could not write; what was there before is untouched.
     """
-    name = f"step-{state.step:08d}"
-    staging = folder / f".{name}.partial"
-    if job.rank == 0:
-        for leftover in folder.glob(".step-*.partial"):
-            shutil.rmtree(leftover)
-        staging.mkdir(parents=True)
-    dist.barrier()
-    written = _write_share(staging, job.rank, fragments, lanes)
-    digests = _union({path.name: _digest(path) for path in written})
-    if job.rank == 0:
-        write_whole(staging / STATE, state.model_dump_json(indent=1).encode())
-        digests[STATE] = _digest(staging / STATE)
-        listed = CheckpointManifest(files=dict(sorted(digests.items())))
-        write_whole(staging / MANIFEST, listed.model_dump_json(indent=1).encode())
-        _publish(folder, staging, name, keep)
-    dist.barrier()
-    return folder / name
+    target = shelf.place(folder, state.step)
+    staging = shelf.staging(target)
+    first = job.rank == 0
+    try:
+        dist.together(lambda: shelf.stage(staging) if first else None)
+        share = _share(job.rank, fragments, lanes)
+        digests = _union(dist.together(lambda: _write_share(staging, share)))
+        dist.together(lambda: _finish(staging, target, state, digests) if first else None)
+    except UserError as error:
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {target} was not saved: {error}; earlier ones are whole: see to it, then "
+            "type the same command again to continue from the newest"
+        ) from None
+    dist.together(lambda: shelf.prune(folder, state.step, retention) if first else None)
+    return target
 
 
-def _write_share(
-    staging: Path, rank: int, fragments: Iterable[Fragment], lanes: tuple[range, LaneState]
-) -> list[Path]:
-    """Write this rank's two files."""
+def _share(
+    rank: int, fragments: Iterable[Fragment], lanes: tuple[range, LaneState]
+) -> dict[str, dict[str, Tensor]]:
+    """This rank's part of a checkpoint, copied to the host: file name -> tensors."""
     optimizer = {
         f"{key}/{fragment.start}/{fragment.name}": tensor.cpu().contiguous()
         for fragment in fragments
@@ -125,49 +124,30 @@ def _write_share(
         for name, tensor in state.tensors().items()
         for row, lane in enumerate(numbers)
     }
-    paths = [staging / f"{kind}-{rank:05d}.safetensors" for kind in ("optimizer", "lanes")]
-    for path, tensors in zip(paths, (optimizer, rows), strict=True):
+    return {
+        f"optimizer-{rank:05d}.safetensors": optimizer,
+        f"lanes-{rank:05d}.safetensors": rows,
+    }
+
+
+def _write_share(staging: Path, share: dict[str, dict[str, Tensor]]) -> dict[str, FileDigest]:
+    """Write and sync a rank's files; returns what they must be."""
+    for name, tensors in share.items():
         try:
-            save_file(tensors, path)
-            sync(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write checkpoint {path}: {error}") from None
-    return paths
+            save_file(tensors, staging / name)
+        except SafetensorError as error:  # it wraps the system's error in words of its own
+            raise UserError(f"{name} cannot be written: {error}") from None
+        sync(staging / name)
+    return {name: _digest(staging / name) for name in share}
 
 
-def _publish(folder: Path, staging: Path, name: str, keep: int) -> None:
-    """Rename the finished checkpoint into place, point `latest` at it, drop the oldest."""
-    target = folder / name
-    if target.exists():  # a run that was continued from before this step
-        shutil.rmtree(target)
-    os.replace(staging, target)
-    write_whole(folder / LATEST, name.encode())
-    sync(folder)
-    older: list[Path] = []
-    newer: list[Path] = []
-    for path in sorted(folder.glob("step-*")):
-        (older if path.name <= name else newer).append(path)
-    # Newer ones belong to a future that was given up when the run continued from before it.
-    for path in older[:-keep] + newer:
-        shutil.rmtree(path)
-
-
-def find_latest(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None where the run has none.
-
-    Raises:
-        UserError: `latest` names a checkpoint that is not there.
-    """
-    pointer = folder / LATEST
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if not (folder / name / MANIFEST).is_file():
-        raise UserError(
-            f"{pointer} names {name!r}, which is no complete checkpoint; "
-            "write the name of a whole one into it, or start over with --fresh"
-        )
-    return folder / name
+def _finish(staging: Path, target: Path, state: RunState, digests: dict[str, FileDigest]) -> None:
+    """Write what describes the checkpoint, the manifest last, and publish it."""
+    write_whole(staging / STATE, state.model_dump_json(indent=1).encode())
+    files = dict(sorted((digests | {STATE: _digest(staging / STATE)}).items()))
+    listed = CheckpointManifest(files=files)
+    write_whole(staging / MANIFEST, listed.model_dump_json(indent=1).encode())
+    shelf.publish(staging, target)
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -179,27 +159,45 @@ def read_state(checkpoint: Path) -> RunState:
         raise UserError(f"{checkpoint / STATE} cannot be read: {reason}") from None
 
 
-def verify(checkpoint: Path, job: dist.Job) -> None:
-    """Compare every file with the manifest's SHA-256; the ranks share the work and agree.
-
-    Raises:
-        UserError: on every rank, naming the first bad file.
-    """
+def glance(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint as far as can be seen without reading all of it, or None."""
     try:
         listed = CheckpointManifest.model_validate_json((checkpoint / MANIFEST).read_bytes()).files
+        sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+        read_state(checkpoint)
     except (OSError, ValidationError):
-        raise UserError(f"{checkpoint / MANIFEST} cannot be read") from None
-    present = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
-    bad = dict.fromkeys(present - set(listed), "not in its manifest")
+        return f"{MANIFEST} cannot be read"
+    except UserError:
+        return f"{STATE} cannot be read"
+    for name in sorted(set(sizes) - set(listed) - {MANIFEST}):
+        return f"{name} is not in its manifest"
+    for name, digest in listed.items():
+        if name not in sizes:
+            return f"{name} is missing"
+        if sizes[name] != digest.size:
+            return f"{name} has {sizes[name]:,} of {digest.size:,} bytes"
+    return None
+
+
+def fault(checkpoint: Path, job: dist.Job) -> str | None:
+    """What is wrong with a checkpoint, or None where every file has its SHA-256.
+
+    The ranks share the work; all call this and get the same answer.
+    """
+    wrong = glance(checkpoint) or _altered(checkpoint, job)
+    return next(filter(None, dist.gather_objects(wrong)), None)
+
+
+def _altered(checkpoint: Path, job: dist.Job) -> str | None:
+    """The first of this rank's share of the files that is not what it must be."""
+    listed = CheckpointManifest.model_validate_json((checkpoint / MANIFEST).read_bytes()).files
     for name in sorted(listed)[job.rank :: job.world_size]:
-        path = checkpoint / name
-        if not path.is_file() or _digest(path) != listed[name]:
-            bad[name] = "missing or altered"
-    for name, reason in sorted(_union(bad).items()):
-        raise UserError(
-            f"checkpoint file {checkpoint / name} is {reason}; "
-            f"point {checkpoint.parent / LATEST} at another checkpoint, or start with --fresh"
-        )
+        try:
+            if _digest(checkpoint / name) != listed[name]:
+                return f"{name} is altered"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
 
 
 class OptimizerReader(Mapping[str, dict[str, Tensor]]):
@@ -243,57 +241,11 @@ def read_lanes(checkpoint: Path, lanes: range, device: torch.device) -> LaneStat
     )
 
 
-def export_weights(run: Path, model: I3LM, step: int) -> Path:
-    """Write RUN/model.safetensors: the weights as the forward pass uses them after `step`."""
-    path = run / "model.safetensors"
-    staging = run / ".model.safetensors.partial"
-    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, staging, metadata={"step": str(step)})
-    sync(staging)
-    os.replace(staging, path)
-    return path
-
-
-def load_run(run: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer]:
-    """A finished run's model in evaluation mode, its settings and tokenizer; no DeepSpeed.
-
-    On the CPU the model computes in fp32, elsewhere in the type of its weights.
-
-    Raises:
-        UserError: RUN is no finished run, or its files do not belong together.
-    """
-    path = run / "model.safetensors"
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing: a run writes it when it ends; "
-            "continue the run with launch/train.py, or name another --checkpoint"
-        )
-    settings = Settings.load(run / "settings.yaml")
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
-    if settings.model.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size in "
-            f"{run / 'settings.yaml'} is {settings.model.vocab_size}; restore the run's own files"
-        )
-    try:
-        weights = load_file(path, device=str(device))
-        model = I3LM(settings.model, tokenizer.bos_id)
-        model.load_state_dict(weights)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit {run / 'settings.yaml'}: {reason}") from None
-    dtype = torch.float32 if device.type == "cpu" else weights["head.weight"].dtype
-    for parameter in model.parameters():  # buffers stay fp32, as in training
-        parameter.data = parameter.data.to(dtype)
-    return model.to(device).eval().requires_grad_(False), settings, tokenizer
-
-
 def _digest(path: Path) -> FileDigest:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileDigest(size=path.stat().st_size, sha256=digest)
 
 
-def _union(mine: dict[str, Any]) -> dict[str, Any]:
-    """Every rank's entries, on every rank."""
-    return {key: value for part in dist.gather_objects(mine) for key, value in part.items()}
+def _union(parts: Iterable[dict[str, FileDigest]]) -> dict[str, FileDigest]:
+    return {name: digest for part in parts for name, digest in part.items()}

@@ -189,6 +189,8 @@ class CheckpointSettings(Section):
     """Steps between checkpoints; 0 saves only at the end."""
     keep: Count = 2
     """Newest checkpoints that are kept."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none so."""
 
 
 class TrackingSettings(Section):
@@ -295,6 +297,7 @@ FREE_TO_CHANGE = (
     "validate.every",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.keep_every",
     "tracking.enabled",
     "tracking.experiment",
     "tracking.run_name",

@@ -9,14 +9,14 @@ import ctypes
 import os
 import re
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
 
-from i3dist.errors import UserError
+from i3dist.errors import UserError, explain
 
 Gathered = TypeVar("Gathered")
 Launcher = Literal["deepspeed", "torchrun", "slurm", "python"]
@@ -289,6 +289,23 @@ def gather_objects(mine: Gathered) -> list[Gathered]:
     gathered: list[Gathered | None] = [None] * torch_dist.get_world_size()
     torch_dist.all_gather_object(gathered, mine)
     return cast("list[Gathered]", gathered)
+
+
+def together(work: Callable[[], Gathered]) -> list[Gathered]:
+    """Do `work` on every rank and wait for all; returns every rank's result, by rank.
+
+    Raises:
+        UserError: on every rank, where it failed on any; so none waits for one that is gone.
+    """
+    try:
+        outcome: tuple[Gathered | None, str | None] = (work(), None)
+    except (UserError, OSError) as error:
+        outcome = (None, explain(error))
+    outcomes = gather_objects(outcome)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise UserError(failure)
+    return cast("list[Gathered]", [result for result, _ in outcomes])
 
 
 def barrier() -> None:

@@ -30,25 +30,30 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def explain(error: UserError | OSError) -> str:
+    """An error as one line; one of the system's (a full disk, say) with its file and reason."""
+    if isinstance(error, UserError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print a `UserError` as one line on stderr and leave with status 1, with no traceback.
 
-    An `OSError` that nobody explained (a full disk, say) names its file and reason. The exit skips
-    interpreter teardown, so a rank that fails ends at once even where others wait for it.
+    So is an `OSError` that nobody explained. The exit skips interpreter teardown, so a rank that
+    fails ends at once even where others wait for it.
     """
     try:
         yield
         return
-    except UserError as error:
-        message = f"error: {error}"
     except KeyboardInterrupt:
         message = "error: interrupted"
     except BrokenPipeError:  # the reader of our output has seen enough
         os._exit(1)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message = f"error: {where}{error.strerror or error}"
+    except (UserError, OSError) as error:
+        message = f"error: {explain(error)}"
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if rank != "0":
         time.sleep(OTHERS_WAIT_SECONDS)

@@ -2,18 +2,19 @@
 
 import fcntl
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from i3dist import checkpoint, dist
+from i3dist import checkpoint, dist, shelf
 from i3dist.checkpoint import RunState
 from i3dist.config import Settings, first_conflict, inherit_decided
 from i3dist.data.corpus import Corpus
 from i3dist.engine import numeric_part
 from i3dist.errors import UserError
-from i3dist.files import write_whole
+from i3dist.files import clear_partials, write_whole
 
+CHECKPOINTS = "checkpoints"  # in the run's folder
 LANES_PER_RANK = 4
 WAYS_OUT = "choose another run.path, or start over with --fresh"
 
@@ -53,9 +54,11 @@ def resolve(
     Raises:
         UserError: the run's folder holds a checkpoint of other settings or other data.
     """
-    path = None if fresh else checkpoint.find_latest(settings.run.path / "checkpoints")
-    if path is None:
+    there = [] if fresh else shelf.candidates(settings.run.path / CHECKPOINTS)
+    found = shelf.newest_whole(there, checkpoint.glance)
+    if found is None:
         return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
+    path = found.path
     state = checkpoint.read_state(path)
     saved = Settings.build(state.settings)
     settings = inherit_decided(settings, saved)
@@ -92,6 +95,26 @@ def agree(start: Start) -> None:
             f"run.path={start.settings.run.path} is not the same folder on every host; "
             "put it on a file system that they share"
         )
+
+
+def verify(start: Start, job: dist.Job) -> Start:
+    """Read all of the checkpoint that the run continues from; where it is broken, fall back.
+
+    Every rank calls this, and all take the same one: the newest whole one.
+
+    Raises:
+        UserError: on every rank, where none is whole.
+    """
+    if start.checkpoint is None:
+        return start
+    folder = start.settings.run.path / CHECKPOINTS
+    names = [path.name for path in shelf.candidates(folder)]
+    there = [folder / name for name in dist.gather_objects(names)[0]]
+    found = shelf.newest_whole(there, lambda path: checkpoint.fault(path, job))
+    assert found is not None
+    if found.refused:
+        dist.say(found.line())
+    return replace(start, checkpoint=found.path, state=checkpoint.read_state(found.path))
 
 
 def idle_lanes(settings: Settings, corpus: Corpus) -> str | None:
@@ -131,6 +154,8 @@ def lay_out(start: Start, corpus: Corpus) -> None:
             set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _hold(folder)
+        for place in (folder, folder / CHECKPOINTS):
+            clear_partials(place)
         write_whole(folder / "settings.yaml", start.settings.to_yaml().encode())
         write_whole(folder / "tokenizer.json", corpus.tokenizer.data)
     except OSError as error:

@@ -27,6 +27,7 @@ from i3dist.metrics import Interval, count_step, history_warning, report_line, v
 from i3dist.metrics_log import MetricsLog
 from i3dist.model.state import LaneState
 from i3dist.tracking import NoTracker, Tracker
+from i3dist.weights import export_weights
 
 DIAGNOSED_LANES = 4  # of rank 0, or as many as it has
 
@@ -206,13 +207,12 @@ class Trainer:
             state,
             self.engine.fragments(),
             (self.lanes, self.lane_state),
-            self.settings.checkpoint.keep,
+            self.settings.checkpoint,
         )
         dist.say(f"saved {path} ({time.perf_counter() - started:.1f} s)")
 
     def resume(self, path: Path, state: RunState) -> None:
-        """Take up the run where checkpoint `path` left it."""
-        checkpoint.verify(path, self.job)
+        """Take up the run where checkpoint `path`, which is whole, left it."""
         self.engine.load(checkpoint.OptimizerReader(path), state.step)
         self.lane_state = checkpoint.read_lanes(path, self.lanes, self.engine.device)
         self.progress = Progress(state.step, state.windows)
@@ -223,7 +223,7 @@ class Trainer:
         """Write plain weights and plots, and hand them to the tracker."""
         folder = self.settings.run.path
         if self.job.rank == 0:
-            checkpoint.export_weights(folder, self.engine.model, self.progress.step)
+            export_weights(folder, self.engine.model, self.progress.step)
             for plot in plots.plot_run(folder):
                 self.tracker.artifact(plot, "plots")
         dist.barrier()

@@ -14,13 +14,13 @@ from rich.progress import track
 from rich.table import Table
 
 from i3dist import dist
-from i3dist.checkpoint import load_run
 from i3dist.config import Settings
 from i3dist.data.corpus import VALIDATION_SEED, Corpus
 from i3dist.data.lanes import Batch, LaneWindows
 from i3dist.errors import ArgumentParser, one_line_errors
 from i3dist.evaluate import Evaluation, evaluate_epoch
 from i3dist.model.lm import I3LM
+from i3dist.weights import load_run
 
 MAX_LANES = 8
 ROWS_SHOWN = 12

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from i3dist import dist
-from i3dist.checkpoint import load_run
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.generate import Sampling, generate
+from i3dist.weights import load_run
 
 
 def parse_arguments() -> argparse.Namespace:

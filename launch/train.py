@@ -17,7 +17,7 @@ from i3dist.config import Settings, setting_lines
 from i3dist.data.corpus import Corpus
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
-from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve
+from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve, verify
 from i3dist.summary import print_summary
 from i3dist.trainer import Trainer, check_micro_batch
 
@@ -71,6 +71,7 @@ def build(
         dist.keep_freed_memory()
     engine.start(job)
     agree(start)
+    start = verify(start, job)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
     if settings.train.compile is True or (settings.train.compile == "auto" and dist.uses_cuda()):

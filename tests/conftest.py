@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -49,14 +50,24 @@ def program(*words: object, timeout: float = 300) -> subprocess.CompletedProcess
     return _run([sys.executable, *words], timeout)
 
 
-def deepspeed(*words: object, ranks: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
+def deepspeed(
+    *words: object,
+    ranks: int = 2,
+    timeout: float = 300,
+    before: Sequence[object] = (),
+    script: str = "launch/train.py",
+) -> subprocess.CompletedProcess[str]:
     """Run launch/train.py as `ranks` CPU processes under the deepspeed launcher."""
+    return _run([*before, *deepspeed_command(ranks, script), *words], timeout)
+
+
+def deepspeed_command(ranks: int = 2, script: str = "launch/train.py") -> list[object]:
+    """The words that start `script` under the launcher, up to its own arguments."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", port]
-    train = ["launch/train.py", "--deepspeed", "configs/zero2.json"]
-    return _run([*launcher, *train, *words], timeout)
+    return [*launcher, script, "--deepspeed", "configs/zero2.json"]
 
 
 def _run(words: list[object], timeout: float) -> subprocess.CompletedProcess[str]:

@@ -1,15 +1,17 @@
 """Checkpoints of one process: whole or refused, and the same whoever wrote which part."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from i3dist import checkpoint
+from i3dist import checkpoint, shelf
 from i3dist.checkpoint import OptimizerReader, RunState
-from i3dist.config import ModelSettings, Settings
+from i3dist.config import CheckpointSettings, ModelSettings, Settings
 from i3dist.dist import Job
 from i3dist.engine import ADAM_STATES, Fragment
 from i3dist.errors import UserError
@@ -36,15 +38,25 @@ def save(folder: Path, step: int, keep: int = 2) -> tuple[Path, list[Fragment], 
     state = RunState(step=step, windows=step, tokens_seen=1, settings=settings, data="x", engine={})
     parts = [fragment("a.weight", 0, 5), fragment("b", 0, 3)]
     lanes = random_lanes(2)
-    path = checkpoint.save(folder, JOB, state, parts, (range(2), lanes), keep)
+    retention = CheckpointSettings(keep=keep)
+    path = checkpoint.save(folder, JOB, state, parts, (range(2), lanes), retention)
     return path, parts, lanes
+
+
+def whole(path: Path) -> bool:
+    return checkpoint.fault(path, JOB) is None
+
+
+def taken(folder: Path) -> Path | None:
+    found = shelf.newest_whole(shelf.candidates(folder), checkpoint.glance)
+    return found and found.path
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     path, parts, lanes = save(tmp_path, 7)
-    assert checkpoint.find_latest(tmp_path) == path
+    assert taken(tmp_path) == path
     assert checkpoint.read_state(path).step == 7
-    checkpoint.verify(path, JOB)
+    assert whole(path)
     reader = OptimizerReader(path)
     assert set(reader) == {"a.weight", "b"}
     for part in parts:
@@ -63,7 +75,7 @@ def test_parts_of_several_ranks_join_by_name_and_lane(tmp_path: Path) -> None:
         part = Fragment("w", cut.start, {k: t[cut] for k, t in whole.items()})
         numbers = range(2 * rank, 2 * rank + 2)
         rows = lanes.rows(numbers.start, numbers.stop)
-        checkpoint._write_share(path, rank, [part], (numbers, rows))
+        checkpoint._write_share(path, checkpoint._share(rank, [part], (numbers, rows)))
     assert all(OptimizerReader(path)["w"][key].equal(t) for key, t in whole.items())
     middle = checkpoint.read_lanes(path, range(1, 3), torch.device("cpu"))
     assert middle.latents.equal(lanes.latents[1:3])
@@ -82,13 +94,14 @@ def test_a_future_that_was_given_up_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step-00000100")
     path, _, _ = save(tmp_path, 150, keep=2)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000100", "step-00000150"]
-    assert checkpoint.find_latest(tmp_path) == path
+    assert taken(tmp_path) == path
 
 
-def test_what_was_left_unfinished_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".step-00000003.partial").mkdir()
-    save(tmp_path, 9)
-    assert not list(tmp_path.glob(".step-*"))
+def test_a_killed_runs_leftovers_are_written_over(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000009.partial").mkdir()
+    (tmp_path / ".step-00000009.partial" / "lanes-00007.safetensors").touch()
+    path, _, _ = save(tmp_path, 9)
+    assert whole(path)
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[]", '{"files": {}}', "x"])
@@ -97,42 +110,47 @@ def test_a_manifest_that_lists_less_than_there_is_verifies_nothing(
 ) -> None:
     path, _, _ = save(tmp_path, 1)
     (path / "manifest.json").write_text(manifest)
-    with pytest.raises(UserError) as error:
-        checkpoint.verify(path, JOB)
-    assert "\n" not in str(error.value)
+    assert not whole(path)
 
 
-@pytest.mark.parametrize(
-    "file", ["state.json", "optimizer-00000.safetensors", "lanes-00000.safetensors"]
-)
-@pytest.mark.parametrize("damage", ["missing", "flipped", "cut"])
-def test_damage_is_found_before_anything_is_loaded(tmp_path: Path, file: str, damage: str) -> None:
-    path, _, _ = save(tmp_path, 1)
+FILES = ["manifest.json", "state.json", "optimizer-00000.safetensors", "lanes-00000.safetensors"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "flipped", "cut", "longer"])
+def test_damage_is_found_and_the_one_before_taken(tmp_path: Path, file: str, damage: str) -> None:
+    before, _, _ = save(tmp_path, 1)
+    path, _, _ = save(tmp_path, 2)
     target = path / file
     content = bytearray(target.read_bytes())
     if damage == "missing":
         target.unlink()
-    elif damage == "cut":
-        target.write_bytes(content[:-1])
-    else:
+    elif damage == "flipped":
         content[len(content) // 2] ^= 4
         target.write_bytes(content)
-    with pytest.raises(UserError, match=file):
-        checkpoint.verify(path, JOB)
+    else:
+        target.write_bytes(content[:-1] if damage == "cut" else content + b"}")
+    found = shelf.newest_whole(shelf.candidates(tmp_path), lambda path: checkpoint.fault(path, JOB))
+    assert found is not None and found.path == before
+    line = found.line()
+    assert "\n" not in line and f"{path} is refused" in line and f"{before.name} is taken" in line
+    assert file in line or "is altered" in line  # a flipped manifest may blame another file
 
 
-def test_a_latest_that_names_nothing_is_an_error(tmp_path: Path) -> None:
-    path, _, _ = save(tmp_path, 1)
-    (path / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        checkpoint.find_latest(tmp_path)
+def test_where_none_is_whole_nothing_is_taken(tmp_path: Path) -> None:
+    for step in (1, 2):
+        path, _, _ = save(tmp_path, step)
+        (path / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"step-00000002.*step-00000001.*--fresh") as error:
+        taken(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_an_unfinished_checkpoint_is_never_seen(tmp_path: Path) -> None:
     (tmp_path / ".step-00000005.partial").mkdir()
-    assert checkpoint.find_latest(tmp_path) is None
+    assert taken(tmp_path) is None
     path, _, _ = save(tmp_path, 5)
-    assert checkpoint.find_latest(tmp_path) == path
+    assert taken(tmp_path) == path
     assert not list(tmp_path.glob(".*"))
 
 
@@ -142,3 +160,55 @@ def test_a_strange_state_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"state\.json") as error:
         checkpoint.read_state(path)
     assert "\n" not in str(error.value)
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "disk")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["checkpoint.save_file", "checkpoint.sync", "checkpoint.write_whole", "shelf.write_whole"],
+)
+def test_a_full_disk_leaves_the_old_state_whole(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, _, _ = save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"i3dist.{place}", full)
+        with pytest.raises(UserError, match="No space left") as error:
+            save(tmp_path, 2)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob(".*")), "nothing staged is left"
+    assert taken(tmp_path) == before and whole(before)
+    assert taken(save(tmp_path, 2)[0].parent) == tmp_path / "step-00000002"
+
+
+def test_every_file_and_folder_is_synced_before_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut can lose is what was not synced when the name that leads to it was made."""
+    done: list[str] = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def sync(handle: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        real_sync(handle)
+
+    def replace(source: Path, target: Path) -> None:
+        done.append(f"name {Path(target).name}")
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(Path, "replace", replace)
+    save(tmp_path, 3)
+    named = done.index("name step-00000003")
+    for file in FILES[2:]:
+        assert f"sync {file}" in done[:named]
+    for file in FILES[:2]:
+        assert done.index(f"name {file}") < named
+        assert any(f".{file}." in entry for entry in done[:named]), "synced aside"
+    assert done[named - 1] == "sync .step-00000003.partial"
+    assert done[named + 1] == f"sync {tmp_path.name}"
+    assert done[-2:] == ["name latest", f"sync {tmp_path.name}"]

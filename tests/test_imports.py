@@ -16,7 +16,14 @@ LAYERS = [
     {"i3dist.config", "i3dist.dist", "i3dist.tokenizer", "i3dist.toolchain"},
     {"i3dist.ops"},
     {"i3dist.model", "i3dist.data"},
-    {"i3dist.engine", "i3dist.tracking", "i3dist.metrics_log", "i3dist.plots"},
+    {
+        "i3dist.engine",
+        "i3dist.metrics_log",
+        "i3dist.plots",
+        "i3dist.shelf",
+        "i3dist.tracking",
+        "i3dist.weights",
+    },
     {
         "i3dist.checkpoint",
         "i3dist.diagnose",

@@ -1,0 +1,96 @@
+"""Which checkpoint is taken, and which are kept: pure rules over names."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from i3dist import shelf
+from i3dist.config import CheckpointSettings
+from i3dist.errors import UserError
+from i3dist.files import clear_partials, write_whole
+
+STEPS = st.sets(st.integers(1, 60), max_size=12)
+
+
+@given(there=STEPS, newest=st.integers(1, 60), keep=st.integers(1, 4), every=st.integers(0, 9))
+def test_the_newest_and_every_so_many_th_stay(
+    there: set[int], newest: int, keep: int, every: int
+) -> None:
+    there |= {newest}
+    stay = shelf.kept(there, newest, CheckpointSettings(keep=keep, keep_every=every))
+    assert newest in stay
+    assert stay <= {step for step in there if step <= newest}
+    for step in there:
+        later = sum(step < other <= newest for other in there)
+        named = every > 0 and step % every == 0
+        assert (step in stay) == (step <= newest and (later < keep or named))
+
+
+@given(there=STEPS, latest=st.none() | st.integers(1, 60), broken=STEPS)
+def test_the_newest_whole_one_up_to_latest_is_taken(
+    there: set[int], latest: int | None, broken: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for step in there:
+        shelf.place(folder, step).mkdir()
+    if latest is not None:
+        (folder / "latest").write_text(f"step-{latest:08d}\n")
+    whole = {step for step in there - broken if latest is None or step <= latest}
+
+    def fault(path: Path) -> str | None:
+        return None if path.is_dir() and shelf.step_of(path) not in broken else "broken"
+
+    candidates = shelf.candidates(folder)
+    if whole:
+        found = shelf.newest_whole(candidates, fault)
+        assert found is not None and found.path == shelf.place(folder, max(whole))
+        better = {s for s in there | {latest or 0} if max(whole) < s <= (latest or 99)}
+        assert len(found.refused) == len(better)
+    elif candidates:
+        with pytest.raises(UserError, match="no whole one is left"):
+            shelf.newest_whole(candidates, fault)
+    else:
+        assert shelf.newest_whole(candidates, fault) is None
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "../../etc", "step-1", "\xff"])
+def test_a_latest_that_says_nothing_leaves_the_choice_to_the_names(
+    tmp_path: Path, text: str
+) -> None:
+    for step in (5, 70):
+        shelf.place(tmp_path, step).mkdir()
+    (tmp_path / "step-00000900.bak").mkdir()
+    (tmp_path / "latest").write_text(text, encoding="latin-1")
+    assert shelf.candidates(tmp_path) == [shelf.place(tmp_path, step) for step in (70, 5)]
+
+
+def test_names_sort_as_numbers(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        shelf.place(tmp_path, step).mkdir()
+    assert shelf.steps(tmp_path) == [100_000_000, 99_999_999]
+
+
+def test_a_write_that_fails_leaves_the_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole(tmp_path / "latest", b"old")
+
+    def fail(path: Path) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr("i3dist.files.sync", fail)
+    with pytest.raises(OSError, match="full"):
+        write_whole(tmp_path / "latest", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+    assert (tmp_path / "latest").read_bytes() == b"old"
+
+
+def test_only_what_is_unfinished_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000003.partial" / "deep").mkdir(parents=True)
+    (tmp_path / ".latest.77.partial").touch()
+    for name in (".lock", "step-00000001", "latest"):
+        (tmp_path / name).touch()
+    clear_partials(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-00000001", "latest"}
