@@ -7,6 +7,7 @@ sees the few flat tensors of `PackedModel`: what it does per tensor costs more t
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -112,6 +113,14 @@ class Fragment:
     name: str
     start: int  # first element in the flattened parameter
     tensors: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq": fp32, 1-D, equal lengths
+
+
+class Stepped(NamedTuple):
+    """What an optimizer step came to; the same on every rank."""
+
+    taken: bool  # whether anything was updated
+    norm: float  # of the whole job's gradient, before clipping
+    sums: list[float]  # over ranks
 
 
 class _Place(NamedTuple):
@@ -252,11 +261,17 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def step(self, lr: float) -> float:
-        """Clip, update all parameters with learning rate `lr`, return the gradient's norm.
+    def step(self, lr: float, sums: Tensor | None = None, limit: float = math.inf) -> "Stepped":
+        """Clip, and update all parameters with learning rate `lr`.
 
-        Where the norm is not finite nothing is updated. The norm is awaited while the device is
-        still busy with the update, so that it does not fall idle.
+        Where the norm, or one of `sums`, is not finite, nothing is updated. What the job has to
+        know is awaited while the device is still busy with the update, so that it does not fall
+        idle.
+
+        Args:
+            lr: learning rate.
+            sums: [N] fp32, figures of this rank to be summed over ranks along with the norm.
+            limit: a norm above this updates nothing either.
         """
         zero = self._engine.optimizer
         if self._reduced != set(range(len(zero.bit16_groups))):
@@ -267,19 +282,24 @@ class Engine:
         self._reduced.clear()
         for group in zero.param_groups:
             group["lr"] = lr
-        norm = self._gradient_norm()
-        arriving = _Arriving(norm)
+        figures = self._exchange(torch.empty(0, device=self.device) if sums is None else sums)
+        norm = figures[0]
+        skipped = ~(figures.isfinite().all() & (norm <= limit))
+        arriving = _Arriving(torch.cat([skipped.view(1), figures]))
         # AdamW divides the gradient by the one, and does nothing where the other is 1.
         self._adamw.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
-        self._adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self._adamw.found_inf = skipped.float()  # type: ignore[attr-defined]
         self._engine.step()
-        return arriving.value()
+        was_skipped, norm_there, *sums_there = arriving.values()
+        return Stepped(was_skipped == 0, norm_there, sums_there)
 
-    def _gradient_norm(self) -> Tensor:
-        """Norm of the whole job's gradient, of which this rank holds a part: scalar fp32."""
+    def _exchange(self, sums: Tensor) -> Tensor:
+        """[1 + N] fp32: norm of the whole job's gradient, of which this rank holds a part; sums."""
         groups = self._engine.optimizer.averaged_gradients.values()
         parts = [torch.linalg.vector_norm(part) for group in groups for part in group]
-        return dist.all_sum(torch.stack(parts).square().sum()).sqrt()
+        square = torch.stack(parts).square().sum().view(1)
+        total = dist.all_sum(torch.cat([square, sums]))
+        return torch.cat([total[:1].sqrt(), total[1:]])
 
     def gradient_norm_of(self, prefix: str) -> float:
         """Norm of the whole job's gradient of the parameters whose names begin with `prefix`.
@@ -434,19 +454,19 @@ def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:
 
 
 class _Arriving:
-    """A scalar on its way from the device to the host."""
+    """A few numbers on their way from the device to the host."""
 
-    def __init__(self, scalar: Tensor):
-        self.host = scalar.to("cpu", non_blocking=True)
-        self.event = torch.cuda.Event() if scalar.is_cuda else None
+    def __init__(self, numbers: Tensor):
+        self.host = numbers.to("cpu", non_blocking=True)
+        self.event = torch.cuda.Event() if numbers.is_cuda else None
         if self.event is not None:
             self.event.record()
 
-    def value(self) -> float:
-        """Wait for it, and not for what was asked of the device since."""
+    def values(self) -> list[float]:
+        """Wait for them, and not for what was asked of the device since."""
         if self.event is not None:
             self.event.synchronize()
-        return float(self.host)
+        return self.host.tolist()
 
 
 def _adamw(packed: PackedModel, settings: OptimizerSettings, compiled: bool) -> torch.optim.AdamW:

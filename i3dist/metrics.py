@@ -50,9 +50,9 @@ class Interval:
         self.steps = 0
         self.waited = 0.0  # seconds, for data
         self.tokens: Tensor | float = 0.0
-        self.last: tuple[Tensor, StepCounts, float] | None = None
+        self.last: tuple[float, StepCounts, float] | None = None
 
-    def add(self, loss_sum: Tensor, counts: StepCounts, norm: float) -> None:
+    def add(self, loss_sum: float, counts: StepCounts, norm: float) -> None:
         """Take in one step: the job's loss sum, its counts, the gradient's norm."""
         self.steps += 1
         self.tokens = self.tokens + counts.tokens

@@ -4,9 +4,9 @@ One optimizer step reads `train.accumulation` windows of every lane, each in mic
 lanes, and trains on the mean loss over all targets of the whole job's step.
 """
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from i3dist.evaluate import evaluate_epoch
 from i3dist.metrics import Interval, count_step, history_warning, report_line, validation_line
 from i3dist.metrics_log import MetricsLog
 from i3dist.model.state import LaneState
+from i3dist.stop import Stop, held_back
 from i3dist.tracking import NoTracker, Tracker
 from i3dist.weights import export_weights
 
@@ -50,6 +51,7 @@ class Trainer:
         corpus: Corpus,
         engine: Engine,
         tracker: Tracker | NoTracker,
+        stop: Stop,
     ):
         """Put the parts together; `settings` has no "auto" left where a run decides it."""
         self.settings = settings
@@ -57,7 +59,9 @@ class Trainer:
         self.corpus = corpus
         self.engine = engine
         self.tracker = tracker
+        self.stop = stop
         self.progress = Progress()
+        self._saved = 0  # step of the newest checkpoint
         self.pad_id = corpus.train.manifest.pad_id
         self.lanes = lanes_of_rank(settings.train.lane_count, job.rank, job.world_size)
         self.lane_state = self._empty_lanes()
@@ -65,6 +69,9 @@ class Trainer:
         engine.accumulate(settings.train.accumulation * len(self.lanes) // self.micro_batch)
         engine.prepare(*self._sample(self.micro_batch))  # before loaders start their threads
         folder = settings.run.path
+        self.schedule = corpus.train.schedule(
+            settings.train.lane_count, settings.train.window_chunks, settings.train.seed
+        )
         self.metrics_log = MetricsLog(folder / "metrics.jsonl")
         self.validation_log = MetricsLog(folder / "validation.jsonl")
         self.diagnostics_log = MetricsLog(folder / "diagnostics.jsonl")
@@ -72,39 +79,51 @@ class Trainer:
         self.tokens_seen = torch.zeros((), dtype=torch.int64, device=engine.device)
         self._interval = Interval()
 
-    def fit(self) -> None:
-        """Train to `train.steps`; the last step is always reported, validated and saved."""
-        batches = self._batches()
+    def fit(self) -> bool:
+        """Train to `train.steps`; the last step is always reported, validated and saved.
+
+        Returns:
+            Whether that is done: False where the job was asked to stop before, and has saved.
+        """
         if self.progress.step == 0:
             self.validate()
+        stop = self.stop
+        stop.ask_all()  # what came in while the run was set up
         self._interval = Interval()
-        while self.progress.step < self.settings.train.steps:
-            self.train_step(batches)
-            self.report_if_due()
-            self.validate_if_due()
-            self.checkpoint_if_due()
+        with closing(self._batches()) as batches:
+            while self.progress.step < self.settings.train.steps and not stop.agreed():
+                self.train_step(batches)
+                self.report_if_due()
+                self.validate_if_due()
+                self.checkpoint_if_due()
+        if self.progress.step < self.settings.train.steps:
+            self.save()
+            return False
         self.export()
+        return True
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: every window, every micro-batch, one update."""
         step, settings = self.progress.step, self.settings
         gate = settings.compression.gate_at(step)
-        with self._interval.waiting():
+        with self._interval.waiting(), held_back():
             step_batches = [next(batches) for _ in range(settings.train.accumulation)]
         counts = count_step(step_batches, self.pad_id, settings.model)
         lanes_before = self.lane_state
         loss_sum = self._backward(step_batches, gate, counts.targets)
         self.diagnose_if_due(step_batches[0], lanes_before, gate)
-        norm = self.engine.step(settings.optimizer.lr_at(step))
-        if not math.isfinite(norm):
+        votes = torch.tensor(self.stop.vote(), device=self.engine.device)
+        stepped = self.engine.step(settings.optimizer.lr_at(step), torch.stack([loss_sum, votes]))
+        self.stop.hear(stepped.sums[1])
+        if not stepped.taken:
             raise UserError(
-                f"the gradient's norm is {norm} in step {step + 1}, so the run stops; continue "
-                "from its last checkpoint with a lower optimizer.lr, in another run.path"
+                f"the gradient's norm is {stepped.norm} in step {step + 1}, so the run stops; "
+                "continue from its last checkpoint with a lower optimizer.lr, in another run.path"
             )
         self.progress.step += 1
         self.progress.windows += settings.train.accumulation
         self.tokens_seen += counts.tokens.long()
-        self._interval.add(dist.all_sum(loss_sum), counts, norm)
+        self._interval.add(stepped.sums[0], counts, stepped.norm)
 
     def _backward(self, step_batches: list[Batch], gate: float, targets: Tensor) -> Tensor:
         """Add up the step's gradient and move the lanes on. Returns this rank's loss sum."""
@@ -191,7 +210,9 @@ class Trainer:
                 print(warning, flush=True)
 
     def save(self) -> None:
-        """Write a checkpoint that the run can continue from, bit for bit."""
+        """Write a checkpoint that the run can continue from, bit for bit, unless there is one."""
+        if self.progress.step == self._saved:
+            return
         started = time.perf_counter()
         state = RunState(
             step=self.progress.step,
@@ -209,6 +230,7 @@ class Trainer:
             (self.lanes, self.lane_state),
             self.settings.checkpoint,
         )
+        self._saved = self.progress.step
         dist.say(f"saved {path} ({time.perf_counter() - started:.1f} s)")
 
     def resume(self, path: Path, state: RunState) -> None:
@@ -216,6 +238,7 @@ class Trainer:
         self.engine.load(checkpoint.OptimizerReader(path), state.step)
         self.lane_state = checkpoint.read_lanes(path, self.lanes, self.engine.device)
         self.progress = Progress(state.step, state.windows)
+        self._saved = state.step
         self.tokens_seen.fill_(state.tokens_seen)
         dist.say(f"continued from step {state.step}")
 
@@ -228,14 +251,13 @@ class Trainer:
                 self.tracker.artifact(plot, "plots")
         dist.barrier()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """This rank's lanes, from the next window to the last of the run."""
         settings, train = self.settings.train, self.corpus.train
-        schedule = train.schedule(settings.lane_count, settings.window_chunks, settings.seed)
-        dataset = LaneWindows(train.folder, train.manifest, schedule, self.lanes)
+        dataset = LaneWindows(train.folder, train.manifest, self.schedule, self.lanes)
         stop = self.progress.windows + settings.accumulation * (settings.steps - self.progress.step)
         workers = self.settings.data.workers
-        return windows(dataset, self.progress.windows, stop, workers, self.engine.device)
+        yield from windows(dataset, self.progress.windows, stop, workers, self.engine.device)
 
     def _lanes_at_once(self) -> int:
         """Lanes of a micro-batch: as set, or the most that fit on every rank's GPU."""

@@ -2,6 +2,9 @@
 
 Runs under deepspeed, torchrun, Slurm (see slurm/train.sbatch) or plain python (one rank). Started
 again with the same settings, it continues from the newest checkpoint in run.path.
+
+SIGTERM or SIGUSR1 to any rank, or the launcher's end, stops the job after the step at hand: it
+saves and leaves with status 75, which means: start me again. Status 1 is an error, in one line.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
 from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve, verify
+from i3dist.stop import Stop, leave_for_requeue
 from i3dist.summary import print_summary
 from i3dist.trainer import Trainer, check_micro_batch
 
@@ -58,7 +62,7 @@ def dry_run(settings: Settings, job: dist.Job) -> None:
 
 
 def build(
-    arguments: argparse.Namespace, settings: Settings, job: dist.Job, corpus: Corpus
+    arguments: argparse.Namespace, settings: Settings, job: dist.Job, corpus: Corpus, stop: Stop
 ) -> Trainer:
     """Settle the settings, join the job, and put model, engine and tracker together."""
     # All that can be wrong with the input is found before the ranks wait for each other.
@@ -79,7 +83,7 @@ def build(
     started = engine.Engine(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus) if job.rank == 0 else tracking.NoTracker()
     with recorded(tracker):
-        trainer = Trainer(settings, job, corpus, started, tracker)
+        trainer = Trainer(settings, job, corpus, started, tracker, stop)
         if start.checkpoint is not None and start.state is not None:
             trainer.resume(start.checkpoint, start.state)
     return trainer
@@ -132,15 +136,19 @@ def main() -> None:
     arguments = parse_arguments()
     settings = Settings.load(arguments.config, arguments.overrides)
     job = dist.Job.detect()
+    stop = Stop(job)
     logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
     if arguments.dry_run:
         dry_run(settings, job)
         return
     corpus = Corpus.open(settings.data.path, settings.model)
-    trainer = build(arguments, settings, job, corpus)
+    trainer = build(arguments, settings, job, corpus, stop)
     with recorded(trainer.tracker):
-        trainer.fit()
-    trainer.tracker.finish()
+        done = trainer.fit()
+    trainer.tracker.finish("FINISHED" if done else "KILLED")
+    if not done:
+        dist.say(f"stopped as asked, at step {trainer.progress.step}: the same command goes on")
+        leave_for_requeue()
     dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
     dist.leave()
 

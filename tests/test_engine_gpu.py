@@ -67,7 +67,7 @@ def train(trained: Engine, steps: int) -> tuple[list[Tensor], list[float]]:
             token_losses, state = trained(*parts, state, gate)
             trained.backward(token_losses.sum(), targets)
             losses.append(token_losses.detach().clone())
-        norms.append(trained.step(1e-3))
+        norms.append(trained.step(1e-3).norm)
     return losses, norms
 
 

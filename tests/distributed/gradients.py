@@ -73,7 +73,7 @@ def engine_norms(job: dist.Job, dtype: torch.dtype, bucket: int) -> list[float]:
         tops = sorted({name.split(".")[0] for name, _ in trained.model.named_parameters()})
         parts = [trained.gradient_norm_of(f"{top}.") for top in tops]
         norms.append(float(torch.tensor(parts).norm()))
-        norms.append(trained.step(0.0))
+        norms.append(trained.step(0.0).norm)
     return norms
 
 

@@ -1,0 +1,142 @@
+"""Asked to stop at any moment, two ranks save at the same step and leave with 75. 3 minutes."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from i3dist.stop import REQUEUE
+from tests.conftest import QUICK, ROOT, deepspeed, deepspeed_command, environment, losses
+
+STEPS = 12
+SAVING = [f"train.steps={STEPS}", "checkpoint.every=5"]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    result = deepspeed(*QUICK, *SAVING, f"data.path={data}", f"run.path={run}")
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+class Running:
+    """A job of two ranks under the deepspeed launcher, and its processes."""
+
+    def __init__(self, command: subprocess.Popen[str], output: Path) -> None:
+        self.command = command
+        self.output = output
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 120
+        while text not in self.output.read_text():
+            assert self.command.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline, f"no {text!r} in {self.output.read_text()}"
+            time.sleep(0.02)
+
+    def launcher(self) -> psutil.Process:
+        (launcher,) = psutil.Process(self.command.pid).children()
+        return launcher
+
+    def ranks(self) -> list[psutil.Process]:
+        return self.launcher().children()
+
+    def readers(self) -> list[psutil.Process]:
+        """Processes that read data for the ranks."""
+        return [child for rank in self.ranks() for child in rank.children()]
+
+
+@contextmanager
+def running(output: Path, *words: object) -> Iterator[Running]:
+    """Start a job; whatever of it is left at the end is killed."""
+    with output.open("w") as file:
+        command = subprocess.Popen(
+            [str(word) for word in [*deepspeed_command(), *words]],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        yield Running(command, output)
+    finally:
+        # All of the job is in the session that the command began.
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == command.pid:
+                    process.kill()
+            except (psutil.Error, ProcessLookupError):
+                pass
+        command.wait(30)
+
+
+def early(job: Running) -> None:
+    """Before the first step."""
+    job.ranks()[1].send_signal(signal.SIGTERM)
+
+
+def every_process(job: Running) -> None:
+    """As srun passes a signal on: to readers of data as well."""
+    for process in [*job.readers(), *job.ranks()]:
+        process.send_signal(signal.SIGUSR1)
+
+
+def on_and_on(job: Running) -> None:
+    """First one rank, then both while they follow it."""
+    job.ranks()[1].send_signal(signal.SIGTERM)
+    for rank in job.ranks() * 20:
+        time.sleep(0.02)
+        rank.send_signal(signal.SIGTERM)
+
+
+def the_launcher(job: Running) -> None:
+    """Which then signals a rank and its readers, and itself returns 1 whatever the ranks do."""
+    job.launcher().terminate()
+
+
+@pytest.mark.parametrize(
+    ("ask", "moment", "status"),
+    [
+        (early, "parameters", REQUEUE),
+        (every_process, "step  5/", REQUEUE),  # while it saves as it would anyway
+        (on_and_on, "step  7/", REQUEUE),
+        (the_launcher, "step  2/", 1),
+    ],
+)
+def test_asked_to_stop(
+    ask: Callable[[Running], None],
+    moment: str,
+    status: int,
+    whole: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    run, words = tmp_path / "run", [*QUICK, *SAVING, f"data.path={data}", "data.workers=1"]
+    with running(tmp_path / "output", *words, f"run.path={run}") as job:
+        job.wait_for(moment)
+        ask(job)
+        assert job.command.wait(60) == status, job.output.read_text()
+        said = job.output.read_text()
+    assert "Traceback" not in said and "error:" not in said
+    step = int(said.split("stopped as asked, at step ")[1].split(":")[0])
+    if ask is early:
+        assert step == 0 and not (run / "checkpoints").exists()
+        return
+    assert 2 <= step < STEPS
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{step:08d}"
+    assert not list((run / "checkpoints").glob(".*"))
+    if ask is on_and_on:  # once is enough to show that what was saved is whole
+        assert deepspeed(*words, f"run.path={run}").returncode == 0
+        assert losses(run) == losses(whole)
+        weights = "model.safetensors"
+        assert (run / weights).read_bytes() == (whole / weights).read_bytes()
