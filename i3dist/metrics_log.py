@@ -4,7 +4,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,27 @@ class MetricsLog:
         Raises:
             UserError: the file cannot be written (disk full, no permission).
         """
-        line = json.dumps(_finite_or_null({"step": step, **metrics}), allow_nan=False)
+        self.extend([{"step": step, **metrics}])
+
+    def extend(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write several lines at once.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        texts = [json.dumps(_finite_or_null(line), allow_nan=False) for line in lines]
         try:
-            self._append_line(line.encode())
+            self._append("\n".join(texts).encode())
         except OSError as error:
             reason = f"cannot write {self.path}: {error.strerror}"
             raise UserError(f"{reason}; free space or choose another run.path") from None
 
-    def _append_line(self, line: bytes) -> None:
+    def _append(self, lines: bytes) -> None:
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(file).st_size
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-            whole = (b"\n" if torn else b"") + line + b"\n"
+            whole = (b"\n" if torn else b"") + lines + b"\n"
             if os.write(file, whole) != len(whole):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:

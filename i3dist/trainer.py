@@ -23,6 +23,7 @@ from i3dist.diagnose import diagnose, diagnosis_line
 from i3dist.engine import Engine
 from i3dist.errors import UserError
 from i3dist.evaluate import evaluate_epoch
+from i3dist.ledger_writer import LedgerWriter
 from i3dist.metrics import Interval, count_step, history_warning, report_line, validation_line
 from i3dist.metrics_log import MetricsLog
 from i3dist.model.state import LaneState
@@ -72,6 +73,7 @@ class Trainer:
         self.schedule = corpus.train.schedule(
             settings.train.lane_count, settings.train.window_chunks, settings.train.seed
         )
+        self.ledger = LedgerWriter(folder, self.schedule, settings.train.accumulation, self.lanes)
         self.metrics_log = MetricsLog(folder / "metrics.jsonl")
         self.validation_log = MetricsLog(folder / "validation.jsonl")
         self.diagnostics_log = MetricsLog(folder / "diagnostics.jsonl")
@@ -123,6 +125,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.windows += settings.train.accumulation
         self.tokens_seen += counts.tokens.long()
+        self.ledger.add(self.progress.step, counts.targets, self.lane_state, stepped, None)
         self._interval.add(stepped.sums[0], counts, stepped.norm)
 
     def _backward(self, step_batches: list[Batch], gate: float, targets: Tensor) -> Tensor:
@@ -173,6 +176,7 @@ class Trainer:
         metrics = self._interval.metrics(settings.compression.gate_at(step - 1))
         metrics["learning_rate"] = settings.optimizer.lr_at(step - 1)
         metrics["tokens_seen"] = int(self.tokens_seen)
+        self.ledger.flush()
         self._interval = Interval()
         if self.job.rank == 0:
             self.metrics_log.append(step, metrics)
@@ -214,6 +218,7 @@ class Trainer:
         if self.progress.step == self._saved:
             return
         started = time.perf_counter()
+        self.ledger.sync()
         state = RunState(
             step=self.progress.step,
             windows=self.progress.windows,
@@ -239,6 +244,7 @@ class Trainer:
         self.lane_state = checkpoint.read_lanes(path, self.lanes, self.engine.device)
         self.progress = Progress(state.step, state.windows)
         self._saved = state.step
+        self.ledger.resume(state.step, self.lane_state)
         self.tokens_seen.fill_(state.tokens_seen)
         dist.say(f"continued from step {state.step}")
 

@@ -31,7 +31,7 @@ LAYERS = [
         "i3dist.generate",
         "i3dist.summary",
     },
-    {"i3dist.metrics", "i3dist.run"},
+    {"i3dist.ledger", "i3dist.ledger_writer", "i3dist.metrics", "i3dist.run"},
     {"i3dist.trainer"},
 ]
 

@@ -111,6 +111,7 @@ def test_one_rank_walks_the_same_stream(whole: Path, data: Path, tmp_path: Path)
     succeed(program("launch/train.py", *QUICK, *words, "train.micro_batch=1"))
     assert losses(run)[0] == pytest.approx(losses(whole)[0], abs=1e-5)
     assert losses(run) == pytest.approx(losses(whole), abs=2e-3)
+    assert program("launch/ledger.py", run, whole, "--tolerance", 0.02).returncode == 0
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one(

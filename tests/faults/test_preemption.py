@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from i3dist.stop import REQUEUE
-from tests.conftest import QUICK, ROOT, deepspeed, deepspeed_command, environment, losses
+from tests.conftest import QUICK, ROOT, deepspeed, deepspeed_command, environment, losses, program
 
 STEPS = 12
 SAVING = [f"train.steps={STEPS}", "checkpoint.every=5"]
@@ -138,5 +138,6 @@ def test_asked_to_stop(
     if ask is on_and_on:  # once is enough to show that what was saved is whole
         assert deepspeed(*words, f"run.path={run}").returncode == 0
         assert losses(run) == losses(whole)
+        assert program("launch/ledger.py", run, whole, "--data", data).returncode == 0
         weights = "model.safetensors"
         assert (run / weights).read_bytes() == (whole / weights).read_bytes()

@@ -1,0 +1,78 @@
+"""Check a run's ledger: `python launch/ledger.py RUN [OTHER]`.
+
+Every optimizer step of a run is a line of RUN/ledger.jsonl. This sees that no step is missing or
+there twice, that the ledger reaches as far as the run's checkpoint, and with --data that each step
+read what the schedule gives it. With OTHER it also compares two runs, step by step. Status 0:
+unbroken, and equal; 1: not, and one line names the first step where.
+"""
+
+import argparse
+from pathlib import Path
+
+from i3dist.config import Settings
+from i3dist.data.corpus import Split
+from i3dist.data.manifest import Manifest
+from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.ledger import (
+    LEDGER,
+    Entry,
+    first_break,
+    first_difference,
+    first_misread,
+    read,
+    unsaved,
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("other", type=Path, metavar="OTHER", nargs="?", help="one to compare with")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="the run's data, to check what each step read"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="SHARE",
+        help="compare losses and norms to this relative difference, and leave out the lanes' "
+        "state (runs of other numbers of ranks; default: every bit)",
+    )
+    return parser.parse_args()
+
+
+def checked(run: Path, data: Path | None) -> list[Entry]:
+    """A run's ledger, unbroken.
+
+    Raises:
+        UserError: it is not; names the first break.
+    """
+    entries = read(run)
+    fault = first_break(entries) or unsaved(entries, run)
+    if fault is None and data is not None:
+        train = Settings.load(run / "settings.yaml").train
+        split = Split(data / "train", Manifest.load(data / "train"))
+        schedule = split.schedule(train.lane_count, train.window_chunks, train.seed)
+        fault = first_misread(entries, schedule, train.accumulation)
+    if fault is not None:
+        raise UserError(f"{run / LEDGER} is broken: {fault}")
+    return entries
+
+
+def main() -> None:
+    """Check, and say so in one line."""
+    arguments = parse_arguments()
+    entries = checked(arguments.run, arguments.data)
+    skipped = sum(entry.skipped is not None for entry in entries)
+    print(f"{arguments.run}: unbroken, {len(entries)} steps, {skipped} skipped")
+    if arguments.other is not None:
+        other = checked(arguments.other, arguments.data)
+        if difference := first_difference(entries, other, arguments.tolerance):
+            raise UserError(f"{arguments.run} and {arguments.other} differ: {difference}")
+        print(f"{arguments.other}: the same steps")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
