@@ -27,6 +27,7 @@ from i3dist.config import CheckpointSettings
 from i3dist.engine import ADAM_STATES, Fragment
 from i3dist.errors import UserError
 from i3dist.files import sync, write_whole
+from i3dist.guard import GuardState
 from i3dist.model.state import LaneState
 
 MANIFEST = "manifest.json"
@@ -50,6 +51,8 @@ class RunState(BaseModel):
     """Fingerprint of the data, both splits."""
     engine: dict[str, Any]
     """What of the engine's file decides numbers."""
+    guard: GuardState = GuardState()
+    """Steps that were skipped, and what decides about later ones."""
 
 
 class FileDigest(BaseModel):

@@ -193,6 +193,21 @@ class CheckpointSettings(Section):
     """Checkpoints of steps that this divides are kept for good; 0 keeps none so."""
 
 
+class GuardSettings(Section):
+    """What a run does when something goes wrong."""
+
+    bad_steps: Count = 10
+    """Steps in a row that may be skipped because a loss or gradient is not finite; so many end the
+    run."""
+    spike_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """A step is skipped where its gradient's norm exceeds this many times the running median; 0
+    never skips for that."""
+    spike_window: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """Steps that the running median is of; before there are so many none is skipped."""
+    spike_steps: Count = 3
+    """Spikes in a row that are skipped at most; the next step is taken whatever its norm."""
+
+
 class TrackingSettings(Section):
     """MLflow. The store is MLFLOW_TRACKING_URI, or an SQLite file beside the run's folder."""
 
@@ -218,6 +233,7 @@ class Settings(Section):
     log: LogSettings = LogSettings()
     validate_: ValidateSettings = Field(default=ValidateSettings(), alias="validate")
     checkpoint: CheckpointSettings = CheckpointSettings()
+    guard: GuardSettings = GuardSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @classmethod
@@ -298,6 +314,7 @@ FREE_TO_CHANGE = (
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.keep_every",
+    "guard.bad_steps",
     "tracking.enabled",
     "tracking.experiment",
     "tracking.run_name",

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import psutil
@@ -77,12 +78,13 @@ class Stop:
 
     def _another_rank_is_gone(self) -> bool:
         """Whether the launcher has fewer living ranks on this host than it started."""
-        try:
-            ranks = self._launchers[0].children() if self._launchers else []
-            living = [rank for rank in ranks if rank.status() != psutil.STATUS_ZOMBIE]
-        except (psutil.Error, IndexError):
+        if not self._launchers:
             return False
-        return bool(self._launchers) and len(living) < self._ranks
+        try:
+            ranks = self._launchers[0].children()
+        except psutil.Error:
+            return False
+        return sum(map(_lives, ranks)) < self._ranks
 
 
 def _launchers(job: dist.Job) -> list[psutil.Process]:
@@ -93,12 +95,15 @@ def _launchers(job: dist.Job) -> list[psutil.Process]:
     if job.launcher not in ("deepspeed", "torchrun"):
         return []
     parents = psutil.Process().parents()[:2]
-    command = [p for p in parents[1:] if any(w.endswith("deepspeed") for w in p.cmdline()[:2])]
+    command = [p for p in parents[1:] if "deepspeed" in (Path(w).name for w in p.cmdline()[:2])]
     return parents[:1] + command
 
 
 def _lives(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @contextmanager

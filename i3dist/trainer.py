@@ -20,9 +20,10 @@ from i3dist.data.corpus import VALIDATION_SEED, Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import divisors, lanes_of_rank
 from i3dist.diagnose import diagnose, diagnosis_line
-from i3dist.engine import Engine
+from i3dist.engine import Engine, Stepped
 from i3dist.errors import UserError
 from i3dist.evaluate import evaluate_epoch
+from i3dist.guard import NOT_FINITE, Guard
 from i3dist.ledger_writer import LedgerWriter
 from i3dist.metrics import Interval, count_step, history_warning, report_line, validation_line
 from i3dist.metrics_log import MetricsLog
@@ -63,6 +64,7 @@ class Trainer:
         self.stop = stop
         self.progress = Progress()
         self._saved = 0  # step of the newest checkpoint
+        self.guard = Guard(settings.guard)
         self.pad_id = corpus.train.manifest.pad_id
         self.lanes = lanes_of_rank(settings.train.lane_count, job.rank, job.world_size)
         self.lane_state = self._empty_lanes()
@@ -98,11 +100,12 @@ class Trainer:
                 self.report_if_due()
                 self.validate_if_due()
                 self.checkpoint_if_due()
-        if self.progress.step < self.settings.train.steps:
+        done = self.progress.step == self.settings.train.steps
+        if done:
+            self.export()
+        else:
             self.save()
-            return False
-        self.export()
-        return True
+        return done
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: every window, every micro-batch, one update."""
@@ -114,19 +117,33 @@ class Trainer:
         lanes_before = self.lane_state
         loss_sum = self._backward(step_batches, gate, counts.targets)
         self.diagnose_if_due(step_batches[0], lanes_before, gate)
-        votes = torch.tensor(self.stop.vote(), device=self.engine.device)
-        stepped = self.engine.step(settings.optimizer.lr_at(step), torch.stack([loss_sum, votes]))
+        vote = loss_sum.new_full((), self.stop.vote())  # a copy from the host would wait
+        stepped = self.engine.step(
+            settings.optimizer.lr_at(step), torch.stack([loss_sum, vote]), self.guard.limit()
+        )
         self.stop.hear(stepped.sums[1])
-        if not stepped.taken:
-            raise UserError(
-                f"the gradient's norm is {stepped.norm} in step {step + 1}, so the run stops; "
-                "continue from its last checkpoint with a lower optimizer.lr, in another run.path"
-            )
         self.progress.step += 1
         self.progress.windows += settings.train.accumulation
         self.tokens_seen += counts.tokens.long()
-        self.ledger.add(self.progress.step, counts.targets, self.lane_state, stepped, None)
+        skipped = self.guard.judge(stepped)
+        if skipped == NOT_FINITE:
+            self.lane_state = self.lane_state.finite()
+        self.ledger.add(self.progress.step, counts.targets, self.lane_state, stepped, skipped)
         self._interval.add(stepped.sums[0], counts, stepped.norm)
+        if skipped:
+            self._say_skipped(skipped, stepped)
+
+    def _say_skipped(self, reason: str, stepped: Stepped) -> None:
+        """Log a step that updated nothing; raises `UserError` where there were too many."""
+        step, bad = self.progress.step, self.guard.state.bad
+        dist.say(f"step {step} is skipped: {reason} (norm {stepped.norm:.4g})")
+        if self.guard.gives_up():
+            self.ledger.flush()
+            raise UserError(
+                f"loss or gradient was not finite in {bad} steps in a row, up to step {step}, so "
+                "the run stops (guard.bad_steps); continue from its last checkpoint with a lower "
+                "optimizer.lr, in another run.path"
+            )
 
     def _backward(self, step_batches: list[Batch], gate: float, targets: Tensor) -> Tensor:
         """Add up the step's gradient and move the lanes on. Returns this rank's loss sum."""
@@ -176,6 +193,7 @@ class Trainer:
         metrics = self._interval.metrics(settings.compression.gate_at(step - 1))
         metrics["learning_rate"] = settings.optimizer.lr_at(step - 1)
         metrics["tokens_seen"] = int(self.tokens_seen)
+        metrics["skipped_steps"] = self.guard.state.skipped
         self.ledger.flush()
         self._interval = Interval()
         if self.job.rank == 0:
@@ -226,6 +244,7 @@ class Trainer:
             settings=self.settings.to_dict(),
             data=self.corpus.fingerprint,
             engine=self.engine.numeric,
+            guard=self.guard.state,
         )
         path = checkpoint.save(
             self.settings.run.path / "checkpoints",
@@ -240,7 +259,8 @@ class Trainer:
 
     def resume(self, path: Path, state: RunState) -> None:
         """Take up the run where checkpoint `path`, which is whole, left it."""
-        self.engine.load(checkpoint.OptimizerReader(path), state.step)
+        self.engine.load(checkpoint.OptimizerReader(path), state.step - state.guard.skipped)
+        self.guard = Guard(self.settings.guard, state.guard.model_copy())
         self.lane_state = checkpoint.read_lanes(path, self.lanes, self.engine.device)
         self.progress = Progress(state.step, state.windows)
         self._saved = state.step

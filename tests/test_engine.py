@@ -52,13 +52,17 @@ def batch(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def step(engine: Engine, data: tuple[Tensor, Tensor, Tensor], rows: int) -> float:
     """One optimizer step over `data` in micro-batches of `rows`; returns the gradient's norm."""
+    backward(engine, data, rows)
+    return engine.step(1e-2).norm
+
+
+def backward(engine: Engine, data: tuple[Tensor, Tensor, Tensor], rows: int) -> None:
     targets = torch.tensor(data[0].numel())
     for start in range(0, len(data[0]), rows):
         tokens, wanted, depth = (part[start : start + rows] for part in data)
         state = LaneState.empty(len(tokens), engine.model.settings, engine.device, engine.dtype)
         losses, _ = engine(tokens, wanted, depth, state, torch.tensor(1.0))
         engine.backward(losses.sum(), targets)
-    return engine.step(1e-2).norm
 
 
 def snapshot(engine: Engine) -> dict[str, dict[str, Tensor]]:
@@ -196,6 +200,36 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_changes_nothing(bf1
     for name, tensors in snapshot(trained).items():
         for key, tensor in tensors.items():
             assert tensor.equal(before[name][key]), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("sums", "limit"),
+    [([math.nan, 0.0], math.inf), ([math.inf, 0.0], math.inf), ([1.0, 0.0], 1e-9)],
+)
+def test_a_skipped_step_is_as_if_it_had_never_been(sums: list[float], limit: float) -> None:
+    """The steps after it too: AdamW does not count it, and gradients do not stay."""
+    skipping, plain = build(), build()
+    for engine_ in (skipping, plain):
+        step(engine_, batch(2, 0), 2)
+    backward(skipping, batch(2, 7), 2)
+    skipped = skipping.step(1e-2, torch.tensor(sums), limit)
+    assert not skipped.taken and skipped.norm > 0
+    assert skipped.sums == pytest.approx(sums, nan_ok=True)
+    continued = build(seed=1)
+    continued.load(snapshot(skipping), steps=1)
+    norms = {step(engine_, batch(2, 1), 2) for engine_ in (skipping, plain, continued)}
+    assert len(norms) == 1
+    for name, tensors in snapshot(plain).items():
+        for key, tensor in tensors.items():
+            assert tensor.equal(snapshot(skipping)[name][key]), (name, key)
+            assert tensor.equal(snapshot(continued)[name][key]), (name, key)
+
+
+def test_a_step_says_what_it_came_to() -> None:
+    trained = build()
+    backward(trained, batch(1), 1)
+    stepped = trained.step(1e-2, torch.tensor([2.5, 1.0]))
+    assert stepped.taken and stepped.sums == [2.5, 1.0]
 
 
 def test_gradients_above_the_bound_are_scaled_down_to_it() -> None:

@@ -18,6 +18,7 @@ LAYERS = [
     {"i3dist.model", "i3dist.data"},
     {
         "i3dist.engine",
+        "i3dist.guard",
         "i3dist.metrics_log",
         "i3dist.plots",
         "i3dist.shelf",

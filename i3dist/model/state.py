@@ -67,6 +67,23 @@ class LaneState(NamedTuple):
         """The same values without their past: gradient ends at the window's start."""
         return self.map(Tensor.detach)
 
+    def finite(self) -> "LaneState":
+        """The same, but as nothing had been read where something is not finite.
+
+        Latents are emptied chunk by chunk, so that the others keep their age; RWKV state by lane.
+        """
+        chunks = self.latents.isfinite().all(-1).all(-1)  # [B, history_chunks]
+        latents = self.latents.where(chunks[..., None, None], 0)
+        rows, layers = self.rwkv.time_shift.shape[:2]
+        width, kept = self.latents.shape[-1], self.rwkv.time_shift
+        empty = RwkvState.empty(rows, layers, width, kept.device, kept.dtype)
+        whole = torch.stack([part.flatten(1).isfinite().all(1) for part in self.rwkv]).all(0)
+        parts = (
+            part.where(whole.view(-1, *[1] * (part.dim() - 1)), other)
+            for part, other in zip(self.rwkv, empty, strict=True)
+        )
+        return LaneState(latents, RwkvState(*parts))
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, for saving; each has lanes as its first dimension."""
         return {"latents": self.latents, **self.rwkv._asdict()}

@@ -1,0 +1,36 @@
+"""launch/train.py with a fault: DISTURB="KIND RANK STEP..." names what goes wrong where."""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+from i3dist.engine import Engine
+from i3dist.model.state import LaneState
+
+ROOT = Path(__file__).parents[2]
+KIND, RANK, *STEPS = os.environ["DISTURB"].split()
+
+forward, step = Engine.__call__, Engine.step
+taken = 0
+
+
+def disturbed_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
+    losses, state = forward(self, *inputs)
+    if os.environ["RANK"] == RANK and str(taken + 1) in STEPS:
+        losses = losses * float(KIND)
+        state.latents[0, -1] = float("nan")
+    return losses, state
+
+
+def disturbed_step(self: Engine, *inputs: object) -> object:
+    global taken
+    taken += 1
+    return step(self, *inputs)
+
+
+Engine.__call__, Engine.step = disturbed_forward, disturbed_step
+sys.path.insert(0, str(ROOT))
+runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")

@@ -1,0 +1,46 @@
+"""Losses that are not finite on one of two ranks. About 2 minutes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from i3dist import ledger
+from tests.conftest import QUICK, deepspeed, error_line, losses
+
+SCRIPT = "tests/faults/disturbed.py"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_is_skipped_by_all(
+    value: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 2 and 3 of rank 1; the fifth is as it would be after two steps less of training."""
+    monkeypatch.setenv("DISTURB", f"{value} 1 2 3")
+    run = tmp_path / "run"
+    words = [*QUICK, "train.steps=5", "guard.bad_steps=3", f"data.path={data}", f"run.path={run}"]
+    result = deepspeed(*words, script=SCRIPT)
+    assert result.returncode == 0, result.stderr
+    assert "step 2 is skipped: not finite" in result.stdout
+    entries = ledger.read(run)
+    assert [e.skipped for e in entries] == [None, "not finite", "not finite", None, None]
+    assert [e.loss is None for e in entries] == [False, True, True, False, False]
+    assert len(losses(run)) == 5
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert [line["skipped_steps"] for line in metrics] == [0, 1, 2, 2, 2]
+    last = run / "checkpoints" / "step-00000005"
+    assert json.loads((last / "state.json").read_text())["guard"]["skipped"] == 2
+    for path in last.glob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+def test_too_many_in_a_row_end_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTURB", "nan 1 2 3 4 5")
+    words = [*QUICK, "train.steps=9", "guard.bad_steps=3", f"data.path={data}"]
+    result = deepspeed(*words, f"run.path={tmp_path / 'run'}", script=SCRIPT)
+    line = error_line(result)
+    assert "in 3 steps in a row, up to step 4" in line and "guard.bad_steps" in line
+    assert [e.step for e in ledger.read(tmp_path / "run")] == [1, 2, 3, 4]

@@ -1,0 +1,84 @@
+"""Which steps are skipped, what they leave in the lanes, and when it is enough."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from i3dist.config import GuardSettings, ModelSettings
+from i3dist.engine import Stepped
+from i3dist.guard import Guard, GuardState
+from i3dist.model.state import LaneState
+from tests.model.conftest import SMALL
+
+SPIKES = GuardSettings(spike_factor=3.0, spike_window=4, spike_steps=2, bad_steps=3)
+NORMS = st.lists(st.sampled_from([0.5, 1.0, 2.0, 40.0, math.nan, math.inf]), max_size=40)
+
+
+def take(guard: Guard, norm: float) -> str | None:
+    """What the engine and the guard make of a step with this norm."""
+    taken = math.isfinite(norm) and norm <= guard.limit()
+    return guard.judge(Stepped(taken, norm, [1.0, 0.0]))
+
+
+@given(norms=NORMS)
+def test_spikes_are_skipped_but_never_many(norms: list[float]) -> None:
+    guard, taken, row, bad = Guard(SPIKES), [], 0, 0
+    for norm in norms:
+        high = len(taken) >= 4 and norm > 3 * statistics.median(taken[-4:])
+        reason = take(guard, norm)
+        if not math.isfinite(norm):
+            wanted, bad = "not finite", bad + 1
+        elif high and row < 2:
+            wanted, row, bad = "spike", row + 1, 0
+        else:
+            wanted, row, bad = None, 0, 0
+            taken.append(norm)
+        assert reason == wanted
+        assert guard.gives_up() == (bad >= 3)
+
+
+@given(norms=NORMS, cut=st.integers(0, 40))
+def test_a_continued_guard_decides_alike(norms: list[float], cut: int) -> None:
+    whole, before = Guard(SPIKES), Guard(SPIKES)
+    expected = [take(whole, norm) for norm in norms]
+    got = [take(before, norm) for norm in norms[:cut]]
+    saved = before.state.model_dump_json()
+    after = Guard(SPIKES, GuardState.model_validate_json(saved))
+    assert got + [take(after, norm) for norm in norms[cut:]] == expected
+    assert after.state == whole.state
+
+
+def test_by_default_no_norm_is_too_large() -> None:
+    guard = Guard(GuardSettings())
+    assert [take(guard, 10.0**power) for power in range(300)] == [None] * 300
+    assert guard.state == GuardState()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_only_what_is_not_finite_is_emptied(bad: float) -> None:
+    model = ModelSettings.model_validate(SMALL | {"state_carry": True})
+    empty = LaneState.empty(3, model, torch.device("cpu"), torch.bfloat16)
+    state = empty.map(lambda part: torch.randn(part.shape).to(part.dtype))
+    hurt = state.map(torch.clone)
+    hurt.latents[1, -2, 0, 3] = bad
+    hurt.rwkv.channel_shift[2, 0, 1] = bad
+    healed = hurt.finite()
+    wanted = state.map(torch.clone)
+    wanted.latents[1, -2] = 0
+    for part, nothing in zip(wanted.rwkv, empty.rwkv, strict=True):
+        part[2] = nothing[2]
+    for name, tensor in healed.tensors().items():
+        assert tensor.equal(wanted.tensors()[name]), name
+        assert tensor.dtype == state.tensors()[name].dtype
+    assert all(a.equal(b) for a, b in zip(state.finite().rwkv, state.rwkv, strict=True))
+
+
+def test_lanes_that_carry_no_rwkv_state_are_emptied_too() -> None:
+    model = ModelSettings.model_validate(SMALL)
+    state = LaneState.empty(2, model, torch.device("cpu"), torch.float32)
+    state.latents.fill_(math.nan)
+    assert state.finite().latents.eq(0).all()
