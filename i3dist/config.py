@@ -206,6 +206,9 @@ class GuardSettings(Section):
     """Steps that the running median is of; before there are so many none is skipped."""
     spike_steps: Count = 3
     """Spikes in a row that are skipped at most; the next step is taken whatever its norm."""
+    hang_seconds: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """A step, validation or save that takes longer ends the job, with every rank's stacks in the
+    log; 0 waits for ever."""
 
 
 class TrackingSettings(Section):
@@ -315,6 +318,7 @@ FREE_TO_CHANGE = (
     "checkpoint.keep",
     "checkpoint.keep_every",
     "guard.bad_steps",
+    "guard.hang_seconds",
     "tracking.enabled",
     "tracking.experiment",
     "tracking.run_name",

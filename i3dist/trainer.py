@@ -30,6 +30,7 @@ from i3dist.metrics_log import MetricsLog
 from i3dist.model.state import LaneState
 from i3dist.stop import Stop, held_back
 from i3dist.tracking import NoTracker, Tracker
+from i3dist.watchdog import Watchdog
 from i3dist.weights import export_weights
 
 DIAGNOSED_LANES = 4  # of rank 0, or as many as it has
@@ -65,6 +66,7 @@ class Trainer:
         self.progress = Progress()
         self._saved = 0  # step of the newest checkpoint
         self.guard = Guard(settings.guard)
+        self.watchdog = Watchdog(settings.guard.hang_seconds, job)
         self.pad_id = corpus.train.manifest.pad_id
         self.lanes = lanes_of_rank(settings.train.lane_count, job.rank, job.world_size)
         self.lane_state = self._empty_lanes()
@@ -105,11 +107,13 @@ class Trainer:
             self.export()
         else:
             self.save()
+        self.watchdog.close()
         return done
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: every window, every micro-batch, one update."""
         step, settings = self.progress.step, self.settings
+        self.watchdog.beat("taking a step")
         gate = settings.compression.gate_at(step)
         with self._interval.waiting(), held_back():
             step_batches = [next(batches) for _ in range(settings.train.accumulation)]
@@ -215,6 +219,7 @@ class Trainer:
 
     def validate(self) -> None:
         """Loss on the fixed validation subset, on lanes of its own."""
+        self.watchdog.beat("validating")
         settings, valid, step = self.settings, self.corpus.valid, self.progress.step
         subset = valid.validation_subset(settings.validate_.chunks)
         schedule = valid.schedule(
@@ -236,6 +241,7 @@ class Trainer:
         if self.progress.step == self._saved:
             return
         started = time.perf_counter()
+        self.watchdog.beat("saving")
         self.ledger.sync()
         state = RunState(
             step=self.progress.step,
@@ -270,6 +276,7 @@ class Trainer:
 
     def export(self) -> None:
         """Write plain weights and plots, and hand them to the tracker."""
+        self.watchdog.beat("writing the weights")
         folder = self.settings.run.path
         if self.job.rank == 0:
             export_weights(folder, self.engine.model, self.progress.step)

@@ -13,7 +13,14 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import itself and those before it.
 LAYERS = [
     {"i3dist.errors", "i3dist.files"},
-    {"i3dist.config", "i3dist.dist", "i3dist.stop", "i3dist.tokenizer", "i3dist.toolchain"},
+    {
+        "i3dist.config",
+        "i3dist.dist",
+        "i3dist.stop",
+        "i3dist.tokenizer",
+        "i3dist.toolchain",
+        "i3dist.watchdog",
+    },
     {"i3dist.ops"},
     {"i3dist.model", "i3dist.data"},
     {

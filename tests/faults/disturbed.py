@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +21,8 @@ taken = 0
 def disturbed_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
     losses, state = forward(self, *inputs)
     if os.environ["RANK"] == RANK and str(taken + 1) in STEPS:
+        if KIND == "hang":
+            hang_here()
         losses = losses * float(KIND)
         state.latents[0, -1] = float("nan")
     return losses, state
@@ -29,6 +32,10 @@ def disturbed_step(self: Engine, *inputs: object) -> object:
     global taken
     taken += 1
     return step(self, *inputs)
+
+
+def hang_here() -> None:
+    time.sleep(3600)
 
 
 Engine.__call__, Engine.step = disturbed_forward, disturbed_step

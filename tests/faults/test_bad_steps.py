@@ -1,6 +1,7 @@
-"""Losses that are not finite on one of two ranks. About 2 minutes."""
+"""Losses that are not finite on one of two ranks, and a rank that hangs. About 2 minutes."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,20 @@ def test_too_many_in_a_row_end_the_run(
     line = error_line(result)
     assert "in 3 steps in a row, up to step 4" in line and "guard.bad_steps" in line
     assert [e.step for e in ledger.read(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_rank_that_hangs_ends_the_job_with_every_ranks_stack(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTURB", "hang 1 2")
+    words = [*QUICK, "train.steps=9", "guard.hang_seconds=20", f"data.path={data}"]
+    result = deepspeed(*words, f"run.path={tmp_path / 'run'}", script=SCRIPT)
+    ended = time.time()
+    assert result.returncode != 0
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert ended - metrics.stat().st_mtime < 20 + 15, "the launcher takes some seconds as well"
+    said = result.stderr
+    for rank in (0, 1):
+        assert f"error: rank {rank} is taking a step for " in said
+    assert said.count("in hang_here") == 1
+    assert said.count("in train_step") == 2
