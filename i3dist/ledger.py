@@ -48,15 +48,23 @@ def read(run: Path) -> list[Entry]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; name a run's folder") from None
-    entries = []
+    entries: list[Entry] = []
     for number, line in enumerate(lines, start=1):
-        try:
-            entries.append(Entry.model_validate_json(line))
-        except ValidationError:
+        entry = parse(line)
+        if entry is None:
             what = "is no entry" if line.endswith("\n") else "is torn"
             after = f"after step {entries[-1].step}" if entries else "at its start"
-            raise UserError(f"{path} is broken {after}: line {number} {what}") from None
+            raise UserError(f"{path} is broken {after}: line {number} {what}")
+        entries.append(entry)
     return entries
+
+
+def parse(line: str | bytes) -> Entry | None:
+    """The entry in a line, or None where it holds none."""
+    try:
+        return Entry.model_validate_json(line)
+    except ValidationError:
+        return None
 
 
 def first_break(entries: Sequence[Entry]) -> str | None:

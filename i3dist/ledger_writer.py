@@ -3,7 +3,6 @@
 A line's figures stay on the device until lines are written, so that no step waits for them.
 """
 
-import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from i3dist.data.schedule import Schedule
 from i3dist.engine import Stepped
 from i3dist.errors import UserError
 from i3dist.files import sync
-from i3dist.ledger import LEDGER, digest, samples_hash
+from i3dist.ledger import LEDGER, digest, parse, samples_hash
 from i3dist.metrics_log import MetricsLog
 from i3dist.model.state import LaneState
 
@@ -109,14 +108,17 @@ class LedgerWriter:
         """Keep the lines up to `step`, the last of which must have this hash of the lanes."""
         if not self.path.exists():
             return
-        kept, last = 0, None
+        kept, end, last = 0, 0, None
         with self.path.open("rb") as file:
             for line in file:
-                entry = json.loads(line) if line.endswith(b"}\n") else {}
-                if entry.get("step", step + 1) > step:
+                end += len(line)
+                entry = parse(line)
+                if entry is None:
+                    continue  # between whole lines it stays, for the check to find
+                if entry.step > step:
                     break
-                kept, last = kept + len(line), entry
-        if last is not None and last["step"] == step and last["lanes"] != hashed:
+                kept, last = end, entry
+        if last is not None and last.step == step and last.lanes != hashed:
             raise UserError(
                 f"{self.path} is of another run than its checkpoint: the lanes' state of step "
                 f"{step} differs; restore the one or the other, or start over with --fresh"

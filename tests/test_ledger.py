@@ -117,7 +117,7 @@ def test_a_skipped_step_is_told_from_one_that_was_not(tmp_path: Path) -> None:
     assert (entry.loss, entry.gradient_norm, entry.skipped) == (None, None, "not finite")
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"step": 6, "sam', b'{"step": 6}'])
+@pytest.mark.parametrize("torn", [b"", b'{"step": 6, "sam', b'{"step": 6}\n', b"\xff\n"])
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_a_continued_run_writes_its_steps_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int, torn: bytes
@@ -129,6 +129,19 @@ def test_a_continued_run_writes_its_steps_again(
     assert len(ledger.read(tmp_path)) == cut
     write(tmp_path, 1, range(cut + 1, 6), monkeypatch)
     assert path.read_bytes() == undisturbed
+
+
+def test_a_broken_line_stays_for_the_check_to_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, 1, range(1, 6), monkeypatch)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = b'{"step": 2, "samples}\n'
+    path.write_bytes(b"".join(lines))
+    LedgerWriter(tmp_path, SCHEDULE, 3, range(LANES)).resume(4, random_lanes(4))
+    assert path.read_bytes() == b"".join(lines[:4])
+    with pytest.raises(UserError, match="after step 1: line 2 is no entry"):
+        ledger.read(tmp_path)
 
 
 def test_lanes_that_the_ledger_does_not_know_are_refused(
