@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.tar import write_shard
-from i3dist.data.lanes import Batch, LaneWindows
+from i3dist.data.lanes import Batch, LaneWindows, Window
 from i3dist.data.manifest import Manifest
 from i3dist.data.schedule import Schedule
 from i3dist.ops.cross_entropy import IGNORE
@@ -101,4 +101,4 @@ def batches(windows: LaneWindows, count: int, device: torch.device) -> list[Batc
     """Successive windows from the middle of shards, where chunks have their history."""
     first = FIRST_CHUNK // windows.schedule.window
     found = [windows[index] for index in range(first, first + count)]
-    return [batch.to(device) for batch in found if isinstance(batch, Batch)]
+    return [window.batch.to(device) for window in found if isinstance(window, Window)]

@@ -19,6 +19,7 @@ from yaml import YAMLError
 from i3dist.errors import UserError
 
 Auto = Literal["auto"]
+OnDamage = Literal["stop", "quarantine"]
 Count = Annotated[int, Field(ge=1, le=2**40)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -55,6 +56,9 @@ class DataSettings(Section):
     """Output folder of data_prep/shard.py, with train/ and valid/ in it."""
     workers: Annotated[int, Field(ge=0, le=256)] = 1
     """Loader processes per rank; 0 reads in the training process. Never changes the stream."""
+    on_damage: OnDamage = "stop"
+    """Where a training shard is not what its manifest says: stop, or say what is lost and let its
+    lane idle for as long. Missing shards, and those of validation, always stop the run."""
 
 
 class ModelSettings(Section):
@@ -308,6 +312,7 @@ FREE_TO_CHANGE = (
     "run.path",
     "data.path",  # the data itself is compared by its fingerprint
     "data.workers",
+    "data.on_damage",  # only the content of damaged shards
     "train.steps",
     "train.micro_batch",
     "train.compile",

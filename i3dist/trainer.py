@@ -287,10 +287,12 @@ class Trainer:
     def _batches(self) -> Generator[Batch, None, None]:
         """This rank's lanes, from the next window to the last of the run."""
         settings, train = self.settings.train, self.corpus.train
-        dataset = LaneWindows(train.folder, train.manifest, self.schedule, self.lanes)
+        data = self.settings.data
+        dataset = LaneWindows(
+            train.folder, train.manifest, self.schedule, self.lanes, data.on_damage
+        )
         stop = self.progress.windows + settings.accumulation * (settings.steps - self.progress.step)
-        workers = self.settings.data.workers
-        yield from windows(dataset, self.progress.windows, stop, workers, self.engine.device)
+        yield from windows(dataset, self.progress.windows, stop, data.workers, self.engine.device)
 
     def _lanes_at_once(self) -> int:
         """Lanes of a micro-batch: as set, or the most that fit on every rank's GPU."""

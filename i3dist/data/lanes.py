@@ -4,6 +4,7 @@ A window of the job is a pure function of its index (see `schedule`), so workers
 among themselves and a continued run needs no replay: it asks for the next index.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from i3dist.config import OnDamage
 from i3dist.data.manifest import Manifest
 from i3dist.data.schedule import Schedule
 from i3dist.data.shards import ShardCache
 from i3dist.errors import UserError
 from i3dist.ops.cross_entropy import IGNORE
+
+log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -36,29 +40,47 @@ class Batch(NamedTuple):
         return Batch(*(part.to(device, non_blocking=True) for part in self))
 
 
-class LaneWindows(Dataset["Batch | UserError"]):
+class Window(NamedTuple):
+    """A batch, and what the quarantined shards in it have lost, in words."""
+
+    batch: Batch
+    losses: list[str]
+
+
+class LaneWindows(Dataset["Window | UserError"]):
     """Window index -> the batch of a range of lanes.
 
     A `UserError` is returned, not raised: raised in a worker process it would arrive wrapped in
     that process's traceback.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, schedule: Schedule, lanes: range):
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        schedule: Schedule,
+        lanes: range,
+        on_damage: OnDamage = "stop",
+    ):
         self.manifest = manifest
         self.schedule = schedule
         self.lanes = lanes
         # A lane may end one shard and begin the next within a window.
-        self.shards = ShardCache(folder, manifest, capacity=2 * len(lanes))
+        self.shards = ShardCache(folder, manifest, capacity=2 * len(lanes), on_damage=on_damage)
 
-    def __getitem__(self, index: int) -> "Batch | UserError":
+    def __getitem__(self, index: int) -> "Window | UserError":
+        losses: list[str] = []
         try:
-            rows = [self._row(index, lane) for lane in self.lanes]
+            rows = [self._row(index, lane, losses) for lane in self.lanes]
         except UserError as error:
             return error
-        return Batch(*(torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True)))
+        parts = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        return Window(Batch(*parts), losses)
 
-    def _row(self, index: int, lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [K, T], targets [K, T] and depth [K] of one lane."""
+    def _row(
+        self, index: int, lane: int, losses: list[str]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [K, T], targets [K, T] and depth [K] of one lane; losses are added to `losses`."""
         m = self.manifest
         shape = (self.schedule.window, m.chunk_length)
         tokens = np.full(shape, m.pad_id, np.int64)
@@ -68,6 +90,8 @@ class LaneWindows(Dataset["Batch | UserError"]):
             if place is None:
                 continue  # the lane idles: padding without targets, on the same graph
             shard, chunk = self.shards[place[0]], place[1]
+            if shard.loss:
+                losses.append(shard.loss)
             tokens[k] = shard.tokens[chunk]
             targets[k, :-1] = shard.tokens[chunk, 1:]
             if chunk + 1 < len(shard.tokens):
@@ -82,8 +106,11 @@ def windows(
 ) -> Iterator[Batch]:
     """Batches of windows [start, stop) in order, on the device, read ahead by `workers` processes.
 
+    What is lost with a quarantined shard is logged once, before its first batch, as an error: any
+    rank may be the one that knows, and all but the first log only those.
+
     Raises:
-        UserError: a shard is missing or altered.
+        UserError: a shard is missing, or altered and not to be quarantined.
     """
     loader = DataLoader(
         dataset,
@@ -93,7 +120,12 @@ def windows(
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch.to(device)
+    told: set[str] = set()
+    for window in loader:
+        if isinstance(window, UserError):
+            raise window
+        for loss in window.losses:
+            if loss not in told:
+                told.add(loss)
+                log.error("%s", loss)
+        yield window.batch.to(device)

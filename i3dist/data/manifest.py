@@ -144,6 +144,11 @@ class Manifest(_Frozen):
         path = Path(folder) / MANIFEST_NAME
         write_whole(path, self.model_dump_json(indent=1).encode() + b"\n")
 
+    def tokens_in(self, shard: int) -> int:
+        """Tokens of one shard, without <PAD>."""
+        before = shard * self.chunks_per_shard * self.chunk_length
+        return min(self.shards[shard].chunks * self.chunk_length, self.tokens - before)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON: equal where, and only where, the contents are equal."""

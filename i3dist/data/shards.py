@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from i3dist.config import OnDamage
 from i3dist.data.manifest import TAR_BLOCK, Manifest, member_stride
 from i3dist.errors import UserError
 
@@ -20,6 +21,11 @@ class ShardTokens(NamedTuple):
 
     tokens: npt.NDArray[np.uint16]  # [N, T]
     depth: npt.NDArray[np.int64]  # [N] chunks before each that belong to the document it continues
+    loss: str = ""  # what is lost, in words, where the shard is quarantined
+
+
+class DamagedShardError(UserError):
+    """A shard that can be read and is not what its manifest says."""
 
 
 def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
@@ -29,7 +35,8 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
     cut, altered or exchanged shard is never trained on. Payloads then stand at fixed offsets.
 
     Raises:
-        UserError: the shard is missing, unreadable or altered.
+        DamagedShardError: the shard is cut, altered or another one.
+        UserError: it is missing or unreadable.
     """
     shard = manifest.shards[index]
     path = folder / shard.name
@@ -40,15 +47,30 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
             f"{path}: shard cannot be read ({error.strerror}); restore it or make the data again"
         ) from None
     if hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise UserError(
+        raise DamagedShardError(
             f"{path}: shard differs from its manifest (size or SHA-256); "
-            "restore it or make the data again"
+            "restore it, make the data again, or train without it by data.on_damage=quarantine"
         )
     stride, length = member_stride(manifest.chunk_length), manifest.chunk_length
     members = np.frombuffer(data, np.uint8, shard.chunks * stride).reshape(shard.chunks, stride)
     payload = np.ascontiguousarray(members[:, TAR_BLOCK : TAR_BLOCK + 2 * length])
     tokens = payload.view("<u2").astype(np.uint16, copy=False)
     return ShardTokens(tokens, document_depth(tokens, manifest.bos_id))
+
+
+def quarantined(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
+    """What takes a damaged shard's place: as many chunks of padding, which have no targets.
+
+    Its lane idles and no other chunk moves, so the stream still depends on seed, epoch, lanes and
+    data alone.
+    """
+    shard = manifest.shards[index]
+    tokens = np.full((shard.chunks, manifest.chunk_length), manifest.pad_id, np.uint16)
+    loss = (
+        f"{folder / shard.name} is damaged and quarantined: its {shard.chunks} chunks of "
+        f"{manifest.tokens_in(index):,} tokens are not trained on"
+    )
+    return ShardTokens(tokens, np.zeros(shard.chunks, np.int64), loss)
 
 
 def document_depth(tokens: npt.NDArray[np.uint16], bos_id: int) -> npt.NDArray[np.int64]:
@@ -68,16 +90,25 @@ def document_depth(tokens: npt.NDArray[np.uint16], bos_id: int) -> npt.NDArray[n
 class ShardCache:
     """The shards that a reader is in the middle of; the least recently used leaves first."""
 
-    def __init__(self, folder: Path, manifest: Manifest, capacity: int):
+    def __init__(self, folder: Path, manifest: Manifest, capacity: int, on_damage: OnDamage):
         self.folder = folder
         self.manifest = manifest
         self.capacity = capacity
+        self.on_damage = on_damage
         self._held: OrderedDict[int, ShardTokens] = OrderedDict()
 
     def __getitem__(self, index: int) -> ShardTokens:
         if index not in self._held:
             while len(self._held) >= self.capacity:
                 self._held.popitem(last=False)
-            self._held[index] = read_shard(self.folder, self.manifest, index)
+            self._held[index] = self._read(index)
         self._held.move_to_end(index)
         return self._held[index]
+
+    def _read(self, index: int) -> ShardTokens:
+        try:
+            return read_shard(self.folder, self.manifest, index)
+        except DamagedShardError:
+            if self.on_damage == "stop":
+                raise
+            return quarantined(self.folder, self.manifest, index)
