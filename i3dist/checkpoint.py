@@ -14,10 +14,10 @@ import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,6 +32,9 @@ from i3dist.model.state import LaneState
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+CPU = torch.device("cpu")
+# Of one folder: a path would have another folder's files read.
+FileName = Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9.-]*\z")]
 
 
 class RunState(BaseModel):
@@ -69,7 +72,7 @@ class CheckpointManifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    files: dict[str, FileDigest]
+    files: dict[FileName, FileDigest]
 
 
 def save(
@@ -209,7 +212,7 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
     def __init__(self, checkpoint: Path):
         self._places: dict[str, list[tuple[int, str, Any]]] = {}
         for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
-            file = safe_open(path, framework="pt").__enter__()  # maps the file while we live
+            file = _open(path).__enter__()  # maps the file while we live
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 kind, start, name = key.split("/", 2)
                 if kind == "weight":
@@ -233,7 +236,7 @@ def read_lanes(checkpoint: Path, lanes: range, device: torch.device) -> LaneStat
     """State of the given lanes, whichever rank wrote it."""
     rows: dict[int, dict[str, Tensor]] = {}
     for path in sorted(checkpoint.glob("lanes-*.safetensors")):
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with _open(path, device) as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 lane, name = key.split("/", 1)
                 if int(lane) in lanes:
@@ -242,6 +245,14 @@ def read_lanes(checkpoint: Path, lanes: range, device: torch.device) -> LaneStat
     return LaneState.from_tensors(
         {name: torch.stack([rows[lane][name] for lane in lanes]) for name in names}
     )
+
+
+def _open(path: Path, device: torch.device = CPU) -> Any:
+    """Map a file of tensors. What is anything else, a pickle say, is refused and not run."""
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from None
 
 
 def _digest(path: Path) -> FileDigest:

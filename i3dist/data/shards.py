@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from i3dist.config import OnDamage
-from i3dist.data.manifest import TAR_BLOCK, Manifest, member_stride
+from i3dist.data.archive import chunks_of, shard_bytes
+from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 
 
@@ -32,11 +33,12 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
     """Read one shard of a split.
 
     Nothing in the file is interpreted before its size and SHA-256 are those of the manifest, so a
-    cut, altered or exchanged shard is never trained on. Payloads then stand at fixed offsets.
+    cut, altered or exchanged shard is never trained on. Tokens then stand at fixed offsets, and
+    whatever else the file holds must be as `shard_bytes` writes it: no archive is ever parsed.
 
     Raises:
         DamagedShardError: the shard is cut, altered or another one.
-        UserError: it is missing or unreadable.
+        UserError: it is missing or unreadable, or the manifest is of something else.
     """
     shard = manifest.shards[index]
     path = folder / shard.name
@@ -51,10 +53,12 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
             f"{path}: shard differs from its manifest (size or SHA-256); "
             "restore it, make the data again, or train without it by data.on_damage=quarantine"
         )
-    stride, length = member_stride(manifest.chunk_length), manifest.chunk_length
-    members = np.frombuffer(data, np.uint8, shard.chunks * stride).reshape(shard.chunks, stride)
-    payload = np.ascontiguousarray(members[:, TAR_BLOCK : TAR_BLOCK + 2 * length])
-    tokens = payload.view("<u2").astype(np.uint16, copy=False)
+    tokens = chunks_of(data, shard.chunks, manifest.chunk_length)
+    if shard_bytes(index, tokens) != data or tokens.max() >= manifest.vocab_size:
+        raise UserError(
+            f"{path}: not a shard of this vocabulary and format, though its SHA-256 is the "
+            "manifest's; make the data with data_prep/shard.py"
+        )
     return ShardTokens(tokens, document_depth(tokens, manifest.bos_id))
 
 

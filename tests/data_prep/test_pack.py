@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.pack import Framing, Packer
-from data_prep.tar import shard_bytes
+from i3dist.data.archive import shard_bytes
 from i3dist.data.manifest import archive_size, member_name, member_stride, shard_name
 from tests.data_prep.corpus import read_chunks
 
