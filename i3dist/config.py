@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from yaml import YAMLError
 
 from i3dist.errors import UserError
+from i3dist.yaml_text import read_values
 
 Auto = Literal["auto"]
 OnDamage = Literal["stop", "quarantine"]
@@ -250,21 +249,7 @@ class Settings(Section):
         Raises:
             UserError: unreadable file, unknown key or illegal value; the line names it.
         """
-        for word in overrides:
-            key, separator, _ = word.partition("=")
-            section, _, name = key.partition(".")
-            if not (separator and section and name):
-                raise UserError(f"setting {word!r} is not of the form section.key=value")
-        try:
-            file = OmegaConf.load(config) if config else OmegaConf.create({})
-            tree = OmegaConf.merge(file, OmegaConf.from_dotlist(list(overrides)))
-            values = OmegaConf.to_container(tree, resolve=True)
-        except OSError as error:
-            raise UserError(f"cannot read settings {config}: {error.strerror}") from None
-        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-            where = f"{config}: " if config else ""
-            raise UserError(f"settings cannot be parsed: {where}{_first_line(error)}") from None
-        return cls.build(values)
+        return cls.build(read_values(config, overrides))
 
     @classmethod
     def build(cls, values: Any) -> "Settings":
@@ -362,10 +347,6 @@ def setting_lines() -> Iterator[tuple[str, str, str]]:
             yield name, str(defaults[name]), " ".join((field.description or "").split())
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _explain(error: ValidationError) -> str:
     """The first fault of a validation as one line: key, value, legal range, remedy."""
     fault = error.errors(include_url=False)[0]
@@ -386,4 +367,4 @@ def _explain(error: ValidationError) -> str:
         )
     )
     meaning = f" ({remedies[key]})" if key in remedies else ""
-    return f"setting {key}={fault['input']!r} {legal}{meaning}"
+    return f"setting {key}={repr(fault['input'])[:80]} {legal}{meaning}"

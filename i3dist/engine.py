@@ -34,6 +34,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 import deepspeed  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
 
 # What the trainer decides from its own settings; the engine's file leaves these out or "auto".
@@ -58,6 +59,7 @@ ENGINE_KEYS = (
     "compile",
     "flops_profiler",
 )
+ENGINE_GROUPS = ("bf16", "data_types", "comms_logger", "compile", "flops_profiler")
 # Those of them that decide numbers: a run keeps them.
 NUMERIC_KEYS = ("bf16", "data_types", "communication_data_type")
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
@@ -75,7 +77,7 @@ def read_engine_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read engine config {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"engine config {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"engine config {path} is not a JSON object")
@@ -89,6 +91,9 @@ def read_engine_config(path: Path) -> dict[str, Any]:
         if key not in ENGINE_KEYS:
             legal = ", ".join(ENGINE_KEYS)
             raise UserError(f"engine config {path}: unknown key {key!r}; legal: {legal}")
+    for key in ENGINE_GROUPS:
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"engine config {path}: {key} is not a JSON object")
     zero = config.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") != 2:
         raise UserError(f"engine config {path}: zero_optimization.stage must be 2")
@@ -98,6 +103,11 @@ def read_engine_config(path: Path) -> dict[str, Any]:
     for key in ("contiguous_gradients", "reduce_scatter"):
         if not zero.get(key, True):
             raise UserError(f"engine config {path}: zero_optimization.{key} must be true")
+    try:
+        DeepSpeedConfig(_complete(config, micro_batches=1))
+    except Exception as error:  # it lets through whatever its parser stumbles over
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"engine config {path}: DeepSpeed refuses it: {reason}") from None
     return config
 
 

@@ -11,10 +11,21 @@ from typing import NoReturn
 # Ranks but the first wait so long before they speak: most errors strike all ranks alike, and the
 # launcher ends the others once the first has spoken and gone.
 OTHERS_WAIT_SECONDS = 3.0
+LONGEST_MESSAGE = 1000  # characters
 
 
 class UserError(Exception):
-    """Bad input or a bad environment. The message is one line: what, where, what to do."""
+    """Bad input or a bad environment. The message is one line: what, where, what to do.
+
+    What a damaged file put into it does no harm: characters that cannot be printed become "?", and
+    of a very long line the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2
+            message = f"{message[:half]} ... {message[-half:]}"
+        super().__init__("".join(char if char.isprintable() else "?" for char in message))
 
 
 class ArgumentParser(argparse.ArgumentParser):

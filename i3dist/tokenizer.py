@@ -53,9 +53,12 @@ class Tokenizer:
         """The bytes of the file."""
         self._backend = _parse(data, path)
         self._backend.encode_special_tokens = True
-        spec = json.loads(self._backend.to_str())
-        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         vocab = self._backend.get_vocab(with_added_tokens=True)
+        # First of all: the library writes itself out by counting up to the largest id.
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise UserError(f"{path}: its ids do not run from 0 to {len(vocab) - 1}")
+        self.vocab_size = len(vocab)
+        spec = json.loads(self._backend.to_str())
         _check_vocab(vocab, spec, path)
         self.bos_id, self.eos_id, self.pad_id = (vocab[t] for t in ("<BOS>", "<EOS>", "<PAD>"))
         self.special_ids: dict[str, int] = {token: vocab[token] for token in SPECIAL_TOKENS}
@@ -180,8 +183,6 @@ def _check_vocab(vocab: dict[str, int], spec: dict[str, Any], path: Path) -> Non
         raise UserError(f"{path} lacks the special tokens {' '.join(missing)}")
     if any(char not in vocab for char in _BYTE_OF_CHARACTER):
         raise UserError(f"{path} lacks some of the 256 single bytes, so not every text round-trips")
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise UserError(f"{path}: its ids do not run from 0 to {len(vocab) - 1}")
 
 
 def _byte_characters() -> dict[str, int]:

@@ -168,5 +168,4 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     message = str(first["msg"]).removeprefix("Value error, ")
-    line = f"{key}: {message}" if key else message
-    return "".join(char if char.isprintable() else "?" for char in line)[:300]
+    return (f"{key}: {message}" if key else message)[:300]
