@@ -40,6 +40,7 @@ _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 # characters can hold so many; longer ones are looked through first.
 _SAFE_CHARACTERS = 500_000
 _MAX_FILE_BYTES = 1 << 28
+_LARGEST_ID = 1 << 24
 
 
 class Tokenizer:
@@ -54,10 +55,9 @@ class Tokenizer:
         self._backend = _parse(data, path)
         self._backend.encode_special_tokens = True
         vocab = self._backend.get_vocab(with_added_tokens=True)
-        # First of all: the library writes itself out by counting up to the largest id.
-        if sorted(vocab.values()) != list(range(len(vocab))):
-            raise UserError(f"{path}: its ids do not run from 0 to {len(vocab) - 1}")
         self.vocab_size = len(vocab)
+        if max(vocab.values(), default=0) > _LARGEST_ID:  # `to_str` counts up to it
+            raise UserError(f"{path}: an id is larger than {_LARGEST_ID:,}")
         spec = json.loads(self._backend.to_str())
         _check_vocab(vocab, spec, path)
         self.bos_id, self.eos_id, self.pad_id = (vocab[t] for t in ("<BOS>", "<EOS>", "<PAD>"))
@@ -183,6 +183,8 @@ def _check_vocab(vocab: dict[str, int], spec: dict[str, Any], path: Path) -> Non
         raise UserError(f"{path} lacks the special tokens {' '.join(missing)}")
     if any(char not in vocab for char in _BYTE_OF_CHARACTER):
         raise UserError(f"{path} lacks some of the 256 single bytes, so not every text round-trips")
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise UserError(f"{path}: its ids do not run from 0 to {len(vocab) - 1}")
 
 
 def _byte_characters() -> dict[str, int]:

@@ -85,7 +85,15 @@ LAUGHS = "a0: &a0 [1, 1]\n" + "".join(
     [
         LAUGHS,  # a hundred million values in 300 bytes
         *("[" * 60_000, "[" * 5000 + "]" * 5000, "- " * 3000, "{a: " * 3000, "? " * 3000),
-        *("&a [*a]", "a: &a {b: *a}", "train: &t {steps: 1}\nlog: *t", "5", "text", "[1]", "null"),
+        *(
+            "&a [*a]",
+            "log: {every: &n 5}\nvalidate: {every: *n}",
+            "train: &t {steps: 1}\nlog: *t",
+            "5",
+            "text",
+            "[1]",
+            "null",
+        ),
         *("!!python/object/apply:os.getcwd []", "train: !!binary aGk=", "1: 2", "? {a: 1}\n: 2"),
         *("--- 1\n--- 2", "train: {null: 2}", "train: {steps: !!set {a}}", "x" * 70_000),
     ],
