@@ -40,21 +40,27 @@ class MetricsLog:
         """
         texts = [json.dumps(_finite_or_null(line), allow_nan=False) for line in lines]
         try:
-            self._append("\n".join(texts).encode())
+            append_line(self.path, "\n".join(texts).encode())
         except OSError as error:
             reason = f"cannot write {self.path}: {error.strerror}"
             raise UserError(f"{reason}; free space or choose another run.path") from None
 
-    def _append(self, lines: bytes) -> None:
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(file).st_size
-            torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-            whole = (b"\n" if torn else b"") + lines + b"\n"
-            if os.write(file, whole) != len(whole):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(file)
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line, or several, by a single write; after a torn one they start on a fresh line.
+
+    Raises:
+        OSError: the file cannot be written, or not in full.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+        whole = (b"\n" if torn else b"") + line + b"\n"
+        if os.write(file, whole) != len(whole):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(file)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

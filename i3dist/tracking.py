@@ -1,26 +1,25 @@
 """Tracking of a run in MLflow: the only file that imports mlflow.
 
-A background thread does all the talking to the store; the training loop puts work into a bounded
-queue and never waits for it. A store that fails costs one warning line and the entries of the
-outage, which stand in metrics.jsonl in any case.
+A background thread does all the talking to the store; the training loop only appends to a local
+file (see `outbox`) and never waits for it. A store that fails costs one warning line, and gets
+everything when it is back.
 """
 
-import contextlib
 import logging
 import math
 import os
-import queue
 import re
 import shlex
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from i3dist.config import Settings
 from i3dist.metrics_log import flatten_chunks
+from i3dist.outbox import Outbox
 
 # mlflow is imported where a run is opened: 1 to 2 s and 130 MiB that only rank 0 has use for.
 if TYPE_CHECKING:
@@ -34,9 +33,11 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 RUN_ID_FILE = "mlflow_run_id"
 START_WAIT_S = 15.0
-FINISH_WAIT_S = 30.0
-QUEUE_LIMIT = 1000
-GIT_TIMEOUT_S = 5.0
+# A run that failed makes room for the next one soon.
+FINISH_WAIT_S: dict[Status, float] = {"FINISHED": 15.0, "FAILED": 5.0, "KILLED": 5.0}
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # after a failure
+MAX_BATCH = 1000  # metrics of one request: MLflow's own limit
+MAX_ARTIFACTS = 1000
 MAX_PARAM_LENGTH = 6000  # MLflow's own limits, in characters
 MAX_TAG_LENGTH = 8000
 ERROR_LENGTH = 160
@@ -65,22 +66,6 @@ def open_command(settings: Settings) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(_without_password(store))}"
 
 
-def git_commit(file: Path = Path(__file__)) -> str:
-    """The commit that tracks `file`, with "+dirty" where its working tree has changes.
-
-    "unknown" outside a repository, without git, where git takes too long, and where the
-    repository does not track the file (a package installed inside somebody else's checkout).
-    Untracked files count as changes: they can be imported.
-    """
-    try:
-        _git(file.parent, "ls-files", "--error-unmatch", file.name)
-        commit = _git(file.parent, "rev-parse", "HEAD").strip()
-        changed = _git(file.parent, "status", "--porcelain")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return f"{commit}+dirty" if changed else commit
-
-
 class NoTracker:
     """Same methods as `Tracker`, no effect: other ranks, and ``tracking.enabled=false``."""
 
@@ -95,28 +80,31 @@ class NoTracker:
 
 
 class Tracker:
-    """A run in MLflow, fed through a queue. Made by `start`; no method ever raises or waits long.
+    """A run in MLflow. Made by `start`; no method ever raises or waits long.
 
-    After a failure the next entry opens the run anew, so a store that was away, even at the start,
-    gets what comes after its return.
+    Metrics are put into an `Outbox` and sent by a thread. After a failure it opens the run anew
+    and sends what has gathered, so a store that was away gets everything: after its return, or
+    when the run is started again.
     """
 
-    def __init__(self, store: str, open_run: "Callable[[], _OpenRun]") -> None:
-        self._store = _without_password(store)
+    def __init__(self, store: str, open_run: "Callable[[], _OpenRun]", outbox: Outbox) -> None:
+        self._store = store
+        self._shown = _without_password(store)
         self._open_run = open_run
+        self._outbox = outbox
         self._run: _OpenRun | None = None
-        self._jobs: queue.Queue[Callable[[_OpenRun], None] | None] = queue.Queue(QUEUE_LIMIT)
+        # Of these the run's folder and its next start have all, so memory is enough.
+        self._artifacts: deque[tuple[Path, str | None]] = deque(maxlen=MAX_ARTIFACTS)
         self._status: Status = "FINISHED"
-        self._tried_to_open = threading.Event()
-        self._closing = threading.Event()
+        self._ready, self._wake, self._closing = (threading.Event() for _ in range(3))
         self._failing = False
         # A daemon: an unreachable server must not hold the process at its exit.
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
-    def wait_until_open(self, seconds: float) -> None:
-        """Wait until opening the run has worked or failed, at most so long."""
-        self._tried_to_open.wait(seconds)
+    def wait_until_ready(self, seconds: float) -> None:
+        """Wait, at most so long, until no library or database is being set up any more."""
+        self._ready.wait(seconds)
 
     def log(self, step: int, metrics: Mapping[str, Any], prefix: str) -> None:
         """Log numbers under ``prefix/name``; a validation's ``by_chunk`` is flattened.
@@ -128,59 +116,84 @@ class Tracker:
             for name, value in flatten_chunks(metrics).items()
             if isinstance(value, int | float) and math.isfinite(value)
         }
-        now_ms = int(time.time() * 1000)
-        self._submit(lambda run: run.log(values, step, now_ms))
+        entry = {"step": step, "time_ms": int(time.time() * 1000), "values": values}
+        try:
+            self._outbox.put(entry)
+        except OSError as error:
+            self._note_failure(error)
+        self._wake.set()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file with the run, in a folder of its artifacts. It is read some time later."""
-        self._submit(lambda run: run.artifact(path, folder))
+        self._artifacts.append((path, folder))
+        self._wake.set()
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Send what is queued and end the run, within `FINISH_WAIT_S`."""
-        deadline = time.monotonic() + FINISH_WAIT_S
+        """Send what is left and end the run, within `FINISH_WAIT_S`."""
         self._status = status
         self._closing.set()
-        with contextlib.suppress(queue.Full):
-            self._jobs.put(None, timeout=FINISH_WAIT_S)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive() and not self._failing:
-            log.warning("tracking: %s did not take everything in time", self._store)
-
-    def _submit(self, job: "Callable[[_OpenRun], None]") -> None:
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:  # only behind a store that hangs; metrics.jsonl has it all
-            log.debug("tracking: queue full, entry dropped")
+        self._wake.set()
+        self._thread.join(FINISH_WAIT_S[status])
+        if not self._outbox.is_empty:
+            log.warning(
+                "tracking: %s did not take everything; %s keeps it until the run is started again",
+                self._shown,
+                self._outbox.path,
+            )
 
     def _work(self) -> None:
-        self._attempt(lambda run: None)
-        self._tried_to_open.set()
-        while (job := self._jobs.get()) is not None:
-            if not (self._closing.is_set() and self._failing):
-                self._attempt(job)
+        if _is_server(self._store):  # which may hang for long: training need not wait for it
+            _import_mlflow()
+            self._ready.set()
+        pause = SHORTEST_PAUSE_S
+        while not self._closing.is_set():
+            self._wake.clear()
+            works = self._attempt(self._send)
+            self._ready.set()
+            if works:
+                pause = SHORTEST_PAUSE_S
+                self._wake.wait()
+            else:
+                self._closing.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+        self._attempt(self._send)
         self._attempt(lambda run: run.finish(self._status))
 
-    def _attempt(self, job: "Callable[[_OpenRun], None]") -> None:
+    def _send(self, run: "_OpenRun") -> None:
+        """Send everything there is, metrics first."""
+        while True:
+            entries, end = self._outbox.unsent()
+            if not entries:
+                break
+            run.log(entries)
+            self._outbox.sent(run.id, end)
+        while self._artifacts:
+            run.artifact(*self._artifacts[0])
+            self._artifacts.popleft()
+
+    def _attempt(self, job: "Callable[[_OpenRun], None]") -> bool:
         try:
             if self._run is None:
                 self._run = self._open_run()
+                self._outbox.begin(self._run.id)
             job(self._run)
         except Exception as error:  # whatever a store does wrong, training goes on
+            if self._run is not None:
+                self._run.stop_monitor()
+                self._run = None
             self._note_failure(error)
-            return
+            return False
         if self._failing:
             self._failing = False
-            log.info("tracking: %s works again", self._store)
+            log.info("tracking: %s works again", self._shown)
+        return True
 
     def _note_failure(self, error: Exception) -> None:
-        if self._run is not None:
-            self._run.stop_monitor()
-            self._run = None
         if not self._failing:
             self._failing = True
             log.warning(
-                "tracking: %s fails, training goes on with metrics.jsonl alone (%s)",
-                self._store,
+                "tracking: %s fails, training goes on and metrics are kept (%s)",
+                self._shown,
                 _root_cause(error),
             )
 
@@ -188,8 +201,8 @@ class Tracker:
 def start(settings: Settings, *, tags: Mapping[str, str], fresh: bool) -> Tracker | NoTracker:
     """Open the run in MLflow, or go on in the one that the run's folder names. Rank 0 only.
 
-    Waits until the run is open, at most `START_WAIT_S`, so that the loader's processes are not
-    forked while the store is being set up.
+    Waits at most `START_WAIT_S` until a local store is set up, and for a server until the library
+    is there, so that the loader's processes are not forked in the middle of that.
 
     Args:
         settings: resolved settings; become the params of a new run. A continued run keeps its
@@ -199,11 +212,14 @@ def start(settings: Settings, *, tags: Mapping[str, str], fresh: bool) -> Tracke
     """
     if not settings.tracking.enabled:
         return NoTracker()
+    outbox = Outbox(settings.run.path)
     if fresh:
         (settings.run.path / RUN_ID_FILE).unlink(missing_ok=True)
+        outbox.clear()
     store = store_uri(settings)
-    tracker = Tracker(store, lambda: _open_run(store, settings, tags))
-    tracker.wait_until_open(START_WAIT_S)
+    settings.run.path.mkdir(parents=True, exist_ok=True)
+    tracker = Tracker(store, lambda: _open_run(store, settings, tags), outbox)
+    tracker.wait_until_ready(START_WAIT_S)
     return tracker
 
 
@@ -213,22 +229,27 @@ class _OpenRun:
     def __init__(
         self, client: "MlflowClient", run_id: str, monitor: "SystemMetricsMonitor | None"
     ) -> None:
+        self.id = run_id
         self._client = client
-        self._run_id = run_id
         self._monitor = monitor
 
-    def log(self, values: Mapping[str, float], step: int, time_ms: int) -> None:
+    def log(self, entries: Sequence[Mapping[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(name, value, time_ms, step) for name, value in values.items()]
-        self._client.log_batch(self._run_id, metrics=metrics)
+        metrics = [
+            Metric(name, value, entry["time_ms"], entry["step"])
+            for entry in entries
+            for name, value in entry["values"].items()
+        ]
+        for batch in (metrics[i : i + MAX_BATCH] for i in range(0, len(metrics), MAX_BATCH)):
+            self._client.log_batch(self.id, metrics=batch)
 
     def artifact(self, path: Path, folder: str | None) -> None:
-        self._client.log_artifact(self._run_id, str(path), folder)
+        self._client.log_artifact(self.id, str(path), folder)
 
     def finish(self, status: Status) -> None:
         self.stop_monitor()
-        self._client.set_terminated(self._run_id, status)
+        self._client.set_terminated(self.id, status)
 
     def stop_monitor(self) -> None:
         if self._monitor is not None:
@@ -236,14 +257,19 @@ class _OpenRun:
             self._monitor = None
 
 
-def _open_run(store: str, settings: Settings, tags: Mapping[str, str]) -> _OpenRun:
+def _import_mlflow() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    import mlflow  # noqa: F401
 
     for logger in QUIET_LOGGERS:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    settings.run.path.mkdir(parents=True, exist_ok=True)
+
+
+def _open_run(store: str, settings: Settings, tags: Mapping[str, str]) -> _OpenRun:
+    _import_mlflow()
+    from mlflow import MlflowClient
+
     client = MlflowClient(store)
     run = _saved_run(client, settings.run.path / RUN_ID_FILE)
     continued = run is not None
@@ -329,10 +355,3 @@ def _root_cause(error: BaseException) -> str:
         error = inner
     message = str(error).partition("\n")[0]
     return _without_password(f"{type(error).__name__}: {message}")[:ERROR_LENGTH]
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT_S
-    ).stdout

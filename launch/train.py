@@ -20,6 +20,7 @@ from i3dist.config import Settings, setting_lines
 from i3dist.data.corpus import Corpus
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
+from i3dist.revision import git_commit
 from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve, verify
 from i3dist.stop import Stop, leave_for_requeue
 from i3dist.summary import print_summary
@@ -124,7 +125,7 @@ def begin_record(
 def tags(corpus: Corpus) -> dict[str, str]:
     """What tells one run's origin from another's."""
     return {
-        "git_commit": tracking.git_commit(),
+        "git_commit": git_commit(),
         "data_fingerprint": corpus.fingerprint,
         "data_source": corpus.train.manifest.source,
     }

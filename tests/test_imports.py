@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and those before it.
 LAYERS = [
-    {"i3dist.errors", "i3dist.files", "i3dist.yaml_text"},
+    {"i3dist.errors", "i3dist.files", "i3dist.revision", "i3dist.yaml_text"},
     {
         "i3dist.config",
         "i3dist.dist",
@@ -27,6 +27,7 @@ LAYERS = [
         "i3dist.engine",
         "i3dist.guard",
         "i3dist.metrics_log",
+        "i3dist.outbox",
         "i3dist.plots",
         "i3dist.shelf",
         "i3dist.tracking",

@@ -6,13 +6,16 @@ import threading
 import time
 from contextlib import chdir
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from mlflow import MlflowClient
 
 from i3dist import tracking
 from i3dist.config import Settings
-from i3dist.tracking import NoTracker, Tracker, git_commit, open_command, start, store_uri
+from i3dist.outbox import Outbox
+from i3dist.revision import git_commit
+from i3dist.tracking import NoTracker, Tracker, open_command, start, store_uri
 
 DEAD_SERVER = "http://user:secret@127.0.0.1:9"  # discard port: nobody listens
 
@@ -136,28 +139,32 @@ def test_a_server_that_is_down_costs_one_warning_and_no_waiting(tmp_path, monkey
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"  # the user's, kept
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
     begin = time.monotonic()
-    for step in range(2 * tracking.QUEUE_LIMIT):
+    for step in range(2000):
         tracker.log(step, {"loss": 1.0}, "train")
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 2
     tracker.finish()
-    assert time.monotonic() - begin < 5
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
-    assert "http://***@127.0.0.1:9 fails, training goes on" in warning
-    assert "Connection refused" in warning
-    assert "secret" not in warning and "\n" not in warning
+    assert time.monotonic() - begin < 10
+    warnings = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
+    assert len(warnings) == 2, "one when it fails, one at the end"
+    assert "http://***@127.0.0.1:9 fails, training goes on" in warnings[0]
+    assert "Connection refused" in warnings[0]
+    assert "tracking.jsonl keeps it until the run is started again" in warnings[1]
+    assert "secret" not in caplog.text and not any("\n" in warning for warning in warnings)
 
 
 class FakeRun:
     """Stands for an open run of a store."""
 
+    id = "run"
+
     def __init__(self):
         self.steps, self.status, self.monitor_stopped = [], None, False
         self.broken = False
 
-    def log(self, values, step, time_ms):
+    def log(self, entries):
         if self.broken:
             raise OSError("store went away")
-        self.steps.append(step)
+        self.steps += [entry["step"] for entry in entries]
 
     def stop_monitor(self):
         self.monitor_stopped = True
@@ -167,14 +174,15 @@ class FakeRun:
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 10
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     assert condition()
 
 
-def test_a_store_that_comes_back_gets_the_rest_of_the_run(caplog):
+def test_a_store_that_comes_back_gets_everything(caplog, monkeypatch, tmp_path):
     caplog.set_level("INFO")
+    monkeypatch.setattr(tracking, "SHORTEST_PAUSE_S", 0.01)
     runs = []
 
     def open_run():
@@ -183,31 +191,43 @@ def test_a_store_that_comes_back_gets_the_rest_of_the_run(caplog):
             raise ConnectionError("first line\nsecond line")
         return runs[-1]
 
-    tracker = Tracker("store", open_run)
-    tracker.log(1, {"loss": 1.0}, "train")  # fails with the second opening
+    tracker = Tracker("store", open_run, Outbox(tmp_path))
+    tracker.log(1, {"loss": 1.0}, "train")
     tracker.log(2, {"loss": 1.0}, "train")
-    wait_for(lambda: len(runs) == 3 and runs[2].steps == [2])
+    wait_for(lambda: len(runs) == 3 and runs[2].steps == [1, 2])
+    wait_for(lambda: "works again" in caplog.text)
     runs[2].broken = True
     tracker.log(3, {"loss": 1.0}, "train")
+    wait_for(lambda: runs[2].monitor_stopped)
     tracker.log(4, {"loss": 1.0}, "train")
     tracker.finish("KILLED")
-    assert runs[2].monitor_stopped
-    assert runs[-1].status == "KILLED"
+    assert (runs[-1].steps, runs[-1].status) == ([3, 4], "KILLED")
     levels = [record.levelname for record in caplog.records]
     assert levels == ["WARNING", "INFO", "WARNING", "INFO"]
     assert "second line" not in caplog.text
 
 
-def test_a_store_that_hangs_blocks_neither_logging_nor_the_end(monkeypatch, caplog):
-    monkeypatch.setattr(tracking, "FINISH_WAIT_S", 0.2)
-    monkeypatch.setattr(tracking, "QUEUE_LIMIT", 3)
+def test_artifacts_that_are_not_taken_hold_up_no_metrics(monkeypatch, tmp_path):
+    monkeypatch.setattr(tracking, "SHORTEST_PAUSE_S", 0.01)
+    run = FakeRun()
+    run.artifact = mock.Mock(side_effect=PermissionError("no"))
+    tracker = Tracker("store", lambda: run, Outbox(tmp_path))
+    tracker.artifact(tmp_path / "plot.png")
+    for step in range(5):
+        tracker.log(step, {"loss": 1.0}, "train")
+    tracker.finish()
+    assert (run.steps, run.status) == ([0, 1, 2, 3, 4], "FINISHED")
+
+
+def test_a_store_that_hangs_blocks_neither_logging_nor_the_end(monkeypatch, caplog, tmp_path):
+    monkeypatch.setitem(tracking.FINISH_WAIT_S, "FINISHED", 0.2)
     release = threading.Event()
 
     def open_run():
         release.wait(10)
         return FakeRun()
 
-    tracker = Tracker("store", open_run)
+    tracker = Tracker("store", open_run, Outbox(tmp_path))
     begin = time.monotonic()
     for step in range(10):
         tracker.log(step, {"loss": 1.0}, "train")
