@@ -63,11 +63,15 @@ def deepspeed(
 
 def deepspeed_command(ranks: int = 2, script: str = "launch/train.py") -> list[object]:
     """The words that start `script` under the launcher, up to its own arguments."""
+    launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", free_port()]
+    return [*launcher, script, "--deepspeed", "configs/zero2.json"]
+
+
+def free_port() -> int:
+    """A port for a rendezvous."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", port]
-    return [*launcher, script, "--deepspeed", "configs/zero2.json"]
+        return probe.getsockname()[1]
 
 
 def _run(words: list[object], timeout: float) -> subprocess.CompletedProcess[str]:
