@@ -34,7 +34,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 RUN_ID_FILE = "mlflow_run_id"
 START_WAIT_S = 15.0
 # A run that failed makes room for the next one soon.
-FINISH_WAIT_S: dict[Status, float] = {"FINISHED": 15.0, "FAILED": 5.0, "KILLED": 5.0}
+FINISH_WAIT_S: dict[Status, float] = {"FINISHED": 10.0, "FAILED": 5.0, "KILLED": 5.0}
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # after a failure
 MAX_BATCH = 1000  # metrics of one request: MLflow's own limit
 MAX_ARTIFACTS = 1000

@@ -71,8 +71,8 @@ def test_settings_files(tmp_path: Path) -> None:
         settings.save(tmp_path / "out.yaml")
         assert Settings.load(tmp_path / "out.yaml") == settings
 
-    accepted, refused = outcomes(read, mutants(valid, yaml.safe_load(valid), 300))
-    assert accepted > 20 and refused > 200
+    accepted, refused = outcomes(read, mutants(valid, yaml.safe_load(valid), 200))
+    assert accepted > 10 and refused > 130
 
 
 LAUGHS = "a0: &a0 [1, 1]\n" + "".join(
