@@ -17,6 +17,16 @@ from tests.data_prep.corpus import text_of, tree_digest
 
 KILLS = 10
 SEED = 20
+# The tool, but with a part for each file, small as these are.
+PROGRAM = """
+import sys
+from data_prep import shard, sources
+from i3dist.errors import one_line_errors
+sources._SMALLEST_PART = 4000
+if __name__ == "__main__":
+    with one_line_errors():
+        shard.main(sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(source: Path, out: Path, workers: int) -> list[object]:
-    words = ["data_prep/shard.py", "--source", source, "--out", out, "--workers", workers]
+    words = ["-c", PROGRAM, "--source", source, "--out", out, "--workers", workers]
     small = ["--vocab-size", 400, "--chunks-per-shard", 8, "--chunk-length", 64]
     return [*words, *small, "--valid-fraction", 0.2]
 
