@@ -32,13 +32,15 @@ open(sys.argv[-1], "w").write(str(time.time()))
 sys.exit(3)
 """
 )
-# Both wait until they are asked.
+# Both wait until they are asked. Training's ranks then meet; these give each other time instead, as
+# the first that leaves makes the launcher end the other.
 WAITING = (
     HEAD
     + """
 while stop.asked is None:
     time.sleep(0.01)
 open(f"{sys.argv[-1]}.{job.rank}", "w").write(stop.asked)
+time.sleep(5)
 os._exit(REQUEUE)
 """
 )
@@ -76,7 +78,7 @@ def test_the_end_of_the_command_reaches_the_ranks(tmp_path: Path) -> None:
             ranks.append(psutil.Process(int(line.split()[-1])))
     command.terminate()
     try:
-        _, alive = psutil.wait_procs(ranks, timeout=20)
+        _, alive = psutil.wait_procs(ranks, timeout=40)
         assert not alive
         assert (tmp_path / "asked.1").read_text() == "the end of its launcher"
     finally:
@@ -92,7 +94,7 @@ def test_a_single_process_is_asked_by_a_signal(tmp_path: Path, number: int) -> N
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline().startswith("rank 0")
     process.send_signal(number)
-    assert process.wait(20) == REQUEUE
+    assert process.wait(40) == REQUEUE
     assert (tmp_path / "asked.0").read_text() == signal.Signals(number).name
 
 
