@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -96,7 +96,8 @@ def on_and_on(job: Running) -> None:
     job.ranks()[1].send_signal(signal.SIGTERM)
     for rank in job.ranks() * 20:
         time.sleep(0.02)
-        rank.send_signal(signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):  # it may have left meanwhile
+            rank.send_signal(signal.SIGTERM)
 
 
 def the_launcher(job: Running) -> None:
