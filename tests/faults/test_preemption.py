@@ -13,18 +13,7 @@ import pytest
 
 from i3dist.stop import REQUEUE
 from tests.conftest import QUICK, ROOT, deepspeed, deepspeed_command, environment, losses, program
-
-STEPS = 12
-SAVING = [f"train.steps={STEPS}", "checkpoint.every=5"]
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    result = deepspeed(*QUICK, *SAVING, f"data.path={data}", f"run.path={run}")
-    assert result.returncode == 0, result.stderr
-    return run
+from tests.faults.conftest import SAVING, STEPS
 
 
 class Running:
