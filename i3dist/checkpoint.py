@@ -11,8 +11,10 @@ continues from, and which it keeps, is `shelf`'s business.
 """
 
 import hashlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +30,17 @@ from i3dist.engine import ADAM_STATES, Fragment
 from i3dist.errors import UserError
 from i3dist.files import sync, write_whole
 from i3dist.guard import GuardState
-from i3dist.model.state import LaneState
+from i3dist.model.state import LaneState, RwkvState
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CPU = torch.device("cpu")
+KINDS = ("weight", *ADAM_STATES)
+LANE_TENSORS = ("latents", *RwkvState._fields)
+# What tensors are called: the part of a parameter from an element on, and a lane's row.
+PART = re.compile(rf"({'|'.join(KINDS)})/(0|[1-9][0-9]{{0,17}})/(.+)")
+ROW = re.compile(rf"(0|[1-9][0-9]{{0,17}})/({'|'.join(LANE_TENSORS)})")
+REMEDY = "restore it, or remove its folder to continue from the checkpoint before it"
 # Of one folder: a path would have another folder's files read.
 FileName = Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9.-]*\z")]
 
@@ -210,41 +218,81 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
     """Whole weights and optimizer state of a checkpoint by parameter name, read when asked for."""
 
     def __init__(self, checkpoint: Path):
-        self._places: dict[str, list[tuple[int, str, Any]]] = {}
+        self._checkpoint = checkpoint
+        # (kind, parameter) -> first element and file of each part, in order.
+        self._parts: dict[tuple[str, str], list[tuple[int, Path, Any]]] = {}
         for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
             file = _open(path).__enter__()  # maps the file while we live
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                kind, start, name = key.split("/", 2)
-                if kind == "weight":
-                    self._places.setdefault(name, []).append((int(start), name, file))
+            for kind, start, name in _names(path, file, PART):
+                self._parts.setdefault((kind, name), []).append((int(start), path, file))
+        for parts in self._parts.values():
+            parts.sort(key=lambda part: part[0])
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """See that parameters of so many elements are here, whole; no tensor is read.
+
+        Raises:
+            UserError: one is not.
+        """
+        for kind, (name, size) in product(KINDS, sizes.items()):
+            end = 0
+            for start, path, file in self._parts.get((kind, name), []):
+                key = f"{kind}/{start}/{name}"
+                shape = file.get_slice(key).get_shape()
+                if start != end or len(shape) != 1:
+                    raise UserError(
+                        f"{path}: {key} of shape {shape} where the part from {end:,} should be; "
+                        f"{REMEDY}"
+                    )
+                end += shape[0]
+            if end != size:
+                raise UserError(
+                    f"{self._checkpoint} has {end:,} of {size:,} elements of {kind} {name}; "
+                    f"{REMEDY}"
+                )
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
-        places = sorted(self._places[name], key=lambda place: place[0])
         return {
-            kind: torch.cat([f.get_tensor(f"{kind}/{start}/{n}") for start, n, f in places])
-            for kind in ("weight", *ADAM_STATES)
+            kind: torch.cat(
+                [f.get_tensor(f"{kind}/{start}/{name}") for start, _, f in self._parts[kind, name]]
+            )
+            for kind in KINDS
         }
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return (name for kind, name in self._parts if kind == "weight")
 
     def __len__(self) -> int:
-        return len(self._places)
+        return sum(1 for _ in self)
 
 
 def read_lanes(checkpoint: Path, lanes: range, device: torch.device) -> LaneState:
-    """State of the given lanes, whichever rank wrote it."""
-    rows: dict[int, dict[str, Tensor]] = {}
+    """State of the given lanes, whichever rank wrote it.
+
+    Raises:
+        UserError: some of it is missing.
+    """
+    rows: dict[tuple[int, str], Tensor] = {}
     for path in sorted(checkpoint.glob("lanes-*.safetensors")):
         with _open(path, device) as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                lane, name = key.split("/", 1)
+            for lane, name in _names(path, file, ROW):
                 if int(lane) in lanes:
-                    rows.setdefault(int(lane), {})[name] = file.get_tensor(key)
-    names = rows[lanes[0]]
+                    rows[int(lane), name] = file.get_tensor(f"{lane}/{name}")
+    for number, name in product(lanes, LANE_TENSORS):
+        if (number, name) not in rows:
+            raise UserError(f"{checkpoint} has no {name} of lane {number}; {REMEDY}")
     return LaneState.from_tensors(
-        {name: torch.stack([rows[lane][name] for lane in lanes]) for name in names}
+        {name: torch.stack([rows[lane, name] for lane in lanes]) for name in LANE_TENSORS}
     )
+
+
+def _names(path: Path, file: Any, form: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
+    """The names of a file's tensors, taken apart; a `UserError` where one is not of the form."""
+    for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+        match = form.fullmatch(key)
+        if match is None:
+            raise UserError(f"{path}: a checkpoint has no tensor named {key!r}; {REMEDY}")
+        yield match.groups()
 
 
 def _open(path: Path, device: torch.device = CPU) -> Any:

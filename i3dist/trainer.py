@@ -265,7 +265,9 @@ class Trainer:
 
     def resume(self, path: Path, state: RunState) -> None:
         """Take up the run where checkpoint `path`, which is whole, left it."""
-        self.engine.load(checkpoint.OptimizerReader(path), state.step - state.guard.skipped)
+        saved = checkpoint.OptimizerReader(path)
+        saved.check({name: p.numel() for name, p in self.engine.model.named_parameters()})
+        self.engine.load(saved, state.step - state.guard.skipped)
         self.guard = Guard(self.settings.guard, state.guard.model_copy())
         self.lane_state = checkpoint.read_lanes(path, self.lanes, self.engine.device)
         self.progress = Progress(state.step, state.windows)

@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.conftest import QUICK, deepspeed, error_line, losses, program
 from tests.faults.conftest import SAVING
+from tests.faults.test_hostile import with_tensors, without
 
 
 def flip(path: Path) -> None:
@@ -47,6 +49,18 @@ def test_no_whole_checkpoint_is_one_line(whole: Path, data: Path, tmp_path: Path
     line = error_line(program("launch/train.py", *words))
     assert "no whole one is left" in line and "--fresh" in line
     assert json.loads((run / "checkpoints" / "step-00000012" / "state.json").read_text())
+
+
+def test_a_missing_tensor_is_one_line(whole: Path, data: Path, tmp_path: Path) -> None:
+    """Every file is what its manifest says, but rank 1's has not the weights of one parameter."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    newest, file = run / "checkpoints" / "step-00000012", "optimizer-00001.safetensors"
+    missing = next(key for key in load_file(newest / file) if key.startswith("weight/"))
+    with_tensors(newest, file, without(missing))
+    words = [*QUICK, *SAVING, f"data.path={data}", f"run.path={run}"]
+    line = error_line(program("launch/train.py", *words))
+    assert str(newest) in line and missing.split("/")[2] in line and "remove its folder" in line
 
 
 # Runs its arguments with $1 as a file system that has room for one checkpoint and a half, and

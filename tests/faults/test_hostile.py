@@ -5,6 +5,7 @@ Whoever made them may have made the manifest too, so sizes and hashes agree here
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -15,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from i3dist import checkpoint
-from i3dist.checkpoint import OptimizerReader
+from i3dist.checkpoint import KINDS, LANE_TENSORS, OptimizerReader
 from i3dist.config import Settings
 from i3dist.data.archive import chunks_of, shard_bytes
 from i3dist.data.manifest import MANIFEST_NAME, Manifest, member_name
@@ -158,24 +160,88 @@ def test_a_pickle_for_a_manifest_is_refused(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
+def let_manifest_agree(path: Path, name: str) -> None:
+    """Have a checkpoint's manifest list a file as it now is."""
+    listed = json.loads((path / "manifest.json").read_text())
+    content = (path / name).read_bytes()
+    digest = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    listed["files"][name] = digest
+    (path / "manifest.json").write_text(json.dumps(listed))
+    assert checkpoint.fault(path, Job.detect({})) is None
+
+
 @pytest.mark.parametrize("kind", ["optimizer", "lanes"])
 def test_a_pickle_in_a_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
     """Its manifest agrees with it, so the hashes do not tell."""
     path, _, _ = save(tmp_path / "checkpoints", 1)
-    mark = tmp_path / "mark"
-    torch.save({"harm": Harm(mark)}, path / f"{kind}-00000.safetensors")
-    listed = json.loads((path / "manifest.json").read_text())
-    content = (path / f"{kind}-00000.safetensors").read_bytes()
-    digest = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    listed["files"][f"{kind}-00000.safetensors"] = digest
-    (path / "manifest.json").write_text(json.dumps(listed))
+    torch.save({"harm": Harm(tmp_path / "mark")}, path / f"{kind}-00000.safetensors")
+    let_manifest_agree(path, f"{kind}-00000.safetensors")
     before = listing(tmp_path)
-    assert checkpoint.fault(path, Job.detect({})) is None
     with pytest.raises(UserError, match=f"{kind}-00000.safetensors is not a safetensors") as error:
         OptimizerReader(path)
         checkpoint.read_lanes(path, range(2), torch.device("cpu"))
     assert "\n" not in str(error.value)
     assert listing(tmp_path) == before
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def with_tensors(path: Path, name: str, change: Callable[[Tensors], object]) -> None:
+    """Change the tensors of one of a checkpoint's files, its manifest agreeing."""
+    tensors = load_file(path / name)
+    change(tensors)
+    save_file(tensors, path / name)
+    let_manifest_agree(path, name)
+
+
+def without(*names: str) -> Callable[[Tensors], object]:
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def renamed(name: str, to: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({to: tensors.pop(name)})
+
+
+def reshaped(name: str, *shape: int) -> Callable[[Tensors], object]:
+    """Cut to so many elements, of that shape."""
+    return lambda tensors: tensors.update(
+        {name: tensors[name].flatten()[: math.prod(shape)].view(shape).clone()}
+    )
+
+
+B = [f"{kind}/0/b" for kind in KINDS]
+MALFORMED = {
+    "no parameter": ("optimizer", without(*B), "has 0 of 3 elements of weight b"),
+    "no moment": ("optimizer", without(B[2]), "has 0 of 3 elements of exp_avg_sq b"),
+    "too short": ("optimizer", reshaped(B[0], 2), "has 2 of 3 elements of weight b"),
+    "no first part": ("optimizer", renamed(B[1], "exp_avg/2/b"), r"exp_avg/2/b of shape \[3\]"),
+    "a matrix": ("optimizer", reshaped(B[0], 3, 1), r"weight/0/b of shape \[3, 1\]"),
+    "no number": ("optimizer", renamed(B[0], "weight/x/b"), "no tensor named 'weight/x/b'"),
+    "minus": ("optimizer", renamed(B[0], "weight/-1/b"), "no tensor named 'weight/-1/b'"),
+    "two zeros": ("optimizer", renamed(B[0], "weight/00/b"), "no tensor named 'weight/00/b'"),
+    "huge": ("optimizer", renamed(B[0], f"weight/{'9' * 5000}/b"), "no tensor named 'weight/99"),
+    "other kind": ("optimizer", renamed(B[0], "momentum/0/b"), "no tensor named 'momentum/0/b'"),
+    "one word": ("optimizer", renamed(B[0], "weight"), "no tensor named 'weight'"),
+    "no lane": ("lanes", without(*(f"1/{name}" for name in LANE_TENSORS)), "no latents of lane 1"),
+    "half a lane": ("lanes", without("0/wkv"), "has no wkv of lane 0"),
+    "lane x": ("lanes", renamed("1/latents", "x/latents"), "no tensor named 'x/latents'"),
+    "lane 01": ("lanes", renamed("1/latents", "01/latents"), "no tensor named '01/latents'"),
+    "no such state": ("lanes", renamed("1/latents", "1/harm"), "no tensor named '1/harm'"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_tensors_of_a_checkpoint_are_one_line(tmp_path: Path, case: str) -> None:
+    """Its manifest agrees, so nothing but what its files hold tells."""
+    kind, change, says = MALFORMED[case]
+    path, parts, _ = save(tmp_path / "checkpoints", 1)
+    with_tensors(path, f"{kind}-00000.safetensors", change)
+    with pytest.raises(UserError, match=says) as error:
+        OptimizerReader(path).check({part.name: len(part.tensors["weight"]) for part in parts})
+        checkpoint.read_lanes(path, range(2), torch.device("cpu"))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert "remove its folder" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["../latest", "/etc/passwd", "a/../../latest", "", "a\nb"])
