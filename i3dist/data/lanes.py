@@ -5,6 +5,8 @@ among themselves and a continued run needs no replay: it asks for the next index
 """
 
 import logging
+import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,9 @@ from i3dist.errors import UserError
 from i3dist.ops.cross_entropy import IGNORE
 
 log = logging.getLogger(__name__)
+
+# What torch says of a process of a DataLoader that is gone.
+DEATH = r"DataLoader worker \(pid|Pin memory thread exited"
 
 
 class Batch(NamedTuple):
@@ -110,7 +115,7 @@ def windows(
     rank may be the one that knows, and all but the first log only those.
 
     Raises:
-        UserError: a shard is missing, or altered and not to be quarantined.
+        UserError: a shard is missing, or altered and not to be quarantined; a process has died.
     """
     loader = DataLoader(
         dataset,
@@ -121,7 +126,7 @@ def windows(
         prefetch_factor=4 if workers else None,
     )
     told: set[str] = set()
-    for window in loader:
+    for window in _read(loader):
         if isinstance(window, UserError):
             raise window
         for loss in window.losses:
@@ -129,3 +134,22 @@ def windows(
                 told.add(loss)
                 log.error("%s", loss)
         yield window.batch.to(device)
+
+
+def _read(loader: "DataLoader[Window | UserError]") -> Iterator[Window | UserError]:
+    """What a loader gives; that one of its processes has died is a `UserError`, and raised here.
+
+    torch would raise it in a signal's handler, so wherever the main thread is, in a save too.
+    Without that handler it looks after its processes while it waits for data, every 5 s.
+    """
+    try:
+        parts = iter(loader)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from parts
+    except RuntimeError as error:
+        if not re.search(DEATH, str(error)):
+            raise
+        raise UserError(
+            f"a process that reads data died (out of memory?): {str(error).strip(' .')}; run the "
+            "same command again with fewer data.workers, and it continues"
+        ) from None
