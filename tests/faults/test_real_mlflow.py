@@ -1,0 +1,171 @@
+"""A real `mlflow server` dies while a run goes on, and comes back: the store misses nothing.
+
+About 40 s.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from i3dist import tracking
+from i3dist.config import Settings
+from i3dist.metrics_log import flatten_chunks, read_metrics
+from tests.conftest import QUICK, ROOT, environment, free_port
+
+LONGEST_S = 90.0  # that anything here is waited for
+STEPS, KILLED_AFTER, MISSED = 40, 5, 10
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # with more threads than free cores a step may take seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the library's own would hide a short outage
+}
+LOGS = {"train": "metrics.jsonl", "valid": "validation.jsonl", "diagnostics": "diagnostics.jsonl"}
+
+
+class Server:
+    """A tracking server as MLflow's documentation starts one, on one port and one database."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._port = free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def up(self) -> None:
+        """Start it, and wait until it answers."""
+        words = [sys.executable, "-m", "mlflow", "server", "--port", self._port, "--workers", 1]
+        words += ["--backend-store-uri", f"sqlite:///{self.folder}/store.db"]
+        words += ["--artifacts-destination", self.folder / "artifacts"]
+        self._process = subprocess.Popen(
+            [str(word) for word in words],
+            cwd=self.folder,
+            env=environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdin=subprocess.DEVNULL,
+            stdout=(self.folder / "server.out").open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        wait_until(self._answers, "an answer of the server")
+
+    def kill(self) -> None:
+        """End all of its processes at once."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        with suppress(urllib.error.URLError, ConnectionError):
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
+        return False
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path / "server")
+    made.folder.mkdir()
+    made.up()
+    yield made
+    made.kill()
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + LONGEST_S
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} in {LONGEST_S} s"
+        time.sleep(0.05)
+
+
+@contextmanager
+def training(output: Path, store: str, *words: object) -> Iterator[subprocess.Popen[bytes]]:
+    """One rank that trains, tracked in `store`; if still there at the end it is killed."""
+    process = subprocess.Popen(
+        [str(word) for word in [sys.executable, "launch/train.py", *QUICK, *words]],
+        cwd=ROOT,
+        env=environment() | ENVIRONMENT | {"MLFLOW_TRACKING_URI": store},
+        stdin=subprocess.DEVNULL,
+        stdout=output.open("wb"),
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def last_step(run: Path) -> int:
+    """The newest step of the run's own log."""
+    return max((line["step"] for line in read_metrics(run / "metrics.jsonl")), default=0)
+
+
+def test_a_server_that_is_killed_and_comes_back(data: Path, server: Server, tmp_path: Path) -> None:
+    """Training goes on meanwhile, and at last every metric of every step is there once."""
+    run, output = tmp_path / "run", tmp_path / "output"
+    words = ["tracking.enabled=true", f"train.steps={STEPS}", "validate.every=10"]
+    words += ["log.diagnose_every=10", f"data.path={data}", f"run.path={run}"]
+    with training(output, server.uri, *words) as process:
+        sent = run / "tracking.sent.json"
+        wait_until(lambda: sent.exists() and last_step(run) >= KILLED_AFTER, "metrics in the store")
+        server.kill()
+        there = last_step(run)
+        wait_until(lambda: "fails, training goes on" in output.read_text(), "warning")
+        wait_until(lambda: last_step(run) >= there + MISSED, "steps while the server is dead")
+        process.send_signal(signal.SIGSTOP)  # so that it is under way when the server is back
+        server.up()
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(LONGEST_S) == 0, output.read_text()
+    said = output.read_text()
+    assert "Traceback" not in said and "did not take everything" not in said
+    assert said.count("fails, training goes on") == said.count("works again") == 1
+    client = MlflowClient(server.uri)
+    stored = client.get_run((run / tracking.RUN_ID_FILE).read_text().strip())
+    assert stored.info.status == "FINISHED"
+    settings = Settings.load(run / "settings.yaml")
+    assert stored.data.params == {key: str(value) for key, value in settings.flat().items()}
+    assert stored_metrics(client, stored) == logged_metrics(run)
+    check_artifacts(server.folder / "artifacts", run)
+
+
+def logged_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every metric by its name in the store, as the run's own logs have them."""
+    logged: dict[str, list[tuple[int, float]]] = {}
+    for prefix, name in LOGS.items():
+        for line in read_metrics(run / name):
+            step = line.pop("step")
+            for key, value in flatten_chunks(line).items():
+                if isinstance(value, int | float):
+                    logged.setdefault(f"{prefix}/{key}", []).append((step, float(value)))
+    assert [step for step, _ in logged["train/loss"]] == list(range(1, STEPS + 1))
+    assert [step for step, _ in logged["valid/loss"]] == list(range(0, STEPS + 1, 10))
+    return logged
+
+
+def stored_metrics(client: MlflowClient, stored: Run) -> dict[str, list[tuple[int, float]]]:
+    """The same as the store has them; one that is there twice is here twice."""
+    names = [name for name in stored.data.metrics if not name.startswith("system/")]
+    histories = {name: client.get_metric_history(stored.info.run_id, name) for name in names}
+    return {
+        name: sorted((metric.step, metric.value) for metric in history)
+        for name, history in histories.items()
+    }
+
+
+def check_artifacts(folder: Path, run: Path) -> None:
+    """See that what the server keeps of the only run is what the run's folder has."""
+    kept = {path.relative_to(folder).parts[3:]: path for path in folder.rglob("*.*")}
+    plots = ("loss.png", "history.png", "diagnostics.png")
+    names = {("settings.yaml",), ("tokenizer.json",), *(("plots", name) for name in plots)}
+    assert set(kept) == names
+    for parts, path in kept.items():
+        assert path.read_bytes() == run.joinpath(*parts).read_bytes()
