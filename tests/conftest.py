@@ -40,9 +40,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a user who activated the virtual environment of these tests."""
+    """The environment of a user who activated the virtual environment of these tests.
+
+    With one thread a process, as above: on a busy machine more take several times as long.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path}
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def program(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
