@@ -45,18 +45,20 @@ class Diagnosis:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # a shape used once in a while is not worth compiling
 def diagnose(
     model: I3LM, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
 ) -> Diagnosis:
     """Look at a window of some lanes. Arguments are those of `I3LM.forward`."""
-    below, _ = model.below(tokens, depth, state)
-    used = targets != IGNORE
-    latents = below.latents[:, model.settings.history_chunks :][used.any(-1)]
-    return Diagnosis(
-        attention_by_age(model, below, used, gate).tolist(),
-        effective_rank(model.width.trim(latents).flatten(0, 1)),
-    )
+    # A shape used once in a while is not worth compiling. As a decorator this would have every
+    # process import torch's compiler.
+    with torch.compiler.set_stance("force_eager"):
+        below, _ = model.below(tokens, depth, state)
+        used = targets != IGNORE
+        latents = below.latents[:, model.settings.history_chunks :][used.any(-1)]
+        return Diagnosis(
+            attention_by_age(model, below, used, gate).tolist(),
+            effective_rank(model.width.trim(latents).flatten(0, 1)),
+        )
 
 
 def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +35,25 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
 # DeepSpeed still calls names that torch is about to retire.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-import deepspeed  # noqa: E402
+
+@contextmanager
+def absent(module: str) -> Iterator[None]:
+    """Meanwhile an import of a module fails, as where it is not installed.
+
+    DeepSpeed (0.19.8) imports for its own uses what costs each rank seconds and is of no use here.
+    """
+    there = sys.modules.get(module)
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+        if there is not None:
+            sys.modules[module] = there
+
+
+with absent("mlflow"):  # for its autotuner
+    import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
 
@@ -174,9 +194,10 @@ class Engine:
         self.model = model
         self._packed = PackedModel(model)
         self._adamw = _adamw(self._packed, optimizer, model.compiled)
-        self._engine, *_ = deepspeed.initialize(
-            model=self._packed, optimizer=self._adamw, config=_complete(config, micro_batches)
-        )
+        with absent("deepspeed.runtime.zero.muon.muon_optimizer"):  # imports torch's compiler
+            self._engine, *_ = deepspeed.initialize(
+                model=self._packed, optimizer=self._adamw, config=_complete(config, micro_batches)
+            )
         self._check(config)
         self._engine.optimizer.average_tensor = self._reduce
         self._reduced: set[int] = set()  # groups of this step

@@ -108,3 +108,19 @@ def test_data_preparation_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
+def test_training_on_cpu_loads_no_library_for_which_it_has_no_use() -> None:
+    """Each costs every rank seconds at its start; DeepSpeed would load both."""
+    script = (
+        "import sys, i3dist.trainer\n"
+        "early = {'mlflow', 'torch._dynamo'} & set(sys.modules)\n"
+        "from i3dist import dist, engine\n"
+        "from tests.test_engine import build\n"
+        "engine.start(dist.Job.detect({}))\n"
+        "build()\n"
+        "late = {'mlflow', 'torch._inductor.compile_fx'} & set(sys.modules)\n"
+        "sys.exit(f'{early | late}' if early | late else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
