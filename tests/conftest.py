@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,13 +28,22 @@ QUICK = [
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of a few modules of the standard library: some 240 chunks in shards of 8."""
-    folder = tmp_path_factory.mktemp("data")
+    return shards_of(texts(), tmp_path_factory.mktemp("data"), "--vocab-size", 512)
+
+
+def texts() -> list[str]:
+    """A few modules of the standard library."""
+    modules = sorted(Path(email.__file__).parent.rglob("*.py"))
+    return [module.read_text("utf-8") for module in modules]
+
+
+def shards_of(documents: Iterable[str], folder: Path, *words: object) -> Path:
+    """Make training data of documents, in shards of 8 chunks, as `words` say; returns its place."""
     with (folder / "text.jsonl").open("w") as file:
-        for module in sorted(Path(email.__file__).parent.rglob("*.py")):
-            file.write(json.dumps({"text": module.read_text("utf-8")}) + "\n")
-    words = ["--source", folder / "text.jsonl", "--vocab-size", "512", "--workers", "1"]
-    words += ["--chunks-per-shard", "8", "--valid-fraction", "0.1", "--out", folder / "data"]
-    result = program("data_prep/shard.py", *words)
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    options = ["--source", folder / "text.jsonl", "--out", folder / "data", "--workers", 1]
+    options += ["--chunks-per-shard", 8, "--valid-fraction", 0.1]
+    result = program("data_prep/shard.py", *options, *words)
     assert result.returncode == 0, result.stderr
     return folder / "data"
 
@@ -95,6 +104,28 @@ def losses(run: Path) -> list[float]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     by_step = {line["step"]: line["loss"] for line in map(json.loads, lines)}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def differences(run: Path, other: Path) -> list[str]:
+    """What two finished runs differ in, though all should be equal bit for bit.
+
+    Losses, ledger, weights, and of the last checkpoint optimizer, lanes' state and all counts.
+    """
+    ends = [folder / "checkpoints" / last_checkpoint(folder) for folder in (run, other)]
+    names = sorted({path.name for end in ends for path in end.glob("*.safetensors")})
+    pairs = [[end / name for end in ends] for name in names]
+    pairs.append([run / "model.safetensors", other / "model.safetensors"])
+    found = [a.name for a, b in pairs if a.read_bytes() != b.read_bytes()]
+    counts = [json.loads((end / "state.json").read_text()) | {"settings": None} for end in ends]
+    found += ["state.json"] * (counts[0] != counts[1])
+    found += ["losses"] * (losses(run) != losses(other))
+    checked = program("launch/ledger.py", run, other)
+    return [*found, error_line(checked)] if checked.returncode else found
+
+
+def last_checkpoint(run: Path) -> str:
+    """Name of a run's newest checkpoint."""
+    return (run / "checkpoints" / "latest").read_text()
 
 
 def error_line(result: subprocess.CompletedProcess[str]) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,22 +16,29 @@ ROOT = Path(__file__).parents[2]
 KIND, RANK, *STEPS = os.environ["DISTURB"].split()
 
 forward, step = Engine.__call__, Engine.step
-taken = 0
+taken = micro_batches = 0  # steps so far, and forwards of the step at hand
 
 
 def disturbed_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
+    global micro_batches
+    micro_batches += 1
     losses, state = forward(self, *inputs)
-    if os.environ["RANK"] == RANK and str(taken + 1) in STEPS:
-        if KIND == "hang":
-            hang_here()
+    if os.environ["RANK"] != RANK or str(taken + 1) not in STEPS:
+        return losses, state
+    if KIND == "hang":
+        hang_here()
+    elif KIND == "kill":  # where a step has several micro-batches
+        if micro_batches == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    else:
         losses = losses * float(KIND)
         state.latents[0, -1] = float("nan")
     return losses, state
 
 
 def disturbed_step(self: Engine, *inputs: object) -> object:
-    global taken
-    taken += 1
+    global taken, micro_batches
+    taken, micro_batches = taken + 1, 0
     return step(self, *inputs)
 
 
