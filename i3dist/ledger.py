@@ -91,7 +91,7 @@ def unsaved(entries: Sequence[Entry], run: Path) -> str | None:
 def first_misread(entries: Sequence[Entry], schedule: Schedule, accumulation: int) -> str | None:
     """The first step whose samples are not those that the schedule gives it, or None."""
     for entry in entries:
-        if entry.samples != samples_hash(schedule, entry.step, accumulation):
+        if entry.samples != samples_hash(schedule, entry.step * accumulation, accumulation):
             return f"step {entry.step} read other samples than the schedule gives it"
     return None
 
@@ -128,10 +128,16 @@ def _differing(a: Entry, b: Entry, tolerance: float | None) -> Iterator[str]:
             yield field
 
 
-def samples_hash(schedule: Schedule, step: int, accumulation: int) -> str:
-    """Hash of the (shard, chunk) that every lane reads in a step, lane by lane; 1 is the first."""
-    windows = range((step - 1) * accumulation, step * accumulation)
-    places = [schedule.chunks(index, lane) for index in windows for lane in range(schedule.lanes)]
+def samples_hash(schedule: Schedule, windows: int, accumulation: int) -> str:
+    """Hash of the (shard, chunk) that every lane reads in a step, lane by lane.
+
+    Args:
+        schedule: what the windows are of.
+        windows: how many have been read after the step.
+        accumulation: how many of them, the last ones, in the step.
+    """
+    step = range(windows - accumulation, windows)
+    places = [schedule.chunks(index, lane) for index in step for lane in range(schedule.lanes)]
     return digest(json.dumps(places, separators=(",", ":")))
 
 

@@ -25,6 +25,7 @@ class _Step(NamedTuple):
     """A step whose line is not written yet; tensors are on the device, so that none waits."""
 
     step: int
+    windows: int  # read so far
     targets: Tensor  # scalar
     checksums: Tensor  # [B]
     loss_sum: float
@@ -45,12 +46,19 @@ class LedgerWriter:
         self._waiting: list[_Step] = []
 
     def add(
-        self, step: int, targets: Tensor, state: LaneState, stepped: Stepped, skipped: str | None
+        self,
+        step: int,
+        windows: int,
+        targets: Tensor,
+        state: LaneState,
+        stepped: Stepped,
+        skipped: str | None,
     ) -> None:
         """Note a step; its line is written by `flush`. Does not wait for the device.
 
         Args:
             step: its number; the first is 1.
+            windows: windows of the job that have been read, the step's included.
             targets: scalar, number of targets in the whole job's step.
             state: what this rank's lanes carry on.
             stepped: what the engine says of it, the sum of losses first among its sums.
@@ -58,7 +66,7 @@ class LedgerWriter:
         """
         checksums = lane_checksums(state)
         self._waiting.append(
-            _Step(step, targets, checksums, stepped.sums[0], stepped.norm, skipped)
+            _Step(step, windows, targets, checksums, stepped.sums[0], stepped.norm, skipped)
         )
 
     def flush(self) -> None:
@@ -73,7 +81,7 @@ class LedgerWriter:
         lines = [
             {
                 "step": step.step,
-                "samples": samples_hash(self.schedule, step.step, self.accumulation),
+                "samples": samples_hash(self.schedule, step.windows, self.accumulation),
                 "lanes": lanes,
                 "loss": step.loss_sum / count,
                 "gradient_norm": step.norm,

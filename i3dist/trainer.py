@@ -132,7 +132,14 @@ class Trainer:
         skipped = self.guard.judge(stepped)
         if skipped == NOT_FINITE:
             self.lane_state = self.lane_state.finite()
-        self.ledger.add(self.progress.step, counts.targets, self.lane_state, stepped, skipped)
+        self.ledger.add(
+            self.progress.step,
+            self.progress.windows,
+            counts.targets,
+            self.lane_state,
+            stepped,
+            skipped,
+        )
         self._interval.add(stepped.sums[0], counts, stepped.norm)
         if skipped:
             self._say_skipped(skipped, stepped)

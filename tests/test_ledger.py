@@ -86,7 +86,8 @@ def write(folder: Path, ranks: int, steps: range, monkeypatch: pytest.MonkeyPatc
         for writer in reversed(writers):  # the first one writes when all sums are in
             for number in steps:
                 rows = random_lanes(number).rows(writer.lanes.start, writer.lanes.stop)
-                writer.add(number, torch.tensor(2.0 * number), rows, step_of(number), None)
+                targets = torch.tensor(2.0 * number)
+                writer.add(number, 3 * number, targets, rows, step_of(number), None)
             writer.flush()
     return folder / ledger.LEDGER
 
@@ -111,10 +112,20 @@ def test_it_is_the_same_for_every_number_of_ranks(
 def test_a_skipped_step_is_told_from_one_that_was_not(tmp_path: Path) -> None:
     writer = LedgerWriter(tmp_path, SCHEDULE, 3, range(LANES))
     stepped = Stepped(False, float("inf"), [float("nan"), 0.0])
-    writer.add(1, torch.tensor(0), random_lanes(1), stepped, "not finite")
+    writer.add(1, 3, torch.tensor(0), random_lanes(1), stepped, "not finite")
     writer.flush()
     (entry,) = ledger.read(tmp_path)
     assert (entry.loss, entry.gradient_norm, entry.skipped) == (None, None, "not finite")
+
+
+def test_a_window_that_was_left_out_is_found(tmp_path: Path) -> None:
+    """Of windows that were read, not of those that should have been."""
+    writer = LedgerWriter(tmp_path, SCHEDULE, 3, range(LANES))
+    for step, windows in ((1, 3), (2, 6), (3, 10), (4, 13)):
+        writer.add(step, windows, torch.tensor(2.0), random_lanes(step), step_of(step), None)
+    writer.flush()
+    fault = ledger.first_misread(ledger.read(tmp_path), SCHEDULE, 3)
+    assert fault is not None and fault.startswith("step 3 read other samples")
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 6, "sam', b'{"step": 6}\n', b"\xff\n"])
@@ -203,9 +214,9 @@ def test_a_tolerance_is_for_figures() -> None:
 
 def test_the_schedule_decides_the_samples() -> None:
     """Steps of several windows join the windows' chunks; ranks appear nowhere."""
-    hashes = [samples_hash(SCHEDULE, step, 2) for step in range(1, 9)]
+    hashes = [samples_hash(SCHEDULE, windows, 2) for windows in range(2, 18, 2)]
     assert len(set(hashes)) == 8
-    assert hashes[0] != samples_hash(SCHEDULE, 1, 3)
+    assert hashes[0] != samples_hash(SCHEDULE, 3, 3)
 
 
 def test_the_program_says_it_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
