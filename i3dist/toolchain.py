@@ -1,21 +1,20 @@
 """What DeepSpeed needs to build its shared-memory operator on CPU, checked beforehand."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
 import sys
 import sysconfig
-import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from torch.utils import cpp_extension
 
 from i3dist.dist import uses_cuda
 from i3dist.errors import UserError
-
-# Building the operator takes half a minute; a lock this old has no owner.
-STALE_LOCK_SECONDS = 600
 
 
 def require_compiler(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -33,9 +32,7 @@ def require_compiler(environ: MutableMapping[str, str] = os.environ) -> None:
         environ["PATH"] = f"{beside}{os.pathsep}{path}"
     elif shutil.which("ninja", path=path) is None:
         raise UserError("ninja is not on PATH, and DeepSpeed needs it: pip install ninja")
-    build = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False))
-    _refuse_stale_lock(build / "lock")
-    if any(build.glob("deepspeed_shm_comm*.so")):
+    if any(_build_folder().glob("deepspeed_shm_comm*.so")):
         return
     # The same choice of compiler as torch.utils.cpp_extension makes.
     compiler = environ.get("CXX") or "c++"
@@ -52,17 +49,39 @@ def require_compiler(environ: MutableMapping[str, str] = os.environ) -> None:
         )
 
 
-def _refuse_stale_lock(lock: Path) -> None:
-    """A process killed while it built leaves its lock, and every later one waits for ever."""
-    try:
-        age = time.time() - lock.stat().st_mtime
-    except FileNotFoundError:
+@contextmanager
+def operator_alone() -> Iterator[None]:
+    """Meanwhile no other run's process on CPU loads or builds DeepSpeed's operator.
+
+    Torch's own lock is a file that a killed process leaves behind, and for which every later one
+    then waits for ever. This one ends with its process, so that whoever has it can take such a file
+    away.
+    """
+    if _operator_installed():
+        yield
         return
-    if age > STALE_LOCK_SECONDS:
-        raise UserError(
-            f"{lock} is {age / 60:.0f} minutes old, left by a run that was killed while it built "
-            "DeepSpeed's operator: remove that file"
-        )
+    build = _build_folder()
+    with (build / "i3dist.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        if not _is_open(build / "lock"):
+            (build / "lock").unlink(missing_ok=True)
+        yield
+
+
+def _build_folder() -> Path:
+    """Where torch builds the operator; it makes the folder."""
+    return Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False))
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this host that we may look into has a file open."""
+    if not path.exists():
+        return False
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(Path(file.path) == path.resolve() for file in process.open_files()):
+                return True
+    return False
 
 
 def _operator_installed() -> bool:

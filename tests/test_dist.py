@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -283,17 +284,31 @@ def test_a_built_operator_needs_no_compiler_but_ninja(tools: Path, tmp_path: Pat
     toolchain.require_compiler({"PATH": str(tools)})
 
 
-def test_a_lock_that_nobody_holds_is_named(tools: Path, tmp_path: Path) -> None:
-    program(tools / "ninja")
-    program(tools / "c++")
+def test_a_lock_that_nobody_holds_is_taken_away(tools: Path, tmp_path: Path) -> None:
+    """Torch's, of a process that was killed; one of a process that lives stays."""
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    toolchain.require_compiler({"PATH": str(tools)})  # another rank may be building just now
-    old = time.time() - 3600
-    os.utime(lock, (old, old))
-    with pytest.raises(UserError, match="lock is 60 minutes old"):
-        toolchain.require_compiler({"PATH": str(tools)})
+    with lock.open(), toolchain.operator_alone():
+        assert lock.exists()
+    with toolchain.operator_alone():
+        assert not lock.exists()
+
+
+def test_one_process_at_a_time_loads_the_operator(tools: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with toolchain.operator_alone():
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with toolchain.operator_alone():
+        other.start()
+        time.sleep(0.2)
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "second"]
 
 
 def test_alone_the_collectives_do_nothing(
