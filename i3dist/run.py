@@ -163,9 +163,13 @@ def lay_out(start: Start, corpus: Corpus) -> None:
 
 
 def _hold(folder: Path) -> None:
-    """Lock the folder for as long as this process lives; the handle is never closed."""
+    """Lock the folder for as long as this process lives; the handle is never closed.
+
+    The lock is this process's alone. `flock` would be shared with readers of data that it forks,
+    which outlive it by seconds where it is killed.
+    """
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process runs in run.path={folder}; end it first") from None

@@ -164,7 +164,7 @@ def test_a_run_killed_before_its_first_checkpoint_never_mixes(
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints"))
     words = [f"data.path={data}", f"run.path={run}", "train.steps=1", "train.seed=3"]
     with (run / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.lockf(held, fcntl.LOCK_EX)
         line = error_line(program("launch/train.py", *QUICK, *words))
         assert "another process runs in run.path" in line
     succeed(program("launch/train.py", *QUICK, *words))

@@ -1,16 +1,33 @@
-"""What a run killed while it started left outside its folder holds up no later one. 15 s."""
+"""What a killed run leaves behind holds up no later one. 20 s."""
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from torch.utils import cpp_extension
 
-from tests.conftest import QUICK, program
+from i3dist.run import _hold
+from tests.conftest import QUICK, ROOT, environment, program
 
 OPERATOR = "deepspeed_shm_comm"
+# Holds a run's folder, and is killed while a process that it forked lives on.
+HOLDER = """
+import os, signal, sys, time
+from pathlib import Path
+from i3dist.run import _hold
+folder = Path(sys.argv[1])
+_hold(folder)
+if (reader := os.fork()) == 0:
+    time.sleep(60)
+    os._exit(0)
+(folder / "reader").write_text(str(reader))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.fixture
@@ -43,3 +60,23 @@ def test_what_a_killed_start_left_is_taken_away(lock: Path, data: Path, tmp_path
     finally:
         for path in (left, young):
             path.unlink(missing_ok=True)
+
+
+def test_readers_that_outlive_a_killed_rank_hold_no_folder(tmp_path: Path) -> None:
+    """They notice within seconds that it is gone; whoever types the command again does not wait."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    killed = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    reader = int((tmp_path / "reader").read_text())
+    try:
+        os.kill(reader, 0)  # it lives
+        _hold(tmp_path)
+    finally:
+        os.kill(reader, signal.SIGKILL)
+
+
+def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
+    _hold(tmp_path)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    refused = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert f"another process runs in run.path={tmp_path}" in refused.stderr
