@@ -13,7 +13,7 @@ continues from, and which it keeps, is `shelf`'s business.
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,6 +90,7 @@ def save(
     fragments: Iterable[Fragment],
     lanes: tuple[range, LaneState],
     retention: CheckpointSettings,
+    group: dist.Group | None = None,
 ) -> Path:
     """Write one checkpoint; every rank calls this and returns when it is published.
 
@@ -100,6 +101,7 @@ def save(
         fragments: this rank's share of weights and optimizer state.
         lanes: the lane numbers this rank owns, and their state row by row.
         retention: which checkpoints stay.
+        group: what the ranks meet in; None is the group that training uses.
 
     Raises:
         UserError: on every rank, where any could not write; what was there before is untouched.
@@ -108,10 +110,10 @@ def save(
     staging = shelf.staging(target)
     first = job.rank == 0
     try:
-        dist.together(lambda: shelf.stage(staging) if first else None)
+        dist.together(lambda: shelf.stage(staging) if first else None, group)
         share = _share(job.rank, fragments, lanes)
-        digests = _union(dist.together(lambda: _write_share(staging, share)))
-        dist.together(lambda: _finish(staging, target, state, digests) if first else None)
+        digests = _union(dist.together(lambda: _write_share(staging, share), group))
+        dist.together(lambda: _finish(staging, target, state, digests) if first else None, group)
     except UserError as error:
         if first:
             shutil.rmtree(staging, ignore_errors=True)
@@ -119,14 +121,14 @@ def save(
             f"checkpoint {target} was not saved: {error}; earlier ones are whole: see to it, then "
             "type the same command again to continue from the newest"
         ) from None
-    dist.together(lambda: shelf.prune(folder, state.step, retention) if first else None)
+    dist.together(lambda: shelf.prune(folder, state.step, retention) if first else None, group)
     return target
 
 
 def _share(
     rank: int, fragments: Iterable[Fragment], lanes: tuple[range, LaneState]
 ) -> dict[str, dict[str, Tensor]]:
-    """This rank's part of a checkpoint, copied to the host: file name -> tensors."""
+    """This rank's part of a checkpoint, on the host: file name -> tensors."""
     optimizer = {
         f"{key}/{fragment.start}/{fragment.name}": tensor.cpu().contiguous()
         for fragment in fragments
@@ -200,6 +202,19 @@ def fault(checkpoint: Path, job: dist.Job) -> str | None:
     """
     wrong = glance(checkpoint) or _altered(checkpoint, job)
     return next(filter(None, dist.gather_objects(wrong)), None)
+
+
+def newest_whole(folder: Path, job: dist.Job, besides: Container[int] = ()) -> shelf.Found | None:
+    """The newest whole checkpoint, but of steps in `besides`; None where there is none at all.
+
+    Reads all of it. Every rank calls this, and all get the same one.
+
+    Raises:
+        UserError: on every rank, where there are some and none is whole.
+    """
+    names = [path.name for path in shelf.candidates(folder) if shelf.step_of(path) not in besides]
+    there = [folder / name for name in dist.gather_objects(names)[0]]
+    return shelf.newest_whole(there, lambda path: fault(path, job))
 
 
 def _altered(checkpoint: Path, job: dist.Job) -> str | None:

@@ -201,7 +201,11 @@ class GuardSettings(Section):
 
     bad_steps: Count = 10
     """Steps in a row that may be skipped because a loss or gradient is not finite; so many end the
-    run."""
+    run, or roll it back."""
+    rollbacks: CountOrZero = 0
+    """Times in a run that so many bad steps roll it back: weights and optimizer become those of the
+    newest checkpoint that it has not rolled back to before, lanes start with no history, and
+    training goes on behind the bad steps, not with them again. Then, and with 0, they end it."""
     spike_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """A step is skipped where its gradient's norm exceeds this many times the running median; 0
     never skips for that."""

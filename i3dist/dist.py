@@ -20,6 +20,7 @@ from i3dist.errors import UserError, explain
 
 Gathered = TypeVar("Gathered")
 Launcher = Literal["deepspeed", "torchrun", "slurm", "python"]
+Group = torch_dist.ProcessGroup
 
 # Rendezvous ports under Slurm: below Linux's ephemeral range, which begins at 32768.
 FIRST_PORT, PORTS = 10_240, 20_000
@@ -282,16 +283,24 @@ def sum_parts(tensor: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tens
     return part
 
 
-def gather_objects(mine: Gathered) -> list[Gathered]:
+def side_group() -> Group | None:
+    """A group of all ranks for exchanges beside those of training, from one other thread.
+
+    Every rank calls this. It is over gloo, as what is exchanged is the host's; alone, None.
+    """
+    return torch_dist.new_group(backend="gloo") if torch_dist.is_initialized() else None
+
+
+def gather_objects(mine: Gathered, group: Group | None = None) -> list[Gathered]:
     """Every rank's object, by rank, on every rank; alone, a list of one. Small objects only."""
     if not torch_dist.is_initialized():
         return [mine]
     gathered: list[Gathered | None] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(gathered, mine)
+    torch_dist.all_gather_object(gathered, mine, group)
     return cast("list[Gathered]", gathered)
 
 
-def together(work: Callable[[], Gathered]) -> list[Gathered]:
+def together(work: Callable[[], Gathered], group: Group | None = None) -> list[Gathered]:
     """Do `work` on every rank and wait for all; returns every rank's result, by rank.
 
     Raises:
@@ -301,7 +310,7 @@ def together(work: Callable[[], Gathered]) -> list[Gathered]:
         outcome: tuple[Gathered | None, str | None] = (work(), None)
     except (UserError, OSError) as error:
         outcome = (None, explain(error))
-    outcomes = gather_objects(outcome)
+    outcomes = gather_objects(outcome, group)
     for _, failure in outcomes:
         if failure is not None:
             raise UserError(failure)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +173,10 @@ class _Place(NamedTuple):
         return partition.narrow(0, self.at, self.length)
 
 
+# (DeepSpeed's number of a partition, "weight" or a name of `ADAM_STATES`) -> [elements] fp32.
+Held = dict[tuple[int, str], Tensor]
+
+
 class Engine:
     """One rank's share of the model, its gradients and its optimizer."""
 
@@ -206,6 +210,7 @@ class Engine:
         self._check(config)
         self._engine.optimizer.average_tensor = self._reduce
         self._reduced: set[int] = set()  # groups of this step
+        self._host: Held = {}  # what `snapshot` copies to
         model.to(self.device)
         self._packed.share()
 
@@ -383,29 +388,36 @@ class Engine:
             else:
                 earlier.flat_partition.add_(part)
 
-    def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of weights and optimizer state, parameter by parameter."""
-        for name, start, mask, parts in self._shares():
-            yield Fragment(name, start, {key: part[mask] for key, part in parts.items()})
+    def snapshot(self) -> Iterator[Fragment]:
+        """This rank's share of weights and optimizer state as it is now, parameter by parameter.
 
-    def _shares(self) -> Iterator[tuple[str, int, Tensor, dict[str, Tensor]]]:
-        """Per parameter in this rank's partition: its name, the first of its elements here, which
-        elements of the tensors are its (the others are padding), and the tensors.
+        Who calls waits until all of it is copied to the host. Any thread may then iterate over it,
+        up to the next call, which copies to the same memory.
+        """
+        for key, tensor in self._held().items():
+            if key not in self._host:  # pinned, since copies to other memory are ten times slower
+                self._host[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._host[key].copy_(tensor, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        places = list(self._places())
+        return (
+            Fragment(name, start, {key: part[mask] for key, part in parts.items()})
+            for name, start, mask, parts in _shares(places, self._host)
+        )
 
-        They are views into the flat fp32 partition that DeepSpeed maps a part of each flat tensor
-        to. Its own accessors are no use here: they link AdamW's state after the first parameter
-        group's first step, when the other groups have none yet (0.19.8).
+    def _held(self) -> Held:
+        """What this rank holds of weights and optimizer state, in DeepSpeed's partitions.
+
+        Its own accessors by parameter are no use here: they link AdamW's state after the first
+        parameter group's first step, when the other groups have none yet (0.19.8).
         """
         zero = self._engine.optimizer
-        for place in self._places():
-            partition = zero.single_partition_of_fp32_groups[place.group]
-            moments = {key: zero.optimizer.state[partition][key] for key in ADAM_STATES}
-            whole = {"weight": partition.detach()} | moments
-            views = {key: place.of(tensor) for key, tensor in whole.items()}
-            mask = place.slot.mask(partition.device)
-            skipped = place.first - place.slot.start
-            before, mask = mask.tensor_split([skipped, skipped + place.length])[:2]
-            yield place.name, int(before.sum()), mask, views
+        held: Held = {}
+        for group, partition in enumerate(zero.single_partition_of_fp32_groups):
+            held[group, "weight"] = partition.detach()
+            held |= {(group, key): zero.optimizer.state[partition][key] for key in ADAM_STATES}
+        return held
 
     def _places(self) -> Iterator["_Place"]:
         """Where the parameters lie that this rank's partition holds, or holds a part of."""
@@ -423,7 +435,7 @@ class Engine:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
-        """Take weights and optimizer state: the inverse of `fragments`, for any number of ranks.
+        """Take weights and optimizer state: the inverse of `snapshot`, for any number of ranks.
 
         Args:
             state: parameter name -> {"weight", "exp_avg", "exp_avg_sq"}, fp32, whole and 1-D.
@@ -432,7 +444,7 @@ class Engine:
         self._create_adam_state(steps)
         for name, parameter in self.model.named_parameters():
             parameter.copy_(state[name]["weight"].view_as(parameter))
-        for name, start, mask, parts in self._shares():
+        for name, start, mask, parts in _shares(self._places(), self._held()):
             whole, length = state[name], int(mask.sum())
             for key, part in parts.items():
                 part[mask] = whole[key].narrow(0, start, length).to(part.device)
@@ -445,6 +457,20 @@ class Engine:
                 "step": torch.tensor(float(steps), device=flat.device),
                 **{key: torch.zeros_like(flat) for key in ADAM_STATES},
             }
+
+
+def _shares(
+    places: Iterable[_Place], held: Held
+) -> Iterator[tuple[str, int, Tensor, dict[str, Tensor]]]:
+    """Per parameter in a rank's partitions: its name, the first of its elements here, which
+    elements of the tensors are its (the others are padding), and the tensors, views of `held`.
+    """
+    for place in places:
+        views = {key: place.of(held[place.group, key]) for key in ("weight", *ADAM_STATES)}
+        mask = place.slot.mask(views["weight"].device)
+        skipped = place.first - place.slot.start
+        before, mask = mask.tensor_split([skipped, skipped + place.length])[:2]
+        yield place.name, int(before.sum()), mask, views
 
 
 def start(job: dist.Job) -> None:

@@ -21,13 +21,15 @@ class GuardState(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     skipped: int = 0
-    """Steps of the run that updated nothing."""
+    """Steps of the run that updated nothing, or whose updates were given up by rolling back."""
     bad: int = 0
     """Steps in a row, up to the last, whose loss or gradient was not finite."""
     spikes: int = 0
     """Steps in a row, up to the last, that were skipped for their norm."""
     norms: list[float] = []
     """The newest norms of steps that were taken; only kept where spikes are looked for."""
+    rolled_back_to: list[int] = []
+    """Steps of the checkpoints that the run was rolled back to."""
 
 
 class Guard:
@@ -61,5 +63,23 @@ class Guard:
         return NOT_FINITE
 
     def gives_up(self) -> bool:
-        """Whether so many steps in a row were not finite that the run is to stop."""
+        """Whether so many steps in a row were not finite that it cannot go on like this."""
         return self.state.bad >= self.settings.bad_steps
+
+    def rolls_back(self) -> bool:
+        """Whether that is answered by rolling back; else the run is to stop."""
+        return self.gives_up() and len(self.state.rolled_back_to) < self.settings.rollbacks
+
+    def rolled_back(self, now: int, to: int, taken: int) -> None:
+        """Take in that weights and optimizer are an earlier step's.
+
+        Args:
+            now: the last step.
+            to: step of the checkpoint.
+            taken: steps up to that one that updated the weights.
+        """
+        state = self.state
+        state.bad = state.spikes = 0
+        state.norms = []
+        state.skipped = now - taken
+        state.rolled_back_to = [*state.rolled_back_to, to]

@@ -107,10 +107,7 @@ def verify(start: Start, job: dist.Job) -> Start:
     """
     if start.checkpoint is None:
         return start
-    folder = start.settings.run.path / CHECKPOINTS
-    names = [path.name for path in shelf.candidates(folder)]
-    there = [folder / name for name in dist.gather_objects(names)[0]]
-    found = shelf.newest_whole(there, lambda path: checkpoint.fault(path, job))
+    found = checkpoint.newest_whole(start.settings.run.path / CHECKPOINTS, job)
     assert found is not None
     if found.refused:
         dist.say(found.line())

@@ -4,11 +4,11 @@ One optimizer step reads `train.accumulation` windows of every lane, each in mic
 lanes, and trains on the mean loss over all targets of the whole job's step.
 """
 
-import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from i3dist.data.corpus import VALIDATION_SEED, Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import divisors, lanes_of_rank
 from i3dist.diagnose import diagnose, diagnosis_line
-from i3dist.engine import Engine, Stepped
+from i3dist.engine import Engine
 from i3dist.errors import UserError
 from i3dist.evaluate import evaluate_epoch
 from i3dist.guard import NOT_FINITE, Guard
@@ -28,6 +28,8 @@ from i3dist.ledger_writer import LedgerWriter
 from i3dist.metrics import Interval, count_step, history_warning, report_line, validation_line
 from i3dist.metrics_log import MetricsLog
 from i3dist.model.state import LaneState
+from i3dist.run import CHECKPOINTS
+from i3dist.saver import Saver
 from i3dist.stop import Stop, held_back
 from i3dist.tracking import NoTracker, Tracker
 from i3dist.watchdog import Watchdog
@@ -64,7 +66,7 @@ class Trainer:
         self.tracker = tracker
         self.stop = stop
         self.progress = Progress()
-        self._saved = 0  # step of the newest checkpoint
+        self.saver = Saver(settings.run.path / CHECKPOINTS, job, settings.checkpoint)
         self.guard = Guard(settings.guard)
         self.watchdog = Watchdog(settings.guard.hang_seconds, job)
         self.pad_id = corpus.train.manifest.pad_id
@@ -96,17 +98,18 @@ class Trainer:
         stop = self.stop
         stop.ask_all()  # what came in while the run was set up
         self._interval = Interval()
-        with closing(self._batches()) as batches:
-            while self.progress.step < self.settings.train.steps and not stop.agreed():
-                self.train_step(batches)
-                self.report_if_due()
-                self.validate_if_due()
-                self.checkpoint_if_due()
-        done = self.progress.step == self.settings.train.steps
-        if done:
-            self.export()
-        else:
-            self.save()
+        with self.saver:
+            with closing(self._batches()) as batches:
+                while self.progress.step < self.settings.train.steps and not stop.agreed():
+                    self.train_step(batches)
+                    self.report_if_due()
+                    self.validate_if_due()
+                    self.checkpoint_if_due()
+            done = self.progress.step == self.settings.train.steps
+            if done:
+                self.export()
+            else:
+                self.save()
         self.watchdog.close()
         return done
 
@@ -121,17 +124,18 @@ class Trainer:
         lanes_before = self.lane_state
         loss_sum = self._backward(step_batches, gate, counts.targets)
         self.diagnose_if_due(step_batches[0], lanes_before, gate)
-        vote = loss_sum.new_full((), self.stop.vote())  # a copy from the host would wait
+        # Filled on the device: a copy from the host would wait.
+        votes = (loss_sum.new_full((), v) for v in (self.stop.vote(), self.saver.failed()))
         stepped = self.engine.step(
-            settings.optimizer.lr_at(step), torch.stack([loss_sum, vote]), self.guard.limit()
+            settings.optimizer.lr_at(step), torch.stack([loss_sum, *votes]), self.guard.limit()
         )
-        self.stop.hear(stepped.sums[1])
         self.progress.step += 1
         self.progress.windows += settings.train.accumulation
         self.tokens_seen += counts.tokens.long()
+        self._hear(*stepped.sums[1:])
         skipped = self.guard.judge(stepped)
-        if skipped == NOT_FINITE:
-            self.lane_state = self.lane_state.finite()
+        if skipped:
+            skipped = self._skip(skipped, stepped.norm)
         self.ledger.add(
             self.progress.step,
             self.progress.windows,
@@ -141,20 +145,64 @@ class Trainer:
             skipped,
         )
         self._interval.add(stepped.sums[0], counts, stepped.norm)
-        if skipped:
-            self._say_skipped(skipped, stepped)
-
-    def _say_skipped(self, reason: str, stepped: Stepped) -> None:
-        """Log a step that updated nothing; raises `UserError` where there were too many."""
-        step, bad = self.progress.step, self.guard.state.bad
-        dist.say(f"step {step} is skipped: {reason} (norm {stepped.norm:.4g})")
         if self.guard.gives_up():
-            self.ledger.flush()
-            raise UserError(
-                f"loss or gradient was not finite in {bad} steps in a row, up to step {step}, so "
-                "the run stops (guard.bad_steps); continue from its last checkpoint with a lower "
-                "optimizer.lr, in another run.path"
-            )
+            self._give_up()
+
+    def _hear(self, asked_to_stop: float, failed_to_save: float) -> None:
+        """Take in what the ranks have voted in the step's exchange."""
+        self.stop.hear(asked_to_stop)
+        if failed_to_save:
+            self.saver.wait()  # raises what was wrong, on every rank
+
+    def _skip(self, reason: str, norm: float) -> str:
+        """Undo what a skipped step did to the lanes, and roll back where it is one too many.
+
+        Returns:
+            What the ledger says of the step.
+        """
+        dist.say(f"step {self.progress.step} is skipped: {reason} (norm {norm:.4g})")
+        if reason == NOT_FINITE:
+            self.lane_state = self.lane_state.finite()
+        to = self.roll_back() if self.guard.rolls_back() else None
+        return reason if to is None else f"{reason}, rolled back to step {to}"
+
+    def roll_back(self) -> int | None:
+        """Take weights and optimizer of the newest checkpoint that this was not done with before.
+
+        Data and lanes go on where they are, the lanes with no history: what they hold came of the
+        weights that are given up. Where there is no such checkpoint nothing is changed.
+
+        Returns:
+            The checkpoint's step.
+        """
+        self.watchdog.beat("rolling back")
+        self.saver.wait()
+        state, now = self.guard.state, self.progress.step
+        found = checkpoint.newest_whole(self.saver.folder, self.job, state.rolled_back_to)
+        if found is None:
+            return None
+        past = checkpoint.read_state(found.path)
+        taken = past.step - past.guard.skipped
+        self.engine.load(checkpoint.OptimizerReader(found.path), taken)
+        self.lane_state = self._empty_lanes()
+        dist.say(
+            f"{state.bad} bad steps in a row: weights and optimizer are those of step {past.step} "
+            f"again, and training goes on behind step {now}"
+        )
+        self.guard.rolled_back(now, past.step, taken)
+        return past.step
+
+    def _give_up(self) -> NoReturn:
+        """End a run whose steps are not finite; raises `UserError`."""
+        self.ledger.flush()
+        guard, settings = self.guard.state, self.settings.guard
+        tried = len(guard.rolled_back_to)
+        raise UserError(
+            f"loss or gradient was not finite in {guard.bad} steps in a row, up to step "
+            f"{self.progress.step}, so the run stops (guard.bad_steps), rolled back {tried} of "
+            f"{settings.rollbacks} times (guard.rollbacks); continue from its last checkpoint with "
+            "a lower optimizer.lr, in another run.path"
+        )
 
     def _backward(self, step_batches: list[Batch], gate: float, targets: Tensor) -> Tensor:
         """Add up the step's gradient and move the lanes on. Returns this rank's loss sum."""
@@ -244,10 +292,9 @@ class Trainer:
                 print(warning, flush=True)
 
     def save(self) -> None:
-        """Write a checkpoint that the run can continue from, bit for bit, unless there is one."""
-        if self.progress.step == self._saved:
+        """Begin a checkpoint that the run can continue from, bit for bit, unless there is one."""
+        if self.progress.step == self.saver.step:
             return
-        started = time.perf_counter()
         self.watchdog.beat("saving")
         self.ledger.sync()
         state = RunState(
@@ -259,16 +306,7 @@ class Trainer:
             engine=self.engine.numeric,
             guard=self.guard.state,
         )
-        path = checkpoint.save(
-            self.settings.run.path / "checkpoints",
-            self.job,
-            state,
-            self.engine.fragments(),
-            (self.lanes, self.lane_state),
-            self.settings.checkpoint,
-        )
-        self._saved = self.progress.step
-        dist.say(f"saved {path} ({time.perf_counter() - started:.1f} s)")
+        self.saver.begin(state, self.engine.snapshot, (self.lanes, self.lane_state))
 
     def resume(self, path: Path, state: RunState) -> None:
         """Take up the run where checkpoint `path`, which is whole, left it."""
@@ -278,7 +316,7 @@ class Trainer:
         self.guard = Guard(self.settings.guard, state.guard.model_copy())
         self.lane_state = checkpoint.read_lanes(path, self.lanes, self.engine.device)
         self.progress = Progress(state.step, state.windows)
-        self._saved = state.step
+        self.saver.step = state.step
         self.ledger.resume(state.step, self.lane_state)
         self.tokens_seen.fill_(state.tokens_seen)
         dist.say(f"continued from step {state.step}")

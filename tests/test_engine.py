@@ -66,7 +66,7 @@ def backward(engine: Engine, data: tuple[Tensor, Tensor, Tensor], rows: int) -> 
 
 
 def snapshot(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    return {f.name: {k: t.clone() for k, t in f.tensors.items()} for f in engine.fragments()}
+    return {f.name: {k: t.clone() for k, t in f.tensors.items()} for f in engine.snapshot()}
 
 
 def test_it_computes_in_bf16_with_decays_in_fp32() -> None:

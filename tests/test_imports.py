@@ -40,7 +40,13 @@ LAYERS = [
         "i3dist.generate",
         "i3dist.summary",
     },
-    {"i3dist.ledger", "i3dist.ledger_writer", "i3dist.metrics", "i3dist.run"},
+    {
+        "i3dist.ledger",
+        "i3dist.ledger_writer",
+        "i3dist.metrics",
+        "i3dist.run",
+        "i3dist.saver",
+    },
     {"i3dist.trainer"},
 ]
 
