@@ -82,3 +82,26 @@ def test_lanes_that_carry_no_rwkv_state_are_emptied_too() -> None:
     state = LaneState.empty(2, model, torch.device("cpu"), torch.float32)
     state.latents.fill_(math.nan)
     assert state.finite().latents.eq(0).all()
+
+
+@given(
+    norms=NORMS,
+    rollbacks=st.integers(0, 3),
+    checkpoints=st.sets(st.integers(1, 40), max_size=4),
+)
+def test_rolling_back_is_bounded_and_counts_what_it_gives_up(
+    norms: list[float], rollbacks: int, checkpoints: set[int]
+) -> None:
+    """As a trainer does it: to the newest checkpoint that it was not done with before."""
+    guard = Guard(SPIKES.model_copy(update={"rollbacks": rollbacks}))
+    taken = {0: 0}  # step -> steps up to it that stand
+    for step, norm in enumerate(norms, start=1):
+        taken[step] = taken[step - 1] + (take(guard, norm) is None)
+        there = {c for c in checkpoints if c <= step} - set(guard.state.rolled_back_to)
+        if guard.rolls_back() and there:
+            guard.rolled_back(step, max(there), taken[max(there)])
+            taken[step] = taken[max(there)]
+            assert not guard.gives_up() and guard.limit() == math.inf
+        assert guard.state.skipped == step - taken[step]
+    went = guard.state.rolled_back_to
+    assert len(went) == len(set(went)) <= rollbacks

@@ -47,6 +47,29 @@ def test_too_many_in_a_row_end_the_run(
     assert [e.step for e in ledger.read(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_too_many_in_a_row_roll_the_run_back(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 6 to the checkpoint of step 3; a continued run does the same."""
+    run = tmp_path / "run"
+    words = [*QUICK, "guard.bad_steps=2", "guard.rollbacks=1", "checkpoint.every=3"]
+    words += ["checkpoint.keep=9", "train.steps=8", f"data.path={data}", f"run.path={run}"]
+    monkeypatch.setenv("DISTURB", "nan 1 5 6")
+    result = deepspeed(*words, script=SCRIPT)
+    assert result.returncode == 0, result.stderr
+    assert "2 bad steps in a row: weights and optimizer are those of step 3 again" in result.stdout
+    skipped = [entry.skipped for entry in ledger.read(run)]
+    assert skipped[:4] + skipped[6:] == [None] * 6
+    assert skipped[4:6] == ["not finite", "not finite, rolled back to step 3"]
+    state = json.loads((run / "checkpoints" / "step-00000008" / "state.json").read_text())
+    assert state["guard"]["skipped"] == 3, "the fourth step is given up too"
+    first = losses(run), (run / "model.safetensors").read_bytes()
+    (run / "checkpoints" / "latest").write_text("step-00000003")
+    monkeypatch.setenv("DISTURB", "nan 1 2 3")  # the fifth and sixth of the run
+    assert deepspeed(*words, script=SCRIPT).returncode == 0
+    assert (losses(run), (run / "model.safetensors").read_bytes()) == first
+
+
 def test_a_rank_that_hangs_ends_the_job_with_every_ranks_stack(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
