@@ -23,6 +23,9 @@ QUICK = [
     *("compression.off_steps=0", "compression.ramp_steps=2", "optimizer.decay_steps=20"),
     *("checkpoint.every=0", "validate.every=0", "validate.chunks=4", "tracking.enabled=false"),
 ]
+# Of a run to compare others with: checkpoints of steps 5, 10 and 12, all of which stay.
+STEPS = 12
+SAVING = [f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=9"]
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +49,15 @@ def shards_of(documents: Iterable[str], folder: Path, *words: object) -> Path:
     result = program("data_prep/shard.py", *options, *words)
     assert result.returncode == 0, result.stderr
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run of two ranks, with `QUICK` and `SAVING`; only to be read."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    result = deepspeed(*QUICK, *SAVING, f"data.path={data}", f"run.path={run}")
+    assert result.returncode == 0, result.stderr
+    return run
 
 
 def environment() -> dict[str, str]:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import QUICK, deepspeed, error_line, losses, program
-from tests.faults.conftest import SAVING
+from tests.conftest import QUICK, SAVING, deepspeed, error_line, losses, program
 from tests.faults.test_hostile import with_tensors, without
 
 

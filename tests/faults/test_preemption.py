@@ -10,8 +10,7 @@ import psutil
 import pytest
 
 from i3dist.stop import REQUEUE
-from tests.conftest import QUICK, deepspeed, losses, program
-from tests.faults.conftest import SAVING, STEPS
+from tests.conftest import QUICK, SAVING, STEPS, deepspeed, losses, program
 from tests.faults.running import Running, running
 
 

@@ -31,6 +31,13 @@ dist.barrier()
 torch.distributed.destroy_process_group()
 """
 
+# Says what it was started with.
+ECHO = """
+import json, sys
+with open("arguments.json", "w") as file:
+    json.dump(sys.argv[1:], file)
+"""
+
 # Rank 1 fails; rank 0 would go on for longer than any test waits.
 FAILING = """
 import os, sys, time
@@ -100,10 +107,9 @@ def test_one_task_per_gpu_and_each_sees_all(
 def test_the_users_engine_file_stands_alone(
     cluster: Cluster, tmp_path: Path, given: list[str]
 ) -> None:
-    state = submitted(cluster, tmp_path, STAND_IN, [], *given, "train.steps=5")
+    state = submitted(cluster, tmp_path, ECHO, [], *given, "train.steps=5")
     assert state == "COMPLETED", (tmp_path / "job.out").read_text()
-    (task,) = tasks(tmp_path)
-    assert task["arguments"] == [*given, "train.steps=5"]
+    assert json.loads((tmp_path / "arguments.json").read_text()) == [*given, "train.steps=5"]
 
 
 def test_one_failing_task_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
