@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from i3dist import checkpoint, dist, plots
+from i3dist import checkpoint, dist
 from i3dist.checkpoint import RunState
 from i3dist.config import Settings
 from i3dist.data.corpus import VALIDATION_SEED, Corpus
@@ -326,6 +326,8 @@ class Trainer:
         self.watchdog.beat("writing the weights")
         folder = self.settings.run.path
         if self.job.rank == 0:
+            from i3dist import plots  # with matplotlib, for which other ranks have no use
+
             export_weights(folder, self.engine.model, self.progress.step)
             for plot in plots.plot_run(folder):
                 self.tracker.artifact(plot, "plots")

@@ -117,10 +117,10 @@ def test_data_preparation_needs_no_torch() -> None:
 
 
 def test_training_on_cpu_loads_no_library_for_which_it_has_no_use() -> None:
-    """Each costs every rank seconds at its start; DeepSpeed would load both."""
+    """They would cost every rank seconds at its start."""
     script = (
         "import sys, i3dist.trainer\n"
-        "early = {'mlflow', 'torch._dynamo'} & set(sys.modules)\n"
+        "early = {'mlflow', 'matplotlib', 'torch._dynamo'} & set(sys.modules)\n"
         "from i3dist import dist, engine\n"
         "from tests.test_engine import build\n"
         "engine.start(dist.Job.detect({}))\n"
