@@ -85,6 +85,14 @@ def deepspeed(
     return _run([*before, *deepspeed_command(ranks, script), *words], timeout)
 
 
+def torchrun(
+    *words: object, ranks: int = 2, timeout: float = 300, script: str = "launch/train.py"
+) -> subprocess.CompletedProcess[str]:
+    """The same under torchrun, which starts them in half the time."""
+    launcher = ["torchrun", "--nproc-per-node", ranks, "--master-port", free_port()]
+    return _run([*launcher, script, *words], timeout)
+
+
 def deepspeed_command(ranks: int = 2, script: str = "launch/train.py") -> list[object]:
     """The words that start `script` under the launcher, up to its own arguments."""
     launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", free_port()]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from i3dist import ledger
-from tests.conftest import QUICK, deepspeed, error_line, losses, program
+from tests.conftest import QUICK, error_line, losses, program, torchrun
 
 LOSS_TOLERANCE = 2e-3  # nats, in every step
 FIGURES_TOLERANCE = 0.01  # of losses and gradient norms, relative
@@ -60,12 +60,10 @@ def train(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
         noted, script = notes / str(part.start), "tests/distributed/noted.py"
         with pytest.MonkeyPatch.context() as environ:
             environ.setenv("NOTED", str(noted))
-            # Sums may be in another order where threads share them.
-            environ.setenv("OMP_NUM_THREADS", "1")
             if part.ranks == 1:
                 result = program(script, *words)
             else:
-                result = deepspeed(*words, ranks=part.ranks, script=script)
+                result = torchrun(*words, ranks=part.ranks, script=script)
         assert result.returncode == 0, result.stderr
         assert (f"continued from step {part.start}\n" in result.stdout) == (part.start > 0)
         return noted

@@ -4,7 +4,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -19,11 +19,15 @@ class Running:
         self.command = command
         self.output = output
 
+    def said(self) -> str:
+        """Its output so far, which may end in the middle of a character."""
+        return self.output.read_text(errors="replace")
+
     def wait_for(self, text: str) -> None:
         deadline = time.monotonic() + 120
-        while text not in self.output.read_text():
-            assert self.command.poll() is None, self.output.read_text()
-            assert time.monotonic() < deadline, f"no {text!r} in {self.output.read_text()}"
+        while text not in self.said():
+            assert self.command.poll() is None, self.said()
+            assert time.monotonic() < deadline, f"no {text!r} in {self.said()}"
             time.sleep(0.02)
 
     def launcher(self) -> psutil.Process:
@@ -36,6 +40,17 @@ class Running:
     def readers(self) -> list[psutil.Process]:
         """Processes that read data for the ranks."""
         return [child for rank in self.ranks() for child in rank.children()]
+
+    def processes(self) -> list[psutil.Process]:
+        """Whatever lives of the job: all of it is in the session that the command began."""
+        return [process for process in psutil.process_iter() if self._owns(process)]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        try:
+            owned = os.getsid(process.pid) == self.command.pid
+            return owned and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.Error, ProcessLookupError):
+            return False
 
 
 @contextmanager
@@ -52,14 +67,11 @@ def running(output: Path, *words: object) -> Iterator[Running]:
             text=True,
             start_new_session=True,
         )
+    job = Running(command, output)
     try:
-        yield Running(command, output)
+        yield job
     finally:
-        # All of the job is in the session that the command began.
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == command.pid:
-                    process.kill()
-            except (psutil.Error, ProcessLookupError):
-                pass
+        for process in job.processes():
+            with suppress(psutil.Error):
+                process.kill()
         command.wait(30)
