@@ -55,7 +55,7 @@ def shards_of(documents: Iterable[str], folder: Path, *words: object) -> Path:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed run of two ranks, with `QUICK` and `SAVING`; only to be read."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    result = deepspeed(*QUICK, *SAVING, f"data.path={data}", f"run.path={run}")
+    result = torchrun(*QUICK, *SAVING, f"data.path={data}", f"run.path={run}")
     assert result.returncode == 0, result.stderr
     return run
 
@@ -66,7 +66,8 @@ def environment() -> dict[str, str]:
     With one thread a process, as above: on a busy machine more take several times as long.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    # "1" is what torchrun sets where nobody chose a number, so that ranks take it for no choice.
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "01"}
 
 
 def program(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from i3dist import ledger
-from tests.conftest import QUICK, deepspeed, error_line, losses
+from tests.conftest import QUICK, deepspeed, error_line, losses, torchrun
 
 SCRIPT = "tests/faults/disturbed.py"
 
@@ -21,7 +21,7 @@ def test_a_loss_that_is_not_finite_is_skipped_by_all(
     monkeypatch.setenv("DISTURB", f"{value} 1 2 3")
     run = tmp_path / "run"
     words = [*QUICK, "train.steps=5", "guard.bad_steps=3", f"data.path={data}", f"run.path={run}"]
-    result = deepspeed(*words, script=SCRIPT)
+    result = torchrun(*words, script=SCRIPT)
     assert result.returncode == 0, result.stderr
     assert "step 2 is skipped: not finite" in result.stdout
     entries = ledger.read(run)
@@ -55,7 +55,7 @@ def test_too_many_in_a_row_roll_the_run_back(
     words = [*QUICK, "guard.bad_steps=2", "guard.rollbacks=1", "checkpoint.every=3"]
     words += ["checkpoint.keep=9", "train.steps=8", f"data.path={data}", f"run.path={run}"]
     monkeypatch.setenv("DISTURB", "nan 1 5 6")
-    result = deepspeed(*words, script=SCRIPT)
+    result = torchrun(*words, script=SCRIPT)
     assert result.returncode == 0, result.stderr
     assert "2 bad steps in a row: weights and optimizer are those of step 3 again" in result.stdout
     skipped = [entry.skipped for entry in ledger.read(run)]
@@ -66,7 +66,7 @@ def test_too_many_in_a_row_roll_the_run_back(
     first = losses(run), (run / "model.safetensors").read_bytes()
     (run / "checkpoints" / "latest").write_text("step-00000003")
     monkeypatch.setenv("DISTURB", "nan 1 2 3")  # the fifth and sixth of the run
-    assert deepspeed(*words, script=SCRIPT).returncode == 0
+    assert torchrun(*words, script=SCRIPT).returncode == 0
     assert (losses(run), (run / "model.safetensors").read_bytes()) == first
 
 
