@@ -13,6 +13,7 @@ from i3dist.config import CheckpointSettings, Settings
 from i3dist.engine import Fragment
 from i3dist.errors import UserError
 from i3dist.saver import Saver
+from tests.conftest import program
 from tests.test_checkpoint import JOB, fragment, random_lanes
 
 WAIT_SECONDS = 30
@@ -125,3 +126,22 @@ def test_leaving_waits(tmp_path: Path, training: Training) -> None:
         training.begin(saving, 5)
         threading.Timer(0.2, training.go_on.set).start()
     assert [shelf.step_of(path) for path in shelf.candidates(tmp_path)] == [5]
+
+
+def test_the_benchmark_saves_what_it_says(tmp_path: Path) -> None:
+    """`benchmarks/saving.py` with a small model: every kind of interval, two with a checkpoint."""
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        "model: {d_model: 32, rwkv_layers: 1, attention_layers: 1, heads: 2, chunk_length: 64}\n"
+        "train: {window_chunks: 1}\n"
+    )
+    words = ["--config", config, "--interval", 1, "--rounds", 1]
+    result = program("benchmarks/saving.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("saved /") == 3, "one to warm up"
+    rows = [line for line in result.stdout.splitlines() if line.startswith("│ ")]
+    assert [row.split("│")[1].strip() for row in rows] == [
+        "no checkpoint",
+        "saved behind",
+        "waited for",
+    ]
