@@ -13,6 +13,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.engine import numeric_part
 from i3dist.errors import UserError
 from i3dist.files import clear_partials, write_whole
+from i3dist.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"  # in the run's folder
 LANES_PER_RANK = 4
@@ -69,17 +70,26 @@ def resolve(
             f"{path} was made with other engine settings: {numeric_part(engine_config)} but the "
             f"saved run has {state.engine}; {WAYS_OUT}"
         )
-    if state.data != corpus.fingerprint:
-        raise UserError(
-            f"{path} was trained on other data than {corpus.train.folder.parent} "
-            f"(fingerprints differ); name the data it had, {WAYS_OUT}"
-        )
+    _check_data(path, state, settings, corpus)
     if state.step > settings.train.steps:
         raise UserError(
             f"{path} is beyond train.steps={settings.train.steps}: the run has taken {state.step} "
             f"steps; raise train.steps, {WAYS_OUT}"
         )
     return Start(settings, path, state)
+
+
+def _check_data(path: Path, state: RunState, settings: Settings, corpus: Corpus) -> None:
+    """See that the data are those that a checkpoint was trained on; raises `UserError`."""
+    if state.data == corpus.fingerprint:
+        return
+    trained_with = settings.run.path / "tokenizer.json"
+    other = trained_with.exists() and Tokenizer.load(trained_with).sha256 != corpus.tokenizer.sha256
+    has = f"another tokenizer than {trained_with}" if other else "other shards"
+    raise UserError(
+        f"{path} was trained on other data than data.path={settings.data.path}, which has {has}; "
+        f"name the data it had, {WAYS_OUT}"
+    )
 
 
 def agree(start: Start) -> None:

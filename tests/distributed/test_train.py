@@ -223,6 +223,9 @@ def test_data_of_another_tokenizer_is_refused(whole: Path, tmp_path: Path) -> No
     succeed(program("data_prep/shard.py", *words))
     line = error_line(program("launch/evaluate.py", "--checkpoint", whole, "--data", made))
     assert "tokenizer" in line
+    words = [*QUICK, f"data.path={made}", f"run.path={whole}", f"train.steps={STEPS}"]
+    line = error_line(program("launch/train.py", *words))
+    assert f"data.path={made}, which has another tokenizer than {whole}" in line
 
 
 def test_other_data_is_refused(whole: Path, data: Path, tmp_path: Path) -> None:
@@ -231,4 +234,5 @@ def test_other_data_is_refused(whole: Path, data: Path, tmp_path: Path) -> None:
     words += ["--chunks-per-shard", 8, "--valid-fraction", 0.1, "--seed", 3, "--out", made]
     succeed(program("data_prep/shard.py", *words))
     words = [*QUICK, f"data.path={made}", f"run.path={whole}", f"train.steps={STEPS}"]
-    assert "other data" in error_line(program("launch/train.py", *words))
+    line = error_line(program("launch/train.py", *words))
+    assert f"other data than data.path={made}, which has other shards" in line
