@@ -24,7 +24,7 @@ def noting_resume(self: Trainer, path: Path, state: RunState) -> None:
     NOTED.mkdir(exist_ok=True)
     optimizer = {
         f"{kind}/{fragment.start}/{fragment.name}": tensor.clone()
-        for fragment in self.engine.fragments()
+        for fragment in self.engine.snapshot()
         for kind, tensor in fragment.tensors.items()
     }
     lanes = {
