@@ -65,6 +65,11 @@ class RunState(BaseModel):
     guard: GuardState = GuardState()
     """Steps that were skipped, and what decides about later ones."""
 
+    @property
+    def taken(self) -> int:
+        """Steps that updated the weights."""
+        return self.step - self.guard.skipped
+
 
 class FileDigest(BaseModel):
     """What a file must be."""
@@ -98,8 +103,8 @@ def save(
         folder: RUN/checkpoints.
         job: this rank's place.
         state: what to continue from.
-        fragments: this rank's share of weights and optimizer state.
-        lanes: the lane numbers this rank owns, and their state row by row.
+        fragments: this rank's share of weights and optimizer state, on the host.
+        lanes: the lane numbers this rank owns, and their state row by row, on the host.
         retention: which checkpoints stay.
         group: what the ranks meet in; None is the group that training uses.
 
@@ -128,15 +133,15 @@ def save(
 def _share(
     rank: int, fragments: Iterable[Fragment], lanes: tuple[range, LaneState]
 ) -> dict[str, dict[str, Tensor]]:
-    """This rank's part of a checkpoint, on the host: file name -> tensors."""
+    """This rank's part of a checkpoint: file name -> tensors."""
     optimizer = {
-        f"{key}/{fragment.start}/{fragment.name}": tensor.cpu().contiguous()
+        f"{key}/{fragment.start}/{fragment.name}": tensor.contiguous()
         for fragment in fragments
         for key, tensor in fragment.tensors.items()
     }
     numbers, state = lanes
     rows = {
-        f"{lane}/{name}": tensor[row].cpu().contiguous()
+        f"{lane}/{name}": tensor[row].contiguous()
         for name, tensor in state.tensors().items()
         for row, lane in enumerate(numbers)
     }

@@ -182,14 +182,13 @@ class Trainer:
         if found is None:
             return None
         past = checkpoint.read_state(found.path)
-        taken = past.step - past.guard.skipped
-        self.engine.load(checkpoint.OptimizerReader(found.path), taken)
+        self._load(found.path, past)
         self.lane_state = self._empty_lanes()
         dist.say(
             f"{state.bad} bad steps in a row: weights and optimizer are those of step {past.step} "
             f"again, and training goes on behind step {now}"
         )
-        self.guard.rolled_back(now, past.step, taken)
+        self.guard.rolled_back(now, past.step, past.taken)
         return past.step
 
     def _give_up(self) -> NoReturn:
@@ -310,9 +309,7 @@ class Trainer:
 
     def resume(self, path: Path, state: RunState) -> None:
         """Take up the run where checkpoint `path`, which is whole, left it."""
-        saved = checkpoint.OptimizerReader(path)
-        saved.check({name: p.numel() for name, p in self.engine.model.named_parameters()})
-        self.engine.load(saved, state.step - state.guard.skipped)
+        self._load(path, state)
         self.guard = Guard(self.settings.guard, state.guard.model_copy())
         self.lane_state = checkpoint.read_lanes(path, self.lanes, self.engine.device)
         self.progress = Progress(state.step, state.windows)
@@ -320,6 +317,12 @@ class Trainer:
         self.ledger.resume(state.step, self.lane_state)
         self.tokens_seen.fill_(state.tokens_seen)
         dist.say(f"continued from step {state.step}")
+
+    def _load(self, path: Path, state: RunState) -> None:
+        """Take weights and optimizer of a checkpoint; raises `UserError` where some are missing."""
+        saved = checkpoint.OptimizerReader(path)
+        saved.check({name: p.numel() for name, p in self.engine.model.named_parameters()})
+        self.engine.load(saved, state.taken)
 
     def export(self) -> None:
         """Write plain weights and plots, and hand them to the tracker."""
