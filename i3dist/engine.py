@@ -9,11 +9,8 @@ import json
 import logging
 import math
 import os
-import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,30 +25,13 @@ from i3dist.model.lm import I3LM
 from i3dist.model.packed import PackedModel, Slot
 from i3dist.model.state import LaneState
 from i3dist.ops.adamw import FlatAdamW
-from i3dist.toolchain import operator_alone, require_compiler
+from i3dist.toolchain import absent, operator_alone, require_compiler, unlink_shared_memory
 
 # Read at import: the accelerator, and how much DeepSpeed says.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
 
 # DeepSpeed still calls names that torch is about to retire.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-
-
-@contextmanager
-def absent(module: str) -> Iterator[None]:
-    """Meanwhile an import of a module fails, as where it is not installed.
-
-    DeepSpeed (0.19.8) imports for its own uses what costs each rank seconds and is of no use here.
-    """
-    there = sys.modules.get(module)
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-        if there is not None:
-            sys.modules[module] = there
-
 
 with absent("mlflow"):  # for its autotuner
     import deepspeed
@@ -85,9 +65,6 @@ ENGINE_GROUPS = ("bf16", "data_types", "comms_logger", "compile", "flops_profile
 # Those of them that decide numbers: a run keeps them.
 NUMERIC_KEYS = ("bf16", "data_types", "communication_data_type")
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
-SHARED_MEMORY = Path("/dev/shm")
-# Ranks map each other's shared memory within a second; later its name serves nobody.
-MAPPED_SECONDS = 60
 # Of a GPU's memory; the rest is for the CUDA context, NCCL and fragmentation.
 MEMORY_SHARE = 0.92
 
@@ -485,23 +462,7 @@ def start(job: dist.Job) -> None:
             get_accelerator().create_op_builder("ShareMemCommBuilder").load()
     deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
     if not dist.uses_cuda():
-        _unlink_shared_memory(job)
-
-
-def _unlink_shared_memory(job: dist.Job) -> None:
-    """Take the name from this rank's shared memory, which then ends with the last process.
-
-    Ranks on CPUs sum through files in /dev/shm, 66 MiB each, that DeepSpeed (0.19.8) never removes.
-    Those of runs that were killed before they came here go too.
-    """
-    dist.barrier()  # until every rank has mapped all of them
-    prefix = f"deepspeed_allreduce_buffer_{os.getuid()}_"
-    where = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    SHARED_MEMORY.joinpath(f"{prefix}{where}_{job.rank}").unlink(missing_ok=True)
-    for path in SHARED_MEMORY.glob(f"{prefix}*"):
-        with suppress(FileNotFoundError):  # another rank may have been faster
-            if time.time() - path.stat().st_mtime > MAPPED_SECONDS:
-                path.unlink()
+        unlink_shared_memory(job)
 
 
 def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:

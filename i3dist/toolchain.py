@@ -1,4 +1,7 @@
-"""What DeepSpeed needs to build its shared-memory operator on CPU, checked beforehand."""
+"""What DeepSpeed needs, brings along and leaves behind on a host.
+
+On CPU it builds an operator for shared memory.
+"""
 
 import fcntl
 import importlib.util
@@ -6,6 +9,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,8 +17,28 @@ from pathlib import Path
 import psutil
 from torch.utils import cpp_extension
 
-from i3dist.dist import uses_cuda
+from i3dist.dist import Job, barrier, uses_cuda
 from i3dist.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+# Ranks map each other's shared memory within a second; later its name serves nobody.
+MAPPED_SECONDS = 60
+
+
+@contextmanager
+def absent(module: str) -> Iterator[None]:
+    """Meanwhile an import of a module fails, as where it is not installed.
+
+    DeepSpeed (0.19.8) imports for its own uses what costs each rank seconds and is of no use here.
+    """
+    there = sys.modules.get(module)
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+        if there is not None:
+            sys.modules[module] = there
 
 
 def require_compiler(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -66,6 +90,22 @@ def operator_alone() -> Iterator[None]:
         if not _is_open(build / "lock"):
             (build / "lock").unlink(missing_ok=True)
         yield
+
+
+def unlink_shared_memory(job: Job) -> None:
+    """Take the name from this rank's shared memory, which then ends with the last process.
+
+    Ranks on CPUs sum through files in /dev/shm, 66 MiB each, that DeepSpeed (0.19.8) never removes.
+    Those of runs that were killed before they came here go too.
+    """
+    barrier()  # until every rank has mapped all of them
+    prefix = f"deepspeed_allreduce_buffer_{os.getuid()}_"
+    where = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    SHARED_MEMORY.joinpath(f"{prefix}{where}_{job.rank}").unlink(missing_ok=True)
+    for path in SHARED_MEMORY.glob(f"{prefix}*"):
+        with suppress(FileNotFoundError):  # another rank may have been faster
+            if time.time() - path.stat().st_mtime > MAPPED_SECONDS:
+                path.unlink()
 
 
 def _build_folder() -> Path:

@@ -31,6 +31,7 @@ from rich.table import Table
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.files import PARTIAL
 from i3dist.stop import REQUEUE
+from i3dist.toolchain import MAPPED_SECONDS, SHARED_MEMORY
 from tests.conftest import QUICK, differences, last_checkpoint, shards_of, texts
 from tests.faults.running import Running, running
 
@@ -40,8 +41,6 @@ ENDINGS_A_ROUND = 6
 # Share of the endings; the others strike within this share of training after a start's first step.
 WHILE_STARTING = 0.25
 WHILE_TRAINING = 0.33
-MEMORY_STAYS_SECONDS = 60  # see i3dist/engine.py
-SHARED_MEMORY = Path("/dev/shm")
 
 Ending = Callable[[Running, random.Random], None]
 
@@ -184,7 +183,7 @@ class Soak:
         """See that a finished run is the undisturbed one, and has left nothing."""
         wrong = differences(run, self.whole)
         wrong += [f"{path} is left" for path in run.rglob(f".*{PARTIAL}")]
-        oldest = started - MEMORY_STAYS_SECONDS
+        oldest = started - MAPPED_SECONDS
         for path in SHARED_MEMORY.glob("deepspeed_*"):
             with suppress(FileNotFoundError):  # another job's that has just started
                 wrong += [f"{path} is left"] * (path.stat().st_mtime < oldest)
