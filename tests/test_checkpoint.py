@@ -33,13 +33,16 @@ def fragment(name: str, start: int, size: int) -> Fragment:
     return Fragment(name, start, {k: torch.randn(size) for k in ("weight", *ADAM_STATES)})
 
 
-def save(folder: Path, step: int, keep: int = 2) -> tuple[Path, list[Fragment], LaneState]:
+def state_of(step: int) -> RunState:
     settings = Settings().to_dict()
-    state = RunState(step=step, windows=step, tokens_seen=1, settings=settings, data="x", engine={})
+    return RunState(step=step, windows=step, tokens_seen=1, settings=settings, data="x", engine={})
+
+
+def save(folder: Path, step: int, keep: int = 2) -> tuple[Path, list[Fragment], LaneState]:
     parts = [fragment("a.weight", 0, 5), fragment("b", 0, 3)]
     lanes = random_lanes(2)
     retention = CheckpointSettings(keep=keep)
-    path = checkpoint.save(folder, JOB, state, parts, (range(2), lanes), retention)
+    path = checkpoint.save(folder, JOB, state_of(step), parts, (range(2), lanes), retention)
     return path, parts, lanes
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from i3dist import checkpoint, shelf
-from i3dist.checkpoint import OptimizerReader, RunState
-from i3dist.config import CheckpointSettings, Settings
+from i3dist.checkpoint import OptimizerReader
+from i3dist.config import CheckpointSettings
 from i3dist.engine import Fragment
 from i3dist.errors import UserError
 from i3dist.saver import Saver
 from tests.conftest import program
-from tests.test_checkpoint import JOB, fragment, random_lanes
+from tests.test_checkpoint import JOB, fragment, random_lanes, state_of
 
 WAIT_SECONDS = 30
 
@@ -28,11 +28,7 @@ class Training:
         self.fragment = fragment("w", 0, 5)
 
     def begin(self, saver: Saver, step: int) -> None:
-        settings = Settings().to_dict()
-        state = RunState(
-            step=step, windows=step, tokens_seen=0, settings=settings, data="", engine={}
-        )
-        saver.begin(state, self.snapshot, (range(2), self.lanes))
+        saver.begin(state_of(step), self.snapshot, (range(2), self.lanes))
 
     def snapshot(self) -> Iterator[Fragment]:
         """Waits where it is read, in the saver's thread."""

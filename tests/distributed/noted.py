@@ -8,8 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from safetensors.torch import save_file
-
+from i3dist import checkpoint
 from i3dist.checkpoint import RunState
 from i3dist.trainer import Trainer
 
@@ -22,18 +21,8 @@ resume = Trainer.resume
 def noting_resume(self: Trainer, path: Path, state: RunState) -> None:
     resume(self, path, state)
     NOTED.mkdir(exist_ok=True)
-    optimizer = {
-        f"{kind}/{fragment.start}/{fragment.name}": tensor.clone()
-        for fragment in self.engine.snapshot()
-        for kind, tensor in fragment.tensors.items()
-    }
-    lanes = {
-        f"{lane}/{name}": tensor[row].clone()
-        for name, tensor in self.lane_state.tensors().items()
-        for row, lane in enumerate(self.lanes)
-    }
-    save_file(optimizer, NOTED / f"optimizer-{self.job.rank:05d}.safetensors")
-    save_file(lanes, NOTED / f"lanes-{self.job.rank:05d}.safetensors")
+    lanes = (self.lanes, self.lane_state)
+    checkpoint._write_share(NOTED, checkpoint._share(self.job.rank, self.engine.snapshot(), lanes))
 
 
 Trainer.resume = noting_resume

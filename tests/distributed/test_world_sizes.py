@@ -4,8 +4,6 @@ Each change is the same command under another number of ranks. A run carries on 
 saved. What it computes then rounds differently where micro-batches or the order of sums differ.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +11,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from i3dist import ledger
+from i3dist.checkpoint import LANE_TENSORS
 from tests.conftest import QUICK, error_line, losses, program, torchrun
+from tests.faults.test_hostile import renamed, with_tensors
 
 LOSS_TOLERANCE = 2e-3  # nats, in every step
 FIGURES_TOLERANCE = 0.01  # of losses and gradient norms, relative
@@ -147,12 +147,7 @@ def test_lanes_that_change_places_are_refused(runs: Runs, data: Path, tmp_path: 
 
 def exchange_lanes(checkpoint: Path, one: int, other: int) -> None:
     """Give two lanes, each of a rank of its own, each other's state, and make the hashes agree."""
-    listed = json.loads((checkpoint / "manifest.json").read_text())
-    for rank, (old, new) in {one: (one, other), other: (other, one)}.items():
-        path = checkpoint / f"lanes-{rank:05d}.safetensors"
-        state = load_file(path)
-        save_file({key.replace(f"{old}/", f"{new}/"): t for key, t in state.items()}, path)
-        content = path.read_bytes()
-        digest = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        listed["files"][path.name] = digest
-    (checkpoint / "manifest.json").write_text(json.dumps(listed))
+    for old, new in ((one, other), (other, one)):
+        for name in LANE_TENSORS:
+            change = renamed(f"{old}/{name}", f"{new}/{name}")
+            with_tensors(checkpoint, f"lanes-{old:05d}.safetensors", change)

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as torch_dist
 
 from i3dist import checkpoint, shelf
-from i3dist.checkpoint import OptimizerReader, RunState
-from i3dist.config import CheckpointSettings, ModelSettings, Settings
+from i3dist.checkpoint import OptimizerReader
+from i3dist.config import CheckpointSettings, ModelSettings
 from i3dist.dist import Job
 from i3dist.engine import ADAM_STATES, Fragment
 from i3dist.files import clear_partials
 from i3dist.model.state import LaneState
 from tests.model.conftest import SMALL
+from tests.test_checkpoint import state_of
 
 KILLS = 12
 ELEMENTS = 400_000  # of a rank: writing and hashing takes as long as meeting does
@@ -32,12 +33,9 @@ def save(folder: Path, job: Job, step: int) -> None:
     tensors = {key: torch.full((ELEMENTS,), float(step)) for key in ("weight", *ADAM_STATES)}
     empty = LaneState.empty(1, ModelSettings.model_validate(SMALL), torch.device("cpu"), torch.half)
     lanes = empty.map(lambda part: torch.full(part.shape, float(step), dtype=part.dtype))
-    state = RunState(
-        step=step, windows=step, tokens_seen=0, settings=Settings().to_dict(), data="", engine={}
-    )
     part = Fragment("w", job.rank * ELEMENTS, tensors)
     owned = (range(job.rank, job.rank + 1), lanes)
-    checkpoint.save(folder, job, state, [part], owned, CheckpointSettings(keep=2))
+    checkpoint.save(folder, job, state_of(step), [part], owned, CheckpointSettings(keep=2))
 
 
 def save_on_and_on(folder: Path, rank: int, port: int, first: int, said: Connection) -> None:
