@@ -10,11 +10,10 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from i3_steps import I3Steps, Shape, in_engine
+from i3_steps import Shape, in_engine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -23,7 +22,7 @@ from synthetic import BOS, PAD, Data, batches
 from i3dist import dist
 from i3dist.checkpoint import RunState
 from i3dist.config import CheckpointSettings, Settings
-from i3dist.errors import ArgumentParser, one_line_errors
+from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
 from i3dist.saver import Saver
 
@@ -40,17 +39,16 @@ class Intervals:
         (folder / "data").mkdir()
         data = Data.write(folder / "data", model.vocab, model.chunk_length, 2 * shape.lanes, 64)
         self.batches = batches(data.lane_windows(shape.lanes, shape.window), 4, device)
-        self.steps: I3Steps = in_engine(I3LM(model, BOS).to(device), shape, device)
+        self.steps = in_engine(I3LM(model, BOS).to(device), shape, device)
         self.lanes = range(shape.lanes)
         self.saver = Saver(folder / "checkpoints", job, CheckpointSettings(keep=1))
-        self.saved = 0
         self.settings = settings.to_dict()
 
     def save(self) -> None:
         """Begin a checkpoint, as the trainer does."""
-        self.saved += 1
+        step = self.saver.step + 1
         state = RunState(
-            step=self.saved, windows=0, tokens_seen=0, settings=self.settings, data="", engine={}
+            step=step, windows=0, tokens_seen=0, settings=self.settings, data="", engine={}
         )
         self.saver.begin(state, self.steps.loop.snapshot, (self.lanes, self.steps.state))
 
@@ -58,10 +56,6 @@ class Intervals:
         """So many steps, until the device has done them."""
         for index in range(count):
             self.steps([self.batches[index % len(self.batches)]], lr=1e-4, pad_id=PAD)
-        self.wait()
-
-    def wait(self) -> None:
-        """Until the device is done."""
         if self.steps.gate.is_cuda:
             torch.cuda.synchronize()
 
@@ -89,10 +83,8 @@ def measure(intervals: Intervals, count: int, rounds: int) -> dict[str, list[tup
     return found
 
 
-def show(
-    found: dict[str, list[tuple[float, float]]], title: str, write: Callable[..., None]
-) -> None:
-    """A table of medians."""
+def show(found: dict[str, list[tuple[float, float]]], title: str) -> None:
+    """Print a table of medians."""
     table = Table(title=title)
     for column in ("interval", "seconds", "training waited", "cost"):
         table.add_column(column, justify="left" if column == "interval" else "right")
@@ -101,7 +93,7 @@ def show(
         seconds, stalled = (statistics.median(column) for column in zip(*times, strict=True))
         cost = "" if kind == KINDS[0] else f"{100 * (seconds / plain - 1):+.1f}%"
         table.add_row(kind, f"{seconds:.2f}", f"{100 * stalled / plain:.2f}%", cost)
-    write(table)
+    Console().print(table)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -115,10 +107,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(
             name, type=int, metavar="N", default=default, help=f"{text} (default: {default})"
         )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if min(options.interval, options.rounds) < 1:
+        raise UserError("--interval and --rounds must be 1 or more")
+    return options
 
 
-def main(arguments: list[str] | None = None) -> dict[str, list[tuple[float, float]]]:
+def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
     options = parse_arguments(arguments)
     settings = Settings.load(options.config, ["model.vocab_size=4096"] if options.config else [])
@@ -127,9 +122,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[tuple[float, floa
         intervals = Intervals(settings, shape, Path(folder))
         found = measure(intervals, options.interval, options.rounds)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    show(found, f"{options.interval} steps of {shape}, {device}", Console().print)
+    show(found, f"{options.interval} steps of {shape}, {device}")
     dist.leave()
-    return found
 
 
 if __name__ == "__main__":
