@@ -1,8 +1,8 @@
 """What may stand in place of i3-4096ctx's compressor, for benchmarks/history_arms.py.
 
-Letters: N chunks, T tokens, M latents, S = T / M tokens of a latent's span, R slots of a latent,
-D width, H heads. Each compressor takes hidden [N, T, D] and keep [N, T] bool, and returns
-[N, M, D]; `begin`, where there is one, is called once weights have been drawn.
+Letters: N chunks, T tokens, M latents, R records of a latent, D width, H heads. Each takes hidden
+[N, T, D] and keep [N, T] bool, and returns latents [N, M, D]; `unfold` makes of them the M x R keys
+that attention sees; `begin`, where there is one, is called once weights have been drawn.
 """
 
 import itertools
@@ -11,42 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.compress import Compressor
-from i3dist.model.layers import Channels, LayerNorm, merge_heads, split_heads
+from i3dist.model.compress import Compressor, spread
+from i3dist.model.layers import (
+    Channels,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    adjust_heads,
+    merge_heads,
+    split_heads,
+)
 
 
-def equal_spans(length: int, latents: int) -> list[int]:
-    """Tokens of each latent's span: all the same."""
-    return [length // latents] * latents
+class AsTheyAre(nn.Module):
+    """Attention sees latents as they are."""
+
+    records = 1
+
+    def unfold(self, latents: Tensor) -> Tensor:
+        """[..., M, D] -> the same."""
+        return latents
 
 
-def tail_spans(length: int, latents: int, slots: int) -> list[int]:
-    """The last tokens of the chunk one to a slot, in half of the latents; before them spans that
-    grow by a constant factor, the oldest first."""
-    near = latents // 2
-    growth = (length / (near * slots)) ** (1 / (latents - near))
-    ends = [round(near * slots * growth**i) for i in range(latents - near + 1)]
-    grown = [later - sooner for sooner, later in itertools.pairwise(ends)]
-    return grown[::-1] + [slots] * near
-
-
-def membership(spans: list[int]) -> Tensor:
-    """Which tokens are of which span: [M, T] as 0 and 1."""
-    of = torch.arange(len(spans)).repeat_interleave(torch.tensor(spans))
-    return F.one_hot(of).T.float()
-
-
-def span_means(x: Tensor, keep: Tensor, member: Tensor) -> Tensor:
-    """Means over each span's kept positions, 0 where there are none.
-
-    x [N, T, D], keep [N, T], member [M, T] from `membership` -> [N, M, D].
-    """
-    weights = member * keep.unsqueeze(1)
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-    return weights.to(x.dtype) @ x
-
-
-class Uncompressed(nn.Module):
+class Uncompressed(AsTheyAre):
     """Every kept position, normalised: M = T."""
 
     def __init__(self, width: Channels):
@@ -58,44 +45,42 @@ class Uncompressed(nn.Module):
         return self.norm(hidden) * keep.unsqueeze(-1)
 
 
-class MeanPool(nn.Module):
-    """The means of the spans, normalised."""
+class MeanPool(AsTheyAre):
+    """Means of the kept positions of each M-th of the chunk, 0 where there are none; normalised."""
 
-    def __init__(self, width: Channels, spans: list[int]):
+    def __init__(self, width: Channels, latents: int):
         super().__init__()
-        self.register_buffer("member", membership(spans))
+        self.latents = latents
         self.norm = LayerNorm(width)
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
         """[N, T, D], [N, T] -> [N, M, D]."""
-        return self.norm(span_means(hidden, keep, self.member))
+        weights = keep.unflatten(-1, (self.latents, -1)).to(hidden.dtype)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+        parts = hidden.unflatten(-2, (self.latents, -1))  # [N, M, T / M, D]
+        return self.norm((weights.unsqueeze(-2) @ parts).squeeze(-2))
 
 
-class Detached(nn.Module):
-    """A compressor left as it began."""
+class Literal(AsTheyAre):
+    """The card read literally: M learned queries read the whole chunk by cross-attention."""
 
-    def __init__(self, compressor: nn.Module):
+    def __init__(self, width: Channels, heads: int, mult: int, latents: int):
         super().__init__()
-        self.inner = compressor
+        self.width = width
+        self.heads = adjust_heads(width.stored, heads)
+        inner = width.split(self.heads)
+        self.scale = inner.per_head**-0.5
+        self.queries = nn.Parameter(torch.zeros(latents, width.stored))
+        self.norm_in, self.norm_ff, self.norm_out = (LayerNorm(width) for _ in range(3))
+        self.query = Linear(width, inner)
+        self.key_value = Linear(width, width.times(2).split(2 * self.heads))
+        self.output = Linear(inner, width)
+        self.ff = FeedForward(width, mult)
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
-        """As the compressor's, without gradient."""
-        return self.inner(hidden, keep).detach()
-
-
-class Anchored(Compressor):
-    """Queries that start from the mean of their span."""
-
-    def __init__(self, width: Channels, heads: int, mult: int, spans: list[int]):
-        super().__init__(width, heads, mult, len(spans))
-        self.register_buffer("member", membership(spans))
-
-    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
-        """As `Compressor.forward`."""
-        normed = self.norm_in(hidden)
+        """[N, T, D], [N, T] -> [N, M, D]."""
+        key, value = self.key_value(self.norm_in(hidden)).chunk(2, dim=-1)
         queries = self.width.pad(self.queries)
-        queries = queries + span_means(normed, keep, self.member)  # [N, M, D]
-        key, value = self.key_value(normed).chunk(2, dim=-1)
         query, key, value = (
             split_heads(part, self.heads) for part in (self.query(queries), key, value)
         )
@@ -105,86 +90,82 @@ class Anchored(Compressor):
         return self.norm_out(latents + self.ff(self.norm_ff(latents)))
 
 
-class Slots(Compressor):
-    """Each latent is R slots of D/R channels: tokens of its span, projected.
+class Detached(nn.Module):
+    """A compressor left as it began."""
 
-    A slot begins with the mean of an R-th of the span; content decides from there.
-    """
-
-    def __init__(self, width: Channels, mult: int, spans: list[int], slots: int):
-        super().__init__(width, slots, mult, len(spans))
-        self.register_buffer("member", membership(spans))
-        self.register_buffer("prior", where_slots_look(spans, self.heads).log())
-        self.offset = nn.Parameter(torch.zeros(self.heads * sum(spans)))
-        del self.output
-
-    def begin(self) -> None:
-        """Slots hold orthonormal projections of tokens."""
-        for rows in self.projections():
-            nn.init.orthogonal_(rows)
-
-    def projections(self) -> tuple[Tensor, ...]:
-        """What projects tokens into each slot: R times [D/R, D]."""
-        return self.key_value.weight[self.width.stored :].chunk(self.heads)
+    def __init__(self, compressor: nn.Module):
+        super().__init__()
+        self.inner, self.records = compressor, compressor.records
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
-        """As `Compressor.forward`."""
-        normed = self.norm_in(hidden)
-        queries = self.width.pad(self.queries)
-        key, value = self.key_value(normed).chunk(2, dim=-1)
-        query = self.query(queries + span_means(normed, keep, self.member))
-        query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
-        logits = ((query * self.scale) @ key.transpose(-1, -2)).float()  # [N, R, M, T]
-        offset = self.offset[: len(self.prior) * keep.shape[-1]]  # padded where it is packed
-        logits = logits + self.prior + offset.float().view(len(self.prior), 1, -1)
-        weights = logits.masked_fill(~keep[:, None, None], float("-inf")).softmax(-1)
-        read = self.query.d_out.trim(merge_heads(weights.to(value.dtype) @ value))
-        latents = queries + self.width.pad(read)
-        return self.norm_out(latents + self.ff(self.norm_ff(latents)))
+        """As the compressor's, without gradient."""
+        return self.inner(hidden, keep).detach()
+
+    def unfold(self, latents: Tensor) -> Tensor:
+        """As the compressor's, without gradient."""
+        return self.inner.unfold(latents).detach()
 
 
-def where_slots_look(spans: list[int], slots: int) -> Tensor:
-    """Shares of each slot's attention to begin with: [R, M, T]; nearly all on its R-th of the span,
-    some on the span, a little everywhere."""
-    member, sizes = membership(spans), torch.tensor(spans, dtype=torch.float)[:, None]
-    length = member.shape[1]
-    starts = sizes.cumsum(0) - sizes
-    low = (torch.arange(length) - starts) / sizes  # of a token in the span, 0 to 1
-    begin = torch.arange(slots)[:, None, None] / slots
-    overlap = torch.minimum(low + 1 / sizes, begin + 1 / slots) - torch.maximum(low, begin)
-    part = slots * overlap.clamp(min=0) * member
-    return 0.97 * part + 0.02 * member / sizes + 0.01 / length
+class Even(Linear):
+    """In place of salience: every token is as salient as any other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., 1], zeros."""
+        return torch.zeros_like(x[..., :1])
 
 
-class Hashed(Compressor):
-    """Each latent and head is a slot that tokens are sorted into by what stands before them.
+class Tail(Compressor):
+    """The last tokens of the chunk one to a record, in half of the latents; before them spans that
+    grow by a constant factor."""
 
-    Slots are addressed, not searched: a latent's query says what it gathers, and the same query is
-    what attention later finds it by. As in attention with bounded-memory control (Peng et al.,
-    2022, arXiv:2110.02488), each token is shared out among the slots of a head.
-    """
+    def prior(self, length: int, device: torch.device) -> Tensor:
+        """As `Compressor.prior`."""
+        sizes = tail_spans(length, len(self.queries), self.records)
+        member = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        span = F.one_hot(member).T.float()  # [M, T]
+        starts = torch.tensor([0, *itertools.accumulate(sizes[:-1])])
+        place = (torch.arange(length) - starts[:, None]) * span  # in the span
+        size = torch.tensor(sizes)[:, None] / self.records  # of a record's part
+        edge = torch.arange(self.records)[:, None, None] * size
+        own = (torch.minimum(place + 1, edge + size) - torch.maximum(place, edge)).clamp(min=0)
+        own = own.transpose(0, 1) * span[:, None] / size[:, None]
+        return spread(own, span / span.sum(-1, keepdim=True)).to(device)
 
-    def __init__(self, width: Channels, heads: int, mult: int, latents: int):
-        super().__init__(width, heads, mult, latents)
-        self.inner = self.query.d_out
-        del self.query, self.output
+
+class Apart(Compressor):
+    """The R records of a latent each have projections of their own."""
+
+    def __init__(self, width: Channels, mult: int, latents: int, records: int):
+        super().__init__(width, mult, latents, records)
+        self.record = Linear(width, width.split(self.records))
+        self.token = Linear(width, width.times(self.records))
 
     def begin(self) -> None:
-        """Addresses far apart; slots hold their tokens as they are, projected."""
-        nn.init.normal_(self.queries, std=3.0)
-        nn.init.orthogonal_(self.key_value.weight[self.width.stored :])
+        """Each record begins as `Compressor`'s do."""
+        nn.init.zeros_(self.salience.weight)
+        d, r = self.width.stored, self.records
+        parts = self.record.weight.view(r, d // r, d)
+        for part in parts:
+            nn.init.orthogonal_(part)
+        nn.init.zeros_(self.token.weight)
+        places = self.token.weight.view(r, d, r, d // r)
+        for i, part in enumerate(parts):
+            places[i, :, i] = part.T * r**0.5
 
-    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
-        """As `Compressor.forward`."""
-        normed = self.norm_in(hidden) * keep.unsqueeze(-1)
-        value = self.key_value(normed).chunk(2, dim=-1)[1]
-        before = F.pad(normed[..., :-1, :], (0, 0, 1, 0))
-        key = self.key_value(before).chunk(2, dim=-1)[0]
-        query = self.inner.pad(self.queries)
-        query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
-        logits = ((query * self.scale) @ key.transpose(-1, -2)).float()  # [N, H, M, T]
-        shares = logits.softmax(-2).masked_fill(~keep[:, None, None], 0.0)
-        weights = shares / (shares.sum(-1, keepdim=True) + 1.0)
-        read = self.inner.trim(merge_heads(weights.to(value.dtype) @ value))
-        latents = self.width.pad(read)
-        return self.norm_out(latents + self.ff(self.norm_ff(latents)))
+    def read(self, shares: Tensor, normed: Tensor) -> Tensor:
+        """As `Compressor.read`."""
+        record = split_heads(self.record(normed), self.records)  # [N, R, T, D/R]
+        return (shares.transpose(-3, -2).to(record.dtype) @ record).transpose(-3, -2)
+
+    def unfold(self, latents: Tensor) -> Tensor:
+        """As `Compressor.unfold`."""
+        return self.token(latents).unflatten(-1, (self.records, -1)).flatten(-3, -2)
+
+
+def tail_spans(length: int, latents: int, records: int) -> list[int]:
+    """Tokens of each latent of `Tail`, the oldest first."""
+    near = latents // 2
+    growth = (length / (near * records)) ** (1 / (latents - near))
+    ends = [round(near * records * growth**i) for i in range(latents - near + 1)]
+    grown = [later - sooner for sooner, later in itertools.pairwise(ends)]
+    return grown[::-1] + [records] * near

@@ -44,18 +44,18 @@ class PerToken(NamedTuple):
 def of_i3(model: I3LM, batch: Batch) -> PerToken:
     """A window of the i3. `model` may lack compressor and history.
 
-    Per chunk, M latents go through the compressor's output and feed-forward; the keys and values of
-    C + K latents are projected for a window of K chunks. What is done once per batch (the latents'
+    Per chunk, M latents go through the compressor's feed-forward; the records of C + K chunks are
+    unfolded and projected for a window of K chunks. What is done once per batch (the latents'
     queries, their ages) is left out.
     """
     s, (_, window, length) = model.settings, batch.tokens.shape
     with_history = not isinstance(model.compressor, nn.Identity)
-    latents = s.latents / length
-    again = latents * (s.history_chunks + window) / window if with_history else 0.0
+    latents, records = s.latents / length, model.keys_per_chunk / length
+    again = records * (s.history_chunks + window) / window if with_history else 0.0
     uses = {
         "compressor.query": 0.0,
-        "compressor.output": latents,
         "compressor.ff": latents,
+        "compressor.token": again,
         "attention.key_value": 1 + again,
     }
     weights = 0.0
@@ -68,7 +68,7 @@ def of_i3(model: I3LM, batch: Batch) -> PerToken:
     read = 0.0
     if with_history:
         past = history_mask(segments, batch.depth.flatten(), s.history_chunks)
-        keys += s.latents * _mean_seen(past)
+        keys += model.keys_per_chunk * _mean_seen(past)
         read = latents * float(last_segment(segments).sum(-1).float().mean())
     return PerToken(weights, s.d_model * (s.attention_layers * keys + read))
 

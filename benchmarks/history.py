@@ -1,6 +1,6 @@
 """Does compressed history earn its place? The same model with and without it, on whole books.
 
-    python benchmarks/history.py run --data DIR --held-out DIR --arms none span --seeds 0 1
+    python benchmarks/history.py run --data DIR --held-out DIR --arms none recipe --seeds 0 1
     python benchmarks/history.py report RESULTS.jsonl [--plot FILE]
 
 `run` trains every arm with every seed on the same windows in the same order, and appends one line
@@ -27,7 +27,7 @@ from unittest import mock
 import history_report
 import numpy as np
 import torch
-from history_arms import ARMS, Arm, build
+from history_arms import ARMS, Arm, build, named_arm
 from i3_steps import Shape, in_bare_loop, in_engine
 from torch import Tensor
 from unigram import counts
@@ -57,14 +57,39 @@ class Plan:
     seed: int
     model: ModelSettings
     lanes: int
-    steps: int
-    marks: tuple[int, ...]  # steps after which it is evaluated
+    steps: int  # that the learning rate's curve spans
+    marks: tuple[int, ...]  # steps after which it is evaluated; it ends at the last
     lr: float
 
     @property
     def tokens(self) -> int:
         """Of a step."""
         return self.lanes * WINDOW * self.model.chunk_length
+
+
+class Curve:
+    """Training loss and gradient norm, over every `STEPS` steps: means, and the largest norm."""
+
+    STEPS = 50
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor | float] = []
+
+    def add(self, loss: Tensor, norm: Tensor | float) -> None:
+        """Take in a step, without waiting for the device."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Whole intervals, as JSON values."""
+        whole = len(self.losses) // self.STEPS * self.STEPS
+        loss, norm = (
+            torch.tensor([float(x) for x in values[:whole]]).view(-1, self.STEPS)
+            for values in (self.losses, self.norms)
+        )
+        rows = {"loss": loss.mean(1), "norm": norm.mean(1), "largest_norm": norm.amax(1)}
+        return {key: row.tolist() for key, row in rows.items()}
 
 
 class Experiment:
@@ -85,14 +110,15 @@ class Experiment:
             model = build(plan.arm, plan.model, self.train.manifest.bos_id, plan.seed)
         steps = loop(model, Shape(plan.lanes, plan.lanes, WINDOW), self.device)
         optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
-        gates, times = CompressionSettings(), []
-        for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.steps)):
+        gates, times, curve = CompressionSettings(), [], Curve()
+        for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.marks[-1])):
             started = time.perf_counter()
             steps.gate.fill_(gates.gate_at(step))
-            if Arm.parse(plan.arm).drops:
+            if "drop" in Arm.parse(plan.arm).added:
                 batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)
             times.append(time.perf_counter() - started)
+            curve.add(loss, steps.norm)
             if step + 1 in plan.marks:
                 peak = torch.cuda.max_memory_reserved() / 2**30 if self.device.type == "cuda" else 0
                 yield {
@@ -100,7 +126,7 @@ class Experiment:
                     "seed": plan.seed,
                     "tokens": (step + 1) * plan.tokens,
                     "parameters": sum(p.numel() for p in model.parameters()),
-                    "training_loss": float(loss),
+                    "curve": curve.to_dict(),
                     "ms": 1e3 * statistics.median(times[len(times) // 2 :]),
                     "gib": peak,
                 } | self.evaluate(model, plan)
@@ -185,9 +211,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     run = commands.add_parser("run", help="train and evaluate arms")
     run.add_argument("--data", type=Path, required=True, help="what is trained on")
     run.add_argument("--held-out", type=Path, required=True, help="what is evaluated")
-    run.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    run.add_argument("--arms", nargs="+", type=named_arm, default=ARMS, metavar="ARM")
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     run.add_argument("--tokens", type=float, default=150e6, help="of a run (default: 150e6)")
+    run.add_argument(
+        "--marks",
+        type=float,
+        nargs="+",
+        default=[0.5, 1.0],
+        help="parts of the run to evaluate it after; it ends at the last (default: 0.5 1)",
+    )
     run.add_argument("--lanes", type=int, default=8, help="(default: 8)")
     run.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
     run.add_argument("--width", type=int, default=512, help="of the model (default: 512)")
@@ -218,7 +251,7 @@ def plans(options: argparse.Namespace, manifest: Manifest) -> Iterator[Plan]:
                 model,
                 options.lanes,
                 steps,
-                (steps // 2, steps),
+                tuple(max(1, round(mark * steps)) for mark in sorted(options.marks)),
                 options.lr,
             )
 
@@ -229,7 +262,7 @@ def run(options: argparse.Namespace) -> None:
     lines = history_report.read(options.results)
     done = {(line["arm"], line["seed"], line["tokens"]) for line in lines}
     for plan in plans(options, experiment.train.manifest):
-        if (plan.arm, plan.seed, plan.steps * plan.tokens) in done:
+        if (plan.arm, plan.seed, plan.marks[-1] * plan.tokens) in done:
             continue
         started = time.perf_counter()
         for line in experiment.run(plan):

@@ -1,20 +1,23 @@
-"""The arms of benchmarks/history.py: i3-4096ctx with something else for its history.
+"""The arms of benchmarks/history.py: i3-4096ctx, or with something else for its history.
 
   none        no history
-  literal     the card's compressor: learned queries read the whole chunk
-  anchored    queries are learned + the mean of their span, which stays in the latent
-  slotsR      latents are R projected tokens of their span, which attention sees one by one
-  tailR       the same with unequal spans: half of the latents hold the chunk's last tokens
-  hashed      latents gather tokens by what stands before them, over the whole chunk; attention
-              begins to find them as tokens found them (with key and value projections of its own)
+  recipe      the library's: latents of records
+  recordsR    with R records in a latent
+  literal     the card read literally: learned queries read the whole chunk
   mean        means of the spans, normalised: no compressor
+  picks       4:1, tokens of full width: a fourth of the chunk's
+  every       4:1, a record of D/4 for every token
   ceiling     no compression: every token of the last 4,096
   carry       no history, RWKV state carried from chunk to chunk
 
 and added to these
 
-  -kv         history has key and value projections of its own in every attention block
-  -gate       a learned logit of history, by head and by what asks, which begins low
+  -low        the logit of history begins low; otherwise literal and ceiling begin with it open
+  -open       it begins open; otherwise the others begin low
+  -even       records choose tokens by no salience
+  -apart      the records of a latent have projections of their own
+  -own        history has key and value projections of its own in every attention block
+  -tail       half of the latents hold the chunk's last tokens
   -drop       a tenth of the chunks is trained without history
   -carry      RWKV state carried
   -detached   what makes latents is left as it began
@@ -25,214 +28,132 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from compressors import (
-    Anchored,
-    Detached,
-    Hashed,
-    MeanPool,
-    Slots,
-    Uncompressed,
-    equal_spans,
-    tail_spans,
-)
+from compressors import Apart, Detached, Even, Literal, MeanPool, Tail, Uncompressed
 from i3_steps import WithoutHistory
 from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
-from i3dist.model.attention import Attention, HistoryEmbedding
-from i3dist.model.layers import ALIGNMENT, Channels, Linear, merge_heads, split_heads
+from i3dist.errors import UserError
+from i3dist.model.attention import CLOSED, Attention, HistoryEmbedding
+from i3dist.model.compress import Compressor
+from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
-from i3dist.ops.attention import Visibility, attend
 
-CLOSED = -4.0  # what the logit of history begins at
-
-
-class Unfolding(I3LM):
-    """Attention sees R vectors for each latent, and projects them as it does tokens."""
-
-    def __init__(self, settings: ModelSettings, bos_id: int, spans: list[int], slots: int):
-        super().__init__(settings, bos_id)
-        s, width = settings, self.width
-        self.compressor = Slots(width, s.ff_mult, spans, slots)  # type: ignore[assignment]
-        self.slots = self.compressor.heads
-        self.keys_per_chunk = s.latents * self.slots
-        self.history = HistoryEmbedding(width, s.history_chunks, self.keys_per_chunk)
-        self.unfold = Linear(width, width.times(self.slots))
-
-    def begin(self) -> None:
-        """Unfold a slot to the token that it was projected from."""
-        d = self.width.stored
-        nn.init.zeros_(self.unfold.weight)
-        places = self.unfold.weight.view(self.slots, d, self.slots, d // self.slots)
-        slots = next(module for module in self.modules() if isinstance(module, Slots))
-        for i, rows in enumerate(slots.projections()):
-            places[i, :, i] = rows.T * self.slots**0.5
-
-    def history_keys_values(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """As `I3LM.history_keys_values`."""
-        each = self.unfold(latents).unflatten(-1, (self.slots, -1)).flatten(2, 3)
-        return super().history_keys_values(each)
+PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
+ADDED = ("low", "open", "even", "apart", "own", "tail", "drop", "carry", "detached")
+ARMS = [
+    *("none", "recipe", "literal", "mean", "ceiling", "carry", "recipe-carry", "recipe-detached"),
+    *("recipe-open", "recipe-even", "recipe-apart", "recipe-own", "recipe-tail", "recipe-drop"),
+    *("records1", "records2", "records8", "picks", "every", "ceiling-low", "literal-low"),
+]
 
 
 class OwnProjections(Attention):
-    """Attention that projects latents by matrices of their own."""
+    """Attention that projects history by matrices of their own, which begin as those of tokens."""
 
     def __init__(self, width: Channels, heads: int):
         super().__init__(width, heads)
-        self.latent_key_value = Linear(width, width.times(2).split(2 * self.heads))
+        self.of_history = Linear(width, self.key_value.d_out)
+
+    def begin(self) -> None:
+        """Begin with the tokens' projections."""
+        super().begin()
+        self.of_history.weight.copy_(self.key_value.weight)
 
     def history_keys_values(
         self, latents: Tensor, embed: HistoryEmbedding
     ) -> tuple[Tensor, Tensor]:
         """As `Attention.history_keys_values`."""
-        tokens, self.key_value = self.key_value, self.latent_key_value
+        tokens, self.key_value = self.key_value, self.of_history
         try:
             return super().history_keys_values(latents, embed)
         finally:
             self.key_value = tokens
 
 
-class Gated(nn.Module):
-    """Attention whose logits of history are b_h(x) higher, by head and query.
-
-    Keys get one more channel, 1 for history and 0 for tokens, and queries b_h(x) there.
-    """
-
-    def __init__(self, attention: Attention, width: Channels):
-        super().__init__()
-        self.inner = attention
-        self.heads, self.scale = attention.heads, attention.scale
-        self.gate = Linear(width, Channels(self.heads, alignment=1))
-        self.bias = nn.Parameter(torch.zeros(self.heads))
-
-    def begin(self) -> None:
-        """Every query begins the same."""
-        nn.init.zeros_(self.gate.weight)
-        nn.init.constant_(self.bias, CLOSED)
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Attention.keys_values`, with the additional channels."""
-        return self._marked(*self.inner.keys_values(x), 0.0)
-
-    def history_keys_values(
-        self, latents: Tensor, embed: HistoryEmbedding
-    ) -> tuple[Tensor, Tensor]:
-        """As `Attention.history_keys_values`, with the additional channels."""
-        return self._marked(*self.inner.history_keys_values(latents, embed), 1.0)
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, visible: Visibility) -> Tensor:
-        """As `Attention.forward`."""
-        query = split_heads(self.inner.query(x), self.heads)
-        bias = (self.gate(x) + self.bias[: self.heads]).transpose(-1, -2).unsqueeze(-1)
-        query = torch.cat([query, F.pad(bias / self.scale, (0, ALIGNMENT - 1))], dim=-1)
-        read = attend(query, keys, values, visible, self.scale)[..., :-ALIGNMENT]
-        return self.inner.output(merge_heads(read))
-
-    @staticmethod
-    def _marked(keys: Tensor, values: Tensor, mark: float) -> tuple[Tensor, Tensor]:
-        channel = F.pad(torch.full_like(keys[..., :1], mark), (0, ALIGNMENT - 1))
-        return torch.cat([keys, channel], dim=-1), F.pad(values, (0, ALIGNMENT))
-
-
 @dataclass(frozen=True)
 class Arm:
-    """One arm; the defaults are the card's."""
+    """One arm, read from its name."""
 
-    compressor: Callable[[I3LM], nn.Module] | None = None
-    slots: int = 0  # of a latent; 0 where latents have none
-    tail: bool = False  # half of the latents hold the chunk's last tokens
-    history: bool = True
-    compressed: bool = True
-    own_projections: bool = False
-    gated: bool = False
-    carries: bool = False
-    detached: bool = False
-    drops: bool = False
+    base: str
+    added: frozenset[str]
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
-        """Read "slots4-gate"."""
-        base, *more = name.split("-")
-        slots = re.fullmatch(r"(slots|tail)(\d+)", base)
-        return cls(
-            compressor=COMPRESSORS.get(base),
-            slots=int(slots[2]) if slots else 0,
-            tail=base.startswith("tail"),
-            history=base not in ("none", "carry"),
-            compressed=base != "ceiling",
-            own_projections="kv" in more or base == "hashed",
-            gated="gate" in more,
-            carries="carry" in (base, *more),
-            detached="detached" in more,
-            drops="drop" in more,
-        )
+        """Read "records8-tail-drop"."""
+        base, *added = name.split("-")
+        if not (base in PLAIN or re.fullmatch(r"records\d+", base)):
+            raise UserError(f"there is no arm {base!r}; there are {', '.join(PLAIN)}, recordsR")
+        if wrong := [more for more in added if more not in ADDED]:
+            raise UserError(f"{name}: {wrong[0]!r} is none of {', '.join(ADDED)}")
+        return cls(base, frozenset(added))
+
+    @property
+    def has_history(self) -> bool:
+        """Whether there are latents."""
+        return self.base not in ("none", "carry")
+
+    @property
+    def bias(self) -> float:
+        """What the logit of history begins at."""
+        opened = self.base in ("literal", "ceiling")
+        return 0.0 if "open" in self.added or (opened and "low" not in self.added) else CLOSED
+
+    def settings(self, card: ModelSettings) -> ModelSettings:
+        """The model's."""
+        length, carries = card.chunk_length, "carry" in (self.base, *self.added)
+        changes: dict[str, object] = {"state_carry": carries}
+        match self.base:
+            case "ceiling":
+                changes["latents"] = length
+            case "picks":
+                changes |= {"latents": length // 4, "records": 1}
+            case "every":
+                changes |= {"latents": length // 4, "records": 4}
+            case base if base.startswith("records"):
+                changes["records"] = int(base.removeprefix("records"))
+        return card.model_copy(update=changes)
+
+    def compressor(self, width: Channels, s: ModelSettings) -> nn.Module:
+        """What makes latents."""
+        match self.base:
+            case "ceiling":
+                made: nn.Module = Uncompressed(width)
+            case "mean":
+                made = MeanPool(width, s.latents)
+            case "literal":
+                made = Literal(width, s.heads, s.ff_mult, s.latents)
+            case _:
+                kinds: dict[str, Callable[..., Compressor]] = {"tail": Tail, "apart": Apart}
+                kind = next((kinds[more] for more in self.added if more in kinds), Compressor)
+                made = kind(width, s.ff_mult, s.latents, s.records)
+                if "even" in self.added:
+                    made.salience = Even(width, made.salience.d_out)
+        return Detached(made) if "detached" in self.added else made
 
 
-COMPRESSORS: dict[str, Callable[[I3LM], nn.Module]] = {
-    "anchored": lambda m: Anchored(m.width, m.settings.heads, m.settings.ff_mult, _equal(m)),
-    "hashed": lambda m: Hashed(m.width, m.settings.heads, m.settings.ff_mult, m.settings.latents),
-    "mean": lambda m: MeanPool(m.width, _equal(m)),
-    "ceiling": lambda m: Uncompressed(m.width),
-}
-ARMS = [
-    *("none", "literal", "literal-gate", "literal-detached", "anchored", "mean", "mean-kv"),
-    *("mean-gate", "slots1", "slots1-gate", "slots1-gate-carry", "slots1-gate-detached"),
-    *("slots4", "slots4-gate", "slots4-gate-drop", "slots4-detached", "hashed", "hashed-gate"),
-    *("tail1", "tail1-gate", "tail2-gate", "ceiling", "ceiling-gate", "carry"),
-]
-
-
-def _equal(model: I3LM) -> list[int]:
-    return equal_spans(model.settings.chunk_length, model.settings.latents)
+def named_arm(name: str) -> str:
+    """The name, if there is such an arm: a type for argparse."""
+    Arm.parse(name)
+    return name
 
 
 def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
     """The model of an arm. What arms of a seed have in common begins with the same weights, up to
     the first part that differs in shape."""
     arm = Arm.parse(name)
-    changes: dict[str, object] = {"state_carry": arm.carries}
-    if not arm.compressed:
-        changes["latents"] = settings.chunk_length
-    changed = settings.model_copy(update=changes)
-    if arm.slots:
-        sizes = (settings.chunk_length, settings.latents)
-        spans = tail_spans(*sizes, arm.slots) if arm.tail else equal_spans(*sizes)
-        model: I3LM = Unfolding(changed, bos_id, spans, arm.slots)
+    settings = arm.settings(settings)
+    if not arm.has_history:
+        model: I3LM = WithoutHistory(settings, bos_id)
     else:
-        model = (I3LM if arm.history else WithoutHistory)(changed, bos_id)
-    if arm.compressor:
-        model.compressor = arm.compressor(model)  # type: ignore[assignment]
-    if arm.detached:
-        model.compressor = Detached(model.compressor)  # type: ignore[assignment]
+        model = I3LM(settings, bos_id)
+        model.compressor = made = arm.compressor(model.width, settings)  # type: ignore[assignment]
+        model.keys_per_chunk = settings.latents * made.records  # type: ignore[operator]
+        model.history = HistoryEmbedding(model.width, settings.history_chunks, model.keys_per_chunk)
     for block in model.attention:
-        if arm.own_projections:
+        if "own" in arm.added:
             block.attention = OwnProjections(model.width, settings.heads)
-        if arm.gated:
-            block.attention = Gated(block.attention, model.width)  # type: ignore[arg-type]
-    _draw(model, seed)
-    return model
-
-
-@torch.no_grad()
-def _draw(model: I3LM, seed: int) -> None:
-    """Draw all weights, replaced parts' as well, and let each part set what it begins with."""
+        nn.init.constant_(block.attention.history_bias, arm.bias)
     torch.manual_seed(seed)
-    model._initialise()
-    for module in reversed(list(model.modules())):  # parts before the whole
-        if hasattr(module, "begin"):
-            module.begin()
-    if isinstance(model.compressor, Hashed):
-        _share_addresses(model, model.compressor)
-
-
-def _share_addresses(model: I3LM, compressor: Hashed) -> None:
-    """Let attention look for what followed a context as the compressor files it."""
-    d = model.width.stored
-    for block in model.attention:
-        attention = getattr(block.attention, "inner", block.attention)
-        attention.query.weight.copy_(compressor.key_value.weight[:d])
-        keys, values = attention.latent_key_value.weight.split(d)
-        nn.init.eye_(values)
-        keys.copy_(0.3 * values)  # of what a slot holds, little: its address is what counts
-    model.history.slot.copy_(compressor.queries)
+    model.draw()
+    return model

@@ -75,6 +75,7 @@ class I3Steps:
         dtype = model.head.weight.dtype
         self.state = LaneState.empty(shape.lanes, model.settings, device, dtype)
         self.gate = torch.ones((), device=device)
+        self.norm: Tensor | float = 0.0  # of the last step's gradient, before clipping
         rows = (shape.micro_batch, shape.window)
         tokens = torch.zeros(*rows, model.settings.chunk_length, dtype=torch.long, device=device)
         state = self.state.rows(0, shape.micro_batch)
@@ -95,7 +96,8 @@ class I3Steps:
                 loss_sum += losses.detach().sum()
                 states.append(state)
             self.state = LaneState.concatenate(states)
-        self.loop.step(lr)
+        stepped = self.loop.step(lr)
+        self.norm = stepped.norm if isinstance(stepped, tuple) else stepped
         return loss_sum / counts.targets
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from history_arms import ARMS, build
+from history_arms import build, named_arm
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -242,7 +242,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--arms", nargs="+", choices=ARMS, default=["slots4"], help="(default: slots4)")
+    add("--arms", nargs="+", type=named_arm, default=["recipe"], help="(default: recipe)")
     add("--pairs", nargs="+", type=int, default=[8], help="of a chunk (default: 8)")
     add("--chunks", type=int, default=24, help="of a document (default: 24)")
     add("--length", type=int, default=128, help="tokens of a chunk (default: 128)")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from i3dist.model.attention import Attention, AttentionBlock
-from i3dist.model.layers import split_heads
 from i3dist.model.lm import I3LM, Below
 from i3dist.model.segments import causal_mask, history_mask
 from i3dist.model.state import LaneState
@@ -72,7 +71,7 @@ def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> T
     """
     segments, chunks = below.segments.flatten(0, 1), model.settings.history_chunks
     seen = history_mask(segments, below.depth.flatten(), chunks)
-    bias = attention_bias(causal_mask(segments), seen, gate, model.settings.latents)
+    bias = attention_bias(causal_mask(segments), seen, gate, model.keys_per_chunk)
     counted = seen & used.flatten(0, 1).unsqueeze(-1)  # [N, T, C]
     total = torch.zeros(chunks, dtype=torch.float64, device=bias.device)
     x, blocks = below.x.flatten(0, 1), cast("Iterable[AttentionBlock]", model.attention)
@@ -103,8 +102,7 @@ def attention_mass(
     Returns:
         [T, C + 1] fp32: chunks of history, the oldest first, then the own chunk; rows sum to 1.
     """
-    query = split_heads(attention.query(x), attention.heads)
-    logits = widen((query * attention.scale) @ keys.transpose(-1, -2)) + bias
+    logits = widen((attention.queries(x) * attention.scale) @ keys.transpose(-1, -2)) + bias
     past, own = logits.softmax(-1).mean(0).tensor_split([len(bias[0, 0]) - len(x)], dim=-1)
     return torch.cat([past.unflatten(-1, (chunks, -1)).sum(-1), own.sum(-1, keepdim=True)], dim=-1)
 

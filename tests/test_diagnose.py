@@ -18,7 +18,8 @@ from i3dist.ops.cross_entropy import IGNORE
 from tests.model.conftest import BOS, SMALL, build
 from tests.model.streams import depth_of, empty, stream
 
-T, C, M = SMALL["chunk_length"], SMALL["history_chunks"], SMALL["latents"]
+T, C = SMALL["chunk_length"], SMALL["history_chunks"]
+M = 4 * SMALL["latents"]  # keys of an earlier chunk: four records in a latent
 ON = torch.tensor(1.0)
 
 

@@ -1,7 +1,6 @@
 """Books, arms and the recall task of benchmarks/, at toy size. About a minute."""
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from i3dist.config import ModelSettings
 from i3dist.errors import UserError
+from i3dist.model.layers import Channels
 from i3dist.model.packed import PackedModel
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
@@ -62,26 +62,29 @@ def test_a_url_that_names_no_piece_is_one_line() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_span_means_are_means_of_what_is_kept(seed: int) -> None:
+def test_mean_pooling_is_means_of_what_is_kept(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
-    x, keep = torch.randn(3, 12, 5, generator=random), torch.rand(3, 12, generator=random) < 0.6
-    means = compressors.span_means(x, keep, compressors.membership([3] * 4))
+    x, keep = torch.randn(3, 12, 16, generator=random), torch.rand(3, 12, generator=random) < 0.6
+    means = compressors.MeanPool(Channels(16), latents=4)(x, keep)
     for n in range(3):
         for m in range(4):
             kept = [x[n, t] for t in range(3 * m, 3 * m + 3) if keep[n, t]]
-            want = torch.stack(kept).mean(0) if kept else torch.zeros(5)
-            torch.testing.assert_close(means[n, m], want)
+            want = torch.stack(kept).mean(0) if kept else torch.zeros(16)
+            torch.testing.assert_close(means[n, m], torch.nn.functional.layer_norm(want, (16,)))
 
 
 @settings(max_examples=20, deadline=None)
-@given(latents=st.integers(2, 32), ratio=st.integers(12, 20), slots=st.integers(1, 4))
-def test_tail_spans_end_in_tokens_one_to_a_slot(latents: int, ratio: int, slots: int) -> None:
-    spans = compressors.tail_spans(latents * ratio, latents, slots)
+@given(latents=st.integers(2, 32), ratio=st.integers(12, 20), records=st.sampled_from([1, 2, 4]))
+def test_a_tail_ends_in_tokens_one_to_a_record(latents: int, ratio: int, records: int) -> None:
+    spans = compressors.tail_spans(latents * ratio, latents, records)
     assert len(spans) == latents and sum(spans) == latents * ratio
     assert min(spans) >= 1
-    assert spans[-(latents // 2) :] == [slots] * (latents // 2)
-    shares = compressors.where_slots_look(spans, slots)
-    torch.testing.assert_close(shares.sum(-1), torch.ones(slots, latents))
+    assert spans[-(latents // 2) :] == [records] * (latents // 2)
+    tail = compressors.Tail(Channels(16), 1, latents, records)
+    prior = tail.prior(latents * ratio, torch.device("cpu"))
+    torch.testing.assert_close(prior.sum(-1), torch.ones(latents, records))
+    last = prior[-1, -1]
+    assert last.argmax() == latents * ratio - 1 and last.max() > 0.97
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -115,21 +118,6 @@ def test_every_arm_is_the_same_on_packed_parameters(arm: str) -> None:
             torch.testing.assert_close(slot.stored(part), want, atol=2e-4, rtol=1e-3)
 
 
-def test_a_gate_raises_the_logits_of_history() -> None:
-    tokens = stream(3, 4, 32, 64, 400)
-    gated, plain = (history_arms.build(f"slots4{more}", SIZES, BOS, 0) for more in ("-gate", ""))
-    state = LaneState.empty(1, plain.settings, tokens.device, torch.float32)
-    inputs = (tokens, tokens.roll(-1, -1), depth_of(tokens), state)
-    own = {name.replace(".inner", ""): tensor for name, tensor in gated.state_dict().items()}
-    plain.load_state_dict(own, strict=False)
-    for gate in (0.0, 0.3, 1.0):
-        for block in gated.attention:
-            block.attention.bias.data.fill_(math.log(gate) if gate else -1e9)
-        torch.testing.assert_close(
-            gated(*inputs, torch.ones(()))[0], plain(*inputs, torch.tensor(gate))[0]
-        )
-
-
 def test_arms_of_a_seed_share_what_they_can() -> None:
     models = {arm: history_arms.build(arm, SIZES, BOS, seed=1) for arm in ARMS}
     for model in models.values():
@@ -139,13 +127,19 @@ def test_arms_of_a_seed_share_what_they_can() -> None:
 
 def test_a_detached_compressor_has_no_gradient() -> None:
     tokens = stream(3, 4, 32, 64, 300)
-    for arm, trained in (("literal", True), ("slots4", True), ("slots4-detached", False)):
+    for arm, trained in (("literal", True), ("recipe", True), ("recipe-detached", False)):
         model = history_arms.build(arm, SIZES, BOS, seed=0)
         state = LaneState.empty(1, model.settings, tokens.device, torch.float32)
         model(tokens, tokens.roll(-1, -1), depth_of(tokens), state, torch.ones(()))[
             0
         ].sum().backward()
         assert any(p.grad is not None for p in model.compressor.parameters()) == trained
+
+
+@pytest.mark.parametrize(("name", "word"), [("recipes", "recipes"), ("recipe-quick", "quick")])
+def test_an_arm_that_there_is_not_is_named(name: str, word: str) -> None:
+    with pytest.raises(UserError, match=f"'{word}'"):
+        history.main(["run", "--data", "x", "--held-out", "y", "--arms", name])
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +214,7 @@ def test_every_distance_is_as_frequent() -> None:
 def test_latents_recall_what_was_stated_as_far_as_history_reaches() -> None:
     """The recall probe, small: a minute on two cores."""
     task = recall.Task(chunks=8, length=32, pairs=2, values=16, distances=5)
-    model = history_arms.build("slots4", recall.settings(task, 64, history=3), recall.BOS, seed=0)
+    model = history_arms.build("recipe", recall.settings(task, 64, history=3), recall.BOS, seed=0)
     found = [0.0]
     for step, _ in enumerate(recall.train(model, task, steps=1200, documents=16, lr=3e-3)):
         if step % 50 == 0:

@@ -1,12 +1,16 @@
 """Causal attention over a chunk and its compressed history.
 
-Letters: N rows (chunks), H heads, T query tokens, S keys, C history chunks, M latents, D width.
+Letters: N rows (chunks), H heads, T query tokens, S keys, C history chunks, M keys of an earlier
+chunk, D width.
 
 Tokens carry no positions: the RWKV blocks below give order (as in Jamba, Lieber et al., 2024,
-arXiv:2403.19887). Latents carry a learned age, 1 to C chunks, and a learned slot, 0 to M - 1.
+arXiv:2403.19887). Keys of history carry a learned age, 1 to C chunks, and a learned slot, 0 to
+M - 1, and each query adds a logit b_h(x) of its own to all of them. That begins low: while history
+holds nothing of use yet, its keys outnumber the chunk's own, and would take attention from them.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from i3dist.model.layers import (
@@ -20,28 +24,46 @@ from i3dist.model.layers import (
 )
 from i3dist.ops.attention import Visibility, attend
 
+CLOSED = -4.0  # what the logit of history begins at
+
 
 class HistoryEmbedding(nn.Module):
-    """The learned age and slot of latents, shared by the attention blocks."""
+    """The learned age and slot of history's keys, shared by the attention blocks."""
 
-    def __init__(self, width: Channels, chunks: int, latents: int):
+    def __init__(self, width: Channels, chunks: int, keys: int):
         super().__init__()
         self.width = width
         self.age = nn.Parameter(torch.zeros(chunks, width.stored))  # row 0 is the oldest chunk
-        self.slot = nn.Parameter(torch.zeros(latents, width.stored))
+        self.slot = nn.Parameter(torch.zeros(keys, width.stored))
 
 
 class Attention(nn.Module):
-    """Multi-head attention over latents of earlier chunks, then tokens. 4 D^2 parameters."""
+    """Multi-head attention over earlier chunks, then tokens. (4 D + H) D parameters.
+
+    The logit of history is one more channel of queries, against 1 in keys of history and 0 in those
+    of tokens. It takes the place of padding, if there is any.
+    """
 
     def __init__(self, width: Channels, heads: int):
         super().__init__()
         self.heads = adjust_heads(width.stored, heads)
-        inner = width.split(self.heads)
+        self.inner = inner = width.split(self.heads, spare=1)
         self.scale = inner.per_head**-0.5
         self.query = Linear(width, inner)
-        self.key_value = Linear(width, width.times(2).split(2 * self.heads))
+        self.key_value = Linear(width, width.times(2).split(2 * self.heads, spare=1))
         self.output = Linear(inner, width)
+        self.history_logit = Linear(width, Channels(self.heads, alignment=width.alignment))
+        self.history_bias = nn.Parameter(torch.full((self.heads,), CLOSED))
+
+    def begin(self) -> None:
+        """The logit of history begins the same for every query."""
+        nn.init.zeros_(self.history_logit.weight)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x [..., T, D] -> [..., H, T, D/H]."""
+        logit = self.history_logit(x)[..., : self.heads] + self.history_bias[: self.heads]
+        logit = logit.transpose(-1, -2).unsqueeze(-1)  # [..., H, T, 1]
+        return split_heads(self.query(x), self.heads) + self._spare(logit / self.scale)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., S, D] -> keys and values, each [..., H, S, D/H]."""
@@ -53,10 +75,11 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of every window of C consecutive chunks: [B, K, H, C * M, D/H] each.
 
-        The projection is linear, so that a latent is projected once for all the ages it takes.
+        The projection is linear, so that a key is projected once for all the ages it takes.
 
         Args:
-            latents: [B, C + K, M, D], oldest first; chunk k of K sees chunks k to k + C - 1.
+            latents: [B, C + K, M, D], unfolded, oldest first; chunk k of K sees chunks k to
+                k + C - 1.
             embed: ages and slots.
         """
         chunks, width = embed.age.shape[0], embed.width
@@ -66,12 +89,18 @@ class Attention(nn.Module):
         windows = torch.stack([projected[:, i : i + count] for i in range(chunks)], dim=2)
         windows = windows + self.key_value(width.pad(embed.age))[:, None]  # [B, K, C, M, 2D]
         key, value = windows.flatten(2, 3).chunk(2, dim=-1)  # [B, K, C * M, D] each
-        return split_heads(key, self.heads), split_heads(value, self.heads)
+        key, value = split_heads(key, self.heads), split_heads(value, self.heads)
+        return key + self._spare(torch.ones_like(key[..., :1])), value
+
+    def _spare(self, x: Tensor) -> Tensor:
+        """x [..., 1] in the first channel that a head does not use: [..., D/H]."""
+        after = self.inner.computed // self.heads - self.inner.per_head - 1
+        return F.pad(x, (self.inner.per_head, after))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, visible: Visibility) -> Tensor:
         """x [N, T, D]; keys, values [N, H, S, D/H] -> [N, T, D]."""
-        query = split_heads(self.query(x), self.heads)
-        return self.output(merge_heads(attend(query, keys, values, visible, self.scale)))
+        read = attend(self.queries(x), keys, values, visible, self.scale)
+        return self.output(merge_heads(read))
 
 
 class AttentionBlock(nn.Module):

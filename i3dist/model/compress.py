@@ -1,7 +1,15 @@
-"""The compressor: a chunk's hidden states to M latents. Letters: T tokens, M latents, D width.
+"""The compressor: a chunk's hidden states to M latents, and latents to what attention sees.
 
-Learned queries read the chunk by cross-attention, as in Perceiver (Jaegle et al., 2021,
-arXiv:2103.03206), then LayerNorm and a feed-forward refine them.
+Letters: T tokens, M latents, R records of a latent, D width.
+
+A latent is R records of D/R channels, each made of tokens of an R-th of the latent's span of the
+chunk (T / M tokens). One projection, the same for every token, makes a record, and one makes of it
+again what stands in for the token: to attention a record is a token of low rank, which it reads
+with the projections that it reads tokens with. So what is learned of tokens holds for history, and
+the other way round. As in multi-head latent attention (DeepSeek-V2, 2024, arXiv:2405.04434), where
+each token has such a record; here a record stands for several, and what it holds is mostly the one
+that is most salient. Which it is, learned queries find by cross-attention over the chunk, as in
+Perceiver (Jaegle et al., 2021, arXiv:2103.03206). LayerNorm and a feed-forward refine the latents.
 """
 
 import torch
@@ -13,28 +21,32 @@ from i3dist.model.layers import (
     LayerNorm,
     Linear,
     adjust_heads,
-    merge_heads,
     split_heads,
 )
-from i3dist.ops.attention import attend_few
+from i3dist.ops.precision import multipliable, widen
+
+IN_SPAN, ANYWHERE = 0.02, 0.01  # shares of a record that begin outside its part of the span
 
 
 class Compressor(nn.Module):
-    """[..., T, D] hidden states -> [..., M, D] latents. About 12 D^2 parameters."""
+    """[..., T, D] hidden states -> [..., M, D] latents. About (10 + 2 / R) D^2 parameters."""
 
-    def __init__(self, width: Channels, heads: int, mult: int, latents: int):
+    def __init__(self, width: Channels, mult: int, latents: int, records: int):
         super().__init__()
         self.width = width
-        self.heads = adjust_heads(width.stored, heads)
-        inner = width.split(self.heads)
-        self.scale = inner.per_head**-0.5
+        self.records = records = adjust_heads(width.stored, records, "records")
+        parts = width.split(records)
+        self.part = Channels(parts.per_head, alignment=width.alignment)
+        self.scale = parts.per_head**-0.5
         self.queries = nn.Parameter(torch.zeros(latents, width.stored))
         self.norm_in = LayerNorm(width)
         self.norm_ff = LayerNorm(width)
         self.norm_out = LayerNorm(width)
-        self.query = Linear(width, inner)
-        self.key_value = Linear(width, width.times(2).split(2 * self.heads))
-        self.output = Linear(inner, width)
+        self.query = Linear(width, parts)
+        self.key = Linear(width, parts)
+        self.salience = Linear(width, Channels(records, alignment=width.alignment))
+        self.record = Linear(width, self.part)
+        self.token = Linear(self.part, width)
         self.ff = FeedForward(width, mult)
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
@@ -44,11 +56,70 @@ class Compressor(nn.Module):
             hidden: [..., T, D].
             keep: [..., T] bool; at least one position of every chunk is kept.
         """
-        key, value = self.key_value(self.norm_in(hidden)).chunk(2, dim=-1)
+        normed = self.norm_in(hidden)
         queries = self.width.pad(self.queries)
-        query = self.query(queries).expand(*hidden.shape[:-2], -1, -1)
-        query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
-        read = attend_few(query, key, value, keep[..., None, None, :], self.scale)
-        latents = queries + self.output(merge_heads(read))
+        read = self.read(self.shares(queries, normed, keep), normed).to(hidden.dtype)
+        latents = queries + self.width.pad(self.part.trim(read).flatten(-2))
         normed, latents = self.norm_ff.of_sum(latents)
         return self.norm_out(latents + self.ff(normed))
+
+    def read(self, shares: Tensor, normed: Tensor) -> Tensor:
+        """Records of the chunk: shares [..., M, R, T], normed [..., T, D] -> [..., M, R, D/R]."""
+        record = multipliable(self.record(normed))
+        return (shares.flatten(-3, -2).to(record.dtype) @ record).unflatten(-2, (-1, self.records))
+
+    def shares(self, queries: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
+        """How much of each token goes into each record: [..., M, R, T] fp32, summing to 1 over T.
+
+        Args:
+            queries: [M, D].
+            normed: [..., T, D].
+            keep: [..., T] bool.
+        """
+        length, kept = normed.shape[-2], keep[..., None, None, :]
+        query, key = (
+            multipliable(split_heads(x, self.records))
+            for x in (self.query(queries) * self.scale, self.key(normed))
+        )
+        salience = self.salience(normed)[..., : self.records].transpose(-1, -2)  # [..., R, T]
+        prior = self.prior(length, normed.device).log()
+        asked = widen(query @ key.transpose(-1, -2)).transpose(-3, -2)  # [..., M, R, T]
+        logits = asked + widen(salience).unsqueeze(-3) + prior
+        return logits.masked_fill(~kept, float("-inf")).softmax(dim=-1)
+
+    def prior(self, length: int, device: torch.device) -> Tensor:
+        """What shares begin as, where content says nothing: [M, R, T] fp32, summing to 1 over T."""
+        latents = len(self.queries)
+        parts = even_parts(length, latents * self.records, device).unflatten(0, (latents, -1))
+        return spread(parts, even_parts(length, latents, device))
+
+    def unfold(self, latents: Tensor) -> Tensor:
+        """What attention sees of latents: [..., M, D] -> [..., M * R, D]."""
+        parts = self.width.trim(latents).unflatten(-1, (self.records, -1)).flatten(-3, -2)
+        return self.token(self.part.pad(parts))
+
+    def begin(self) -> None:
+        """A record begins as an orthonormal projection and is unfolded to what it was made of.
+
+        Salience begins the same for all tokens: drawn at random it would choose at random.
+        """
+        nn.init.zeros_(self.salience.weight)
+        nn.init.orthogonal_(self.record.weight)
+        self.token.weight.copy_(self.record.weight.T * self.records**0.5)
+
+
+def spread(part: Tensor, span: Tensor) -> Tensor:
+    """What shares begin as, given uniform ones over a record's part of the span [M, R, T], and over
+    the span [M, T]: nearly all of the part, some of the span, and a little of the whole chunk. A
+    document may begin anywhere in it, and what lies before is not read."""
+    own = 1 - IN_SPAN - ANYWHERE
+    return own * part + IN_SPAN * span.unsqueeze(-2) + ANYWHERE / part.shape[-1]
+
+
+def even_parts(length: int, parts: int, device: torch.device) -> Tensor:
+    """Uniform shares over each of equal parts of a chunk, a token on a boundary in both of its
+    sides' as much as it lies there: [parts, T] fp32."""
+    token = torch.arange(length, device=device)
+    size = length / parts
+    edge = torch.arange(parts, device=device).unsqueeze(-1) * size
+    return ((token + 1).minimum(edge + size) - token.maximum(edge)).clamp(min=0) / size

@@ -76,7 +76,7 @@ class Decoder:
         own = (position[-new:, None] >= position) & (segments[:, -new:, None] == segments[:, None])
         depth = torch.tensor([self.depth], device=segments.device)
         history = history_mask(segments[:, -new:], depth, settings.history_chunks)
-        return attention_bias(own, history, self.gate, settings.latents)
+        return attention_bias(own, history, self.gate, self.model.keys_per_chunk)
 
     def _close_chunk(self) -> None:
         """Compress the full chunk into the history and begin the next one."""

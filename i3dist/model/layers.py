@@ -7,7 +7,7 @@ adds nothing to any sum and its gradient falls away with it.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch.nn.functional as F
@@ -29,16 +29,19 @@ class Channels:
         stored: channels of parameters and of saved state.
         heads: equal groups that they fall into.
         alignment: what a group is padded to a multiple of; 1 pads nothing.
+        spare: channels that a group is padded with at least.
     """
 
     stored: int
     heads: int = 1
     alignment: int = ALIGNMENT
+    spare: int = 0
 
     @property
     def computed(self) -> int:
         """Channels of activations."""
-        return self.heads * (-(-self.per_head // self.alignment) * self.alignment)
+        least = self.per_head + self.spare
+        return self.heads * (-(-least // self.alignment) * self.alignment)
 
     @property
     def per_head(self) -> int:
@@ -47,11 +50,11 @@ class Channels:
 
     def times(self, factor: int) -> "Channels":
         """As many channels `factor` times over."""
-        return Channels(factor * self.stored, self.heads, self.alignment)
+        return replace(self, stored=factor * self.stored)
 
-    def split(self, heads: int) -> "Channels":
+    def split(self, heads: int, spare: int = 0) -> "Channels":
         """The same channels in `heads` groups."""
-        return Channels(self.stored, heads, self.alignment)
+        return replace(self, heads=heads, spare=spare)
 
     def pad(self, x: Tensor, dim: int = -1) -> Tensor:
         """Stored -> computed channels along `dim`, with zeros; what is padded already stays."""
@@ -70,12 +73,12 @@ class Channels:
 
 
 @cache
-def adjust_heads(width: int, requested: int) -> int:
+def adjust_heads(width: int, requested: int, what: str = "heads") -> int:
     """The divisor of `width` nearest to `requested`, the larger on a tie; says so once."""
     divisors = [n for n in range(1, width + 1) if width % n == 0]
     heads = min(divisors, key=lambda n: (abs(n - requested), -n))
     if heads != requested:
-        log.info("%d heads do not divide width %d: using %d", requested, width, heads)
+        log.info("%d %s do not divide width %d: using %d", requested, what, width, heads)
     return heads
 
 

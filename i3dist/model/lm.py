@@ -6,7 +6,7 @@ on history: the K chunks of a window run side by side, and each chunk's attentio
 tokens and the latents of the C chunks before it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -55,19 +55,20 @@ class I3LM(nn.Module):
         self.width = width = Channels(settings.d_model, alignment=alignment)
         heads, mult, layers = settings.heads, settings.ff_mult, settings.rwkv_layers
         self.compiled = False
-        self.keys_per_chunk = settings.latents  # that attention sees of an earlier chunk
         self.embedding = nn.Embedding(settings.vocab, width.stored)
         self.norm_in = LayerNorm(width)
         self.rwkv = nn.ModuleList(RwkvBlock(width, mult, i, layers) for i in range(layers))
-        self.compressor = Compressor(width, heads, mult, settings.latents)
-        self.history = HistoryEmbedding(width, settings.history_chunks, settings.latents)
+        self.compressor = Compressor(width, mult, settings.latents, settings.records)
+        # What attention sees of an earlier chunk.
+        self.keys_per_chunk = settings.latents * self.compressor.records
+        self.history = HistoryEmbedding(width, settings.history_chunks, self.keys_per_chunk)
         self.attention = nn.ModuleList(
             AttentionBlock(width, heads, mult) for _ in range(settings.attention_layers)
         )
         self.norm_out = LayerNorm(width)
         # The vocabulary stays as it is: a padded logit would take part in the softmax.
         self.head = Linear(width, Channels(settings.vocab, alignment=1))
-        self._initialise()
+        self.draw()
 
     def compile_blocks(self) -> None:
         """Compile block by block: all blocks of a kind share one compilation."""
@@ -194,15 +195,16 @@ class I3LM(nn.Module):
 
     def history_keys_values(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What each attention block sees of history: latents [B, C + K, M, D] ->
-        keys and values [B, K, H, C * M, D/H] per block."""
+        keys and values [B, K, H, C * keys_per_chunk, D/H] per block."""
         blocks = cast("Iterable[AttentionBlock]", self.attention)
-        return [b.attention.history_keys_values(latents, self.history) for b in blocks]
+        unfolded = self.compressor.unfold(latents)
+        return [b.attention.history_keys_values(unfolded, self.history) for b in blocks]
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        """Normal with deviation sqrt(2 / 5D), 0.018 for the card ("SmallInit": Nguyen & Salazar,
-        2019, arXiv:1910.05895); projections that end a residual branch shrink with the depth
-        (GPT-2)."""
+    def draw(self) -> None:
+        """Draw all matrices: normal with deviation sqrt(2 / 5D), 0.018 for the card ("SmallInit":
+        Nguyen & Salazar, 2019, arXiv:1910.05895); projections that end a residual branch shrink
+        with the depth (GPT-2). Then parts that begin in a way of their own do so."""
         std = (0.4 / self.width.stored) ** 0.5
         branches = 2 * (self.settings.rwkv_layers + self.settings.attention_layers)
         ends = (".output.weight", "channel_mix.value.weight", ".down.weight")
@@ -210,6 +212,10 @@ class I3LM(nn.Module):
             if parameter.ndim < 2:
                 continue
             nn.init.normal_(parameter, std=std / branches**0.5 if name.endswith(ends) else std)
+        for module in self.modules():
+            begin: Callable[[], None] | None = getattr(module, "begin", None)
+            if begin is not None:
+                begin()
 
 
 PARTS = ("embedding", "rwkv", "compressor", "history", "attention", "head", "norms")

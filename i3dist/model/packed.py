@@ -21,7 +21,8 @@ class Slot(NamedTuple):
     """One parameter's place in a flat tensor.
 
     Padding that a matrix is computed with stands in the flat tensor as well, so that blocks use a
-    view of it as it is. Heads are the exception: their channels are padded where they are used.
+    view of it as it is. Heads are the exception: their channels are padded where they are used, and
+    so are those whose padding is put to use.
     """
 
     start: int  # first element
@@ -125,7 +126,8 @@ def _flatten(model: I3LM, names: list[str], decays: bool) -> Flat:
         layout = parameter.shape
         if isinstance(owner, Linear):
             sides = (owner.d_out, owner.d_in)
-            layout = torch.Size(c.computed if c.heads == 1 else c.stored for c in sides)
+            whole = (c.computed if c.heads == 1 and not c.spare else c.stored for c in sides)
+            layout = torch.Size(whole)
         size = -(-layout.numel() // ALIGNMENT) * ALIGNMENT
         slots.append(Slot(start, size, parameter.shape, layout))
         start += size

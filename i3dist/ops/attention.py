@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from i3dist.ops.precision import multipliable, widen
-
 
 class BlockVisibility(NamedTuple):
     """Who sees what, for the fused kernel."""
@@ -108,23 +106,6 @@ def attend(
         block_mask=visible.mask,
         scale=scale,
     )
-
-
-def attend_few(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Scaled dot-product attention of few queries, with all logits written out.
-
-    PyTorch's fused kernel that takes a mask may add up gradients in another order every time.
-
-    Args:
-        query: [..., M, D/H].
-        keys: [..., S, D/H].
-        values: [..., S, D/H].
-        seen: bool, broadcast to [..., M, S]; a query sees at least one key.
-        scale: factor of the logits.
-    """
-    q, k, v = (multipliable(x) for x in (query * scale, keys, values))
-    weights = widen(q @ k.transpose(-1, -2)).masked_fill(~seen, float("-inf")).softmax(dim=-1)
-    return (weights.to(v.dtype) @ v).to(query.dtype)
 
 
 @functools.cache

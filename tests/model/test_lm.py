@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i3dist.config import CompressionSettings, ModelSettings
+from i3dist.model.attention import CLOSED
 from i3dist.model.decode import Decoder
 from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM, decayed, parameters_by_part
@@ -254,12 +255,61 @@ def test_only_projections_that_end_a_branch_begin_smaller() -> None:
     torch.manual_seed(0)
     model = I3LM(ModelSettings(d_model=64, rwkv_layers=3, attention_layers=2, vocab_size=500), 2)
     ends = ("time_mix.output", "channel_mix.value", "attention.output", "ff.down")
+    own_ways = ("history_logit", "salience", "compressor.record", "compressor.token")
     for name, parameter in model.named_parameters():
         owner = name.removesuffix(".weight")
-        if parameter.ndim == 2 and not name.startswith("history."):
-            end = owner.endswith(ends) or owner == "compressor.output"
+        if parameter.ndim == 2 and not name.startswith("history.") and not owner.endswith(own_ways):
+            end = owner.endswith(ends)
             want = (0.4 / 64 / (10 if end else 1)) ** 0.5
             assert parameter.std().item() == pytest.approx(want, rel=0.1)
+
+
+def test_history_begins_low_and_unfolds_what_was_read() -> None:
+    """A record that holds one token is unfolded to its share R / D of it, R^0.5 times as large."""
+    settings = ModelSettings(d_model=64, rwkv_layers=1, vocab_size=500, records=4)
+    compressor = (model := I3LM(settings, BOS)).compressor
+    token, record = compressor.token.weight, compressor.record.weight
+    torch.testing.assert_close(record @ record.T, torch.eye(16))
+    torch.testing.assert_close(record @ token, 2 * torch.eye(16))
+    x = torch.randn(3, 64)
+    for block in model.attention:
+        assert not block.attention.history_logit(x).any()
+        assert block.attention.history_bias.eq(CLOSED).all()
+
+
+@given(seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_the_logit_of_history_moves_history_and_nothing_else(seed: int) -> None:
+    """b_h(x) = log g for all heads is what a gate g is; without history it changes nothing."""
+    tokens = random_stream(seed, mean_document=100)
+    model, low = build(), build()
+    with torch.no_grad():
+        for block in (*model.attention, *low.attention):
+            block.attention.history_logit.weight.zero_()
+        for block in low.attention:
+            block.attention.history_bias.add_(torch.tensor(0.3).log())
+    torch.testing.assert_close(logits(low, tokens), logits(model, tokens, gate=0.3), **CLOSE)
+    none = logits(low, tokens, gate=0.0)
+    torch.testing.assert_close(none, logits(model, tokens, gate=0.0), **CLOSE)
+
+
+@given(seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_records_share_out_the_kept_tokens(model: I3LM, seed: int) -> None:
+    """And without a word from content, in order and evenly."""
+    torch.manual_seed(seed)
+    normed = torch.randn(2, T, model.width.computed).double()
+    keep = torch.rand(2, T) < 0.5
+    keep[:, seed % T] = True
+    compressor = model.compressor
+    queries = model.width.pad(compressor.queries)
+    shares = compressor.shares(queries, normed, keep)
+    torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
+    assert not shares[~keep[:, None, None].expand_as(shares)].any()
+    first = compressor.shares(queries, 0 * normed, torch.ones_like(keep))[0].flatten(0, 1)
+    where = first @ torch.arange(T).double()
+    assert (where.diff() > 0).all()
+    torch.testing.assert_close(first.sum(0), torch.ones(T).double() * len(first) / T)
 
 
 def test_decay_applies_to_matrices_only(model: I3LM) -> None:

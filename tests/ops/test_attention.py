@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +12,6 @@ from i3dist.model.segments import causal_mask, history_mask
 from i3dist.ops.attention import (
     Visibility,
     attend,
-    attend_few,
     attention_bias,
     block_visibility,
 )
@@ -54,16 +52,6 @@ def test_rule_equals_matrix(gate: float, seed: int, length: int) -> None:
         for visible in both_forms(*inputs(seed, 2, length), gate)
     )
     torch.testing.assert_close(by_rule, by_matrix, rtol=1e-6, atol=1e-6)
-
-
-@given(seed=st.integers(0, 2**31), length=st.integers(1, 20))
-@settings(max_examples=15, deadline=None)
-def test_few_queries_equal_the_library(seed: int, length: int) -> None:
-    query, keys, values = (x.double() for x in random_leaves(length, 2, 16, seed))
-    seen = torch.rand(2, 1, 1, keys.shape[-2], generator=torch.Generator().manual_seed(seed)) < 0.5
-    seen[..., seed % keys.shape[-2]] = True
-    want = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=0.3)
-    torch.testing.assert_close(attend_few(query, keys, values, seen, 0.3), want)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
