@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.compress import Compressor, spread
+from i3dist.model.compress import Compressor
 from i3dist.model.layers import (
     Channels,
     FeedForward,
@@ -118,8 +118,8 @@ class Tail(Compressor):
     """The last tokens of the chunk one to a record, in half of the latents; before them spans that
     grow by a constant factor."""
 
-    def prior(self, length: int, device: torch.device) -> Tensor:
-        """As `Compressor.prior`."""
+    def spans(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """As `Compressor.spans`."""
         sizes = tail_spans(length, len(self.queries), self.records)
         member = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         span = F.one_hot(member).T.float()  # [M, T]
@@ -129,7 +129,7 @@ class Tail(Compressor):
         edge = torch.arange(self.records)[:, None, None] * size
         own = (torch.minimum(place + 1, edge + size) - torch.maximum(place, edge)).clamp(min=0)
         own = own.transpose(0, 1) * span[:, None] / size[:, None]
-        return spread(own, span / span.sum(-1, keepdim=True)).to(device)
+        return own.to(device), (span / span.sum(-1, keepdim=True)).to(device)
 
 
 class Apart(Compressor):

@@ -44,16 +44,16 @@ class PerToken(NamedTuple):
 def of_i3(model: I3LM, batch: Batch) -> PerToken:
     """A window of the i3. `model` may lack compressor and history.
 
-    Per chunk, M latents go through the compressor's feed-forward; the records of C + K chunks are
-    unfolded and projected for a window of K chunks. What is done once per batch (the latents'
-    queries, their ages) is left out.
+    Per chunk, M latents go through the compressor's query and feed-forward; the records of C + K
+    chunks are unfolded and projected for a window of K chunks. What is done once per batch (ages)
+    and the means of spans are left out.
     """
     s, (_, window, length) = model.settings, batch.tokens.shape
     with_history = not isinstance(model.compressor, nn.Identity)
     latents, records = s.latents / length, model.keys_per_chunk / length
     again = records * (s.history_chunks + window) / window if with_history else 0.0
     uses = {
-        "compressor.query": 0.0,
+        "compressor.query": latents,
         "compressor.ff": latents,
         "compressor.token": again,
         "attention.key_value": 1 + again,

@@ -33,7 +33,7 @@ from torch import Tensor
 from unigram import counts
 
 from i3dist import dist
-from i3dist.config import CompressionSettings, ModelSettings, OptimizerSettings
+from i3dist.config import CompressionSettings, ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.data.corpus import Split
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.manifest import Manifest
@@ -60,6 +60,7 @@ class Plan:
     steps: int  # that the learning rate's curve spans
     marks: tuple[int, ...]  # steps after which it is evaluated; it ends at the last
     lr: float
+    clip: float
 
     @property
     def tokens(self) -> int:
@@ -108,7 +109,8 @@ class Experiment:
         loop = in_engine if self.device.type == "cuda" else partial(in_bare_loop, compiled=False)
         with self.device:
             model = build(plan.arm, plan.model, self.train.manifest.bos_id, plan.seed)
-        steps = loop(model, Shape(plan.lanes, plan.lanes, WINDOW), self.device)
+        shape = Shape(plan.lanes, plan.lanes, WINDOW)
+        steps = loop(model, shape, self.device, TrainSettings(clip=plan.clip))
         optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
         gates, times, curve = CompressionSettings(), [], Curve()
         for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.marks[-1])):
@@ -223,6 +225,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     run.add_argument("--lanes", type=int, default=8, help="(default: 8)")
     run.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    run.add_argument("--clip", type=float, default=1.0, help="norm of the gradient (default: 1)")
     run.add_argument("--width", type=int, default=512, help="of the model (default: 512)")
     run.add_argument("--layers", type=int, default=6, help="RWKV blocks (default: 6)")
     run.add_argument("--results", type=Path, default=Path("history.jsonl"))
@@ -253,6 +256,7 @@ def plans(options: argparse.Namespace, manifest: Manifest) -> Iterator[Plan]:
                 steps,
                 tuple(max(1, round(mark * steps)) for mark in sorted(options.marks)),
                 options.lr,
+                options.clip,
             )
 
 

@@ -20,6 +20,7 @@ and added to these
   -tail       half of the latents hold the chunk's last tokens
   -drop       a tenth of the chunks is trained without history
   -carry      RWKV state carried
+  -still      the compressor learns, and hands no gradient down to the RWKV stack
   -detached   what makes latents is left as it began
 """
 
@@ -40,10 +41,11 @@ from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
-ADDED = ("low", "open", "even", "apart", "own", "tail", "drop", "carry", "detached")
+ADDED = ("low", "open", "even", "apart", "own", "tail", "drop", "carry", "still", "detached")
 ARMS = [
     *("none", "recipe", "literal", "mean", "ceiling", "carry", "recipe-carry", "recipe-detached"),
     *("recipe-open", "recipe-even", "recipe-apart", "recipe-own", "recipe-tail", "recipe-drop"),
+    *("recipe-still",),
     *("records1", "records2", "records8", "picks", "every", "ceiling-low", "literal-low"),
 ]
 
@@ -129,6 +131,8 @@ class Arm:
                 made = kind(width, s.ff_mult, s.latents, s.records)
                 if "even" in self.added:
                     made.salience = Even(width, made.salience.d_out)
+        if "still" in self.added:
+            made.register_forward_pre_hook(lambda _, given: (given[0].detach(), given[1]))
         return Detached(made) if "detached" in self.added else made
 
 

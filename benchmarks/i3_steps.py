@@ -108,7 +108,9 @@ class I3Steps:
 Loop = Callable[[I3LM, Shape, torch.device], I3Steps]
 
 
-def in_engine(model: I3LM, shape: Shape, device: torch.device) -> I3Steps:
+def in_engine(
+    model: I3LM, shape: Shape, device: torch.device, train: TrainSettings | None = None
+) -> I3Steps:
     """Steps through the engine, compiled as `launch/train.py` does."""
     from i3dist import engine  # other contestants need no DeepSpeed
 
@@ -117,14 +119,21 @@ def in_engine(model: I3LM, shape: Shape, device: torch.device) -> I3Steps:
     if device.type == "cuda":
         model.compile_blocks()
     config = engine.read_engine_config(ENGINE_CONFIG)
-    settings, train = OptimizerSettings(), TrainSettings()
+    settings, train = OptimizerSettings(), train or TrainSettings()
     loop = engine.Engine(model, config, settings, train, shape.micro_batches)
     return I3Steps(loop, model, shape, device)
 
 
-def in_bare_loop(model: I3LM, shape: Shape, device: torch.device, compiled: bool) -> I3Steps:
+def in_bare_loop(
+    model: I3LM,
+    shape: Shape,
+    device: torch.device,
+    train: TrainSettings | None = None,
+    *,
+    compiled: bool,
+) -> I3Steps:
     """Steps in a plain PyTorch loop; compiled, on flat parameters as in the engine."""
-    settings, clip = OptimizerSettings(), TrainSettings().clip
+    settings, clip = OptimizerSettings(), (train or TrainSettings()).clip
     if not compiled:
         return I3Steps(BareLoop(model, settings, clip), model, shape, device)
     model.compile_blocks()

@@ -8,8 +8,9 @@ again what stands in for the token: to attention a record is a token of low rank
 with the projections that it reads tokens with. So what is learned of tokens holds for history, and
 the other way round. As in multi-head latent attention (DeepSeek-V2, 2024, arXiv:2405.04434), where
 each token has such a record; here a record stands for several, and what it holds is mostly the one
-that is most salient. Which it is, learned queries find by cross-attention over the chunk, as in
-Perceiver (Jaegle et al., 2021, arXiv:2103.03206). LayerNorm and a feed-forward refine the latents.
+that is most salient. Which it is, learned queries, each with the mean of its span added, find by
+cross-attention over the chunk, as in Perceiver (Jaegle et al., 2021, arXiv:2103.03206). LayerNorm
+and a feed-forward refine the latents.
 """
 
 import torch
@@ -76,22 +77,25 @@ class Compressor(nn.Module):
             normed: [..., T, D].
             keep: [..., T] bool.
         """
-        length, kept = normed.shape[-2], keep[..., None, None, :]
+        part, span = self.spans(normed.shape[-2], normed.device)
+        anchored = queries + means(normed, span * keep.unsqueeze(-2))  # [..., M, D]
         query, key = (
             multipliable(split_heads(x, self.records))
-            for x in (self.query(queries) * self.scale, self.key(normed))
+            for x in (self.query(anchored) * self.scale, self.key(normed))
         )
-        salience = self.salience(normed)[..., : self.records].transpose(-1, -2)  # [..., R, T]
-        prior = self.prior(length, normed.device).log()
         asked = widen(query @ key.transpose(-1, -2)).transpose(-3, -2)  # [..., M, R, T]
-        logits = asked + widen(salience).unsqueeze(-3) + prior
-        return logits.masked_fill(~kept, float("-inf")).softmax(dim=-1)
+        salience = self.salience(normed)[..., : self.records].transpose(-1, -2)  # [..., R, T]
+        logits = asked + widen(salience).unsqueeze(-3) + spread(part, span).log()
+        return logits.masked_fill(~keep[..., None, None, :], float("-inf")).softmax(dim=-1)
 
-    def prior(self, length: int, device: torch.device) -> Tensor:
-        """What shares begin as, where content says nothing: [M, R, T] fp32, summing to 1 over T."""
+    def spans(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Uniform shares over each record's part of a span [M, R, T], and over spans [M, T]; fp32.
+
+        A sum over T is 1.
+        """
         latents = len(self.queries)
-        parts = even_parts(length, latents * self.records, device).unflatten(0, (latents, -1))
-        return spread(parts, even_parts(length, latents, device))
+        parts = even_parts(length, latents * self.records, device)
+        return parts.unflatten(0, (latents, -1)), even_parts(length, latents, device)
 
     def unfold(self, latents: Tensor) -> Tensor:
         """What attention sees of latents: [..., M, D] -> [..., M * R, D]."""
@@ -114,6 +118,16 @@ def spread(part: Tensor, span: Tensor) -> Tensor:
     document may begin anywhere in it, and what lies before is not read."""
     own = 1 - IN_SPAN - ANYWHERE
     return own * part + IN_SPAN * span.unsqueeze(-2) + ANYWHERE / part.shape[-1]
+
+
+def means(x: Tensor, weights: Tensor) -> Tensor:
+    """Weighted means over T, 0 where there is no weight.
+
+    x [..., T, D], weights [..., M, T] -> [..., M, D].
+    """
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+    values = multipliable(x)
+    return (weights.to(values.dtype) @ values).to(x.dtype)
 
 
 def even_parts(length: int, parts: int, device: torch.device) -> Tensor:
