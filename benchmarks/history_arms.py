@@ -1,7 +1,7 @@
 """The arms of benchmarks/history.py: i3-4096ctx, or with something else for its history.
 
   none        no history
-  recipe      the library's: latents of records
+  recipe      the library's default: latents of records
   recordsR    with R records in a latent
   literal     the card read literally: learned queries read the whole chunk
   mean        means of the spans, normalised: no compressor
@@ -43,10 +43,10 @@ from i3dist.model.lm import I3LM
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
 ADDED = ("low", "open", "even", "apart", "own", "tail", "drop", "carry", "still", "detached")
 ARMS = [
-    *("none", "recipe", "literal", "mean", "ceiling", "carry", "recipe-carry", "recipe-detached"),
-    *("recipe-open", "recipe-even", "recipe-apart", "recipe-own", "recipe-tail", "recipe-drop"),
-    *("recipe-still",),
-    *("records1", "records2", "records8", "picks", "every", "ceiling-low", "literal-low"),
+    *("none", "records4", "literal", "mean", "ceiling", "carry", "records4-carry"),
+    *("records4-detached", "records4-open", "records4-even", "records4-apart", "records4-own"),
+    *("records4-tail", "records4-drop", "records4-still", "recipe", "records2", "records8"),
+    *("picks", "every", "ceiling-low", "literal-low"),
 ]
 
 

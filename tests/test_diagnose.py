@@ -19,7 +19,7 @@ from tests.model.conftest import BOS, SMALL, build
 from tests.model.streams import depth_of, empty, stream
 
 T, C = SMALL["chunk_length"], SMALL["history_chunks"]
-M = 4 * SMALL["latents"]  # keys of an earlier chunk: four records in a latent
+M = SMALL["records"] * SMALL["latents"]  # keys of an earlier chunk
 ON = torch.tensor(1.0)
 
 

@@ -128,7 +128,7 @@ def test_arms_of_a_seed_share_what_they_can() -> None:
 
 def test_a_detached_compressor_has_no_gradient() -> None:
     tokens = stream(3, 4, 32, 64, 300)
-    for arm, trained in (("literal", True), ("recipe", True), ("recipe-detached", False)):
+    for arm, trained in (("literal", True), ("records4", True), ("records4-detached", False)):
         model = history_arms.build(arm, SIZES, BOS, seed=0)
         state = LaneState.empty(1, model.settings, tokens.device, torch.float32)
         model(tokens, tokens.roll(-1, -1), depth_of(tokens), state, torch.ones(()))[
