@@ -213,9 +213,13 @@ def test_every_distance_is_as_frequent() -> None:
 
 
 def test_latents_recall_what_was_stated_as_far_as_history_reaches() -> None:
-    """The recall probe, small: a minute on two cores."""
+    """The recall probe, small: a minute or two on two cores.
+
+    At this width records that share one projection have 16 channels for it all, and learn it later.
+    """
     task = recall.Task(chunks=8, length=32, pairs=2, values=16, distances=5)
-    model = history_arms.build("recipe", recall.settings(task, 64, history=3), recall.BOS, seed=0)
+    sizes = recall.settings(task, 64, history=3)
+    model = history_arms.build("records4-apart-open", sizes, recall.BOS, seed=1)
     found = [0.0]
     for step, _ in enumerate(recall.train(model, task, steps=1200, documents=16, lr=3e-3)):
         if step % 50 == 0:
