@@ -8,10 +8,9 @@ that attention sees; `begin`, where there is one, is called once weights have be
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.compress import Compressor
+from i3dist.model.compress import Compressor, even_parts, intervals, means
 from i3dist.model.layers import (
     Channels,
     FeedForward,
@@ -55,10 +54,8 @@ class MeanPool(AsTheyAre):
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
         """[N, T, D], [N, T] -> [N, M, D]."""
-        weights = keep.unflatten(-1, (self.latents, -1)).to(hidden.dtype)
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-        parts = hidden.unflatten(-2, (self.latents, -1))  # [N, M, T / M, D]
-        return self.norm((weights.unsqueeze(-2) @ parts).squeeze(-2))
+        parts = even_parts(keep.shape[-1], self.latents, keep.device)
+        return self.norm(means(hidden, parts * keep.unsqueeze(-2)))
 
 
 class Literal(AsTheyAre):
@@ -118,18 +115,18 @@ class Tail(Compressor):
     """The last tokens of the chunk one to a record, in half of the latents; before them spans that
     grow by a constant factor."""
 
+    def __init__(self, width: Channels, mult: int, latents: int, records: int, length: int):
+        super().__init__(width, mult, latents, records)
+        sizes = torch.tensor(tail_spans(length, latents, self.records)).float()
+        starts, size = sizes.cumsum(0) - sizes, (sizes / self.records).unsqueeze(-1)
+        edges = starts.unsqueeze(-1) + torch.arange(self.records) * size
+        # Buffers: a list of sizes would be copied to the device in every step.
+        self.register_buffer("of_part", intervals(edges, size, length), persistent=False)
+        self.register_buffer("of_span", intervals(starts, sizes, length), persistent=False)
+
     def spans(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """As `Compressor.spans`."""
-        sizes = tail_spans(length, len(self.queries), self.records)
-        member = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        span = F.one_hot(member).T.float()  # [M, T]
-        starts = torch.tensor([0, *itertools.accumulate(sizes[:-1])])
-        place = (torch.arange(length) - starts[:, None]) * span  # in the span
-        size = torch.tensor(sizes)[:, None] / self.records  # of a record's part
-        edge = torch.arange(self.records)[:, None, None] * size
-        own = (torch.minimum(place + 1, edge + size) - torch.maximum(place, edge)).clamp(min=0)
-        own = own.transpose(0, 1) * span[:, None] / size[:, None]
-        return own.to(device), (span / span.sum(-1, keepdim=True)).to(device)
+        return self.of_part, self.of_span
 
 
 class Apart(Compressor):

@@ -50,8 +50,8 @@ def of_i3(model: I3LM, batch: Batch) -> PerToken:
     """
     s, (_, window, length) = model.settings, batch.tokens.shape
     with_history = not isinstance(model.compressor, nn.Identity)
-    latents, records = s.latents / length, model.keys_per_chunk / length
-    again = records * (s.history_chunks + window) / window if with_history else 0.0
+    latents, keys_per_chunk = s.latents / length, model.keys_per_chunk if with_history else 0
+    again = keys_per_chunk / length * (s.history_chunks + window) / window
     uses = {
         "compressor.query": latents,
         "compressor.ff": latents,
@@ -68,7 +68,7 @@ def of_i3(model: I3LM, batch: Batch) -> PerToken:
     read = 0.0
     if with_history:
         past = history_mask(segments, batch.depth.flatten(), s.history_chunks)
-        keys += model.keys_per_chunk * _mean_seen(past)
+        keys += keys_per_chunk * _mean_seen(past)
         read = latents * float(last_segment(segments).sum(-1).float().mean())
     return PerToken(weights, s.d_model * (s.attention_layers * keys + read))
 

@@ -112,11 +112,12 @@ class Experiment:
         shape = Shape(plan.lanes, plan.lanes, WINDOW)
         steps = loop(model, shape, self.device, TrainSettings(clip=plan.clip))
         optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
+        drops = "drop" in Arm.parse(plan.arm).added
         gates, times, curve = CompressionSettings(), [], Curve()
         for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.marks[-1])):
             started = time.perf_counter()
             steps.gate.fill_(gates.gate_at(step))
-            if "drop" in Arm.parse(plan.arm).added:
+            if drops:
                 batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)
             times.append(time.perf_counter() - started)

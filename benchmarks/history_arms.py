@@ -27,6 +27,7 @@ and added to these
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from compressors import Apart, Detached, Even, Literal, MeanPool, Tail, Uncompressed
@@ -126,7 +127,10 @@ class Arm:
             case "literal":
                 made = Literal(width, s.heads, s.ff_mult, s.latents)
             case _:
-                kinds: dict[str, Callable[..., Compressor]] = {"tail": Tail, "apart": Apart}
+                kinds: dict[str, Callable[..., Compressor]] = {
+                    "tail": partial(Tail, length=s.chunk_length),
+                    "apart": Apart,
+                }
                 kind = next((kinds[more] for more in self.added if more in kinds), Compressor)
                 made = kind(width, s.ff_mult, s.latents, s.records)
                 if "even" in self.added:
@@ -151,8 +155,7 @@ def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
         model: I3LM = WithoutHistory(settings, bos_id)
     else:
         model = I3LM(settings, bos_id)
-        model.compressor = made = arm.compressor(model.width, settings)  # type: ignore[assignment]
-        model.keys_per_chunk = settings.latents * made.records  # type: ignore[operator]
+        model.compressor = arm.compressor(model.width, settings)  # type: ignore[assignment]
         model.history = HistoryEmbedding(model.width, settings.history_chunks, model.keys_per_chunk)
     for block in model.attention:
         if "own" in arm.added:

@@ -80,7 +80,7 @@ def test_a_tail_ends_in_tokens_one_to_a_record(latents: int, ratio: int, records
     assert len(spans) == latents and sum(spans) == latents * ratio
     assert min(spans) >= 1
     assert spans[-(latents // 2) :] == [records] * (latents // 2)
-    tail = compressors.Tail(Channels(16), 1, latents, records)
+    tail = compressors.Tail(Channels(16), 1, latents, records, latents * ratio)
     part, span = tail.spans(latents * ratio, torch.device("cpu"))
     torch.testing.assert_close(part.sum(-1), torch.ones(latents, records))
     torch.testing.assert_close(span.sum(-1), torch.ones(latents))

@@ -131,9 +131,14 @@ def means(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def even_parts(length: int, parts: int, device: torch.device) -> Tensor:
-    """Uniform shares over each of equal parts of a chunk, a token on a boundary in both of its
-    sides' as much as it lies there: [parts, T] fp32."""
-    token = torch.arange(length, device=device)
-    size = length / parts
-    edge = torch.arange(parts, device=device).unsqueeze(-1) * size
-    return ((token + 1).minimum(edge + size) - token.maximum(edge)).clamp(min=0) / size
+    """Uniform shares over each of equal parts of a chunk: [parts, T] fp32."""
+    size = torch.full((parts,), length / parts, device=device)
+    return intervals(torch.arange(parts, device=device) * size, size, length)
+
+
+def intervals(starts: Tensor, sizes: Tensor, length: int) -> Tensor:
+    """Uniform shares over pieces of a chunk, a token on a boundary in both of its sides' as much as
+    it lies there: starts and sizes [...], in tokens, -> [..., T] fp32."""
+    token = torch.arange(length, device=starts.device)
+    starts, sizes = starts.unsqueeze(-1), sizes.unsqueeze(-1)
+    return ((token + 1).minimum(starts + sizes) - token.maximum(starts)).clamp(min=0) / sizes

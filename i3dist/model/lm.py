@@ -59,8 +59,6 @@ class I3LM(nn.Module):
         self.norm_in = LayerNorm(width)
         self.rwkv = nn.ModuleList(RwkvBlock(width, mult, i, layers) for i in range(layers))
         self.compressor = Compressor(width, mult, settings.latents, settings.records)
-        # What attention sees of an earlier chunk.
-        self.keys_per_chunk = settings.latents * self.compressor.records
         self.history = HistoryEmbedding(width, settings.history_chunks, self.keys_per_chunk)
         self.attention = nn.ModuleList(
             AttentionBlock(width, heads, mult) for _ in range(settings.attention_layers)
@@ -69,6 +67,11 @@ class I3LM(nn.Module):
         # The vocabulary stays as it is: a padded logit would take part in the softmax.
         self.head = Linear(width, Channels(settings.vocab, alignment=1))
         self.draw()
+
+    @property
+    def keys_per_chunk(self) -> int:
+        """What attention sees of an earlier chunk."""
+        return self.settings.latents * self.compressor.records
 
     def compile_blocks(self) -> None:
         """Compile block by block: all blocks of a kind share one compilation."""
