@@ -36,6 +36,7 @@ class Stop:
         """Take `SIGNALS` from here on; to be made in the main thread."""
         self.asked: str | None = None  # by what
         self._agreed = False
+        self._leaving = False
         self._ranks = job.local_world_size
         self._launchers = _launchers(job)
         reader, writer = os.pipe()
@@ -63,13 +64,24 @@ class Stop:
         self.hear(float(dist.all_sum(torch.tensor(self.vote(), device=device))))
         return self.agreed()
 
+    def leave(self) -> NoReturn:
+        """Meet the other ranks, all of which have saved, and end at once with `REQUEUE`.
+
+        The first that ends makes a launcher end the others: with `REQUEUE` too, wherever they are.
+        """
+        self._leaving = True
+        sys.stdout.flush()
+        dist.barrier()
+        os._exit(REQUEUE)
+
     def _watch(self, reader: int) -> None:
         """Wait for signals, and look after the launcher meanwhile."""
         while True:
             if select.select([reader], [], [], LOOK_SECONDS)[0]:
                 number = os.read(reader, 1)[0]
                 if number == signal.SIGTERM and self._another_rank_is_gone():
-                    os._exit(1)  # the launcher clears up behind a failure
+                    # The launcher clears up behind a failure, or behind the first that left.
+                    os._exit(REQUEUE if self._leaving else 1)
                 if number in SIGNALS:
                     self.asked = self.asked or signal.Signals(number).name
             elif self._launchers and not all(_lives(launcher) for launcher in self._launchers):
@@ -117,10 +129,3 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-def leave_for_requeue() -> NoReturn:
-    """Meet the other ranks and end at once: the first that ends makes a launcher end the others."""
-    sys.stdout.flush()
-    dist.barrier()
-    os._exit(REQUEUE)

@@ -22,7 +22,7 @@ from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
 from i3dist.revision import git_commit
 from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve, verify
-from i3dist.stop import Stop, leave_for_requeue
+from i3dist.stop import Stop
 from i3dist.summary import print_summary
 from i3dist.trainer import Trainer, check_micro_batch
 
@@ -149,7 +149,7 @@ def main() -> None:
     trainer.tracker.finish("FINISHED" if done else "KILLED")
     if not done:
         dist.say(f"stopped as asked, at step {trainer.progress.step}: the same command goes on")
-        leave_for_requeue()
+        stop.leave()
     dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
     dist.leave()
 

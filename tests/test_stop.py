@@ -44,6 +44,17 @@ time.sleep(5)
 os._exit(REQUEUE)
 """
 )
+# The other ranks are gone, and this one waits for them.
+ALONE = (
+    HEAD
+    + """
+from i3dist import dist
+dist.barrier = lambda: time.sleep(30)
+if sys.argv[-1] == "leaving":
+    stop.leave()
+dist.barrier()
+"""
+)
 
 
 def script(folder: Path, text: str) -> str:
@@ -58,6 +69,23 @@ def test_a_failure_elsewhere_is_no_request(tmp_path: Path) -> None:
     result = deepspeed(failed, script=script(tmp_path, FAILING), timeout=120)
     assert result.returncode == 3
     assert time.time() - float(failed.read_text()) < 20
+
+
+@pytest.mark.parametrize(("doing", "status"), [("training", 1), ("leaving", REQUEUE)])
+def test_a_signal_behind_ranks_that_are_gone(tmp_path: Path, doing: str, status: int) -> None:
+    """They failed, or were the first to leave: then a requeue is asked for by this rank too."""
+    ranks = {"RANK": "1", "WORLD_SIZE": "64", "LOCAL_SIZE": "64", "LOCAL_RANK": "1"}
+    process = subprocess.Popen(
+        [sys.executable, script(tmp_path, ALONE), doing],
+        cwd=ROOT,
+        env=environment() | ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline().startswith("rank 1")
+    time.sleep(0.5)  # until it waits
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == status
 
 
 def test_the_end_of_the_command_reaches_the_ranks(tmp_path: Path) -> None:
