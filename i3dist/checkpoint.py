@@ -286,21 +286,27 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
         return sum(1 for _ in self)
 
 
-def read_lanes(checkpoint: Path, lanes: range, device: torch.device) -> LaneState:
-    """State of the given lanes, whichever rank wrote it.
+def read_lanes(checkpoint: Path, lanes: range, like: LaneState) -> LaneState:
+    """State of the given lanes, whichever rank wrote it, on the device and of the shape of `like`.
 
     Raises:
-        UserError: some of it is missing.
+        UserError: some of it is missing, or has another shape.
     """
     rows: dict[tuple[int, str], Tensor] = {}
     for path in sorted(checkpoint.glob("lanes-*.safetensors")):
-        with _open(path, device) as file:
+        with _open(path, like.latents.device) as file:
             for lane, name in _names(path, file, ROW):
                 if int(lane) in lanes:
                     rows[int(lane), name] = file.get_tensor(f"{lane}/{name}")
-    for number, name in product(lanes, LANE_TENSORS):
-        if (number, name) not in rows:
+    for number, (name, wanted) in product(lanes, like.tensors().items()):
+        row = rows.get((number, name))
+        if row is None:
             raise UserError(f"{checkpoint} has no {name} of lane {number}; {REMEDY}")
+        if (row.shape, row.dtype) != (wanted.shape[1:], wanted.dtype):
+            raise UserError(
+                f"{checkpoint}: {name} of lane {number} is {list(row.shape)} of {row.dtype} where "
+                f"{list(wanted.shape[1:])} of {wanted.dtype} should be; {REMEDY}"
+            )
     return LaneState.from_tensors(
         {name: torch.stack([rows[lane, name] for lane in lanes]) for name in LANE_TENSORS}
     )

@@ -311,7 +311,7 @@ class Trainer:
         """Take up the run where checkpoint `path`, which is whole, left it."""
         self._load(path, state)
         self.guard = Guard(self.settings.guard, state.guard.model_copy())
-        self.lane_state = checkpoint.read_lanes(path, self.lanes, self.engine.device)
+        self.lane_state = checkpoint.read_lanes(path, self.lanes, self.lane_state)
         self.progress = Progress(state.step, state.windows)
         self.saver.step = state.step
         self.ledger.resume(state.step, self.lane_state)

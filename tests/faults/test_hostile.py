@@ -27,7 +27,7 @@ from i3dist.data.shards import read_shard
 from i3dist.dist import Job
 from i3dist.errors import UserError
 from tests.conftest import error_line, program
-from tests.test_checkpoint import save
+from tests.test_checkpoint import random_lanes, save
 
 
 class Harm:
@@ -179,7 +179,7 @@ def test_a_pickle_in_a_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
     before = listing(tmp_path)
     with pytest.raises(UserError, match=f"{kind}-00000.safetensors is not a safetensors") as error:
         OptimizerReader(path)
-        checkpoint.read_lanes(path, range(2), torch.device("cpu"))
+        checkpoint.read_lanes(path, range(2), random_lanes(2))
     assert "\n" not in str(error.value)
     assert listing(tmp_path) == before
 
@@ -210,6 +210,10 @@ def reshaped(name: str, *shape: int) -> Callable[[Tensors], object]:
     )
 
 
+def widened(name: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: tensors[name].double()})
+
+
 B = [f"{kind}/0/b" for kind in KINDS]
 MALFORMED = {
     "no parameter": ("optimizer", without(*B), "has 0 of 3 elements of weight b"),
@@ -227,6 +231,8 @@ MALFORMED = {
     "half a lane": ("lanes", without("0/wkv"), "has no wkv of lane 0"),
     "lane x": ("lanes", renamed("1/latents", "x/latents"), "no tensor named 'x/latents'"),
     "lane 01": ("lanes", renamed("1/latents", "01/latents"), "no tensor named '01/latents'"),
+    "other shape": ("lanes", reshaped("1/latents", 3, 2), r"latents of lane 1 is \[3, 2\] of"),
+    "other numbers": ("lanes", widened("0/latents"), "latents of lane 0 is .* of torch.float64"),
     "no such state": ("lanes", renamed("1/latents", "1/harm"), "no tensor named '1/harm'"),
 }
 
@@ -239,7 +245,7 @@ def test_malformed_tensors_of_a_checkpoint_are_one_line(tmp_path: Path, case: st
     with_tensors(path, f"{kind}-00000.safetensors", change)
     with pytest.raises(UserError, match=says) as error:
         OptimizerReader(path).check({part.name: len(part.tensors["weight"]) for part in parts})
-        checkpoint.read_lanes(path, range(2), torch.device("cpu"))
+        checkpoint.read_lanes(path, range(2), random_lanes(2))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert "remove its folder" in str(error.value)
 

@@ -26,13 +26,13 @@ from tests.test_checkpoint import state_of
 KILLS = 12
 ELEMENTS = 400_000  # of a rank: writing and hashing takes as long as meeting does
 ALONE = Job.detect({})
+EMPTY = LaneState.empty(1, ModelSettings.model_validate(SMALL), torch.device("cpu"), torch.half)
 
 
 def save(folder: Path, job: Job, step: int) -> None:
     """A checkpoint all of whose tensors hold the step."""
     tensors = {key: torch.full((ELEMENTS,), float(step)) for key in ("weight", *ADAM_STATES)}
-    empty = LaneState.empty(1, ModelSettings.model_validate(SMALL), torch.device("cpu"), torch.half)
-    lanes = empty.map(lambda part: torch.full(part.shape, float(step), dtype=part.dtype))
+    lanes = EMPTY.map(lambda part: torch.full(part.shape, float(step), dtype=part.dtype))
     part = Fragment("w", job.rank * ELEMENTS, tensors)
     owned = (range(job.rank, job.rank + 1), lanes)
     checkpoint.save(folder, job, state_of(step), [part], owned, CheckpointSettings(keep=2))
@@ -88,7 +88,7 @@ def test_the_last_published_checkpoint_is_whole(tmp_path: Path) -> None:
         assert step in (published, published + 1)
         read = OptimizerReader(found.path)["w"]
         assert all(t.shape == (2 * ELEMENTS,) and t.eq(step).all() for t in read.values())
-        lanes = checkpoint.read_lanes(found.path, range(2), torch.device("cpu"))
+        lanes = checkpoint.read_lanes(found.path, range(2), EMPTY)
         assert lanes.latents.eq(step).all()
         unfinished += len(list(tmp_path.glob(".*.partial")))
         clear_partials(tmp_path)
