@@ -44,7 +44,8 @@ quickstart: $(READY) $(DATA_READY)  ## prepare data, train, evaluate and generat
 	@echo "mlflow:  $(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(dir $(RUN))mlflow.db}"
 
 test: $(READY)  ## the tests
-	pytest
+	@# Two files at a time: many tests wait for what they have started.
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## ruff and mypy
 	ruff check .

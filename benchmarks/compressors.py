@@ -111,6 +111,14 @@ class Even(Linear):
         return torch.zeros_like(x[..., :1])
 
 
+class Nothing(nn.Module):
+    """In place of a branch: it adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(x)
+
+
 class Tail(Compressor):
     """The last tokens of the chunk one to a record, in half of the latents; before them spans that
     grow by a constant factor."""

@@ -20,6 +20,10 @@ and added to these
   -tail       half of the latents hold the chunk's last tokens
   -drop       a tenth of the chunks is trained without history
   -carry      RWKV state carried
+  -plain      no feed-forward refines latents
+  -early      the compressor reads half of the RWKV blocks only
+  -lower      the lower attention block alone sees history
+  -upper      the upper one alone does
   -still      the compressor learns, and hands no gradient down to the RWKV stack
   -detached   what makes latents is left as it began
 """
@@ -30,7 +34,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from compressors import Apart, Detached, Even, Literal, MeanPool, Tail, Uncompressed
+from compressors import Apart, Detached, Even, Literal, MeanPool, Nothing, Tail, Uncompressed
 from i3_steps import WithoutHistory
 from torch import Tensor, nn
 
@@ -42,13 +46,18 @@ from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
-ADDED = ("low", "open", "even", "apart", "own", "tail", "drop", "carry", "still", "detached")
+ADDED = (
+    *("low", "open", "even", "apart", "own", "tail", "drop", "carry", "plain", "early", "lower"),
+    *("upper", "still", "detached"),
+)
 ARMS = [
     *("none", "records4", "literal", "mean", "ceiling", "carry", "records4-carry"),
     *("records4-detached", "records4-open", "records4-even", "records4-apart", "records4-own"),
-    *("records4-tail", "records4-drop", "records4-still", "recipe", "records2", "records8"),
-    *("picks", "every", "ceiling-low", "literal-low"),
+    *("records4-tail", "records4-drop", "records4-plain", "records4-early", "records4-lower"),
+    *("records4-upper", "records4-still", "recipe", "records2", "records8", "picks", "every"),
+    *("ceiling-low", "literal-low"),
 ]
+SHUT = -1e4  # a logit of history with which no query sees it, and which gets no gradient
 
 
 class OwnProjections(Attention):
@@ -135,6 +144,8 @@ class Arm:
                 made = kind(width, s.ff_mult, s.latents, s.records)
                 if "even" in self.added:
                     made.salience = Even(width, made.salience.d_out)
+                if "plain" in self.added:
+                    made.ff = Nothing()
         if "still" in self.added:
             made.register_forward_pre_hook(lambda _, given: (given[0].detach(), given[1]))
         return Detached(made) if "detached" in self.added else made
@@ -144,6 +155,17 @@ def named_arm(name: str) -> str:
     """The name, if there is such an arm: a type for argparse."""
     Arm.parse(name)
     return name
+
+
+def read_halfway(model: I3LM) -> None:
+    """Have the compressor read the residual stream after half of the RWKV blocks."""
+    halfway: list[Tensor] = []
+
+    def keep(_: nn.Module, given: object, out: tuple[Tensor, object]) -> None:
+        halfway[:] = [out[0]]
+
+    model.rwkv[len(model.rwkv) // 2 - 1].register_forward_hook(keep)
+    model.compressor.register_forward_pre_hook(lambda _, given: (halfway.pop(), given[1]))
 
 
 def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
@@ -157,10 +179,14 @@ def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
         model = I3LM(settings, bos_id)
         model.compressor = arm.compressor(model.width, settings)  # type: ignore[assignment]
         model.history = HistoryEmbedding(model.width, settings.history_chunks, model.keys_per_chunk)
-    for block in model.attention:
+    if "early" in arm.added:
+        read_halfway(model)
+    for place, block in zip(("lower", "upper"), model.attention, strict=True):
         if "own" in arm.added:
             block.attention = OwnProjections(model.width, settings.heads)
-        nn.init.constant_(block.attention.history_bias, arm.bias)
+        other = {"lower", "upper"} - {place}
+        bias = SHUT if other & arm.added else arm.bias
+        nn.init.constant_(block.attention.history_bias, bias)
     torch.manual_seed(seed)
     model.draw()
     return model

@@ -26,7 +26,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -89,7 +89,9 @@ class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path, rows: list[Row]):
         self.options = options
         self.rows = rows
-        self.sizes = s = TOY if options.toy else CARD
+        sizes = TOY if options.toy else CARD
+        model = sizes.model.model_copy(update={"records": options.records})
+        self.sizes = s = replace(sizes, model=model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vocab, length = s.model.vocab, s.model.chunk_length
         self.data = synthetic.Data.write(folder, vocab, length, s.shards, s.chunks_per_shard)
@@ -257,6 +259,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="attention kernel / what is compiled as one; of "
         f"{', '.join(GPT_VARIANTS)} (default: flash/blocks)",
     )
+    records = CARD.model.records
+    add("--records", default=records, help=f"records of i3's latents (default: {records})")
     add("--warm-up", default=5, help="steps before the clock starts (default: %(default)s)")
     add("--steps", default=20, help="steps that are timed (default: %(default)s)")
     add(

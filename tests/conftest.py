@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.launcher import launcher
+
 # Tensors are tiny here: threads would only wait for each other.
 torch.set_num_threads(1)
 
@@ -55,7 +57,7 @@ def shards_of(documents: Iterable[str], folder: Path, *words: object) -> Path:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed run of two ranks, with `QUICK` and `SAVING`; only to be read."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    result = torchrun(*QUICK, *SAVING, f"data.path={data}", f"run.path={run}")
+    result = run_ranks(*QUICK, *SAVING, f"data.path={data}", f"run.path={run}")
     assert result.returncode == 0, result.stderr
     return run
 
@@ -71,8 +73,24 @@ def environment() -> dict[str, str]:
 
 
 def program(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run one of the programs in this interpreter, as one process."""
+    """Run one of the programs as one process; those of launch/ as a fork (tests/launcher.py)."""
+    if str(words[0]).startswith("launch/"):
+        return launcher().run(list(map(str, words)), [environment()], timeout)
     return _run([sys.executable, *words], timeout)
+
+
+def run_ranks(
+    *words: object, ranks: int = 2, timeout: float = 300, script: str = "launch/train.py"
+) -> subprocess.CompletedProcess[str]:
+    """Run launch/train.py as forks with torchrun's environment: a fourth of the launchers' time."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GROUP_WORLD_SIZE": "1"}
+    shared |= {"TORCHELASTIC_RUN_ID": "tests"}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+    environs = [
+        environment() | shared | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+        for rank in range(ranks)
+    ]
+    return launcher().run([script, *map(str, words)], environs, timeout)
 
 
 def deepspeed(
@@ -84,14 +102,6 @@ def deepspeed(
 ) -> subprocess.CompletedProcess[str]:
     """Run launch/train.py as `ranks` CPU processes under the deepspeed launcher."""
     return _run([*before, *deepspeed_command(ranks, script), *words], timeout)
-
-
-def torchrun(
-    *words: object, ranks: int = 2, timeout: float = 300, script: str = "launch/train.py"
-) -> subprocess.CompletedProcess[str]:
-    """The same under torchrun, which starts them in half the time."""
-    launcher = ["torchrun", "--nproc-per-node", ranks, "--master-port", free_port()]
-    return _run([*launcher, script, *words], timeout)
 
 
 def deepspeed_command(ranks: int = 2, script: str = "launch/train.py") -> list[object]:

@@ -12,7 +12,7 @@ from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import read_shard
 from i3dist.tokenizer import Tokenizer
-from tests.conftest import QUICK, differences, last_checkpoint, shards_of, texts, torchrun
+from tests.conftest import QUICK, differences, last_checkpoint, run_ranks, shards_of, texts
 
 STEPS, ACCUMULATION, LANES, WINDOW, CHUNK = 8, 2, 4, 2, 64
 SETTINGS = [
@@ -45,7 +45,7 @@ def pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
 def whole(fitting: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with a checkpoint of every step."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    result = torchrun(*SETTINGS, f"data.path={fitting}", f"run.path={run}")
+    result = run_ranks(*SETTINGS, f"data.path={fitting}", f"run.path={run}")
     assert result.returncode == 0, result.stderr
     return run
 
@@ -68,7 +68,7 @@ def test_cut_where_a_document_ends(whole: Path, fitting: Path, tmp_path: Path) -
     later = [f"step-{step:08d}" for step in range(steps[0] + 1, STEPS + 1)]
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("model.safetensors", *later))
     (run / "checkpoints" / "latest").write_text(f"step-{steps[0]:08d}")
-    result = torchrun(*SETTINGS, f"data.path={fitting}", f"run.path={run}")
+    result = run_ranks(*SETTINGS, f"data.path={fitting}", f"run.path={run}")
     assert f"continued from step {steps[0]}\n" in result.stdout, result.stderr
     assert not differences(run, whole)
 
@@ -80,10 +80,10 @@ def test_killed_inside_an_accumulation(
     killed, run = 5, tmp_path / "run"
     words = [*SETTINGS, "checkpoint.every=2", f"data.path={fitting}", f"run.path={run}"]
     monkeypatch.setenv("DISTURB", f"kill 1 {killed}")
-    assert torchrun(*words, script="tests/faults/disturbed.py").returncode != 0
+    assert run_ranks(*words, script="tests/faults/disturbed.py").returncode != 0
     assert [entry.step for entry in ledger.read(run)] == list(range(1, killed))
     saved = int(last_checkpoint(run).removeprefix("step-"))
-    result = torchrun(*words)
+    result = run_ranks(*words)
     assert f"continued from step {saved}\n" in result.stdout, result.stderr
     assert 0 < saved < killed
     assert not differences(run, whole)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import QUICK, ROOT, deepspeed, error_line, losses, program, torchrun
+from tests.conftest import QUICK, ROOT, deepspeed, error_line, losses, program, run_ranks
 
 STEPS = 9
 
@@ -59,7 +59,7 @@ def test_continued_equals_uninterrupted(whole: Path, data: Path, tmp_path: Path,
     shutil.copytree(whole / "checkpoints" / name, run / "checkpoints" / name)
     (run / "checkpoints" / "latest").write_text(name)
     words = [f"data.path={data}", f"run.path={run}", f"train.steps={STEPS}", "checkpoint.every=4"]
-    output = succeed(torchrun(*QUICK, *words, "validate.every=4"))
+    output = succeed(run_ranks(*QUICK, *words, "validate.every=4"))
     assert f"continued from step {cut}\n" in output
     assert losses(run) == losses(whole)[cut:]
     last = f"checkpoints/step-{STEPS:08d}"
@@ -75,7 +75,7 @@ def test_looking_into_the_model_changes_nothing(whole: Path, data: Path, tmp_pat
     """Bit for bit: a look in every step, against one in the last step only."""
     run = tmp_path / "run"
     words = [f"data.path={data}", f"run.path={run}", f"train.steps={STEPS}"]
-    output = succeed(torchrun(*QUICK, *words, "log.diagnose_every=1"))
+    output = succeed(run_ranks(*QUICK, *words, "log.diagnose_every=1"))
     assert losses(run) == losses(whole)
     weights = "model.safetensors"
     assert (run / weights).read_bytes() == (whole / weights).read_bytes()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from i3dist import ledger
 from i3dist.checkpoint import LANE_TENSORS
-from tests.conftest import QUICK, error_line, losses, program, torchrun
+from tests.conftest import QUICK, error_line, losses, program, run_ranks
 from tests.faults.test_hostile import renamed, with_tensors
 
 LOSS_TOLERANCE = 2e-3  # nats, in every step
@@ -63,7 +63,7 @@ def train(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
             if part.ranks == 1:
                 result = program(script, *words)
             else:
-                result = torchrun(*words, ranks=part.ranks, script=script)
+                result = run_ranks(*words, ranks=part.ranks, script=script)
         assert result.returncode == 0, result.stderr
         assert (f"continued from step {part.start}\n" in result.stdout) == (part.start > 0)
         return noted

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from i3dist import ledger
-from tests.conftest import QUICK, deepspeed, error_line, losses, torchrun
+from tests.conftest import QUICK, deepspeed, error_line, losses, run_ranks
 
 SCRIPT = "tests/faults/disturbed.py"
 
@@ -21,7 +21,7 @@ def test_a_loss_that_is_not_finite_is_skipped_by_all(
     monkeypatch.setenv("DISTURB", f"{value} 1 2 3")
     run = tmp_path / "run"
     words = [*QUICK, "train.steps=5", "guard.bad_steps=3", f"data.path={data}", f"run.path={run}"]
-    result = torchrun(*words, script=SCRIPT)
+    result = run_ranks(*words, script=SCRIPT)
     assert result.returncode == 0, result.stderr
     assert "step 2 is skipped: not finite" in result.stdout
     entries = ledger.read(run)
@@ -55,7 +55,7 @@ def test_too_many_in_a_row_roll_the_run_back(
     words = [*QUICK, "guard.bad_steps=2", "guard.rollbacks=1", "checkpoint.every=3"]
     words += ["checkpoint.keep=9", "train.steps=8", f"data.path={data}", f"run.path={run}"]
     monkeypatch.setenv("DISTURB", "nan 1 5 6")
-    result = torchrun(*words, script=SCRIPT)
+    result = run_ranks(*words, script=SCRIPT)
     assert result.returncode == 0, result.stderr
     assert "2 bad steps in a row: weights and optimizer are those of step 3 again" in result.stdout
     skipped = [entry.skipped for entry in ledger.read(run)]
@@ -66,7 +66,7 @@ def test_too_many_in_a_row_roll_the_run_back(
     first = losses(run), (run / "model.safetensors").read_bytes()
     (run / "checkpoints" / "latest").write_text("step-00000003")
     monkeypatch.setenv("DISTURB", "nan 1 2 3")  # the fifth and sixth of the run
-    assert torchrun(*words, script=SCRIPT).returncode == 0
+    assert run_ranks(*words, script=SCRIPT).returncode == 0
     assert (losses(run), (run / "model.safetensors").read_bytes()) == first
 
 
@@ -74,12 +74,12 @@ def test_a_rank_that_hangs_ends_the_job_with_every_ranks_stack(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISTURB", "hang 1 2")
-    words = [*QUICK, "train.steps=9", "guard.hang_seconds=20", f"data.path={data}"]
+    words = [*QUICK, "train.steps=9", "guard.hang_seconds=10", f"data.path={data}"]
     result = deepspeed(*words, f"run.path={tmp_path / 'run'}", script=SCRIPT)
     ended = time.time()
     assert result.returncode != 0
     metrics = tmp_path / "run" / "metrics.jsonl"
-    assert ended - metrics.stat().st_mtime < 20 + 15, "the launcher takes some seconds as well"
+    assert ended - metrics.stat().st_mtime < 10 + 15, "the launcher takes some seconds as well"
     said = result.stderr
     for rank in (0, 1):
         assert f"error: rank {rank} is taking a step for " in said

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import QUICK, SAVING, deepspeed, error_line, losses, program, torchrun
+from tests.conftest import QUICK, SAVING, deepspeed, error_line, losses, program, run_ranks
 from tests.faults.test_hostile import with_tensors, without
 
 
@@ -26,7 +26,7 @@ def test_the_newest_whole_one_is_taken_and_said(whole: Path, data: Path, tmp_pat
     flip(run / "checkpoints" / "step-00000012" / "optimizer-00001.safetensors")
     os.truncate(run / "checkpoints" / "step-00000010" / "lanes-00000.safetensors", 100)
     (run / "checkpoints" / ".step-00000014.partial").mkdir()
-    result = torchrun(*QUICK, *SAVING, f"data.path={data}", f"run.path={run}")
+    result = run_ranks(*QUICK, *SAVING, f"data.path={data}", f"run.path={run}")
     assert result.returncode == 0, result.stderr
     (line,) = [x for x in result.stdout.splitlines() if x.startswith("warning: checkpoint")]
     assert "step-00000012 is refused: optimizer-00001.safetensors is altered" in line

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from i3dist.stop import REQUEUE
-from tests.conftest import QUICK, SAVING, STEPS, losses, program, torchrun
+from tests.conftest import QUICK, SAVING, STEPS, losses, program, run_ranks
 from tests.faults.running import Running, running
 
 
@@ -71,7 +71,7 @@ def test_asked_to_stop(
     assert (run / "checkpoints" / "latest").read_text() == f"step-{step:08d}"
     assert not list((run / "checkpoints").glob(".*"))
     if ask is on_and_on:  # once is enough to show that what was saved is whole
-        assert torchrun(*words, f"run.path={run}").returncode == 0
+        assert run_ranks(*words, f"run.path={run}").returncode == 0
         assert losses(run) == losses(whole)
         assert program("launch/ledger.py", run, whole, "--data", data).returncode == 0
         weights = "model.safetensors"

@@ -80,8 +80,9 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Undis
     return Undisturbed(tree_digest(out), begun, time.monotonic() - start)
 
 
-def run_for(seconds: float, words: list[str]) -> int:
-    """Run the tool in a session of its own, kill it after a time; returns its exit status."""
+def run_for(seconds: float, words: list[str], out: Path | None = None) -> int:
+    """Run the tool, kill it so long after it has started, or has begun a part of the work in `out`;
+    returns its exit status."""
     process = subprocess.Popen(
         [sys.executable, *words],
         cwd=ROOT,
@@ -89,11 +90,21 @@ def run_for(seconds: float, words: list[str]) -> int:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    started = time.time()
+    while out is not None and process.poll() is None and not begun_since(started, out):
+        time.sleep(0.01)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         os.kill(process.pid, signal.SIGKILL)  # workers are left to notice by themselves
         return process.wait()
+
+
+def begun_since(moment: float, out: Path) -> bool:
+    """Whether a part of the work has been begun since."""
+    with suppress(FileNotFoundError):  # one may be taken away meanwhile
+        return any(part.stat().st_mtime > moment for part in out.glob(".work/runs/part-*"))
+    return False
 
 
 def test_killed_at_random_times_it_ends_with_the_same_bytes(
@@ -104,8 +115,11 @@ def test_killed_at_random_times_it_ends_with_the_same_bytes(
     out, killed, attempts, in_work = tmp_path / "out-0", 0, 0, 0
     while killed < KILLS:
         attempts += 1
-        seconds = rng.uniform(begun, done_after)
-        status = run_for(seconds, command(source, out, rng.choice((1, 1, 2))))
+        words = command(source, out, rng.choice((1, 1, 2)))
+        if attempts % 2:  # however busy the machine is, these strike at work
+            status = run_for(rng.uniform(0, (done_after - begun) / 2), words, out)
+        else:
+            status = run_for(rng.uniform(begun, done_after), words)
         assert status in (0, -signal.SIGKILL)
         killed += status == -signal.SIGKILL
         in_work += status != 0 and any(out.glob(".work/runs/part-*"))

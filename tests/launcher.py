@@ -1,0 +1,109 @@
+"""Starts programs as forks of a process that has imported already what takes seconds to import.
+
+It stands in for torchrun and a fresh interpreter, of which other tests have enough: each rank is a
+process of its own with torchrun's environment, and where one fails the others are ended.
+
+    python -u -m tests.launcher     takes requests on standard input, a JSON line each, and answers
+                                    each with the first status that is not 0
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+TIMED_OUT = "timed out"
+PATIENCE_S = 30  # between asking ranks to end and killing them
+
+
+class Launcher:
+    """The process that programs are forks of, as its user sees it."""
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        words = [sys.executable, "-u", "-m", "tests.launcher"]
+        pipe = subprocess.PIPE
+        self._server = subprocess.Popen(
+            words, cwd=ROOT, env=environ, stdin=pipe, stdout=pipe, text=True
+        )
+
+    def run(
+        self, words: list[str], environs: list[dict[str, str]], timeout: float
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program, its path first, in one process for each environment."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        with TemporaryDirectory() as folder:
+            files = [Path(folder, name) for name in ("stdout", "stderr")]
+            request = {"words": words, "environs": environs, "timeout": timeout}
+            self._server.stdin.write(json.dumps(request | {"output": list(map(str, files))}) + "\n")
+            self._server.stdin.flush()
+            status = json.loads(self._server.stdout.readline())
+            stdout, stderr = (file.read_text() for file in files)
+        if status == TIMED_OUT:
+            raise subprocess.TimeoutExpired(words, timeout, stdout, stderr)
+        return subprocess.CompletedProcess(words, status, stdout, stderr)
+
+
+@cache
+def launcher() -> Launcher:
+    """The one of this process; it ends when this does."""
+    from tests.conftest import environment
+
+    return Launcher(environment())
+
+
+def main() -> None:
+    """Serve until standard input ends. In a fork: be the program that was asked for."""
+    for module in ("i3dist.trainer", "i3dist.plots", "i3dist.tracking", "torch._dynamo"):
+        __import__(module)
+    for line in sys.stdin:
+        request = json.loads(line)
+        ranks = []
+        for environ in request["environs"]:
+            pid = os.fork()
+            if not pid:
+                become(request["words"], environ, request["output"])
+                return
+            ranks.append(psutil.Process(pid))
+        print(json.dumps(status_of(ranks, request["timeout"])))
+
+
+def become(words: list[str], environ: dict[str, str], output: list[str]) -> None:
+    """Go on as a fresh interpreter that runs `words`."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for stream, path in enumerate(output, start=1):
+        os.dup2(os.open(path, flags), stream)
+    os.environ.clear()
+    os.environ.update(environ)
+    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def status_of(ranks: list[psutil.Process], timeout: float) -> int | str:
+    """Wait for all ranks: the first status that is not 0, or that it took too long."""
+    failures: list[int] = []
+
+    def ended(rank: Any) -> None:
+        if rank.returncode and not failures:
+            failures.append(rank.returncode)
+            for other in ranks:
+                if other.is_running():
+                    other.terminate()
+
+    _, alive = psutil.wait_procs(ranks, timeout, callback=ended)
+    for rank in alive:
+        rank.kill()
+    psutil.wait_procs(alive)
+    return TIMED_OUT if alive else next(iter(failures), 0)
+
+
+if __name__ == "__main__":
+    main()
