@@ -21,7 +21,6 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 TIMED_OUT = "timed out"
-PATIENCE_S = 30  # between asking ranks to end and killing them
 
 
 class Launcher:
@@ -44,7 +43,9 @@ class Launcher:
             request = {"words": words, "environs": environs, "timeout": timeout}
             self._server.stdin.write(json.dumps(request | {"output": list(map(str, files))}) + "\n")
             self._server.stdin.flush()
-            status = json.loads(self._server.stdout.readline())
+            answer = self._server.stdout.readline()
+            assert answer, "the launcher has ended: its standard error says why"
+            status = json.loads(answer)
             stdout, stderr = (file.read_text() for file in files)
         if status == TIMED_OUT:
             raise subprocess.TimeoutExpired(words, timeout, stdout, stderr)
