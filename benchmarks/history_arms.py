@@ -14,6 +14,7 @@ and added to these
 
   -low        the logit of history begins low; otherwise literal and ceiling begin with it open
   -open       it begins open; otherwise the others begin low
+  -scaled     it begins where all of history weighs as much as 16 of the chunk's tokens
   -even       records choose tokens by no salience
   -apart      the records of a latent have projections of their own
   -own        history has key and value projections of its own in every attention block
@@ -28,6 +29,7 @@ and added to these
   -detached   what makes latents is left as it began
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,15 +50,23 @@ from i3dist.model.lm import I3LM
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
 ADDED = (
     *("low", "open", "even", "apart", "own", "tail", "drop", "carry", "plain", "early", "lower"),
-    *("upper", "still", "detached"),
+    *("upper", "still", "detached", "scaled"),
 )
 ARMS = [
     *("none", "records4", "literal", "mean", "ceiling", "carry", "records4-carry"),
-    *("records4-detached", "records4-open", "records4-even", "records4-apart", "records4-own"),
+    *(
+        "records4-detached",
+        "records4-open",
+        "records4-scaled",
+        "records4-even",
+        "records4-apart",
+        "records4-own",
+    ),
     *("records4-tail", "records4-drop", "records4-plain", "records4-early", "records4-lower"),
     *("records4-upper", "records4-still", "recipe", "records2", "records8", "picks", "every"),
     *("ceiling-low", "literal-low"),
 ]
+SCALED = 16  # tokens
 SHUT = -1e4  # a logit of history with which no query sees it, and which gets no gradient
 
 
@@ -181,11 +191,14 @@ def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
         model.history = HistoryEmbedding(model.width, settings.history_chunks, model.keys_per_chunk)
     if "early" in arm.added:
         read_halfway(model)
+    start = arm.bias
+    if "scaled" in arm.added:
+        start = math.log(SCALED / (model.keys_per_chunk * settings.history_chunks))
     for place, block in zip(("lower", "upper"), model.attention, strict=True):
         if "own" in arm.added:
             block.attention = OwnProjections(model.width, settings.heads)
         other = {"lower", "upper"} - {place}
-        bias = SHUT if other & arm.added else arm.bias
+        bias = SHUT if other & arm.added else start
         nn.init.constant_(block.attention.history_bias, bias)
     torch.manual_seed(seed)
     model.draw()
