@@ -48,23 +48,17 @@ from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
+BLOCKS = ("lower", "upper")  # of attention
 ADDED = (
-    *("low", "open", "even", "apart", "own", "tail", "drop", "carry", "plain", "early", "lower"),
-    *("upper", "still", "detached", "scaled"),
+    *("low", "open", "scaled", "even", "apart", "own", "tail", "drop", "carry", "plain", "early"),
+    *(*BLOCKS, "still", "detached"),
 )
 ARMS = [
     *("none", "records4", "literal", "mean", "ceiling", "carry", "records4-carry"),
-    *(
-        "records4-detached",
-        "records4-open",
-        "records4-scaled",
-        "records4-even",
-        "records4-apart",
-        "records4-own",
-    ),
-    *("records4-tail", "records4-drop", "records4-plain", "records4-early", "records4-lower"),
-    *("records4-upper", "records4-still", "recipe", "records2", "records8", "picks", "every"),
-    *("ceiling-low", "literal-low"),
+    *("records4-detached", "records4-open", "records4-scaled", "records4-even", "records4-apart"),
+    *("records4-own", "records4-tail", "records4-drop", "records4-plain", "records4-early"),
+    *("records4-lower", "records4-upper", "records4-still", "recipe", "records2", "records8"),
+    *("picks", "every", "ceiling-low", "literal-low"),
 ]
 SCALED = 16  # tokens
 SHUT = -1e4  # a logit of history with which no query sees it, and which gets no gradient
@@ -115,9 +109,12 @@ class Arm:
         """Whether there are latents."""
         return self.base not in ("none", "carry")
 
-    @property
-    def bias(self) -> float:
-        """What the logit of history begins at."""
+    def bias(self, block: str, keys: int) -> float:
+        """What the logit of history begins at in one of `BLOCKS`, where it has so many keys."""
+        if block not in (self.added.intersection(BLOCKS) or BLOCKS):
+            return SHUT
+        if "scaled" in self.added:
+            return math.log(SCALED / keys)
         opened = self.base in ("literal", "ceiling")
         return 0.0 if "open" in self.added or (opened and "low" not in self.added) else CLOSED
 
@@ -178,28 +175,28 @@ def read_halfway(model: I3LM) -> None:
     model.compressor.register_forward_pre_hook(lambda _, given: (halfway.pop(), given[1]))
 
 
+def replace_history(model: I3LM, arm: Arm) -> None:
+    """Have history made and read as the arm does."""
+    settings = model.settings
+    model.compressor = arm.compressor(model.width, settings)  # type: ignore[assignment]
+    model.history = HistoryEmbedding(model.width, settings.history_chunks, model.keys_per_chunk)
+    if "early" in arm.added:
+        read_halfway(model)
+    keys = model.keys_per_chunk * settings.history_chunks
+    for place, block in zip(BLOCKS, model.attention, strict=True):
+        if "own" in arm.added:
+            block.attention = OwnProjections(model.width, settings.heads)
+        nn.init.constant_(block.attention.history_bias, arm.bias(place, keys))
+
+
 def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
     """The model of an arm. What arms of a seed have in common begins with the same weights, up to
     the first part that differs in shape."""
     arm = Arm.parse(name)
     settings = arm.settings(settings)
-    if not arm.has_history:
-        model: I3LM = WithoutHistory(settings, bos_id)
-    else:
-        model = I3LM(settings, bos_id)
-        model.compressor = arm.compressor(model.width, settings)  # type: ignore[assignment]
-        model.history = HistoryEmbedding(model.width, settings.history_chunks, model.keys_per_chunk)
-    if "early" in arm.added:
-        read_halfway(model)
-    start = arm.bias
-    if "scaled" in arm.added:
-        start = math.log(SCALED / (model.keys_per_chunk * settings.history_chunks))
-    for place, block in zip(("lower", "upper"), model.attention, strict=True):
-        if "own" in arm.added:
-            block.attention = OwnProjections(model.width, settings.heads)
-        other = {"lower", "upper"} - {place}
-        bias = SHUT if other & arm.added else start
-        nn.init.constant_(block.attention.history_bias, bias)
+    model = (I3LM if arm.has_history else WithoutHistory)(settings, bos_id)
+    if arm.has_history:
+        replace_history(model, arm)
     torch.manual_seed(seed)
     model.draw()
     return model
