@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.launcher import launcher
+from i3dist.dist import Job
+from tests.launcher import Launcher
 
 # Tensors are tiny here: threads would only wait for each other.
 torch.set_num_threads(1)
@@ -72,6 +74,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "OMP_NUM_THREADS": "01"}
 
 
+@cache
+def launcher() -> Launcher:
+    """The one of these tests; it ends when they do."""
+    return Launcher(ROOT, environment())
+
+
 def program(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run one of the programs as one process; those of launch/ as a fork (tests/launcher.py)."""
     if str(words[0]).startswith("launch/"):
@@ -83,13 +91,10 @@ def run_ranks(
     *words: object, ranks: int = 2, timeout: float = 300, script: str = "launch/train.py"
 ) -> subprocess.CompletedProcess[str]:
     """Run launch/train.py as forks with torchrun's environment: a fourth of the launchers' time."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GROUP_WORLD_SIZE": "1"}
-    shared |= {"TORCHELASTIC_RUN_ID": "tests"}
-    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
-    environs = [
-        environment() | shared | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
-        for rank in range(ranks)
-    ]
+    port = free_port()
+    environs = [environment() | {"TORCHELASTIC_RUN_ID": "tests"} for _ in range(ranks)]
+    for rank, environ in enumerate(environs):
+        Job(rank, ranks, rank, ranks, 1, "127.0.0.1", port, "torchrun").export(environ)
     return launcher().run([script, *map(str, words)], environs, timeout)
 
 

@@ -12,25 +12,24 @@ import os
 import runpy
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).parent.parent
 TIMED_OUT = "timed out"
 
 
 class Launcher:
     """The process that programs are forks of, as its user sees it."""
 
-    def __init__(self, environ: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environ: dict[str, str]) -> None:
+        """Programs run in `folder`; `environ` is what importing sees."""
         words = [sys.executable, "-u", "-m", "tests.launcher"]
         pipe = subprocess.PIPE
         self._server = subprocess.Popen(
-            words, cwd=ROOT, env=environ, stdin=pipe, stdout=pipe, text=True
+            words, cwd=folder, env=environ, stdin=pipe, stdout=pipe, text=True
         )
 
     def run(
@@ -50,14 +49,6 @@ class Launcher:
         if status == TIMED_OUT:
             raise subprocess.TimeoutExpired(words, timeout, stdout, stderr)
         return subprocess.CompletedProcess(words, status, stdout, stderr)
-
-
-@cache
-def launcher() -> Launcher:
-    """The one of this process; it ends when this does."""
-    from tests.conftest import environment
-
-    return Launcher(environment())
 
 
 def main() -> None:

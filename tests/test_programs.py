@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +13,15 @@ import torch
 from i3dist.config import setting_lines
 from i3dist.errors import UserError
 from tests.conftest import QUICK, ROOT, error_line, program
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda p: p.name)
+def test_every_program_starts_in_an_interpreter_of_its_own(path: Path) -> None:
+    """Other tests fork them from one that has imported much already."""
+    words = [sys.executable, path, "--help"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: {path.name}")
 
 
 def test_help_lists_every_setting() -> None:

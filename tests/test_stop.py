@@ -1,4 +1,4 @@
-"""What a rank hears while it is told to stop, with stand-ins for training. About 20 s."""
+"""What a rank hears while it is told to stop, with stand-ins for training. About a minute."""
 
 import signal
 import subprocess

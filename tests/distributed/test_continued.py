@@ -1,4 +1,4 @@
-"""Killed and continued equals uninterrupted, bit for bit. Two ranks; about a minute."""
+"""Killed and continued equals uninterrupted, bit for bit. Two ranks; half a minute."""
 
 import shutil
 from collections.abc import Iterator

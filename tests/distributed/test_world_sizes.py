@@ -1,4 +1,4 @@
-"""One run on 4, then 2, then 1, then 4 ranks, against one that stays on 4. About 80 s.
+"""One run on 4, then 2, then 1, then 4 ranks, against one that stays on 4. About 40 s.
 
 Each change is the same command under another number of ranks. A run carries on exactly what was
 saved. What it computes then rounds differently where micro-batches or the order of sums differ.

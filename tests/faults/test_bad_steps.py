@@ -1,4 +1,4 @@
-"""Losses that are not finite on one of two ranks, and a rank that hangs. About 2 minutes."""
+"""Losses that are not finite on one of two ranks, and a rank that hangs. About 80 s."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Two ranks meet broken checkpoints and a full disk. About 70 s, with the undisturbed run."""
+"""Two ranks meet broken checkpoints and a full disk. About 30 s, with the undisturbed run."""
 
 import json
 import os
