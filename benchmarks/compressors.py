@@ -11,15 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from i3dist.model.compress import Compressor, even_parts, intervals, means
-from i3dist.model.layers import (
-    Channels,
-    FeedForward,
-    LayerNorm,
-    Linear,
-    adjust_heads,
-    merge_heads,
-    split_heads,
-)
+from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
+from i3dist.ops.attention import merge_heads, split_heads
 
 
 class AsTheyAre(nn.Module):

@@ -45,8 +45,7 @@ def of_i3(model: I3LM, batch: Batch) -> PerToken:
     """A window of the i3. `model` may lack compressor and history.
 
     Per chunk, M latents go through the compressor's query and feed-forward; the records of C + K
-    chunks are unfolded and projected for a window of K chunks. What is done once per batch (ages)
-    and the means of spans are left out.
+    chunks are unfolded and projected for a window of K chunks. The means of spans are left out.
     """
     s, (_, window, length) = model.settings, batch.tokens.shape
     with_history = not isinstance(model.compressor, nn.Identity)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from i3dist.model.layers import merge_heads, split_heads
 from i3dist.model.segments import causal_mask, segment_ids
+from i3dist.ops.attention import merge_heads, split_heads
 from i3dist.ops.cross_entropy import token_losses
 
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}

@@ -42,10 +42,11 @@ from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
 from i3dist.errors import UserError
-from i3dist.model.attention import CLOSED, Attention, HistoryEmbedding
+from i3dist.model.attention import CLOSED, Attention, Slots
 from i3dist.model.compress import Compressor
 from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
+from i3dist.ops.attention import KeysValues
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
 BLOCKS = ("lower", "upper")  # of attention
@@ -67,8 +68,8 @@ SHUT = -1e4  # a logit of history with which no query sees it, and which gets no
 class OwnProjections(Attention):
     """Attention that projects history by matrices of their own, which begin as those of tokens."""
 
-    def __init__(self, width: Channels, heads: int):
-        super().__init__(width, heads)
+    def __init__(self, width: Channels, heads: int, chunks: int):
+        super().__init__(width, heads, chunks)
         self.of_history = Linear(width, self.key_value.d_out)
 
     def begin(self) -> None:
@@ -76,13 +77,11 @@ class OwnProjections(Attention):
         super().begin()
         self.of_history.weight.copy_(self.key_value.weight)
 
-    def history_keys_values(
-        self, latents: Tensor, embed: HistoryEmbedding
-    ) -> tuple[Tensor, Tensor]:
-        """As `Attention.history_keys_values`."""
+    def history(self, latents: Tensor) -> KeysValues:
+        """As `Attention.history`."""
         tokens, self.key_value = self.key_value, self.of_history
         try:
-            return super().history_keys_values(latents, embed)
+            return super().history(latents)
         finally:
             self.key_value = tokens
 
@@ -179,14 +178,14 @@ def replace_history(model: I3LM, arm: Arm) -> None:
     """Have history made and read as the arm does."""
     settings = model.settings
     model.compressor = arm.compressor(model.width, settings)  # type: ignore[assignment]
-    model.history = HistoryEmbedding(model.width, settings.history_chunks, model.keys_per_chunk)
+    model.slots = Slots(model.width, model.keys_per_chunk)
     if "early" in arm.added:
         read_halfway(model)
     keys = model.keys_per_chunk * settings.history_chunks
     for place, block in zip(BLOCKS, model.attention, strict=True):
         if "own" in arm.added:
-            block.attention = OwnProjections(model.width, settings.heads)
-        nn.init.constant_(block.attention.history_bias, arm.bias(place, keys))
+            block.attention = OwnProjections(model.width, settings.heads, settings.history_chunks)
+        nn.init.constant_(block.attention.age_bias, arm.bias(place, keys))
 
 
 def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:

@@ -22,7 +22,7 @@ from i3dist.model.lm import I3LM, Below
 from i3dist.model.packed import PackedModel
 from i3dist.model.segments import causal_mask, history_mask, segment_ids
 from i3dist.model.state import LaneState
-from i3dist.ops.attention import Visibility, attention_bias, block_visibility
+from i3dist.ops.attention import KeysValues, Visibility, attention_bias, block_visibility
 from i3dist.ops.wkv import empty_state
 
 ENGINE_CONFIG = Path(__file__).parent.parent / "configs" / "zero2.json"
@@ -148,7 +148,7 @@ class WithoutHistory(I3LM):
 
     def __init__(self, settings: ModelSettings, bos_id: int):
         super().__init__(settings, bos_id)
-        self.compressor = self.history = nn.Identity()  # type: ignore[assignment]
+        self.compressor = self.slots = nn.Identity()  # type: ignore[assignment]
 
     def below(self, tokens: Tensor, depth: Tensor, state: LaneState) -> tuple[Below, LaneState]:
         """As `I3LM.below`; the state's latents, which nobody reads, stay as they are."""
@@ -159,23 +159,19 @@ class WithoutHistory(I3LM):
 
     def above(self, below: Below, gate: Tensor) -> Tensor:
         """As `I3LM.above`, with attention to the chunk's own tokens only."""
-        visible = self._visible(below.segments.flatten(0, 1), below.depth.flatten(), gate)
-        flat = below.x.flatten(0, 1)
+        visible, x = self._visible(below.segments, below.depth, gate), below.x
         for block in self.attention:
-            heads = block.attention.heads
-            none = flat.new_empty(
-                len(flat), heads, 0, block.attention.query.d_out.computed // heads
-            )
-            flat, _ = block(flat, (none, none), None, visible)
-        return flat.view_as(below.x)
+            none = x.new_empty(len(x), 0, block.attention.inner.computed)
+            x, _ = block(x, KeysValues(none, none), None, visible)
+        return x
 
     def _visible(self, segments: Tensor, depth: Tensor, gate: Tensor) -> Visibility:
-        """As `I3LM._visible`, with a history of no chunks."""
-        latents = self.settings.latents
+        """As `I3LM._visible`, with a history of no keys."""
         if self.compiled and segments.is_cuda:
-            return block_visibility(segments, depth, gate, 0, latents)
+            return block_visibility(segments, depth, gate, 0, 0)
+        segments, depth = segments.flatten(0, 1), depth.flatten()
         own, history = causal_mask(segments), history_mask(segments, depth, 0)
-        return attention_bias(own, history, gate, latents)
+        return attention_bias(own, history, gate, 0)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from i3dist.model.attention import Attention, AttentionBlock
 from i3dist.model.lm import I3LM, Below
 from i3dist.model.segments import causal_mask, history_mask
 from i3dist.model.state import LaneState
-from i3dist.ops.attention import attention_bias
+from i3dist.ops.attention import attention_bias, join, split_heads
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.precision import widen
 
@@ -74,36 +74,37 @@ def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> T
     bias = attention_bias(causal_mask(segments), seen, gate, model.keys_per_chunk)
     counted = seen & used.flatten(0, 1).unsqueeze(-1)  # [N, T, C]
     total = torch.zeros(chunks, dtype=torch.float64, device=bias.device)
-    x, blocks = below.x.flatten(0, 1), cast("Iterable[AttentionBlock]", model.attention)
-    history = model.history_keys_values(below.latents)
-    for block, (past, values) in zip(blocks, history, strict=True):
-        query = block.norm_attention(x)
-        past = past.flatten(0, 1)
-        x, (own, _) = block(x, (past, values.flatten(0, 1)), None, bias)
+    x, blocks = below.x, cast("Iterable[AttentionBlock]", model.attention)
+    history = model.history(below.latents)
+    for block, past in zip(blocks, history, strict=True):
+        queries = block.attention.queries(block.norm_attention(x)).flatten(0, 1)
+        x, own = block(x, past, None, bias)
+        keys = join(past.keys, own.keys, bias).flatten(0, 1)
         # Chunk by chunk: a window's logits would be the largest tensor of all.
-        for n, keys in enumerate(torch.cat([past, own], dim=-2)):
-            mass = attention_mass(block.attention, query[n], keys, bias[n], chunks)
+        for n, mask in enumerate(bias):
+            mass = attention_mass(block.attention, queries[n], keys[n], mask, chunks)
             total += (mass[:, :chunks] * counted[n]).sum(0)
     return (total / (counted.sum((0, 1)) * len(history))).flip(0)
 
 
 def attention_mass(
-    attention: Attention, x: Tensor, keys: Tensor, bias: Tensor, chunks: int
+    attention: Attention, queries: Tensor, keys: Tensor, bias: Tensor, chunks: int
 ) -> Tensor:
     """How each query's attention falls on history and on its own chunk, mean over heads.
 
     Args:
         attention: the block's attention.
-        x: [T, D], its input.
-        keys: [H, S, D/H], latents of C chunks and then T tokens.
+        queries: [T, D].
+        keys: [S, D], of C chunks and then of T tokens.
         bias: [1, T, S], from `attention_bias`.
         chunks: C.
 
     Returns:
         [T, C + 1] fp32: chunks of history, the oldest first, then the own chunk; rows sum to 1.
     """
-    logits = widen((attention.queries(x) * attention.scale) @ keys.transpose(-1, -2)) + bias
-    past, own = logits.softmax(-1).mean(0).tensor_split([len(bias[0, 0]) - len(x)], dim=-1)
+    query, key = (split_heads(x, attention.heads) for x in (queries * attention.scale, keys))
+    logits = widen(query @ key.transpose(-1, -2)) + bias
+    past, own = logits.softmax(-1).mean(0).tensor_split([len(keys) - len(queries)], dim=-1)
     return torch.cat([past.unflatten(-1, (chunks, -1)).sum(-1), own.sum(-1, keepdim=True)], dim=-1)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from i3dist.diagnose import Diagnosis, attention_mass, diagnose, diagnosis_line, effective_rank
 from i3dist.model.lm import I3LM
 from i3dist.model.segments import causal_mask, history_mask, segment_ids
-from i3dist.ops.attention import attend, attention_bias
+from i3dist.ops.attention import KeysValues, attend, attention_bias, join, split_heads
 from i3dist.ops.cross_entropy import IGNORE
 from tests.model.conftest import BOS, SMALL, build
 from tests.model.streams import depth_of, empty, stream
@@ -46,9 +46,9 @@ def test_attention_mass_is_a_share(model: I3LM, seed: int, gate: float) -> None:
     seen = history_mask(segments, depth, C)
     bias = attention_bias(causal_mask(segments), seen, torch.tensor(gate), M)
     attention = model.attention[0].attention
-    x = torch.randn(T, model.width.computed, dtype=torch.float64)
-    keys, _ = attention.keys_values(torch.randn(C * M + T, model.width.computed).double())
-    mass = attention_mass(attention, x, keys, bias[0], C)
+    x = torch.randn(1, 1, T, model.width.computed, dtype=torch.float64)
+    keys = attention.keys_values(torch.randn(C * M + T, model.width.computed).double()).keys
+    mass = attention_mass(attention, attention.queries(x)[0, 0], keys, bias[0], C)
     assert mass.shape == (T, C + 1)
     torch.testing.assert_close(mass.sum(-1), torch.ones(T).double())
     visible = seen[0] & (gate > 0)
@@ -60,10 +60,12 @@ def test_shares_are_those_of_the_models_own_attention(model: I3LM) -> None:
     """Against the softmax of all that the blocks hand to `attend` in a plain forward."""
     weights, tokens = [], window(1, mean_document=100)
 
-    def record(query: Tensor, keys: Tensor, *others: Any) -> Tensor:
-        _, bias, scale = others
-        weights.append((scale * query @ keys.transpose(-1, -2) + bias).softmax(-1))
-        return attend(query, keys, *others)
+    def record(query: Tensor, own: KeysValues, past: KeysValues, *others: Any) -> Tensor:
+        bias, heads, scale = others
+        keys = join(past.keys, own.keys, bias)
+        q, k = (split_heads(x.flatten(0, 1), heads) for x in (query, keys))
+        weights.append((scale * q @ k.transpose(-1, -2) + bias).softmax(-1))
+        return attend(query, own, past, *others)
 
     depth = depth_of(tokens)
     with torch.no_grad(), mock.patch("i3dist.model.attention.attend", record):

@@ -1,139 +1,132 @@
 """Causal attention over a chunk and its compressed history.
 
-Letters: N rows (chunks), H heads, T query tokens, S keys, C history chunks, M keys of an earlier
-chunk, D width.
+Letters: B lanes, K chunks of a window, H heads, T query tokens, S keys, C history chunks, M keys of
+an earlier chunk, D width.
 
 Tokens carry no positions: the RWKV blocks below give order (as in Jamba, Lieber et al., 2024,
-arXiv:2403.19887). Keys of history carry a learned age, 1 to C chunks, and a learned slot, 0 to
-M - 1, and each query adds a logit b_h(x) of its own to all of them. That begins low: while history
-holds nothing of use yet, its keys outnumber the chunk's own, and would take attention from them.
+arXiv:2403.19887). Keys of history carry a learned slot, 0 to M - 1, and their age, 1 to C chunks,
+is a logit b_ha(x) that a query x gives to all keys so old, as in relative attention (Shaw et al.,
+2018, arXiv:1803.02155). It begins low: while history holds nothing of use yet, its keys outnumber
+the chunk's own, and would take attention from them.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.layers import (
-    Channels,
-    FeedForward,
-    LayerNorm,
-    Linear,
-    adjust_heads,
-    merge_heads,
-    split_heads,
-)
-from i3dist.ops.attention import Visibility, attend
+from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
+from i3dist.ops.attention import KeysValues, Visibility, attend
 
-CLOSED = -4.0  # what the logit of history begins at
+CLOSED = -4.0  # what the logits of ages begin at
 
 
-class HistoryEmbedding(nn.Module):
-    """The learned age and slot of history's keys, shared by the attention blocks."""
+class Slots(nn.Module):
+    """Keys of a chunk of history, told apart. M D parameters."""
 
-    def __init__(self, width: Channels, chunks: int, keys: int):
+    def __init__(self, width: Channels, keys: int):
         super().__init__()
         self.width = width
-        self.age = nn.Parameter(torch.zeros(chunks, width.stored))  # row 0 is the oldest chunk
         self.slot = nn.Parameter(torch.zeros(keys, width.stored))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., M, D] -> the same, each with its slot's vector added."""
+        return x + self.width.pad(self.slot)
 
 
 class Attention(nn.Module):
-    """Multi-head attention over earlier chunks, then tokens. (4 D + H) D parameters.
+    """Multi-head attention over earlier chunks, then tokens. (4 D + H C) D parameters.
 
-    The logit of history is one more channel of queries, against 1 in keys of history and 0 in those
-    of tokens. It takes the place of padding, if there is any.
+    The logits of ages are C channels more of a query. The chunks of a lane take turns in them:
+    chunk i's keys of history hold 1 in channel i mod C, and keys of tokens hold 0 in all. So keys
+    are the same for every query that sees them. The channels take the place of padding, if there is
+    any.
     """
 
-    def __init__(self, width: Channels, heads: int):
+    def __init__(self, width: Channels, heads: int, chunks: int):
         super().__init__()
+        self.chunks = chunks
         self.heads = adjust_heads(width.stored, heads)
-        self.inner = inner = width.split(self.heads, spare=1)
+        self.inner = inner = width.split(self.heads, spare=chunks)
         self.scale = inner.per_head**-0.5
-        self.query = Linear(width, inner)
-        self.key_value = Linear(width, width.times(2).split(2 * self.heads, spare=1))
+        with_ages = width.stored + self.heads * chunks
+        self.query = Linear(width, replace(width, stored=with_ages, heads=self.heads))
+        self.key_value = Linear(width, width.times(2).split(2 * self.heads, spare=chunks))
         self.output = Linear(inner, width)
-        self.history_logit = Linear(width, Channels(self.heads, alignment=width.alignment))
-        self.history_bias = nn.Parameter(torch.full((self.heads,), CLOSED))
+        self.age_bias = nn.Parameter(torch.full((self.heads * chunks,), CLOSED))
 
     def begin(self) -> None:
-        """The logit of history begins the same for every query."""
-        nn.init.zeros_(self.history_logit.weight)
+        """The logits of ages begin the same for every query."""
+        rows = self.query.weight.unflatten(0, (self.heads, -1))
+        nn.init.zeros_(rows[:, self.inner.per_head :])
 
     def queries(self, x: Tensor) -> Tensor:
-        """x [..., T, D] -> [..., H, T, D/H]."""
-        logit = self.history_logit(x)[..., : self.heads] + self.history_bias[: self.heads]
-        logit = logit.transpose(-1, -2).unsqueeze(-1)  # [..., H, T, 1]
-        return split_heads(self.query(x), self.heads) + self._spare(logit / self.scale)
+        """x [B, K, T, D] -> the same, with the logits of ages in their channels."""
+        query = self.query(x).unflatten(-1, (self.heads, -1))  # [B, K, T, H, D/H]
+        count = self.heads * self.chunks
+        bias = self.age_bias[:count].view(self.heads, self.chunks)  # packed, it may be longer
+        content, ages, padding = query.tensor_split(self._channels, dim=-1)
+        ages = (ages + bias) / self.scale  # the oldest first
+        # To chunk k of the window its oldest chunk of history is number k.
+        turned = torch.stack([ages[:, k].roll(k, -1) for k in range(x.shape[1])], dim=1)
+        return torch.cat([content, turned, padding], dim=-1).flatten(-2)
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., S, D] -> keys and values, each [..., H, S, D/H]."""
-        key, value = self.key_value(x).chunk(2, dim=-1)
-        return split_heads(key, self.heads), split_heads(value, self.heads)
+    def keys_values(self, x: Tensor) -> KeysValues:
+        """x [..., S, D] -> keys and values, the same each."""
+        return KeysValues(*self.key_value(x).chunk(2, dim=-1))
 
-    def history_keys_values(
-        self, latents: Tensor, embed: HistoryEmbedding
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of every window of C consecutive chunks: [B, K, H, C * M, D/H] each.
-
-        The projection is linear, so that a key is projected once for all the ages it takes.
+    def history(self, latents: Tensor) -> KeysValues:
+        """Keys and values of all chunks that a window sees: [B, (C + K) * M, D] each.
 
         Args:
-            latents: [B, C + K, M, D], unfolded, oldest first; chunk k of K sees chunks k to
-                k + C - 1.
-            embed: ages and slots.
+            latents: [B, C + K, M, D], unfolded, oldest first.
         """
-        chunks, width = embed.age.shape[0], embed.width
-        projected = self.key_value(latents + width.pad(embed.slot))  # [B, C + K, M, 2D]
-        count = latents.shape[1] - chunks
-        # Slices, not `unfold`, whose gradient is summed by atomic additions where it is compiled.
-        windows = torch.stack([projected[:, i : i + count] for i in range(chunks)], dim=2)
-        windows = windows + self.key_value(width.pad(embed.age))[:, None]  # [B, K, C, M, 2D]
-        key, value = windows.flatten(2, 3).chunk(2, dim=-1)  # [B, K, C * M, D] each
-        key, value = split_heads(key, self.heads), split_heads(value, self.heads)
-        return key + self._spare(torch.ones_like(key[..., :1])), value
+        keys, values = self.keys_values(latents)
+        count = torch.arange(latents.shape[1], device=latents.device)
+        own = F.one_hot(count % self.chunks, self.chunks).to(keys.dtype)  # [C + K, C]
+        first, last = self._channels
+        marks = F.pad(own, (first, self.inner.computed // self.heads - last))
+        keys = keys.unflatten(-1, (self.heads, -1)) + marks[:, None, None]
+        return KeysValues(keys.flatten(-2).flatten(1, 2), values.flatten(1, 2))
 
-    def _spare(self, x: Tensor) -> Tensor:
-        """x [..., 1] in the first channel that a head does not use: [..., D/H]."""
-        after = self.inner.computed // self.heads - self.inner.per_head - 1
-        return F.pad(x, (self.inner.per_head, after))
+    @property
+    def _channels(self) -> tuple[int, int]:
+        """Where a head's logits of ages begin, and where they end."""
+        return self.inner.per_head, self.inner.per_head + self.chunks
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, visible: Visibility) -> Tensor:
-        """x [N, T, D]; keys, values [N, H, S, D/H] -> [N, T, D]."""
-        read = attend(self.queries(x), keys, values, visible, self.scale)
-        return self.output(merge_heads(read))
+    def forward(self, x: Tensor, own: KeysValues, past: KeysValues, visible: Visibility) -> Tensor:
+        """x [B, K, T, D], own [B, K, S, D], past [B, (C + K) * M, D] -> [B, K, T, D]."""
+        return self.output(attend(self.queries(x), own, past, visible, self.heads, self.scale))
 
 
 class AttentionBlock(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection. 12 D^2 parameters."""
 
-    def __init__(self, width: Channels, heads: int, mult: int):
+    def __init__(self, width: Channels, heads: int, mult: int, chunks: int):
         super().__init__()
         self.norm_attention = LayerNorm(width)
         self.norm_ff = LayerNorm(width)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, chunks)
         self.ff = FeedForward(width, mult)
 
     def forward(
-        self,
-        x: Tensor,
-        past: tuple[Tensor, Tensor],
-        own: tuple[Tensor, Tensor] | None,
-        visible: Visibility,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x [N, T, D] -> the same, and keys and values of all the chunk's tokens so far, detached.
+        self, x: Tensor, past: KeysValues, own: KeysValues | None, visible: Visibility
+    ) -> tuple[Tensor, KeysValues]:
+        """x [B, K, T, D] -> the same, and keys and values of all the chunk's tokens so far,
+        detached.
 
         Args:
             x: the residual stream.
-            past: keys and values of history, [N, H, C * M, D/H] each.
+            past: keys and values of history, [B, (C + K) * M, D] each.
             own: keys and values of tokens of this chunk before x, or None.
             visible: what each token sees of history and of its chunk.
         """
         normed, x = self.norm_attention.of_sum(x)
         now = self.attention.keys_values(normed)
         if own is not None:
-            now = (torch.cat([own[0], now[0]], dim=-2), torch.cat([own[1], now[1]], dim=-2))
-        keys = torch.cat([past[0], now[0]], dim=-2)
-        values = torch.cat([past[1], now[1]], dim=-2)
-        read = self.attention(normed, keys, values, visible)
+            joined = (torch.cat(parts, dim=-2) for parts in zip(own, now, strict=True))
+            now = KeysValues(*joined)
+        read = self.attention(normed, now, past, visible)
         normed, x = self.norm_ff.of_sum(x, read)
-        return x + self.ff(normed), (now[0].detach(), now[1].detach())
+        return x + self.ff(normed), KeysValues(*(part.detach() for part in now))

@@ -16,14 +16,8 @@ and a feed-forward refine the latents.
 import torch
 from torch import Tensor, nn
 
-from i3dist.model.layers import (
-    Channels,
-    FeedForward,
-    LayerNorm,
-    Linear,
-    adjust_heads,
-    split_heads,
-)
+from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
+from i3dist.ops.attention import split_heads
 from i3dist.ops.precision import multipliable, widen
 
 IN_SPAN, ANYWHERE = 0.02, 0.01  # shares of a record that begin outside its part of the span

@@ -11,9 +11,7 @@ from torch import Tensor
 from i3dist.model.lm import I3LM
 from i3dist.model.segments import history_mask, last_segment, segment_ids
 from i3dist.model.state import LaneState, RwkvState
-from i3dist.ops.attention import attention_bias
-
-KeysValues = tuple[Tensor, Tensor]
+from i3dist.ops.attention import KeysValues, attention_bias
 
 
 @dataclass
@@ -23,8 +21,8 @@ class _Chunk:
     tokens: Tensor  # [1, t]
     hidden: Tensor  # [1, t, D] output of the RWKV stack
     rwkv: RwkvState
-    own: list[KeysValues | None]  # per attention block, [1, H, t, D/H]
-    past: list[KeysValues]  # per attention block, [1, H, C * M, D/H]
+    own: list[KeysValues | None]  # per attention block, [1, 1, t, D]
+    past: list[KeysValues]  # per attention block, [1, C * M, D]
 
 
 class Decoder:
@@ -63,10 +61,10 @@ class Decoder:
         x, chunk.rwkv = model.run_rwkv(model.embed(tokens), begins, chunk.rwkv)
         chunk.tokens = torch.cat([chunk.tokens, tokens], dim=1)
         chunk.hidden = torch.cat([chunk.hidden, x], dim=1)
-        bias = self._bias(tokens.shape[1])
+        bias, x = self._bias(tokens.shape[1]), x.unsqueeze(1)
         for i, block in enumerate(model.attention):
             x, chunk.own[i] = block(x, chunk.past[i], chunk.own[i], bias)
-        return x
+        return x.squeeze(1)
 
     def _bias(self, new: int) -> Tensor:
         """Attention bias of the chunk's last `new` tokens over history and the chunk so far."""
@@ -90,10 +88,8 @@ class Decoder:
 
     def _open_chunk(self, rwkv: RwkvState) -> _Chunk:
         model, latents = self.model, self.state.latents
-        # The window function makes one window too many of C chunks; the last entry is dropped.
-        windows = model.width.pad(torch.cat([latents, latents[:, -1:]], dim=1))
         with torch.no_grad():
-            past = [(k[:, 0], v[:, 0]) for k, v in model.history_keys_values(windows)]
+            past = model.history(model.width.pad(latents))
         return _Chunk(
             tokens=torch.empty(1, 0, dtype=torch.long, device=latents.device),
             hidden=latents.new_empty(1, 0, model.width.computed),

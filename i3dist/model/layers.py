@@ -82,16 +82,6 @@ def adjust_heads(width: int, requested: int, what: str = "heads") -> int:
     return heads
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[..., T, D] -> [..., H, T, D/H]."""
-    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[..., H, T, D/H] -> [..., T, D]."""
-    return x.transpose(-2, -3).flatten(-2)
-
-
 class Linear(nn.Linear):
     """A projection without bias; its weight is [stored out, stored in]."""
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
-from i3dist.model.attention import AttentionBlock, HistoryEmbedding
+from i3dist.model.attention import AttentionBlock, Slots
 from i3dist.model.compress import Compressor
 from i3dist.model.layers import ALIGNMENT, Channels, LayerNorm, Linear
 from i3dist.model.rwkv import RwkvBlock
 from i3dist.model.segments import causal_mask, history_mask, last_segment, restarts, segment_ids
 from i3dist.model.state import LaneState, RwkvState
-from i3dist.ops.attention import Visibility, attention_bias, block_visibility
+from i3dist.ops.attention import KeysValues, Visibility, attention_bias, block_visibility
 from i3dist.ops.cross_entropy import token_losses
 
 # Rows are aligned already; padding them further would make operators of ours copy their inputs.
@@ -59,9 +59,10 @@ class I3LM(nn.Module):
         self.norm_in = LayerNorm(width)
         self.rwkv = nn.ModuleList(RwkvBlock(width, mult, i, layers) for i in range(layers))
         self.compressor = Compressor(width, mult, settings.latents, settings.records)
-        self.history = HistoryEmbedding(width, settings.history_chunks, self.keys_per_chunk)
+        self.slots = Slots(width, self.keys_per_chunk)
         self.attention = nn.ModuleList(
-            AttentionBlock(width, heads, mult) for _ in range(settings.attention_layers)
+            AttentionBlock(width, heads, mult, settings.history_chunks)
+            for _ in range(settings.attention_layers)
         )
         self.norm_out = LayerNorm(width)
         # The vocabulary stays as it is: a padded logit would take part in the softmax.
@@ -78,7 +79,7 @@ class I3LM(nn.Module):
         self.compiled = True
         for block in (*self.rwkv, *self.attention, self.compressor):
             block.compile(**COMPILE)
-        for name in ("_start", "losses", "history_keys_values"):
+        for name in ("_start", "losses", "history"):
             setattr(self, name, torch.compile(getattr(self, name), **COMPILE))
 
     def forward(
@@ -180,28 +181,26 @@ class I3LM(nn.Module):
         self, x: Tensor, segments: Tensor, depth: Tensor, latents: Tensor, gate: Tensor
     ) -> Tensor:
         """The attention blocks over a window. x [B, K, T, D], latents [B, C + K, M, D]."""
-        visible = self._visible(segments.flatten(0, 1), depth.flatten(), gate)
-        flat = x.flatten(0, 1)
-        for block, (keys, values) in zip(
-            self.attention, self.history_keys_values(latents), strict=True
-        ):
-            flat, _ = block(flat, (keys.flatten(0, 1), values.flatten(0, 1)), None, visible)
-        return flat.view_as(x)
+        visible = self._visible(segments, depth, gate)
+        for block, past in zip(self.attention, self.history(latents), strict=True):
+            x, _ = block(x, past, None, visible)
+        return x
 
     def _visible(self, segments: Tensor, depth: Tensor, gate: Tensor) -> Visibility:
-        """What tokens see. segments [N, T], depth [N]."""
+        """What tokens see. segments [B, K, T], depth [B, K]."""
         chunks, keys = self.settings.history_chunks, self.keys_per_chunk
         if self.compiled and segments.is_cuda:
             return block_visibility(segments, depth, gate, chunks, keys)
+        segments, depth = segments.flatten(0, 1), depth.flatten()
         history = history_mask(segments, depth, chunks)
         return attention_bias(causal_mask(segments), history, gate, keys)
 
-    def history_keys_values(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def history(self, latents: Tensor) -> list[KeysValues]:
         """What each attention block sees of history: latents [B, C + K, M, D] ->
-        keys and values [B, K, H, C * keys_per_chunk, D/H] per block."""
+        [B, (C + K) * keys_per_chunk, D] per block."""
         blocks = cast("Iterable[AttentionBlock]", self.attention)
-        unfolded = self.compressor.unfold(latents)
-        return [b.attention.history_keys_values(unfolded, self.history) for b in blocks]
+        unfolded = self.slots(self.compressor.unfold(latents))
+        return [block.attention.history(unfolded) for block in blocks]
 
     @torch.no_grad()
     def draw(self) -> None:
@@ -221,7 +220,7 @@ class I3LM(nn.Module):
                 begin()
 
 
-PARTS = ("embedding", "rwkv", "compressor", "history", "attention", "head", "norms")
+PARTS = ("embedding", "rwkv", "compressor", "slots", "attention", "head", "norms")
 
 
 def parameters_by_part(model: I3LM) -> dict[str, int]:

@@ -1,11 +1,13 @@
 """Attention over [latents of earlier chunks, tokens of this chunk], in the device's form.
 
-Letters: N rows (chunks), H heads, T query tokens, S keys, C history chunks, M latents, D width.
+Letters: B lanes, K chunks of a window, N = B x K, H heads, T query tokens, S own keys, C history
+chunks, M keys of an earlier chunk, D channels of all heads.
 
 What a query sees is decided once for all blocks and heads. `attention_bias` writes it out as a
 matrix that is added to the logits: it reads like the rule, serves any device and any part of a
-chunk, and is the oracle. `block_visibility` says the same as a rule over positions, from which a
-fused kernel computes only the tiles where something is seen.
+chunk, and is the oracle. `block_visibility` says the same as a rule over positions of a whole lane,
+from which a fused kernel computes only the tiles where something is seen: so the history of a
+chunk, most of which the next chunk sees too, is never copied.
 """
 
 import functools
@@ -23,10 +25,17 @@ class BlockVisibility(NamedTuple):
 
     mask: BlockMask
     log_gate: Tensor  # scalar fp32, added to the logits of history
-    history: int  # how many of the first keys are history
+    history: int  # how many of a lane's first keys are history
 
 
 Visibility = Tensor | BlockVisibility
+
+
+class KeysValues(NamedTuple):
+    """What attention reads, heads side by side."""
+
+    keys: Tensor  # [..., S, D]
+    values: Tensor  # [..., S, D]
 
 
 def attention_bias(own: Tensor, history: Tensor, gate: Tensor, latents: int) -> Tensor:
@@ -49,50 +58,99 @@ def attention_bias(own: Tensor, history: Tensor, gate: Tensor, latents: int) -> 
 def block_visibility(
     segments: Tensor, depth: Tensor, gate: Tensor, chunks: int, latents: int
 ) -> BlockVisibility:
-    """The same for whole chunks, as a rule over positions.
+    """The same for windows of whole chunks, as a rule over a lane's positions.
 
     Args:
-        segments: [N, T] from `segment_ids`.
-        depth: [N] int, how many chunks before each belong to segment 0's document.
+        segments: [B, K, T] from `segment_ids`.
+        depth: [B, K] int, how many chunks before each belong to segment 0's document.
         gate: scalar g in [0, 1].
         chunks: C.
-        latents: M.
+        latents: M; 0 without history.
     """
-    rows, length = segments.shape
-    history = chunks * latents
+    lanes, window, length = segments.shape
+    history, per_chunk = (chunks + window) * latents, max(1, latents)
+    segment, reach = segments.flatten(1), depth.clamp(max=chunks)
 
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        age = chunks - key // latents
-        past = (segments[row, query] == 0) & (age <= depth[row])
+    def sees(lane: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        chunk = query // length
+        age = chunks + chunk - key // per_chunk
+        past = (segment[lane, query] == 0) & (age >= 1) & (age <= reach[lane, chunk])
         position = (key - history).clamp(min=0)
-        own = (position <= query) & (segments[row, position] == segments[row, query])
+        own = (position <= query) & (position // length == chunk)
+        own = own & (segment[lane, position] == segment[lane, query])
         return torch.where(key < history, past, own)
 
+    queries = window * length
     mask = _create_mask(segments.is_cuda)(
-        sees, rows, None, length, history + length, device=segments.device
+        sees, lanes, None, queries, history + queries, device=segments.device
     )
     return BlockVisibility(mask, gate.float().log(), history)
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[..., T, D] -> [..., H, T, D/H]."""
+    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[..., H, T, D/H] -> [..., T, D]."""
+    return x.transpose(-2, -3).flatten(-2)
+
+
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Visibility, scale: float
+    query: Tensor,
+    own: KeysValues,
+    past: KeysValues,
+    visible: Visibility,
+    heads: int,
+    scale: float,
 ) -> Tensor:
     """Scaled dot-product attention (Vaswani et al., 2017) of what is visible.
 
     Args:
-        query: [N, H, T, D/H].
-        keys: [N, H, S, D/H].
-        values: [N, H, S, D/H].
+        query: [B, K, T, D].
+        own: of the chunk's tokens, [B, K, S, D].
+        past: of the C chunks before the window and of all of its own, [B, (C + K) * M, D], oldest
+            first; chunk k of K sees chunks k to k + C - 1.
         visible: from `attention_bias`, or `block_visibility` in compiled code.
+        heads: H.
         scale: factor of the logits.
     """
     if isinstance(visible, Tensor):
-        # On a CPU PyTorch's backward is faster in fp32 than in bf16.
-        low = query.dtype == torch.bfloat16 and not query.is_cuda
-        dtype = torch.float32 if low else query.dtype
-        q, k, v, bias = (x.to(dtype) for x in (query, keys, values, visible))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        return mixed.to(query.dtype)
+        both = (join(*parts, visible).flatten(0, 1) for parts in zip(past, own, strict=True))
+        q, k, v = (split_heads(x, heads) for x in (query.flatten(0, 1), *both))
+        return merge_heads(_biased(q, k, v, visible, scale)).view_as(query)
+    both = (torch.cat([p, o.flatten(1, 2)], dim=1) for p, o in zip(past, own, strict=True))
+    q, k, v = (split_heads(x, heads) for x in (query.flatten(1, 2), *both))
+    return merge_heads(_fused(q, k, v, visible, scale)).view_as(query)
+
+
+def join(past: Tensor, own: Tensor, visible: Tensor) -> Tensor:
+    """What each chunk of a window may see, its history first.
+
+    past [B, (C + K) * M, D], own [B, K, S, D], visible [..., C * M + S] -> [B, K, C * M + S, D].
+    """
+    window, size = own.shape[1], visible.shape[-1] - own.shape[2]
+    step = (past.shape[1] - size) // window
+    # Slices, not `unfold`, whose gradient is summed by atomic additions on a GPU.
+    history = [past[:, k * step : k * step + size] for k in range(window)]
+    return torch.cat([torch.stack(history, dim=1), own], dim=2)
+
+
+def _biased(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """[N, H, T, D/H] of each chunk by itself."""
+    # On a CPU PyTorch's backward is faster in fp32 than in bf16.
+    low = query.dtype == torch.bfloat16 and not query.is_cuda
+    dtype = torch.float32 if low else query.dtype
+    q, k, v, bias = (x.to(dtype) for x in (query, keys, values, bias))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return mixed.to(query.dtype)
+
+
+def _fused(
+    query: Tensor, keys: Tensor, values: Tensor, visible: BlockVisibility, scale: float
+) -> Tensor:
+    """[B, H, K * T, D/H] of a whole lane."""
     log_gate, history = visible.log_gate, visible.history
 
     def gated(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

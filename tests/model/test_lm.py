@@ -255,10 +255,10 @@ def test_only_projections_that_end_a_branch_begin_smaller() -> None:
     torch.manual_seed(0)
     model = I3LM(ModelSettings(d_model=64, rwkv_layers=3, attention_layers=2, vocab_size=500), 2)
     ends = ("time_mix.output", "channel_mix.value", "attention.output", "ff.down")
-    own_ways = ("history_logit", "salience", "compressor.record", "compressor.token")
+    own_ways = ("attention.query", "salience", "compressor.record", "compressor.token")
     for name, parameter in model.named_parameters():
         owner = name.removesuffix(".weight")
-        if parameter.ndim == 2 and not name.startswith("history.") and not owner.endswith(own_ways):
+        if parameter.ndim == 2 and not name.startswith("slots.") and not owner.endswith(own_ways):
             end = owner.endswith(ends)
             want = (0.4 / 64 / (10 if end else 1)) ** 0.5
             assert parameter.std().item() == pytest.approx(want, rel=0.1)
@@ -271,26 +271,53 @@ def test_history_begins_low_and_unfolds_what_was_read() -> None:
     token, record = compressor.token.weight, compressor.record.weight
     torch.testing.assert_close(record @ record.T, torch.eye(16))
     torch.testing.assert_close(record @ token, 2 * torch.eye(16))
-    x = torch.randn(3, 64)
+    x = torch.randn(1, 2, 3, 64)
     for block in model.attention:
-        assert not block.attention.history_logit(x).any()
-        assert block.attention.history_bias.eq(CLOSED).all()
+        attention = block.attention
+        query = attention.queries(x).unflatten(-1, (attention.heads, -1))
+        begins = attention.inner.per_head
+        ages = query[..., begins : begins + settings.history_chunks]
+        torch.testing.assert_close(ages * attention.scale, torch.full_like(ages, CLOSED))
 
 
 @given(seed=seeds)
 @settings(max_examples=20, deadline=None)
-def test_the_logit_of_history_moves_history_and_nothing_else(seed: int) -> None:
-    """b_h(x) = log g for all heads is what a gate g is; without history it changes nothing."""
+def test_the_logits_of_ages_move_history_and_nothing_else(seed: int) -> None:
+    """b_ha(x) = log g for all heads and ages is what a gate g is; without history it changes
+    nothing."""
     tokens = random_stream(seed, mean_document=100)
     model, low = build(), build()
     with torch.no_grad():
         for block in (*model.attention, *low.attention):
-            block.attention.history_logit.weight.zero_()
+            block.attention.begin()
         for block in low.attention:
-            block.attention.history_bias.add_(torch.tensor(0.3).log())
+            block.attention.age_bias.add_(torch.tensor(0.3).log())
     torch.testing.assert_close(logits(low, tokens), logits(model, tokens, gate=0.3), **CLOSE)
     none = logits(low, tokens, gate=0.0)
     torch.testing.assert_close(none, logits(model, tokens, gate=0.0), **CLOSE)
+
+
+@given(seed=seeds, window=st.integers(1, 2 * C + 1))
+@settings(max_examples=20, deadline=None)
+def test_attention_is_the_softmax_of_its_equation(model: I3LM, seed: int, window: int) -> None:
+    """Of q_h(x) k_h / sqrt(d) + b_ha(x) over the C chunks before, and the token itself."""
+    attention = model.attention[0].attention
+    torch.manual_seed(seed)
+    x = torch.randn(2, window, 1, model.width.computed).double()
+    latents = torch.randn(2, C + window, 3, model.width.computed).double()
+    visible = torch.zeros(2 * window, 1, 1, 3 * C + 1).double()  # everything is
+    found = attention(x, attention.keys_values(x), attention.history(latents), visible)
+
+    heads, d = attention.heads, attention.inner.per_head
+    query, logit = attention.query(x).unflatten(-1, (heads, -1))[..., : d + C].split([d, C], -1)
+    logit = logit + attention.age_bias.view(heads, C)
+    for k in range(window):
+        seen = torch.cat([latents[:, k : k + C].flatten(1, 2), x[:, k]], dim=1)
+        keys, values = (part.unflatten(-1, (heads, -1)) for part in attention.keys_values(seen))
+        wanted = torch.einsum("bhd,bshd->bhs", query[:, k, 0], keys[..., :d]) * d**-0.5
+        wanted[..., :-1] += logit[:, k, 0].repeat_interleave(3, dim=-1)
+        read = torch.einsum("bhs,bshd->bhd", wanted.softmax(-1), values)
+        torch.testing.assert_close(found[:, k, 0], attention.output(read.flatten(1)), **CLOSE)
 
 
 @given(seed=seeds)

@@ -10,46 +10,54 @@ from torch import Tensor
 
 from i3dist.model.segments import causal_mask, history_mask
 from i3dist.ops.attention import (
+    KeysValues,
     Visibility,
     attend,
     attention_bias,
     block_visibility,
 )
 
-CHUNKS, LATENTS = 3, 4
+LANES, CHUNKS, LATENTS = 2, 3, 4
 
 
-def inputs(seed: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Segments [N, T] and depth [N] of random chunks."""
+def inputs(seed: int, window: int, length: int) -> tuple[Tensor, Tensor]:
+    """Segments [B, K, T] and depth [B, K] of random windows."""
     random = torch.Generator().manual_seed(seed)
-    begins = torch.rand(rows, length, generator=random) < 0.2
-    return begins.cumsum(-1), torch.randint(0, CHUNKS + 2, (rows,), generator=random)
+    begins = torch.rand(LANES, window, length, generator=random) < 0.2
+    return begins.cumsum(-1), torch.randint(0, CHUNKS + 2, (LANES, window), generator=random)
 
 
 def both_forms(segments: Tensor, depth: Tensor, gate: float) -> tuple[Visibility, Visibility]:
     strength = torch.tensor(gate, device=segments.device)
-    history = history_mask(segments, depth, CHUNKS)
+    rows, depths = segments.flatten(0, 1), depth.flatten()
+    history = history_mask(rows, depths, CHUNKS)
     return (
-        attention_bias(causal_mask(segments), history, strength, LATENTS),
+        attention_bias(causal_mask(rows), history, strength, LATENTS),
         block_visibility(segments, depth, strength, CHUNKS, LATENTS),
     )
 
 
-def random_leaves(length: int, heads: int, channels: int, seed: int) -> list[Tensor]:
-    """Query, keys and values of two rows."""
+def random_leaves(window: int, length: int, channels: int, seed: int) -> list[Tensor]:
+    """Query, keys and values of tokens, keys and values of history."""
     random = torch.Generator().manual_seed(seed)
-    sizes = (length, CHUNKS * LATENTS + length, CHUNKS * LATENTS + length)
-    return [torch.randn(2, heads, n, channels, generator=random) for n in sizes]
+    tokens, past = (LANES, window, length), (LANES, (CHUNKS + window) * LATENTS)
+    sizes = (tokens, tokens, tokens, past, past)
+    return [torch.randn(*size, channels, generator=random) for size in sizes]
+
+
+def attend_heads(leaves: list[Tensor], visible: Visibility, heads: int, scale: float) -> Tensor:
+    query, *others = leaves
+    return attend(query, KeysValues(*others[:2]), KeysValues(*others[2:]), visible, heads, scale)
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.3, 1.0])
-@given(seed=st.integers(0, 2**31), length=st.integers(1, 20))
+@given(seed=st.integers(0, 2**31), window=st.integers(1, 5), length=st.integers(1, 20))
 @settings(max_examples=15, deadline=None)
-def test_rule_equals_matrix(gate: float, seed: int, length: int) -> None:
-    leaves = [x.double() for x in random_leaves(length, 2, 16, seed)]
+def test_rule_equals_matrix(gate: float, seed: int, window: int, length: int) -> None:
+    leaves = [x.double() for x in random_leaves(window, length, 32, seed)]
     by_matrix, by_rule = (
-        attend(*leaves, visible, scale=0.3)
-        for visible in both_forms(*inputs(seed, 2, length), gate)
+        attend_heads(leaves, visible, heads=2, scale=0.3)
+        for visible in both_forms(*inputs(seed, window, length), gate)
     )
     torch.testing.assert_close(by_rule, by_matrix, rtol=1e-6, atol=1e-6)
 
@@ -59,18 +67,18 @@ def test_rule_equals_matrix(gate: float, seed: int, length: int) -> None:
 @pytest.mark.parametrize("channels", [32, 128])
 def test_fused_kernel_equals_matrix_in_values_and_gradients(gate: float, channels: int) -> None:
     """And two runs of it agree bit for bit: a continued run depends on that."""
-    segments, depth = (x.cuda() for x in inputs(0, 2, 512))
-    leaves = [x.cuda().requires_grad_() for x in random_leaves(512, 4, channels, 1)]
+    segments, depth = (x.cuda() for x in inputs(0, 4, 512))
+    leaves = [x.cuda().requires_grad_() for x in random_leaves(4, 512, 4 * channels, 1)]
     low = [x.detach().bfloat16().requires_grad_() for x in leaves]
     by_matrix, by_rule = both_forms(segments, depth, gate)
-    fused = torch.compile(attend, dynamic=False)
+    fused = torch.compile(attend_heads, dynamic=False)
 
     def run(form: Callable[..., Tensor], given: list[Tensor], visible: Visibility) -> list[Tensor]:
-        out = form(*given, visible, 0.2)
+        out = form(given, visible, 4, 0.2)
         return [out, *torch.autograd.grad(out, given, torch.ones_like(out).cumsum(-1) / channels)]
 
     want, once, again = (
-        run(attend, leaves, by_matrix),
+        run(attend_heads, leaves, by_matrix),
         run(fused, low, by_rule),
         run(fused, low, by_rule),
     )
