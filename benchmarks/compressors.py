@@ -104,6 +104,14 @@ class Even(Linear):
         return torch.zeros_like(x[..., :1])
 
 
+class Keen(Linear):
+    """In place of salience: it learns eight times as fast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As salience, eight times as large."""
+        return 8 * super().forward(x)
+
+
 class Nothing(nn.Module):
     """In place of a branch: it adds nothing."""
 
