@@ -47,10 +47,12 @@ from i3dist.model.attention import CLOSED, Attention, Slots
 from i3dist.model.compress import Compressor
 from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
+from i3dist.model.state import LaneState
 from i3dist.ops.attention import KeysValues
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
 BLOCKS = ("lower", "upper")  # of attention
+MIRRORS = {"mirror": 0.1, "mirror1": 1.0, "mirror01": 0.01}
 ADDED = (
     *(
         "low",
@@ -66,7 +68,7 @@ ADDED = (
         "plain",
         "early",
     ),
-    *(*BLOCKS, "still", "detached"),
+    *(*BLOCKS, *MIRRORS, "still", "detached"),
 )
 ARMS = [
     *("none", "records4", "literal", "mean", "ceiling", "carry", "records4-carry"),
@@ -122,6 +124,11 @@ class Arm:
         """Whether there are latents."""
         return self.base not in ("none", "carry")
 
+    @property
+    def mirror(self) -> float:
+        """Weight of the mirror's loss."""
+        return next((weight for name, weight in MIRRORS.items() if name in self.added), 0.0)
+
     def bias(self, block: str, keys: int) -> float:
         """What the logit of history begins at in one of `BLOCKS`, where it has so many keys."""
         if block not in (self.added.intersection(BLOCKS) or BLOCKS):
@@ -173,6 +180,31 @@ class Arm:
         return Detached(made) if "detached" in self.added else made
 
 
+class Mirrored(I3LM):
+    """Trained besides to make of a token's record the token again, as attention reads it."""
+
+    weight = 0.1  # against the loss of the language model
+    every = 8  # one token of so many
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
+    ) -> tuple[Tensor, LaneState]:
+        """As `I3LM.forward`; losses are larger by that of the mirror."""
+        below, after = self.below(tokens, depth, state)
+        losses = self.losses(self.above(below, gate), targets)
+        return losses + self.weight * self.mirror(below.x), after
+
+    def mirror(self, x: Tensor) -> Tensor:
+        """Mean squared error of chunks: x [B, K, T, D] -> [B, K, 1] fp32."""
+        c = self.compressor
+        normed = c.norm_in(x[..., self.every - 1 :: self.every, :].detach()).detach()
+        record = c.part.trim(c.record(normed))
+        record = record * record.float().square().mean(-1, keepdim=True).rsqrt().to(record.dtype)
+        made = c.token(c.part.pad(record))
+        errors = self.width.trim(made - normed).float().square()
+        return errors.mean((-2, -1)).unsqueeze(-1)
+
+
 def named_arm(name: str) -> str:
     """The name, if there is such an arm: a type for argparse."""
     Arm.parse(name)
@@ -209,7 +241,10 @@ def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
     the first part that differs in shape."""
     arm = Arm.parse(name)
     settings = arm.settings(settings)
-    model = (I3LM if arm.has_history else WithoutHistory)(settings, bos_id)
+    kind = I3LM if arm.has_history else WithoutHistory
+    model = (Mirrored if arm.mirror else kind)(settings, bos_id)
+    if isinstance(model, Mirrored):
+        model.weight = arm.mirror
     if arm.has_history:
         replace_history(model, arm)
     torch.manual_seed(seed)

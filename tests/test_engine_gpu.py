@@ -39,7 +39,7 @@ def build(compiled: bool, micro_batches: int = 1) -> Engine:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.mul_(4.0)
+                parameter.mul_(2.0)
     if compiled:
         model.compile_blocks()
     config = read_engine_config(ROOT / "configs" / "zero2.json")
