@@ -26,6 +26,9 @@ and added to these
   -early      the compressor reads half of the RWKV blocks only
   -lower      the lower attention block alone sees history
   -upper      the upper one alone does
+  -match      records are trained besides to give keys and values as tokens do
+  -match1     the same with ten times the weight
+  -mirror     records are trained besides to give tokens back
   -still      the compressor learns, and hands no gradient down to the RWKV stack
   -detached   what makes latents is left as it began
 """
@@ -49,10 +52,12 @@ from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.ops.attention import KeysValues
+from i3dist.ops.precision import linear
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
+WITHOUT_RECORDS = ("none", "literal", "mean", "ceiling", "carry")
 BLOCKS = ("lower", "upper")  # of attention
-MIRRORS = {"mirror": 0.1, "mirror1": 1.0, "mirror01": 0.01}
+MIRRORS = {"mirror": 0.1, "match": 0.1, "match1": 1.0}
 ADDED = (
     *(
         "low",
@@ -117,6 +122,8 @@ class Arm:
             raise UserError(f"there is no arm {base!r}; there are {', '.join(PLAIN)}, recordsR")
         if wrong := [more for more in added if more not in ADDED]:
             raise UserError(f"{name}: {wrong[0]!r} is none of {', '.join(ADDED)}")
+        if base in WITHOUT_RECORDS and (wrong := [more for more in added if more in MIRRORS]):
+            raise UserError(f"{name}: {base} has no records for {wrong[0]!r} to train")
         return cls(base, frozenset(added))
 
     @property
@@ -181,10 +188,16 @@ class Arm:
 
 
 class Mirrored(I3LM):
-    """Trained besides to make of a token's record the token again, as attention reads it."""
+    """Trained besides to make of a token's record the token again, as attention reads it.
+
+    The error is of keys and values of all attention blocks, as a share of their size, so that a
+    record holds what attention asks for: the best approximation of low rank. It teaches the
+    compressor's two projections and nothing else.
+    """
 
     weight = 0.1  # against the loss of the language model
     every = 8  # one token of so many
+    raw = False  # whether the error is of the tokens themselves
 
     def forward(
         self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
@@ -195,14 +208,22 @@ class Mirrored(I3LM):
         return losses + self.weight * self.mirror(below.x), after
 
     def mirror(self, x: Tensor) -> Tensor:
-        """Mean squared error of chunks: x [B, K, T, D] -> [B, K, 1] fp32."""
+        """Error of chunks as a share: x [B, K, T, D] -> [B, K, 1] fp32."""
         c = self.compressor
         normed = c.norm_in(x[..., self.every - 1 :: self.every, :].detach()).detach()
         record = c.part.trim(c.record(normed))
         record = record * record.float().square().mean(-1, keepdim=True).rsqrt().to(record.dtype)
-        made = c.token(c.part.pad(record))
-        errors = self.width.trim(made - normed).float().square()
-        return errors.mean((-2, -1)).unsqueeze(-1)
+        missed = c.token(c.part.pad(record)) - normed
+        if self.raw:
+            return self.width.trim(missed).float().square().mean((-2, -1)).unsqueeze(-1)
+        weights = [
+            p.computed(p.weight.detach()) for p in (b.attention.key_value for b in self.attention)
+        ]
+        errors, sizes = (
+            sum(linear(y, weight).float().square().mean((-2, -1)) for weight in weights)
+            for y in (missed, normed)
+        )
+        return (errors / sizes).unsqueeze(-1)
 
 
 def named_arm(name: str) -> str:
@@ -244,7 +265,7 @@ def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
     kind = I3LM if arm.has_history else WithoutHistory
     model = (Mirrored if arm.mirror else kind)(settings, bos_id)
     if isinstance(model, Mirrored):
-        model.weight = arm.mirror
+        model.weight, model.raw = arm.mirror, "mirror" in arm.added
     if arm.has_history:
         replace_history(model, arm)
     torch.manual_seed(seed)

@@ -137,7 +137,30 @@ def test_a_detached_compressor_has_no_gradient() -> None:
         assert any(p.grad is not None for p in model.compressor.parameters()) == trained
 
 
-@pytest.mark.parametrize(("name", "word"), [("recipes", "recipes"), ("recipe-quick", "quick")])
+@pytest.mark.parametrize("arm", ["records4-match1", "records4-mirror"])
+def test_a_mirror_teaches_what_makes_records_and_nothing_else(arm: str) -> None:
+    """It learns to err less, also where a token is more than its record has room for."""
+    model = history_arms.build(arm, SIZES, BOS, seed=0)
+    assert isinstance(model, history_arms.Mirrored)
+    tokens = stream(3, 4, 32, 64, 300)
+    state = LaneState.empty(1, model.settings, tokens.device, torch.float32)
+    x = model.below(tokens, depth_of(tokens), state)[0].x
+    taught = {"compressor.record.weight", "compressor.token.weight"}
+    (before := model.mirror(x).mean()).backward()
+    moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == taught
+    optimizer = torch.optim.Adam([model.get_parameter(name) for name in taught], 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.mirror(x.detach()).mean().backward()
+        optimizer.step()
+    assert 0 < model.mirror(x).mean().item() < 0.5 * before.item()
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("recipes", "recipes"), ("recipe-quick", "quick"), ("ceiling-match", "match")],
+)
 def test_an_arm_that_there_is_not_is_named(name: str, word: str) -> None:
     with pytest.raises(UserError, match=f"'{word}'"):
         history.main(["run", "--data", "x", "--held-out", "y", "--arms", name])
