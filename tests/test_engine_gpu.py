@@ -33,9 +33,9 @@ def job() -> Iterator[None]:
     os.environ.update(before)
 
 
-def build(compiled: bool, micro_batches: int = 1) -> Engine:
+def build(compiled: bool, micro_batches: int = 1, records: int = 1) -> Engine:
     torch.manual_seed(0)
-    model = I3LM(SIZES, BOS)
+    model = I3LM(SIZES.model_copy(update={"records": records}), BOS)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
@@ -79,10 +79,10 @@ def validate(trained: Engine) -> Tensor:
         return trained.model(*parts, state, torch.ones((), device="cuda"))[0]
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_compiled_and_replayed_equals_plain(micro_batches: int) -> None:
+@pytest.mark.parametrize(("micro_batches", "records"), [(1, 1), (2, 1), (1, 4)])
+def test_compiled_and_replayed_equals_plain(micro_batches: int, records: int) -> None:
     """To bf16's rounding: losses of every window and of validation, and norms of every gradient."""
-    engines = [build(compiled, micro_batches) for compiled in (True, False)]
+    engines = [build(compiled, micro_batches, records) for compiled in (True, False)]
     fast, plain = (train(trained, 4) for trained in engines)
     validated = [[validate(trained)] for trained in engines]
     for a, b in zip(fast[0] + validated[0], plain[0] + validated[1], strict=True):
