@@ -14,7 +14,6 @@ import hashlib
 import re
 import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -153,18 +152,14 @@ def _share(
 
 
 def _write_share(staging: Path, share: dict[str, dict[str, Tensor]]) -> dict[str, FileDigest]:
-    """Write a rank's files, then sync and hash them side by side; returns what they must be."""
+    """Write and sync a rank's files; returns what they must be."""
     for name, tensors in share.items():
         try:
             save_file(tensors, staging / name)
         except SafetensorError as error:  # it wraps the system's error in words of its own
             raise UserError(f"{name} cannot be written: {error}") from None
-    paths = [staging / name for name in share]
-    with ThreadPoolExecutor() as pool:
-        synced = pool.map(sync, paths)
-        digests = dict(zip(share, pool.map(_digest, paths), strict=True))
-        list(synced)  # raises what a sync did
-    return digests
+        sync(staging / name)
+    return {name: _digest(staging / name) for name in share}
 
 
 def _finish(staging: Path, target: Path, state: RunState, digests: dict[str, FileDigest]) -> None:

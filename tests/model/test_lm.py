@@ -299,10 +299,12 @@ def test_the_logits_of_ages_move_history_and_nothing_else(seed: int) -> None:
 
 @given(seed=seeds, window=st.integers(1, 2 * C + 1))
 @settings(max_examples=20, deadline=None)
-def test_attention_is_the_softmax_of_its_equation(model: I3LM, seed: int, window: int) -> None:
+def test_attention_is_the_softmax_of_its_equation(seed: int, window: int) -> None:
     """Of q_h(x) k_h / sqrt(d) + b_ha(x) over the C chunks before, and the token itself."""
+    model = build()
     attention = model.attention[0].attention
     torch.manual_seed(seed)
+    torch.nn.init.normal_(attention.age_bias)
     x = torch.randn(2, window, 1, model.width.computed).double()
     latents = torch.randn(2, C + window, 3, model.width.computed).double()
     visible = torch.zeros(2 * window, 1, 1, 3 * C + 1).double()  # everything is
