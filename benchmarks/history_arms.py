@@ -59,20 +59,8 @@ WITHOUT_RECORDS = ("none", "literal", "mean", "ceiling", "carry")
 BLOCKS = ("lower", "upper")  # of attention
 MIRRORS = {"mirror": 0.1, "match": 0.1, "match1": 1.0}
 ADDED = (
-    *(
-        "low",
-        "open",
-        "scaled",
-        "even",
-        "keen",
-        "apart",
-        "own",
-        "tail",
-        "drop",
-        "carry",
-        "plain",
-        "early",
-    ),
+    *("low", "open", "scaled", "even", "keen", "apart", "own", "tail", "drop", "carry"),
+    *("plain", "early"),
     *(*BLOCKS, *MIRRORS, "still", "detached"),
 )
 ARMS = [
@@ -195,9 +183,9 @@ class Mirrored(I3LM):
     compressor's two projections and nothing else.
     """
 
-    weight = 0.1  # against the loss of the language model
+    weight: float  # against the loss of the language model
+    raw: bool  # whether the error is of the tokens themselves, instead
     every = 8  # one token of so many
-    raw = False  # whether the error is of the tokens themselves
 
     def forward(
         self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor

@@ -20,9 +20,9 @@ from i3dist.metrics import count_step
 from i3dist.model import rwkv
 from i3dist.model.lm import I3LM, Below
 from i3dist.model.packed import PackedModel
-from i3dist.model.segments import causal_mask, history_mask, segment_ids
+from i3dist.model.segments import segment_ids
 from i3dist.model.state import LaneState
-from i3dist.ops.attention import KeysValues, Visibility, attention_bias, block_visibility
+from i3dist.ops.attention import KeysValues
 from i3dist.ops.wkv import empty_state
 
 ENGINE_CONFIG = Path(__file__).parent.parent / "configs" / "zero2.json"
@@ -157,21 +157,15 @@ class WithoutHistory(I3LM):
         after = LaneState(state.latents, carried).detach()
         return Below(x, segments, depth, state.latents), after
 
-    def above(self, below: Below, gate: Tensor) -> Tensor:
-        """As `I3LM.above`, with attention to the chunk's own tokens only."""
-        visible, x = self._visible(below.segments, below.depth, gate), below.x
-        for block in self.attention:
-            none = x.new_empty(len(x), 0, block.attention.inner.computed)
-            x, _ = block(x, KeysValues(none, none), None, visible)
-        return x
+    @property
+    def keys_per_chunk(self) -> int:
+        """None, so that attention is to the chunk's own tokens only."""
+        return 0
 
-    def _visible(self, segments: Tensor, depth: Tensor, gate: Tensor) -> Visibility:
-        """As `I3LM._visible`, with a history of no keys."""
-        if self.compiled and segments.is_cuda:
-            return block_visibility(segments, depth, gate, 0, 0)
-        segments, depth = segments.flatten(0, 1), depth.flatten()
-        own, history = causal_mask(segments), history_mask(segments, depth, 0)
-        return attention_bias(own, history, gate, 0)
+    def history(self, latents: Tensor) -> list[KeysValues]:
+        """As `I3LM.history`."""
+        none = latents.new_empty(len(latents), 0, self.attention[0].attention.inner.computed)
+        return [KeysValues(none, none)] * len(self.attention)
 
 
 @contextmanager

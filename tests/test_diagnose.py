@@ -60,12 +60,12 @@ def test_shares_are_those_of_the_models_own_attention(model: I3LM) -> None:
     """Against the softmax of all that the blocks hand to `attend` in a plain forward."""
     weights, tokens = [], window(1, mean_document=100)
 
-    def record(query: Tensor, own: KeysValues, past: KeysValues, *others: Any) -> Tensor:
+    def record(query: Tensor, past: KeysValues, own: KeysValues, *others: Any) -> Tensor:
         bias, heads, scale = others
         keys = join(past.keys, own.keys, bias)
         q, k = (split_heads(x.flatten(0, 1), heads) for x in (query, keys))
         weights.append((scale * q @ k.transpose(-1, -2) + bias).softmax(-1))
-        return attend(query, own, past, *others)
+        return attend(query, past, own, *others)
 
     depth = depth_of(tokens)
     with torch.no_grad(), mock.patch("i3dist.model.attention.attend", record):

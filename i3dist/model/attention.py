@@ -95,9 +95,9 @@ class Attention(nn.Module):
         """Where a head's logits of ages begin, and where they end."""
         return self.inner.per_head, self.inner.per_head + self.chunks
 
-    def forward(self, x: Tensor, own: KeysValues, past: KeysValues, visible: Visibility) -> Tensor:
-        """x [B, K, T, D], own [B, K, S, D], past [B, (C + K) * M, D] -> [B, K, T, D]."""
-        return self.output(attend(self.queries(x), own, past, visible, self.heads, self.scale))
+    def forward(self, x: Tensor, past: KeysValues, own: KeysValues, visible: Visibility) -> Tensor:
+        """x [B, K, T, D], past [B, (C + K) * M, D], own [B, K, S, D] -> [B, K, T, D]."""
+        return self.output(attend(self.queries(x), past, own, visible, self.heads, self.scale))
 
 
 class AttentionBlock(nn.Module):
@@ -127,6 +127,6 @@ class AttentionBlock(nn.Module):
         if own is not None:
             joined = (torch.cat(parts, dim=-2) for parts in zip(own, now, strict=True))
             now = KeysValues(*joined)
-        read = self.attention(normed, now, past, visible)
+        read = self.attention(normed, past, now, visible)
         normed, x = self.norm_ff.of_sum(x, read)
         return x + self.ff(normed), KeysValues(*(part.detach() for part in now))

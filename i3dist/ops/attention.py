@@ -99,8 +99,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def attend(
     query: Tensor,
-    own: KeysValues,
     past: KeysValues,
+    own: KeysValues,
     visible: Visibility,
     heads: int,
     scale: float,
@@ -109,9 +109,9 @@ def attend(
 
     Args:
         query: [B, K, T, D].
-        own: of the chunk's tokens, [B, K, S, D].
         past: of the C chunks before the window and of all of its own, [B, (C + K) * M, D], oldest
             first; chunk k of K sees chunks k to k + C - 1.
+        own: of the chunk's tokens, [B, K, S, D].
         visible: from `attention_bias`, or `block_visibility` in compiled code.
         heads: H.
         scale: factor of the logits.

@@ -255,9 +255,11 @@ def test_only_projections_that_end_a_branch_begin_smaller() -> None:
     torch.manual_seed(0)
     model = I3LM(ModelSettings(d_model=64, rwkv_layers=3, attention_layers=2, vocab_size=500), 2)
     ends = ("time_mix.output", "channel_mix.value", "attention.output", "ff.down")
-    own_ways = ("attention.query", "salience", "compressor.record", "compressor.token")
+    own_ways = ("salience", "compressor.record", "compressor.token")
     for name, parameter in model.named_parameters():
         owner = name.removesuffix(".weight")
+        if owner.endswith("attention.query"):  # its rows of ages begin at zero
+            parameter = parameter.unflatten(0, (8, -1))[:, :8].flatten(0, 1)
         if parameter.ndim == 2 and not name.startswith("slots.") and not owner.endswith(own_ways):
             end = owner.endswith(ends)
             want = (0.4 / 64 / (10 if end else 1)) ** 0.5
@@ -308,7 +310,7 @@ def test_attention_is_the_softmax_of_its_equation(seed: int, window: int) -> Non
     x = torch.randn(2, window, 1, model.width.computed).double()
     latents = torch.randn(2, C + window, 3, model.width.computed).double()
     visible = torch.zeros(2 * window, 1, 1, 3 * C + 1).double()  # everything is
-    found = attention(x, attention.keys_values(x), attention.history(latents), visible)
+    found = attention(x, attention.history(latents), attention.keys_values(x), visible)
 
     heads, d = attention.heads, attention.inner.per_head
     query, logit = attention.query(x).unflatten(-1, (heads, -1))[..., : d + C].split([d, C], -1)

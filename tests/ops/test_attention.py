@@ -47,7 +47,7 @@ def random_leaves(window: int, length: int, channels: int, seed: int) -> list[Te
 
 def attend_heads(leaves: list[Tensor], visible: Visibility, heads: int, scale: float) -> Tensor:
     query, *others = leaves
-    return attend(query, KeysValues(*others[:2]), KeysValues(*others[2:]), visible, heads, scale)
+    return attend(query, KeysValues(*others[2:]), KeysValues(*others[:2]), visible, heads, scale)
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.3, 1.0])
