@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from i3dist.model.compress import Compressor, even_parts, intervals, means
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.attention import merge_heads, split_heads
+from i3dist.ops.precision import multipliable, widen
 
 
 class AsTheyAre(nn.Module):
@@ -136,6 +137,98 @@ class Tail(Compressor):
     def spans(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """As `Compressor.spans`."""
         return self.of_part, self.of_span
+
+
+class Each(Compressor):
+    """Records are refined each by itself, all by one feed-forward; so is, if asked, their norm."""
+
+    def __init__(self, width: Channels, mult: int, latents: int, records: int, alone: bool):
+        super().__init__(width, mult, latents, records)
+        self.norm_ff = LayerNorm(self.part)
+        self.ff = FeedForward(self.part, mult)
+        self.alone = alone
+        if alone:
+            self.norm_out = LayerNorm(self.part)
+
+    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
+        """As `Compressor.forward`."""
+        normed = self.norm_in(hidden)
+        queries = self.width.pad(self.queries)
+        shares = self.shares(queries, normed, keep)
+        read = self.read(shares, normed).to(hidden.dtype)
+        slots = self.part.pad(self.queries.unflatten(-1, (self.records, -1)))
+        normed, records = self.norm_ff.of_sum(read + slots)
+        records = records + self.ff(normed)
+        if self.alone:
+            records = self.norm_out(records) * shares.sum(-1, keepdim=True).to(hidden.dtype)
+        latents = self.width.pad(self.part.trim(records).flatten(-2))
+        return latents if self.alone else self.norm_out(latents)
+
+
+class Top(Compressor):
+    """Each record is one token: the most salient of the chunk, in their order."""
+
+    def shares(self, queries: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
+        """As `Compressor.shares`, but 2 sigmoid(salience) of one token: what is of use grows."""
+        salience = widen(self.salience(normed)[..., 0]).masked_fill(~keep, -1e4)
+        chosen = self.chosen(salience)[..., None] == torch.arange(
+            keep.shape[-1], device=keep.device
+        )
+        shares = chosen * (2 * salience.sigmoid()).unsqueeze(-2)
+        return shares.unflatten(-2, (-1, self.records))
+
+    def chosen(self, salience: Tensor) -> Tensor:
+        """[N, T] -> [N, M * R], positions in the chunk."""
+        return salience.topk(len(self.queries) * self.records).indices.sort(-1).values
+
+    def begin(self) -> None:
+        """Salience begins at random, as it must choose."""
+        salience = self.salience.weight.clone()
+        super().begin()
+        self.salience.weight.copy_(salience)
+
+
+class TopAlone(Top, Each):
+    """Both."""
+
+    def __init__(self, width: Channels, mult: int, latents: int, records: int):
+        Each.__init__(self, width, mult, latents, records, alone=True)
+
+
+class Anchored(TopAlone):
+    """Cross-attention whose queries are anchored to the most salient tokens."""
+
+    def __init__(self, width: Channels, mult: int, latents: int, records: int):
+        super().__init__(width, mult, latents, records)
+        self.query = Linear(width, self.part)
+        self.key = Linear(width, self.part)
+
+    def shares(self, queries: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
+        """As `Compressor.shares`, each record's times 2 sigmoid(salience)."""
+        length = keep.shape[-1]
+        salience = widen(self.salience(normed)[..., 0]).masked_fill(~keep, -1e4)
+        places = torch.arange(length, device=keep.device)
+        distance = (self.chosen(salience).unsqueeze(-1) - places).abs()  # [N, M * R, T]
+        one_hot = distance == 0
+        values = multipliable(normed)
+        anchors = (one_hot.to(values.dtype) @ values).to(normed.dtype)
+        anchors = anchors + queries.repeat_interleave(self.records, 0)
+        query, key = multipliable(self.query(anchors) * self.scale), multipliable(self.key(normed))
+        prior = 0.94 * one_hot + 0.05 / 17 * (distance <= 8) + 0.01 / length
+        logits = widen(query @ key.transpose(-1, -2)) + prior.log()
+        shares = logits.masked_fill(~keep.unsqueeze(-2), float("-inf")).softmax(-1)
+        gates = 2 * (one_hot * salience.unsqueeze(-2)).sum(-1, keepdim=True).sigmoid()
+        return (shares * gates).unflatten(-2, (-1, self.records))
+
+
+class TopOfSpan(Top):
+    """Each record is one token: the most salient of the latent's span."""
+
+    def chosen(self, salience: Tensor) -> Tensor:
+        """As `Top.chosen`."""
+        spans = salience.unflatten(-1, (len(self.queries), -1))
+        first = torch.arange(len(self.queries), device=salience.device) * spans.shape[-1]
+        return (spans.topk(self.records).indices.sort(-1).values + first[:, None]).flatten(-2)
 
 
 class Apart(Compressor):

@@ -33,7 +33,7 @@ from torch import Tensor
 from unigram import counts
 
 from i3dist import dist
-from i3dist.config import CompressionSettings, ModelSettings, OptimizerSettings, TrainSettings
+from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.data.corpus import Split
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.manifest import Manifest
@@ -112,11 +112,12 @@ class Experiment:
         shape = Shape(plan.lanes, plan.lanes, WINDOW)
         steps = loop(model, shape, self.device, TrainSettings(clip=plan.clip))
         optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
-        drops = "drop" in Arm.parse(plan.arm).added
-        gates, times, curve = CompressionSettings(), [], Curve()
+        arm = Arm.parse(plan.arm)
+        drops = "drop" in arm.added
+        times, curve = [], Curve()
         for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.marks[-1])):
             started = time.perf_counter()
-            steps.gate.fill_(gates.gate_at(step))
+            steps.gate.fill_(arm.gate.gate_at(step))
             if drops:
                 batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)

@@ -17,12 +17,18 @@ and added to these
   -scaled     it begins where all of history weighs as much as 16 of the chunk's tokens
   -keen       salience learns eight times as fast
   -even       records choose tokens by no salience
+  -top        each record is one token, the most salient of the chunk
+  -pick       each record is one token, the most salient of the latent's span
+  -zero       records begin as nothing to attention
   -apart      the records of a latent have projections of their own
   -own        history has key and value projections of its own in every attention block
   -tail       half of the latents hold the chunk's last tokens
   -drop       a tenth of the chunks is trained without history
+  -late       history is off for the first 1,000 steps instead of 100
   -carry      RWKV state carried
   -plain      no feed-forward refines latents
+  -each       one feed-forward refines records, each by itself
+  -alone      and one norm
   -early      the compressor reads half of the RWKV blocks only
   -lower      the lower attention block alone sees history
   -upper      the upper one alone does
@@ -40,11 +46,26 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from compressors import Apart, Detached, Even, Keen, Literal, MeanPool, Nothing, Tail, Uncompressed
+from compressors import (
+    Anchored,
+    Apart,
+    Detached,
+    Each,
+    Even,
+    Keen,
+    Literal,
+    MeanPool,
+    Nothing,
+    Tail,
+    Top,
+    TopAlone,
+    TopOfSpan,
+    Uncompressed,
+)
 from i3_steps import WithoutHistory
 from torch import Tensor, nn
 
-from i3dist.config import ModelSettings
+from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.errors import UserError
 from i3dist.model.attention import CLOSED, Attention, Slots
 from i3dist.model.compress import Compressor
@@ -60,7 +81,7 @@ BLOCKS = ("lower", "upper")  # of attention
 MIRRORS = {"mirror": 0.1, "match": 0.1, "match1": 1.0}
 ADDED = (
     *("low", "open", "scaled", "even", "keen", "apart", "own", "tail", "drop", "carry"),
-    *("plain", "early"),
+    *("late", "top", "topalone", "anchor", "pick", "zero", "each", "alone", "plain", "early"),
     *(*BLOCKS, *MIRRORS, "still", "detached"),
 )
 ARMS = [
@@ -120,6 +141,12 @@ class Arm:
         return self.base not in ("none", "carry")
 
     @property
+    def gate(self) -> CompressionSettings:
+        """When history enters training."""
+        late = {"off_steps": 1000} if "late" in self.added else {}
+        return CompressionSettings(**late)
+
+    @property
     def mirror(self) -> float:
         """Weight of the mirror's loss."""
         return next((weight for name, weight in MIRRORS.items() if name in self.added), 0.0)
@@ -161,6 +188,12 @@ class Arm:
                 kinds: dict[str, Callable[..., Compressor]] = {
                     "tail": partial(Tail, length=s.chunk_length),
                     "apart": Apart,
+                    "each": partial(Each, alone=False),
+                    "alone": partial(Each, alone=True),
+                    "top": Top,
+                    "anchor": Anchored,
+                    "topalone": TopAlone,
+                    "pick": TopOfSpan,
                 }
                 kind = next((kinds[more] for more in self.added if more in kinds), Compressor)
                 made = kind(width, s.ff_mult, s.latents, s.records)
@@ -168,6 +201,8 @@ class Arm:
                     made.salience = Even(width, made.salience.d_out)
                 if "keen" in self.added:
                     made.salience = Keen(width, made.salience.d_out)
+                if "zero" in self.added:
+                    made.begin = partial(begin_at_zero, made, made.begin)
                 if "plain" in self.added:
                     made.ff = Nothing()
         if "still" in self.added:
@@ -218,6 +253,12 @@ def named_arm(name: str) -> str:
     """The name, if there is such an arm: a type for argparse."""
     Arm.parse(name)
     return name
+
+
+def begin_at_zero(made: Compressor, begin: Callable[[], None]) -> None:
+    """Have a compressor's records begin as nothing to attention."""
+    begin()
+    nn.init.zeros_(made.token.weight)
 
 
 def read_halfway(model: I3LM) -> None:
