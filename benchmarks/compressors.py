@@ -1,19 +1,18 @@
 """What may stand in place of i3-4096ctx's compressor, for benchmarks/history_arms.py.
 
-Letters: N chunks, T tokens, M latents, R records of a latent, D width, H heads. Each takes hidden
-[N, T, D] and keep [N, T] bool, and returns latents [N, M, D]; `unfold` makes of them the M x R keys
-that attention sees; `begin`, where there is one, is called once weights have been drawn.
+Letters: N chunks, T tokens, M latents, R records of a latent, S = M R records of a chunk, D width,
+H heads. Each takes hidden [N, T, D] and keep [N, T] bool, and returns latents [N, M, D]; `unfold`
+makes of them the S keys that attention sees; `begin`, where there is one, is called once weights
+have been drawn.
 """
 
-import itertools
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.compress import Compressor, even_parts, intervals, means
+from i3dist.model.compress import Compressor
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.attention import merge_heads, split_heads
-from i3dist.ops.precision import multipliable, widen
 
 
 class AsTheyAre(nn.Module):
@@ -48,8 +47,12 @@ class MeanPool(AsTheyAre):
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
         """[N, T, D], [N, T] -> [N, M, D]."""
-        parts = even_parts(keep.shape[-1], self.latents, keep.device)
-        return self.norm(means(hidden, parts * keep.unsqueeze(-2)))
+        kept = keep.unsqueeze(-1)
+        sums, counts = (
+            x.unflatten(-2, (self.latents, -1)).sum(-2)
+            for x in (hidden * kept, kept.to(hidden.dtype))
+        )
+        return self.norm(sums / counts.clamp(min=1))
 
 
 class Literal(AsTheyAre):
@@ -97,174 +100,57 @@ class Detached(nn.Module):
         return self.inner.unfold(latents).detach()
 
 
-class Even(Linear):
-    """In place of salience: every token is as salient as any other."""
+class Even(Compressor):
+    """The last token of each equal part of the chunk has the record, whatever its salience."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., 1], zeros."""
-        return torch.zeros_like(x[..., :1])
-
-
-class Keen(Linear):
-    """In place of salience: it learns eight times as fast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As salience, eight times as large."""
-        return 8 * super().forward(x)
+    def choose(self, salience: Tensor) -> Tensor:
+        """As `Compressor.choose`."""
+        records = len(self.queries) * self.records
+        step = salience.shape[-1] // records
+        last = torch.arange(records, device=salience.device) * step + step - 1
+        return last.expand(*salience.shape[:-1], -1)
 
 
-class Nothing(nn.Module):
-    """In place of a branch: it adds nothing."""
+class Spans(Compressor):
+    """The most salient tokens of each latent's span of the chunk have its records."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Zeros."""
-        return torch.zeros_like(x)
+    def choose(self, salience: Tensor) -> Tensor:
+        """As `Compressor.choose`."""
+        spans = salience.unflatten(-1, (len(self.queries), -1))
+        first = torch.arange(len(self.queries), device=salience.device) * spans.shape[-1]
+        order = spans.sort(dim=-1, descending=True, stable=True).indices[..., : self.records]
+        return (order.sort(dim=-1).values + first.unsqueeze(-1)).flatten(-2)
 
 
-class Tail(Compressor):
-    """The last tokens of the chunk one to a record, in half of the latents; before them spans that
-    grow by a constant factor."""
+class Alone(Compressor):
+    """A record holds its token and nothing else."""
 
-    def __init__(self, width: Channels, mult: int, latents: int, records: int, length: int):
-        super().__init__(width, mult, latents, records)
-        sizes = torch.tensor(tail_spans(length, latents, self.records)).float()
-        starts, size = sizes.cumsum(0) - sizes, (sizes / self.records).unsqueeze(-1)
-        edges = starts.unsqueeze(-1) + torch.arange(self.records) * size
-        # Buffers: a list of sizes would be copied to the device in every step.
-        self.register_buffer("of_part", intervals(edges, size, length), persistent=False)
-        self.register_buffer("of_span", intervals(starts, sizes, length), persistent=False)
-
-    def spans(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """As `Compressor.spans`."""
-        return self.of_part, self.of_span
+    def shares(self, chosen: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
+        """As `Compressor.shares`."""
+        return F.one_hot(chosen, normed.shape[-2]).float()
 
 
 class Each(Compressor):
-    """Records are refined each by itself, all by one feed-forward; so is, if asked, their norm."""
+    """Records are refined each by itself, all by one feed-forward."""
 
-    def __init__(self, width: Channels, mult: int, latents: int, records: int, alone: bool):
-        super().__init__(width, mult, latents, records)
-        self.norm_ff = LayerNorm(self.part)
-        self.ff = FeedForward(self.part, mult)
-        self.alone = alone
-        if alone:
-            self.norm_out = LayerNorm(self.part)
+    def __init__(self, width: Channels, mult: int, latents: int, records: int, length: int):
+        super().__init__(width, mult, latents, records, length)
+        self.norm_ff, self.ff = LayerNorm(self.part), FeedForward(self.part, mult)
 
-    def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
-        """As `Compressor.forward`."""
-        normed = self.norm_in(hidden)
-        queries = self.width.pad(self.queries)
-        shares = self.shares(queries, normed, keep)
-        read = self.read(shares, normed).to(hidden.dtype)
-        slots = self.part.pad(self.queries.unflatten(-1, (self.records, -1)))
-        normed, records = self.norm_ff.of_sum(read + slots)
-        records = records + self.ff(normed)
-        if self.alone:
-            records = self.norm_out(records) * shares.sum(-1, keepdim=True).to(hidden.dtype)
-        latents = self.width.pad(self.part.trim(records).flatten(-2))
-        return latents if self.alone else self.norm_out(latents)
+    def refine(self, latents: Tensor) -> Tensor:
+        """As `Compressor.refine`."""
+        normed, records = self.norm_ff.of_sum(self.split(latents))
+        return self.norm_out(records + self.ff(normed))
 
 
-class Top(Compressor):
-    """Each record is one token: the most salient of the chunk, in their order."""
+class Joint(Compressor):
+    """One norm for all records of a latent."""
 
-    def shares(self, queries: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
-        """As `Compressor.shares`, but 2 sigmoid(salience) of one token: what is of use grows."""
-        salience = widen(self.salience(normed)[..., 0]).masked_fill(~keep, -1e4)
-        chosen = self.chosen(salience)[..., None] == torch.arange(
-            keep.shape[-1], device=keep.device
-        )
-        shares = chosen * (2 * salience.sigmoid()).unsqueeze(-2)
-        return shares.unflatten(-2, (-1, self.records))
+    def __init__(self, width: Channels, mult: int, latents: int, records: int, length: int):
+        super().__init__(width, mult, latents, records, length)
+        self.norm_out = LayerNorm(width)
 
-    def chosen(self, salience: Tensor) -> Tensor:
-        """[N, T] -> [N, M * R], positions in the chunk."""
-        return salience.topk(len(self.queries) * self.records).indices.sort(-1).values
-
-    def begin(self) -> None:
-        """Salience begins at random, as it must choose."""
-        salience = self.salience.weight.clone()
-        super().begin()
-        self.salience.weight.copy_(salience)
-
-
-class TopAlone(Top, Each):
-    """Both."""
-
-    def __init__(self, width: Channels, mult: int, latents: int, records: int):
-        Each.__init__(self, width, mult, latents, records, alone=True)
-
-
-class Anchored(TopAlone):
-    """Cross-attention whose queries are anchored to the most salient tokens."""
-
-    def __init__(self, width: Channels, mult: int, latents: int, records: int):
-        super().__init__(width, mult, latents, records)
-        self.query = Linear(width, self.part)
-        self.key = Linear(width, self.part)
-
-    def shares(self, queries: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
-        """As `Compressor.shares`, each record's times 2 sigmoid(salience)."""
-        length = keep.shape[-1]
-        salience = widen(self.salience(normed)[..., 0]).masked_fill(~keep, -1e4)
-        places = torch.arange(length, device=keep.device)
-        distance = (self.chosen(salience).unsqueeze(-1) - places).abs()  # [N, M * R, T]
-        one_hot = distance == 0
-        values = multipliable(normed)
-        anchors = (one_hot.to(values.dtype) @ values).to(normed.dtype)
-        anchors = anchors + queries.repeat_interleave(self.records, 0)
-        query, key = multipliable(self.query(anchors) * self.scale), multipliable(self.key(normed))
-        prior = 0.94 * one_hot + 0.05 / 17 * (distance <= 8) + 0.01 / length
-        logits = widen(query @ key.transpose(-1, -2)) + prior.log()
-        shares = logits.masked_fill(~keep.unsqueeze(-2), float("-inf")).softmax(-1)
-        gates = 2 * (one_hot * salience.unsqueeze(-2)).sum(-1, keepdim=True).sigmoid()
-        return (shares * gates).unflatten(-2, (-1, self.records))
-
-
-class TopOfSpan(Top):
-    """Each record is one token: the most salient of the latent's span."""
-
-    def chosen(self, salience: Tensor) -> Tensor:
-        """As `Top.chosen`."""
-        spans = salience.unflatten(-1, (len(self.queries), -1))
-        first = torch.arange(len(self.queries), device=salience.device) * spans.shape[-1]
-        return (spans.topk(self.records).indices.sort(-1).values + first[:, None]).flatten(-2)
-
-
-class Apart(Compressor):
-    """The R records of a latent each have projections of their own."""
-
-    def __init__(self, width: Channels, mult: int, latents: int, records: int):
-        super().__init__(width, mult, latents, records)
-        self.record = Linear(width, width.split(self.records))
-        self.token = Linear(width, width.times(self.records))
-
-    def begin(self) -> None:
-        """Each record begins as `Compressor`'s do."""
-        nn.init.zeros_(self.salience.weight)
-        d, r = self.width.stored, self.records
-        parts = self.record.weight.view(r, d // r, d)
-        for part in parts:
-            nn.init.orthogonal_(part)
-        nn.init.zeros_(self.token.weight)
-        places = self.token.weight.view(r, d, r, d // r)
-        for i, part in enumerate(parts):
-            places[i, :, i] = part.T * r**0.5
-
-    def read(self, shares: Tensor, normed: Tensor) -> Tensor:
-        """As `Compressor.read`."""
-        record = split_heads(self.record(normed), self.records)  # [N, R, T, D/R]
-        return (shares.transpose(-3, -2).to(record.dtype) @ record).transpose(-3, -2)
-
-    def unfold(self, latents: Tensor) -> Tensor:
-        """As `Compressor.unfold`."""
-        return self.token(latents).unflatten(-1, (self.records, -1)).flatten(-3, -2)
-
-
-def tail_spans(length: int, latents: int, records: int) -> list[int]:
-    """Tokens of each latent of `Tail`, the oldest first."""
-    near = latents // 2
-    growth = (length / (near * records)) ** (1 / (latents - near))
-    ends = [round(near * records * growth**i) for i in range(latents - near + 1)]
-    grown = [later - sooner for sooner, later in itertools.pairwise(ends)]
-    return grown[::-1] + [records] * near
+    def refine(self, latents: Tensor) -> Tensor:
+        """As `Compressor.refine`."""
+        normed, latents = self.norm_ff.of_sum(latents)
+        return self.split(self.norm_out(latents + self.ff(normed)))

@@ -44,15 +44,15 @@ class PerToken(NamedTuple):
 def of_i3(model: I3LM, batch: Batch) -> PerToken:
     """A window of the i3. `model` may lack compressor and history.
 
-    Per chunk, M latents go through the compressor's query and feed-forward; the records of C + K
-    chunks are unfolded and projected for a window of K chunks. The means of spans are left out.
+    Per chunk, the compressor's feed-forward refines M latents, whose records read the kept tokens;
+    the records of C + K chunks are unfolded and projected for a window of K chunks. Picking the
+    queries of the chosen tokens is left out.
     """
     s, (_, window, length) = model.settings, batch.tokens.shape
-    with_history = not isinstance(model.compressor, nn.Identity)
-    latents, keys_per_chunk = s.latents / length, model.keys_per_chunk if with_history else 0
-    again = keys_per_chunk / length * (s.history_chunks + window) / window
+    with_history = model.keys_per_chunk > 0
+    latents = s.latents / length
+    again = model.keys_per_chunk / length * (s.history_chunks + window) / window
     uses = {
-        "compressor.query": latents,
         "compressor.ff": latents,
         "compressor.token": again,
         "attention.key_value": 1 + again,
@@ -67,7 +67,8 @@ def of_i3(model: I3LM, batch: Batch) -> PerToken:
     read = 0.0
     if with_history:
         past = history_mask(segments, batch.depth.flatten(), s.history_chunks)
-        keys += keys_per_chunk * _mean_seen(past)
+        keys += model.keys_per_chunk * _mean_seen(past)
+        # R records of a latent, each an R-th as wide.
         read = latents * float(last_segment(segments).sum(-1).float().mean())
     return PerToken(weights, s.d_model * (s.attention_layers * keys + read))
 

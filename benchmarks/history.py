@@ -1,6 +1,6 @@
 """Does compressed history earn its place? The same model with and without it, on whole books.
 
-    python benchmarks/history.py run --data DIR --held-out DIR --arms none records4 --seeds 0 1
+    python benchmarks/history.py run --data DIR --held-out DIR --arms none recipe --seeds 0 1
     python benchmarks/history.py report RESULTS.jsonl [--plot FILE]
 
 `run` trains every arm with every seed on the same windows in the same order, and appends one line

@@ -1,65 +1,48 @@
 """The arms of benchmarks/history.py: i3-4096ctx, or with something else for its history.
 
   none        no history
-  recipe      the library's default: latents of records
+  recipe      the library's default: latents of four records, each of one of the most salient tokens
   recordsR    with R records in a latent
   literal     the card read literally: learned queries read the whole chunk
   mean        means of the spans, normalised: no compressor
-  picks       4:1, tokens of full width: a fourth of the chunk's
+  picks       4:1, tokens of full width: the most salient fourth of the chunk's
   every       4:1, a record of D/4 for every token
   ceiling     no compression: every token of the last 4,096
   carry       no history, RWKV state carried from chunk to chunk
 
 and added to these
 
-  -low        the logit of history begins low; otherwise literal and ceiling begin with it open
-  -open       it begins open; otherwise the others begin low
-  -scaled     it begins where all of history weighs as much as 16 of the chunk's tokens
-  -keen       salience learns eight times as fast
-  -even       records choose tokens by no salience
-  -top        each record is one token, the most salient of the chunk
-  -pick       each record is one token, the most salient of the latent's span
-  -zero       records begin as nothing to attention
-  -apart      the records of a latent have projections of their own
-  -own        history has key and value projections of its own in every attention block
-  -tail       half of the latents hold the chunk's last tokens
-  -drop       a tenth of the chunks is trained without history
-  -late       history is off for the first 1,000 steps instead of 100
-  -carry      RWKV state carried
-  -plain      no feed-forward refines latents
+  -soon       history is on from step 100, as on the card, instead of 1,000
+  -open       the logit of history begins at 0, open, instead of low
+  -even       the last of every four tokens has a record, whatever its salience
+  -spans      the most salient tokens of each latent's span have its records
+  -alone      a record holds its token and nothing else: no cross-attention
   -each       one feed-forward refines records, each by itself
-  -alone      and one norm
+  -joint      one norm for all records of a latent
+  -own        history has key and value projections of its own in every attention block
+  -drop       a tenth of the chunks is trained without history
+  -carry      RWKV state carried
   -early      the compressor reads half of the RWKV blocks only
   -lower      the lower attention block alone sees history
   -upper      the upper one alone does
   -match      records are trained besides to give keys and values as tokens do
-  -match1     the same with ten times the weight
-  -mirror     records are trained besides to give tokens back
   -still      the compressor learns, and hands no gradient down to the RWKV stack
   -detached   what makes latents is left as it began
 """
 
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from compressors import (
-    Anchored,
-    Apart,
+    Alone,
     Detached,
     Each,
     Even,
-    Keen,
+    Joint,
     Literal,
     MeanPool,
-    Nothing,
-    Tail,
-    Top,
-    TopAlone,
-    TopOfSpan,
+    Spans,
     Uncompressed,
 )
 from i3_steps import WithoutHistory
@@ -73,25 +56,21 @@ from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.ops.attention import KeysValues
+from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.precision import linear
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
 WITHOUT_RECORDS = ("none", "literal", "mean", "ceiling", "carry")
+COMPRESSORS = {"even": Even, "spans": Spans, "alone": Alone, "each": Each, "joint": Joint}
 BLOCKS = ("lower", "upper")  # of attention
-MIRRORS = {"mirror": 0.1, "match": 0.1, "match1": 1.0}
-ADDED = (
-    *("low", "open", "scaled", "even", "keen", "apart", "own", "tail", "drop", "carry"),
-    *("late", "top", "topalone", "anchor", "pick", "zero", "each", "alone", "plain", "early"),
-    *(*BLOCKS, *MIRRORS, "still", "detached"),
-)
+OF_RECORDS = ("match", *COMPRESSORS)
+OF_HISTORY = ("open", "own", "drop", "early", "still", "detached", *BLOCKS, *OF_RECORDS)
+ADDED = ("soon", "carry", *OF_HISTORY)
 ARMS = [
-    *("none", "records4", "literal", "mean", "ceiling", "carry", "records4-carry"),
-    *("records4-detached", "records4-open", "records4-scaled", "records4-even", "records4-apart"),
-    *("records4-own", "records4-tail", "records4-drop", "records4-plain", "records4-early"),
-    *("records4-lower", "records4-upper", "records4-still", "recipe", "records2", "records8"),
-    *("picks", "every", "ceiling-low", "literal-low"),
+    *("none", "recipe", "literal", "mean", "ceiling", "carry"),
+    *(f"recipe-{added}" for added in ADDED),
+    *("records1", "records2", "records8", "picks", "every", "ceiling-open", "literal-open"),
 ]
-SCALED = 16  # tokens
 SHUT = -1e4  # a logit of history with which no query sees it, and which gets no gradient
 
 
@@ -125,14 +104,17 @@ class Arm:
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
-        """Read "records8-tail-drop"."""
+        """Read "records8-even-drop"."""
         base, *added = name.split("-")
         if not (base in PLAIN or re.fullmatch(r"records\d+", base)):
             raise UserError(f"there is no arm {base!r}; there are {', '.join(PLAIN)}, recordsR")
         if wrong := [more for more in added if more not in ADDED]:
             raise UserError(f"{name}: {wrong[0]!r} is none of {', '.join(ADDED)}")
-        if base in WITHOUT_RECORDS and (wrong := [more for more in added if more in MIRRORS]):
-            raise UserError(f"{name}: {base} has no records for {wrong[0]!r} to train")
+        lacking = {"none": OF_HISTORY, "carry": OF_HISTORY}.get(base, OF_RECORDS)
+        if base in WITHOUT_RECORDS and (wrong := [more for more in added if more in lacking]):
+            raise UserError(f"{name}: {base} has nothing for {wrong[0]!r} to change")
+        if {"match", "detached"} <= set(added):
+            raise UserError(f"{name}: what is detached learns nothing from 'match'")
         return cls(base, frozenset(added))
 
     @property
@@ -143,22 +125,13 @@ class Arm:
     @property
     def gate(self) -> CompressionSettings:
         """When history enters training."""
-        late = {"off_steps": 1000} if "late" in self.added else {}
-        return CompressionSettings(**late)
+        return CompressionSettings(off_steps=100 if "soon" in self.added else 1000)
 
-    @property
-    def mirror(self) -> float:
-        """Weight of the mirror's loss."""
-        return next((weight for name, weight in MIRRORS.items() if name in self.added), 0.0)
-
-    def bias(self, block: str, keys: int) -> float:
-        """What the logit of history begins at in one of `BLOCKS`, where it has so many keys."""
+    def bias(self, block: str) -> float:
+        """What the logits of history begin at in one of `BLOCKS`."""
         if block not in (self.added.intersection(BLOCKS) or BLOCKS):
             return SHUT
-        if "scaled" in self.added:
-            return math.log(SCALED / keys)
-        opened = self.base in ("literal", "ceiling")
-        return 0.0 if "open" in self.added or (opened and "low" not in self.added) else CLOSED
+        return 0.0 if "open" in self.added else CLOSED
 
     def settings(self, card: ModelSettings) -> ModelSettings:
         """The model's."""
@@ -185,66 +158,43 @@ class Arm:
             case "literal":
                 made = Literal(width, s.heads, s.ff_mult, s.latents)
             case _:
-                kinds: dict[str, Callable[..., Compressor]] = {
-                    "tail": partial(Tail, length=s.chunk_length),
-                    "apart": Apart,
-                    "each": partial(Each, alone=False),
-                    "alone": partial(Each, alone=True),
-                    "top": Top,
-                    "anchor": Anchored,
-                    "topalone": TopAlone,
-                    "pick": TopOfSpan,
-                }
-                kind = next((kinds[more] for more in self.added if more in kinds), Compressor)
-                made = kind(width, s.ff_mult, s.latents, s.records)
-                if "even" in self.added:
-                    made.salience = Even(width, made.salience.d_out)
-                if "keen" in self.added:
-                    made.salience = Keen(width, made.salience.d_out)
-                if "zero" in self.added:
-                    made.begin = partial(begin_at_zero, made, made.begin)
-                if "plain" in self.added:
-                    made.ff = Nothing()
+                kind = next((COMPRESSORS[n] for n in self.added & COMPRESSORS.keys()), Compressor)
+                made = kind(width, s.ff_mult, s.latents, s.records, s.chunk_length)
         if "still" in self.added:
             made.register_forward_pre_hook(lambda _, given: (given[0].detach(), given[1]))
         return Detached(made) if "detached" in self.added else made
 
 
-class Mirrored(I3LM):
-    """Trained besides to make of a token's record the token again, as attention reads it.
+class Matched(I3LM):
+    """Trained besides to have a token's record give the keys and values that the token gives.
 
-    The error is of keys and values of all attention blocks, as a share of their size, so that a
-    record holds what attention asks for: the best approximation of low rank. It teaches the
-    compressor's two projections and nothing else.
+    The error is a share of their size, over all attention blocks. It teaches what makes a record of
+    a token and a token of a record, and nothing else.
     """
 
-    weight: float  # against the loss of the language model
-    raw: bool  # whether the error is of the tokens themselves, instead
+    weight = 0.1  # against the loss of the language model
     every = 8  # one token of so many
 
     def forward(
         self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
     ) -> tuple[Tensor, LaneState]:
-        """As `I3LM.forward`; losses are larger by that of the mirror."""
+        """As `I3LM.forward`; losses are larger by that of the match."""
         below, after = self.below(tokens, depth, state)
         losses = self.losses(self.above(below, gate), targets)
-        return losses + self.weight * self.mirror(below.x), after
+        missed = self.weight * self.missed(below.x)
+        return losses + missed * (targets != IGNORE), after
 
-    def mirror(self, x: Tensor) -> Tensor:
+    def missed(self, x: Tensor) -> Tensor:
         """Error of chunks as a share: x [B, K, T, D] -> [B, K, 1] fp32."""
         c = self.compressor
         normed = c.norm_in(x[..., self.every - 1 :: self.every, :].detach()).detach()
-        record = c.part.trim(c.record(normed))
-        record = record * record.float().square().mean(-1, keepdim=True).rsqrt().to(record.dtype)
-        missed = c.token(c.part.pad(record)) - normed
-        if self.raw:
-            return self.width.trim(missed).float().square().mean((-2, -1)).unsqueeze(-1)
+        token = c.token(c.norm_out(c.record(normed)))
         weights = [
             p.computed(p.weight.detach()) for p in (b.attention.key_value for b in self.attention)
         ]
         errors, sizes = (
             sum(linear(y, weight).float().square().mean((-2, -1)) for weight in weights)
-            for y in (missed, normed)
+            for y in (token - normed, normed)
         )
         return (errors / sizes).unsqueeze(-1)
 
@@ -253,12 +203,6 @@ def named_arm(name: str) -> str:
     """The name, if there is such an arm: a type for argparse."""
     Arm.parse(name)
     return name
-
-
-def begin_at_zero(made: Compressor, begin: Callable[[], None]) -> None:
-    """Have a compressor's records begin as nothing to attention."""
-    begin()
-    nn.init.zeros_(made.token.weight)
 
 
 def read_halfway(model: I3LM) -> None:
@@ -279,11 +223,10 @@ def replace_history(model: I3LM, arm: Arm) -> None:
     model.slots = Slots(model.width, model.keys_per_chunk)
     if "early" in arm.added:
         read_halfway(model)
-    keys = model.keys_per_chunk * settings.history_chunks
     for place, block in zip(BLOCKS, model.attention, strict=True):
         if "own" in arm.added:
             block.attention = OwnProjections(model.width, settings.heads, settings.history_chunks)
-        nn.init.constant_(block.attention.age_bias, arm.bias(place, keys))
+        nn.init.constant_(block.attention.age_bias, arm.bias(place))
 
 
 def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
@@ -291,10 +234,8 @@ def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
     the first part that differs in shape."""
     arm = Arm.parse(name)
     settings = arm.settings(settings)
-    kind = I3LM if arm.has_history else WithoutHistory
-    model = (Mirrored if arm.mirror else kind)(settings, bos_id)
-    if isinstance(model, Mirrored):
-        model.weight, model.raw = arm.mirror, "mirror" in arm.added
+    matched = Matched if "match" in arm.added else I3LM
+    model = (matched if arm.has_history else WithoutHistory)(settings, bos_id)
     if arm.has_history:
         replace_history(model, arm)
     torch.manual_seed(seed)

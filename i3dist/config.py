@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from i3dist.errors import UserError
 from i3dist.yaml_text import read_values
@@ -77,17 +85,24 @@ class ModelSettings(Section):
     """Hidden width of feed-forward and channel-mix, in units of d_model."""
     chunk_length: Annotated[int, Field(ge=2, le=65_536)] = 512
     """Tokens T of a chunk; must equal the data's."""
-    latents: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Latent tokens M that a chunk is compressed to."""
-    records: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Records asked for in a latent, which attention sees one by one; adjusts as heads do. More
-    recover more of what uncompressed attention gains (1: about half, 4: two thirds), and each
-    is one more key of history to attend to."""
+    latents: Annotated[int, Field(ge=1, le=4096, validate_default=True)] = 32
+    """Latent tokens M that a chunk is compressed to, at most its tokens."""
+    records: Annotated[int, Field(ge=1, le=4096)] = 4
+    """Records R in a latent, each of one token and D / R channels wide, which attention sees one by
+    one. Adjusts as heads do, to no more than the chunk has tokens."""
     history_chunks: Annotated[int, Field(ge=1, le=1024)] = 8
     """Compressed chunks a new chunk attends to; older ones are dropped."""
     state_carry: bool = False
     """Carry RWKV state over chunk ends within a document. Beyond the card: gives up the exact
     reach of history_chunks + 1 chunks."""
+
+    @field_validator("latents")
+    @classmethod
+    def _fits(cls, latents: int, others: ValidationInfo) -> int:
+        length = others.data.get("chunk_length", latents)
+        if latents > length:
+            raise ValueError(f"should be at most model.chunk_length = {length}")
+        return latents
 
     @property
     def vocab(self) -> int:
@@ -369,7 +384,7 @@ def _explain(error: ValidationError) -> str:
     remedies = {name: text for name, _, text in setting_lines()}
     legal = "; ".join(
         dict.fromkeys(
-            other["msg"].removeprefix("Input ").lower()
+            other["msg"].removeprefix("Input ").removeprefix("Value error, ").lower()
             for other in error.errors(include_url=False)
             if [str(part) for part in other["loc"]][:2] == names
         )

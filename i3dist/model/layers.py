@@ -73,12 +73,15 @@ class Channels:
 
 
 @cache
-def adjust_heads(width: int, requested: int, what: str = "heads") -> int:
+def adjust_heads(
+    width: int, requested: int, what: str = "heads", at_most: int | None = None
+) -> int:
     """The divisor of `width` nearest to `requested`, the larger on a tie; says so once."""
-    divisors = [n for n in range(1, width + 1) if width % n == 0]
+    divisors = [n for n in range(1, min(width, at_most or width) + 1) if width % n == 0]
     heads = min(divisors, key=lambda n: (abs(n - requested), -n))
     if heads != requested:
-        log.info("%d %s do not divide width %d: using %d", requested, what, width, heads)
+        most = f" into at most {at_most}" if at_most else ""
+        log.info("%d %s do not divide width %d%s: using %d", requested, what, width, most, heads)
     return heads
 
 

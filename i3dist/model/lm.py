@@ -58,7 +58,9 @@ class I3LM(nn.Module):
         self.embedding = nn.Embedding(settings.vocab, width.stored)
         self.norm_in = LayerNorm(width)
         self.rwkv = nn.ModuleList(RwkvBlock(width, mult, i, layers) for i in range(layers))
-        self.compressor = Compressor(width, mult, settings.latents, settings.records)
+        self.compressor = Compressor(
+            width, mult, settings.latents, settings.records, settings.chunk_length
+        )
         self.slots = Slots(width, self.keys_per_chunk)
         self.attention = nn.ModuleList(
             AttentionBlock(width, heads, mult, settings.history_chunks)

@@ -15,7 +15,7 @@ SMALL = {
     "heads": 4,
     "chunk_length": 12,
     "latents": 3,
-    "records": 4,
+    "records": 2,
     "history_chunks": 3,
 }
 

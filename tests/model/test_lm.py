@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 
 from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.model.attention import CLOSED
+from i3dist.model.compress import NEVER
 from i3dist.model.decode import Decoder
 from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM, decayed, parameters_by_part
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
+from i3dist.ops.precision import widen
 from tests.model.conftest import SMALL, build
 from tests.model.streams import BOS, depth_of, empty, logits, stream
 
@@ -50,18 +52,19 @@ def test_the_present_token_matters(model: I3LM, seed: int) -> None:
     assert (logits(model, changed)[0, 2, 5] - logits(model, tokens)[0, 2, 5]).abs().max() > 1e-6
 
 
-@given(seed=seeds, which=st.integers(0, 50))
-@settings(max_examples=30, deadline=None)
-def test_documents_do_not_see_their_neighbours_content(model: I3LM, seed: int, which: int) -> None:
+@given(seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_documents_do_not_see_their_neighbours_content(model: I3LM, seed: int) -> None:
     tokens = random_stream(seed, mean_document=15)
+    before = logits(model, tokens).flatten(0, 2)
     document = (tokens.view(-1) == BOS).cumsum(0)
-    chosen = which % int(document.max()) + 1
-    outside = (document != chosen) & (tokens.view(-1) >= 4)
-    changed = tokens.clone()
-    changed.view(-1)[outside] = other_token(changed.view(-1)[outside])
-    inside = document == chosen
-    before, after = (logits(model, x).flatten(0, 2)[inside] for x in (tokens, changed))
-    torch.testing.assert_close(after, before, **EXACT)
+    for one in document.unique():
+        inside = document == one
+        outside = ~inside & (tokens.view(-1) >= 4)
+        changed = tokens.clone()
+        changed.view(-1)[outside] = other_token(changed.view(-1)[outside])
+        after = logits(model, changed).flatten(0, 2)[inside]
+        torch.testing.assert_close(after, before[inside], **EXACT)
 
 
 @pytest.mark.parametrize("carry", [False, True])
@@ -248,14 +251,14 @@ def test_the_card_has_340_million_parameters() -> None:
         model = I3LM(ModelSettings(), BOS)
     counts = parameters_by_part(model)
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
-    assert 335e6 <= sum(counts.values()) <= 348e6
+    assert sum(counts.values()) == pytest.approx(340e6, rel=0.04)
 
 
 def test_only_projections_that_end_a_branch_begin_smaller() -> None:
     torch.manual_seed(0)
     model = I3LM(ModelSettings(d_model=64, rwkv_layers=3, attention_layers=2, vocab_size=500), 2)
     ends = ("time_mix.output", "channel_mix.value", "attention.output", "ff.down")
-    own_ways = ("salience", "compressor.record", "compressor.token")
+    own_ways = ("compressor.record", "compressor.token", "salience")
     for name, parameter in model.named_parameters():
         owner = name.removesuffix(".weight")
         if owner.endswith("attention.query"):  # its rows of ages begin at zero
@@ -267,7 +270,7 @@ def test_only_projections_that_end_a_branch_begin_smaller() -> None:
 
 
 def test_history_begins_low_and_unfolds_what_was_read() -> None:
-    """A record that holds one token is unfolded to its share R / D of it, R^0.5 times as large."""
+    """A record that holds a token is unfolded to the R-th of it, R^0.5 times as large."""
     settings = ModelSettings(d_model=64, rwkv_layers=1, vocab_size=500, records=4)
     compressor = (model := I3LM(settings, BOS)).compressor
     token, record = compressor.token.weight, compressor.record.weight
@@ -324,23 +327,55 @@ def test_attention_is_the_softmax_of_its_equation(seed: int, window: int) -> Non
         torch.testing.assert_close(found[:, k, 0], attention.output(read.flatten(1)), **CLOSE)
 
 
+@given(seed=seeds, kept=st.integers(1, T))
+@settings(max_examples=30, deadline=None)
+def test_records_are_of_the_most_salient_tokens_in_order(model: I3LM, seed: int, kept: int) -> None:
+    """As many as there are, of equal ones the first; none is of a token that is not kept."""
+    compressor, count = model.compressor, model.keys_per_chunk
+    random = torch.Generator().manual_seed(seed)
+    salience = torch.randint(0, 6, (2, T), generator=random).double()  # many are equal
+    salience[:, kept:] = NEVER
+    for row, chosen in zip(salience.tolist(), compressor.choose(salience).tolist(), strict=True):
+        assert chosen == sorted(sorted(range(T), key=lambda t: (-row[t], t))[:count])
+    hidden, keep = torch.randn(2, T, model.width.computed).double(), salience > NEVER
+    records = model.width.trim(compressor(hidden, keep)).unflatten(-1, (compressor.records, -1))
+    filled = records.flatten(1, 2).abs().sum(-1) > 0
+    assert filled.sum(-1).tolist() == [min(kept, count)] * 2
+
+
 @given(seed=seeds)
 @settings(max_examples=20, deadline=None)
-def test_records_share_out_the_kept_tokens(model: I3LM, seed: int) -> None:
-    """And without a word from content, in order and evenly."""
+def test_a_record_begins_by_reading_its_own_token(model: I3LM, seed: int) -> None:
+    """Nearly; what it reads is kept, and sums to 1."""
     torch.manual_seed(seed)
     normed = torch.randn(2, T, model.width.computed).double()
-    keep = torch.rand(2, T) < 0.5
+    keep = torch.rand(2, T) < 0.7
     keep[:, seed % T] = True
-    compressor = model.compressor
-    queries = model.width.pad(compressor.queries)
-    shares = compressor.shares(queries, normed, keep)
+    compressor, count = model.compressor, model.keys_per_chunk
+    chosen = compressor.choose(torch.randn(2, T).masked_fill(~keep, NEVER))
+    shares = compressor.shares(chosen, normed, keep)
     torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
-    assert not shares[~keep[:, None, None].expand_as(shares)].any()
-    first = compressor.shares(queries, 0 * normed, torch.ones_like(keep))[0].flatten(0, 1)
-    where = first @ torch.arange(T).double()
-    assert (where.diff() > 0).all()
-    torch.testing.assert_close(first.sum(0), torch.ones(T).double() * len(first) / T)
+    assert not shares[~keep[:, None].expand_as(shares)].any()
+    own = torch.arange(T) == chosen.unsqueeze(-1)
+    first = compressor.shares(chosen, 0 * normed, torch.ones_like(keep))
+    assert first[own].min() > 0.9
+    assert shares.shape == (2, count, T)
+
+
+def test_salience_learns_from_what_records_are_of_use_for(model: I3LM) -> None:
+    """A token whose record lowers the loss becomes more salient with a step down the gradient."""
+    compressor = model.compressor
+    hidden, keep = torch.randn(1, T, model.width.computed).double(), torch.ones(1, T).bool()
+    salience = widen(compressor.salience(compressor.norm_in(hidden))[..., 0])
+    chosen = compressor.choose(salience)[0]
+    wanted = compressor(hidden, keep).detach()
+    wanted[:, 1:] = 0  # the first latent's records should be larger, the others smaller
+    loss = (compressor(hidden, keep) - 3 * wanted).square().sum()
+    weight = compressor.salience.weight
+    (gradient,) = torch.autograd.grad(loss, weight)
+    moved = compressor.norm_in(hidden)[..., : weight.shape[1]] @ -gradient[0]
+    first = compressor.records
+    assert (moved[0, chosen[:first]].mean() > moved[0, chosen[first:]].mean()).item()
 
 
 def test_decay_applies_to_matrices_only(model: I3LM) -> None:
