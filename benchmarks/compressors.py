@@ -1,9 +1,9 @@
 """What may stand in place of i3-4096ctx's compressor, for benchmarks/history_arms.py.
 
 Letters: N chunks, T tokens, M latents, R records of a latent, S = M R records of a chunk, D width,
-H heads. Each takes hidden [N, T, D] and keep [N, T] bool, and returns latents [N, M, D]; `unfold`
-makes of them the S keys that attention sees; `begin`, where there is one, is called once weights
-have been drawn.
+H heads. Each takes hidden [N, T, D] and keep [N, T] bool, and returns latents [N, M, D]; `project`
+gives what a projection makes of the S keys that attention sees; `begin`, where there is one, is
+called once weights have been drawn.
 """
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from i3dist.model.compress import Compressor
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.attention import merge_heads, split_heads
+from i3dist.ops.precision import linear
 
 
 class AsTheyAre(nn.Module):
@@ -20,9 +21,9 @@ class AsTheyAre(nn.Module):
 
     records = 1
 
-    def unfold(self, latents: Tensor) -> Tensor:
-        """[..., M, D] -> the same."""
-        return latents
+    def project(self, latents: Tensor, weight: Tensor) -> Tensor:
+        """[..., M, D], [out, D] -> [..., M, out]."""
+        return linear(latents, weight)
 
 
 class Uncompressed(AsTheyAre):
@@ -95,9 +96,11 @@ class Detached(nn.Module):
         """As the compressor's, without gradient."""
         return self.inner(hidden, keep).detach()
 
-    def unfold(self, latents: Tensor) -> Tensor:
-        """As the compressor's, without gradient."""
-        return self.inner.unfold(latents).detach()
+    def project(self, latents: Tensor, weight: Tensor) -> Tensor:
+        """As the compressor's, with a gradient for the weight only."""
+        if isinstance(self.inner, Compressor):
+            return linear(self.inner.unfold(latents).detach(), weight)
+        return linear(latents, weight)
 
 
 class Even(Compressor):

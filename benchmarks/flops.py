@@ -45,16 +45,16 @@ def of_i3(model: I3LM, batch: Batch) -> PerToken:
     """A window of the i3. `model` may lack compressor and history.
 
     Per chunk, the compressor's feed-forward refines M latents, whose records read the kept tokens;
-    the records of C + K chunks are unfolded and projected for a window of K chunks. Picking the
-    queries of the chosen tokens is left out.
+    the records of C + K chunks are projected for a window of K chunks, R of them as much as a
+    token. What is once per window, whatever its lanes, and picking queries are left out.
     """
     s, (_, window, length) = model.settings, batch.tokens.shape
     with_history = model.keys_per_chunk > 0
-    latents = s.latents / length
-    again = model.keys_per_chunk / length * (s.history_chunks + window) / window
+    latents = s.latents / length if with_history else 0.0
+    again = latents * (s.history_chunks + window) / window
     uses = {
         "compressor.ff": latents,
-        "compressor.token": again,
+        "compressor.token": 0.0,
         "attention.key_value": 1 + again,
     }
     weights = 0.0

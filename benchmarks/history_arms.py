@@ -31,6 +31,7 @@ and added to these
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -86,11 +87,11 @@ class OwnProjections(Attention):
         super().begin()
         self.of_history.weight.copy_(self.key_value.weight)
 
-    def history(self, latents: Tensor) -> KeysValues:
+    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
         """As `Attention.history`."""
         tokens, self.key_value = self.key_value, self.of_history
         try:
-            return super().history(latents)
+            return super().history(project)
         finally:
             self.key_value = tokens
 

@@ -103,10 +103,14 @@ def test_flops_of_the_i3(batch: Batch) -> None:
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     tokens, window = batch.tokens.numel(), batch.tokens.shape[1]
     # Channels of ages that no weight is stored for: of output, keys and values.
-    keys = 1 + model.keys_per_chunk / TOY.chunk_length * (TOY.history_chunks + window) / window
+    keys = 1 + TOY.latents / TOY.chunk_length * (TOY.history_chunks + window) / window
     ages = TOY.attention_layers * TOY.heads * TOY.history_chunks * d
     spare = ages * tokens * (1 + 2 * keys)
-    assert counted == pytest.approx(2 * (flops.of_i3(model, batch).weights * tokens + spare))
+    # Once: keys and values of slots, and the product that projects records.
+    rows = d / model.compressor.records + model.keys_per_chunk
+    once = TOY.attention_layers * 2 * (d + TOY.heads * TOY.history_chunks) * d * rows
+    weights = flops.of_i3(model, batch).weights * tokens
+    assert counted == pytest.approx(2 * (weights + spare + once))
 
 
 def test_keys_that_the_i3_sees() -> None:

@@ -10,6 +10,7 @@ is a logit b_ha(x) that a query x gives to all keys so old, as in relative atten
 the chunk's own, and would take attention from them.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,21 +19,22 @@ from torch import Tensor, nn
 
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.attention import KeysValues, Visibility, attend
+from i3dist.ops.precision import linear
 
 CLOSED = -4.0  # what the logits of ages begin at
 
 
 class Slots(nn.Module):
-    """Keys of a chunk of history, told apart. M D parameters."""
+    """What tells the keys of a chunk of history apart. M D parameters."""
 
     def __init__(self, width: Channels, keys: int):
         super().__init__()
         self.width = width
         self.slot = nn.Parameter(torch.zeros(keys, width.stored))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., M, D] -> the same, each with its slot's vector added."""
-        return x + self.width.pad(self.slot)
+    def project(self, weight: Tensor) -> Tensor:
+        """[out, D] -> [M, out]."""
+        return linear(self.width.pad(self.slot), weight)
 
 
 class Attention(nn.Module):
@@ -76,14 +78,16 @@ class Attention(nn.Module):
         """x [..., S, D] -> keys and values, the same each."""
         return KeysValues(*self.key_value(x).chunk(2, dim=-1))
 
-    def history(self, latents: Tensor) -> KeysValues:
+    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
         """Keys and values of all chunks that a window sees: [B, (C + K) * M, D] each.
 
         Args:
-            latents: [B, C + K, M, D], unfolded, oldest first.
+            project: multiplies what is seen of these chunks with a matrix: [out, D] ->
+                [B, C + K, M, out], oldest first.
         """
-        keys, values = self.keys_values(latents)
-        count = torch.arange(latents.shape[1], device=latents.device)
+        both = project(self.key_value.computed(self.key_value.weight))
+        keys, values = both.chunk(2, dim=-1)
+        count = torch.arange(both.shape[1], device=both.device)
         own = F.one_hot(count % self.chunks, self.chunks).to(keys.dtype)  # [C + K, C]
         first, last = self._channels
         marks = F.pad(own, (first, self.inner.computed // self.heads - last))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
-from i3dist.ops.precision import multipliable, widen
+from i3dist.ops.precision import linear, multipliable, widen
 
 NEVER = -1e4  # salience of what is not kept: sigmoid gives 0
 NEAR, NEARBY, ANYWHERE = 8, 0.05, 0.01  # tokens; shares of a record that begin as theirs
@@ -113,6 +113,12 @@ class Compressor(nn.Module):
     def unfold(self, latents: Tensor) -> Tensor:
         """What attention sees of latents: [..., M, D] -> [..., S, D]."""
         return self.token(self.split(latents))
+
+    def project(self, latents: Tensor, weight: Tensor) -> Tensor:
+        """A projection of what `unfold` gives: latents [..., M, D], weight [out, D] ->
+        [..., S, out]. The product of both matrices is made once, and is R times as small."""
+        token = multipliable(self.token.computed(self.token.weight))
+        return linear(self.split(latents), multipliable(weight) @ token)
 
     def begin(self) -> None:
         """A record begins as an orthonormal projection and is unfolded to what it was made of."""

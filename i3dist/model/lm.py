@@ -200,9 +200,12 @@ class I3LM(nn.Module):
     def history(self, latents: Tensor) -> list[KeysValues]:
         """What each attention block sees of history: latents [B, C + K, M, D] ->
         [B, (C + K) * keys_per_chunk, D] per block."""
+
+        def project(weight: Tensor) -> Tensor:
+            return self.compressor.project(latents, weight) + self.slots.project(weight)
+
         blocks = cast("Iterable[AttentionBlock]", self.attention)
-        unfolded = self.slots(self.compressor.unfold(latents))
-        return [block.attention.history(unfolded) for block in blocks]
+        return [block.attention.history(project) for block in blocks]
 
     @torch.no_grad()
     def draw(self) -> None:

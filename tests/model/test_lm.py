@@ -1,5 +1,7 @@
 """What the model promises: causality, isolation, reach, and one result however it is computed."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM, decayed, parameters_by_part
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
-from i3dist.ops.precision import widen
+from i3dist.ops.precision import linear, widen
 from tests.model.conftest import SMALL, build
 from tests.model.streams import BOS, depth_of, empty, logits, stream
 
@@ -313,7 +315,9 @@ def test_attention_is_the_softmax_of_its_equation(seed: int, window: int) -> Non
     x = torch.randn(2, window, 1, model.width.computed).double()
     latents = torch.randn(2, C + window, 3, model.width.computed).double()
     visible = torch.zeros(2 * window, 1, 1, 3 * C + 1).double()  # everything is
-    found = attention(x, attention.history(latents), attention.keys_values(x), visible)
+    found = attention(
+        x, attention.history(partial(linear, latents)), attention.keys_values(x), visible
+    )
 
     heads, d = attention.heads, attention.inner.per_head
     query, logit = attention.query(x).unflatten(-1, (heads, -1))[..., : d + C].split([d, C], -1)
@@ -360,6 +364,14 @@ def test_a_record_begins_by_reading_its_own_token(model: I3LM, seed: int) -> Non
     first = compressor.shares(chosen, 0 * normed, torch.ones_like(keep))
     assert first[own].min() > 0.9
     assert shares.shape == (2, count, T)
+
+
+def test_projecting_records_equals_projecting_what_they_unfold_to(model: I3LM) -> None:
+    torch.manual_seed(0)
+    latents = torch.randn(2, 3, SMALL["latents"], model.width.computed).double()
+    weight = torch.randn(5, model.width.computed).double()
+    wanted = linear(model.compressor.unfold(latents), weight)
+    torch.testing.assert_close(model.compressor.project(latents, weight), wanted, **CLOSE)
 
 
 def test_salience_learns_from_what_records_are_of_use_for(model: I3LM) -> None:
