@@ -33,13 +33,16 @@ def job() -> Iterator[None]:
     os.environ.update(before)
 
 
-def build(compiled: bool, micro_batches: int = 1, records: int = 1) -> Engine:
+def build(compiled: bool, micro_batches: int = 1, sizes: ModelSettings = SIZES) -> Engine:
     torch.manual_seed(0)
-    model = I3LM(SIZES.model_copy(update={"records": records}), BOS)
+    model = I3LM(sizes, BOS)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(2.0)
+        for block in model.attention:  # a logit for each age, from each query
+            block.attention.age_bias.normal_()
+            block.attention.query.weight.normal_(std=2 * (0.4 / sizes.d_model) ** 0.5)
     if compiled:
         model.compile_blocks()
     config = read_engine_config(ROOT / "configs" / "zero2.json")
@@ -53,9 +56,11 @@ def window(seed: int) -> list[Tensor]:
     return [x.cuda() for x in (tokens, tokens.roll(-1, -1), depth_of(tokens))]
 
 
-def train(trained: Engine, steps: int) -> tuple[list[Tensor], list[float]]:
+def train(
+    trained: Engine, steps: int, sizes: ModelSettings = SIZES
+) -> tuple[list[Tensor], list[float]]:
     """Token losses and gradient norms of successive windows; the lanes' state is carried."""
-    state = LaneState.empty(2, SIZES, trained.device, trained.dtype)
+    state = LaneState.empty(2, sizes, trained.device, trained.dtype)
     gate = torch.tensor(0.7, device=trained.device)
     tokens, _, depth = window(0)
     trained.prepare(tokens, depth, state, gate)
@@ -71,20 +76,24 @@ def train(trained: Engine, steps: int) -> tuple[list[Tensor], list[float]]:
     return losses, norms
 
 
-def validate(trained: Engine) -> Tensor:
+def validate(trained: Engine, sizes: ModelSettings) -> Tensor:
     """Token losses of a window, as validation computes them, in another shape than recorded."""
-    state = LaneState.empty(1, SIZES, trained.device, trained.dtype)
+    state = LaneState.empty(1, sizes, trained.device, trained.dtype)
     parts = [x[:1] for x in window(100)]
     with torch.no_grad():
         return trained.model(*parts, state, torch.ones((), device="cuda"))[0]
 
 
-@pytest.mark.parametrize(("micro_batches", "records"), [(1, 1), (2, 1), (1, 4)])
-def test_compiled_and_replayed_equals_plain(micro_batches: int, records: int) -> None:
+@pytest.mark.parametrize(
+    ("micro_batches", "changes"),
+    [(1, {}), (2, {}), (1, {"records": 1}), (1, {"history_chunks": 2})],  # fewer than a window's
+)
+def test_compiled_and_replayed_equals_plain(micro_batches: int, changes: dict[str, int]) -> None:
     """To bf16's rounding: losses of every window and of validation, and norms of every gradient."""
-    engines = [build(compiled, micro_batches, records) for compiled in (True, False)]
-    fast, plain = (train(trained, 4) for trained in engines)
-    validated = [[validate(trained)] for trained in engines]
+    sizes = SIZES.model_copy(update=changes)
+    engines = [build(compiled, micro_batches, sizes) for compiled in (True, False)]
+    fast, plain = (train(trained, 4, sizes) for trained in engines)
+    validated = [[validate(trained, sizes)] for trained in engines]
     for a, b in zip(fast[0] + validated[0], plain[0] + validated[1], strict=True):
         assert (a - b).abs().mean() < 2e-2 * b.mean()
         assert float(a.mean()) == pytest.approx(float(b.mean()), rel=2e-3)
