@@ -21,6 +21,10 @@ class AsTheyAre(nn.Module):
 
     records = 1
 
+    def unfold(self, latents: Tensor) -> Tensor:
+        """[..., M, D] -> the same."""
+        return latents
+
     def project(self, latents: Tensor, weight: Tensor) -> Tensor:
         """[..., M, D], [out, D] -> [..., M, out]."""
         return linear(latents, weight)
@@ -98,9 +102,7 @@ class Detached(nn.Module):
 
     def project(self, latents: Tensor, weight: Tensor) -> Tensor:
         """As the compressor's, with a gradient for the weight only."""
-        if isinstance(self.inner, Compressor):
-            return linear(self.inner.unfold(latents).detach(), weight)
-        return linear(latents, weight)
+        return linear(self.inner.unfold(latents).detach(), weight)
 
 
 class Even(Compressor):
@@ -130,7 +132,7 @@ class Alone(Compressor):
 
     def shares(self, chosen: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
         """As `Compressor.shares`."""
-        return F.one_hot(chosen, normed.shape[-2]).float()
+        return F.one_hot(chosen, normed.shape[-2]).float() * keep.unsqueeze(-2)
 
 
 class Each(Compressor):

@@ -42,7 +42,7 @@ class PerToken(NamedTuple):
 
 
 def of_i3(model: I3LM, batch: Batch) -> PerToken:
-    """A window of the i3. `model` may lack compressor and history.
+    """A window of the i3, with the library's compressor or without compressor and history.
 
     Per chunk, the compressor's feed-forward refines M latents, whose records read the kept tokens;
     the records of C + K chunks are projected for a window of K chunks, R of them as much as a

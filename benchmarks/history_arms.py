@@ -64,6 +64,12 @@ PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carr
 WITHOUT_RECORDS = ("none", "literal", "mean", "ceiling", "carry")
 COMPRESSORS = {"even": Even, "spans": Spans, "alone": Alone, "each": Each, "joint": Joint}
 BLOCKS = ("lower", "upper")  # of attention
+ALTERNATIVES = (
+    tuple(COMPRESSORS),
+    BLOCKS,
+    *(("match", other) for other in ("detached", "early", "own", "joint")),
+    *(("early", other) for other in ("still", "carry")),
+)
 OF_RECORDS = ("match", *COMPRESSORS)
 OF_HISTORY = ("open", "own", "drop", "early", "still", "detached", *BLOCKS, *OF_RECORDS)
 ADDED = ("soon", "carry", *OF_HISTORY)
@@ -114,8 +120,9 @@ class Arm:
         lacking = {"none": OF_HISTORY, "carry": OF_HISTORY}.get(base, OF_RECORDS)
         if base in WITHOUT_RECORDS and (wrong := [more for more in added if more in lacking]):
             raise UserError(f"{name}: {base} has nothing for {wrong[0]!r} to change")
-        if {"match", "detached"} <= set(added):
-            raise UserError(f"{name}: what is detached learns nothing from 'match'")
+        for group in ALTERNATIVES:
+            if len(both := [more for more in added if more in group]) > 1:
+                raise UserError(f"{name}: {both[0]!r} and {both[1]!r} do not go together")
         return cls(base, frozenset(added))
 
     @property

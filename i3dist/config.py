@@ -85,7 +85,7 @@ class ModelSettings(Section):
     """Hidden width of feed-forward and channel-mix, in units of d_model."""
     chunk_length: Annotated[int, Field(ge=2, le=65_536)] = 512
     """Tokens T of a chunk; must equal the data's."""
-    latents: Annotated[int, Field(ge=1, le=4096, validate_default=True)] = 32
+    latents: Annotated[int, Field(ge=1, le=4096)] = 32
     """Latent tokens M that a chunk is compressed to, at most its tokens."""
     records: Annotated[int, Field(ge=1, le=4096)] = 4
     """Records R in a latent, each of one token and D / R channels wide, which attention sees one by
@@ -115,7 +115,7 @@ class CompressionSettings(Section):
 
     off_steps: CountOrZero = 100
     """Steps at the start with g = 0. The card's 100 are too few for a long run: attention is to
-    have learned its own chunk before. 1,000 steps of 32,768 tokens gained 0.095 nats on books."""
+    have learned its own chunk before (docs/performance.md: 1,000 steps of 32,768 tokens)."""
     ramp_steps: CountOrZero = 50
     """Steps over which g then rises linearly to 1."""
 

@@ -102,6 +102,17 @@ def test_no_arm_sees_the_future(arm: str) -> None:
 
 
 @pytest.mark.parametrize("arm", ARMS)
+def test_no_arm_sees_another_document(arm: str) -> None:
+    """Nor does one of which a chunk holds fewer tokens than there are records."""
+    tokens = torch.randint(4, 64, (1, 3, 32), generator=torch.Generator().manual_seed(0))
+    tokens[0, 0, 0] = tokens[0, 0, 29] = BOS
+    changed = tokens.clone()
+    changed[0, 0, 1:29] = 4 + (changed[0, 0, 1:29] - 3) % 60
+    before, after = (logits(arm, x).flatten(0, 2)[29:] for x in (tokens, changed))
+    torch.testing.assert_close(before, after, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_the_same_on_packed_parameters(arm: str) -> None:
     tokens = stream(3, 4, 32, 64, 90)
     model = history_arms.build(arm, SIZES, BOS, seed=0)
@@ -167,6 +178,7 @@ def test_a_match_teaches_what_makes_records_and_nothing_else() -> None:
         ("recipe-quick", "quick"),
         ("ceiling-match", "match"),
         ("none-open", "open"),
+        ("recipe-even-each", "even"),
     ],
 )
 def test_an_arm_that_there_is_not_is_named(name: str, word: str) -> None:

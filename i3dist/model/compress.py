@@ -23,6 +23,7 @@ from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust
 from i3dist.ops.precision import linear, multipliable, widen
 
 NEVER = -1e4  # salience of what is not kept: sigmoid gives 0
+LEAST = 4  # channels: LayerNorm leaves nothing of one, and a sign of two
 NEAR, NEARBY, ANYWHERE = 8, 0.05, 0.01  # tokens; shares of a record that begin as theirs
 
 
@@ -36,18 +37,20 @@ class Compressor(nn.Module):
             width: channels D.
             mult: hidden width of the feed-forward, in units of D.
             latents: M, at most `length`.
-            records: asked for in a latent; adjusts to a divisor of D with M R <= `length`.
+            records: asked for in a latent; adjusts to a divisor of D with M R <= `length`, and with
+                `LEAST` channels or more to a record.
             length: T.
         """
         super().__init__()
         self.width = width
-        self.records = adjust_heads(width.stored, records, "records", length // latents)
+        most = max(1, min(length // latents, width.stored // LEAST))
+        self.records = adjust_heads(width.stored, records, "records", most)
         each = width.stored // self.records
         self.part = part = Channels(each, alignment=width.alignment)
         self.scale = each**-0.5
         self.queries = nn.Parameter(torch.zeros(latents, width.stored))
         self.norm_in = LayerNorm(width)
-        self.salience = Linear(width, Channels(1, alignment=width.alignment))
+        self.salience = Linear(width, Channels(1, alignment=1))
         self.query = Linear(width, part)
         self.key = Linear(width, part)
         self.record = Linear(width, part)
@@ -64,8 +67,9 @@ class Compressor(nn.Module):
             keep: [..., T] bool; at least one position of every chunk is kept. Where fewer are kept
                 than there are records, the records that are left over are 0.
         """
-        normed = self.norm_in(hidden)
-        salience = widen(self.salience(normed)[..., 0]).masked_fill(~keep, NEVER)
+        # What is not kept is zeroed first: whatever it is, nothing of it gets any further.
+        normed = self.norm_in(hidden.masked_fill(~keep.unsqueeze(-1), 0.0))
+        salience = self.saliences(normed).masked_fill(~keep, NEVER)
         chosen = self.choose(salience)
         values = multipliable(self.record(normed))
         read = self.shares(chosen, normed, keep).to(values.dtype) @ values  # [..., S, D/R]
@@ -73,13 +77,18 @@ class Compressor(nn.Module):
         size = 2 * salience.gather(-1, chosen).sigmoid().unsqueeze(-1).to(hidden.dtype)
         return self.fold(self.refine(latents) * size)
 
+    def saliences(self, normed: Tensor) -> Tensor:
+        """[..., T, D] -> [..., T] fp32: in bf16 many would be equal, and the first chosen."""
+        weight = self.salience.computed(self.salience.weight)
+        return linear(widen(normed), widen(weight))[..., 0]
+
     def choose(self, salience: Tensor) -> Tensor:
         """The S most salient tokens [..., S] of [..., T], in order; of equal ones the first."""
         order = salience.sort(dim=-1, descending=True, stable=True).indices
         return order[..., : len(self.queries) * self.records].sort(dim=-1).values
 
     def shares(self, chosen: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
-        """How much of each token goes into each record: [..., S, T] fp32, summing to 1 over T.
+        """How much of each token goes into each record: [..., S, T], summing to 1 over T.
 
         Args:
             chosen: [..., S], the tokens that records are of.
@@ -89,8 +98,7 @@ class Compressor(nn.Module):
         length = normed.shape[-2]
         distance = (torch.arange(length, device=normed.device) - chosen.unsqueeze(-1)).abs()
         query, key = multipliable(self.query(normed)), multipliable(self.key(normed))
-        own = (distance == 0) & keep.unsqueeze(-2)
-        query = own.to(query.dtype) @ query + self.split(self.queries)
+        query = (distance == 0).to(query.dtype) @ query + self.split(self.queries)
         asked = widen((query * self.scale) @ key.transpose(-1, -2))
         logits = asked + spread(distance, length).log()
         return logits.masked_fill(~keep.unsqueeze(-2), float("-inf")).softmax(dim=-1)

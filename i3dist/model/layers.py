@@ -76,12 +76,13 @@ class Channels:
 def adjust_heads(
     width: int, requested: int, what: str = "heads", at_most: int | None = None
 ) -> int:
-    """The divisor of `width` nearest to `requested`, the larger on a tie; says so once."""
+    """The divisor of `width` nearest to `requested`, the larger on a tie, of those that are at most
+    `at_most`; says so once."""
     divisors = [n for n in range(1, min(width, at_most or width) + 1) if width % n == 0]
     heads = min(divisors, key=lambda n: (abs(n - requested), -n))
     if heads != requested:
-        most = f" into at most {at_most}" if at_most else ""
-        log.info("%d %s do not divide width %d%s: using %d", requested, what, width, most, heads)
+        fault = "do not divide" if width % requested else f"are more than {at_most} in"
+        log.info("%d %s %s width %d: using %d", requested, what, fault, width, heads)
     return heads
 
 

@@ -15,7 +15,7 @@ from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM, decayed, parameters_by_part
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
-from i3dist.ops.precision import linear, widen
+from i3dist.ops.precision import linear
 from tests.model.conftest import SMALL, build
 from tests.model.streams import BOS, depth_of, empty, logits, stream
 
@@ -341,7 +341,8 @@ def test_records_are_of_the_most_salient_tokens_in_order(model: I3LM, seed: int,
     salience[:, kept:] = NEVER
     for row, chosen in zip(salience.tolist(), compressor.choose(salience).tolist(), strict=True):
         assert chosen == sorted(sorted(range(T), key=lambda t: (-row[t], t))[:count])
-    hidden, keep = torch.randn(2, T, model.width.computed).double(), salience > NEVER
+    hidden = torch.randn(2, T, model.width.computed, generator=random).double()
+    keep = salience > NEVER
     records = model.width.trim(compressor(hidden, keep)).unflatten(-1, (compressor.records, -1))
     filled = records.flatten(1, 2).abs().sum(-1) > 0
     assert filled.sum(-1).tolist() == [min(kept, count)] * 2
@@ -374,12 +375,45 @@ def test_projecting_records_equals_projecting_what_they_unfold_to(model: I3LM) -
     torch.testing.assert_close(model.compressor.project(latents, weight), wanted, **CLOSE)
 
 
+@given(seed=seeds)
+@settings(max_examples=20, deadline=None)
+@torch.no_grad()
+def test_the_compressor_is_what_its_words_say(model: I3LM, seed: int) -> None:
+    """Record by record: choose, ask, read; then refine, normalise and size."""
+    c, count = model.compressor, model.keys_per_chunk
+    each = c.part.stored
+    torch.manual_seed(seed)
+    hidden, keep = torch.randn(1, T, model.width.stored).double(), torch.rand(1, T) < 0.8
+    keep[0, seed % T] = True
+    hidden = model.width.pad(hidden)
+    found = model.width.trim(c(hidden, keep))[0].reshape(count, each)
+    normed, kept = c.norm_in(hidden)[0], keep[0].nonzero().flatten().tolist()
+    query, key, value = (c.part.trim(p(normed)) for p in (c.query, c.key, c.record))
+    salience = model.width.trim(normed) @ c.salience.weight[0]
+    best = sorted(sorted(kept, key=lambda t: -salience[t].item())[:count])
+    empty = count - len(best)
+    assert not found[:empty].any()
+    latents = c.queries.reshape(count, each).clone()
+    for i, own in enumerate(best, start=empty):
+        asked = key[kept] @ (query[own] + c.queries.reshape(count, each)[i]) / each**0.5
+        begins = [0.94 * (t == own) + 0.05 / 17 * (abs(t - own) <= 8) + 0.01 / T for t in kept]
+        shares = (asked + torch.tensor(begins).double().log()).softmax(0)
+        latents[i] += shares @ value[kept]
+    whole = range(-(-empty // c.records) * c.records, count)  # of latents without empty records
+    x = model.width.pad(latents.reshape(-1, c.records * each))
+    x = model.width.trim(x + c.ff(c.norm_ff(x))).reshape(count, each)
+    for i in whole:
+        wanted = c.part.trim(c.norm_out(c.part.pad(x[i])))
+        wanted = wanted * 2 * salience[best[i - empty]].sigmoid()
+        torch.testing.assert_close(found[i], wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_salience_learns_from_what_records_are_of_use_for(model: I3LM) -> None:
     """A token whose record lowers the loss becomes more salient with a step down the gradient."""
     compressor = model.compressor
+    torch.manual_seed(0)
     hidden, keep = torch.randn(1, T, model.width.computed).double(), torch.ones(1, T).bool()
-    salience = widen(compressor.salience(compressor.norm_in(hidden))[..., 0])
-    chosen = compressor.choose(salience)[0]
+    chosen = compressor.choose(compressor.saliences(compressor.norm_in(hidden)))[0]
     wanted = compressor(hidden, keep).detach()
     wanted[:, 1:] = 0  # the first latent's records should be larger, the others smaller
     loss = (compressor(hidden, keep) - 3 * wanted).square().sum()
