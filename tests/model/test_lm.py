@@ -253,7 +253,7 @@ def test_the_card_has_340_million_parameters() -> None:
         model = I3LM(ModelSettings(), BOS)
     counts = parameters_by_part(model)
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
-    assert sum(counts.values()) == pytest.approx(340e6, rel=0.04)
+    assert 335e6 <= sum(counts.values()) <= 348e6
 
 
 def test_only_projections_that_end_a_branch_begin_smaller() -> None:
