@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.compress import Compressor
+from i3dist.model.compress import Compressor, most_salient
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.attention import merge_heads, split_heads
 from i3dist.ops.precision import linear
@@ -123,8 +123,7 @@ class Spans(Compressor):
         """As `Compressor.choose`."""
         spans = salience.unflatten(-1, (len(self.queries), -1))
         first = torch.arange(len(self.queries), device=salience.device) * spans.shape[-1]
-        order = spans.sort(dim=-1, descending=True, stable=True).indices[..., : self.records]
-        return (order.sort(dim=-1).values + first.unsqueeze(-1)).flatten(-2)
+        return (most_salient(spans, self.records) + first.unsqueeze(-1)).flatten(-2)
 
 
 class Alone(Compressor):
@@ -132,7 +131,7 @@ class Alone(Compressor):
 
     def shares(self, chosen: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
         """As `Compressor.shares`."""
-        return F.one_hot(chosen, normed.shape[-2]).float() * keep.unsqueeze(-2)
+        return F.one_hot(chosen, normed.shape[-2]).float()
 
 
 class Each(Compressor):

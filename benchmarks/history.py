@@ -113,11 +113,11 @@ class Experiment:
         steps = loop(model, shape, self.device, TrainSettings(clip=plan.clip))
         optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
         arm = Arm.parse(plan.arm)
-        drops = "drop" in arm.added
+        gates, drops = arm.gate, "drop" in arm.added
         times, curve = [], Curve()
         for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.marks[-1])):
             started = time.perf_counter()
-            steps.gate.fill_(arm.gate.gate_at(step))
+            steps.gate.fill_(gates.gate_at(step))
             if drops:
                 batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)

@@ -84,8 +84,7 @@ class Compressor(nn.Module):
 
     def choose(self, salience: Tensor) -> Tensor:
         """The S most salient tokens [..., S] of [..., T], in order; of equal ones the first."""
-        order = salience.sort(dim=-1, descending=True, stable=True).indices
-        return order[..., : len(self.queries) * self.records].sort(dim=-1).values
+        return most_salient(salience, len(self.queries) * self.records)
 
     def shares(self, chosen: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
         """How much of each token goes into each record: [..., S, T], summing to 1 over T.
@@ -132,6 +131,12 @@ class Compressor(nn.Module):
         """A record begins as an orthonormal projection and is unfolded to what it was made of."""
         nn.init.orthogonal_(self.record.weight)
         self.token.weight.copy_(self.record.weight.T * self.records**0.5)
+
+
+def most_salient(salience: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of [..., T] stand, in order; of equal ones the first."""
+    order = salience.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values
 
 
 def spread(distance: Tensor, length: int) -> Tensor:

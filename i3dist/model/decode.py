@@ -22,7 +22,7 @@ class _Chunk:
     hidden: Tensor  # [1, t, D] output of the RWKV stack
     rwkv: RwkvState
     own: list[KeysValues | None]  # per attention block, [1, 1, t, D]
-    past: list[KeysValues]  # per attention block, [1, C * M, D]
+    past: list[KeysValues]  # per attention block, [1, C * keys_per_chunk, D]
 
 
 class Decoder:

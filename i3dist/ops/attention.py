@@ -38,8 +38,8 @@ class KeysValues(NamedTuple):
     values: Tensor  # [..., S, D]
 
 
-def attention_bias(own: Tensor, history: Tensor, gate: Tensor, latents: int) -> Tensor:
-    """Additive bias on the logits of [history latents, own tokens]: [N, 1, T, C * M + S] fp32.
+def attention_bias(own: Tensor, history: Tensor, gate: Tensor, keys_per_chunk: int) -> Tensor:
+    """Additive bias on the logits of [keys of history, own tokens]: [N, 1, T, C * M + S] fp32.
 
     Gate g adds log g to history, so g = 0 masks it out. A token always sees itself, so no row is
     masked completely.
@@ -48,15 +48,15 @@ def attention_bias(own: Tensor, history: Tensor, gate: Tensor, latents: int) -> 
         own: [N, T, S] bool, which tokens of the chunk a query sees.
         history: [N, T, C] bool, which earlier chunks it sees, oldest first.
         gate: scalar g in [0, 1].
-        latents: M.
+        keys_per_chunk: M.
     """
     never = torch.tensor(float("-inf"), device=own.device)
-    past = torch.where(history, gate.float().log(), never).repeat_interleave(latents, dim=-1)
+    past = torch.where(history, gate.float().log(), never).repeat_interleave(keys_per_chunk, dim=-1)
     return torch.cat([past, torch.where(own, 0.0, never)], dim=-1).unsqueeze(1)
 
 
 def block_visibility(
-    segments: Tensor, depth: Tensor, gate: Tensor, chunks: int, latents: int
+    segments: Tensor, depth: Tensor, gate: Tensor, chunks: int, keys_per_chunk: int
 ) -> BlockVisibility:
     """The same for windows of whole chunks, as a rule over a lane's positions.
 
@@ -65,10 +65,10 @@ def block_visibility(
         depth: [B, K] int, how many chunks before each belong to segment 0's document.
         gate: scalar g in [0, 1].
         chunks: C.
-        latents: M; 0 without history.
+        keys_per_chunk: M; 0 without history.
     """
     lanes, window, length = segments.shape
-    history, per_chunk = (chunks + window) * latents, max(1, latents)
+    history, per_chunk = (chunks + window) * keys_per_chunk, max(1, keys_per_chunk)
     segment, reach = segments.flatten(1), depth.clamp(max=chunks)
 
     def sees(lane: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
