@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from i3dist.model.compress import Compressor, most_salient
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.attention import merge_heads, split_heads
-from i3dist.ops.precision import linear
+from i3dist.ops.linear import linear
 
 
 class AsTheyAre(nn.Module):

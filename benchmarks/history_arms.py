@@ -58,7 +58,7 @@ from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.ops.attention import KeysValues
 from i3dist.ops.cross_entropy import IGNORE
-from i3dist.ops.precision import linear
+from i3dist.ops.linear import linear
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
 WITHOUT_RECORDS = ("none", "literal", "mean", "ceiling", "carry")

@@ -10,6 +10,7 @@ from torch import Tensor
 from i3dist import dist, engine
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.engine import Engine, read_engine_config
+from i3dist.model.compress import Compressor
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from tests.conftest import ROOT
@@ -76,6 +77,14 @@ def train(
     return losses, norms
 
 
+def evenly(compressor: Compressor, salience: Tensor) -> Tensor:
+    """As many tokens as there are records, evenly spread: in place of `Compressor.choose`."""
+    count = len(compressor.queries) * compressor.records
+    step = salience.shape[-1] // count
+    chosen = torch.arange(step - 1, salience.shape[-1], step, device=salience.device)
+    return chosen.expand(*salience.shape[:-1], count)
+
+
 def validate(trained: Engine, sizes: ModelSettings) -> Tensor:
     """Token losses of a window, as validation computes them, in another shape than recorded."""
     state = LaneState.empty(1, sizes, trained.device, trained.dtype)
@@ -88,8 +97,15 @@ def validate(trained: Engine, sizes: ModelSettings) -> Tensor:
     ("micro_batches", "changes"),
     [(1, {}), (2, {}), (1, {"records": 1}), (1, {"history_chunks": 2})],  # fewer than a window's
 )
-def test_compiled_and_replayed_equals_plain(micro_batches: int, changes: dict[str, int]) -> None:
-    """To bf16's rounding: losses of every window and of validation, and norms of every gradient."""
+def test_compiled_and_replayed_equals_plain(
+    micro_batches: int, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To bf16's rounding: losses of every window and of validation, and norms of every gradient.
+
+    The tokens that have records are given: rounding changes which are the most salient, and one
+    that is other moves all records after it.
+    """
+    monkeypatch.setattr(Compressor, "choose", evenly)
     sizes = SIZES.model_copy(update=changes)
     engines = [build(compiled, micro_batches, sizes) for compiled in (True, False)]
     fast, plain = (train(trained, 4, sizes) for trained in engines)
@@ -98,6 +114,15 @@ def test_compiled_and_replayed_equals_plain(micro_batches: int, changes: dict[st
         assert (a - b).abs().mean() < 2e-2 * b.mean()
         assert float(a.mean()) == pytest.approx(float(b.mean()), rel=2e-3)
     assert fast[1] == pytest.approx(plain[1], rel=3e-2)
+
+
+def test_compiled_chooses_as_plain() -> None:
+    """Of equal ones the first; most are equal to others."""
+    compressor = I3LM(SIZES, BOS).cuda().compressor
+    salience = (torch.randn(64, 512, device="cuda") * 4).round() / 4
+    compiled = torch.compile(compressor.choose, fullgraph=True)
+    assert compiled(salience).equal(compressor.choose(salience))
+    assert compressor.choose(salience).cpu().equal(compressor.cpu().choose(salience.cpu()))
 
 
 def test_two_runs_agree_bit_for_bit() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.attention import KeysValues, Visibility, attend
-from i3dist.ops.precision import linear
+from i3dist.ops.linear import linear
 
 CLOSED = -4.0  # what the logits of ages begin at
 

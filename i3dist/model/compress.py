@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
-from i3dist.ops.precision import linear, multipliable, widen
+from i3dist.ops.linear import linear
+from i3dist.ops.precision import multipliable, widen
 
 NEVER = -1e4  # salience of what is not kept: sigmoid gives 0
 LEAST = 4  # channels: LayerNorm leaves nothing of one, and a sign of two

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from i3dist.ops.layer_norm import add_and_norm
-from i3dist.ops.precision import linear
+from i3dist.ops.linear import linear
 
 log = logging.getLogger(__name__)
 

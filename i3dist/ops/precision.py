@@ -1,7 +1,6 @@
 """What operators compute in."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Without AVX-512 PyTorch multiplies bf16 matrices at a sixth of the rate of fp32 ones.
@@ -22,8 +21,3 @@ def multipliable(x: Tensor) -> Tensor:
     """x as its device multiplies matrices fastest: fp32 instead of bf16 on CPUs without AVX-512."""
     slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _FAST_BF16_ON_CPU
     return x.float() if slow else x
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] times weight [out, in], transposed: [..., out], of x's type."""
-    return F.linear(multipliable(x), multipliable(weight)).to(x.dtype)

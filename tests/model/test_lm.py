@@ -15,7 +15,7 @@ from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM, decayed, parameters_by_part
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
-from i3dist.ops.precision import linear
+from i3dist.ops.linear import linear
 from tests.model.conftest import SMALL, build
 from tests.model.streams import BOS, depth_of, empty, logits, stream
 
