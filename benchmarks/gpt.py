@@ -1,8 +1,9 @@
 """A GPT of i3-4096ctx's size, as an opponent: pre-norm blocks, GELU, an untied head.
 
-Letters: B rows, T tokens, D width, H heads, V vocabulary.
+Letters: B rows, T tokens, D width, F width of the feed-forward, H heads, V vocabulary.
 
-With the defaults 342,406,144 parameters, 0.2% fewer than i3-4096ctx. Positions are fixed sinusoids
+With the defaults 339,522,560 parameters, 0.1% more than i3-4096ctx: its feed-forward has 4,032
+channels. Four times the width, as is usual, would be 0.9% more. Positions are fixed sinusoids
 (Vaswani et al., 2017, arXiv:1706.03762), which cost neither parameters nor time in the blocks.
 """
 
@@ -27,17 +28,17 @@ Mask = BlockMask | Tensor
 
 
 class Block(nn.Module):
-    """Causal attention and feed-forward. 12 D^2 parameters and two norms."""
+    """Causal attention and feed-forward. 4 D^2 + 2 D F parameters and two norms."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, feed_forward: int):
         super().__init__()
         self.heads = heads
         self.norm_attention = nn.LayerNorm(width, bias=False)
         self.norm_ff = nn.LayerNorm(width, bias=False)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.up = nn.Linear(width, feed_forward, bias=False)
+        self.down = nn.Linear(feed_forward, width, bias=False)
 
     def forward(self, x: Tensor, mask: Mask | None) -> Tensor:
         """x [B, T, D] -> the same; without a mask a token sees every earlier one of its row."""
@@ -57,12 +58,18 @@ class GPT(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, length: int, vocab: int = 32_000, layers: int = 22, width: int = 1024, heads: int = 16
+        self,
+        length: int,
+        vocab: int = 32_000,
+        layers: int = 22,
+        width: int = 1024,
+        heads: int = 16,
+        feed_forward: int = 4032,
     ):
         """Build the model for rows of up to `length` tokens."""
         super().__init__()
         self.embedding = nn.Embedding(vocab, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, feed_forward) for _ in range(layers))
         self.norm_out = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, vocab, bias=False)
         self.register_buffer("positions", sinusoids(length, width), persistent=False)
