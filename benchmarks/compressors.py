@@ -21,7 +21,7 @@ class AsTheyAre(nn.Module):
 
     records = 1
 
-    def unfold(self, latents: Tensor) -> Tensor:
+    def tokens(self, latents: Tensor) -> Tensor:
         """[..., M, D] -> the same."""
         return latents
 
@@ -102,7 +102,7 @@ class Detached(nn.Module):
 
     def project(self, latents: Tensor, weight: Tensor) -> Tensor:
         """As the compressor's, with a gradient for the weight only."""
-        return linear(self.inner.unfold(latents).detach(), weight)
+        return linear(self.inner.tokens(latents).detach(), weight)
 
 
 class Even(Compressor):

@@ -2,8 +2,8 @@
 
 Nothing here computes a gradient or changes a tensor, so that training goes on bit for bit the same.
 
-Letters: B lanes, K chunks of a window, N = B x K, T tokens, C history chunks, M latents, S keys,
-H heads, D width.
+Letters: B lanes, K chunks of a window, N = B x K, T tokens, C history chunks, S keys, H heads,
+D width.
 """
 
 import math
@@ -18,7 +18,7 @@ from i3dist.model.attention import Attention, AttentionBlock
 from i3dist.model.lm import I3LM, Below
 from i3dist.model.segments import causal_mask, history_mask
 from i3dist.model.state import LaneState
-from i3dist.ops.attention import attention_bias, join, split_heads
+from i3dist.ops.attention import attention_bias, seen_by_chunk, split_heads
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.precision import widen
 
@@ -79,7 +79,7 @@ def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> T
     for block, past in zip(blocks, history, strict=True):
         queries = block.attention.queries(block.norm_attention(x)).flatten(0, 1)
         x, own = block(x, past, None, bias)
-        keys = join(past.keys, own.keys, bias).flatten(0, 1)
+        keys = seen_by_chunk(past.keys, own.keys, bias).flatten(0, 1)
         # Chunk by chunk: a window's logits would be the largest tensor of all.
         for n, mask in enumerate(bias):
             mass = attention_mass(block.attention, queries[n], keys[n], mask, chunks)

@@ -118,12 +118,12 @@ class Compressor(nn.Module):
         parts = self.width.trim(latents).unflatten(-1, (self.records, -1))
         return self.part.pad(parts.flatten(-3, -2))
 
-    def unfold(self, latents: Tensor) -> Tensor:
+    def tokens(self, latents: Tensor) -> Tensor:
         """What attention sees of latents: [..., M, D] -> [..., S, D]."""
         return self.token(self.split(latents))
 
     def project(self, latents: Tensor, weight: Tensor) -> Tensor:
-        """A projection of what `unfold` gives: latents [..., M, D], weight [out, D] ->
+        """A projection of what `tokens` gives: latents [..., M, D], weight [out, D] ->
         [..., S, out]. The product of both matrices is made once, and is R times as small."""
         token = multipliable(self.token.computed(self.token.weight))
         return linear(self.split(latents), multipliable(weight) @ token)

@@ -117,7 +117,9 @@ def attend(
         scale: factor of the logits.
     """
     if isinstance(visible, Tensor):
-        both = (join(*parts, visible).flatten(0, 1) for parts in zip(past, own, strict=True))
+        both = (
+            seen_by_chunk(*parts, visible).flatten(0, 1) for parts in zip(past, own, strict=True)
+        )
         q, k, v = (split_heads(x, heads) for x in (query.flatten(0, 1), *both))
         return merge_heads(_biased(q, k, v, visible, scale)).view_as(query)
     both = (torch.cat([p, o.flatten(1, 2)], dim=1) for p, o in zip(past, own, strict=True))
@@ -125,7 +127,7 @@ def attend(
     return merge_heads(_fused(q, k, v, visible, scale)).view_as(query)
 
 
-def join(past: Tensor, own: Tensor, visible: Tensor) -> Tensor:
+def seen_by_chunk(past: Tensor, own: Tensor, visible: Tensor) -> Tensor:
     """What each chunk of a window may see, its history first.
 
     past [B, (C + K) * M, D], own [B, K, S, D], visible [..., C * M + S] -> [B, K, C * M + S, D].

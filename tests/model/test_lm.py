@@ -371,7 +371,7 @@ def test_projecting_records_equals_projecting_what_they_unfold_to(model: I3LM) -
     torch.manual_seed(0)
     latents = torch.randn(2, 3, SMALL["latents"], model.width.computed).double()
     weight = torch.randn(5, model.width.computed).double()
-    wanted = linear(model.compressor.unfold(latents), weight)
+    wanted = linear(model.compressor.tokens(latents), weight)
     torch.testing.assert_close(model.compressor.project(latents, weight), wanted, **CLOSE)
 
 
