@@ -143,10 +143,14 @@ def _draw(tokens: int, arms: dict[str, dict[int, Figures]], path: Path) -> None:
         _draw_gain(by_position, arm, paired(arms, arm, lambda f: doubling_means(f.by_position)))
     by_chunk.axvline(8.5, color="gray", lw=0.5, ls=":")
     by_chunk.set_xlabel("chunk index within the document (history holds 8 chunks)")
-    by_position.set_xlabel("position in the chunk, to the power of two below (chunks 1 and later)")
+    by_position.set_xlabel("position in the chunk (chunks 1 and later)")
+    some = next(figures for seeds in arms.values() for figures in seeds.values())
+    starts = doubling(len(some.by_position))
+    by_position.set_xticks(range(len(starts)), [str(start) for start in starts])
     for axes in (by_chunk, by_position):
         axes.axhline(0.0, color="black", lw=0.5)
-        axes.set(ylabel="gain over no history (nats per token)", title=f"after {tokens:,} tokens")
+        title = f"after {tokens / 1e6:,.0f}M tokens"
+        axes.set(ylabel="gain over no history (nats per token)", title=title)
     by_chunk.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -158,11 +162,16 @@ def _draw_gain(axes: Axes, arm: str, of_seeds: list[np.ndarray]) -> None:
     if not len(gains):
         return
     mean, low, high = gains.mean(0), gains.min(0), gains.max(0)
-    (line,) = axes.plot(mean, "o-", ms=3, lw=1, label=f"{arm} ({len(gains)} seeds)")
+    seeds = f"{len(gains)} seed" + ("s" if len(gains) > 1 else "")
+    (line,) = axes.plot(mean, "o-", ms=3, lw=1, label=f"{arm} ({seeds})")
     axes.fill_between(range(len(mean)), low, high, color=line.get_color(), alpha=0.15, lw=0)
 
 
 def doubling_means(values: np.ndarray) -> np.ndarray:
     """Means over positions 0, 1, 2-3, 4-7, 8-15 and so on."""
-    starts = [0, *(2**i for i in range(len(values).bit_length()) if 2**i < len(values))]
-    return np.array([part.mean() for part in np.split(values, starts[1:])])
+    return np.array([part.mean() for part in np.split(values, doubling(len(values))[1:])])
+
+
+def doubling(length: int) -> list[int]:
+    """0 and the powers of two below `length`."""
+    return [0, *(2**i for i in range(length.bit_length()) if 2**i < length)]

@@ -91,7 +91,8 @@ class ModelSettings(Section):
     """Records R in a latent, each of one token and D / R channels wide, which attention sees one by
     one. Adjusts as heads do, to no more than the chunk has tokens."""
     history_chunks: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Compressed chunks a new chunk attends to; older ones are dropped."""
+    """Compressed chunks a new chunk attends to; older ones are dropped. The age of each takes a
+    channel of every head: with more than 10 the card's heads are 144 channels wide, not 128."""
     state_carry: bool = False
     """Carry RWKV state over chunk ends within a document. Beyond the card: gives up the exact
     reach of history_chunks + 1 chunks, and chunks of a window side by side. Alone it gained 0.035
