@@ -13,7 +13,7 @@ from torch import Tensor
 from i3dist.diagnose import Diagnosis, attention_mass, diagnose, diagnosis_line, effective_rank
 from i3dist.model.lm import I3LM
 from i3dist.model.segments import causal_mask, history_mask, segment_ids
-from i3dist.ops.attention import KeysValues, attend, attention_bias, join, split_heads
+from i3dist.ops.attention import KeysValues, attend, attention_bias, seen_by_chunk, split_heads
 from i3dist.ops.cross_entropy import IGNORE
 from tests.model.conftest import BOS, SMALL, build
 from tests.model.streams import depth_of, empty, stream
@@ -62,7 +62,7 @@ def test_shares_are_those_of_the_models_own_attention(model: I3LM) -> None:
 
     def record(query: Tensor, past: KeysValues, own: KeysValues, *others: Any) -> Tensor:
         bias, heads, scale = others
-        keys = join(past.keys, own.keys, bias)
+        keys = seen_by_chunk(past.keys, own.keys, bias)
         q, k = (split_heads(x.flatten(0, 1), heads) for x in (query, keys))
         weights.append((scale * q @ k.transpose(-1, -2) + bias).softmax(-1))
         return attend(query, past, own, *others)
