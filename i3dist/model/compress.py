@@ -80,9 +80,8 @@ class Compressor(nn.Module):
 
     def saliences(self, normed: Tensor) -> Tensor:
         """[..., T, D] -> [..., T] fp32: in bf16 many would be equal, and the first chosen."""
-        weight = self.salience.computed(self.salience.weight)[0]
-        # A sum, not a matrix product: a compiler makes no fp32 copy of what it reads for it.
-        return (widen(normed) * widen(weight)).sum(-1)
+        weight = self.salience.computed(self.salience.weight)
+        return linear(widen(normed), widen(weight))[..., 0]
 
     def choose(self, salience: Tensor) -> Tensor:
         """The S most salient tokens [..., S] of [..., T], in order; of equal ones the first."""
