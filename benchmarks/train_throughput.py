@@ -28,7 +28,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import flops
@@ -77,7 +76,7 @@ class Sizes:
 CARD = Sizes(ModelSettings(vocab_size=32_000), {}, 8192, 64, 256)
 TOY = Sizes(
     ModelSettings(vocab_size=64, d_model=24, rwkv_layers=2, heads=4, chunk_length=16, latents=4),
-    {"vocab": 64, "layers": 2, "width": 64, "heads": 4},
+    {"vocab": 64, "layers": 2, "width": 64, "heads": 4, "feed_forward": 256},
     cube=64,
     shards=8,
     chunks_per_shard=64,
@@ -198,15 +197,16 @@ class Bench:
             ("flex" if masks else kernel, unit)
             for kernel, unit in (variant.split("/") for variant in self.options.gpt_variants)
         )
-        for rows, wide, (kernel, unit) in product(counts, self.options.gpt_ff, variants):
-            prepare = partial(self.prepare_gpt, rows, length, wide, kernel, unit == "model")
-            yield Case(contestant, f"{rows} rows, {kernel}, {unit}, {wide} wide", prepare)
+        for rows in counts:
+            for kernel, unit in variants:
+                prepare = partial(self.prepare_gpt, rows, length, kernel, unit == "model")
+                yield Case(contestant, f"{rows} rows, {kernel}, {unit}", prepare)
 
-    def prepare_gpt(self, rows: int, length: int, wide: int, kernel: str, whole: bool) -> Prepared:
+    def prepare_gpt(self, rows: int, length: int, kernel: str, whole: bool) -> Prepared:
         """Steps of the GPT in the bare loop over one and the same batch."""
         torch.manual_seed(0)
         with self.device:
-            model = GPT(length, feed_forward=wide, **self.sizes.gpt)
+            model = GPT(length, **self.sizes.gpt)
         if self.device.type == "cuda":
             model.compile_parts(whole)
         loop = BareLoop(model, OptimizerSettings(), TrainSettings().clip)
@@ -258,12 +258,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=["flash/blocks"],
         help="attention kernel / what is compiled as one; of "
         f"{', '.join(GPT_VARIANTS)} (default: flash/blocks)",
-    )
-    add(
-        "--gpt-ff",
-        nargs="+",
-        default=[4032],
-        help="channels of its feed-forward (default: 4032, which makes it of equal size)",
     )
     records = CARD.model.records
     add("--records", default=records, help=f"records of i3's latents (default: {records})")

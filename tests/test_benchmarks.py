@@ -44,7 +44,7 @@ def batch(data: synthetic.Data) -> Batch:
 
 def small_gpt() -> GPT:
     torch.manual_seed(0)
-    return GPT(128, vocab=64, layers=2, width=32, heads=4)
+    return GPT(128, vocab=64, layers=2, width=32, heads=4, feed_forward=128)
 
 
 def i3(kind: type[I3LM] = I3LM) -> I3LM:
