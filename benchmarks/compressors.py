@@ -129,9 +129,9 @@ class Spans(Compressor):
 class Alone(Compressor):
     """A record holds its token and nothing else."""
 
-    def shares(self, chosen: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
+    def shares(self, chosen: Tensor, query: Tensor, key: Tensor, keep: Tensor) -> Tensor:
         """As `Compressor.shares`."""
-        return F.one_hot(chosen, normed.shape[-2]).float()
+        return (F.one_hot(chosen, keep.shape[-1]) * keep.unsqueeze(-2)).float()
 
 
 class Each(Compressor):

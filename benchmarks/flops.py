@@ -55,6 +55,7 @@ def of_i3(model: I3LM, batch: Batch) -> PerToken:
     uses = {
         "compressor.ff": latents,
         "compressor.token": 0.0,
+        "compressor.salience": 0.0,  # a sum
         "attention.key_value": 1 + again,
     }
     weights = 0.0

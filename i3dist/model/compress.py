@@ -68,37 +68,45 @@ class Compressor(nn.Module):
             keep: [..., T] bool; at least one position of every chunk is kept. Where fewer are kept
                 than there are records, the records that are left over are 0.
         """
-        # What is not kept is zeroed first: whatever it is, nothing of it gets any further.
-        normed = self.norm_in(hidden.masked_fill(~keep.unsqueeze(-1), 0.0))
+        normed = self.norm_in(hidden)
         salience = self.saliences(normed).masked_fill(~keep, NEVER)
         chosen = self.choose(salience)
-        values = multipliable(self.record(normed))
-        read = self.shares(chosen, normed, keep).to(values.dtype) @ values  # [..., S, D/R]
+        query, key, value = self.project_in(normed)
+        read = self.shares(chosen, query, key, keep).to(value.dtype) @ value  # [..., S, D/R]
         latents = self.fold(read.to(hidden.dtype)) + self.width.pad(self.queries)
         size = 2 * salience.gather(-1, chosen).sigmoid().unsqueeze(-1).to(hidden.dtype)
         return self.fold(self.refine(latents) * size)
 
     def saliences(self, normed: Tensor) -> Tensor:
         """[..., T, D] -> [..., T] fp32: in bf16 many would be equal, and the first chosen."""
-        weight = self.salience.computed(self.salience.weight)
-        return linear(widen(normed), widen(weight))[..., 0]
+        weight = self.salience.computed(self.salience.weight)[0]
+        # A sum, not a matrix product: a compiler makes no fp32 copy of what it reads for it.
+        return (widen(normed) * widen(weight)).sum(-1)
+
+    def project_in(self, normed: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of records [..., T, D/R] of [..., T, D], by one product."""
+        parts = (self.query, self.key, self.record)
+        weight = torch.cat([part.computed(part.weight) for part in parts])
+        return multipliable(linear(normed, weight)).chunk(3, dim=-1)
 
     def choose(self, salience: Tensor) -> Tensor:
         """The S most salient tokens [..., S] of [..., T], in order; of equal ones the first."""
         return most_salient(salience, len(self.queries) * self.records)
 
-    def shares(self, chosen: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
+    def shares(self, chosen: Tensor, query: Tensor, key: Tensor, keep: Tensor) -> Tensor:
         """How much of each token goes into each record: [..., S, T], summing to 1 over T.
 
         Args:
             chosen: [..., S], the tokens that records are of.
-            normed: [..., T, D].
+            query: [..., T, D/R].
+            key: [..., T, D/R].
             keep: [..., T] bool.
         """
-        length = normed.shape[-2]
-        distance = (torch.arange(length, device=normed.device) - chosen.unsqueeze(-1)).abs()
-        query, key = multipliable(self.query(normed)), multipliable(self.key(normed))
-        query = (distance == 0).to(query.dtype) @ query + self.split(self.queries)
+        length = keep.shape[-1]
+        distance = (torch.arange(length, device=keep.device) - chosen.unsqueeze(-1)).abs()
+        # Where fewer are kept than chosen, the rest asks nothing: nothing of it gets any further.
+        own = (distance == 0) & keep.unsqueeze(-2)
+        query = own.to(query.dtype) @ query + self.split(self.queries)
         asked = widen((query * self.scale) @ key.transpose(-1, -2))
         logits = asked + spread(distance, length).log()
         return logits.masked_fill(~keep.unsqueeze(-2), float("-inf")).softmax(dim=-1)

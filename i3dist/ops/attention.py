@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+TILE = 128  # queries, and keys, of a tile of the fused kernel
 
 
 class BlockVisibility(NamedTuple):
@@ -67,7 +69,7 @@ def block_visibility(
         chunks: C.
         keys_per_chunk: M; 0 without history.
     """
-    lanes, window, length = segments.shape
+    window, length = segments.shape[1:]
     history, per_chunk = (chunks + window) * keys_per_chunk, max(1, keys_per_chunk)
     segment, reach = segments.flatten(1), depth.clamp(max=chunks)
 
@@ -80,11 +82,60 @@ def block_visibility(
         own = own & (segment[lane, position] == segment[lane, query])
         return torch.where(key < history, past, own)
 
-    queries = window * length
-    mask = _create_mask(segments.is_cuda)(
-        sees, lanes, None, queries, history + queries, device=segments.device
-    )
+    mask = _block_mask(segments.is_cuda)(sees, segments, depth, chunks, keys_per_chunk)
     return BlockVisibility(mask, gate.float().log(), history)
+
+
+def keys_seen(segments: Tensor, depth: Tensor, chunks: int, keys_per_chunk: int) -> Tensor:
+    """How many keys of each tile a query sees: [B, K * T, tiles of keys].
+
+    What a query sees are two runs of keys, so that no key need be asked whether it is seen: of
+    history those that end before its chunk, and of its chunk those from its document's start to
+    itself. Arguments are those of `block_visibility`.
+    """
+    window, length = segments.shape[1:]
+    chunk = torch.arange(window, device=segments.device).unsqueeze(-1)  # [K, 1]
+    reach = depth.clamp(max=chunks).unsqueeze(-1) * (segments == 0)  # [B, K, T]
+    past = (chunks + chunk) * keys_per_chunk
+    own = (chunks + window) * keys_per_chunk + chunk * length
+    place = torch.arange(length, device=segments.device)
+    document = torch.searchsorted(segments, segments)  # ids rise, so this is where each begins
+    keys = (chunks + window) * keys_per_chunk + window * length
+    first = torch.arange(0, keys, TILE, device=segments.device)
+    seen = torch.zeros((), dtype=torch.int64, device=segments.device)
+    for start, end in ((past - reach * keys_per_chunk, past), (own + document, own + place + 1)):
+        start, end = (x.expand(segments.shape).flatten(1).unsqueeze(-1) for x in (start, end))
+        seen = seen + (end.minimum(first + TILE) - start.maximum(first)).clamp(min=0)
+    return seen
+
+
+def block_mask(
+    rule: Callable[..., Tensor], segments: Tensor, depth: Tensor, chunks: int, keys_per_chunk: int
+) -> BlockMask:
+    """The tiles in which something is seen, and `rule` for those in which not everything is.
+
+    The same as `create_block_mask` of the rule, which asks for every query and key.
+    """
+    seen = keys_seen(segments, depth, chunks, keys_per_chunk)
+    queries = seen.shape[1]
+    tiles = F.pad(seen, (0, 0, 0, -queries % TILE)).unflatten(1, (-1, TILE))
+    whole = tiles.amin(2) == TILE
+    partly = (tiles.amax(2) > 0) & ~whole
+    return BlockMask.from_kv_blocks(
+        *_listed(partly),
+        *_listed(whole),
+        BLOCK_SIZE=TILE,
+        mask_mod=rule,
+        seq_lengths=(queries, (chunks + segments.shape[1]) * keys_per_chunk + queries),
+    )
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, rows, columns] bool -> how many of each row are true, [B, 1, rows], and their columns
+    first, [B, 1, rows, columns]; int32."""
+    numbers = tiles.unsqueeze(1).to(torch.int32)
+    columns = numbers.argsort(dim=-1, descending=True, stable=True)
+    return numbers.sum(-1, dtype=torch.int32), columns.to(torch.int32)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -169,6 +220,6 @@ def _fused(
 
 
 @functools.cache
-def _create_mask(fused: bool) -> Callable[..., BlockMask]:
-    """The mask's constructor, compiled where a GPU would otherwise run a kernel for each term."""
-    return torch.compile(create_block_mask, dynamic=False) if fused else create_block_mask
+def _block_mask(fused: bool) -> Callable[..., BlockMask]:
+    """`block_mask`, compiled where a GPU would otherwise run a kernel for each term."""
+    return torch.compile(block_mask, dynamic=False) if fused else block_mask

@@ -358,11 +358,12 @@ def test_a_record_begins_by_reading_its_own_token(model: I3LM, seed: int) -> Non
     keep[:, seed % T] = True
     compressor, count = model.compressor, model.keys_per_chunk
     chosen = compressor.choose(torch.randn(2, T).masked_fill(~keep, NEVER))
-    shares = compressor.shares(chosen, normed, keep)
+    query, key, _ = compressor.project_in(normed)
+    shares = compressor.shares(chosen, query, key, keep)
     torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
     assert not shares[~keep[:, None].expand_as(shares)].any()
     own = torch.arange(T) == chosen.unsqueeze(-1)
-    first = compressor.shares(chosen, 0 * normed, torch.ones_like(keep))
+    first = compressor.shares(chosen, 0 * query, 0 * key, torch.ones_like(keep))
     assert first[own].min() > 0.9
     assert shares.shape == (2, count, T)
 

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from i3dist.model.segments import causal_mask, history_mask
 from i3dist.ops.attention import (
+    BlockVisibility,
     KeysValues,
     Visibility,
     attend,
@@ -60,6 +62,48 @@ def test_rule_equals_matrix(gate: float, seed: int, window: int, length: int) ->
         for visible in both_forms(*inputs(seed, window, length), gate)
     )
     torch.testing.assert_close(by_rule, by_matrix, rtol=1e-6, atol=1e-6)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    window=st.integers(1, 4),
+    length=st.integers(1, 300) | st.just(256),
+    latents=st.sampled_from([0, 1, 32, 100, 128]),
+)
+@settings(max_examples=40, deadline=None)
+def test_tiles_are_those_in_which_the_rule_sees_something(
+    seed: int, window: int, length: int, latents: int
+) -> None:
+    """Of whole tiles the kernel asks no rule, and others than those listed it passes over."""
+    random = torch.Generator().manual_seed(seed)
+    often = (1, 0.1, 0.01, 0)[seed % 4]  # documents of one token, of some, of many chunks
+    segments = (torch.rand(LANES, window, length, generator=random) < often).cumsum(-1)
+    depth = torch.randint(0, CHUNKS + 2, (LANES, window), generator=random)
+    visible = block_visibility(segments, depth, torch.tensor(1.0), CHUNKS, latents)
+    assert isinstance(visible, BlockVisibility)
+    queries, keys = window * length, visible.history + window * length
+    wanted = create_block_mask(visible.mask.mask_mod, LANES, None, queries, keys, device="cpu")
+    assert visible.mask.shape == wanted.shape
+    for found, expected in zip(listed_tiles(visible.mask), listed_tiles(wanted), strict=True):
+        assert found == expected
+
+
+def listed_tiles(mask: BlockMask) -> list[list[list[int]]]:
+    """Which tiles of keys each tile of queries sees, and the other way round: partly, and whole."""
+    parts = (
+        (mask.kv_num_blocks, mask.kv_indices),
+        (mask.full_kv_num_blocks, mask.full_kv_indices),
+        (mask.q_num_blocks, mask.q_indices),
+        (mask.full_q_num_blocks, mask.full_q_indices),
+    )
+    return [
+        [
+            sorted(row[:count].tolist())
+            for count, row in zip(n.flatten(), i.flatten(0, -2), strict=True)
+        ]
+        for n, i in parts
+        if n is not None and i is not None
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
