@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import flops
@@ -197,16 +198,19 @@ class Bench:
             ("flex" if masks else kernel, unit)
             for kernel, unit in (variant.split("/") for variant in self.options.gpt_variants)
         )
-        for rows in counts:
+        sizes = {f", ff {ff}": self.sizes.gpt | {"feed_forward": ff} for ff in self.options.gpt_ff}
+        for rows, (name, size) in product(counts, (sizes or {"": self.sizes.gpt}).items()):
             for kernel, unit in variants:
-                prepare = partial(self.prepare_gpt, rows, length, kernel, unit == "model")
-                yield Case(contestant, f"{rows} rows, {kernel}, {unit}", prepare)
+                prepare = partial(self.prepare_gpt, size, rows, length, kernel, unit == "model")
+                yield Case(contestant, f"{rows} rows, {kernel}, {unit}{name}", prepare)
 
-    def prepare_gpt(self, rows: int, length: int, kernel: str, whole: bool) -> Prepared:
+    def prepare_gpt(
+        self, size: dict[str, int], rows: int, length: int, kernel: str, whole: bool
+    ) -> Prepared:
         """Steps of the GPT in the bare loop over one and the same batch."""
         torch.manual_seed(0)
         with self.device:
-            model = GPT(length, **self.sizes.gpt)
+            model = GPT(length, **size)
         if self.device.type == "cuda":
             model.compile_parts(whole)
         loop = BareLoop(model, OptimizerSettings(), TrainSettings().clip)
@@ -249,6 +253,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--gpt-512", nargs="+", default=[64, 128], help="rows of its batches (default: 64 128)")
     add("--gpt-4096", nargs="+", default=[8, 16], help="rows of its batches (default: 8 16)")
+    add(
+        "--gpt-ff",
+        nargs="+",
+        default=[],
+        help="channels of its feed-forward (default: 4032, with which it has i3's size)",
+    )
     add(
         "--gpt-variants",
         nargs="+",

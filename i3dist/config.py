@@ -96,7 +96,7 @@ class ModelSettings(Section):
     state_carry: bool = False
     """Carry RWKV state over chunk ends within a document. Beyond the card: gives up the exact
     reach of history_chunks + 1 chunks, and chunks of a window side by side. Alone it gained 0.035
-    nats where history gained 0.075 (docs/performance.md)."""
+    nats where history gained 0.075 (docs/history.md)."""
 
     @field_validator("latents")
     @classmethod
@@ -117,7 +117,7 @@ class CompressionSettings(Section):
 
     off_steps: CountOrZero = 100
     """Steps at the start with g = 0. The card's 100 are too few for a long run: attention is to
-    have learned its own chunk before (docs/performance.md: 1,000 steps of 32,768 tokens)."""
+    have learned its own chunk before (docs/history.md: 1,000 steps of 32,768 tokens)."""
     ramp_steps: CountOrZero = 50
     """Steps over which g then rises linearly to 1."""
 

@@ -217,9 +217,12 @@ def test_parts_of_a_run_are_joined_in_one_file(tmp_path: Path) -> None:
     rows = ["--gpt-512", "4", "--gpt-4096", "2"]
     train_throughput.main([*words, *rows, "--only", "gpt-512", "gpt-4096-masks", "scripted"])
     train_throughput.main([*words, *rows, "--only", "gpt-512", "bare"])
+    train_throughput.main([*words, *rows, "--only", "gpt-512", "--gpt-ff", "128"])
     record = json.loads(path.read_text())
     names = [row["contestant"] for row in record["rows"]]
-    assert names == ["bare", "gpt-512", "gpt-4096-masks", "scripted"]
+    assert names == ["bare", "gpt-512", "gpt-512", "gpt-4096-masks", "scripted"]
+    usual, narrow = (row["parameters"] for row in record["rows"][1:3])
+    assert usual - narrow == 2 * 2 * 64 * 128
     assert record["figures"] == []
     assert all(row["last_loss"] < row["first_loss"] for row in record["rows"])
 
