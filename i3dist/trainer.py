@@ -110,6 +110,7 @@ class Trainer:
                 self.export()
             else:
                 self.save()
+        self.draw()
         self.watchdog.close()
         return done
 
@@ -325,15 +326,23 @@ class Trainer:
         self.engine.load(saved, state.taken)
 
     def export(self) -> None:
-        """Write plain weights and plots, and hand them to the tracker."""
+        """Write plain weights."""
         self.watchdog.beat("writing the weights")
-        folder = self.settings.run.path
+        if self.job.rank == 0:
+            export_weights(self.settings.run.path, self.engine.model, self.progress.step)
+        dist.barrier()
+
+    def draw(self) -> None:
+        """Draw plots of the run so far, and hand them to the tracker."""
+        self.watchdog.beat("drawing plots")
         if self.job.rank == 0:
             from i3dist import plots  # with matplotlib, for which other ranks have no use
 
-            export_weights(folder, self.engine.model, self.progress.step)
-            for plot in plots.plot_run(folder):
-                self.tracker.artifact(plot, "plots")
+            try:
+                for plot in plots.plot_run(self.settings.run.path):
+                    self.tracker.artifact(plot, "plots")
+            except OSError as error:  # what counts is written by now
+                print(f"warning: no plots: {error}", flush=True)
         dist.barrier()
 
     def _batches(self) -> Generator[Batch, None, None]:

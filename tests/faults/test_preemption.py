@@ -70,6 +70,7 @@ def test_asked_to_stop(
     assert 2 <= step < STEPS
     assert (run / "checkpoints" / "latest").read_text() == f"step-{step:08d}"
     assert not list((run / "checkpoints").glob(".*"))
+    assert (run / "plots" / "loss.png").is_file()
     if ask is on_and_on:  # once is enough to show that what was saved is whole
         assert run_ranks(*words, f"run.path={run}").returncode == 0
         assert losses(run) == losses(whole)
