@@ -46,7 +46,7 @@ def of_i3(model: I3LM, batch: Batch) -> PerToken:
 
     Per chunk, the compressor's feed-forward refines M latents, whose records read the kept tokens;
     the records of C + K chunks are projected for a window of K chunks, R of them as much as a
-    token. What is once per window, whatever its lanes, and picking queries are left out.
+    token. Saliences, picking queries, and what is once per window whatever its lanes are left out.
     """
     s, (_, window, length) = model.settings, batch.tokens.shape
     with_history = model.keys_per_chunk > 0

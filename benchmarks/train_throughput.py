@@ -11,7 +11,8 @@ gradient clipping, AdamW in fp32 on bf16 parameters. Contestants:
   no-history      engine at its best shape, a model without compressor and history
   data            engine at its best shape, reading shards from disk with one worker
   bare            the same model in a plain PyTorch loop, at the card's and the best shape
-  gpt-512         a GPT of equal parameter count, rows of 512 tokens, causal over whole rows
+  gpt-512         a GPT of equal parameter count, or of --gpt-ff, rows of 512 tokens, causal over
+                  whole rows
   gpt-4096        the same, rows of 4,096
   gpt-4096-masks  the same, each token seeing its own document only
   one-chunk       engine, 4 lanes, windows of 1 chunk
@@ -257,7 +258,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--gpt-ff",
         nargs="+",
         default=[],
-        help="channels of its feed-forward (default: 4032, with which it has i3's size)",
+        help="channels of its feed-forward (targets are for the default, which gives it i3's size)",
     )
     add(
         "--gpt-variants",

@@ -71,7 +71,7 @@ class Compressor(nn.Module):
         normed = self.norm_in(hidden)
         salience = self.saliences(normed).masked_fill(~keep, NEVER)
         chosen = self.choose(salience)
-        query, key, value = self.project_in(normed)
+        query, key, value = self.project_in(normed, keep)
         read = self.shares(chosen, query, key, keep).to(value.dtype) @ value  # [..., S, D/R]
         latents = self.fold(read.to(hidden.dtype)) + self.width.pad(self.queries)
         size = 2 * salience.gather(-1, chosen).sigmoid().unsqueeze(-1).to(hidden.dtype)
@@ -80,14 +80,18 @@ class Compressor(nn.Module):
     def saliences(self, normed: Tensor) -> Tensor:
         """[..., T, D] -> [..., T] fp32: in bf16 many would be equal, and the first chosen."""
         weight = self.salience.computed(self.salience.weight)[0]
-        # A sum, not a matrix product: a compiler makes no fp32 copy of what it reads for it.
+        # A sum, as a compiler widens what it reads for it; a matrix product takes an fp32 copy.
         return (widen(normed) * widen(weight)).sum(-1)
 
-    def project_in(self, normed: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of records [..., T, D/R] of [..., T, D], by one product."""
+    def project_in(self, normed: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of records [..., T, D/R] of [..., T, D], by one product.
+
+        Those of what is not kept are 0: whatever it is, nothing of it gets any further.
+        """
         parts = (self.query, self.key, self.record)
         weight = torch.cat([part.computed(part.weight) for part in parts])
-        return multipliable(linear(normed, weight)).chunk(3, dim=-1)
+        projected = linear(normed, weight).masked_fill(~keep.unsqueeze(-1), 0.0)
+        return multipliable(projected).chunk(3, dim=-1)
 
     def choose(self, salience: Tensor) -> Tensor:
         """The S most salient tokens [..., S] of [..., T], in order; of equal ones the first."""
@@ -104,9 +108,7 @@ class Compressor(nn.Module):
         """
         length = keep.shape[-1]
         distance = (torch.arange(length, device=keep.device) - chosen.unsqueeze(-1)).abs()
-        # Where fewer are kept than chosen, the rest asks nothing: nothing of it gets any further.
-        own = (distance == 0) & keep.unsqueeze(-2)
-        query = own.to(query.dtype) @ query + self.split(self.queries)
+        query = (distance == 0).to(query.dtype) @ query + self.split(self.queries)
         asked = widen((query * self.scale) @ key.transpose(-1, -2))
         logits = asked + spread(distance, length).log()
         return logits.masked_fill(~keep.unsqueeze(-2), float("-inf")).softmax(dim=-1)

@@ -82,7 +82,7 @@ def block_visibility(
         own = own & (segment[lane, position] == segment[lane, query])
         return torch.where(key < history, past, own)
 
-    mask = _block_mask(segments.is_cuda)(sees, segments, depth, chunks, keys_per_chunk)
+    mask = _maker(segments.is_cuda)(sees, segments, depth, chunks, keys_per_chunk)
     return BlockVisibility(mask, gate.float().log(), history)
 
 
@@ -114,7 +114,14 @@ def block_mask(
 ) -> BlockMask:
     """The tiles in which something is seen, and `rule` for those in which not everything is.
 
-    The same as `create_block_mask` of the rule, which asks for every query and key.
+    The same as PyTorch's `create_block_mask` of the rule, which asks for every query and key.
+
+    Args:
+        rule: whether (lane, head, query, key) is seen; says what `keys_seen` counts.
+        segments: as all others, those of `block_visibility`.
+        depth: see there.
+        chunks: see there.
+        keys_per_chunk: see there.
     """
     seen = keys_seen(segments, depth, chunks, keys_per_chunk)
     queries = seen.shape[1]
@@ -131,8 +138,8 @@ def block_mask(
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, rows, columns] bool -> how many of each row are true, [B, 1, rows], and their columns
-    first, [B, 1, rows, columns]; int32."""
+    """[B, rows, columns] bool -> how many of each row are true [B, 1, rows], and the columns, true
+    ones first [B, 1, rows, columns]; int32."""
     numbers = tiles.unsqueeze(1).to(torch.int32)
     columns = numbers.argsort(dim=-1, descending=True, stable=True)
     return numbers.sum(-1, dtype=torch.int32), columns.to(torch.int32)
@@ -220,6 +227,6 @@ def _fused(
 
 
 @functools.cache
-def _block_mask(fused: bool) -> Callable[..., BlockMask]:
+def _maker(fused: bool) -> Callable[..., BlockMask]:
     """`block_mask`, compiled where a GPU would otherwise run a kernel for each term."""
     return torch.compile(block_mask, dynamic=False) if fused else block_mask

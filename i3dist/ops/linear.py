@@ -1,7 +1,7 @@
 """Projections.
 
-The weight gradient of a square projection, [D, N] x [N, D], has few tiles of output for its work:
-at D = 1184 50 of 128 x 256, on a GPU of 132 processors. `linear` makes it of two products that run
+The weight gradient of a small projection, [D, N] x [N, D], has few tiles of output for its work: at
+D = 1184 50 of 128 x 256, on a GPU of 132 processors. `linear` makes it of two products that run
 side by side, one of each half of the rows, and adds them.
 """
 

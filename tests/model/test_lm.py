@@ -346,6 +346,9 @@ def test_records_are_of_the_most_salient_tokens_in_order(model: I3LM, seed: int,
     records = model.width.trim(compressor(hidden, keep)).unflatten(-1, (compressor.records, -1))
     filled = records.flatten(1, 2).abs().sum(-1) > 0
     assert filled.sum(-1).tolist() == [min(kept, count)] * 2
+    for anything in (7.0, float("inf"), float("nan")):
+        other = hidden.masked_fill(~keep.unsqueeze(-1), anything)
+        assert torch.equal(compressor(other, keep), compressor(hidden, keep))
 
 
 @given(seed=seeds)
@@ -358,7 +361,7 @@ def test_a_record_begins_by_reading_its_own_token(model: I3LM, seed: int) -> Non
     keep[:, seed % T] = True
     compressor, count = model.compressor, model.keys_per_chunk
     chosen = compressor.choose(torch.randn(2, T).masked_fill(~keep, NEVER))
-    query, key, _ = compressor.project_in(normed)
+    query, key, _ = compressor.project_in(normed, keep)
     shares = compressor.shares(chosen, query, key, keep)
     torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
     assert not shares[~keep[:, None].expand_as(shares)].any()

@@ -76,7 +76,7 @@ def test_tiles_are_those_in_which_the_rule_sees_something(
 ) -> None:
     """Of whole tiles the kernel asks no rule, and others than those listed it passes over."""
     random = torch.Generator().manual_seed(seed)
-    often = (1, 0.1, 0.01, 0)[seed % 4]  # documents of one token, of some, of many chunks
+    often = (1, 0.1, 0.01, 0)[seed % 4]  # documents of 1, 10, 100 tokens; one
     segments = (torch.rand(LANES, window, length, generator=random) < often).cumsum(-1)
     depth = torch.randint(0, CHUNKS + 2, (LANES, window), generator=random)
     visible = block_visibility(segments, depth, torch.tensor(1.0), CHUNKS, latents)
