@@ -26,16 +26,15 @@ from torch import Tensor
 
 from i3dist import dist, shelf
 from i3dist.config import CheckpointSettings
-from i3dist.engine import ADAM_STATES, Fragment
 from i3dist.errors import UserError
 from i3dist.files import sync, write_whole
+from i3dist.fragment import KINDS, Fragment
 from i3dist.guard import GuardState
 from i3dist.model.state import LaneState, RwkvState
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CPU = torch.device("cpu")
-KINDS = ("weight", *ADAM_STATES)
 LANE_TENSORS = ("latents", *RwkvState._fields)
 # What tensors are called: the part of a parameter from an element on, and a lane's row.
 PART = re.compile(rf"({'|'.join(KINDS)})/(0|[1-9][0-9]{{0,17}})/(.+)")
@@ -272,12 +271,12 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
                 )
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
-        return {
-            kind: torch.cat(
-                [f.get_tensor(f"{kind}/{start}/{name}") for start, _, f in self._parts[kind, name]]
-            )
-            for kind in KINDS
-        }
+        return {kind: self.one(kind, name) for kind in KINDS}
+
+    def one(self, kind: str, name: str) -> Tensor:
+        """One of `KINDS` of a parameter: [elements] fp32."""
+        parts = self._parts[kind, name]
+        return torch.cat([file.get_tensor(f"{kind}/{start}/{name}") for start, _, file in parts])
 
     def __iter__(self) -> Iterator[str]:
         return (name for kind, name in self._parts if kind == "weight")

@@ -11,7 +11,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from i3dist import dist
 from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.errors import UserError
+from i3dist.fragment import ADAM_STATES, KINDS, Fragment
 from i3dist.model.lm import I3LM
 from i3dist.model.packed import PackedModel, Slot
 from i3dist.model.state import LaneState
@@ -64,7 +64,6 @@ ENGINE_KEYS = (
 ENGINE_GROUPS = ("bf16", "data_types", "comms_logger", "compile", "flops_profiler")
 # Those of them that decide numbers: a run keeps them.
 NUMERIC_KEYS = ("bf16", "data_types", "communication_data_type")
-ADAM_STATES = ("exp_avg", "exp_avg_sq")
 # Of a GPU's memory; the rest is for the CUDA context, NCCL and fragmentation.
 MEMORY_SHARE = 0.92
 
@@ -116,15 +115,6 @@ def read_engine_config(path: Path) -> dict[str, Any]:
 def numeric_part(config: dict[str, Any]) -> dict[str, Any]:
     """What of the engine's file decides numbers, and so belongs to a run's identity."""
     return {key: config[key] for key in NUMERIC_KEYS if key in config}
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """The part of one parameter whose optimizer state this rank holds."""
-
-    name: str
-    start: int  # first element in the flattened parameter
-    tensors: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq": fp32, 1-D, equal lengths
 
 
 class Stepped(NamedTuple):
@@ -443,7 +433,7 @@ def _shares(
     elements of the tensors are its (the others are padding), and the tensors, views of `held`.
     """
     for place in places:
-        views = {key: place.of(held[place.group, key]) for key in ("weight", *ADAM_STATES)}
+        views = {key: place.of(held[place.group, key]) for key in KINDS}
         mask = place.slot.mask(views["weight"].device)
         skipped = place.first - place.slot.start
         before, mask = mask.tensor_split([skipped, skipped + place.length])[:2]

@@ -15,7 +15,6 @@ from i3dist.errors import UserError
 from i3dist.files import clear_partials, write_whole
 from i3dist.tokenizer import Tokenizer
 
-CHECKPOINTS = "checkpoints"  # in the run's folder
 LANES_PER_RANK = 4
 WAYS_OUT = "choose another run.path, or start over with --fresh"
 
@@ -55,7 +54,7 @@ def resolve(
     Raises:
         UserError: the run's folder holds a checkpoint of other settings or other data.
     """
-    there = [] if fresh else shelf.candidates(settings.run.path / CHECKPOINTS)
+    there = [] if fresh else shelf.candidates(settings.run.path / shelf.CHECKPOINTS)
     found = shelf.newest_whole(there, checkpoint.glance)
     if found is None:
         return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
@@ -117,7 +116,7 @@ def verify(start: Start, job: dist.Job) -> Start:
     """
     if start.checkpoint is None:
         return start
-    found = checkpoint.newest_whole(start.settings.run.path / CHECKPOINTS, job)
+    found = checkpoint.newest_whole(start.settings.run.path / shelf.CHECKPOINTS, job)
     assert found is not None
     if found.refused:
         dist.say(found.line())
@@ -161,7 +160,7 @@ def lay_out(start: Start, corpus: Corpus) -> None:
             set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _hold(folder)
-        for place in (folder, folder / CHECKPOINTS):
+        for place in (folder, folder / shelf.CHECKPOINTS):
             clear_partials(place)
         write_whole(folder / "settings.yaml", start.settings.to_yaml().encode())
         write_whole(folder / "tokenizer.json", corpus.tokenizer.data)

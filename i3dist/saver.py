@@ -9,7 +9,7 @@ from types import TracebackType
 from i3dist import checkpoint, dist
 from i3dist.checkpoint import RunState
 from i3dist.config import CheckpointSettings
-from i3dist.engine import Fragment
+from i3dist.fragment import Fragment
 from i3dist.model.state import LaneState
 
 # What is being written when the run fails for another reason has so long to be finished.

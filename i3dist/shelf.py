@@ -18,6 +18,7 @@ from i3dist.config import CheckpointSettings
 from i3dist.errors import UserError
 from i3dist.files import PARTIAL, sync, write_whole
 
+CHECKPOINTS = "checkpoints"  # the folder's name in the run's
 LATEST = "latest"
 
 

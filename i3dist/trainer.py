@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from i3dist import checkpoint, dist
+from i3dist import checkpoint, dist, shelf
 from i3dist.checkpoint import RunState
 from i3dist.config import Settings
 from i3dist.data.corpus import VALIDATION_SEED, Corpus
@@ -28,7 +28,6 @@ from i3dist.ledger_writer import LedgerWriter
 from i3dist.metrics import Interval, count_step, history_warning, report_line, validation_line
 from i3dist.metrics_log import MetricsLog
 from i3dist.model.state import LaneState
-from i3dist.run import CHECKPOINTS
 from i3dist.saver import Saver
 from i3dist.stop import Stop, held_back
 from i3dist.tracking import NoTracker, Tracker
@@ -66,7 +65,7 @@ class Trainer:
         self.tracker = tracker
         self.stop = stop
         self.progress = Progress()
-        self.saver = Saver(settings.run.path / CHECKPOINTS, job, settings.checkpoint)
+        self.saver = Saver(settings.run.path / shelf.CHECKPOINTS, job, settings.checkpoint)
         self.guard = Guard(settings.guard)
         self.watchdog = Watchdog(settings.guard.hang_seconds, job)
         self.pad_id = corpus.train.manifest.pad_id

@@ -1,4 +1,4 @@
-"""A finished run's weights: written when it ends, read to evaluate and generate; no DeepSpeed."""
+"""A run's weights: written when it ends, read to evaluate and generate; no DeepSpeed."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from i3dist import checkpoint, shelf
 from i3dist.config import Settings
 from i3dist.errors import UserError
 from i3dist.files import sync
 from i3dist.model.lm import I3LM
 from i3dist.tokenizer import Tokenizer
 
+WEIGHTS = "model.safetensors"
+
 
 def export_weights(run: Path, model: I3LM, step: int) -> Path:
     """Write RUN/model.safetensors: the weights as the forward pass uses them after `step`."""
-    path = run / "model.safetensors"
-    staging = run / ".model.safetensors.partial"
+    path = run / WEIGHTS
+    staging = run / f".{WEIGHTS}.partial"
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, staging, metadata={"step": str(step)})
     sync(staging)
@@ -25,20 +28,22 @@ def export_weights(run: Path, model: I3LM, step: int) -> Path:
     return path
 
 
-def load_run(run: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer]:
-    """A finished run's model in evaluation mode, its settings and tokenizer; no DeepSpeed.
+def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer]:
+    """A trained model in evaluation mode, its settings and tokenizer; no DeepSpeed.
 
-    On the CPU the model computes in fp32, elsewhere in the type of its weights.
+    On the CPU the model computes in fp32, elsewhere in the type that it was trained in.
+
+    Args:
+        path: a finished run's folder, or one of a run's checkpoints, RUN/checkpoints/step-00000100.
+        device: where the model is to be.
 
     Raises:
-        UserError: RUN is no finished run, or its files do not belong together.
+        UserError: path is neither, or its files do not belong together.
     """
-    path = run / "model.safetensors"
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing: a run writes it when it ends; "
-            "continue the run with launch/train.py, or name another --checkpoint"
-        )
+    of_checkpoint = shelf.step_of(path) is not None
+    run = path.resolve().parent.parent if of_checkpoint else path
+    if not of_checkpoint:
+        _see_whether_finished(run)
     settings = Settings.load(run / "settings.yaml")
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     if settings.model.vocab_size != tokenizer.vocab_size:
@@ -46,14 +51,47 @@ def load_run(run: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer
             f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size in "
             f"{run / 'settings.yaml'} is {settings.model.vocab_size}; restore the run's own files"
         )
+    model = I3LM(settings.model, tokenizer.bos_id)
+    dtype = _take_checkpoint(model, path) if of_checkpoint else _take_export(model, run)
+    for parameter in model.parameters():  # buffers stay fp32, as in training
+        parameter.data = parameter.data.to(torch.float32 if device.type == "cpu" else dtype)
+    return model.to(device).eval().requires_grad_(False), settings, tokenizer
+
+
+def _see_whether_finished(run: Path) -> None:
+    if (run / WEIGHTS).is_file():
+        return
+    there = shelf.steps(run / shelf.CHECKPOINTS)
+    instead = (
+        f"{shelf.place(run / shelf.CHECKPOINTS, there[0])}" if there else "another --checkpoint"
+    )
+    raise UserError(
+        f"{run / WEIGHTS} is missing: a run writes it when it ends; "
+        f"continue the run with launch/train.py, or name {instead}"
+    )
+
+
+def _take_export(model: I3LM, run: Path) -> torch.dtype:
+    """Take what `export_weights` wrote; returns the type of the weights."""
+    path = run / WEIGHTS
     try:
-        weights = load_file(path, device=str(device))
-        model = I3LM(settings.model, tokenizer.bos_id)
+        weights = load_file(path)
         model.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit {run / 'settings.yaml'}: {reason}") from None
-    dtype = torch.float32 if device.type == "cpu" else weights["head.weight"].dtype
-    for parameter in model.parameters():  # buffers stay fp32, as in training
-        parameter.data = parameter.data.to(dtype)
-    return model.to(device).eval().requires_grad_(False), settings, tokenizer
+    return weights["head.weight"].dtype
+
+
+@torch.no_grad()
+def _take_checkpoint(model: I3LM, path: Path) -> torch.dtype:
+    """Take the weights of a checkpoint as the forward pass used them; returns their type."""
+    if wrong := checkpoint.glance(path):
+        raise UserError(f"checkpoint {path}: {wrong}; name another")
+    engine = checkpoint.read_state(path).engine
+    dtype = torch.bfloat16 if engine.get("bf16", {}).get("enabled") else torch.float32
+    reader = checkpoint.OptimizerReader(path)
+    reader.check({name: p.numel() for name, p in model.named_parameters()})
+    for name, parameter in model.named_parameters():
+        parameter.copy_(reader.one("weight", name).to(dtype).view_as(parameter))
+    return dtype

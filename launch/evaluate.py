@@ -29,7 +29,13 @@ ROWS_SHOWN = 12
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="folder of a run that has ended, or RUN/checkpoints/step-00000100 of any",
+    )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="shard.py's output")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

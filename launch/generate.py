@@ -18,7 +18,13 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     default = Sampling()
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="folder of a run that has ended, or RUN/checkpoints/step-00000100 of any",
+    )
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
     parser.add_argument("--tokens", type=int, default=256, help="new tokens at most (256)")
     parser.add_argument(

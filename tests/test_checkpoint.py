@@ -13,8 +13,8 @@ from i3dist import checkpoint, shelf
 from i3dist.checkpoint import OptimizerReader, RunState
 from i3dist.config import CheckpointSettings, ModelSettings, Settings
 from i3dist.dist import Job
-from i3dist.engine import ADAM_STATES, Fragment
 from i3dist.errors import UserError
+from i3dist.fragment import ADAM_STATES, Fragment
 from i3dist.model.state import LaneState
 from tests.model.conftest import SMALL
 

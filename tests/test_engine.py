@@ -12,8 +12,9 @@ from torch import Tensor
 
 from i3dist import dist, engine
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
-from i3dist.engine import ADAM_STATES, Engine, read_engine_config
+from i3dist.engine import Engine, read_engine_config
 from i3dist.errors import UserError
+from i3dist.fragment import ADAM_STATES
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from tests.conftest import ROOT

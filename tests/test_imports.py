@@ -25,13 +25,13 @@ LAYERS = [
     {"i3dist.model", "i3dist.data"},
     {
         "i3dist.engine",
+        "i3dist.fragment",
         "i3dist.guard",
         "i3dist.metrics_log",
         "i3dist.outbox",
         "i3dist.plots",
         "i3dist.shelf",
         "i3dist.tracking",
-        "i3dist.weights",
     },
     {
         "i3dist.checkpoint",
@@ -39,6 +39,7 @@ LAYERS = [
         "i3dist.evaluate",
         "i3dist.generate",
         "i3dist.summary",
+        "i3dist.weights",
     },
     {
         "i3dist.ledger",

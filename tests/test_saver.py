@@ -10,8 +10,8 @@ import torch
 from i3dist import checkpoint, shelf
 from i3dist.checkpoint import OptimizerReader
 from i3dist.config import CheckpointSettings
-from i3dist.engine import Fragment
 from i3dist.errors import UserError
+from i3dist.fragment import Fragment
 from i3dist.saver import Saver
 from tests.conftest import program
 from tests.test_checkpoint import JOB, fragment, random_lanes, state_of

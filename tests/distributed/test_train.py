@@ -7,8 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from i3dist.errors import UserError
+from i3dist.weights import load_run
 from tests.conftest import QUICK, ROOT, deepspeed, error_line, losses, program, run_ranks
 
 STEPS = 9
@@ -42,6 +45,28 @@ def test_a_run_leaves_everything_behind(whole: Path) -> None:
     assert not list(whole.glob("checkpoints/.*")), "nothing staged is left"
     validated = [json.loads(line) for line in (whole / "validation.jsonl").open()]
     assert [line["step"] for line in validated] == [0, 4, 8, STEPS]
+
+
+def test_a_checkpoint_is_read_as_the_weights_that_a_run_leaves(whole: Path) -> None:
+    """And an earlier one otherwise; a run that has not ended names its newest."""
+    folder = whole / "checkpoints"
+    (end, *_), (last, *_), (early, *_) = (
+        load_run(path, torch.device("cpu"))
+        for path in (whole, folder / f"step-{STEPS:08d}", folder / "step-00000004")
+    )
+    for name, tensor in end.state_dict().items():
+        assert last.state_dict()[name].equal(tensor), name
+    assert not early.head.weight.equal(end.head.weight)
+
+
+def test_a_run_that_has_not_ended_names_its_newest_checkpoint(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("model.*"))
+    with pytest.raises(UserError, match=rf"continue .* or name .*/step-{STEPS:08d}$"):
+        load_run(run, torch.device("cpu"))
+    (run / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"step-00000004: state\.json"):
+        load_run(run / "checkpoints" / "step-00000004", torch.device("cpu"))
 
 
 def test_it_learns(whole: Path) -> None:

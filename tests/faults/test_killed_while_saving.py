@@ -17,8 +17,8 @@ from i3dist import checkpoint, shelf
 from i3dist.checkpoint import OptimizerReader
 from i3dist.config import CheckpointSettings, ModelSettings
 from i3dist.dist import Job
-from i3dist.engine import ADAM_STATES, Fragment
 from i3dist.files import clear_partials
+from i3dist.fragment import ADAM_STATES, Fragment
 from i3dist.model.state import LaneState
 from tests.model.conftest import SMALL
 from tests.test_checkpoint import state_of
