@@ -130,8 +130,8 @@ class Alone(Compressor):
     """A record holds its token and nothing else."""
 
     def shares(self, chosen: Tensor, query: Tensor, key: Tensor, keep: Tensor) -> Tensor:
-        """As `Compressor.shares`, but 0 of a token that is not kept."""
-        return (F.one_hot(chosen, keep.shape[-1]) * keep.unsqueeze(-2)).float()
+        """As `Compressor.shares`."""
+        return F.one_hot(chosen, keep.shape[-1]).float()
 
 
 class Each(Compressor):

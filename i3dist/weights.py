@@ -1,5 +1,6 @@
 """A run's weights: written when it ends, read to evaluate and generate; no DeepSpeed."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def export_weights(run: Path, model: I3LM, step: int) -> Path:
     return path
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What tells a program which trained model to use, and where."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="folder of a run that has ended, or RUN/checkpoints/step-00000100 of any",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
 def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer]:
     """A trained model in evaluation mode, its settings and tokenizer; no DeepSpeed.
 
@@ -40,10 +53,11 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
     Raises:
         UserError: path is neither, or its files do not belong together.
     """
-    of_checkpoint = shelf.step_of(path) is not None
-    run = path.resolve().parent.parent if of_checkpoint else path
-    if not of_checkpoint:
-        _see_whether_finished(run)
+    if shelf.step_of(path) is None:
+        _see_whether_finished(path)
+        run, take = path, _take_export
+    else:
+        run, take = path.resolve().parent.parent, _take_checkpoint
     settings = Settings.load(run / "settings.yaml")
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     if settings.model.vocab_size != tokenizer.vocab_size:
@@ -52,7 +66,7 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
             f"{run / 'settings.yaml'} is {settings.model.vocab_size}; restore the run's own files"
         )
     model = I3LM(settings.model, tokenizer.bos_id)
-    dtype = _take_checkpoint(model, path) if of_checkpoint else _take_export(model, run)
+    dtype = take(model, path)
     for parameter in model.parameters():  # buffers stay fp32, as in training
         parameter.data = parameter.data.to(torch.float32 if device.type == "cpu" else dtype)
     return model.to(device).eval().requires_grad_(False), settings, tokenizer
@@ -61,25 +75,24 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
 def _see_whether_finished(run: Path) -> None:
     if (run / WEIGHTS).is_file():
         return
-    there = shelf.steps(run / shelf.CHECKPOINTS)
-    instead = (
-        f"{shelf.place(run / shelf.CHECKPOINTS, there[0])}" if there else "another --checkpoint"
-    )
+    folder = run / shelf.CHECKPOINTS
+    there = shelf.steps(folder)
+    instead = shelf.place(folder, there[0]) if there else "another --checkpoint"
     raise UserError(
         f"{run / WEIGHTS} is missing: a run writes it when it ends; "
         f"continue the run with launch/train.py, or name {instead}"
     )
 
 
-def _take_export(model: I3LM, run: Path) -> torch.dtype:
-    """Take what `export_weights` wrote; returns the type of the weights."""
-    path = run / WEIGHTS
+def _take_export(model: I3LM, path: Path) -> torch.dtype:
+    """Take what `export_weights` wrote to a run's folder; returns the type of the weights."""
+    file = path / WEIGHTS
     try:
-        weights = load_file(path)
+        weights = load_file(file)
         model.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit {run / 'settings.yaml'}: {reason}") from None
+        raise UserError(f"{file} does not fit {path / 'settings.yaml'}: {reason}") from None
     return weights["head.weight"].dtype
 
 

@@ -20,7 +20,7 @@ from i3dist.data.lanes import Batch, LaneWindows
 from i3dist.errors import ArgumentParser, one_line_errors
 from i3dist.evaluate import Evaluation, evaluate_epoch
 from i3dist.model.lm import I3LM
-from i3dist.weights import load_run
+from i3dist.weights import add_model_arguments, load_run
 
 MAX_LANES = 8
 ROWS_SHOWN = 12
@@ -29,16 +29,9 @@ ROWS_SHOWN = 12
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="folder of a run that has ended, or RUN/checkpoints/step-00000100 of any",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="shard.py's output")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 
 

@@ -6,25 +6,18 @@ stays constant however long it runs.
 
 import argparse
 import sys
-from pathlib import Path
 
 from i3dist import dist
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.generate import Sampling, generate
-from i3dist.weights import load_run
+from i3dist.weights import add_model_arguments, load_run
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     default = Sampling()
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="folder of a run that has ended, or RUN/checkpoints/step-00000100 of any",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
     parser.add_argument("--tokens", type=int, default=256, help="new tokens at most (256)")
     parser.add_argument(
@@ -43,7 +36,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ignore-eos", action="store_true", help="begin another document instead of stopping"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 
 

@@ -194,6 +194,7 @@ def test_figures_take_the_fastest_opponents() -> None:
         row("gpt-4096", "8 rows", 4.0),
         row("gpt-4096", "16 rows", 3.0),
         row("gpt-4096-masks", "8 rows", 2.5),
+        row("gpt-512", "8 rows, ff 4096", 2.5),  # of another size
         row("data", "best", 2.0, data_wait=0.02),
     ]
     found = {figure.name: figure for figure in results.figures(rows, "card")}

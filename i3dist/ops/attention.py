@@ -94,14 +94,14 @@ def keys_seen(segments: Tensor, depth: Tensor, chunks: int, keys_per_chunk: int)
     itself. Arguments are those of `block_visibility`.
     """
     window, length = segments.shape[1:]
+    history = (chunks + window) * keys_per_chunk
     chunk = torch.arange(window, device=segments.device).unsqueeze(-1)  # [K, 1]
     reach = depth.clamp(max=chunks).unsqueeze(-1) * (segments == 0)  # [B, K, T]
     past = (chunks + chunk) * keys_per_chunk
-    own = (chunks + window) * keys_per_chunk + chunk * length
+    own = history + chunk * length
     place = torch.arange(length, device=segments.device)
     document = torch.searchsorted(segments, segments)  # ids rise, so this is where each begins
-    keys = (chunks + window) * keys_per_chunk + window * length
-    first = torch.arange(0, keys, TILE, device=segments.device)
+    first = torch.arange(0, history + window * length, TILE, device=segments.device)
     seen = torch.zeros((), dtype=torch.int64, device=segments.device)
     for start, end in ((past - reach * keys_per_chunk, past), (own + document, own + place + 1)):
         start, end = (x.expand(segments.shape).flatten(1).unsqueeze(-1) for x in (start, end))

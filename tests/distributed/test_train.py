@@ -48,7 +48,7 @@ def test_a_run_leaves_everything_behind(whole: Path) -> None:
 
 
 def test_a_checkpoint_is_read_as_the_weights_that_a_run_leaves(whole: Path) -> None:
-    """And an earlier one otherwise; a run that has not ended names its newest."""
+    """And an earlier one is another."""
     folder = whole / "checkpoints"
     (end, *_), (last, *_), (early, *_) = (
         load_run(path, torch.device("cpu"))
