@@ -15,7 +15,6 @@ chunks (benchmarks/books.py); of --held-out the train split is read, which is ne
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,25 +113,20 @@ class Experiment:
         optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
         arm = Arm.parse(plan.arm)
         gates, drops = arm.gate, "drop" in arm.added
-        times, curve = [], Curve()
+        curve = Curve()
         for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.marks[-1])):
-            started = time.perf_counter()
             steps.gate.fill_(gates.gate_at(step))
             if drops:
                 batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)
-            times.append(time.perf_counter() - started)
             curve.add(loss, steps.norm)
             if step + 1 in plan.marks:
-                peak = torch.cuda.max_memory_reserved() / 2**30 if self.device.type == "cuda" else 0
                 yield {
                     "arm": plan.arm,
                     "seed": plan.seed,
                     "tokens": (step + 1) * plan.tokens,
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "curve": curve.to_dict(),
-                    "ms": 1e3 * statistics.median(times[len(times) // 2 :]),
-                    "gib": peak,
                 } | self.evaluate(model, plan)
         steps.close()
 
@@ -225,11 +219,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=[0.5, 1.0],
         help="parts of the run to evaluate it after; it ends at the last (default: 0.5 1)",
     )
-    run.add_argument("--lanes", type=int, default=8, help="(default: 8)")
+    add_sizes(run)
     run.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
     run.add_argument("--clip", type=float, default=1.0, help="norm of the gradient (default: 1)")
-    run.add_argument("--width", type=int, default=512, help="of the model (default: 512)")
-    run.add_argument("--layers", type=int, default=6, help="RWKV blocks (default: 6)")
     run.add_argument("--results", type=Path, default=Path("history.jsonl"))
     report = commands.add_parser("report", help="compare arms")
     report.add_argument("results", type=Path)
@@ -237,15 +229,27 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def plans(options: argparse.Namespace, manifest: Manifest) -> Iterator[Plan]:
-    """Every run that is asked for."""
-    model = ModelSettings(
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Have it take the sizes of a model and its step."""
+    parser.add_argument("--lanes", type=int, default=8, help="(default: 8)")
+    parser.add_argument("--width", type=int, default=512, help="of the model (default: 512)")
+    parser.add_argument("--layers", type=int, default=6, help="RWKV blocks (default: 6)")
+
+
+def model_settings(options: argparse.Namespace, manifest: Manifest) -> ModelSettings:
+    """The card's, but for the sizes that options and data give; 16 tokens a latent."""
+    return ModelSettings(
         vocab_size=manifest.vocab_size,
         d_model=options.width,
         rwkv_layers=options.layers,
         chunk_length=manifest.chunk_length,
         latents=manifest.chunk_length // 16,
     )
+
+
+def plans(options: argparse.Namespace, manifest: Manifest) -> Iterator[Plan]:
+    """Every run that is asked for."""
+    model = model_settings(options, manifest)
     per_step = options.lanes * WINDOW * manifest.chunk_length
     steps = max(2, round(options.tokens / per_step))
     for seed in options.seeds:
@@ -280,7 +284,7 @@ def run(options: argparse.Namespace) -> None:
         print(
             f"{plan.arm}, seed {plan.seed}: loss {figures.first:.4f} in chunk 0, "
             f"{figures.later:.4f} later ({figures.withheld:.4f} without, {figures.other:.4f} with "
-            f"another document's history); {line['ms']:.1f} ms a step, {seconds:.0f} s in all",
+            f"another document's history); {seconds:.0f} s",
             flush=True,
         )
 

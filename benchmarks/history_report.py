@@ -69,25 +69,20 @@ def show(lines: list[dict[str, Any]], plot: Path | None) -> None:
     if not lines:
         raise UserError("there are no results yet")
     grouped: Results = defaultdict(lambda: defaultdict(dict))
-    costs: dict[str, tuple[float, float]] = {}
     for line in lines:
         grouped[line["tokens"]][line["arm"]][line["seed"]] = Figures.of(line)
-        costs[line["arm"]] = (line["ms"], line["gib"])
     for tokens in sorted(grouped):
-        Console(width=150).print(_table(tokens, grouped[tokens], costs))
+        Console(width=150).print(_table(tokens, grouped[tokens]))
     if plot is not None:
         _draw(max(grouped), grouped[max(grouped)], plot)
 
 
-def _table(
-    tokens: int, arms: dict[str, dict[int, Figures]], costs: dict[str, tuple[float, float]]
-) -> Table:
+def _table(tokens: int, arms: dict[str, dict[int, Figures]]) -> Table:
     table = Table(title=f"after {tokens:,} tokens: held-out nats per token, mean ± spread of seeds")
     headings = ("arm", "seeds", "chunk 0", "chunks 1+", "gain", "recovered", "withheld costs")
-    for heading in (*headings, "other's costs", "rare gain", "ms", "GiB"):
+    for heading in (*headings, "other's costs", "rare gain"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm, seeds in arms.items():
-        ms, gib = costs[arm]
         gain = paired(arms, arm, lambda f: f.later)
         row = [
             arm,
@@ -99,8 +94,6 @@ def _table(
             spread([f.withheld - f.later for f in seeds.values()]),
             spread([f.other - f.later for f in seeds.values()]),
             spread(paired(arms, arm, lambda f: f.rare)),
-            f"{ms:.1f}",
-            f"{gib:.1f}",
         ]
         table.add_row(*row)
     return table

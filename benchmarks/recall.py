@@ -4,11 +4,13 @@
 
 Letters: B documents, K chunks of each, T tokens, P pairs that a chunk states.
 
-A document is K chunks. Each states P pairs of a key and a value, then asks for values of keys that
-were stated d chunks ago; over a document every d is as frequent. A key is stated once in a
-document; only answers are trained on. RWKV state restarts at each chunk, so what is not in the
-latents is lost: the model is to answer up to the history's length, and is to be at chance, one in
-as many as there are values, beyond. The arms are those of benchmarks/history_arms.py.
+A document is K chunks. Each states P pairs of a key and a value, and asks for values of keys: half
+of its questions are about keys that were stated d chunks ago, every d >= 1 as often, half about its
+own (d = 0), which need no history and show that the model has learned what is asked of it. A key is
+stated once in a document; only answers are trained on. RWKV state restarts at each chunk, so what
+is not in the latents is lost: the model is to answer up to the history's length, and is to be at
+chance, one in as many as there are values, beyond. The arms are those of
+benchmarks/history_arms.py.
 """
 
 import argparse
@@ -39,11 +41,11 @@ BOS, ASK, FIRST = 2, 3, 4  # FIRST: of the values, which keys follow
 
 
 class Documents(NamedTuple):
-    """A batch of documents; distance is 0 but where an answer is wanted."""
+    """A batch of documents."""
 
     tokens: Tensor  # [B, K, T]
     targets: Tensor  # [B, K, T]
-    distance: Tensor  # [B, K, T]
+    distance: Tensor  # [B, K, T], where there is a target
     depth: Tensor  # [B, K]
 
 
@@ -68,9 +70,10 @@ class Task:
         return (self.length // self.pairs - 2) // 2
 
     @property
-    def answers(self) -> int:
-        """Answers of a document, on average."""
-        return self.questions * self.pairs * (self.chunks - self.distances)
+    def answers(self) -> float:
+        """Answers of a document at any one distance d >= 1, on average."""
+        asked = self.questions * self.pairs * (self.chunks - self.distances)
+        return asked / (2 * self.distances)
 
     def sample(self, documents: int, random: torch.Generator) -> Documents:
         """Draw documents.
@@ -85,18 +88,24 @@ class Task:
         tokens = torch.zeros(shape, dtype=torch.long, device=random.device)
         tokens[..., -2], tokens[..., -1] = keys, values
 
-        here = torch.arange(k, device=random.device)[None, :, None, None].expand(b, k, p, q)
-        back = 1 + self._draw(self.distances, (b, k, p, q), random)
+        chunk, part = (
+            torch.arange(n, device=random.device).view(shape)
+            for n, shape in ((k, (k, 1, 1)), (p, (p, 1)))
+        )
+        shape = (b, k, p, q)
+        back = (1 + self._draw(self.distances, shape, random)) * self._draw(2, shape, random)
         # K - d chunks can ask over a distance of d: the shorter ones are left out more often.
-        chance = (k - self.distances) / (k - back)
-        drawn = torch.rand(back.shape, generator=random, device=back.device)
-        asked = (back <= here) & (drawn < chance)
-        which = ((here - back).clamp(min=0) * p + self._draw(p, (b, k, p, q), random)).flatten(1)
+        drawn = torch.rand(shape, generator=random, device=random.device)
+        often = (back == 0) | (drawn * (k - back) < k - self.distances)
+        stated = torch.where(back > 0, p, part)  # pairs of that chunk, so far
+        asked = often & (back <= chunk) & (stated > 0)
+        which = (torch.rand(shape, generator=random, device=random.device) * stated).long()
+        which = ((chunk - back).clamp(min=0) * p + which).flatten(1)
         answer = values.flatten(1).gather(1, which).view_as(back)
         key = keys.flatten(1).gather(1, which).view_as(back)
         tokens[..., : 2 * q : 2] = ASK * asked
         tokens[..., 1 : 2 * q : 2] = key * asked
-        tokens[:, 0, 0, 0] = BOS  # chunk 0 has nothing to ask
+        tokens[:, 0, 0, 0] = BOS  # nothing can be asked there yet
 
         # The value is due after the key, and does not follow in the text: there it would be stated
         # once more, nearer.
@@ -118,7 +127,7 @@ def train(
     """Train in fp32, whole documents as windows; yields the loss of each step."""
     device = model.head.weight.device
     random = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warm_up, 1.0) * max(0.05, 1 - i / steps)
@@ -127,7 +136,7 @@ def train(
     for _ in range(steps):
         batch = task.sample(documents, random)
         losses, _ = model(batch.tokens, batch.targets, batch.depth, _empty(model, batch), on)
-        loss = losses.sum() / (batch.distance > 0).sum()
+        loss = losses.sum() / (batch.targets != IGNORE).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -138,18 +147,17 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: I3LM, task: Task, documents: int, gate: float = 1.0) -> list[float]:
-    """Share of right answers at distance 1, 2, ..., on documents not trained on."""
+    """Share of right answers at distance 0, 1, ..., on documents not trained on."""
     device = model.head.weight.device
     batch = task.sample(documents, torch.Generator(device).manual_seed(10**6))
     state, gate_value = _empty(model, batch), torch.tensor(gate, device=device)
     # Not compiled: a shape that nothing else has.
     with torch.compiler.set_stance("force_eager"), mock.patch.object(model, "compiled", False):
         hidden, _ = model.hidden(batch.tokens, batch.depth, state, gate_value)
-    asked = batch.distance > 0
+    asked = batch.targets != IGNORE
     right = model.head(hidden[asked]).argmax(-1) == batch.targets[asked]
     return [
-        float(right[batch.distance[asked] == d].float().mean())
-        for d in range(1, task.distances + 1)
+        float(right[batch.distance[asked] == d].float().mean()) for d in range(task.distances + 1)
     ]
 
 
@@ -179,9 +187,9 @@ class Result:
     arm: str
     pairs: int  # of a chunk
     latents: int  # of a chunk
-    answers: int  # trained on
+    answers: int  # over a distance, trained on
     seconds: float
-    accuracy: list[float]  # at distance 1, 2, ...
+    accuracy: list[float]  # at distance 0, 1, ...
     withheld: list[float]  # the same with history withheld
 
 
@@ -192,10 +200,10 @@ def measure(arm: str, task: Task, options: argparse.Namespace, device: torch.dev
         model = build(arm, settings(task, options.width, options.history), BOS, options.seed)
     if device.type == "cuda":
         model.compile_blocks()
-    answers = 0
     steps = train(model, task, options.steps, options.documents, options.lr, options.seed)
     for _ in track(steps, f"{arm}, {task.pairs} pairs", total=options.steps):
-        answers += options.documents * task.answers
+        pass
+    answers = round(options.steps * options.documents * task.distances * task.answers)
     found = [accuracy(model, task, 4 * options.documents, gate) for gate in (1.0, 0.0)]
     seconds = time.perf_counter() - started
     return Result(arm, task.pairs, model.settings.latents, answers, seconds, *found)
@@ -205,12 +213,14 @@ def show(results: list[Result], chance: float) -> None:
     """Print accuracy by distance."""
     longest = max(len(result.accuracy) for result in results)
     table = Table(title=f"share of right answers by distance in chunks; chance is {chance:.3f}")
-    for heading in ("arm", "pairs/latent", *map(str, range(1, longest + 1)), "withheld", "answers"):
+    headings = ("arm", "pairs/latent", "own chunk", *map(str, range(1, longest)))
+    for heading in (*headings, "withheld", "answers", "s"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for r in results:
         shares = [f"{share:.3f}" for share in r.accuracy]
-        withheld = f"{max(r.withheld):.3f}"
-        table.add_row(r.arm, f"{r.pairs / r.latents:g}", *shares, withheld, f"{r.answers:,}")
+        withheld = f"{max(r.withheld[1:]):.3f}"
+        load, answers, seconds = f"{r.pairs / r.latents:g}", f"{r.answers:,}", f"{r.seconds:.0f}"
+        table.add_row(r.arm, load, *shares, withheld, answers, seconds)
     Console(width=150).print(table)
 
 
@@ -221,12 +231,16 @@ def draw(results: list[Result], history: int, chance: float, path: Path) -> None
     by_distance, by_load = figure.subplots(1, 2)
     for r in results:
         label = f"{r.arm}, {r.pairs / r.latents:g} pairs/latent"
-        by_distance.plot(range(1, len(r.accuracy) + 1), r.accuracy, "o-", ms=3, lw=1, label=label)
+        by_distance.plot(range(len(r.accuracy)), r.accuracy, "o-", ms=3, lw=1, label=label)
     by_distance.axvline(history + 0.5, color="gray", lw=0.5, ls=":")
-    by_distance.set(xlabel="distance (chunks)", ylabel="share of right answers", ylim=(0, 1.02))
+    by_distance.set(
+        xlabel="distance (chunks; 0: its own)", ylabel="share of right answers", ylim=(0, 1.02)
+    )
     by_distance.legend(fontsize="x-small")
     for arm in dict.fromkeys(r.arm for r in results):
-        of = sorted((r.pairs / r.latents, r.accuracy[:history]) for r in results if r.arm == arm)
+        of = sorted(
+            (r.pairs / r.latents, r.accuracy[1 : history + 1]) for r in results if r.arm == arm
+        )
         means = [sum(shares) / len(shares) for _, shares in of]
         by_load.plot([load for load, _ in of], means, "o-", ms=4, lw=1, label=arm)
     by_load.set(xlabel="pairs per latent", xscale="log", ylabel="mean within the history's length")

@@ -27,6 +27,7 @@ import books
 import compressors
 import history
 import history_arms
+import history_cost
 import history_report
 import recall
 import synthetic
@@ -36,6 +37,7 @@ SIZES = ModelSettings(
     latents=4,
 )  # fmt: skip
 ARMS = history_arms.ARMS
+TOY = ["--width", "16", "--layers", "1", "--lanes", "2"]
 
 
 def logits(arm: str, tokens: torch.Tensor) -> torch.Tensor:
@@ -190,15 +192,18 @@ def test_an_arm_that_there_is_not_is_named(name: str, word: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two arms trained for a few steps on random documents."""
     folder = tmp_path_factory.mktemp("history")
-    for name in ("data", "held-out"):
-        (folder / name / "train").mkdir(parents=True)
-        synthetic.Data.write(folder / name / "train", 64, 16, 4, 16)
-    command = ["run", "--data", str(folder / "data"), "--held-out", str(folder / "held-out")]
-    sizes = ["--width", "16", "--layers", "1", "--lanes", "2", "--tokens", "1024"]
+    data, held_out = (random_documents(folder / name) for name in ("data", "held-out"))
+    command = ["run", "--data", str(data), "--held-out", str(held_out), *TOY, "--tokens", "1024"]
     file = folder / "results.jsonl"
     for arms in (["none"], ["none", "ceiling"]):  # the second time only what is missing
-        history.main([*command, *sizes, "--arms", *arms, "--results", str(file)])
+        history.main([*command, "--arms", *arms, "--results", str(file)])
     return file
+
+
+def random_documents(folder: Path) -> Path:
+    (folder / "train").mkdir(parents=True)
+    synthetic.Data.write(folder / "train", 64, 16, 4, 16)
+    return folder
 
 
 def test_runs_append_what_is_missing(results: Path) -> None:
@@ -214,6 +219,16 @@ def test_withheld_and_foreign_history_are_nothing_to_a_model_without(results: Pa
         sums = line["by_chunk"]
         assert (sums["loss"] == sums["withheld"] == sums["other"]) == (line["arm"] == "none")
         assert sums["loss"][0] == pytest.approx(sums["withheld"][0], rel=1e-6)
+
+
+def test_arms_are_timed(tmp_path: Path) -> None:
+    file, data = tmp_path / "costs.json", random_documents(tmp_path / "data")
+    words = ["--arms", "none", "recipe-carry", "--warm-up", "1", "--steps", "1"]
+    costs = history_cost.main(["--data", str(data), *TOY, *words, "--json", str(file)])
+    assert [cost["arm"] for cost in json.loads(file.read_text())] == ["none", "recipe-carry"]
+    none, recipe = costs
+    assert recipe.parameters > none.parameters
+    assert none.tokens_per_s == pytest.approx(2 * 8 * 16 / none.ms * 1e3)
 
 
 def test_the_report_compares_arms_of_a_seed(results: Path, tmp_path: Path) -> None:
@@ -233,15 +248,16 @@ def test_the_report_compares_arms_of_a_seed(results: Path, tmp_path: Path) -> No
 def test_answers_are_what_was_stated(seed: int, chunks: int, pairs: int) -> None:
     task = recall.Task(chunks, 32, pairs, values=5, distances=chunks - 1)
     tokens, targets, distance, depth = task.sample(3, torch.Generator().manual_seed(seed))
-    assert torch.equal(targets != IGNORE, distance > 0)
+    assert not distance[targets == IGNORE].any()
     part = 32 // pairs
     for b in range(3):
         ends = tokens[b, :, : part * pairs].view(chunks, pairs, part)[..., -2:]
         stated = [dict(row.tolist()) for row in ends]
         assert len({key for pairs_of in stated for key in pairs_of}) == chunks * pairs
-        for k, t in (distance[b] > 0).nonzero().tolist():
+        for k, t in (targets[b] != IGNORE).nonzero().tolist():
             key, d = int(tokens[b, k, t]), int(distance[b, k, t])
             assert stated[k - d][key] == int(targets[b, k, t])
+            assert d > 0 or key in tokens[b, k, : t - 1], "of its own chunk, what is stated already"
         values = (tokens[b] >= recall.FIRST) & (tokens[b] < recall.FIRST + 5)
         assert values.sum() == chunks * pairs, "a value is in the text where it is stated, only"
     assert depth.tolist() == [list(range(chunks))] * 3
@@ -251,7 +267,7 @@ def test_every_distance_is_as_frequent() -> None:
     task = recall.Task(chunks=9, length=64, pairs=2, distances=6)
     distance = task.sample(400, torch.Generator().manual_seed(0)).distance
     found = torch.bincount(distance[distance > 0], minlength=7)[1:]
-    expected = 400 * task.answers / 6
+    expected = 400 * task.answers
     assert ((found - expected).abs() < 5 * expected**0.5).all()
 
 

@@ -1,0 +1,117 @@
+"""What the arms of benchmarks/history.py cost in time and memory, each alone on the device.
+
+    python benchmarks/history_cost.py --data DIR [--arms ARM ...] [--json FILE]
+
+Full optimizer steps of the experiment's models on its data, with history on from the first: the
+median of their times, and what they reserve of the GPU's memory.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from history import WINDOW, add_sizes, model_settings
+from history_arms import build, named_arm
+from i3_steps import Shape, in_bare_loop, in_engine
+from measure import free, time_steps
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from i3dist import dist
+from i3dist.config import ModelSettings
+from i3dist.data.corpus import Split
+from i3dist.data.lanes import LaneWindows, windows
+from i3dist.data.manifest import Manifest
+from i3dist.errors import ArgumentParser, one_line_errors
+
+ARMS = ["none", "recipe", "mean", "literal", "ceiling", "carry", "recipe-carry"]
+FIRST = 16  # window that is read first: by then documents have their history
+LR = 1e-4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one arm."""
+
+    arm: str
+    parameters: int
+    ms: float  # of a step
+    tokens_per_s: float
+    gib: float | None  # reserved
+
+
+def measure(arm: str, settings: ModelSettings, split: Split, options: argparse.Namespace) -> Cost:
+    """Time an arm's steps over successive windows."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loop = in_engine if device.type == "cuda" else partial(in_bare_loop, compiled=False)
+    with device:
+        model = build(arm, settings, split.manifest.bos_id, seed=0)
+    steps = loop(model, Shape(options.lanes, options.lanes, WINDOW), device)
+    schedule = split.schedule(options.lanes, WINDOW, 0)
+    reader = LaneWindows(split.folder, split.manifest, schedule, range(options.lanes))
+    stop = FIRST + options.warm_up + options.steps
+    workers = 2 if device.type == "cuda" else 0
+    batches = windows(reader, FIRST, stop, workers=workers, device=device)
+
+    def step() -> Tensor:
+        return steps([next(batches)], LR, split.manifest.pad_id)
+
+    _, times, memory = time_steps(step, options.warm_up, options.steps)
+    parameters = sum(p.numel() for p in model.parameters())
+    steps.close()
+    ms = statistics.median(times)
+    tokens = options.lanes * WINDOW * settings.chunk_length
+    return Cost(arm, parameters, ms, 1e3 * tokens / ms, memory)
+
+
+def show(costs: list[Cost]) -> None:
+    """Print them beside the first."""
+    table = Table(title="an optimizer step of each arm")
+    for heading in ("arm", "parameters", "ms", "tokens/s", f"ms, {costs[0].arm} = 1", "GiB"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for c in costs:
+        gib = "" if c.gib is None else f"{c.gib:.1f}"
+        ratio = f"{c.ms / costs[0].ms:.3f}"
+        table.add_row(
+            c.arm, f"{c.parameters:,}", f"{c.ms:.1f}", f"{c.tokens_per_s:,.0f}", ratio, gib
+        )
+    Console(width=100).print(table)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="what is trained on")
+    parser.add_argument(
+        "--arms", nargs="+", type=named_arm, default=ARMS, help=f"(default: {' '.join(ARMS)})"
+    )
+    add_sizes(parser)
+    parser.add_argument("--warm-up", type=int, default=10, help="steps (default: 10)")
+    parser.add_argument("--steps", type=int, default=40, help="that are timed (default: 40)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> list[Cost]:
+    """Measure and show every arm."""
+    options = parse_arguments(arguments)
+    split = Split(options.data / "train", Manifest.load(options.data / "train"))
+    settings, costs = model_settings(options, split.manifest), []
+    for arm in options.arms:
+        free()
+        costs.append(measure(arm, settings, split, options))
+        if options.json:
+            options.json.write_text(json.dumps([asdict(c) for c in costs], indent=1) + "\n")
+    show(costs)
+    dist.leave()
+    return costs
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
