@@ -2,15 +2,16 @@
 
     python benchmarks/recall.py [--arms ARM ...] [--pairs N ...] [--json FILE] [--plot FILE]
 
-Letters: B documents, K chunks of each, T tokens, P pairs that a chunk states.
+Letters: B documents, K chunks of each, T tokens, P parts of a chunk, one to a latent, N pairs of a
+part, Q questions of a part.
 
-A document is K chunks. Each states P pairs of a key and a value, and asks for values of keys: half
-of its questions are about keys that were stated d chunks ago, every d >= 1 as often, half about its
-own (d = 0), which need no history and show that the model has learned what is asked of it. A key is
-stated once in a document; only answers are trained on. RWKV state restarts at each chunk, so what
-is not in the latents is lost: the model is to answer up to the history's length, and is to be at
-chance, one in as many as there are values, beyond. The arms are those of
-benchmarks/history_arms.py.
+A document is K chunks. A part of 16 tokens asks Q times for the value of a key, then states N pairs
+of a key and a value. Half of the questions are about keys that were stated d chunks ago, every
+d >= 1 as often, half about the chunk's own (d = 0), which need no history and show that the model
+has learned what is asked of it. A key is stated once in a document; only answers are trained on.
+RWKV state restarts at each chunk, so what is not in the latents is lost: the model is to answer up
+to the history's length, and is to be at chance, one in as many as there are values, beyond. The
+arms are those of benchmarks/history_arms.py.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
 
 BOS, ASK, FIRST = 2, 3, 4  # FIRST: of the values, which keys follow
+SLOTS = 8  # of two tokens in a part, each a question or a pair
 
 
 class Documents(NamedTuple):
@@ -53,68 +55,77 @@ class Documents(NamedTuple):
 class Task:
     """Sizes of the task."""
 
-    chunks: int = 16  # K
+    chunks: int = 24  # K
     length: int = 128  # T
-    pairs: int = 8  # P
+    pairs: int = 1  # N
     values: int = 16
-    distances: int = 11  # d is 1 to this
+    distances: int = 11  # d is 0 to this
+
+    @property
+    def parts(self) -> int:
+        """P."""
+        return self.length // (2 * SLOTS)
+
+    @property
+    def questions(self) -> int:
+        """Q."""
+        return SLOTS - self.pairs
+
+    @property
+    def stated(self) -> int:
+        """Pairs of a chunk."""
+        return self.parts * self.pairs
 
     @property
     def vocab(self) -> int:
         """Values, and as many keys as a document states."""
-        return FIRST + self.values + self.chunks * self.pairs
-
-    @property
-    def questions(self) -> int:
-        """Before each pair, ASK and a key each."""
-        return (self.length // self.pairs - 2) // 2
+        return FIRST + self.values + self.chunks * self.stated
 
     @property
     def answers(self) -> float:
         """Answers of a document at any one distance d >= 1, on average."""
-        asked = self.questions * self.pairs * (self.chunks - self.distances)
+        asked = self.questions * self.parts * (self.chunks - self.distances)
         return asked / (2 * self.distances)
 
     def sample(self, documents: int, random: torch.Generator) -> Documents:
-        """Draw documents.
+        """Draw documents."""
+        b, k, p, q = documents, self.chunks, self.parts, self.questions
+        keys = torch.rand(b, k * self.stated, generator=random, device=random.device).argsort(1)
+        keys = FIRST + self.values + keys
+        values = FIRST + self._draw(self.values, keys.shape, random)
+        tokens = torch.zeros(b, k, p, SLOTS, 2, dtype=torch.long, device=random.device)
+        tokens[..., q:, 0], tokens[..., q:, 1] = (x.view(b, k, p, -1) for x in (keys, values))
 
-        A chunk is P equal parts, each with its questions first and a pair at its end.
-        """
-        b, k, p, q = documents, self.chunks, self.pairs, self.questions
-        keys = torch.rand(b, k * p, generator=random, device=random.device).argsort(1)
-        keys = (FIRST + self.values + keys).view(b, k, p)
-        values = FIRST + self._draw(self.values, (b, k, p), random)
-        shape = (b, k, p, self.length // p)
-        tokens = torch.zeros(shape, dtype=torch.long, device=random.device)
-        tokens[..., -2], tokens[..., -1] = keys, values
-
-        chunk, part = (
-            torch.arange(n, device=random.device).view(shape)
-            for n, shape in ((k, (k, 1, 1)), (p, (p, 1)))
-        )
-        shape = (b, k, p, q)
-        back = (1 + self._draw(self.distances, shape, random)) * self._draw(2, shape, random)
-        # K - d chunks can ask over a distance of d: the shorter ones are left out more often.
-        drawn = torch.rand(shape, generator=random, device=random.device)
-        often = (back == 0) | (drawn * (k - back) < k - self.distances)
-        stated = torch.where(back > 0, p, part)  # pairs of that chunk, so far
-        asked = often & (back <= chunk) & (stated > 0)
-        which = (torch.rand(shape, generator=random, device=random.device) * stated).long()
-        which = ((chunk - back).clamp(min=0) * p + which).flatten(1)
-        answer = values.flatten(1).gather(1, which).view_as(back)
-        key = keys.flatten(1).gather(1, which).view_as(back)
-        tokens[..., : 2 * q : 2] = ASK * asked
-        tokens[..., 1 : 2 * q : 2] = key * asked
-        tokens[:, 0, 0, 0] = BOS  # nothing can be asked there yet
+        back, which, asked = self._ask(b, random)
+        tokens[..., :q, 0] = ASK * asked
+        tokens[..., :q, 1] = keys.gather(1, which).view_as(asked) * asked
+        tokens[:, 0, 0, 0, 0] = BOS  # nothing can be asked there yet
 
         # The value is due after the key, and does not follow in the text: there it would be stated
         # once more, nearer.
         targets, distance = torch.full_like(tokens, IGNORE), torch.zeros_like(tokens)
-        targets[..., 1 : 2 * q : 2] = torch.where(asked, answer, IGNORE)
-        distance[..., 1 : 2 * q : 2] = back * asked
+        answer = values.gather(1, which).view_as(asked)
+        targets[..., :q, 1] = torch.where(asked, answer, IGNORE)
+        distance[..., :q, 1] = back * asked
         depth = torch.arange(k, device=random.device).expand(b, k)
-        parts = (x.view(b, k, -1) for x in (tokens, targets, distance))
-        return Documents(*parts, depth)
+        return Documents(*(x.view(b, k, -1) for x in (tokens, targets, distance)), depth)
+
+    def _ask(self, documents: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Over which distances [B, K, P, Q], for which pairs of a document [B, K P Q], and whether
+        it is asked [B, K, P, Q]."""
+        k, p, device = self.chunks, self.parts, random.device
+        shape = (documents, k, p, self.questions)
+        chunk = torch.arange(k, device=device).view(k, 1, 1)
+        part = torch.arange(p, device=device).view(p, 1)
+        back = (1 + self._draw(self.distances, shape, random)) * self._draw(2, shape, random)
+        # K - d chunks can ask over a distance of d: the shorter ones are left out more often.
+        drawn = torch.rand(shape, generator=random, device=device) * (k - back)
+        often = (back == 0) | (drawn < k - self.distances)
+        stated = torch.where(back > 0, self.stated, part * self.pairs)  # by that chunk, so far
+        asked = often & (back <= chunk) & (stated > 0)
+        which = (torch.rand(shape, generator=random, device=device) * stated).long()
+        which += (chunk - back).clamp(min=0) * self.stated
+        return back, which.flatten(1), asked
 
     @staticmethod
     def _draw(below: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -175,52 +186,59 @@ def settings(task: Task, width: int, history: int) -> ModelSettings:
         attention_layers=2,
         heads=max(1, width // 16),
         chunk_length=task.length,
-        latents=task.length // 16,
+        latents=task.parts,
         history_chunks=history,
     )
 
 
 @dataclass(frozen=True)
 class Result:
-    """One trained model."""
+    """What a model has learned."""
 
     arm: str
-    pairs: int  # of a chunk
-    latents: int  # of a chunk
+    pairs: int  # of a latent
     answers: int  # over a distance, trained on
     seconds: float
     accuracy: list[float]  # at distance 0, 1, ...
     withheld: list[float]  # the same with history withheld
 
 
-def measure(arm: str, task: Task, options: argparse.Namespace, device: torch.device) -> Result:
-    """Train an arm and let it answer."""
-    started = time.perf_counter()
+def measure(
+    arm: str, tasks: list[Task], options: argparse.Namespace, device: torch.device
+) -> Iterator[Result]:
+    """Train an arm on one task after the other and let it answer.
+
+    The fullest comes last. Each begins with what the one before has taught: full latents are hardly
+    learned from nothing.
+    """
+    sizes = settings(tasks[-1], options.width, options.history)
     with device:
-        model = build(arm, settings(task, options.width, options.history), BOS, options.seed)
+        model = build(arm, sizes, BOS, options.seed)
     if device.type == "cuda":
         model.compile_blocks()
-    steps = train(model, task, options.steps, options.documents, options.lr, options.seed)
-    for _ in track(steps, f"{arm}, {task.pairs} pairs", total=options.steps):
-        pass
-    answers = round(options.steps * options.documents * task.distances * task.answers)
-    found = [accuracy(model, task, 4 * options.documents, gate) for gate in (1.0, 0.0)]
-    seconds = time.perf_counter() - started
-    return Result(arm, task.pairs, model.settings.latents, answers, seconds, *found)
+    for task in tasks:
+        started = time.perf_counter()
+        steps = train(model, task, options.steps, options.documents, options.lr, options.seed)
+        for _ in track(steps, f"{arm}, {task.pairs} a latent", total=options.steps):
+            pass
+        answers = round(options.steps * options.documents * task.distances * task.answers)
+        found = [accuracy(model, task, 4 * options.documents, gate) for gate in (1.0, 0.0)]
+        yield Result(arm, task.pairs, answers, time.perf_counter() - started, *found)
 
 
 def show(results: list[Result], chance: float) -> None:
     """Print accuracy by distance."""
     longest = max(len(result.accuracy) for result in results)
     table = Table(title=f"share of right answers by distance in chunks; chance is {chance:.3f}")
-    headings = ("arm", "pairs/latent", "own chunk", *map(str, range(1, longest)))
+    headings = ("arm", "pairs of a latent", "own chunk", *map(str, range(1, longest)))
     for heading in (*headings, "withheld", "answers", "s"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for r in results:
         shares = [f"{share:.3f}" for share in r.accuracy]
         withheld = f"{max(r.withheld[1:]):.3f}"
-        load, answers, seconds = f"{r.pairs / r.latents:g}", f"{r.answers:,}", f"{r.seconds:.0f}"
-        table.add_row(r.arm, load, *shares, withheld, answers, seconds)
+        table.add_row(
+            r.arm, str(r.pairs), *shares, withheld, f"{r.answers / 1e6:.1f}M", f"{r.seconds:.0f}"
+        )
     Console(width=150).print(table)
 
 
@@ -230,7 +248,7 @@ def draw(results: list[Result], history: int, chance: float, path: Path) -> None
     FigureCanvasAgg(figure)
     by_distance, by_load = figure.subplots(1, 2)
     for r in results:
-        label = f"{r.arm}, {r.pairs / r.latents:g} pairs/latent"
+        label = f"{r.arm}, {r.pairs} to a latent"
         by_distance.plot(range(len(r.accuracy)), r.accuracy, "o-", ms=3, lw=1, label=label)
     by_distance.axvline(history + 0.5, color="gray", lw=0.5, ls=":")
     by_distance.set(
@@ -257,15 +275,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--arms", nargs="+", type=named_arm, default=["recipe"], help="(default: recipe)")
-    add("--pairs", nargs="+", type=int, default=[8], help="of a chunk (default: 8)")
+    add(
+        "--pairs",
+        nargs="+",
+        type=int,
+        default=[1],
+        choices=range(1, SLOTS),
+        help="that a latent stands for; several are learned one after the other (default: 1)",
+    )
     add("--chunks", type=int, default=24, help="of a document (default: 24)")
     add("--length", type=int, default=128, help="tokens of a chunk (default: 128)")
     add("--history", type=int, default=8, help="chunks that history holds (default: 8)")
     add("--values", type=int, default=16, help="different values (default: 16)")
     add("--width", type=int, default=128, help="of the model (default: 128)")
-    add("--steps", type=int, default=3000, help="(default: 3000)")
+    add("--steps", type=int, default=1000, help="of each number of pairs (default: 1000)")
     add("--documents", type=int, default=64, help="of a step (default: 64)")
-    add("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
     add("--seed", type=int, default=0, help="(default: 0)")
     add("--json", type=Path, metavar="FILE", help="write the results here")
     add("--plot", type=Path, metavar="FILE", help="draw them here")
@@ -274,8 +299,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError(
             f"--chunks must be more than --history and 3, which is {options.history + 3}"
         )
-    if 2 + 2 * max(options.pairs) > options.length - 1:
-        raise UserError(f"--pairs {max(options.pairs)} leaves no room for a question in a chunk")
+    if options.length < 2 * SLOTS or options.length % (2 * SLOTS):
+        raise UserError(f"--length {options.length} must be a multiple of {2 * SLOTS}")
     return options
 
 
@@ -284,17 +309,20 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     options = parse_arguments(arguments)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results, sizes = [], (options.chunks, options.length)
-    for pairs in options.pairs:
-        task = Task(*sizes, pairs, options.values, options.history + 3)
-        for arm in options.arms:
-            results.append(measure(arm, task, options, device))
-            torch._dynamo.reset()
+    tasks = [
+        Task(options.chunks, options.length, pairs, options.values, options.history + 3)
+        for pairs in sorted(options.pairs)
+    ]
+    results: list[Result] = []
+    for arm in options.arms:
+        torch._dynamo.reset()
+        for result in measure(arm, tasks, options, device):
+            results.append(result)
+            if options.json:
+                options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     show(results, 1 / options.values)
     if options.plot:
         draw(results, options.history, 1 / options.values, options.plot)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     return results
 
 
