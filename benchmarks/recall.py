@@ -256,12 +256,10 @@ def draw(results: list[Result], history: int, chance: float, path: Path) -> None
     )
     by_distance.legend(fontsize="x-small")
     for arm in dict.fromkeys(r.arm for r in results):
-        of = sorted(
-            (r.pairs / r.latents, r.accuracy[1 : history + 1]) for r in results if r.arm == arm
-        )
+        of = [(r.pairs, r.accuracy[1 : history + 1]) for r in results if r.arm == arm]
         means = [sum(shares) / len(shares) for _, shares in of]
-        by_load.plot([load for load, _ in of], means, "o-", ms=4, lw=1, label=arm)
-    by_load.set(xlabel="pairs per latent", xscale="log", ylabel="mean within the history's length")
+        by_load.plot([pairs for pairs, _ in of], means, "o-", ms=4, lw=1, label=arm)
+    by_load.set(xlabel="pairs of a latent", ylabel="mean within the history's length")
     by_load.set(ylim=(0, 1.02))
     by_load.legend(fontsize="small")
     for axes in (by_distance, by_load):
@@ -288,7 +286,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--history", type=int, default=8, help="chunks that history holds (default: 8)")
     add("--values", type=int, default=16, help="different values (default: 16)")
     add("--width", type=int, default=128, help="of the model (default: 128)")
-    add("--steps", type=int, default=1000, help="of each number of pairs (default: 1000)")
+    add("--steps", type=int, default=1500, help="of each number of pairs (default: 1500)")
     add("--documents", type=int, default=64, help="of a step (default: 64)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
     add("--seed", type=int, default=0, help="(default: 0)")

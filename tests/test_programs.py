@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from i3dist.config import setting_lines
+from i3dist.config import Settings, setting_lines
 from i3dist.errors import UserError
+from i3dist.summary import early_history
 from tests.conftest import QUICK, ROOT, error_line, program
 
 
@@ -36,6 +37,13 @@ def test_a_dry_run_without_data_is_the_card() -> None:
     assert 335e6 <= total <= 348e6
     assert "tokens_per_step=16384" in result.stdout
     assert "8 heads do not divide width 1180: using 10" in result.stdout + result.stderr
+    assert "compression.off_steps=1832" in result.stdout, "30M tokens, and the card has fewer"
+
+
+@pytest.mark.parametrize("words", [["compression.off_steps=1500"], ["train.steps=6000"]])
+def test_history_that_begins_late_or_a_short_run_needs_no_note(words: list[str]) -> None:
+    assert early_history(Settings.load(None, ["train.lanes=4"])) is not None
+    assert early_history(Settings.load(None, ["train.lanes=4", *words])) is None
 
 
 def test_a_dry_run_with_data_follows_its_vocabulary(data: Path) -> None:
