@@ -243,27 +243,26 @@ def show(results: list[Result], chance: float) -> None:
 
 
 def draw(results: list[Result], history: int, chance: float, path: Path) -> None:
-    """Accuracy by distance, and against pairs per latent."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    """Accuracy by distance, and against pairs of a latent where those differ."""
+    several = len({r.pairs for r in results}) > 1
+    figure = Figure(figsize=(11, 4.5) if several else (6, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    by_distance, by_load = figure.subplots(1, 2)
+    by_distance, *others = figure.subplots(1, 1 + several, squeeze=False)[0]
     for r in results:
-        label = f"{r.arm}, {r.pairs} to a latent"
+        label = f"{r.arm}, {r.pairs} to a latent" if several else r.arm
         by_distance.plot(range(len(r.accuracy)), r.accuracy, "o-", ms=3, lw=1, label=label)
     by_distance.axvline(history + 0.5, color="gray", lw=0.5, ls=":")
-    by_distance.set(
-        xlabel="distance (chunks; 0: its own)", ylabel="share of right answers", ylim=(0, 1.02)
-    )
-    by_distance.legend(fontsize="x-small")
-    for arm in dict.fromkeys(r.arm for r in results):
-        of = [(r.pairs, r.accuracy[1 : history + 1]) for r in results if r.arm == arm]
-        means = [sum(shares) / len(shares) for _, shares in of]
-        by_load.plot([pairs for pairs, _ in of], means, "o-", ms=4, lw=1, label=arm)
-    by_load.set(xlabel="pairs of a latent", ylabel="mean within the history's length")
-    by_load.set(ylim=(0, 1.02))
-    by_load.legend(fontsize="small")
-    for axes in (by_distance, by_load):
+    by_distance.set(xlabel="distance (chunks; 0: its own)", ylabel="share of right answers")
+    for by_load in others:
+        for arm in dict.fromkeys(r.arm for r in results):
+            of = [(r.pairs, r.accuracy[1 : history + 1]) for r in results if r.arm == arm]
+            means = [sum(shares) / len(shares) for _, shares in of]
+            by_load.plot([pairs for pairs, _ in of], means, "o-", ms=4, lw=1, label=arm)
+        by_load.set(xlabel="pairs of a latent", ylabel="mean within the history's length")
+    for axes in (by_distance, *others):
         axes.axhline(chance, color="gray", lw=0.5, ls="--")
+        axes.set_ylim(0, 1.02)
+        axes.legend(fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
