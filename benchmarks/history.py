@@ -225,7 +225,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--results", type=Path, default=Path("history.jsonl"))
     report = commands.add_parser("report", help="compare arms")
     report.add_argument("results", type=Path)
-    report.add_argument("--plot", type=Path, help="write loss by chunk index here")
+    report.add_argument(
+        "--plot", type=Path, help="draw gain by chunk index and by position in the chunk here"
+    )
     return parser.parse_args(arguments)
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/history_cost.py --data DIR [--arms ARM ...] [--json FILE]
 
-Full optimizer steps of the experiment's models on its data, with history on from the first: the
-median of their times, and what they reserve of the GPU's memory.
+Full optimizer steps of the experiment's models on its data, with history on from the first (so
+that -soon and -drop change nothing): the median of their times, and what they reserve of the GPU's
+memory.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from i3dist.data.manifest import Manifest
 from i3dist.errors import ArgumentParser, one_line_errors
 
 ARMS = ["none", "recipe", "mean", "literal", "ceiling", "carry", "recipe-carry"]
-FIRST = 16  # window that is read first: by then documents have their history
+FIRST = 16  # window that is read first, within long documents; the next ones see all their history
 LR = 1e-4
 
 

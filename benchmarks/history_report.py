@@ -1,4 +1,4 @@
-"""What benchmarks/history.py measured: tables of arms, and loss by chunk index."""
+"""What benchmarks/history.py measured: tables of arms, and gain by place in the text."""
 
 import json
 import statistics
@@ -144,7 +144,7 @@ def _draw(tokens: int, arms: dict[str, dict[int, Figures]], path: Path) -> None:
         axes.axhline(0.0, color="black", lw=0.5)
         title = f"after {tokens / 1e6:,.0f}M tokens"
         axes.set(ylabel="gain over no history (nats per token)", title=title)
-    by_chunk.legend(fontsize="small")
+    by_position.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

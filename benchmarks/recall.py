@@ -2,16 +2,17 @@
 
     python benchmarks/recall.py [--arms ARM ...] [--pairs N ...] [--json FILE] [--plot FILE]
 
-Letters: B documents, K chunks of each, T tokens, P parts of a chunk, one to a latent, N pairs of a
-part, Q questions of a part.
+Letters: B documents, K chunks of each, T tokens, P parts of a chunk, as many as it has latents,
+N pairs of a part, Q questions of a part.
 
-A document is K chunks. A part of 16 tokens asks Q times for the value of a key, then states N pairs
-of a key and a value. Half of the questions are about keys that were stated d chunks ago, every
-d >= 1 as often, half about the chunk's own (d = 0), which need no history and show that the model
-has learned what is asked of it. A key is stated once in a document; only answers are trained on.
-RWKV state restarts at each chunk, so what is not in the latents is lost: the model is to answer up
-to the history's length, and is to be at chance, one in as many as there are values, beyond. The
-arms are those of benchmarks/history_arms.py.
+A document is K chunks. A part of 16 tokens asks up to Q times for the value of a key, then states N
+pairs of a key and a value. Some three in eight questions are about keys that were stated d chunks
+ago, every d >= 1 as often. The others are about keys of the chunk itself (d = 0): these need no
+history, and show that a model has learned what is asked of it. A key is stated once in a document;
+only answers are trained on. RWKV state restarts at each chunk, so what is not in the latents is
+lost: the model is to answer up to the history's length, and is to be at chance, one in as many as
+there are values, beyond. The arms are those of benchmarks/history_arms.py, of which -soon and -drop
+change nothing here.
 """
 
 import argparse
@@ -135,7 +136,7 @@ class Task:
 def train(
     model: I3LM, task: Task, steps: int, documents: int, lr: float, seed: int = 0
 ) -> Iterator[Tensor]:
-    """Train in fp32, whole documents as windows; yields the loss of each step."""
+    """Train in fp32 (TF32 on a GPU), whole documents as windows; yields the loss of each step."""
     device = model.head.weight.device
     random = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -168,7 +169,7 @@ def accuracy(model: I3LM, task: Task, documents: int, gate: float = 1.0) -> list
     asked = batch.targets != IGNORE
     right = model.head(hidden[asked]).argmax(-1) == batch.targets[asked]
     return [
-        float(right[batch.distance[asked] == d].float().mean()) for d in range(task.distances + 1)
+        float(right[batch.distance[asked] == d].double().mean()) for d in range(task.distances + 1)
     ]
 
 
@@ -193,11 +194,11 @@ def settings(task: Task, width: int, history: int) -> ModelSettings:
 
 @dataclass(frozen=True)
 class Result:
-    """What a model has learned."""
+    """What a model has learned, having been trained on so many pairs last."""
 
     arm: str
-    pairs: int  # of a latent
-    answers: int  # over a distance, trained on
+    pairs: int  # of a part, so per latent
+    answers: int  # over a distance, of this training
     seconds: float
     accuracy: list[float]  # at distance 0, 1, ...
     withheld: list[float]  # the same with history withheld
@@ -208,8 +209,8 @@ def measure(
 ) -> Iterator[Result]:
     """Train an arm on one task after the other and let it answer.
 
-    The fullest comes last. Each begins with what the one before has taught: full latents are hardly
-    learned from nothing.
+    The fullest comes last. Each begins with what the one before has taught: from nothing, many
+    pairs are learned late or not at all (docs/history.md).
     """
     sizes = settings(tasks[-1], options.width, options.history)
     with device:
@@ -219,7 +220,7 @@ def measure(
     for task in tasks:
         started = time.perf_counter()
         steps = train(model, task, options.steps, options.documents, options.lr, options.seed)
-        for _ in track(steps, f"{arm}, {task.pairs} a latent", total=options.steps):
+        for _ in track(steps, f"{arm}, {task.pairs} per latent", total=options.steps):
             pass
         answers = round(options.steps * options.documents * task.distances * task.answers)
         found = [accuracy(model, task, 4 * options.documents, gate) for gate in (1.0, 0.0)]
@@ -230,8 +231,8 @@ def show(results: list[Result], chance: float) -> None:
     """Print accuracy by distance."""
     longest = max(len(result.accuracy) for result in results)
     table = Table(title=f"share of right answers by distance in chunks; chance is {chance:.3f}")
-    headings = ("arm", "pairs of a latent", "own chunk", *map(str, range(1, longest)))
-    for heading in (*headings, "withheld", "answers", "s"):
+    headings = ("arm", "pairs per latent", "own chunk", *map(str, range(1, longest)))
+    for heading in (*headings, "withheld, best", "answers", "s"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for r in results:
         shares = [f"{share:.3f}" for share in r.accuracy]
@@ -249,7 +250,7 @@ def draw(results: list[Result], history: int, chance: float, path: Path) -> None
     FigureCanvasAgg(figure)
     by_distance, *others = figure.subplots(1, 1 + several, squeeze=False)[0]
     for r in results:
-        label = f"{r.arm}, {r.pairs} to a latent" if several else r.arm
+        label = f"{r.arm}, {r.pairs} per latent" if several else r.arm
         by_distance.plot(range(len(r.accuracy)), r.accuracy, "o-", ms=3, lw=1, label=label)
     by_distance.axvline(history + 0.5, color="gray", lw=0.5, ls=":")
     by_distance.set(xlabel="distance (chunks; 0: its own)", ylabel="share of right answers")
@@ -258,7 +259,7 @@ def draw(results: list[Result], history: int, chance: float, path: Path) -> None
             of = [(r.pairs, r.accuracy[1 : history + 1]) for r in results if r.arm == arm]
             means = [sum(shares) / len(shares) for _, shares in of]
             by_load.plot([pairs for pairs, _ in of], means, "o-", ms=4, lw=1, label=arm)
-        by_load.set(xlabel="pairs of a latent", ylabel="mean within the history's length")
+        by_load.set(xlabel="pairs per latent", ylabel="mean within the history's length")
     for axes in (by_distance, *others):
         axes.axhline(chance, color="gray", lw=0.5, ls="--")
         axes.set_ylim(0, 1.02)
@@ -278,7 +279,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         default=[1],
         choices=range(1, SLOTS),
-        help="that a latent stands for; several are learned one after the other (default: 1)",
+        help="per latent; several numbers are learned one after the other (default: 1)",
     )
     add("--chunks", type=int, default=24, help="of a document (default: 24)")
     add("--length", type=int, default=128, help="tokens of a chunk (default: 128)")
@@ -293,9 +294,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE", help="draw them here")
     options = parser.parse_args(arguments)
     if options.chunks <= options.history + 3:
-        raise UserError(
-            f"--chunks must be more than --history and 3, which is {options.history + 3}"
-        )
+        raise UserError(f"--chunks must be more than --history + 3, which is {options.history + 3}")
     if options.length < 2 * SLOTS or options.length % (2 * SLOTS):
         raise UserError(f"--length {options.length} must be a multiple of {2 * SLOTS}")
     return options

@@ -170,7 +170,8 @@ class TrainSettings(Section):
     lanes: Count | Auto = "auto"
     """Rows G of the whole job's batch; auto is 4 per rank when a run starts, and stays."""
     window_chunks: Annotated[int, Field(ge=1, le=4096)] = 8
-    """Consecutive chunks K of a lane trained at once; gradient flows into latents inside it."""
+    """Consecutive chunks K of a lane trained at once. Gradient flows into latents inside it: with 1
+    the compressor does not learn."""
     accumulation: Annotated[int, Field(ge=1, le=4096)] = 1
     """Successive windows of each lane that are accumulated into one step."""
     micro_batch: Count | Auto = "auto"

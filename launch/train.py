@@ -23,7 +23,7 @@ from i3dist.model.lm import I3LM
 from i3dist.revision import git_commit
 from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve, verify
 from i3dist.stop import Stop
-from i3dist.summary import print_summary
+from i3dist.summary import early_history, print_summary
 from i3dist.trainer import Trainer, check_micro_batch
 
 
@@ -59,7 +59,9 @@ def dry_run(settings: Settings, job: dist.Job) -> None:
     if settings.data.path.exists():
         vocab_size = Corpus.open(settings.data.path, settings.model).tokenizer.vocab_size
     if job.rank == 0:
-        print_summary(decide(settings, job.world_size, vocab_size), job.world_size)
+        settings = decide(settings, job.world_size, vocab_size)
+        print_summary(settings, job.world_size)
+        tell(early_history(settings))
 
 
 def build(
@@ -114,12 +116,19 @@ def begin_record(
     settings = start.settings
     lay_out(start, corpus)
     print_summary(settings, job.world_size)
-    if warning := idle_lanes(settings, corpus):
-        print(warning, flush=True)
+    tell(idle_lanes(settings, corpus))
+    if start.checkpoint is None:
+        tell(early_history(settings))
     tracker = tracking.start(settings, tags=tags(corpus), fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
     return tracker
+
+
+def tell(note: str | None) -> None:
+    """Print what there is to be said."""
+    if note:
+        print(note, flush=True)
 
 
 def tags(corpus: Corpus) -> dict[str, str]:

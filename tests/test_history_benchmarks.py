@@ -1,4 +1,4 @@
-"""Books, arms and the recall task of benchmarks/, at toy size. About a minute."""
+"""Books, arms and the recall task of benchmarks/, at toy size. Two minutes."""
 
 import json
 import sys
@@ -227,6 +227,7 @@ def test_arms_are_timed(tmp_path: Path) -> None:
     costs = history_cost.main(["--data", str(data), *TOY, *words, "--json", str(file)])
     assert [cost["arm"] for cost in json.loads(file.read_text())] == ["none", "recipe-carry"]
     none, recipe = costs
+    assert all(history_arms.named_arm(arm) for arm in history_cost.ARMS)
     assert recipe.parameters > none.parameters
     assert none.tokens_per_s == pytest.approx(2 * 8 * 16 / none.ms * 1e3)
 
@@ -264,10 +265,13 @@ def test_answers_are_what_was_stated(seed: int, chunks: int, pairs: int) -> None
 
 def test_every_distance_is_as_frequent() -> None:
     task = recall.Task(chunks=9, length=64, pairs=2, distances=6)
-    distance = task.sample(400, torch.Generator().manual_seed(0)).distance
+    _, targets, distance, _ = task.sample(400, torch.Generator().manual_seed(0))
     found = torch.bincount(distance[distance > 0], minlength=7)[1:]
     expected = 400 * task.answers
     assert ((found - expected).abs() < 5 * expected**0.5).all()
+    own = ((distance == 0) & (targets != IGNORE)).sum()
+    expected = 400 * 9 * 3 * task.questions / 2  # all parts but a chunk's first, half of the time
+    assert (own - expected).abs() < 5 * expected**0.5
 
 
 def test_latents_recall_what_was_stated_as_far_as_history_reaches() -> None:

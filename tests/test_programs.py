@@ -37,7 +37,7 @@ def test_a_dry_run_without_data_is_the_card() -> None:
     assert 335e6 <= total <= 348e6
     assert "tokens_per_step=16384" in result.stdout
     assert "8 heads do not divide width 1180: using 10" in result.stdout + result.stderr
-    assert "compression.off_steps=1832" in result.stdout, "30M tokens, and the card has fewer"
+    assert "compression.off_steps=2002" in result.stdout, "32.8M tokens, of 16,384 a step"
 
 
 @pytest.mark.parametrize("words", [["compression.off_steps=1500"], ["train.steps=6000"]])
