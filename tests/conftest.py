@@ -104,14 +104,17 @@ def deepspeed(
     timeout: float = 300,
     before: Sequence[object] = (),
     script: str = "launch/train.py",
+    port: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run launch/train.py as `ranks` CPU processes under the deepspeed launcher."""
-    return _run([*before, *deepspeed_command(ranks, script), *words], timeout)
+    return _run([*before, *deepspeed_command(ranks, script, port), *words], timeout)
 
 
-def deepspeed_command(ranks: int = 2, script: str = "launch/train.py") -> list[object]:
+def deepspeed_command(
+    ranks: int = 2, script: str = "launch/train.py", port: int | None = None
+) -> list[object]:
     """The words that start `script` under the launcher, up to its own arguments."""
-    launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", free_port()]
+    launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", port or free_port()]
     return [*launcher, script, "--deepspeed", "configs/zero2.json"]
 
 
