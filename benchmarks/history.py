@@ -27,7 +27,7 @@ import history_report
 import numpy as np
 import torch
 from history_arms import ARMS, Arm, build, named_arm
-from i3_steps import Shape, in_bare_loop, in_engine
+from i3_steps import I3Steps, Shape, in_bare_loop, in_engine
 from torch import Tensor
 from unigram import counts
 
@@ -105,16 +105,16 @@ class Experiment:
 
     def run(self, plan: Plan) -> Iterator[dict[str, Any]]:
         """Train; yields what is measured at each mark."""
-        loop = in_engine if self.device.type == "cuda" else partial(in_bare_loop, compiled=False)
         with self.device:
             model = build(plan.arm, plan.model, self.train.manifest.bos_id, plan.seed)
-        shape = Shape(plan.lanes, plan.lanes, WINDOW)
-        steps = loop(model, shape, self.device, TrainSettings(clip=plan.clip))
+        steps = steps_of(model, plan.lanes, self.device, plan.clip)
         optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
         arm = Arm.parse(plan.arm)
         gates, drops = arm.gate, "drop" in arm.added
         curve = Curve()
-        for step, batch in enumerate(self.batches(self.train, plan, plan.seed, plan.marks[-1])):
+        span = range(plan.marks[-1])
+        batches = read(self.train, plan.lanes, plan.seed, span, self.device)
+        for step, batch in enumerate(batches):
             steps.gate.fill_(gates.gate_at(step))
             if drops:
                 batch = without_some(batch, plan.seed, step)
@@ -130,19 +130,11 @@ class Experiment:
                 } | self.evaluate(model, plan)
         steps.close()
 
-    def batches(self, split: Split, plan: Plan, seed: int, count: int) -> Iterator[Batch]:
-        """The first windows of a split."""
-        schedule = split.schedule(plan.lanes, WINDOW, seed)
-        reader = LaneWindows(split.folder, split.manifest, schedule, range(plan.lanes))
-        workers = 2 if self.device.type == "cuda" else 0
-        return windows(reader, 0, count, workers=workers, device=self.device)
-
     @torch.no_grad()
     def evaluate(self, model: I3LM, plan: Plan) -> dict[str, Any]:
         """Sums of losses over the held-out split: by chunk index, and in chunks 1 and later by
         position and of rare tokens."""
-        schedule = self.held_out.schedule(plan.lanes, WINDOW, 0)
-        count = schedule.windows_in_epoch(0)
+        span = range(self.held_out.schedule(plan.lanes, WINDOW, 0).windows_in_epoch(0))
         size = self.held_out.manifest.chunks_per_shard
         by_chunk, by_position, rare = (
             torch.zeros(1 + len(LOSSES), n, dtype=torch.float64, device=self.device)
@@ -150,7 +142,7 @@ class Experiment:
         )
         state = LaneState.empty(plan.lanes, model.settings, self.device, model.head.weight.dtype)
         other = None
-        for batch in self.batches(self.held_out, plan, 0, count):
+        for batch in read(self.held_out, plan.lanes, 0, span, self.device):
             losses, state, other = three_losses(model, batch, state, other)
             values = torch.stack([torch.ones_like(losses[0]), *losses]).double()
             used = batch.targets != IGNORE
@@ -166,6 +158,20 @@ class Experiment:
             "by_position": dict(zip(names, by_position.tolist(), strict=True)),
             "rare": dict(zip(names, rare.flatten().tolist(), strict=True)),
         }
+
+
+def steps_of(model: I3LM, lanes: int, device: torch.device, clip: float) -> I3Steps:
+    """Its training steps: through the engine on a GPU, else in a plain loop."""
+    loop = in_engine if device.type == "cuda" else partial(in_bare_loop, compiled=False)
+    return loop(model, Shape(lanes, lanes, WINDOW), device, TrainSettings(clip=clip))
+
+
+def read(split: Split, lanes: int, seed: int, span: range, device: torch.device) -> Iterator[Batch]:
+    """These windows of a split's stream, in order."""
+    schedule = split.schedule(lanes, WINDOW, seed)
+    reader = LaneWindows(split.folder, split.manifest, schedule, range(lanes))
+    workers = 2 if device.type == "cuda" else 0
+    return windows(reader, span.start, span.stop, workers=workers, device=device)
 
 
 def three_losses(

@@ -11,22 +11,19 @@ import argparse
 import json
 import statistics
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from history import WINDOW, add_sizes, model_settings
+from history import WINDOW, add_sizes, model_settings, read, steps_of
 from history_arms import build, named_arm
-from i3_steps import Shape, in_bare_loop, in_engine
 from measure import free, time_steps
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from i3dist import dist
-from i3dist.config import ModelSettings
+from i3dist.config import ModelSettings, TrainSettings
 from i3dist.data.corpus import Split
-from i3dist.data.lanes import LaneWindows, windows
 from i3dist.data.manifest import Manifest
 from i3dist.errors import ArgumentParser, one_line_errors
 
@@ -49,15 +46,11 @@ class Cost:
 def measure(arm: str, settings: ModelSettings, split: Split, options: argparse.Namespace) -> Cost:
     """Time an arm's steps over successive windows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loop = in_engine if device.type == "cuda" else partial(in_bare_loop, compiled=False)
     with device:
         model = build(arm, settings, split.manifest.bos_id, seed=0)
-    steps = loop(model, Shape(options.lanes, options.lanes, WINDOW), device)
-    schedule = split.schedule(options.lanes, WINDOW, 0)
-    reader = LaneWindows(split.folder, split.manifest, schedule, range(options.lanes))
-    stop = FIRST + options.warm_up + options.steps
-    workers = 2 if device.type == "cuda" else 0
-    batches = windows(reader, FIRST, stop, workers=workers, device=device)
+    steps = steps_of(model, options.lanes, device, TrainSettings().clip)
+    span = range(FIRST, FIRST + options.warm_up + options.steps)
+    batches = read(split, options.lanes, 0, span, device)
 
     def step() -> Tensor:
         return steps([next(batches)], LR, split.manifest.pad_id)

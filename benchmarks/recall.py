@@ -229,9 +229,13 @@ def measure(
 
 def show(results: list[Result], chance: float) -> None:
     """Print accuracy by distance."""
-    longest = max(len(result.accuracy) for result in results)
     table = Table(title=f"share of right answers by distance in chunks; chance is {chance:.3f}")
-    headings = ("arm", "pairs per latent", "own chunk", *map(str, range(1, longest)))
+    headings = (
+        "arm",
+        "pairs per latent",
+        "own chunk",
+        *map(str, range(1, len(results[0].accuracy))),
+    )
     for heading in (*headings, "withheld, best", "answers", "s"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for r in results:

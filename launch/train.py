@@ -61,7 +61,8 @@ def dry_run(settings: Settings, job: dist.Job) -> None:
     if job.rank == 0:
         settings = decide(settings, job.world_size, vocab_size)
         print_summary(settings, job.world_size)
-        tell(early_history(settings))
+        if note := early_history(settings):
+            dist.say(note)
 
 
 def build(
@@ -116,19 +117,13 @@ def begin_record(
     settings = start.settings
     lay_out(start, corpus)
     print_summary(settings, job.world_size)
-    tell(idle_lanes(settings, corpus))
-    if start.checkpoint is None:
-        tell(early_history(settings))
+    early = early_history(settings) if start.checkpoint is None else None
+    for note in filter(None, (idle_lanes(settings, corpus), early)):
+        dist.say(note)
     tracker = tracking.start(settings, tags=tags(corpus), fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
     return tracker
-
-
-def tell(note: str | None) -> None:
-    """Print what there is to be said."""
-    if note:
-        print(note, flush=True)
 
 
 def tags(corpus: Corpus) -> dict[str, str]:
