@@ -25,6 +25,7 @@ from data_prep.tokenizer import (
 )
 from i3dist.data.manifest import MAX_SHARDS, Manifest
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.paths import typed_path
 from i3dist.tokenizer import Tokenizer
 
 DEFAULT_VOCABULARY = 32_000
@@ -72,8 +73,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a file, a folder or a glob of .parquet, .jsonl(.gz, .zst) or .txt; or `stdlib`, the "
         f"text of this Python's standard library (default: {HUB_NAME}, streamed from the hub)",
     )
-    add("--out", type=Path, default=Path("data/fineweb-edu"), help="folder (default: %(default)s)")
-    add("--tokenizer", type=Path, help="a tokenizer.json to use (default: train one)")
+    add(
+        "--out",
+        type=typed_path,
+        default=Path("data/fineweb-edu"),
+        help="folder (default: %(default)s)",
+    )
+    add("--tokenizer", type=typed_path, help="a tokenizer.json to use (default: train one)")
     add(
         "--vocab-size",
         type=_number(int, SMALLEST_VOCABULARY, LARGEST_VOCABULARY),

@@ -13,6 +13,7 @@ from i3dist.config import Settings
 from i3dist.errors import UserError
 from i3dist.files import sync
 from i3dist.model.lm import I3LM
+from i3dist.paths import typed_path
 from i3dist.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -33,7 +34,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What tells a program which trained model to use, and where."""
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=typed_path,
         required=True,
         metavar="RUN",
         help="folder of a run that has ended, or RUN/checkpoints/step-00000100 of any",

@@ -7,7 +7,6 @@ history, with history withheld and with another document's, on the whole valid s
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
@@ -20,6 +19,7 @@ from i3dist.data.lanes import Batch, LaneWindows
 from i3dist.errors import ArgumentParser, one_line_errors
 from i3dist.evaluate import Evaluation, evaluate_epoch
 from i3dist.model.lm import I3LM
+from i3dist.paths import typed_path
 from i3dist.weights import add_model_arguments, load_run
 
 MAX_LANES = 8
@@ -30,8 +30,12 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="shard.py's output")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument(
+        "--data", type=typed_path, required=True, metavar="DIR", help="shard.py's output"
+    )
+    parser.add_argument(
+        "--json", type=typed_path, metavar="FILE", help="write the figures here too"
+    )
     return parser.parse_args()
 
 

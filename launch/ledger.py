@@ -22,15 +22,21 @@ from i3dist.ledger import (
     read,
     unsaved,
 )
+from i3dist.paths import typed_path
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("other", type=Path, metavar="OTHER", nargs="?", help="one to compare with")
+    parser.add_argument("run", type=typed_path, metavar="RUN", help="a run's folder")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="the run's data, to check what each step read"
+        "other", type=typed_path, metavar="OTHER", nargs="?", help="one to compare with"
+    )
+    parser.add_argument(
+        "--data",
+        type=typed_path,
+        metavar="DIR",
+        help="the run's data, to check what each step read",
     )
     parser.add_argument(
         "--tolerance",

@@ -20,6 +20,7 @@ from i3dist.config import Settings, setting_lines
 from i3dist.data.corpus import Corpus
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
+from i3dist.paths import typed_path
 from i3dist.revision import git_commit
 from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve, verify
 from i3dist.stop import Stop
@@ -38,12 +39,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--deepspeed",
-        type=Path,
+        type=typed_path,
         metavar="FILE",
         default=Path(__file__).parent.parent / "configs" / "zero2.json",
         help="engine settings (default: configs/zero2.json)",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings as YAML")
+    parser.add_argument("--config", type=typed_path, metavar="FILE", help="settings as YAML")
     parser.add_argument("--fresh", action="store_true", help="start over; the old run is set aside")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would be, stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
