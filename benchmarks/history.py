@@ -37,9 +37,8 @@ from i3dist.data.corpus import Split
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.manifest import Manifest
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
-from i3dist.evaluate import chunk_index, other_history
+from i3dist.evaluate import chunk_index, token_losses
 from i3dist.model.lm import I3LM
-from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
 
 WINDOW = 8  # chunks
@@ -133,31 +132,46 @@ class Experiment:
     @torch.no_grad()
     def evaluate(self, model: I3LM, plan: Plan) -> dict[str, Any]:
         """Sums of losses over the held-out split: by chunk index, and in chunks 1 and later by
-        position and of rare tokens."""
-        span = range(self.held_out.schedule(plan.lanes, WINDOW, 0).windows_in_epoch(0))
-        size = self.held_out.manifest.chunks_per_shard
+        position and of rare tokens.
+
+        Tokens without another document's history are taken to change as the others do in the mean.
+        """
+        manifest = self.held_out.manifest
         by_chunk, by_position, rare = (
-            torch.zeros(1 + len(LOSSES), n, dtype=torch.float64, device=self.device)
-            for n in (size, plan.model.chunk_length, 1)
+            torch.zeros(5, n, dtype=torch.float64, device=self.device)
+            for n in (manifest.chunks_per_shard, plan.model.chunk_length, 1)
         )
-        state = LaneState.empty(plan.lanes, model.settings, self.device, model.head.weight.dtype)
-        other = None
-        for batch in read(self.held_out, plan.lanes, 0, span, self.device):
-            losses, state, other = three_losses(model, batch, state, other)
-            values = torch.stack([torch.ones_like(losses[0]), *losses]).double()
-            used = batch.targets != IGNORE
-            index = chunk_index(batch, model.bos_id)
-            by_chunk.index_add_(1, index[used], values[:, used])
-            later = used & (index > 0)
-            by_position += (values * later).sum((1, 2))
-            few = later & self.rare[batch.targets.clamp(min=0)]
-            rare += values[:, few].sum(1, keepdim=True)
-        names = ("count", *LOSSES)
+        # Not compiled: a few windows in a shape that nothing else has.
+        with torch.compiler.set_stance("force_eager"), mock.patch.object(model, "compiled", False):
+            held_out = self.held_out.held_out(model.settings.history_chunks)
+            share = held_out.share(0, 1, WINDOW, plan.lanes, model.settings.state_carry)
+            for each in token_losses(model, held_out, share, plan.lanes):
+                change = (each.other - each.loss).where(each.exchanged, 0.0)
+                figures = (each.loss, each.withheld, change, each.exchanged)
+                values = torch.stack([torch.ones_like(each.loss), *figures]).double()
+                used = each.batch.targets != IGNORE
+                index = chunk_index(each.batch, model.bos_id)
+                by_chunk.index_add_(1, index[used], values[:, used])
+                later = used & (index > 0)
+                by_position += (values * later).sum((1, 2))
+                few = later & self.rare[each.batch.targets.clamp(min=0)]
+                rare += values[:, few].sum(1, keepdim=True)
+        if not by_chunk[4, 1:].any():
+            raise UserError("--held-out must hold two documents that run over several chunks")
         return {
-            "by_chunk": dict(zip(names, by_chunk.tolist(), strict=True)),
-            "by_position": dict(zip(names, by_position.tolist(), strict=True)),
-            "rare": dict(zip(names, rare.flatten().tolist(), strict=True)),
+            "by_chunk": named(by_chunk),
+            "by_position": named(by_position),
+            "rare": {name: values[0] for name, values in named(rare).items()},
         }
+
+
+def named(sums: Tensor) -> dict[str, list[float]]:
+    """[5, n] sums of ones, loss, loss withheld, change with another document's history, and tokens
+    that had that -> the sums of `LOSSES` and the count, by name."""
+    count, loss, withheld, change, exchanged = sums
+    other = loss + change * count / exchanged.clamp(min=1)
+    parts = zip(("count", *LOSSES), (count, loss, withheld, other), strict=True)
+    return {name: part.tolist() for name, part in parts}
 
 
 def steps_of(model: I3LM, lanes: int, device: torch.device, clip: float) -> I3Steps:
@@ -167,29 +181,11 @@ def steps_of(model: I3LM, lanes: int, device: torch.device, clip: float) -> I3St
 
 
 def read(split: Split, lanes: int, seed: int, span: range, device: torch.device) -> Iterator[Batch]:
-    """These windows of a split's stream, in order."""
-    schedule = split.schedule(lanes, WINDOW, seed)
+    """These windows of a split's stream, in order: those that the published runs read."""
+    schedule = split.schedule(lanes, WINDOW, seed, version=1)
     reader = LaneWindows(split.folder, split.manifest, schedule, range(lanes))
     workers = 2 if device.type == "cuda" else 0
     return windows(reader, span.start, span.stop, workers=workers, device=device)
-
-
-def three_losses(
-    model: I3LM, batch: Batch, state: LaneState, other: Tensor | None
-) -> tuple[list[Tensor], LaneState, Tensor]:
-    """Token losses with history, with history withheld and with another document's.
-
-    Also the new state, and the other documents' latents, which the next window's call takes.
-    """
-    # Not compiled: a few windows in a shape that nothing else has.
-    with torch.compiler.set_stance("force_eager"), mock.patch.object(model, "compiled", False):
-        below, after = model.below(batch.tokens, batch.depth, state)
-        other = other_history(below.latents, batch, other)
-        if other is None:
-            raise UserError("--held-out and --lanes must leave two lanes with documents")
-        on, off = torch.tensor([1.0, 0.0], device=batch.tokens.device)
-        cases = ((below, on), (below, off), (below._replace(latents=other), on))
-        return [model.losses(model.above(*case), batch.targets) for case in cases], after, other
 
 
 def without_some(batch: Batch, seed: int, step: int) -> Batch:

@@ -155,7 +155,9 @@ class WithoutHistory(I3LM):
         segments = segment_ids(tokens, self.bos_id)
         x, carried = self._recur(tokens, depth, state.rwkv)
         after = LaneState(state.latents, carried).detach()
-        return Below(x, segments, depth, state.latents), after
+        # As many as there should be, which nobody reads either: a view of one.
+        chunks = self.settings.history_chunks + tokens.shape[1]
+        return Below(x, segments, depth, state.latents[:, :1].expand(-1, chunks, -1, -1)), after
 
     @property
     def keys_per_chunk(self) -> int:

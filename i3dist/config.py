@@ -169,6 +169,9 @@ class TrainSettings(Section):
     """Seed of the weights and of the order of shards."""
     lanes: Count | Auto = "auto"
     """Rows G of the whole job's batch; auto is 4 per rank when a run starts, and stays."""
+    schedule: Literal[1, 2] | Auto = "auto"
+    """How lanes take shards. 2 (auto, in a new run): from one endless sequence, so that none ever
+    waits. 1: each epoch by itself, at whose end lanes idle. A run keeps the one it began with."""
     window_chunks: Annotated[int, Field(ge=1, le=4096)] = 8
     """Consecutive chunks K of a lane trained at once. Gradient flows into latents inside it: with 1
     the compressor does not learn."""
@@ -187,6 +190,13 @@ class TrainSettings(Section):
         if self.lanes == "auto":
             raise ValueError("train.lanes is not resolved")
         return self.lanes
+
+    @property
+    def schedule_version(self) -> Literal[1, 2]:
+        """`schedule` as a number, once the run has decided it."""
+        if self.schedule == "auto":
+            raise ValueError("train.schedule is not resolved")
+        return self.schedule
 
 
 class LogSettings(Section):
@@ -290,6 +300,17 @@ class Settings(Section):
         except ValidationError as error:
             raise UserError(_explain(error)) from None
 
+    @classmethod
+    def of_run(cls, values: Any) -> "Settings":
+        """What a run has saved. Settings that are newer than the run have its old behaviour.
+
+        Raises:
+            UserError: unknown key or illegal value.
+        """
+        settings = cls.build(values)
+        older = {name: value for name, value in BEFORE.items() if settings.flat()[name] == "auto"}
+        return settings.with_values(**older)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, in the names that users type."""
         return self.model_dump(mode="json", by_alias=True)
@@ -343,7 +364,15 @@ FREE_TO_CHANGE = (
 )
 
 # Settings whose "auto" is decided when a run starts and stays the run's from then on.
-DECIDED_AT_START = ("train.lanes", "optimizer.decay_steps", "model.vocab_size")
+DECIDED_AT_START = (
+    "train.lanes",
+    "train.schedule",
+    "optimizer.decay_steps",
+    "model.vocab_size",
+)
+
+# Those of them that came later, and what runs did before: a run that has it saved has decided it.
+BEFORE = {"train.schedule": 1}
 
 
 def inherit_decided(settings: Settings, saved: Settings) -> Settings:

@@ -1,19 +1,21 @@
 """Held-out loss by chunk index within the document: with history, with history withheld, and with
 the history of another document, which tells memory from mere presence of latents.
 
-Letters: B lanes of a rank, C history chunks, K chunks of a window, T tokens, M latents, D width.
+Letters: B rows of a batch, C history chunks, K chunks of a window, T tokens, M latents, D width,
+S stretches.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from i3dist import dist
+from i3dist.data.held_out import NONE, HeldOut, Share, Table
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.model.lm import I3LM, Below
 from i3dist.model.segments import segment_ids
@@ -25,9 +27,9 @@ from i3dist.ops.cross_entropy import IGNORE
 class ChunkLoss:
     """Mean loss in nats per token over all chunks of one index within their document.
 
-    `loss_other_history` is `loss` and what another document's history adds to it. The latter is a
-    mean over the tokens of ranks with two lanes or more, which have another document at hand; the
-    figure is None where no rank has.
+    `loss_other_history` is `loss` and what it changes by where another document's history stands in
+    place of the document's own. That is a mean over the tokens for which another document has as
+    many chunks; the figure is None where there is no such token.
     """
 
     index: int
@@ -52,116 +54,147 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate_epoch(
-    model: I3LM,
-    reader: LaneWindows,
-    token_bytes: np.ndarray,
-    micro_batch: int,
-    progress: Callable[[Iterator[Batch], int], Iterator[Batch]] = lambda batches, _: batches,
-) -> Evaluation:
-    """Evaluate one pass over what `reader` holds; every rank calls this with its own lanes.
+class TokenLosses(NamedTuple):
+    """One batch of an evaluation, and the losses of its tokens, [B, K, T] each."""
 
-    Args:
-        model: in any mode, on any device.
-        reader: this rank's lanes of a split.
-        token_bytes: [V] bytes of text that each token stands for.
-        micro_batch: lanes computed at once.
-        progress: wraps the batches, given their number, to show how far it is.
-    """
-    weight, count = model.head.weight, reader.schedule.windows_in_epoch(0)
-    batches = windows(reader, 0, count, workers=0, device=weight.device)
-    return evaluate(
-        model,
-        progress(batches, count),
-        LaneState.empty(len(reader.lanes), model.settings, weight.device, weight.dtype),
-        torch.from_numpy(token_bytes).to(weight.device),
-        reader.manifest.chunks_per_shard,
-        micro_batch,
-    )
+    batch: Batch
+    loss: Tensor
+    withheld: Tensor
+    other: Tensor  # where not `exchanged`, the same as `loss`
+    exchanged: Tensor  # bool: `other` is with another document's history, or there is none at all
 
 
-@torch.no_grad()
 def evaluate(
     model: I3LM,
-    batches: Iterable[Batch],
-    state: LaneState,
-    token_bytes: Tensor,
-    max_index: int,
-    micro_batch: int,
+    held_out: HeldOut,
+    token_bytes: np.ndarray,
+    rows: int,
+    window: int,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[Iterator[TokenLosses], int], Iterator[TokenLosses]] = lambda each, _: each,
 ) -> Evaluation:
-    """Evaluate on this rank's lanes and sum over all ranks; every rank gets the whole result.
-
-    What lies below history is computed once and held for all of a window's lanes; the attention
-    blocks run three times over it.
+    """Evaluate on all of `held_out`; every rank calls this, does its share and gets the result.
 
     Args:
-        model: in any mode; it has no dropout.
-        batches: windows of lanes, in order from an epoch's start.
-        state: empty state of those lanes.
+        model: in any mode, on any device; it has no dropout.
+        held_out: what is read.
         token_bytes: [V] bytes of text that each token stands for.
-        max_index: largest chunk index that can occur.
-        micro_batch: lanes computed at once.
+        rows: windows computed at once, at most.
+        window: chunks K of a window.
+        rank: this one.
+        ranks: of the job.
+        progress: wraps the batches, given their number, to show how far it is.
     """
-    sums = torch.zeros(5, max_index + 1, dtype=torch.float64, device=token_bytes.device)
-    text_bytes = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
-    other = None
-    for batch in batches:
-        lanes = [slice(i, i + micro_batch) for i in range(0, len(batch.tokens), micro_batch)]
-        below, state = _below(model, batch, state, lanes)
-        other = other_history(torch.cat([part.latents for part in below]), batch, other)
-        for rows, part in zip(lanes, below, strict=True):
-            share = batch.rows(rows.start, rows.stop)
-            figures = _losses(model, part, None if other is None else other[rows], share.targets)
-            sums += _by_index(share, figures, model.bos_id, max_index)
-        text_bytes += token_bytes[batch.targets[batch.targets != IGNORE]].sum()
+    device, most = model.head.weight.device, held_out.manifest.chunks_per_shard
+    bytes_of = torch.from_numpy(token_bytes).to(device)
+    sums = torch.zeros(5, most + 1, dtype=torch.float64, device=device)
+    text_bytes = torch.zeros((), dtype=torch.float64, device=device)
+    share = held_out.share(rank, ranks, window, rows, model.settings.state_carry)
+    batches = token_losses(model, held_out, share, rows)
+    for losses in progress(batches, len(share.table.positions)):
+        targets = losses.batch.targets
+        sums += _by_index(losses, model.bos_id, most)
+        text_bytes += bytes_of[targets[targets != IGNORE]].sum()
     return _summary(dist.all_sum(sums).cpu(), float(dist.all_sum(text_bytes)))
 
 
-def _below(
-    model: I3LM, batch: Batch, state: LaneState, lanes: list[slice]
-) -> tuple[list[Below], LaneState]:
-    """What lies below history, by micro-batch, and the state of all lanes after the window."""
-    below, states = [], []
-    for rows in lanes:
-        tokens, _, depth = batch.rows(rows.start, rows.stop)
-        part, after = model.below(tokens, depth, state.rows(rows.start, rows.stop))
-        below.append(part)
-        states.append(after)
-    return below, LaneState.concatenate(states)
+@torch.no_grad()
+def token_losses(model: I3LM, held_out: HeldOut, share: Share, rows: int) -> Iterator[TokenLosses]:
+    """The losses of a share's tokens, batch by batch; `rows` windows are computed at once, at most.
+
+    What lies below history is computed once for each batch; the attention blocks run three times
+    over it.
+    """
+    # A compiled model computes all batches in the one shape that it was compiled for.
+    height = rows if model.compiled else 0
+    table = share.table.padded(height)
+    bank = _stretches(model, held_out, share, rows, height)
+    before = None
+    on, off = torch.tensor([1.0, 0.0], device=model.head.weight.device)
+    for number, (batch, below) in enumerate(_windows(model, held_out, table)):
+        if not model.settings.state_carry:
+            below, before = _following(below, before, model.settings.history_chunks)
+        batch.targets[: share.lead_in(number)] = IGNORE
+        loss = model.losses(model.above(below, on), batch.targets)
+        withheld = model.losses(model.above(below, off), batch.targets)
+        stretch_of = held_out.stretches_at(table.positions[number])
+        continues = (below.segments == 0) & (below.depth > 0).unsqueeze(-1)
+        exchanged = ~continues if held_out.stretches else torch.zeros_like(continues)
+        other = loss
+        if bank is not None:
+            numbers = torch.from_numpy(stretch_of).to(loss.device)
+            given = continues & (numbers != NONE).unsqueeze(-1)
+            x = model.above(_exchanged(below, bank[numbers.clamp(min=0)]), on)
+            other = model.losses(x.view_as(below.x), batch.targets).where(given, loss)
+            exchanged = exchanged | given
+        yield TokenLosses(batch, loss, withheld, other, exchanged)
 
 
-def other_history(latents: Tensor, batch: Batch, before: Tensor | None) -> Tensor | None:
-    """Latents of another document for every lane: those of another lane at the same places.
+def _windows(model: I3LM, held_out: HeldOut, table: Table) -> Iterator[tuple[Batch, Below]]:
+    """A table's batches and what lies below history; each row goes on where it was before."""
+    weight, rows = model.head.weight, range(table.positions.shape[1])
+    reader = LaneWindows(held_out.folder, held_out.manifest, table, rows)
+    state = LaneState.empty(len(rows), model.settings, weight.device, weight.dtype)
+    for batch in windows(reader, 0, len(table.positions), workers=0, device=weight.device):
+        below, state = model.below(batch.tokens, batch.depth, state)
+        yield batch, below
 
-    Lanes walk through shards of their own, so their documents differ. Idle lanes have none to give:
-    each lane takes from the busy lane before it, the first from the last. Where only one is left,
-    lanes keep what they were given for the window before.
+
+def _following(below: Below, before: Tensor | None, chunks: int) -> tuple[Below, Tensor]:
+    """Have rows that follow each other see the latents of those before them.
 
     Args:
-        latents: [B, C + K, M, D], the lanes' own.
-        batch: the window; a lane without targets is idle.
-        before: what this returned for the window before.
+        below: the rows.
+        before: [C, M, D], latents of the chunks before the first row; None where there are none.
+        chunks: C.
 
     Returns:
-        [B, C + K, M, D], or None as long as there never were two busy lanes.
+        The rows with their history, and the latents of the last C chunks.
     """
-    busy = (batch.targets != IGNORE).flatten(1).any(1).nonzero().flatten()
-    if len(busy) < 2:
-        return before
-    other = latents.clone()
-    other[busy] = latents[busy.roll(1)]
-    return other
+    new = below.latents[:, chunks:]
+    if before is None:
+        before = torch.zeros_like(below.latents[0, :chunks])
+    stream = torch.cat([before, new.flatten(0, 1)])
+    first = torch.arange(len(new), device=stream.device) * new.shape[1]
+    seen = first.unsqueeze(1) + torch.arange(chunks + new.shape[1], device=stream.device)
+    return below._replace(latents=stream[seen]), stream[-chunks:]
 
 
-def _losses(model: I3LM, below: Below, other: Tensor | None, targets: Tensor) -> list[Tensor]:
-    """Four figures of every token, [B, K, T] each: its loss with history; without; 1 where there is
-    `other`, and what the loss is more with that in place of history, both 0 where it is None."""
-    on, off = torch.tensor([1.0, 0.0], device=targets.device)
-    loss, without = (model.losses(model.above(below, gate), targets) for gate in (on, off))
-    if other is None:
-        return [loss, without, torch.zeros_like(loss), torch.zeros_like(loss)]
-    exchanged = model.losses(model.above(below._replace(latents=other), on), targets)
-    return [loss, without, torch.ones_like(loss), exchanged - loss]
+def _stretches(
+    model: I3LM, held_out: HeldOut, share: Share, rows: int, height: int
+) -> Tensor | None:
+    """Latents of the stretches that a share needs, the newest last: [S, C, M, D].
+
+    What it does not need stays 0; None where it needs none at all.
+    """
+    needed = np.unique(held_out.stretches_at(share.table.positions))
+    needed = needed[needed != NONE]
+    chunks, carries = model.settings.history_chunks, model.settings.state_carry
+    bank: Tensor | None = None
+    for start in range(0, len(needed), rows):
+        numbers = needed[start : start + rows].tolist()
+        table = held_out.stretch_table(numbers, share.table.window, carries).padded(height)
+        read = [below.latents[:, chunks:] for _, below in _windows(model, held_out, table)]
+        latents = torch.cat(read, dim=1)
+        if bank is None:
+            bank = latents.new_zeros(len(held_out.stretches), chunks, *latents.shape[2:])
+        for row, number in zip(latents, numbers, strict=False):
+            stretch = held_out.stretches[number]
+            end = stretch.first + stretch.chunks - (stretch.opened if carries else stretch.first)
+            bank[number, chunks - stretch.chunks :] = row[end - stretch.chunks : end]
+    return bank
+
+
+def _exchanged(below: Below, history: Tensor) -> Below:
+    """Every chunk as a window of its own, with latents [B, K, C, M, D] in place of its history."""
+    latents = history.flatten(0, 1)
+    return Below(
+        below.x.flatten(0, 1).unsqueeze(1),
+        below.segments.flatten(0, 1).unsqueeze(1),
+        below.depth.view(-1, 1),
+        torch.cat([latents, torch.zeros_like(latents[:, :1])], dim=1),  # its own: nobody sees them
+    )
 
 
 def chunk_index(batch: Batch, bos_id: int) -> Tensor:
@@ -173,11 +206,14 @@ def chunk_index(batch: Batch, bos_id: int) -> Tensor:
     return torch.where(continues, batch.depth.unsqueeze(-1), 0)
 
 
-def _by_index(batch: Batch, figures: list[Tensor], bos_id: int, max_index: int) -> Tensor:
-    """Sums of [tokens, *figures] by chunk index: [5, max_index + 1] fp64."""
+def _by_index(losses: TokenLosses, bos_id: int, max_index: int) -> Tensor:
+    """Sums by chunk index, [5, max_index + 1] fp64: tokens, loss, loss withheld, tokens with
+    another document's history, and what that changes of their loss."""
+    batch, loss, withheld, other, exchanged = losses
     index = chunk_index(batch, bos_id)
     used = batch.targets != IGNORE
-    values = torch.stack([used, *figures]).double()[:, used]
+    change = (other - loss).where(exchanged, 0.0)
+    values = torch.stack([used, loss, withheld, exchanged, change]).double()[:, used]
     sums = torch.zeros(len(values), max_index + 1, dtype=torch.float64, device=values.device)
     return sums.index_add_(1, index[used], values)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from i3dist import shelf
-from i3dist.data.schedule import Schedule
+from i3dist.data.schedule import LaneSchedule
 from i3dist.errors import UserError
 
 LEDGER = "ledger.jsonl"
@@ -88,7 +88,9 @@ def unsaved(entries: Sequence[Entry], run: Path) -> str | None:
     return None
 
 
-def first_misread(entries: Sequence[Entry], schedule: Schedule, accumulation: int) -> str | None:
+def first_misread(
+    entries: Sequence[Entry], schedule: LaneSchedule, accumulation: int
+) -> str | None:
     """The first step whose samples are not those that the schedule gives it, or None."""
     for entry in entries:
         if entry.samples != samples_hash(schedule, entry.step * accumulation, accumulation):
@@ -128,7 +130,7 @@ def _differing(a: Entry, b: Entry, tolerance: float | None) -> Iterator[str]:
             yield field
 
 
-def samples_hash(schedule: Schedule, windows: int, accumulation: int) -> str:
+def samples_hash(schedule: LaneSchedule, windows: int, accumulation: int) -> str:
     """Hash of the (shard, chunk) that every lane reads in a step, lane by lane.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from i3dist import dist
-from i3dist.data.schedule import Schedule
+from i3dist.data.schedule import LaneSchedule
 from i3dist.engine import Stepped
 from i3dist.errors import UserError
 from i3dist.files import sync
@@ -36,7 +36,7 @@ class _Step(NamedTuple):
 class LedgerWriter:
     """One rank's part of the ledger; the first rank writes it."""
 
-    def __init__(self, folder: Path, schedule: Schedule, accumulation: int, lanes: range):
+    def __init__(self, folder: Path, schedule: LaneSchedule, accumulation: int, lanes: range):
         """`folder` is the run's; `accumulation` windows of the schedule make a step."""
         self.path = folder / LEDGER
         self.schedule = schedule

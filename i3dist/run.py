@@ -16,6 +16,7 @@ from i3dist.files import clear_partials, write_whole
 from i3dist.tokenizer import Tokenizer
 
 LANES_PER_RANK = 4
+SCHEDULE = 2  # of a new run
 WAYS_OUT = "choose another run.path, or start over with --fresh"
 
 
@@ -32,6 +33,7 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
     """Replace every "auto" that a run decides when it starts and then keeps."""
     decided = {
         "train.lanes": LANES_PER_RANK * world_size,
+        "train.schedule": SCHEDULE,
         "optimizer.decay_steps": settings.train.steps,
         "model.vocab_size": vocab_size,
     }
@@ -60,7 +62,7 @@ def resolve(
         return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
     path = found.path
     state = checkpoint.read_state(path)
-    saved = Settings.build(state.settings)
+    saved = Settings.of_run(state.settings)
     settings = inherit_decided(settings, saved)
     if conflict := first_conflict(settings, saved):
         raise UserError(f"{path} is of other settings: {conflict}; {WAYS_OUT}")
@@ -124,12 +126,14 @@ def verify(start: Start, job: dist.Job) -> Start:
 
 
 def idle_lanes(settings: Settings, corpus: Corpus) -> str | None:
-    """A warning where there are fewer shards than lanes, so that some lanes never work."""
+    """A warning where there are fewer shards than lanes: lanes idle, or read the same at once."""
     shards, lanes = len(corpus.train.manifest.shards), settings.train.lane_count
     if shards >= lanes:
         return None
+    idle = settings.train.schedule_version == 1
+    what = f"{lanes - shards} lanes idle" if idle else "a step reads shards of several epochs"
     return (
-        f"warning: {lanes} lanes but {shards} shards, so {lanes - shards} lanes idle; "
+        f"warning: {lanes} lanes but {shards} shards, so {what}; "
         "make smaller shards (--chunks-per-shard) or set a smaller train.lanes"
     )
 

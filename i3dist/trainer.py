@@ -7,6 +7,7 @@ lanes, and trains on the mean loss over all targets of the whole job's step.
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,13 +17,14 @@ from torch import Tensor
 from i3dist import checkpoint, dist, shelf
 from i3dist.checkpoint import RunState
 from i3dist.config import Settings
-from i3dist.data.corpus import VALIDATION_SEED, Corpus
+from i3dist.data.corpus import Corpus
+from i3dist.data.held_out import HeldOut
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import divisors, lanes_of_rank
 from i3dist.diagnose import diagnose, diagnosis_line
 from i3dist.engine import Engine
 from i3dist.errors import UserError
-from i3dist.evaluate import evaluate_epoch
+from i3dist.evaluate import evaluate
 from i3dist.guard import NOT_FINITE, Guard
 from i3dist.ledger_writer import LedgerWriter
 from i3dist.metrics import Interval, count_step, history_warning, report_line, validation_line
@@ -76,7 +78,10 @@ class Trainer:
         engine.prepare(*self._sample(self.micro_batch))  # before loaders start their threads
         folder = settings.run.path
         self.schedule = corpus.train.schedule(
-            settings.train.lane_count, settings.train.window_chunks, settings.train.seed
+            settings.train.lane_count,
+            settings.train.window_chunks,
+            settings.train.seed,
+            settings.train.schedule_version,
         )
         self.ledger = LedgerWriter(folder, self.schedule, settings.train.accumulation, self.lanes)
         self.metrics_log = MetricsLog(folder / "metrics.jsonl")
@@ -271,17 +276,25 @@ class Trainer:
             with self._interval.stopped_clock():
                 self.save()
 
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The fixed validation subset."""
+        settings = self.settings
+        return self.corpus.valid.held_out(settings.model.history_chunks, settings.validate_.chunks)
+
     def validate(self) -> None:
-        """Loss on the fixed validation subset, on lanes of its own."""
+        """Loss on the fixed validation subset, which the ranks share out."""
         self.watchdog.beat("validating")
-        settings, valid, step = self.settings, self.corpus.valid, self.progress.step
-        subset = valid.validation_subset(settings.validate_.chunks)
-        schedule = valid.schedule(
-            settings.train.lane_count, settings.train.window_chunks, VALIDATION_SEED, subset
+        settings, step = self.settings, self.progress.step
+        result = evaluate(
+            self.engine.model,
+            self.held_out,
+            self.corpus.tokenizer.token_bytes(),
+            self.micro_batch,
+            settings.train.window_chunks,
+            self.job.rank,
+            self.job.world_size,
         )
-        reader = LaneWindows(valid.folder, valid.manifest, schedule, self.lanes)
-        token_bytes = self.corpus.tokenizer.token_bytes()
-        result = evaluate_epoch(self.engine.model, reader, token_bytes, self.micro_batch)
         if self.job.rank == 0:
             self.validation_log.append(step, result.to_dict())
             self.tracker.log(step, result.to_dict(), prefix="valid")

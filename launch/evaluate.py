@@ -13,16 +13,13 @@ from rich.progress import track
 from rich.table import Table
 
 from i3dist import dist
-from i3dist.config import Settings
-from i3dist.data.corpus import VALIDATION_SEED, Corpus
-from i3dist.data.lanes import Batch, LaneWindows
+from i3dist.data.corpus import Corpus
 from i3dist.errors import ArgumentParser, one_line_errors
-from i3dist.evaluate import Evaluation, evaluate_epoch
-from i3dist.model.lm import I3LM
+from i3dist.evaluate import Evaluation, TokenLosses, evaluate
 from i3dist.paths import typed_path
 from i3dist.weights import add_model_arguments, load_run
 
-MAX_LANES = 8
+ROWS = 8  # windows computed at once
 ROWS_SHOWN = 12
 
 
@@ -39,16 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def evaluate_corpus(model: I3LM, settings: Settings, corpus: Corpus) -> Evaluation:
-    """Evaluate the whole valid split in one process."""
-    valid = corpus.valid
-    lanes = min(MAX_LANES, len(valid.manifest.shards))
-    schedule = valid.schedule(lanes, settings.train.window_chunks, VALIDATION_SEED)
-    reader = LaneWindows(valid.folder, valid.manifest, schedule, range(lanes))
-    return evaluate_epoch(model, reader, corpus.tokenizer.token_bytes(), lanes, with_progress)
-
-
-def with_progress(batches: Iterator[Batch], total: int) -> Iterator[Batch]:
+def with_progress(batches: Iterator[TokenLosses], total: int) -> Iterator[TokenLosses]:
     """Show a bar on standard error while batches are used up."""
     console = Console(stderr=True)
     yield from track(batches, "evaluating", total, console=console, transient=True)
@@ -86,7 +74,14 @@ def main() -> None:
         arguments.json.touch()  # better an error now than after the work
     model, settings, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
     corpus = Corpus.open(arguments.data, settings.model, trained_with=tokenizer)
-    result = evaluate_corpus(model, settings, corpus)
+    result = evaluate(
+        model,
+        corpus.valid.held_out(settings.model.history_chunks),
+        corpus.tokenizer.token_bytes(),
+        ROWS,
+        settings.train.window_chunks,
+        progress=with_progress,
+    )
     print_tables(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")

@@ -23,6 +23,7 @@ from i3dist.ledger import (
     unsaved,
 )
 from i3dist.paths import typed_path
+from i3dist.yaml_text import read_values
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,9 +58,11 @@ def checked(run: Path, data: Path | None) -> list[Entry]:
     entries = read(run)
     fault = first_break(entries) or unsaved(entries, run)
     if fault is None and data is not None:
-        train = Settings.load(run / "settings.yaml").train
+        train = Settings.of_run(read_values(run / "settings.yaml", ())).train
         split = Split(data / "train", Manifest.load(data / "train"))
-        schedule = split.schedule(train.lane_count, train.window_chunks, train.seed)
+        schedule = split.schedule(
+            train.lane_count, train.window_chunks, train.seed, train.schedule_version
+        )
         fault = first_misread(entries, schedule, train.accumulation)
     if fault is not None:
         raise UserError(f"{run / LEDGER} is broken: {fault}")

@@ -1,166 +1,209 @@
-"""Evaluation: sums that do not depend on grouping, and an index that counts within documents."""
+"""Evaluation: the same figures for any grouping and any number of ranks, an index that counts
+within documents, and another document's history that is really another's.
+"""
 
 import json
 import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch import Tensor
 
-from i3dist.data.lanes import Batch
-from i3dist.evaluate import evaluate, other_history
+from i3dist.data.corpus import Split
+from i3dist.data.held_out import NONE, HeldOut
+from i3dist.data.shards import read_shard
+from i3dist.evaluate import TokenLosses, evaluate, token_losses
 from i3dist.model.lm import I3LM
+from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
+from tests.data.splits import BOS, documents_of, split_of
 from tests.model.conftest import SMALL, build
-from tests.model.streams import BOS, depth_of, empty, stream
+from tests.model.streams import empty
 
-CHUNKS = 6
+LENGTH, VOCAB, HISTORY = SMALL["chunk_length"], SMALL["vocab_size"], SMALL["history_chunks"]
+TOKEN_BYTES = np.arange(VOCAB)
+# In tokens: of less than a chunk, of many, and one that runs over the ends of two shards.
+LENGTHS = [70, 3, 130, 5, 5, 60, 250, 8, 40, 90, 33]
+PER_SHARD = 9
 
 
 @pytest.fixture(scope="module")
-def model() -> I3LM:
-    return build()
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    documents = documents_of(0, LENGTHS, VOCAB)
+    return split_of(tmp_path_factory.mktemp("split") / "valid", documents, LENGTH, PER_SHARD, VOCAB)
 
 
-def lanes(seed: int, rows: int = 4, mean_document: float = 30) -> Batch:
-    length, vocab = SMALL["chunk_length"], SMALL["vocab_size"]
-    tokens = torch.cat(
-        [stream(seed + i, CHUNKS, length, vocab, mean_document) for i in range(rows)]
-    )
-    targets = tokens.flatten(1).roll(-1, 1).view_as(tokens)
-    targets[:, -1, -1] = IGNORE
-    return Batch(tokens, targets.masked_fill(targets == BOS, IGNORE), depth_of(tokens))
+@pytest.fixture(scope="module")
+def held_out(split: Split) -> HeldOut:
+    return split.held_out(HISTORY)
 
 
-def run(model: I3LM, batches: list[Batch], rows: int, micro_batch: int):
-    token_bytes = torch.arange(SMALL["vocab_size"])
-    return evaluate(model, batches, empty(model, rows), token_bytes, CHUNKS, micro_batch)
+@pytest.fixture(scope="module", params=[False, True], ids=["fresh", "carried"])
+def model(request: pytest.FixtureRequest) -> I3LM:
+    """A model whose RWKV state restarts with each chunk, and one that carries it."""
+    return build(state_carry=request.param)
 
 
-@given(
-    seed=st.integers(0, 9999),
-    micro_batch=st.sampled_from([1, 2, 3, 4]),
-    window=st.sampled_from([1, 2, 6]),
-)
-@settings(max_examples=8, deadline=None)
-def test_grouping_changes_nothing(model: I3LM, seed: int, micro_batch: int, window: int) -> None:
-    batch = lanes(seed)
-    whole = run(model, [batch], 4, 4)
-    cuts = [Batch(*(part[:, i : i + window] for part in batch)) for i in range(0, CHUNKS, window)]
-    parts = run(model, cuts, 4, micro_batch)
-    assert parts.tokens == whole.tokens
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
-    for a, b in zip(parts.by_chunk, whole.by_chunk, strict=True):
-        assert (a.index, a.tokens) == (b.index, b.tokens)
-        assert a.loss == pytest.approx(b.loss, rel=1e-6)
-        assert a.loss_other_history == pytest.approx(b.loss_other_history, rel=1e-6)
+def batches(
+    model: I3LM, held_out: HeldOut, rows: int, window: int, ranks: int = 1
+) -> Iterator[tuple[np.ndarray, TokenLosses]]:
+    """Positions and losses of every batch of every rank."""
+    for rank in range(ranks):
+        share = held_out.share(rank, ranks, window, rows, model.settings.state_carry)
+        yield from zip(
+            share.table.positions, token_losses(model, held_out, share, rows), strict=True
+        )
 
 
-def test_index_counts_within_the_document(model: I3LM) -> None:
-    """Against a walk along each lane, token by token."""
-    batch = lanes(3)
+def by_position(model: I3LM, held_out: HeldOut, *shape: int) -> dict[int, Tensor]:
+    """Of every chunk that is counted: its tokens' [loss, withheld, other, exchanged], [4, T]."""
+    found: dict[int, Tensor] = {}
+    for positions, (batch, *figures) in batches(model, held_out, *shape):
+        values = torch.stack([figure.double() for figure in figures])
+        for row, lane in enumerate(positions):
+            for k, position in enumerate(lane.tolist()):
+                if position != NONE and (batch.targets[row, k] != IGNORE).any():
+                    assert position not in found, "counted twice"
+                    found[position] = values[:, row, k]
+    return found
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 2, 3), (64, 5, 1), (2, 1, 7), (3, 8, 2)])
+def test_rows_windows_and_ranks_change_nothing(
+    model: I3LM, held_out: HeldOut, shape: tuple[int, int, int]
+) -> None:
+    """Every token has the same three losses, whoever computes it and beside what."""
+    wanted, found = by_position(model, held_out, 3, 4, 1), by_position(model, held_out, *shape)
+    assert found.keys() == wanted.keys()
+    for position, losses in wanted.items():
+        torch.testing.assert_close(found[position], losses, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_losses_are_those_of_whole_forwards(model: I3LM, split: Split, held_out: HeldOut) -> None:
+    """Against shards read one after the other by `I3LM.forward`, chunk by chunk, where all of a
+    chunk's history is in the state: there it can be withheld and exchanged."""
+    found = by_position(model, held_out, 2, 3, 2)
+    on, off = torch.tensor(1.0), torch.tensor(0.0)
+    states, chunks = _states(model, split, held_out)
+    exchanged = 0
+    for position, chunk in enumerate(chunks):
+        if position not in found:
+            continue
+        cases = [(states[position], on), (states[position], off)]
+        number = held_out.stretch_of[position]
+        if number != NONE:
+            stretch = held_out.stretches[number]
+            newest = states[stretch.first + stretch.chunks - 1, "after"].latents
+            cases.append((states[position]._replace(latents=newest), on))
+            exchanged += 1
+        losses = [model(*chunk, *case)[0].flatten() for case in cases]
+        for kind, wanted in enumerate(losses):
+            torch.testing.assert_close(found[position][kind], wanted, rtol=1e-6, atol=1e-6)
+    assert exchanged > 10
+
+
+def _states(
+    model: I3LM, split: Split, held_out: HeldOut
+) -> tuple[dict[object, LaneState], list[tuple[Tensor, Tensor, Tensor]]]:
+    """The state before each chunk, by position, and after it, by (position, "after"); and the
+    chunks' tokens, targets and depth."""
+    states: dict[object, LaneState] = {}
+    chunks: list[tuple[Tensor, Tensor, Tensor]] = []
+    state = empty(model)
+    for shard in range(len(split.manifest.shards)):
+        read = read_shard(split.folder, split.manifest, shard)
+        stream = torch.from_numpy(read.tokens.astype(np.int64))
+        targets = torch.cat([stream.flatten()[1:], torch.tensor([IGNORE])]).view_as(stream)
+        targets = targets.masked_fill((targets == BOS) | (targets == split.manifest.pad_id), IGNORE)
+        for n, depth in enumerate(read.depth.tolist()):
+            chunk = (stream[n].view(1, 1, -1), targets[n].view(1, 1, -1), torch.tensor([[depth]]))
+            position = len(chunks)
+            states[position] = state
+            _, state = model(*chunk, state, torch.tensor(1.0))
+            states[position, "after"] = state
+            chunks.append(chunk)
+    return states, chunks
+
+
+def test_index_counts_within_the_document(model: I3LM, split: Split, held_out: HeldOut) -> None:
+    """Against a walk along each shard, token by token."""
     counts: dict[int, int] = {}
-    for row in range(4):
+    for shard in range(len(split.manifest.shards)):
+        tokens = read_shard(split.folder, split.manifest, shard).tokens
+        stream = [*tokens.flatten().tolist(), BOS]
         index = -1
-        for k in range(CHUNKS):
-            index = index + 1  # the open document goes on, unless the chunk begins another
-            for token, target in zip(batch.tokens[row, k], batch.targets[row, k], strict=True):
-                index = 0 if token == BOS else index
-                counts[index] = counts.get(index, 0) + int(target != IGNORE)
-    found = {chunk.index: chunk.tokens for chunk in run(model, [batch], 4, 4).by_chunk}
-    assert found == {i: n for i, n in counts.items() if n}
+        for place, (token, target) in enumerate(pairwise(stream)):
+            index += place % LENGTH == 0  # the open document goes on, unless another begins
+            index = 0 if token == BOS else index
+            counts[index] = counts.get(index, 0) + (target not in (BOS, split.manifest.pad_id))
+    result = evaluate(model, held_out, TOKEN_BYTES, 3, 2)
+    assert {chunk.index: chunk.tokens for chunk in result.by_chunk} == {
+        index: count for index, count in counts.items() if count
+    }
 
 
-def test_chunk_zero_has_no_history_to_withhold(model: I3LM) -> None:
-    result = run(model, [lanes(0, mean_document=200)], 4, 4)
-    first, *later = result.by_chunk
+def test_chunk_zero_has_no_history_to_withhold(model: I3LM, held_out: HeldOut) -> None:
+    first, *later = evaluate(model, held_out, TOKEN_BYTES, 3, 2).by_chunk
     assert first.index == 0
-    assert first.loss == first.loss_without_history
-    assert first.loss == first.loss_other_history
+    assert first.loss == first.loss_without_history == first.loss_other_history
     for chunk in later:
         assert len({chunk.loss, chunk.loss_without_history, chunk.loss_other_history}) == 3
 
 
-@torch.no_grad()
-def test_losses_are_those_of_three_whole_forwards(model: I3LM) -> None:
-    """Chunk by chunk, where all of a chunk's history is in the state: there it can be exchanged."""
-    batch, state, parts = lanes(5, mean_document=60), empty(model, 4), []
-    on, off = torch.tensor(1.0), torch.tensor(0.0)
-    for k in range(CHUNKS):
-        one = Batch(*(part[:, k : k + 1] for part in batch))
-        other = state._replace(latents=state.latents.roll(1, 0))
-        with_history, after = model(*one, state, on)
-        without, other = model(*one, state, off)[0], model(*one, other, on)[0]
-        parts.append(torch.stack([with_history, without, other]))
-        state = after
-    wanted = torch.stack(parts).sum((0, 2, 3, 4)).tolist()
-    result = run(model, [batch], 4, 4).by_chunk
-    names = ("loss", "loss_without_history", "loss_other_history")
-    found = [sum(getattr(c, name) * c.tokens for c in result) for name in names]
-    assert found == pytest.approx(wanted, rel=1e-5)
-    assert len({round(total, 1) for total in found}) == 3, "kinds that differ too little to tell"
+def test_figures_belong_together(model: I3LM, held_out: HeldOut) -> None:
+    """Against the losses of all tokens, summed here."""
+    result = evaluate(model, held_out, TOKEN_BYTES, 3, 2)
+    loss, text, more, exchanged = 0.0, 0, {}, {}
+    tokens = 0
+    for _, each in batches(model, held_out, 2, 3):
+        used = each.batch.targets != IGNORE
+        tokens += int(used.sum())
+        loss += float(each.loss[used].sum())
+        text += int(each.batch.targets[used].sum())  # token i stands for i bytes here
+        depth = each.batch.depth.unsqueeze(-1).expand_as(used)
+        segments = (each.batch.tokens == BOS).cumsum(-1)
+        for index in range(1, PER_SHARD):
+            at = used & (segments == 0) & (depth == index) & each.exchanged
+            more[index] = more.get(index, 0.0) + float((each.other - each.loss)[at].sum())
+            exchanged[index] = exchanged.get(index, 0) + int(at.sum())
+    assert result.tokens == tokens == sum(chunk.tokens for chunk in result.by_chunk)
+    assert result.loss == pytest.approx(loss / tokens)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    assert result.bits_per_byte == pytest.approx(loss / math.log(2) / text)
+    for chunk in result.by_chunk[1:]:
+        assert exchanged[chunk.index], "of each index some are exchanged here"
+        wanted = chunk.loss + more[chunk.index] / exchanged[chunk.index]
+        assert chunk.loss_other_history == pytest.approx(wanted)
 
 
-def test_another_history_undoes_rolled_lanes() -> None:
-    batch, latents = lanes(0), torch.randn(4, 9, 3, 24)
-    assert other_history(latents.roll(-1, 0), batch, None).equal(latents)
-
-
-@given(idle=st.sets(st.integers(0, 3)))
-def test_every_busy_lane_takes_from_another_busy_lane(idle: set[int]) -> None:
-    batch = lanes(0)
-    batch.targets[sorted(idle)] = IGNORE
-    latents, before = torch.arange(4.0).view(4, 1, 1, 1), torch.full((4, 1, 1, 1), -1.0)
-    other = other_history(latents, batch, before).flatten().tolist()
-    busy = set(range(4)) - idle
-    if len(busy) < 2:
-        assert other == [-1.0] * 4
-        return
-    assert {other[lane] for lane in busy} == busy
-    assert all(other[lane] != lane for lane in busy)
-
-
-def test_a_single_lane_has_no_other_history(model: I3LM) -> None:
-    result = run(model, [lanes(0, rows=1, mean_document=200)], 1, 1)
+def test_a_single_document_has_no_other_history(model: I3LM, tmp_path: Path) -> None:
+    """Not its own in another shard, and not the padding behind it."""
+    split = split_of(tmp_path / "valid", documents_of(0, [400], VOCAB), LENGTH, PER_SHARD, VOCAB)
+    assert len(split.manifest.shards) > 2
+    result = evaluate(model, split.held_out(HISTORY), TOKEN_BYTES, 4, 2)
     assert [chunk.loss_other_history for chunk in result.by_chunk] == [None] * len(result.by_chunk)
     assert math.isfinite(result.loss)
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_tokens_without_another_history_leave_the_others_as_they_are(model: I3LM) -> None:
-    """Lane 0 is alone in the first window: what exchange costs is measured in the second."""
-    batch = lanes(4, rows=2, mean_document=25)
-    first, second = (Batch(*(part[:, i : i + 3] for part in batch)) for i in (0, 3))
-    first.targets[1] = IGNORE
-    nothing = first._replace(targets=torch.full_like(first.targets, IGNORE))
-    some, none = (
-        {c.index: c for c in run(model, [window, second], 2, 2).by_chunk}
-        for window in (first, nothing)
-    )
-    later = [index for index in none if index > 0]
-    assert any(some[index].tokens > none[index].tokens for index in later)
-    for index in later:
-        costs = [run[index].loss_other_history - run[index].loss for run in (some, none)]
-        assert costs[0] == pytest.approx(costs[1], rel=1e-9) != 0
-
-
-def test_other_history_behind_a_closed_gate_changes_nothing(model: I3LM) -> None:
-    batch = lanes(2, mean_document=200)
-    below, _ = model.below(batch.tokens, batch.depth, empty(model, 4))
-    other = below._replace(latents=other_history(below.latents, batch, None))
-    closed, opened = torch.tensor(0.0), torch.tensor(1.0)
-    assert model.above(other, closed).equal(model.above(below, closed))
-    assert not model.above(other, opened).equal(model.above(below, opened))
-
-
-def test_figures_belong_together(model: I3LM) -> None:
-    batch = lanes(1)
-    result = run(model, [batch], 4, 4)
-    used = batch.targets[batch.targets != IGNORE]
-    assert result.tokens == len(used) == sum(chunk.tokens for chunk in result.by_chunk)
-    total = sum(chunk.loss * chunk.tokens for chunk in result.by_chunk)
-    assert result.loss == pytest.approx(total / result.tokens)
-    assert result.perplexity == pytest.approx(math.exp(result.loss))
-    bytes_of_text = int(used.sum())  # token i stands for i bytes here
-    assert result.bits_per_byte == pytest.approx(total / math.log(2) / bytes_of_text)
+def test_what_the_own_document_said_is_not_in_the_exchanged_losses(
+    model: I3LM, tmp_path: Path
+) -> None:
+    """Other text in the chunks before leaves them as they are; it changes those with history."""
+    before = documents_of(1, [150, 200], VOCAB)
+    changed = [before[0], documents_of(2, [100], VOCAB)[0] + before[1][100:]]
+    found: list[dict[int, Tensor]] = []
+    for name, documents in (("one", before), ("other", changed)):
+        split = split_of(tmp_path / name, documents, LENGTH, 64, VOCAB)
+        found.append(by_position(model, split.held_out(HISTORY), 2, 3, 1))
+    last = sorted(found[0])[-5:-1]  # far behind the change, as chunks of the document
+    if not model.settings.state_carry:
+        for position in last:
+            assert found[0][position][2].equal(found[1][position][2])
+    near = (152 + 100) // LENGTH + 1
+    assert not found[0][near][0].equal(found[1][near][0])

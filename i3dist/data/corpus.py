@@ -6,13 +6,14 @@ from functools import cached_property
 from pathlib import Path
 
 from i3dist.config import ModelSettings
+from i3dist.data.held_out import HeldOut
 from i3dist.data.manifest import Manifest
-from i3dist.data.schedule import Schedule, fixed_subset
+from i3dist.data.schedule import EpochSchedule, LaneSchedule, Schedule, Version, fixed_subset
 from i3dist.errors import UserError
 from i3dist.tokenizer import Tokenizer
 
 # The validation subset is the same whatever the run's seed: runs are compared on it.
-VALIDATION_SEED = 0
+SUBSET_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,16 @@ class Split:
     folder: Path
     manifest: Manifest
 
-    def schedule(
-        self, lanes: int, window: int, seed: int, subset: tuple[int, ...] | None = None
-    ) -> Schedule:
+    def schedule(self, lanes: int, window: int, seed: int, version: Version = 2) -> LaneSchedule:
         """How `lanes` lanes walk through this split."""
         sizes = tuple(shard.chunks for shard in self.manifest.shards)
-        return Schedule(sizes, lanes, window, seed, subset)
+        return (EpochSchedule if version == 1 else Schedule)(sizes, lanes, window, seed)
 
-    def validation_subset(self, chunks: int) -> tuple[int, ...]:
-        """A fixed choice of whole shards with `chunks` chunks or more, or all there are."""
+    def held_out(self, history_chunks: int, chunks: int | None = None) -> HeldOut:
+        """All chunks, or those of a fixed choice of whole shards with so many chunks or more."""
         sizes = [shard.chunks for shard in self.manifest.shards]
-        return fixed_subset(sizes, chunks, VALIDATION_SEED)
+        shards = range(len(sizes)) if chunks is None else fixed_subset(sizes, chunks, SUBSET_SEED)
+        return HeldOut(self.folder, self.manifest, shards, history_chunks)
 
 
 @dataclass(frozen=True)

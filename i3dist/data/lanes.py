@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from i3dist.config import OnDamage
 from i3dist.data.manifest import Manifest
-from i3dist.data.schedule import Schedule
+from i3dist.data.schedule import Windows
 from i3dist.data.shards import ShardCache
 from i3dist.errors import UserError
 from i3dist.ops.cross_entropy import IGNORE
@@ -63,7 +63,7 @@ class LaneWindows(Dataset["Window | UserError"]):
         self,
         folder: Path,
         manifest: Manifest,
-        schedule: Schedule,
+        schedule: Windows,
         lanes: range,
         on_damage: OnDamage = "stop",
     ):

@@ -1,9 +1,15 @@
-"""Which chunks each lane reads when: a pure function of seed, epoch, lanes and shard sizes.
+"""Which chunks each lane reads when: a pure function of seed, lanes, window and shard sizes.
 
-A lane is one row of the whole job's batch. In each epoch lane g of G takes shards g, g + G, ... of
-the epoch's permutation and reads each from first chunk to last. A window is its next K chunks.
-Ranks appear nowhere here: the stream is the same for any number of them. Lanes that run out of
-shards before the others idle until the epoch ends.
+A lane is one row of the whole job's batch. It reads a whole shard from first chunk to last, then
+takes its next one. A window is its next K chunks. Ranks appear nowhere here: the stream is the same
+for any number of them.
+
+There are two schedules. A run keeps the one that it began with (`train.schedule`).
+
+- `Schedule`, version 2: the epochs' permutations of the shards follow each other in one endless
+  sequence, of which lane g of G takes shards g, g + G, ... No lane ever waits.
+- `EpochSchedule`, version 1: lane g takes shards g, g + G, ... of each epoch's permutation, and
+  lanes that run out of shards before the others idle until the epoch ends.
 """
 
 import hashlib
@@ -12,8 +18,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import Literal, Protocol
 
 from i3dist.errors import UserError
+
+Version = Literal[1, 2]
+Place = tuple[int, int]
+"""A shard, and a chunk in it."""
+
+
+class Windows(Protocol):
+    """(window index, row of the batch) -> the K chunks to read."""
+
+    @property
+    def window(self) -> int:
+        """Chunks K of a window."""
+        ...
+
+    def chunks(self, index: int, lane: int) -> list[Place | None]:
+        """The K chunks that a row reads in window `index`; None where it idles."""
+        ...
+
+
+class LaneSchedule(Windows, Protocol):
+    """The windows of all lanes of a job."""
+
+    @property
+    def lanes(self) -> int:
+        """Lanes G of the job."""
+        ...
 
 
 def permutation(seed: int, epoch: int, count: int) -> list[int]:
@@ -32,13 +65,18 @@ class LanePlan:
     shards: tuple[int, ...]
     ends: tuple[int, ...]  # chunks of the lane up to and including each shard
 
+    @classmethod
+    def of(cls, shards: Sequence[int], shard_chunks: Sequence[int]) -> "LanePlan":
+        """The plan of these shards, given the sizes of all."""
+        return cls(tuple(shards), tuple(accumulate(shard_chunks[i] for i in shards)))
+
     @property
     def chunks(self) -> int:
         """Chunks that the lane reads in the epoch."""
         return self.ends[-1] if self.ends else 0
 
-    def chunk(self, position: int) -> tuple[int, int] | None:
-        """(shard, chunk in it) at the lane's `position` in the epoch; None where it idles."""
+    def chunk(self, position: int) -> Place | None:
+        """(shard, chunk in it) at the lane's `position` in the epoch; None beyond its end."""
         if position >= self.chunks:
             return None
         which = bisect_right(self.ends, position)
@@ -48,60 +86,116 @@ class LanePlan:
 
 @dataclass(frozen=True)
 class Schedule:
-    """(window index, lane) -> the K chunks to read. Every chunk is read exactly once an epoch."""
+    """Version 2: lanes walk through one endless sequence of shards and never idle.
+
+    Every chunk is read exactly once in each epoch's stretch of the sequence. Lanes enter an epoch
+    at different steps, as shards differ in size.
+    """
 
     shard_chunks: tuple[int, ...]
     lanes: int
     window: int
     seed: int
-    subset: tuple[int, ...] | None = None  # shards to read; None reads all
 
     @cached_property
-    def _plans(self) -> "_Plans":
-        return _Plans(self)
+    def _sequence(self) -> "_Sequence":
+        return _Sequence(self.shard_chunks, self.lanes, self.seed)
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """(epoch, window in the epoch) of the job's window number `index`."""
-        return self._plans.locate(index)
-
-    def windows_in_epoch(self, epoch: int) -> int:
-        """Windows until the longest lane is through."""
-        longest = max(plan.chunks for plan in self._plans.of_epoch(epoch))
-        return -(-longest // self.window)
-
-    def chunks(self, index: int, lane: int) -> list[tuple[int, int] | None]:
-        """The K (shard, chunk) that `lane` reads in window `index`; None where it idles."""
-        epoch, window = self.locate(index)
-        plan = self._plans.of_epoch(epoch)[lane]
-        return [plan.chunk(window * self.window + k) for k in range(self.window)]
+    def chunks(self, index: int, lane: int) -> list[Place | None]:
+        """The K (shard, chunk) that `lane` reads in window `index`."""
+        first = index * self.window
+        return [self._sequence.chunk(first + k, lane) for k in range(self.window)]
 
 
 @dataclass
-class _Plans:
-    """The epochs' plans, made when first asked for."""
+class _Sequence:
+    """The endless sequence of shards, epoch by epoch, as it is asked for."""
 
-    schedule: Schedule
-    starts: list[int] = field(default_factory=lambda: [0])  # first window of each known epoch
+    shard_chunks: tuple[int, ...]
+    lanes: int
+    seed: int
+    # For each known epoch, how many chunks each lane has read before it.
+    starts: list[list[int]] = field(default_factory=list)
     plans: dict[int, list[LanePlan]] = field(default_factory=dict)
 
-    def of_epoch(self, epoch: int) -> list[LanePlan]:
+    def __post_init__(self) -> None:
+        self.starts.append([0] * self.lanes)
+
+    def chunk(self, position: int, lane: int) -> Place:
+        """The chunk at a lane's `position`, counted from the start of the run."""
+        while self.starts[-1][lane] <= position:
+            before, plans = self.starts[-1], self._epoch(len(self.starts) - 1)
+            self.starts.append([n + p.chunks for n, p in zip(before, plans, strict=True)])
+        # Where a lane has no shard in an epoch, the epoch after it starts at the same position.
+        epoch = bisect_right(self.starts, position, key=lambda starts: starts[lane]) - 1
+        place = self._epoch(epoch)[lane].chunk(position - self.starts[epoch][lane])
+        assert place is not None
+        return place
+
+    def _epoch(self, epoch: int) -> list[LanePlan]:
+        """Every lane's plan in one epoch."""
         if epoch not in self.plans:
-            if len(self.plans) > 4:  # training looks at one epoch and the next
+            # With fewer shards than lanes, lanes are in several epochs at once.
+            if len(self.plans) > 4 + 2 * self.lanes // len(self.shard_chunks):
                 self.plans.clear()
             self.plans[epoch] = self._make(epoch)
         return self.plans[epoch]
 
     def _make(self, epoch: int) -> list[LanePlan]:
-        s = self.schedule
-        pool = s.subset if s.subset is not None else range(len(s.shard_chunks))
-        order = [pool[i] for i in permutation(s.seed, epoch, len(pool))]
-        plans = []
-        for lane in range(s.lanes):
-            shards = tuple(order[lane :: s.lanes])
-            plans.append(LanePlan(shards, tuple(accumulate(s.shard_chunks[i] for i in shards))))
-        return plans
+        count = len(self.shard_chunks)
+        order = permutation(self.seed, epoch, count)
+        # The first shard of the epoch that each lane takes: lane g's places in the sequence are
+        # g, g + G, ..., and the epoch's are epoch * count and on.
+        firsts = ((lane - epoch * count) % self.lanes for lane in range(self.lanes))
+        return [LanePlan.of(order[first :: self.lanes], self.shard_chunks) for first in firsts]
+
+
+@dataclass(frozen=True)
+class EpochSchedule:
+    """Version 1: lanes that run out of shards idle until the epoch ends."""
+
+    shard_chunks: tuple[int, ...]
+    lanes: int
+    window: int
+    seed: int
+
+    @cached_property
+    def _epochs(self) -> "_Epochs":
+        return _Epochs(self)
+
+    def windows_in_epoch(self, epoch: int) -> int:
+        """Windows until the longest lane is through."""
+        longest = max(plan.chunks for plan in self._epochs.plans_of(epoch))
+        return -(-longest // self.window)
+
+    def chunks(self, index: int, lane: int) -> list[Place | None]:
+        """The K (shard, chunk) that `lane` reads in window `index`; None where it idles."""
+        epoch, window = self._epochs.locate(index)
+        plan = self._epochs.plans_of(epoch)[lane]
+        return [plan.chunk(window * self.window + k) for k in range(self.window)]
+
+
+@dataclass
+class _Epochs:
+    """The epochs' plans, made when first asked for."""
+
+    schedule: EpochSchedule
+    starts: list[int] = field(default_factory=lambda: [0])  # first window of each known epoch
+    plans: dict[int, list[LanePlan]] = field(default_factory=dict)
+
+    def plans_of(self, epoch: int) -> list[LanePlan]:
+        if epoch not in self.plans:
+            if len(self.plans) > 4:  # training looks at one epoch and the next
+                self.plans.clear()
+            s = self.schedule
+            order = permutation(s.seed, epoch, len(s.shard_chunks))
+            self.plans[epoch] = [
+                LanePlan.of(order[lane :: s.lanes], s.shard_chunks) for lane in range(s.lanes)
+            ]
+        return self.plans[epoch]
 
     def locate(self, index: int) -> tuple[int, int]:
+        """(epoch, window in the epoch) of the job's window number `index`."""
         while self.starts[-1] <= index:
             epoch = len(self.starts) - 1
             self.starts.append(self.starts[-1] + self.schedule.windows_in_epoch(epoch))
@@ -132,8 +226,10 @@ def divisors(lanes: int) -> list[int]:
 def fixed_subset(shard_chunks: Sequence[int], chunks: int, seed: int) -> tuple[int, ...]:
     """Shards holding at least `chunks` chunks (or all there are), the same ones for a seed."""
     chosen: list[int] = []
+    held = 0
     for shard in permutation(seed, 0, len(shard_chunks)):
-        if sum(shard_chunks[i] for i in chosen) >= chunks:
+        if held >= chunks:
             break
         chosen.append(shard)
+        held += shard_chunks[shard]
     return tuple(chosen)

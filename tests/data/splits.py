@@ -1,0 +1,47 @@
+"""Splits of made-up documents, written as data_prep writes them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.pack import Framing, Packer
+from i3dist.data.corpus import Split
+from i3dist.data.manifest import Manifest
+
+BOS, EOS, PAD = 2, 3, 1
+
+
+def documents_of(seed: int, lengths: Sequence[int], vocab: int) -> list[list[int]]:
+    """Random documents of these lengths in tokens, <BOS> and <EOS> left out."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, vocab, length).tolist() for length in lengths]
+
+
+def split_of(
+    folder: Path, documents: Sequence[Sequence[int]], length: int, per_shard: int, vocab: int
+) -> Split:
+    """A split of these documents in chunks of `length` tokens."""
+    folder.mkdir(parents=True)
+    packer = Packer(folder, Framing(length, per_shard, BOS, EOS, PAD))
+    for number, ids in enumerate(documents):
+        packer.add(str(number), "", ids)
+    packer.close()
+    manifest = Manifest(
+        split="valid",
+        chunk_length=length,
+        chunks_per_shard=per_shard,
+        vocab_size=vocab,
+        tokenizer_sha256="0" * 64,
+        bos_id=BOS,
+        eos_id=EOS,
+        pad_id=PAD,
+        source="made up",
+        seed=0,
+        documents=packer.documents,
+        tokens=packer.tokens,
+        chunks=sum(shard.chunks for shard in packer.shards),
+        shards=tuple(packer.shards),
+    )
+    manifest.write(folder)
+    return Split(folder, manifest)
