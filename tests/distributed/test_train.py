@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,18 @@ def test_one_rank_walks_the_same_stream(whole: Path, data: Path, tmp_path: Path)
     assert losses(run)[0] == pytest.approx(losses(whole)[0], abs=1e-5)
     assert losses(run) == pytest.approx(losses(whole), abs=2e-3)
     assert program("launch/ledger.py", run, whole, "--tolerance", 0.02).returncode == 0
+    one, two = (validations(folder)[0] for folder in (run, whole))  # of the same weights
+    assert (one["step"], one["tokens"]) == (two["step"], two["tokens"]) == (0, one["tokens"])
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert one[name] == pytest.approx(two[name], rel=1e-5)
+    for a, b in zip(one["by_chunk"], two["by_chunk"], strict=True):
+        given = [name for name in a if a[name] is not None]
+        assert given == [name for name in b if b[name] is not None]
+        assert [a[name] for name in given] == pytest.approx([b[name] for name in given], rel=1e-4)
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "validation.jsonl").open()]
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one(
