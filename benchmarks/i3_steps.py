@@ -164,7 +164,7 @@ class WithoutHistory(I3LM):
         """None, so that attention is to the chunk's own tokens only."""
         return 0
 
-    def history(self, latents: Tensor) -> list[KeysValues]:
+    def history(self, latents: Tensor, seen: Tensor) -> list[KeysValues]:
         """As `I3LM.history`."""
         none = latents.new_empty(len(latents), 0, self.attention[0].attention.inner.computed)
         return [KeysValues(none, none)] * len(self.attention)

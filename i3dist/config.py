@@ -138,7 +138,8 @@ class OptimizerSettings(Section):
     warmup_steps: CountOrZero = 100
     """Steps of linear warm-up."""
     decay_steps: Count | Auto = "auto"
-    """Length of the whole curve in steps; auto is train.steps of the run's start, and stays."""
+    """Length of the whole curve in steps, at least warmup_steps (then the rate stays at its peak);
+    auto is train.steps of the run's start, or warmup_steps if that is more, and stays."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's first-moment decay."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -148,13 +149,28 @@ class OptimizerSettings(Section):
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Decoupled weight decay, on matrices only."""
 
+    def check_curve(self) -> None:
+        """See that the curve is as long as its warm-up; for new runs, as a saved one keeps its own.
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.decay_steps != "auto" and self.decay_steps < self.warmup_steps:
+            raise UserError(
+                f"setting optimizer.decay_steps={self.decay_steps} should be at least "
+                f"optimizer.warmup_steps={self.warmup_steps}, as it is the length of the whole "
+                "curve, warm-up included; raise it, or lower optimizer.warmup_steps"
+            )
+
     def lr_at(self, step: int) -> float:
         """Learning rate for optimizer step `step` (the first is 0)."""
         if self.decay_steps == "auto":
             raise ValueError("optimizer.decay_steps is not resolved")
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
-        span = max(1, self.decay_steps - self.warmup_steps)
+        span = self.decay_steps - self.warmup_steps
+        if span <= 0:  # there is no curve to fall along, and falling at once would be a jump
+            return self.lr
         progress = min(1.0, (step - self.warmup_steps) / span)
         cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
         return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)

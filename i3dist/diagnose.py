@@ -16,7 +16,7 @@ from torch import Tensor
 
 from i3dist.model.attention import Attention, AttentionBlock
 from i3dist.model.lm import I3LM, Below
-from i3dist.model.segments import causal_mask, history_mask
+from i3dist.model.segments import causal_mask, chunks_seen, history_mask
 from i3dist.model.state import LaneState
 from i3dist.ops.attention import attention_bias, seen_by_chunk, split_heads
 from i3dist.ops.cross_entropy import IGNORE
@@ -75,7 +75,8 @@ def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> T
     counted = seen & used.flatten(0, 1).unsqueeze(-1)  # [N, T, C]
     total = torch.zeros(chunks, dtype=torch.float64, device=bias.device)
     x, blocks = below.x, cast("Iterable[AttentionBlock]", model.attention)
-    history = model.history(below.latents)
+    shown = chunks_seen(below.segments, below.depth, chunks, gate)
+    history = model.history(below.latents, shown)
     for block, past in zip(blocks, history, strict=True):
         queries = block.attention.queries(block.norm_attention(x)).flatten(0, 1)
         x, own = block(x, past, None, bias)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from i3dist.errors import UserError
@@ -21,7 +22,8 @@ class Sampling:
     top_k: int = 0
     """Keep only so many of the likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the likeliest tokens that together reach this probability (Holtzman et al., 2020)."""
+    """Keep the likeliest tokens that together reach this probability (Holtzman et al., 2020); 1
+    keeps all."""
 
     def __post_init__(self) -> None:
         if self.temperature and not 1e-3 <= self.temperature <= 1e3:
@@ -36,14 +38,30 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw one token id from logits [V] fp32; ids at -inf are never drawn."""
     if sampling.temperature == 0:
         return int(logits.argmax())
+    ids, probabilities = distribution(logits, sampling)
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """What a token is drawn from at a temperature above 0.
+
+    Args:
+        logits: [V] fp32.
+        sampling: temperature, then `top_k`, then `top_p` of what that leaves.
+
+    Returns:
+        Ids [k], the likeliest first and of equal ones the lowest, and their weights [k] fp32: the
+        probabilities, but 0 where `top_p` cuts. They sum to what it keeps.
+    """
     values, ids = torch.sort(logits / sampling.temperature, descending=True, stable=True)
     if sampling.top_k:
         values, ids = values[: sampling.top_k], ids[: sampling.top_k]
     probabilities = values.softmax(-1)
-    # A token stays while those before it have not reached top_p: the first always does.
-    reached = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(reached >= sampling.top_p, 0.0)
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+    if sampling.top_p < 1:  # at 1 rounding would cut what is left when the sum reaches it early
+        # A token stays while those before it have not reached top_p: the first always does.
+        before = F.pad(probabilities[:-1].double().cumsum(-1), (1, 0))
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    return ids, probabilities
 
 
 def generate(
@@ -65,6 +83,9 @@ def generate(
         sampling: how tokens are drawn.
         seed: of the draws.
         ignore_eos: begin another document after ``<EOS>`` instead of stopping.
+
+    Raises:
+        UserError: the model gives logits that are not finite.
     """
     device = model.head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -75,6 +96,8 @@ def generate(
     fed = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     for _ in range(tokens):
         logits = decoder.feed(torch.tensor(fed, device=device))
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are not finite: choose an earlier checkpoint of it")
         token = draw(logits + allowed, sampling, generator)
         if token == tokenizer.eos_id:
             if not ignore_eos:

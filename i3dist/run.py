@@ -30,11 +30,16 @@ class Start:
 
 
 def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
-    """Replace every "auto" that a run decides when it starts and then keeps."""
+    """Replace every "auto" that a run decides when it starts and then keeps.
+
+    Raises:
+        UserError: the learning rate's curve is shorter than its warm-up.
+    """
+    settings.optimizer.check_curve()
     decided = {
         "train.lanes": LANES_PER_RANK * world_size,
         "train.schedule": SCHEDULE,
-        "optimizer.decay_steps": settings.train.steps,
+        "optimizer.decay_steps": max(settings.train.steps, settings.optimizer.warmup_steps),
         "model.vocab_size": vocab_size,
     }
     flat = settings.flat()

@@ -1,5 +1,6 @@
 """Settings: the card by default, one clear line for whatever is wrong."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from i3dist.config import (
     setting_lines,
 )
 from i3dist.errors import UserError
+from i3dist.run import decide
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -119,3 +121,53 @@ def test_learning_rate_rises_then_falls_to_its_floor(step: int) -> None:
     assert 0 < rate <= 1
     assert after >= rate if step + 1 < 100 else after <= rate
     assert step < 1000 or rate == pytest.approx(0.1)
+
+
+curves = st.builds(
+    OptimizerSettings,
+    lr=st.just(1.0),
+    min_lr_ratio=st.floats(0, 1),
+    warmup_steps=st.integers(0, 300),
+    decay_steps=st.integers(1, 600),
+)
+
+
+@given(curve=curves, step=st.integers(0, 900))
+def test_learning_rate_never_jumps(curve: OptimizerSettings, step: int) -> None:
+    """A step raises it by a warm-up step's share, or lowers it as a cosine does; where no step is
+    left for falling (saved runs may have even less), it stays."""
+    assert isinstance(curve.decay_steps, int)
+    change = curve.lr_at(step + 1) - curve.lr_at(step)
+    fall = curve.decay_steps - curve.warmup_steps
+    if step + 1 < curve.warmup_steps:
+        assert change == pytest.approx(1 / curve.warmup_steps)
+    elif fall <= 0:
+        assert change == 0
+    else:
+        assert -(1 - curve.min_lr_ratio) * math.pi / 2 / fall - 1e-12 <= change <= 0
+    assert curve.lr_at(900) == pytest.approx(curve.min_lr_ratio if fall > 0 else 1)
+
+
+def test_a_curve_shorter_than_its_warm_up_is_refused_where_a_run_begins() -> None:
+    words = ["optimizer.decay_steps=99", "optimizer.warmup_steps=100"]
+    with pytest.raises(UserError, match=r"decay_steps=99 .* optimizer\.warmup_steps=100.*raise it"):
+        decide(Settings.load(None, words), 1, 500)
+    words[0] = "optimizer.decay_steps=100"
+    assert decide(Settings.load(None, words), 1, 500).optimizer.decay_steps == 100
+
+
+def test_a_saved_run_keeps_the_curve_it_has() -> None:
+    """Runs of 50 steps were saved with a curve of 50, whatever their warm-up."""
+    saved = Settings.build({"train": {"steps": 50}, "optimizer": {"decay_steps": 50}})
+    again = inherit_decided(Settings.load(None, ["train.steps=500"]), saved)
+    assert again.optimizer.decay_steps == 50 and first_conflict(again, saved) is None
+
+
+@given(steps=st.integers(1, 300), warmup=st.integers(0, 300), step=st.integers(0, 600))
+def test_a_run_that_ended_in_its_warm_up_never_falls_when_it_is_prolonged(
+    steps: int, warmup: int, step: int
+) -> None:
+    words = [f"train.steps={steps}", f"optimizer.warmup_steps={warmup}"]
+    curve = decide(Settings.load(None, words), 1, 500).optimizer
+    assert curve.decay_steps == max(steps, warmup)
+    assert steps > warmup or curve.lr_at(step + 1) >= curve.lr_at(step)

@@ -1,15 +1,19 @@
 """Generation: what may be drawn, when it stops, and that the seed decides."""
 
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from i3dist.config import ModelSettings
 from i3dist.errors import UserError
-from i3dist.generate import Sampling, draw, generate
+from i3dist.generate import Sampling, distribution, draw, generate
 from i3dist.model.lm import I3LM
 from i3dist.tokenizer import Tokenizer
 from tests.model.conftest import SMALL
@@ -42,6 +46,95 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(
     drawn = draw(logits, Sampling(temperature=1, top_p=p), rng(seed))
     likelier = logits.softmax(-1)[logits > logits[drawn]].sum()
     assert likelier < p + 1e-5
+
+
+def wanted(logits: list[float], sampling: Sampling) -> dict[int, float]:
+    """Probability of each token that may be drawn, by Python's own floats; not `distribution`."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    top = logits[order[0]] / sampling.temperature
+    weights = {i: math.exp(logits[i] / sampling.temperature - top) for i in order}
+    whole, kept, reached = math.fsum(weights.values()), {}, 0.0
+    for i in order:
+        if sampling.top_p < 1 and reached >= sampling.top_p:
+            break
+        kept[i] = weights[i] / whole
+        reached += kept[i]
+    return {i: share / math.fsum(kept.values()) for i, share in kept.items()}
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([2, 7, 300]),
+    spread=st.floats(0.01, 10),
+    equal=st.booleans(),
+    temperature=st.floats(0.1, 20),
+    top_k=st.sampled_from([0, 1, 3, 40, 100_000]),
+    top_p=st.one_of(st.just(1.0), st.floats(0.001, 1)),
+)
+@settings(max_examples=100, deadline=None)
+def test_tokens_are_drawn_from_the_distribution_of_the_words(
+    seed: int, size: int, spread: float, equal: bool, temperature: float, top_k: int, top_p: float
+) -> None:
+    """As another implementation in fp64 has it, from one token to all, many of them equal."""
+    logits = spread * torch.randn(size, generator=rng(seed))
+    if equal:
+        logits = logits.round()
+    sampling = Sampling(temperature, top_k, top_p)
+    ids, weights = distribution(logits, sampling)
+    shares = weights / weights.sum()
+    want = wanted(logits.tolist(), sampling)
+    uncut = wanted(logits.tolist(), replace(sampling, top_p=1.0))
+    assert ids.tolist() == list(uncut), "the likeliest first, of equal ones the lowest id"
+    # Where they reach top_p within fp32's rounding, one more or less may be kept.
+    sums = accumulate(uncut.values())
+    assume(top_p == 1 or all(abs(reached - top_p) > 1e-5 for reached in sums))
+    for token, share in zip(ids.tolist(), shares.tolist(), strict=True):
+        assert share == pytest.approx(want.get(token, 0.0), rel=1e-3, abs=1e-6)
+
+
+@given(
+    size=st.sampled_from([300, 5_000, 32_000]),
+    tail=st.floats(-85, 0),
+    top_k=st.sampled_from([0, 10**6]),
+)
+@settings(max_examples=30, deadline=None)
+def test_at_top_p_1_and_no_top_k_nothing_is_cut(size: int, tail: float, top_k: int) -> None:
+    """However unlikely it is, and however many are likelier: rounding cuts no tail."""
+    logits = 0.01 * torch.randn(size, generator=rng())
+    logits[size // 2] = tail
+    ids, shares = distribution(logits, Sampling(temperature=1.0, top_k=top_k, top_p=1.0))
+    assert (shares > 0).all() and sorted(ids.tolist()) == list(range(size))
+    share = shares[ids == size // 2].item()
+    assert share == pytest.approx(logits.double().softmax(-1)[size // 2].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shares", "top_p", "kept"),
+    [
+        ([0.5, 0.25, 0.25], 0.5, 1),
+        ([0.5, 0.25, 0.25], 0.51, 2),
+        ([0.25, 0.25, 0.25, 0.25], 0.75, 3),
+        ([0.9, 0.1], 1e-9, 1),
+        ([0.5, 0.25, 0.25], 0.999999, 3),
+    ],
+)
+def test_top_p_keeps_no_token_more_than_it_needs(
+    shares: list[float], top_p: float, kept: int
+) -> None:
+    _, left = distribution(torch.tensor(shares).log(), Sampling(temperature=1.0, top_p=top_p))
+    assert (left > 0).tolist() == [True] * kept + [False] * (len(shares) - kept)
+
+
+def test_frequencies_are_those_of_the_distribution() -> None:
+    logits, sampling = torch.tensor([0.0, 1.0, 2.0, 3.0]), Sampling(temperature=2.0, top_p=0.8)
+    generator, draws = rng(), 4000
+    counts = Counter(draw(logits, sampling, generator) for _ in range(draws))
+    want = wanted(logits.tolist(), sampling)
+    assert set(counts) == set(want) == {1, 2, 3}
+    for token, share in want.items():
+        assert counts[token] / draws == pytest.approx(share, abs=0.03)
 
 
 @given(values=logit_lists, seed=st.integers(0, 99))
@@ -103,6 +196,19 @@ def test_it_stops_at_the_end_of_the_document_unless_told(parts: tuple[I3LM, Toke
             model.norm_out.weight.fill_(1.0)
             model.norm_out.bias.zero_()
             model.head.weight.copy_(likely)
+
+
+def test_logits_that_are_not_finite_are_one_line(parts: tuple[I3LM, Tokenizer]) -> None:
+    model, _ = parts
+    kept = model.norm_out.bias.clone()
+    try:
+        with torch.no_grad():
+            model.norm_out.bias[0] = float("nan")
+        with pytest.raises(UserError, match="not finite"):
+            text(parts)
+    finally:
+        with torch.no_grad():
+            model.norm_out.bias.copy_(kept)
 
 
 def test_an_empty_prompt_begins_a_document(parts: tuple[I3LM, Tokenizer]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from i3dist.model.lm import I3LM
-from i3dist.model.segments import history_mask, last_segment, segment_ids
+from i3dist.model.segments import chunks_seen, history_mask, last_segment, segment_ids
 from i3dist.model.state import LaneState, RwkvState
 from i3dist.ops.attention import KeysValues, attention_bias
 
@@ -22,7 +22,7 @@ class _Chunk:
     hidden: Tensor  # [1, t, D] output of the RWKV stack
     rwkv: RwkvState
     own: list[KeysValues | None]  # per attention block, [1, 1, t, D]
-    past: list[KeysValues]  # per attention block, [1, C * keys_per_chunk, D]
+    past: list[KeysValues]  # per attention block, [1, C * keys_per_chunk, D]; empty at first
 
 
 class Decoder:
@@ -58,6 +58,7 @@ class Decoder:
         begins = tokens == model.bos_id
         if not chunk.tokens.shape[1]:
             begins[:, 0] |= self.depth == 0 or not model.settings.state_carry
+            chunk.past = self._history(tokens)
         x, chunk.rwkv = model.run_rwkv(model.embed(tokens), begins, chunk.rwkv)
         chunk.tokens = torch.cat([chunk.tokens, tokens], dim=1)
         chunk.hidden = torch.cat([chunk.hidden, x], dim=1)
@@ -65,6 +66,14 @@ class Decoder:
         for i, block in enumerate(model.attention):
             x, chunk.own[i] = block(x, chunk.past[i], chunk.own[i], bias)
         return x.squeeze(1)
+
+    def _history(self, tokens: Tensor) -> list[KeysValues]:
+        """What is seen of earlier chunks in a chunk that begins with tokens [1, n]."""
+        model, latents = self.model, self.state.latents
+        segments = segment_ids(tokens, model.bos_id).unsqueeze(1)
+        depth = torch.tensor([[self.depth]], device=latents.device)
+        seen = chunks_seen(segments, depth, latents.shape[1], self.gate)[:, : latents.shape[1]]
+        return model.history(model.width.pad(latents), seen)
 
     def _bias(self, new: int) -> Tensor:
         """Attention bias of the chunk's last `new` tokens over history and the chunk so far."""
@@ -88,12 +97,10 @@ class Decoder:
 
     def _open_chunk(self, rwkv: RwkvState) -> _Chunk:
         model, latents = self.model, self.state.latents
-        with torch.no_grad():
-            past = model.history(model.width.pad(latents))
         return _Chunk(
             tokens=torch.empty(1, 0, dtype=torch.long, device=latents.device),
             hidden=latents.new_empty(1, 0, model.width.computed),
             rwkv=rwkv,
-            own=[None] * len(past),
-            past=past,
+            own=[None] * len(model.attention),
+            past=[],
         )

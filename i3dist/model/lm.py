@@ -17,7 +17,14 @@ from i3dist.model.attention import AttentionBlock, Slots
 from i3dist.model.compress import Compressor
 from i3dist.model.layers import ALIGNMENT, Channels, LayerNorm, Linear
 from i3dist.model.rwkv import RwkvBlock
-from i3dist.model.segments import causal_mask, history_mask, last_segment, restarts, segment_ids
+from i3dist.model.segments import (
+    causal_mask,
+    chunks_seen,
+    history_mask,
+    last_segment,
+    restarts,
+    segment_ids,
+)
 from i3dist.model.state import LaneState, RwkvState
 from i3dist.ops.attention import KeysValues, Visibility, attention_bias, block_visibility
 from i3dist.ops.cross_entropy import token_losses
@@ -184,7 +191,8 @@ class I3LM(nn.Module):
     ) -> Tensor:
         """The attention blocks over a window. x [B, K, T, D], latents [B, C + K, M, D]."""
         visible = self._visible(segments, depth, gate)
-        for block, past in zip(self.attention, self.history(latents), strict=True):
+        seen = chunks_seen(segments, depth, self.settings.history_chunks, gate)
+        for block, past in zip(self.attention, self.history(latents, seen), strict=True):
             x, _ = block(x, past, None, visible)
         return x
 
@@ -197,9 +205,16 @@ class I3LM(nn.Module):
         history = history_mask(segments, depth, chunks)
         return attention_bias(causal_mask(segments), history, gate, keys)
 
-    def history(self, latents: Tensor) -> list[KeysValues]:
+    def history(self, latents: Tensor, seen: Tensor) -> list[KeysValues]:
         """What each attention block sees of history: latents [B, C + K, M, D] ->
-        [B, (C + K) * keys_per_chunk, D] per block."""
+        [B, (C + K) * keys_per_chunk, D] per block.
+
+        Args:
+            latents: of chunks, oldest first.
+            seen: [B, C + K] bool, from `chunks_seen`. The others count as 0: attention gives them
+                no weight, but 0 times NaN is NaN.
+        """
+        latents = torch.where(seen[..., None, None], latents, 0.0)
 
         def project(weight: Tensor) -> Tensor:
             return self.compressor.project(latents, weight) + self.slots.project(weight)

@@ -40,6 +40,25 @@ def history_mask(segments: Tensor, depth: Tensor, chunks: int) -> Tensor:
     return (segments == 0).unsqueeze(-1) & (age <= depth.unsqueeze(-1)).unsqueeze(-2)
 
 
+def chunks_seen(segments: Tensor, depth: Tensor, chunks: int, gate: Tensor) -> Tensor:
+    """Which chunks any token sees as history: [B, chunks + K] bool, those before the window first.
+
+    The union of `history_mask` over the window; none where the gate is 0.
+
+    Args:
+        segments: [B, K, T] from `segment_ids`.
+        depth: [B, K] int, how many chunks before each belong to segment 0's document.
+        chunks: capacity of the history.
+        gate: scalar g in [0, 1].
+    """
+    window = depth.shape[1]
+    number = torch.arange(chunks + window, device=depth.device)
+    age = number[chunks:].unsqueeze(-1) - number  # [K, chunks + K]
+    reach = depth.clamp(max=chunks) * (segments[..., 0] == 0)
+    seen = (age > 0) & (age <= reach.unsqueeze(-1))
+    return seen.any(1) & (gate > 0)
+
+
 def restarts(tokens: Tensor, depth: Tensor, bos_id: int, carry: bool) -> Tensor:
     """Where recurrent state is emptied before the token: [B, K, T] bool.
 

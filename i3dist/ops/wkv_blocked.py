@@ -263,6 +263,7 @@ def _slip(m: Tensor, aged: Tensor, inputs: _Inputs) -> Tensor:
     limit = MAX_SLIP * inputs.block
     first = slip[:, :: inputs.block].clamp(-limit, limit)
     slip.clamp_(-MAX_SLIP, MAX_SLIP)[:, :: inputs.block] = first
+    slip[inputs.cuts.index] = 0.0  # what m was before a restart, NaN perhaps, is of no account
     return slip
 
 

@@ -13,6 +13,7 @@ from i3dist.model.compress import NEVER
 from i3dist.model.decode import Decoder
 from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM, decayed, parameters_by_part
+from i3dist.model.segments import chunks_seen, segment_ids
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.linear import linear
@@ -134,6 +135,97 @@ def test_gate_zero_equals_no_history(model: I3LM, seed: int) -> None:
     hidden, _ = model.hidden(tokens, nothing_visible, empty(model), torch.tensor(1.0))
     torch.testing.assert_close(closed, model.head(hidden), **EXACT)
     assert (logits(model, tokens, gate=1.0) - closed).abs().max() > 1e-6
+
+
+def window_of(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three lanes' window: tokens [3, 5, T], and a depth [3, 5] of streams that began before it."""
+    lanes = [random_stream(seed + i, 8, mean) for i, mean in enumerate((8, 40, 1e9))]
+    tokens = torch.cat(lanes)
+    return tokens[:, 3:], depth_of(tokens)[:, 3:]
+
+
+def seen_by_any_token(tokens: torch.Tensor, depth: torch.Tensor, gate: float) -> torch.Tensor:
+    """[B, C + K] bool: chunks that a token may see, by the words of the rule, one by one."""
+    seen = torch.zeros(len(tokens), C + tokens.shape[1], dtype=torch.bool)
+    for lane, row in enumerate(tokens.tolist()):
+        for k, chunk in enumerate(row):
+            if chunk[0] != BOS and gate > 0:  # its first token continues a document
+                for age in range(1, min(C, int(depth[lane, k])) + 1):
+                    seen[lane, C + k - age] = True
+    return seen
+
+
+@given(seed=seeds, gate=st.sampled_from([0.0, 0.3, 1.0]), value=st.sampled_from(["nan", "inf"]))
+@settings(max_examples=12, deadline=None)
+def test_latents_that_no_token_may_see_reach_nothing(
+    model: I3LM, seed: int, gate: float, value: str
+) -> None:
+    """Whatever they hold, losses and gradients are the same bit for bit."""
+    tokens, depth = window_of(seed)
+    seen, g = seen_by_any_token(tokens, depth, gate), torch.tensor(gate)
+    assert torch.equal(chunks_seen(segment_ids(tokens, BOS), depth, C, g), seen)
+    torch.manual_seed(seed)
+    latents = torch.randn_like(empty(model, 3).latents)
+    spoiled = torch.where(seen[:, :C, None, None], latents, float(value))
+    assert spoiled.isfinite().all() <= (gate > 0)
+    found = []
+    for held in (latents, spoiled):
+        losses, _ = model(tokens, tokens, depth, empty(model, 3)._replace(latents=held), g)
+        gradients = torch.autograd.grad(losses.sum(), list(model.parameters()), allow_unused=True)
+        found.append([losses, *(x for x in gradients if x is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, **EXACT)
+
+
+@given(seed=seeds, gate=st.sampled_from([0.0, 1.0]))
+@settings(max_examples=10, deadline=None)
+@torch.no_grad()
+def test_a_window_is_read_on_without_latents_that_no_token_may_see(
+    model: I3LM, seed: int, gate: float
+) -> None:
+    """As evaluation does it, with the window's own latents and other ones in it."""
+    tokens, depth = window_of(seed)
+    below, _ = model.below(tokens, depth, empty(model, 3))
+    seen = seen_by_any_token(tokens, depth, gate)[..., None, None]
+    spoiled = below._replace(latents=torch.where(seen, below.latents, float("nan")))
+    g = torch.tensor(gate)
+    torch.testing.assert_close(model.above(spoiled, g), model.above(below, g), **EXACT)
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+@pytest.mark.parametrize("mean_document", [8, 40])
+@torch.no_grad()
+def test_decoding_does_not_read_latents_that_no_token_may_see(
+    model: I3LM, gate: float, mean_document: float
+) -> None:
+    flat = random_stream(4, 5, mean_document).flatten()
+    plain, spoiled = Decoder(model, gate), Decoder(model, gate)
+    for place, token in enumerate(flat):
+        if place % T == 0 and place:
+            spoiled._close_chunk()
+            latents = spoiled.state.latents.clone()
+            ends = token == BOS or gate == 0
+            latents[:, : C if ends else max(0, C - spoiled.depth)] = float("nan")
+            spoiled.state = spoiled.state._replace(latents=latents)
+        torch.testing.assert_close(spoiled.feed(token[None]), plain.feed(token[None]), **EXACT)
+
+
+@given(seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_carried_state_does_not_reach_a_document_that_begins(seed: int) -> None:
+    """Where a chunk continues none, or at its first token, whatever the lane's last one left."""
+    model, (tokens, depth) = build(state_carry=True), window_of(seed)
+    tokens[1, 0, 0] = BOS
+    depth[:2, 0] = 0  # lane 0 begins a shard, lane 1 a document
+    tokens, depth, nothing = tokens[:2], depth[:2], empty(model, 2)
+    spoiled = nothing._replace(rwkv=nothing.rwkv.map(lambda x: torch.full_like(x, float("nan"))))
+    found = []
+    for state in (nothing, spoiled):
+        losses, after = model(tokens, tokens, depth, state, torch.tensor(1.0))
+        gradients = torch.autograd.grad(losses.sum(), list(model.parameters()), allow_unused=True)
+        found.append([losses, *after.rwkv, *(x for x in gradients if x is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, **EXACT)
 
 
 def training_loss(model: I3LM, tokens: torch.Tensor, state: LaneState) -> torch.Tensor:

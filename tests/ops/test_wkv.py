@@ -116,6 +116,22 @@ def test_nothing_before_a_restart_touches_what_follows(
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("form", [wkv, wkv_naive])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_a_sequence_that_restarts_at_once_takes_nothing_of_its_state(
+    form: Form, value: float, length: int
+) -> None:
+    """Not even what is no number, in results or gradients."""
+    case = make_case(2, length, 3, torch.float32, gated=True)
+    case.restart[:, 0] = True
+    spoiled = case._replace(state=torch.full_like(case.state, value))
+    y, final, grads = gradients(form, case)
+    spoiled_y, spoiled_final, spoiled_grads = gradients(form, spoiled)
+    assert torch.equal(spoiled_y, y) and torch.equal(spoiled_final, final)
+    assert all(torch.equal(*pair) for pair in zip(spoiled_grads, grads, strict=True))
+
+
 @settings(max_examples=30, deadline=None)
 @given(cases((torch.float32,)), st.data())
 def test_no_gradient_crosses_a_restart(case: Case, data: st.DataObject) -> None:
