@@ -16,7 +16,7 @@ from typing import Any
 from i3dist.files import write_whole
 from i3dist.metrics_log import append_line
 
-READ_BYTES = 1 << 18
+READ_BYTES = 1 << 18  # at once, or one entry where that is longer
 
 
 class Outbox:
@@ -52,7 +52,10 @@ class Outbox:
         """The next entries, and where in the file they end; none where all were sent."""
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             file.seek(self._sent)
-            whole, newline, _ = file.read(READ_BYTES).rpartition(b"\n")
+            data = file.read(READ_BYTES)
+            if b"\n" not in data:
+                data += file.readline()
+            whole, newline, _ = data.rpartition(b"\n")
             entries = [entry for entry in map(_parse, whole.splitlines()) if entry]
             return entries, self._sent + len(whole) + len(newline)
         return [], self._sent

@@ -16,6 +16,7 @@ from i3dist import dist
 from i3dist.config import Settings
 from i3dist.data.corpus import VALIDATION_SEED, Corpus
 from i3dist.data.lanes import Batch, LaneWindows
+from i3dist.data.shards import check_shards
 from i3dist.errors import ArgumentParser, one_line_errors
 from i3dist.evaluate import Evaluation, evaluate_epoch
 from i3dist.model.lm import I3LM
@@ -86,6 +87,7 @@ def main() -> None:
         arguments.json.touch()  # better an error now than after the work
     model, settings, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
     corpus = Corpus.open(arguments.data, settings.model, trained_with=tokenizer)
+    check_shards(corpus.valid.folder, corpus.valid.manifest)
     result = evaluate_corpus(model, settings, corpus)
     print_tables(result)
     if arguments.json:
