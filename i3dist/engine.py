@@ -64,7 +64,7 @@ def _elements(step: int) -> Legal:
 
 
 SWITCH, ON = _one_of(True, False), _one_of(True)
-OFF = _one_of(False, None, {})
+OFF, NOTHING = _one_of(False), _one_of(None, {})  # "not supported" where it is anything else
 WHOLE = Legal("a whole number", _is_whole)
 DTYPE = Legal(
     "fp32, bf16 or fp16", lambda value: str(value).lower() in ("none", "fp32", "bf16", "fp16")
@@ -81,7 +81,7 @@ OURS = (
 # Engine matters: all that may stand in the file. DeepSpeed (0.19.8) ignores a top-level key that it
 # does not know, and with ZeRO-2 most of those that it does; some of them `Engine` replaces. What
 # has no effect, or another, is not here, but for switches of what the engine does anyway (`ON`) or
-# never does (`OFF`).
+# never does (`OFF`, `NOTHING`).
 ENGINE_KEYS: dict[str, Any] = {
     "bf16": {
         "enabled": SWITCH,
@@ -103,8 +103,8 @@ ENGINE_KEYS: dict[str, Any] = {
         "overlap_comm": OFF,  # `Engine._reduce` runs where backward does
         "round_robin_gradients": OFF,
         "parameter_alignment": OFF,
-        "offload_optimizer": OFF,
-        "offload_param": OFF,
+        "offload_optimizer": NOTHING,
+        "offload_param": NOTHING,
         "cpu_offload": OFF,
         "cpu_offload_param": OFF,
         "zero_quantized_weights": OFF,
@@ -183,10 +183,10 @@ def _check_keys(config: Any, legal: dict[str, Any], where: str, group: str = "")
             )
         if isinstance(rule, dict):
             _check_keys(value, rule, where, name)
-        elif rule is OFF and not OFF.holds(value):
-            raise UserError(f"{where}{name} is not supported; remove it")
         elif not rule.holds(value):
-            raise UserError(f"{where}{name} must be {rule.says}")
+            off = rule in (OFF, NOTHING)
+            wrong = "is not supported; remove it" if off else f"must be {rule.says}"
+            raise UserError(f"{where}{name} {wrong}")
 
 
 def numeric_part(config: dict[str, Any]) -> dict[str, Any]:
