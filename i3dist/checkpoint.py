@@ -13,7 +13,8 @@ continues from, and which it keeps, is `shelf`'s business.
 import hashlib
 import re
 import shutil
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,8 +126,14 @@ def save(
             f"checkpoint {target} was not saved: {error}; earlier ones are whole: see to it, then "
             "type the same command again to continue from the newest"
         ) from None
-    dist.together(lambda: shelf.prune(folder, state.step, retention) if first else None, group)
+    dist.together(lambda: _prune(folder, state, retention) if first else None, group)
     return target
+
+
+def _prune(folder: Path, state: RunState, retention: CheckpointSettings) -> None:
+    """Remove what need not stay; what a run that skips bad steps may go back to stays."""
+    needed = partial(state.guard.may_roll_back_to, now=state.step)
+    shelf.prune(folder, state.step, retention, needed)
 
 
 def _share(
@@ -208,17 +215,21 @@ def fault(checkpoint: Path, job: dist.Job) -> str | None:
     return next(filter(None, dist.gather_objects(wrong)), None)
 
 
-def newest_whole(folder: Path, job: dist.Job, besides: Container[int] = ()) -> shelf.Found | None:
-    """The newest whole checkpoint, but of steps in `besides`; None where there is none at all.
+def newest_whole(
+    folder: Path, job: dist.Job, wanted: Callable[[int], bool] = lambda _: True
+) -> shelf.Found | None:
+    """The newest whole checkpoint of a step that is `wanted`; None where there is none at all.
 
     Reads all of it. Every rank calls this, and all get the same one.
 
     Raises:
         UserError: on every rank, where there are some and none is whole.
     """
-    names = [path.name for path in shelf.candidates(folder) if shelf.step_of(path) not in besides]
-    there = [folder / name for name in dist.gather_objects(names)[0]]
-    return shelf.newest_whole(there, lambda path: fault(path, job))
+    steps = [shelf.step_of(path) for path in shelf.candidates(folder)]
+    there = [step for step in dist.gather_objects(steps)[0] if step is not None and wanted(step)]
+    return shelf.newest_whole(
+        [shelf.place(folder, step) for step in there], lambda path: fault(path, job)
+    )
 
 
 def _altered(checkpoint: Path, job: dist.Job) -> str | None:

@@ -240,7 +240,7 @@ class CheckpointSettings(Section):
     every: CountOrZero = 500
     """Steps between checkpoints; 0 saves only at the end."""
     keep: Count = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; while steps are bad as many from before them are, too."""
     keep_every: CountOrZero = 0
     """Checkpoints of steps that this divides are kept for good; 0 keeps none so."""
 
@@ -253,8 +253,9 @@ class GuardSettings(Section):
     run, or roll it back."""
     rollbacks: CountOrZero = 0
     """Times in a run that so many bad steps roll it back: weights and optimizer become those of the
-    newest checkpoint that it has not rolled back to before, lanes start with no history, and
-    training goes on behind the bad steps, not with them again. Then, and with 0, they end it."""
+    newest checkpoint from before them that it has not rolled back to before, lanes start with no
+    history, and training goes on behind the bad steps, not with them again. Then, where there is no
+    such checkpoint, and with 0, they end it."""
     spike_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """A step is skipped where its gradient's norm exceeds this many times the running median; 0
     never skips for that."""
@@ -263,8 +264,8 @@ class GuardSettings(Section):
     spike_steps: Count = 3
     """Spikes in a row that are skipped at most; the next step is taken whatever its norm."""
     hang_seconds: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """A step, validation or save that takes longer ends the job, with every rank's stacks in the
-    log; 0 waits for ever."""
+    """A step, validation or save that takes longer ends the job, a few seconds later, with every
+    rank's stacks in the log; 0 waits for ever."""
 
 
 class TrackingSettings(Section):

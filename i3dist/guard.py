@@ -16,9 +16,12 @@ SPIKE = "spike"
 
 
 class GuardState(BaseModel):
-    """What later decisions depend on, as saved in a checkpoint's state.json."""
+    """What later decisions depend on, as saved in a checkpoint's state.json.
 
-    model_config = ConfigDict(extra="forbid")
+    It never changes: each step makes a new one, so whoever holds one may read it at any later time.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     skipped: int = 0
     """Steps of the run that updated nothing, or whose updates were given up by rolling back."""
@@ -26,10 +29,25 @@ class GuardState(BaseModel):
     """Steps in a row, up to the last, whose loss or gradient was not finite."""
     spikes: int = 0
     """Steps in a row, up to the last, that were skipped for their norm."""
-    norms: list[float] = []
+    norms: tuple[float, ...] = ()
     """The newest norms of steps that were taken; only kept where spikes are looked for."""
-    rolled_back_to: list[int] = []
+    rolled_back_to: tuple[int, ...] = ()
     """Steps of the checkpoints that the run was rolled back to."""
+    rolled_back_at: tuple[int, ...] = ()
+    """The last step before each of these; older checkpoints do not name it."""
+
+    def may_roll_back_to(self, step: int, now: int) -> bool:
+        """Whether the checkpoint of `step` is one to roll back to after step `now`.
+
+        It must be from before the bad steps at hand, since one made among them has the weights of
+        now, and from no future that an earlier rolling back gave up.
+        """
+        given_up = zip(reversed(self.rolled_back_to), reversed(self.rolled_back_at), strict=False)
+        return (
+            step <= now - self.bad
+            and step not in self.rolled_back_to
+            and not any(to <= step <= at for to, at in given_up)
+        )
 
 
 class Guard:
@@ -51,15 +69,15 @@ class Guard:
         """Take in a step; returns why it was skipped, or None."""
         state = self.state
         if stepped.taken:
-            state.bad = state.spikes = 0
+            norms = state.norms
             if self.settings.spike_factor:
-                state.norms = [*state.norms, stepped.norm][-self.settings.spike_window :]
+                norms = (*norms, stepped.norm)[-self.settings.spike_window :]
+            self._change(bad=0, spikes=0, norms=norms)
             return None
-        state.skipped += 1
         if all(map(math.isfinite, (stepped.norm, *stepped.sums))):
-            state.bad, state.spikes = 0, state.spikes + 1
+            self._change(skipped=state.skipped + 1, bad=0, spikes=state.spikes + 1)
             return SPIKE
-        state.bad += 1
+        self._change(skipped=state.skipped + 1, bad=state.bad + 1)
         return NOT_FINITE
 
     def gives_up(self) -> bool:
@@ -79,7 +97,14 @@ class Guard:
             taken: steps up to that one that updated the weights.
         """
         state = self.state
-        state.bad = state.spikes = 0
-        state.norms = []
-        state.skipped = now - taken
-        state.rolled_back_to = [*state.rolled_back_to, to]
+        self._change(
+            skipped=now - taken,
+            bad=0,
+            spikes=0,
+            norms=(),
+            rolled_back_to=(*state.rolled_back_to, to),
+            rolled_back_at=(*state.rolled_back_at, now),
+        )
+
+    def _change(self, **fields: object) -> None:
+        self.state = self.state.model_copy(update=fields)

@@ -96,6 +96,7 @@ class LedgerWriter:
         self.flush()
         if self._writes and self.path.exists():
             sync(self.path)
+            sync(self.path.parent)  # the file may be new
 
     def resume(self, step: int, state: LaneState) -> None:
         """Cut off what came after the checkpoint of `step`; every rank calls this.

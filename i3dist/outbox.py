@@ -11,7 +11,7 @@ written down. A run that the store has lost gets everything anew.
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from i3dist.files import write_whole
 from i3dist.metrics_log import append_line
@@ -50,11 +50,12 @@ class Outbox:
 
     def unsent(self) -> tuple[list[dict[str, Any]], int]:
         """The next entries, and where in the file they end; none where all were sent."""
+        end = self._sent
         with suppress(FileNotFoundError), self.path.open("rb") as file:
-            file.seek(self._sent)
-            whole, newline, _ = file.read(READ_BYTES).rpartition(b"\n")
-            entries = [entry for entry in map(_parse, whole.splitlines()) if entry]
-            return entries, self._sent + len(whole) + len(newline)
+            while lines := _whole_lines(file, end):
+                end += len(lines)
+                if entries := [entry for entry in map(_parse, lines.splitlines()) if entry]:
+                    return entries, end
         return [], self._sent
 
     def sent(self, run_id: str, end: int) -> None:
@@ -66,6 +67,15 @@ class Outbox:
     def is_empty(self) -> bool:
         """Whether all was sent."""
         return not self.path.exists() or self.path.stat().st_size <= self._sent
+
+
+def _whole_lines(file: BinaryIO, start: int) -> bytes:
+    """Lines of a file from a byte on: about `READ_BYTES` of them, or one that is longer."""
+    file.seek(start)
+    data = file.read(READ_BYTES)
+    if b"\n" not in data:
+        data += file.readline()
+    return data[: data.rfind(b"\n") + 1]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

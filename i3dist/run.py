@@ -2,14 +2,16 @@
 
 import fcntl
 import os
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from i3dist import checkpoint, dist, shelf
 from i3dist.checkpoint import RunState
-from i3dist.config import Settings, first_conflict, inherit_decided
+from i3dist.config import OnDamage, Settings, first_conflict, inherit_decided
 from i3dist.data.corpus import Corpus
+from i3dist.data.shards import check_shards
 from i3dist.engine import numeric_part
 from i3dist.errors import UserError
 from i3dist.files import clear_partials, write_whole
@@ -71,7 +73,7 @@ def resolve(
     settings = inherit_decided(settings, saved)
     if conflict := first_conflict(settings, saved):
         raise UserError(f"{path} is of other settings: {conflict}; {WAYS_OUT}")
-    if state.engine != numeric_part(engine_config):
+    if numeric_part(state.engine) != numeric_part(engine_config):
         raise UserError(
             f"{path} was made with other engine settings: {numeric_part(engine_config)} but the "
             f"saved run has {state.engine}; {WAYS_OUT}"
@@ -128,6 +130,26 @@ def verify(start: Start, job: dist.Job) -> Start:
     if found.refused:
         dist.say(found.line())
     return replace(start, checkpoint=found.path, state=checkpoint.read_state(found.path))
+
+
+def preflight(corpus: Corpus, on_damage: OnDamage, job: dist.Job) -> None:
+    """See that no shard is missing or cut, before any is read; every rank calls this.
+
+    The first rank of each host looks, for all of that host.
+
+    Raises:
+        UserError: on every rank, where one is.
+    """
+
+    def look() -> None:
+        try:
+            check_shards(corpus.train.folder, corpus.train.manifest, on_damage)
+            check_shards(corpus.valid.folder, corpus.valid.manifest)
+        except UserError as error:
+            where = f" (on {socket.gethostname()})" if job.hosts > 1 else ""
+            raise UserError(f"{error}{where}") from None
+
+    dist.together(look if job.local_rank == 0 else lambda: None)
 
 
 def idle_lanes(settings: Settings, corpus: Corpus) -> str | None:

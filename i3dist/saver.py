@@ -52,6 +52,7 @@ class Saver:
         """
         started = time.perf_counter()
         self.wait()
+        state = state.model_copy(deep=True)  # it holds dicts, which somebody else may hold too
         numbers, lane_state = lanes
         fragments = snapshot()
         copied = (numbers, lane_state.map(lambda part: part.detach().to("cpu", copy=True)))

@@ -93,6 +93,7 @@ def stage(staging: Path) -> None:
     """Make an empty folder to write a checkpoint in."""
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    sync(staging.parent.parent)  # the first checkpoint's folder of checkpoints is new
 
 
 def publish(staging: Path, target: Path) -> None:
@@ -107,21 +108,31 @@ def publish(staging: Path, target: Path) -> None:
     write_whole(target.parent / LATEST, target.name.encode())
 
 
-def prune(folder: Path, newest: int, retention: CheckpointSettings) -> None:
+def prune(
+    folder: Path, newest: int, retention: CheckpointSettings, needed: Callable[[int], bool]
+) -> None:
     """Remove the checkpoints that need not stay."""
     there = steps(folder)
-    for step in set(there) - kept(there, newest, retention):
+    for step in set(there) - kept(there, newest, retention, needed):
         _remove(place(folder, step))
 
 
-def kept(there: Iterable[int], newest: int, retention: CheckpointSettings) -> set[int]:
+def kept(
+    there: Iterable[int],
+    newest: int,
+    retention: CheckpointSettings,
+    needed: Callable[[int], bool] = lambda _: True,
+) -> set[int]:
     """Steps whose checkpoints stay when the one of step `newest` has been written.
 
-    Later ones belong to a future that was given up when the run continued from before them.
+    The newest `retention.keep` of all, and as many of those that are `needed`, so that others do
+    not push them out. Later ones belong to a future that was given up when the run continued from
+    before them.
     """
     past = sorted(step for step in there if step <= newest)
     every = retention.keep_every
-    return set(past[-retention.keep :]) | {step for step in past if every and step % every == 0}
+    stay = {step for step in past if every and step % every == 0}
+    return stay.union(past[-retention.keep :], list(filter(needed, past))[-retention.keep :])
 
 
 def _remove(path: Path) -> None:

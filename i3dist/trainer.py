@@ -7,7 +7,7 @@ lanes, and trains on the mean loss over all targets of the whole job's step.
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -172,7 +172,7 @@ class Trainer:
         return reason if to is None else f"{reason}, rolled back to step {to}"
 
     def roll_back(self) -> int | None:
-        """Take weights and optimizer of the newest checkpoint that this was not done with before.
+        """Take weights and optimizer of the newest checkpoint that the guard allows.
 
         Data and lanes go on where they are, the lanes with no history: what they hold came of the
         weights that are given up. Where there is no such checkpoint nothing is changed.
@@ -183,9 +183,12 @@ class Trainer:
         self.watchdog.beat("rolling back")
         self.saver.wait()
         state, now = self.guard.state, self.progress.step
-        found = checkpoint.newest_whole(self.saver.folder, self.job, state.rolled_back_to)
+        allowed = partial(state.may_roll_back_to, now=now)
+        found = checkpoint.newest_whole(self.saver.folder, self.job, allowed)
         if found is None:
             return None
+        if found.refused:
+            dist.say(found.line())
         past = checkpoint.read_state(found.path)
         self._load(found.path, past)
         self.lane_state = self._empty_lanes()
@@ -199,13 +202,14 @@ class Trainer:
     def _give_up(self) -> NoReturn:
         """End a run whose steps are not finite; raises `UserError`."""
         self.ledger.flush()
-        guard, settings = self.guard.state, self.settings.guard
+        guard, allowed = self.guard.state, self.settings.guard.rollbacks
         tried = len(guard.rolled_back_to)
+        none_left = ", and no checkpoint from before them is left to try" * (tried < allowed)
         raise UserError(
             f"loss or gradient was not finite in {guard.bad} steps in a row, up to step "
             f"{self.progress.step}, so the run stops (guard.bad_steps), rolled back {tried} of "
-            f"{settings.rollbacks} times (guard.rollbacks); continue from its last checkpoint with "
-            "a lower optimizer.lr, in another run.path"
+            f"{allowed} times (guard.rollbacks){none_left}; start again with a lower optimizer.lr, "
+            "in another run.path or with --fresh"
         )
 
     def _backward(self, step_batches: list[Batch], gate: float, targets: Tensor) -> Tensor:
@@ -323,7 +327,7 @@ class Trainer:
     def resume(self, path: Path, state: RunState) -> None:
         """Take up the run where checkpoint `path`, which is whole, left it."""
         self._load(path, state)
-        self.guard = Guard(self.settings.guard, state.guard.model_copy())
+        self.guard = Guard(self.settings.guard, state.guard)
         self.lane_state = checkpoint.read_lanes(path, self.lanes, self.lane_state)
         self.progress = Progress(state.step, state.windows)
         self.saver.step = state.step

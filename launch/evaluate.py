@@ -14,6 +14,7 @@ from rich.table import Table
 
 from i3dist import dist
 from i3dist.data.corpus import Corpus
+from i3dist.data.shards import check_shards
 from i3dist.errors import ArgumentParser, one_line_errors
 from i3dist.evaluate import Evaluation, TokenLosses, evaluate
 from i3dist.paths import typed_path
@@ -74,6 +75,7 @@ def main() -> None:
         arguments.json.touch()  # better an error now than after the work
     model, settings, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
     corpus = Corpus.open(arguments.data, settings.model, trained_with=tokenizer)
+    check_shards(corpus.valid.folder, corpus.valid.manifest)
     result = evaluate(
         model,
         corpus.valid.held_out(settings.model.history_chunks),

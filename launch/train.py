@@ -22,7 +22,7 @@ from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.model.lm import I3LM
 from i3dist.paths import typed_path
 from i3dist.revision import git_commit
-from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve, verify
+from i3dist.run import Start, agree, decide, idle_lanes, lay_out, preflight, resolve, verify
 from i3dist.stop import Stop
 from i3dist.summary import early_history, print_summary
 from i3dist.trainer import Trainer, check_micro_batch
@@ -80,6 +80,7 @@ def build(
         dist.keep_freed_memory()
     engine.start(job)
     agree(start)
+    preflight(corpus, settings.data.on_damage, job)
     start = verify(start, job)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)

@@ -15,6 +15,7 @@ from i3dist.config import CheckpointSettings, ModelSettings, Settings
 from i3dist.dist import Job
 from i3dist.errors import UserError
 from i3dist.fragment import ADAM_STATES, Fragment
+from i3dist.guard import GuardState
 from i3dist.model.state import LaneState
 from tests.model.conftest import SMALL
 
@@ -33,16 +34,25 @@ def fragment(name: str, start: int, size: int) -> Fragment:
     return Fragment(name, start, {k: torch.randn(size) for k in ("weight", *ADAM_STATES)})
 
 
-def state_of(step: int) -> RunState:
-    settings = Settings().to_dict()
-    return RunState(step=step, windows=step, tokens_seen=1, settings=settings, data="x", engine={})
+def state_of(step: int, guard: GuardState | None = None) -> RunState:
+    return RunState(
+        step=step,
+        windows=step,
+        tokens_seen=1,
+        settings=Settings().to_dict(),
+        data="x",
+        engine={},
+        guard=guard or GuardState(),
+    )
 
 
-def save(folder: Path, step: int, keep: int = 2) -> tuple[Path, list[Fragment], LaneState]:
+def save(
+    folder: Path, step: int, keep: int = 2, guard: GuardState | None = None
+) -> tuple[Path, list[Fragment], LaneState]:
     parts = [fragment("a.weight", 0, 5), fragment("b", 0, 3)]
     lanes = random_lanes(2)
     retention = CheckpointSettings(keep=keep)
-    path = checkpoint.save(folder, JOB, state_of(step), parts, (range(2), lanes), retention)
+    path = checkpoint.save(folder, JOB, state_of(step, guard), parts, (range(2), lanes), retention)
     return path, parts, lanes
 
 
@@ -90,6 +100,23 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         save(tmp_path, step, keep=2)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000003", "step-00000010"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_checkpoints_of_bad_steps_push_out_none_from_before_them(tmp_path: Path, keep: int) -> None:
+    """Rolling back needs those; when steps are good again only the newest stay."""
+    for step, bad in enumerate((0, 0, 1, 2, 3), start=1):
+        save(tmp_path, step, keep, GuardState(skipped=bad, bad=bad))
+    before, among = {1: ([2], [5]), 2: ([1, 2], [4, 5])}[keep]
+    assert sorted(shelf.steps(tmp_path)) == before + among
+    save(tmp_path, 6, keep, GuardState(skipped=3))
+    assert sorted(shelf.steps(tmp_path)) == [5, 6][-keep:]
+
+
+def test_steps_that_updated_nothing_are_not_counted_as_taken() -> None:
+    """AdamW's step count; that of a checkpoint which has no guard is its step."""
+    assert state_of(9, GuardState(skipped=4)).taken == 5
+    assert state_of(9).taken == 9
 
 
 def test_a_future_that_was_given_up_is_dropped(tmp_path: Path) -> None:
@@ -215,5 +242,6 @@ def test_every_file_and_folder_is_synced_before_it_is_named(
         assert done.index(f"name {file}") < named
         assert any(f".{file}." in entry for entry in done[:named]), "synced aside"
     assert done[named - 1] == "sync .step-00000003.partial"
+    assert f"sync {tmp_path.parent.name}" in done[:named], "it may have no other checkpoint yet"
     assert done[named + 1] == f"sync {tmp_path.name}"
     assert done[-2:] == ["name latest", f"sync {tmp_path.name}"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor
 
 from i3dist import dist, engine
@@ -174,6 +175,95 @@ def test_the_file_holds_engine_matters_only(tmp_path: Path, change: dict, says: 
         return
     with pytest.raises(UserError, match=says):
         read_engine_config(path)
+
+
+def changed(path: Path, group: str, key: str, value: object) -> Path:
+    """The engine's file with one value changed; `group` is "" for the file itself."""
+    tree = json.loads(ZERO2.read_text())
+    (tree.setdefault(group, {}) if group else tree)[key] = value
+    path.write_text(json.dumps(tree))
+    return path
+
+
+ZERO_FIELDS = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+GROUPS = [key for key, rule in engine.ENGINE_KEYS.items() if isinstance(rule, dict)]
+# What the engine makes of ZeRO's keys, as JSON; of any other value, and any other key, nothing.
+HONOURED = {
+    **dict.fromkeys(("contiguous_gradients", "reduce_scatter"), "true"),
+    **dict.fromkeys(("allgather_partitions", "compute_grad_norm"), "true"),
+    **dict.fromkeys(("overlap_comm", "round_robin_gradients", "parameter_alignment"), "false"),
+    **dict.fromkeys(("cpu_offload", "cpu_offload_param"), "false"),
+    **dict.fromkeys(("zero_quantized_weights", "zero_quantized_gradients"), "false"),
+    **dict.fromkeys(("offload_param", "offload_optimizer"), "null {}"),
+    "stage": "2",
+    "reduce_bucket_size": '2 1000 999 500000000.0 "auto"',
+    "allgather_bucket_size": '2 1000 500000000.0 "auto"',
+}
+VALUES = (True, False, 2, 1000, 999, 5e8, -2, 2.5, None, {}, {"device": "cpu"}, "true", "auto")
+
+
+@pytest.mark.parametrize("key", sorted(ZERO_FIELDS | set(DeepSpeedZeroConfig.model_fields)))
+def test_every_key_of_zero_is_honoured_or_refused_by_name(tmp_path: Path, key: str) -> None:
+    for value in VALUES:
+        path = changed(tmp_path / "zero.json", "zero_optimization", key, value)
+        if json.dumps(value) in HONOURED.get(key, "").split():
+            read_engine_config(path)
+        else:
+            with pytest.raises(UserError, match=rf"zero_optimization\.{key}\b"):
+                read_engine_config(path)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_unknown_key_is_refused_in_every_group(tmp_path: Path, group: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown key '{group}\.surprise'.*legal: "):
+        read_engine_config(changed(tmp_path / "zero.json", group, "surprise", 1))
+    with pytest.raises(UserError, match=f"{group} is not a JSON object"):
+        read_engine_config(changed(tmp_path / "zero.json", "", group, [1]))
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "says"),
+    [
+        ("bf16", "enabled", "true", "bf16.enabled must be true or false"),
+        ("bf16", "enabled", 2, "bf16.enabled must be true or false"),
+        ("bf16", "immediate_grad_update", True, "bf16.immediate_grad_update is not supported"),
+        ("data_types", "grad_accum_dtype", "bf16", "data_types.grad_accum_dtype must be"),
+        ("data_types", "buffer_dtype", "bf16", "unknown key 'data_types.buffer_dtype'"),
+        ("comms_logger", "enabled", True, "comms_logger.enabled is not supported"),
+        ("compile", "deepcompile", True, "compile.deepcompile is not supported"),
+        ("flops_profiler", "profile_step", "5", "flops_profiler.profile_step must be"),
+        ("", "dump_state", True, "dump_state is not supported"),
+        ("", "wall_clock_breakdown", "no", "wall_clock_breakdown must be"),
+        ("", "communication_data_type", "int8", "communication_data_type must be"),
+        ("", "fp16", {"enabled": False}, "unknown key 'fp16'"),
+    ],
+)
+def test_a_value_without_effect_is_refused(
+    tmp_path: Path, group: str, key: str, value: object, says: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        read_engine_config(changed(tmp_path / "zero.json", group, key, value))
+    assert says in str(error.value)
+
+
+def test_a_key_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "stage": 2}}')
+    with pytest.raises(UserError, match="key 'stage' is there twice"):
+        read_engine_config(path)
+
+
+def test_what_decides_numbers_outlives_keys_that_do_not() -> None:
+    """Checkpoints hold it; older ones with keys that had no effect and are refused by now."""
+    old = {
+        "bf16": {"enabled": True, "immediate_grad_update": True},
+        "data_types": {"grad_accum_dtype": "fp32", "param_dtype": "bf16"},
+        "communication_data_type": "fp32",
+    }
+    now = engine.numeric_part(read_engine_config(ZERO2))
+    assert engine.numeric_part(old) == now == engine.numeric_part(now)
+    old["bf16"] = {"enabled": False}
+    assert engine.numeric_part(old) != now
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "3"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from i3dist.config import GuardSettings, ModelSettings
 from i3dist.engine import Stepped
@@ -50,6 +51,51 @@ def test_a_continued_guard_decides_alike(norms: list[float], cut: int) -> None:
     after = Guard(SPIKES, GuardState.model_validate_json(saved))
     assert got + [take(after, norm) for norm in norms[cut:]] == expected
     assert after.state == whole.state
+
+
+@given(before=NORMS, after=NORMS)
+def test_a_state_that_somebody_holds_never_changes(before: list[float], after: list[float]) -> None:
+    guard = Guard(SPIKES)
+    for norm in before:
+        take(guard, norm)
+    held = guard.state
+    was = held.model_dump_json()
+    for norm in after:
+        take(guard, norm)
+    guard.rolled_back(99, 3, 2)
+    assert held.model_dump_json() == was
+    with pytest.raises(ValidationError):
+        held.bad = 7  # type: ignore[misc]
+
+
+def test_a_state_of_an_older_checkpoint_can_be_read() -> None:
+    """It has lists, and no word of when the run was rolled back."""
+    old = '{"skipped": 4, "bad": 1, "spikes": 0, "norms": [1.5, 2.0], "rolled_back_to": [3, 6]}'
+    state = GuardState.model_validate_json(old)
+    assert (state.norms, state.rolled_back_to) == ((1.5, 2.0), (3, 6))
+    assert [step for step in range(1, 10) if state.may_roll_back_to(step, 9)] == [1, 2, 4, 5, 7, 8]
+
+
+@given(norms=st.lists(st.sampled_from([1.0, math.nan, math.nan]), max_size=40))
+def test_rolling_back_gives_up_the_weights_of_now(norms: list[float]) -> None:
+    """To a checkpoint of this past from before the bad steps, whatever else lies in the folder.
+
+    There is one of every step, made when the step was done with.
+    """
+    guard = Guard(GuardSettings(bad_steps=3, rollbacks=9))
+    past: list[int] = []  # steps with a checkpoint on the way to the weights of now
+    streak: list[int] = []
+    for step, norm in enumerate(norms, start=1):
+        streak = [] if take(guard, norm) is None else [*streak, step]
+        past.append(step)
+        if not guard.gives_up():
+            continue
+        allowed = [s for s in past if s not in streak and s not in guard.state.rolled_back_to]
+        assert allowed == [s for s in range(60) if s and guard.state.may_roll_back_to(s, step)]
+        if not allowed:
+            break
+        guard.rolled_back(step, allowed[-1], taken=1)
+        past, streak = [s for s in past if s < allowed[-1]], []
 
 
 def test_by_default_no_norm_is_too_large() -> None:

@@ -1,18 +1,28 @@
 """Saving behind training: what is saved is what there was, and a failure is not lost."""
 
+import json
+import math
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from i3dist import checkpoint, shelf
 from i3dist.checkpoint import OptimizerReader
-from i3dist.config import CheckpointSettings
+from i3dist.config import CheckpointSettings, GuardSettings, Settings
+from i3dist.data.schedule import Schedule
+from i3dist.engine import Stepped
 from i3dist.errors import UserError
 from i3dist.fragment import Fragment
+from i3dist.guard import Guard
+from i3dist.ledger_writer import LedgerWriter
 from i3dist.saver import Saver
+from i3dist.trainer import Progress, Trainer
 from tests.conftest import program
 from tests.test_checkpoint import JOB, fragment, random_lanes, state_of
 
@@ -26,12 +36,17 @@ class Training:
         self.go_on = threading.Event()
         self.lanes = random_lanes(2)
         self.fragment = fragment("w", 0, 5)
+        self.snapshots = 0
 
     def begin(self, saver: Saver, step: int) -> None:
         saver.begin(state_of(step), self.snapshot, (range(2), self.lanes))
 
     def snapshot(self) -> Iterator[Fragment]:
-        """Waits where it is read, in the saver's thread."""
+        """What it gives waits where it is read, in the saver's thread."""
+        self.snapshots += 1
+        return self._fragments()
+
+    def _fragments(self) -> Iterator[Fragment]:
         assert self.go_on.wait(WAIT_SECONDS)
         yield self.fragment
 
@@ -65,14 +80,36 @@ def test_training_goes_on_meanwhile_and_what_is_saved_stays(
     assert OptimizerReader(path)["w"]["weight"].equal(training.fragment.tensors["weight"])
 
 
+def test_nothing_that_is_changed_later_is_saved(tmp_path: Path, training: Training) -> None:
+    """Whatever training still holds of the state: the guard, and dicts as deep as they go."""
+    guard = Guard(GuardSettings(spike_factor=3.0, spike_window=2))
+    for norm in (1.0, 2.0):
+        guard.judge(Stepped(True, norm, [1.0]))
+    state = state_of(2, guard.state).model_copy(update={"engine": {"bf16": {"enabled": True}}})
+    was = state.model_dump(mode="json")
+    saving = saver(tmp_path)
+    saving.begin(state, training.snapshot, (range(2), training.lanes))
+    for norm in (math.nan, math.nan, 9.0):
+        guard.judge(Stepped(math.isfinite(norm), norm, [norm]))
+    state.engine["bf16"]["enabled"] = False
+    state.settings["optimizer"]["lr"] = 7.0
+    training.go_on.set()
+    saving.wait()
+    (path,) = shelf.candidates(tmp_path)
+    assert json.loads((path / "state.json").read_text()) == was
+    assert checkpoint.read_state(path).taken == 2
+
+
 def test_one_is_written_at_a_time(tmp_path: Path, training: Training) -> None:
     """The next snapshot overwrites the last one's memory, so it waits."""
     saving = saver(tmp_path)
     training.begin(saving, 1)
+    begun = training.snapshots
     second = threading.Thread(target=training.begin, args=(saving, 2))
     second.start()
     second.join(0.2)
     assert second.is_alive() and not shelf.candidates(tmp_path)
+    assert training.snapshots == begun, "no other was taken"
     training.go_on.set()
     second.join(WAIT_SECONDS)
     saving.wait()
@@ -122,6 +159,42 @@ def test_leaving_waits(tmp_path: Path, training: Training) -> None:
         training.begin(saving, 5)
         threading.Timer(0.2, training.go_on.set).start()
     assert [shelf.step_of(path) for path in shelf.candidates(tmp_path)] == [5]
+
+
+def test_the_ledger_is_on_disk_before_a_checkpoint_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its lines, up to the checkpoint's step, and the name of the file."""
+    done: list[str] = []
+    synced = os.fsync
+
+    def sync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        lines = len(path.read_text().splitlines()) if path.is_file() else "folder"
+        done.append(f"{path.name} {lines}")
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    lanes = random_lanes(2)
+    writer = LedgerWriter(tmp_path, Schedule((4, 4), 2, 2, seed=0), 1, range(2))
+    for step in (1, 2, 3):
+        stepped = Stepped(True, 1.0, [1.0])
+        writer.add(step, step, torch.tensor(9), lanes, stepped, None)
+    trainer = SimpleNamespace(
+        progress=Progress(3, 3),
+        saver=SimpleNamespace(step=0, begin=lambda state, *_: done.append(f"begin {state.step}")),
+        watchdog=SimpleNamespace(beat=lambda doing: None),
+        ledger=writer,
+        tokens_seen=torch.tensor(7),
+        settings=Settings(),
+        corpus=SimpleNamespace(fingerprint="x"),
+        engine=SimpleNamespace(numeric={}, snapshot=None),
+        guard=Guard(GuardSettings()),
+        lanes=range(2),
+        lane_state=lanes,
+    )
+    Trainer.save(cast(Trainer, trainer))
+    assert done == ["ledger.jsonl 3", f"{tmp_path.name} folder", "begin 3"]
 
 
 def test_the_benchmark_saves_what_it_says(tmp_path: Path) -> None:

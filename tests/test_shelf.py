@@ -28,6 +28,16 @@ def test_the_newest_and_every_so_many_th_stay(
         assert (step in stay) == (step <= newest and (later < keep or named))
 
 
+@given(there=STEPS, needed=STEPS, newest=st.integers(1, 60), keep=st.integers(1, 4))
+def test_what_is_needed_is_not_pushed_out_by_what_is_not(
+    there: set[int], needed: set[int], newest: int, keep: int
+) -> None:
+    retention = CheckpointSettings(keep=keep)
+    stay = shelf.kept(there, newest, retention, needed.__contains__)
+    past = sorted(step for step in there if step <= newest)
+    assert stay == {*past[-keep:], *[step for step in past if step in needed][-keep:]}
+
+
 @given(there=STEPS, latest=st.none() | st.integers(1, 60), broken=STEPS)
 def test_the_newest_whole_one_up_to_latest_is_taken(
     there: set[int], latest: int | None, broken: set[int], tmp_path_factory: pytest.TempPathFactory

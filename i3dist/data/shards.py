@@ -4,7 +4,10 @@ Letters: N chunks of a shard, T tokens of a chunk.
 """
 
 import hashlib
+import os
 from collections import OrderedDict
+from collections.abc import Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +28,59 @@ class ShardTokens(NamedTuple):
     loss: str = ""  # what is lost, in words, where the shard is quarantined
 
 
+# Where files lie on a network each size takes a while, so that many are asked for at once.
+STAT_THREADS = 16
+
+
 class DamagedShardError(UserError):
     """A shard that can be read and is not what its manifest says."""
+
+
+def check_shards(folder: Path, manifest: Manifest, on_damage: OnDamage = "stop") -> None:
+    """See from one listing that every shard of a split is there, with its size. None is opened.
+
+    Raises:
+        UserError: a shard is missing, or has another size and `on_damage` is to stop. The line
+            names the first and counts the others.
+    """
+    sizes = _sizes(folder, {shard.name for shard in manifest.shards})
+    wrong = [s for s in manifest.shards if sizes.get(s.name) != s.size]
+    missing = [shard for shard in wrong if shard.name not in sizes]
+    if on_damage == "quarantine":
+        wrong = missing
+    if not wrong:
+        return
+    first, others = wrong[0], len(wrong) - 1
+    if first.name in sizes:
+        what = f"differs from its manifest ({sizes[first.name]:,} of {first.size:,} bytes)"
+    else:
+        what = "cannot be read (No such file or directory)"
+    more = f", and {others:,} more are missing or have another size" if others else ""
+    remedy = _remedy(manifest, can_go_on=not missing)
+    raise UserError(f"{folder / first.name}: shard {what}{more}; {remedy}")
+
+
+def _sizes(folder: Path, names: Set[str]) -> dict[str, int]:
+    """Sizes in bytes of those of the named files that are in a folder; links are followed."""
+
+    def measure(entries: list[os.DirEntry[str]]) -> dict[str, int]:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+    try:
+        with os.scandir(folder) as listing:
+            there = [entry for entry in listing if entry.name in names]
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            parts = pool.map(measure, (there[n::STAT_THREADS] for n in range(STAT_THREADS)))
+            return {name: size for part in parts for name, size in part.items()}
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+
+
+def _remedy(manifest: Manifest, can_go_on: bool = True) -> str:
+    """What to do about a shard; those of validation are never quarantined."""
+    if can_go_on and manifest.split == "train":
+        return "restore it, make the data again, or train without it by data.on_damage=quarantine"
+    return "restore it or make the data again"
 
 
 def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
@@ -50,8 +104,7 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
         ) from None
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise DamagedShardError(
-            f"{path}: shard differs from its manifest (size or SHA-256); "
-            "restore it, make the data again, or train without it by data.on_damage=quarantine"
+            f"{path}: shard differs from its manifest (size or SHA-256); {_remedy(manifest)}"
         )
     tokens = chunks_of(data, shard.chunks, manifest.chunk_length)
     if shard_bytes(index, tokens) != data or tokens.max() >= manifest.vocab_size:

@@ -1,6 +1,7 @@
 """What is read is what was written, or nothing."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from i3dist.data.manifest import Manifest
-from i3dist.data.shards import ShardCache, document_depth, read_shard
+from i3dist.data.shards import ShardCache, check_shards, document_depth, read_shard
 from i3dist.errors import UserError
 
 BOS = 2
@@ -63,6 +64,92 @@ def test_damage_is_an_error_that_names_the_shard(data: Path, tmp_path: Path, dam
     with pytest.raises(UserError, match=r"shard-000000\.tar") as error:
         read_shard(folder, manifest, 0)
     assert "\n" not in str(error.value)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def folder_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+@pytest.fixture
+def copied(data: Path, tmp_path: Path) -> tuple[Path, Manifest]:
+    """The folder of a split's copy, and its manifest."""
+    shutil.copytree(data / "train", tmp_path / "train")
+    return tmp_path / "train", Manifest.load(tmp_path / "train")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, folder_in_its_place, link_to_nothing])
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_shard_that_is_missing_is_found_from_the_listing(
+    copied: tuple[Path, Manifest], damage: Callable[[Path], None], split: str
+) -> None:
+    folder, manifest = copied[0], copied[1].model_copy(update={"split": split})
+    damage(folder / "shard-000003.tar")
+    for on_damage in ("stop", "quarantine"):
+        with pytest.raises(UserError) as error:
+            check_shards(folder, manifest, on_damage)
+        assert str(error.value) == (
+            f"{folder / 'shard-000003.tar'}: shard cannot be read (No such file or directory); "
+            "restore it or make the data again"
+        )
+
+
+@pytest.mark.parametrize("damage", [cut, longer])
+def test_a_shard_of_another_size_is_found_from_the_listing(
+    copied: tuple[Path, Manifest], damage: Callable[[Path], None]
+) -> None:
+    """Quarantine may go on with it, and so the message says."""
+    folder, manifest = copied
+    damage(folder / "shard-000003.tar")
+    check_shards(folder, manifest, "quarantine")
+    with pytest.raises(UserError, match=r"shard-000003\.tar: .*by data\.on_damage=quarantine$"):
+        check_shards(folder, manifest)
+    with pytest.raises(UserError, match=r"shard-000003\.tar: .*restore it or make the data again$"):
+        check_shards(folder, manifest.model_copy(update={"split": "valid"}))
+
+
+def test_the_first_is_named_and_the_others_are_counted(copied: tuple[Path, Manifest]) -> None:
+    folder, manifest = copied
+    for number in (2, 7, 9):
+        (folder / manifest.shards[number].name).unlink()
+    cut(folder / manifest.shards[5].name)
+    with pytest.raises(UserError, match=r"shard-000002\.tar.*, and 3 more are missing or have an"):
+        check_shards(folder, manifest)
+    with pytest.raises(UserError, match=r"shard-000002\.tar.*, and 2 more are missing or have an"):
+        check_shards(folder, manifest, "quarantine")
+
+
+def test_no_shard_is_opened_and_links_are_followed(
+    copied: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Links to shards and to their folder, and other files among them."""
+    folder, manifest = copied
+    for shard in manifest.shards[:2]:
+        (folder / shard.name).rename(folder.parent / shard.name)
+        (folder / shard.name).symlink_to(folder.parent / shard.name)
+    (folder / "shard-000999.tar").touch()
+    (folder / "notes").mkdir()
+    (folder.parent / "link").symlink_to(folder, target_is_directory=True)
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("a file is opened")
+
+    for name in ("builtins.open", "io.open", "os.open"):
+        monkeypatch.setattr(name, opened)
+    check_shards(folder.parent / "link", manifest)
 
 
 def test_the_cache_holds_no_more_than_it_may(data: Path) -> None:
