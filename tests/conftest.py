@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,10 @@ from tests.launcher import Launcher
 
 # Tensors are tiny here: threads would only wait for each other.
 torch.set_num_threads(1)
+
+# How long an example takes says how busy the machine is, and nothing else.
+hypothesis.settings.register_profile("i3dist", deadline=None)
+hypothesis.settings.load_profile("i3dist")
 
 ROOT = Path(__file__).parent.parent
 # Small enough for seconds; history is on from the first step, so every part takes part.
