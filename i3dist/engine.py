@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,9 +165,9 @@ def read_engine_config(path: Path) -> dict[str, Any]:
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a key that stands there twice Python would take the last value."""
-    keys = [key for key, _ in pairs]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"key {twice[0]!r} is there twice")
+    counts = Counter(key for key, _ in pairs)
+    if len(counts) < len(pairs):
+        raise ValueError(f"key {counts.most_common(1)[0][0]!r} is there twice")
     return dict(pairs)
 
 
@@ -177,10 +178,8 @@ def _check_keys(config: Any, legal: dict[str, Any], where: str, group: str = "")
     for key, value in config.items():
         name, rule = f"{group}.{key}" if group else key, legal.get(key)
         if rule is None:
-            raise UserError(
-                f"{where}unknown key {name!r}, or one without effect here; "
-                f"legal: {', '.join(legal)}"
-            )
+            here = ", ".join(legal)
+            raise UserError(f"{where}unknown key {name!r}, not supported here; legal: {here}")
         if isinstance(rule, dict):
             _check_keys(value, rule, where, name)
         elif not rule.holds(value):

@@ -4,9 +4,11 @@ Its decisions follow from figures that all ranks share, so all ranks decide alik
 """
 
 import math
+import operator
 import statistics
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from i3dist.config import GuardSettings
 from i3dist.engine import Stepped
@@ -33,8 +35,8 @@ class GuardState(BaseModel):
     """The newest norms of steps that were taken; only kept where spikes are looked for."""
     rolled_back_to: tuple[int, ...] = ()
     """Steps of the checkpoints that the run was rolled back to."""
-    rolled_back_at: tuple[int, ...] = ()
-    """The last step before each of these; older checkpoints do not name it."""
+    rolled_back_at: Annotated[tuple[int, ...], Field(exclude_if=operator.not_)] = ()
+    """The last step before each of these; checkpoints of earlier versions do not name it."""
 
     def may_roll_back_to(self, step: int, now: int) -> bool:
         """Whether the checkpoint of `step` is one to roll back to after step `now`.

@@ -114,8 +114,8 @@ class Trainer:
                 self.export()
             else:
                 self.save()
+        self.watchdog.close()  # what comes now decides nothing
         self.draw()
-        self.watchdog.close()
         return done
 
     def train_step(self, batches: Iterator[Batch]) -> None:
@@ -350,7 +350,6 @@ class Trainer:
 
     def draw(self) -> None:
         """Draw plots of the run so far, and hand them to the tracker."""
-        self.watchdog.beat("drawing plots")
         if self.job.rank == 0:
             from i3dist import plots  # with matplotlib, for which other ranks have no use
 

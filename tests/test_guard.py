@@ -1,5 +1,6 @@
 """Which steps are skipped, what they leave in the lanes, and when it is enough."""
 
+import json
 import math
 import statistics
 
@@ -74,6 +75,7 @@ def test_a_state_of_an_older_checkpoint_can_be_read() -> None:
     state = GuardState.model_validate_json(old)
     assert (state.norms, state.rolled_back_to) == ((1.5, 2.0), (3, 6))
     assert [step for step in range(1, 10) if state.may_roll_back_to(step, 9)] == [1, 2, 4, 5, 7, 8]
+    assert state.model_dump(mode="json") == json.loads(old), "and they stay equal"
 
 
 @given(norms=st.lists(st.sampled_from([1.0, math.nan, math.nan]), max_size=40))

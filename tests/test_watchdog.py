@@ -96,6 +96,7 @@ class Simulation:
             self.dog._watch()
         except Ended:
             return self.now
+        assert self.timer == math.inf, "the timer would still strike"
         return None
 
     # time, os and faulthandler
