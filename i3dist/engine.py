@@ -27,7 +27,8 @@ from i3dist.model.state import LaneState
 from i3dist.ops.adamw import FlatAdamW
 from i3dist.toolchain import absent, operator_alone, require_compiler, unlink_shared_memory
 
-# Read at import: the accelerator, and how much DeepSpeed says.
+# Read at import, and not by us, who would take it for the user's choice: the accelerator.
+named = "DS_ACCELERATOR" in os.environ
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
 
 # DeepSpeed still calls names that torch is about to retire.
@@ -35,9 +36,14 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 with absent("mlflow"):  # for its autotuner
     import deepspeed
-from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.accelerator import get_accelerator, set_accelerator  # noqa: E402
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
+
+if not named:
+    del os.environ["DS_ACCELERATOR"]
 
 # What the trainer decides from its own settings; the engine's file leaves these out or "auto".
 OURS = (
@@ -66,6 +72,15 @@ ENGINE_GROUPS = ("bf16", "data_types", "comms_logger", "compile", "flops_profile
 NUMERIC_KEYS = ("bf16", "data_types", "communication_data_type")
 # Of a GPU's memory; the rest is for the CUDA context, NCCL and fragmentation.
 MEMORY_SHARE = 0.92
+
+
+def choose_device(wanted: dist.Device) -> bool:
+    """`dist.choose_device`, for DeepSpeed too, which made a choice of its own when imported."""
+    for_want_of_gpu = dist.choose_device(wanted)
+    kind = CUDA_Accelerator if dist.uses_cuda() else CPU_Accelerator
+    if not isinstance(get_accelerator(), kind):
+        set_accelerator(kind())
+    return for_want_of_gpu
 
 
 def read_engine_config(path: Path) -> dict[str, Any]:
