@@ -75,9 +75,9 @@ def build(
     engine_config = engine.read_engine_config(arguments.deepspeed)
     start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
     settings = start.settings
+    check_micro_batch(settings, job)
     if for_want_of_gpu:
         refuse_large(settings)
-    check_micro_batch(settings, job)
     dist.share_threads(job)
     if not dist.uses_cuda():
         dist.keep_freed_memory()

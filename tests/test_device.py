@@ -1,5 +1,7 @@
 """What a job runs on: what is chosen, and what is refused where a GPU is missing or not seen."""
 
+import runpy
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,10 @@ import torch
 
 from i3dist import dist
 from i3dist.config import FREE_TO_CHANGE, Settings
+from i3dist.data.corpus import Corpus
 from i3dist.errors import UserError
 from i3dist.summary import refuse_large
-from tests.conftest import QUICK, error_line, program
+from tests.conftest import QUICK, ROOT, error_line, program
 
 CARD = Settings.load(None, ["train.lanes=4"])
 TINY = Settings.load(Path("configs/tiny.yaml"), ["train.lanes=64", "train.window_chunks=64"])
@@ -38,6 +41,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(dist, "DEVICES", tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # so that it is put back as it was
+    monkeypatch.delenv("DS_ACCELERATOR")
     return tmp_path
 
 
@@ -98,7 +103,6 @@ def test_where_torch_sees_a_gpu_the_setting_decides(
 def test_evaluating_and_generating_say_what_is_wrong(
     host: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert dist.pick_device("cpu") == dist.pick_device("auto") == torch.device("cpu")
     assert [r.getMessage() for r in caplog.records if "build without CUDA" in r.getMessage()]
@@ -110,6 +114,27 @@ def test_only_large_models_are_refused_on_a_cpu() -> None:
     refuse_large(TINY)
     with pytest.raises(UserError, match=r"339M parameters.*16,384 tokens.*train\.device=cpu"):
         refuse_large(CARD)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_a_large_model_is_trained_on_a_cpu_that_was_chosen(
+    host: Path, data: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    class GoesOnError(Exception):
+        """It is not refused."""
+
+    def goes_on(_: dist.Job) -> None:
+        raise GoesOnError
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(dist, "share_threads", goes_on)
+    build = runpy.run_path(str(ROOT / "launch" / "train.py"))["build"]
+    words = [f"data.path={data}", f"run.path={host / 'run'}", f"train.device={device}"]
+    arguments = Namespace(deepspeed=ROOT / "configs" / "zero2.json", fresh=False)
+    settings = Settings.load(None, words)
+    corpus = Corpus.open(data, settings.model)
+    with pytest.raises(UserError if device == "auto" else GoesOnError):
+        build(arguments, settings, dist.Job.detect({}), corpus, None)
 
 
 def test_a_run_may_continue_on_another_device() -> None:
@@ -125,9 +150,6 @@ def test_the_trainer_refuses_in_one_line_and_does_as_it_is_told(
     for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     assert "is slow to train on a CPU" in error_line(program("launch/train.py", *places))
-    # Told so, it goes on to what is wrong next.
-    words = ["train.device=cpu", "train.micro_batch=3", *places]
-    assert "train.micro_batch" in error_line(program("launch/train.py", *words))
 
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
     words = [*QUICK, "train.steps=1", *places]
