@@ -272,8 +272,9 @@ def unseen_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
 
 def _granted_gpus(environ: Mapping[str, str]) -> str | None:
     """What tells that the job has GPUs on this host, or None."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:  # what stands behind an impossible number does not count
+    # DeepSpeed's launcher sets the variable on hosts without GPUs too; CROSS_SIZE is a word of its.
+    visible = None if "CROSS_SIZE" in environ else environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
         first = visible.split(",")[0].strip()
         return None if first in HIDDEN else f"CUDA_VISIBLE_DEVICES={visible}"
     for name in ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):

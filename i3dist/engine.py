@@ -27,8 +27,9 @@ from i3dist.model.state import LaneState
 from i3dist.ops.adamw import FlatAdamW
 from i3dist.toolchain import absent, operator_alone, require_compiler, unlink_shared_memory
 
-# Read at import, and not by us, who would take it for the user's choice: the accelerator.
-named = "DS_ACCELERATOR" in os.environ
+# DeepSpeed reads its accelerator from the environment when it is imported. The variable is removed
+# then, so that nobody takes it for the user's choice.
+_named = "DS_ACCELERATOR" in os.environ
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
 
 # DeepSpeed still calls names that torch is about to retire.
@@ -42,7 +43,7 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E40
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
 
-if not named:
+if not _named:
     del os.environ["DS_ACCELERATOR"]
 
 # What the trainer decides from its own settings; the engine's file leaves these out or "auto".

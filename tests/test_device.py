@@ -23,12 +23,14 @@ GRANTS = [
     {"CUDA_VISIBLE_DEVICES": "0,1"},
     {"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"},
     {"CUDA_VISIBLE_DEVICES": "0,-1", "SLURM_GPUS_ON_NODE": "1"},
+    {"SLURM_GPUS_ON_NODE": "1", "CROSS_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0"},
 ]
 NONE_GRANTED = [
     {},
     {"SLURM_GPUS_ON_NODE": "0"},
     {"SLURM_JOB_GPUS": "", "SLURM_GPUS_PER_NODE": "0"},
     {"CUDA_VISIBLE_DEVICES": ""},
+    {"CROSS_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1"},  # DeepSpeed's launcher, on CPUs too
     {"CUDA_VISIBLE_DEVICES": "-1", "SLURM_GPUS_ON_NODE": "2"},
     {"CUDA_VISIBLE_DEVICES": "-1,0"},
     {"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_JOB_GPUS": "0"},
