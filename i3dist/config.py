@@ -27,6 +27,7 @@ from i3dist.yaml_text import read_values
 
 Auto = Literal["auto"]
 OnDamage = Literal["stop", "quarantine"]
+Device = Literal["auto", "cpu", "cuda"]
 Count = Annotated[int, Field(ge=1, le=2**40)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -195,6 +196,9 @@ class TrainSettings(Section):
     """Successive windows of each lane that are accumulated into one step."""
     micro_batch: Count | Auto = "auto"
     """Lanes of a rank computed at once; auto is all that fit. Never changes the step's content."""
+    device: Device = "auto"
+    """What the job runs on: auto is CUDA where there is a GPU, else the CPU if that is fast enough
+    for the model. Changes rounding only, as the number of ranks does."""
     compile: bool | Auto = "auto"
     """Compile the blocks (torch.compile) before the first step; auto does on GPUs."""
     clip: Positive = 1.0
@@ -365,6 +369,7 @@ FREE_TO_CHANGE = (
     "data.on_damage",  # only the content of damaged shards
     "train.steps",
     "train.micro_batch",
+    "train.device",
     "train.compile",
     "log.every",
     "log.diagnose_every",

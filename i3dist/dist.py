@@ -6,11 +6,13 @@ that, or without torch, looks for a rank itself: `say` here, and the printing of
 """
 
 import ctypes
+import logging
 import os
 import re
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -18,12 +20,20 @@ import torch.distributed as torch_dist
 
 from i3dist.errors import UserError, explain
 
+log = logging.getLogger(__name__)
+
 Gathered = TypeVar("Gathered")
+Device = Literal["auto", "cpu", "cuda"]
 Launcher = Literal["deepspeed", "torchrun", "slurm", "python"]
 Group = torch_dist.ProcessGroup
 
 # Rendezvous ports under Slurm: below Linux's ephemeral range, which begins at 32768.
 FIRST_PORT, PORTS = 10_240, 20_000
+
+# First entries of CUDA_VISIBLE_DEVICES that hide all GPUs, on purpose.
+HIDDEN = ("", "-1", "NoDevFiles")
+DEVICES = Path("/dev")
+NO_GPU = "there is no CUDA GPU here"
 
 # What gloo says when the other end of a connection is gone.
 PEER_LOSS = r"gloo.*(closed|reset|refused|broken|timed out)|onnection (closed|reset) by peer"
@@ -222,8 +232,63 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def choose_device(wanted: Device, environ: MutableMapping[str, str] = os.environ) -> bool:
+    """Settle what the job runs on, for `uses_cuda`.
+
+    DS_ACCELERATOR=cpu in the environment makes "auto" the CPU.
+
+    Returns:
+        Whether it is the CPU for want of a GPU: nobody chose it.
+
+    Raises:
+        UserError: there is no GPU though one is asked for, or though the job was granted some.
+    """
+    if wanted == "auto" and environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return False
+    if wanted == "cpu" or torch.cuda.is_available():
+        environ["DS_ACCELERATOR"] = "cpu" if wanted == "cpu" else "cuda"
+        return False
+    if unseen := unseen_gpus(environ):
+        raise UserError(f"{unseen}, or set train.device=cpu to train on the CPU all the same")
+    if wanted == "cuda":
+        raise UserError(f"train.device=cuda: {NO_GPU}; use train.device=auto or cpu")
+    return True
+
+
+def unseen_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Where this host has GPUs for the job that torch cannot see: what is wrong, and the remedy."""
+    granted = _granted_gpus(environ)
+    if granted is None or torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        fault = f"{torch.__version__} is a build without CUDA"
+        remedy = "install one with CUDA (https://pytorch.org/get-started)"
+    else:
+        fault = f"is built for CUDA {torch.version.cuda}, and finds no driver that fits"
+        remedy = "see what nvidia-smi says there, and renew the driver or install another torch"
+    host = socket.gethostname()
+    return f"{host}: the job has GPUs ({granted}) that torch cannot see: torch {fault}; {remedy}"
+
+
+def _granted_gpus(environ: Mapping[str, str]) -> str | None:
+    """What tells that the job has GPUs on this host, or None."""
+    # DeepSpeed's launcher sets the variable on hosts without GPUs too; CROSS_SIZE is a word of its.
+    visible = None if "CROSS_SIZE" in environ else environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        first = visible.split(",")[0].strip()
+        return None if first in HIDDEN else f"CUDA_VISIBLE_DEVICES={visible}"
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        value = environ.get(name, "")
+        if value and (name, value) != ("SLURM_GPUS_ON_NODE", "0"):
+            return f"{name}={value}"
+    return next((str(path) for path in sorted(DEVICES.glob("nvidia[0-9]*"))), None)
+
+
 def uses_cuda() -> bool:
-    """Whether the job runs on CUDA: where there is a GPU, unless DS_ACCELERATOR=cpu."""
+    """Whether the job runs on CUDA: where there is a GPU, unless DS_ACCELERATOR=cpu.
+
+    `choose_device` sets that variable where train.device says so.
+    """
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
@@ -249,8 +314,10 @@ def pick_device(wanted: str) -> torch.device:
     """The device of a single process: "cpu", "cuda", or "auto" for a GPU where there is one."""
     if wanted == "auto":
         wanted = "cuda" if uses_cuda() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA GPU here; use --device cpu")
+        if "DS_ACCELERATOR" not in os.environ and (unseen := unseen_gpus()):
+            log.warning("warning: %s; until then this runs on the CPU", unseen)
+    elif wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device cuda: {unseen_gpus() or NO_GPU}; or use --device cpu")
     return torch.device(wanted)
 
 

@@ -28,7 +28,9 @@ from i3dist.model.state import LaneState
 from i3dist.ops.adamw import FlatAdamW
 from i3dist.toolchain import absent, operator_alone, require_compiler, unlink_shared_memory
 
-# Read at import: the accelerator, and how much DeepSpeed says.
+# DeepSpeed reads its accelerator from the environment when it is imported. The variable is removed
+# then, so that nobody takes it for the user's choice.
+_named = "DS_ACCELERATOR" in os.environ
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
 
 # DeepSpeed still calls names that torch is about to retire.
@@ -36,9 +38,14 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 with absent("mlflow"):  # for its autotuner
     import deepspeed
-from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.accelerator import get_accelerator, set_accelerator  # noqa: E402
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
+
+if not _named:
+    del os.environ["DS_ACCELERATOR"]
 
 
 class Legal(NamedTuple):
@@ -130,6 +137,15 @@ ENGINE_KEYS: dict[str, Any] = {
 NUMERIC_KEYS = {"bf16": "enabled", "data_types": "grad_accum_dtype", "communication_data_type": ""}
 # Of a GPU's memory; the rest is for the CUDA context, NCCL and fragmentation.
 MEMORY_SHARE = 0.92
+
+
+def choose_device(wanted: dist.Device) -> bool:
+    """`dist.choose_device`, for DeepSpeed too, which made a choice of its own when imported."""
+    for_want_of_gpu = dist.choose_device(wanted)
+    kind = CUDA_Accelerator if dist.uses_cuda() else CPU_Accelerator
+    if not isinstance(get_accelerator(), kind):
+        set_accelerator(kind())
+    return for_want_of_gpu
 
 
 def read_engine_config(path: Path) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from i3dist.config import Settings
+from i3dist.errors import UserError
 from i3dist.model.lm import I3LM, parameters_by_part
 
 GIB = 2**30
+LARGEST_ON_CPU = 100e6  # parameters; a step of the card takes minutes, and its run months
 EARLY, MEASURED, LONG = 20e6, 32.8e6, 100e6  # tokens
 
 
@@ -63,6 +65,22 @@ def print_summary(settings: Settings, world_size: int, console: Console | None =
         f"{world_size} ranks)"
     )
     print(f"parameters_total={total}")
+
+
+def refuse_large(settings: Settings) -> None:
+    """Refuse a model that nobody chose to train on a CPU, and that would take one ages.
+
+    Raises:
+        UserError: it is so large.
+    """
+    parameters = sum(count_parameters(settings).values())
+    if parameters > LARGEST_ON_CPU:
+        raise UserError(
+            f"there is no GPU here, and a model of {parameters / 1e6:.0f}M parameters is slow to "
+            f"train on a CPU: minutes for a step of {tokens_per_step(settings):,} tokens; start it "
+            "on a GPU, try out a small one (--config configs/tiny.yaml), or set train.device=cpu "
+            "to train this one all the same"
+        )
 
 
 def early_history(settings: Settings) -> str | None:

@@ -24,7 +24,7 @@ from i3dist.paths import typed_path
 from i3dist.revision import git_commit
 from i3dist.run import Start, agree, decide, idle_lanes, lay_out, preflight, resolve, verify
 from i3dist.stop import Stop
-from i3dist.summary import early_history, print_summary
+from i3dist.summary import early_history, print_summary, refuse_large
 from i3dist.trainer import Trainer, check_micro_batch
 
 
@@ -71,10 +71,13 @@ def build(
 ) -> Trainer:
     """Settle the settings, join the job, and put model, engine and tracker together."""
     # All that can be wrong with the input is found before the ranks wait for each other.
+    for_want_of_gpu = engine.choose_device(settings.train.device)
     engine_config = engine.read_engine_config(arguments.deepspeed)
     start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
     settings = start.settings
     check_micro_batch(settings, job)
+    if for_want_of_gpu:
+        refuse_large(settings)
     dist.share_threads(job)
     if not dist.uses_cuda():
         dist.keep_freed_memory()

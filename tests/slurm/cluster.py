@@ -22,7 +22,7 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "mungekey", "unshare", "setpriv")
 NODES = ("node1", "node2")
 GPUS = 2
-CPUS = 2
+CPUS = 3  # one more than GPUs, for a job beside those of a test
 
 # A daemon in namespaces of its own, which die when the process that started them dies.
 CAGE = (

@@ -1,9 +1,10 @@
-"""slurm/train.sbatch on a real cluster, with a stand-in for launch/train.py. About 20 s."""
+"""slurm/train.sbatch on a real cluster, with a stand-in for launch/train.py. About 1 minute."""
 
 import json
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,41 @@ with open("arguments.json", "w") as file:
     json.dump(sys.argv[1:], file)
 """
 
+# Says where it runs and which GPUs it sees, without importing anything large.
+GPUS_SEEN = """
+import os
+name = "seen-" + os.environ["SLURM_PROCID"]
+words = "SLURMD_NODENAME", "SLURM_LOCALID", "CUDA_VISIBLE_DEVICES"
+seen = [os.environ.get(word, "-") for word in words]
+open(name + ".part", "w").write(" ".join(seen))
+os.rename(name + ".part", name)
+"""
+
+# Says that a run has begun, by its number.
+BEGUN = """
+import os
+open("begun-" + os.environ.get("SLURM_RESTART_COUNT", "0"), "w")
+"""
+
+# In the first run ranks wait to be told: rank 0 has not begun and dies of the signal, rank 1 hears
+# it and waits for rank 0.
+HALF_BEGUN = """
+import os, signal, time
+if "SLURM_RESTART_COUNT" not in os.environ:
+    if os.environ["SLURM_PROCID"] == "1":
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+    open("ready-" + os.environ["SLURM_PROCID"], "w")
+    time.sleep(600)
+"""
+
+# Fails when it is told to stop.
+FAILING_WHEN_TOLD = """
+import os, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
+open("ready-0", "w")
+time.sleep(600)
+"""
+
 # Rank 1 fails; rank 0 would go on for longer than any test waits.
 FAILING = """
 import os, sys, time
@@ -45,13 +81,31 @@ sys.exit(3) if os.environ["SLURM_PROCID"] == "1" else time.sleep(600)
 """
 
 
-def submitted(cluster: Cluster, folder: Path, program: str, options: list[str], *words: str) -> str:
-    """Submit the script from `folder`, with `program` as launch/train.py, and wait for its end."""
+def submit(cluster: Cluster, folder: Path, program: str, options: list[str], *words: str) -> str:
+    """Submit the script from `folder`, with `program` as launch/train.py; returns the job."""
     (folder / "launch").mkdir()
     (folder / "launch" / "train.py").write_text(program)
     script = ROOT / "slurm" / "train.sbatch"
-    job = cluster.submit("--output=job.out", *options, script, *words, cwd=folder)
-    return cluster.wait(job, 120)
+    return cluster.submit("--output=job.out", *options, script, *words, cwd=folder)
+
+
+def submitted(cluster: Cluster, folder: Path, program: str, options: list[str], *words: str) -> str:
+    """The same, and wait for its end; returns its state."""
+    return cluster.wait(submit(cluster, folder, program, options, *words), 120)
+
+
+def wait_for(ready: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def requeued(cluster: Cluster, folder: Path, job: str) -> int:
+    """How often a job was put back into the queue, as Slurm and its output say."""
+    said = (folder / "job.out").read_text().count(f"requeueing job {job}\n")
+    assert f"Restarts={said} " in cluster.command("scontrol", "show", "job", job)
+    return said
 
 
 def tasks(folder: Path) -> list[dict]:
@@ -60,13 +114,27 @@ def tasks(folder: Path) -> list[dict]:
     return sorted(seen, key=lambda task: task["job"]["rank"])
 
 
+@pytest.fixture(scope="module")
+def nearly_over(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A job with less time left than the script asks to be told before, and where it runs.
+
+    Slurm looks every 30 s whom to tell. The script is still getting ready then.
+    """
+    folder = tmp_path_factory.mktemp("nearly-over")
+    activate = folder / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text("until grep -q 'told to stop' job.out; do sleep 0.1; done\n")
+    return folder, submit(cluster, folder, BEGUN, ["--gpus-per-node=0", "--time=1"])
+
+
+@pytest.mark.usefixtures("nearly_over")  # its half a minute passes meanwhile
 def test_nodes_have_their_own_names(cluster: Cluster) -> None:
     names = cluster.command("srun", "--nodes=2", "--ntasks-per-node=1", "hostname")
     assert sorted(names.split()) == list(NODES)
 
 
 def test_two_nodes_meet_on_the_first_host(cluster: Cluster, tmp_path: Path) -> None:
-    options = ["--nodes=2", "--ntasks-per-node=1"]
+    options = ["--gpus-per-node=0", "--nodes=2", "--ntasks-per-node=1"]
     state = submitted(cluster, tmp_path, STAND_IN, options, "train.steps=5", "a b")
     assert state == "COMPLETED", (tmp_path / "job.out").read_text()
     seen = tasks(tmp_path)
@@ -86,7 +154,7 @@ def test_two_nodes_meet_on_the_first_host(cluster: Cluster, tmp_path: Path) -> N
     "options",
     [
         ["--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1"],
-        ["--nodes=2", "--gpus-per-task=1", "--ntasks-per-node=2"],
+        ["--gpus-per-node=0", "--nodes=2", "--gpus-per-task=1", "--ntasks-per-node=2"],
         ["--nodes=2", "--gres=gpu:2"],  # one CPU for two tasks, which the script allows
     ],
     ids=" ".join,
@@ -103,6 +171,67 @@ def test_one_task_per_gpu_and_each_sees_all(
     assert {task["sum"] for task in seen} == {10.0}
 
 
+def ranks_and_gpus(folder: Path) -> list[str]:
+    """Node, number on it and GPUs of each rank of `GPUS_SEEN`, by rank."""
+    return [path.read_text() for path in sorted(folder.glob("seen-?"))]
+
+
+@pytest.mark.parametrize(
+    ("options", "each"),
+    [
+        ([], [1]),  # by itself it asks for one
+        (["--nodes=2"], [1, 1]),
+        (["--gpus-per-node=2"], [2]),
+        (["--gres=gpu:2"], [2]),
+        (["--gpus-per-node=0", "--gres=gpu:1", "--nodes=2"], [1, 1]),
+        (["--gpus-per-node=0", "--gpus=4", "--nodes=2"], [2, 2]),
+        (["--gpus-per-node=0", "--gpus=2", "--ntasks-per-gpu=1"], [2]),
+        (["--gpus-per-node=0", "--gpus-per-task=1", "--ntasks=2"], [2]),
+        (["--gpus-per-node=2", "--ntasks-per-node=1"], [2]),
+    ],
+    ids=lambda x: " ".join(map(str, x)) or "none",
+)
+def test_options_win_over_the_gpu_that_the_script_asks_for(
+    cluster: Cluster, tmp_path: Path, options: list[str], each: list[int]
+) -> None:
+    """However GPUs are asked for: a rank for each, and each sees those of its node."""
+    state = submitted(cluster, tmp_path, GPUS_SEEN, options)
+    assert state == "COMPLETED", (tmp_path / "job.out").read_text()
+    nodes = [
+        (name, local, gpus)
+        for name, gpus in zip(NODES, each, strict=False)
+        for local in range(gpus)
+    ]
+    wanted = [f"{local} {'0,1' if gpus == 2 else '0'}" for _, local, gpus in nodes]
+    assert [seen.split(" ", 1)[1] for seen in ranks_and_gpus(tmp_path)] == wanted
+    assert len({seen.split()[0] for seen in ranks_and_gpus(tmp_path)}) == len(each)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        (["--gpus-per-node=0"], 1),
+        (["--gpus-per-node=0", "--nodes=2", "--ntasks-per-node=2"], 4),
+    ],
+    ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else str(x),
+)
+def test_who_wants_no_gpus_gets_the_tasks_asked_for(
+    cluster: Cluster, tmp_path: Path, options: list[str], ranks: int
+) -> None:
+    state = submitted(cluster, tmp_path, GPUS_SEEN, options)
+    assert state == "COMPLETED", (tmp_path / "job.out").read_text()
+    assert [seen.split()[-1] for seen in ranks_and_gpus(tmp_path)] == ["-"] * ranks
+
+
+def test_gpus_that_are_not_the_same_on_all_nodes_are_one_line(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    options = ["--gpus-per-node=0", "--gpus=3", "--nodes=2"]
+    assert submitted(cluster, tmp_path, GPUS_SEEN, options) == "FAILED"
+    (line,) = (tmp_path / "job.out").read_text().splitlines()
+    assert "--gpus-per-node" in line and not ranks_and_gpus(tmp_path)
+
+
 @pytest.mark.parametrize("given", [["--deepspeed", "own.json"], ["--deepspeed=own.json"]], ids=len)
 def test_the_users_engine_file_stands_alone(
     cluster: Cluster, tmp_path: Path, given: list[str]
@@ -114,9 +243,40 @@ def test_the_users_engine_file_stands_alone(
 
 def test_one_failing_task_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
     begun = time.monotonic()
-    state = submitted(cluster, tmp_path, FAILING, ["--nodes=2", "--ntasks-per-node=1"])
+    options = ["--gpus-per-node=0", "--nodes=2", "--ntasks-per-node=1"]
+    state = submitted(cluster, tmp_path, FAILING, options)
     assert state == "FAILED"
     assert time.monotonic() - begun < 60
+
+
+def test_slurms_own_signal_reaches_the_batch_shell_which_requeues_what_has_not_begun(
+    cluster: Cluster, nearly_over: tuple[Path, str]
+) -> None:
+    folder, job = nearly_over
+    assert cluster.wait(job, 120) == "COMPLETED", (folder / "job.out").read_text()
+    assert requeued(cluster, folder, job) == 1
+    assert [path.name for path in folder.glob("begun-*")] == ["begun-1"]
+
+
+def test_a_job_told_before_all_its_ranks_have_begun_is_requeued(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    options = ["--gpus-per-node=0", "--nodes=2", "--ntasks-per-node=1"]
+    job = submit(cluster, tmp_path, HALF_BEGUN, options)
+    wait_for(lambda: len(list(tmp_path.glob("ready-?"))) == 2)
+    cluster.command("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait(job, 60) == "COMPLETED", (tmp_path / "job.out").read_text()
+    assert requeued(cluster, tmp_path, job) == 1
+
+
+def test_a_job_that_fails_is_not_requeued_though_it_was_told(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path, FAILING_WHEN_TOLD, ["--gpus-per-node=0"])
+    wait_for((tmp_path / "ready-0").exists)
+    cluster.command("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait(job, 60) == "FAILED"
+    assert requeued(cluster, tmp_path, job) == 0
 
 
 def test_submitting_from_elsewhere_is_one_line(cluster: Cluster, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def submit(cluster: Cluster, data: Path, folder: Path) -> tuple[str, Path]:
     returns the job and its output.
     """
     output = folder / "job.out"
-    options = ["--nodes=2", "--ntasks-per-node=1", f"--output={output}"]
+    options = ["--gpus-per-node=0", "--nodes=2", "--ntasks-per-node=1", f"--output={output}"]
     words = [*QUICK, *SAVING, f"data.path={data}", f"run.path={folder / 'run'}", "data.workers=1"]
     return cluster.submit(*options, ROOT / "slurm" / "train.sbatch", *words, cwd=ROOT), output
 
