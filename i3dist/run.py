@@ -158,7 +158,7 @@ def lay_out(start: Start, corpus: Corpus) -> None:
         if start.checkpoint is None and (folder / "settings.yaml").exists():
             _hold(folder)
             set_aside(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # of a link, what it leads to
         _hold(folder)
         for place in (folder, folder / shelf.CHECKPOINTS):
             clear_partials(place)
