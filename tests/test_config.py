@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from i3dist.config import (
     setting_lines,
 )
 from i3dist.errors import UserError
+from i3dist.summary import print_summary
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -126,6 +128,7 @@ def test_paths_and_names_are_literal_by_their_type() -> None:
     }
 
 
+@hypothesis.settings(deadline=None)  # it writes files, and disks can be busy
 @given(text=TYPED.filter(lambda text: not text.startswith("~")), bytes_=st.binary(max_size=3))
 @example(text="x", bytes_=b"\xff\xfe")
 def test_a_typed_path_or_name_is_what_was_typed_and_comes_back_from_the_runs_file(
@@ -258,6 +261,7 @@ def test_a_fraction_is_what_people_write(text: str, number: float) -> None:
     assert Settings.load(None, [f"optimizer.lr={text}"]).optimizer.lr == number
 
 
+@hypothesis.settings(deadline=None)
 @given(steps=st.integers(1, 2**40), rate=st.floats(1e-300, 1e300), zeros=st.integers(0, 5))
 def test_numbers_are_the_same_however_they_are_written(steps: int, rate: float, zeros: int) -> None:
     for written in (str(steps), "0" * zeros + str(steps), f"{steps:_}", f"+{steps}", hex(steps)):
@@ -360,3 +364,14 @@ def test_learning_rate_rises_then_falls_to_its_floor(step: int) -> None:
     assert 0 < rate <= 1
     assert after >= rate if step + 1 < 100 else after <= rate
     assert step < 1000 or rate == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("text", ["runs/[x]", "[/x]", "[bold]a", "a\\[b]", ":smile:"])
+def test_the_summary_shows_paths_and_names_as_they_were_typed(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings.load(
+        None, ["model.d_model=16", "train.lanes=1", f"run.path={text}", f"tracking.run_name={text}"]
+    )
+    print_summary(settings, 1)
+    assert capsys.readouterr().out.count(f" {text} ") == 2

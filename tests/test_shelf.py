@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i3dist import shelf
@@ -58,6 +58,7 @@ def test_the_newest_whole_one_up_to_latest_is_taken(
 KINDS = st.sampled_from(["folder", "link", "link to nothing", "link to a file", "file"])
 
 
+@settings(deadline=None)  # it writes files, and disks can be busy
 @given(there=st.dictionaries(st.integers(1, 9), KINDS), new=st.integers(1, 9))
 def test_links_are_followed_to_read_and_only_taken_away_themselves(
     there: dict[int, str], new: int, tmp_path_factory: pytest.TempPathFactory
