@@ -158,7 +158,8 @@ def lay_out(start: Start, corpus: Corpus) -> None:
         if start.checkpoint is None and (folder / "settings.yaml").exists():
             _hold(folder)
             set_aside(folder)
-        folder.resolve().mkdir(parents=True, exist_ok=True)  # of a link, what it leads to
+        # Of a link, what it leads to.
+        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
         _hold(folder)
         for place in (folder, folder / shelf.CHECKPOINTS):
             clear_partials(place)

@@ -300,11 +300,13 @@ class _Store:
         self.uri = store_uri(settings)
         self._settings = settings
         self._folder = settings.run.path.resolve()  # however it is reached, it is the same run
-        self._tags = {**tags, FOLDER_TAG: _text(self._folder)}
+        self._tags = {**tags, FOLDER_TAG: _text(str(self._folder))}
         self._run_id: str | None = None
 
     def open_run(self) -> _OpenRun:
         """Go on in the run that the folder names, or begin one."""
+        if _text(self.uri) != self.uri:
+            raise UserError("its name is not UTF-8: name another in MLFLOW_TRACKING_URI")
         _import_mlflow()
         from mlflow import MlflowClient
 
@@ -358,7 +360,7 @@ class _Store:
         tracking = self._settings.tracking
         run = client.create_run(
             self._experiment(client, tracking.experiment),
-            run_name=tracking.run_name or _text(Path(self._folder.name)),
+            run_name=tracking.run_name or _text(self._folder.name),
         )
         self._run_id = run.info.run_id
         write_whole(self._folder / RUN_ID_FILE, f"{self._run_id}\n".encode())
@@ -430,9 +432,9 @@ def _beside_run(settings: Settings, name: str) -> Path:
     return settings.run.path.resolve().parent / name
 
 
-def _text(path: Path) -> str:
-    """A path as Unicode: what is not becomes "?"."""
-    return str(path).encode("utf-8", "replace").decode()
+def _text(name: str) -> str:
+    """A name as Unicode: what is not becomes "?"."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _is_server(store: str) -> bool:

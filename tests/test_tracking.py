@@ -201,6 +201,19 @@ def test_a_run_that_is_moved_into_a_folder_of_any_name_has_everything_in_the_sto
     assert MlflowClient(uri).get_run(stored(settings)[1].info.run_id).info.run_name == "run #1?"
 
 
+def test_a_store_whose_name_is_no_text_costs_a_line_that_says_what_to_do(
+    tmp_path, caplog, monkeypatch
+):
+    settings = Settings.load(None, [f"run.path={tmp_path}/a\udcff/run"])
+    settings = settings.with_values(**{"tracking.system_metrics": False})
+    tracker = start(settings, tags={}, fresh=False)
+    tracker.log(1, {"loss": 1.0}, "train")
+    tracker.finish()
+    assert "name another in MLFLOW_TRACKING_URI" in caplog.records[0].getMessage()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert go_on(settings.run.path, 2)[1] == [1, 2]
+
+
 @pytest.mark.parametrize("name", ["2024", " x ", "a/b", "%41?#'\"", "é\n", "null", "x" * 500])
 def test_an_experiment_may_have_any_name(folder, name):
     path = folder / f"experiment {len(name)}{name[:1].strip('a/')}"
