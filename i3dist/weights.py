@@ -104,7 +104,10 @@ def _see_whether_finished(run: Path) -> None:
         return
     if not (run / SETTINGS).is_file():
         what = "neither the folder of a run nor a checkpoint" if run.exists() else "not there"
-        raise UserError(f"--checkpoint {run} is {what}: name RUN or RUN/checkpoints")
+        raise UserError(
+            f"--checkpoint {run} is {what}: name a run's folder with {WEIGHTS} in it, or its "
+            f"{shelf.CHECKPOINTS}"
+        )
     folder = run / shelf.CHECKPOINTS
     there = shelf.steps(folder)
     instead = shelf.place(folder, there[0]) if there else "another --checkpoint"

@@ -144,7 +144,7 @@ def test_files_that_a_copy_leaves_behind_do_not_spoil_a_checkpoint(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("nowhere", "nowhere is not there: name RUN"),
+        ("nowhere", "nowhere is not there: name a run's folder with model.safetensors"),
         ("", "is neither the folder of a run nor a checkpoint"),
         ("file", "is neither the folder of a run nor a checkpoint"),
         ("latest", "is neither the folder of a run nor a checkpoint"),
