@@ -135,9 +135,14 @@ def forget_folder(path):
 
 
 @pytest.mark.parametrize("version", ["this", "earlier"])
-def test_a_copy_is_a_run_of_its_own_and_has_the_whole_history(folder, version):
+def test_a_copy_is_a_run_of_its_own_and_has_the_whole_history(
+    folder, tmp_path, version, monkeypatch
+):
+    """Also where the original's path was relative, to another working directory."""
     original, copy = folder / f"original of {version}", folder / f"copy of {version}"
-    first = go_on(original, 1, 2)
+    monkeypatch.chdir(folder)
+    first = go_on(Path(original.name), 1, 2)
+    monkeypatch.chdir(tmp_path)
     if version == "earlier":
         forget_folder(original)
     shutil.copytree(original, copy)
