@@ -3,6 +3,7 @@
     RUN/checkpoints/step-00000100/
         manifest.json                             size and SHA-256 of every other file; written last
         state.json                                step, tokens seen, settings, data fingerprint
+        tokenizer.json                            the data's, so that it can be used without the run
         optimizer-00000.safetensors ...           a file per rank: fragments of weights and AdamW
         lanes-00000.safetensors ...               a file per rank: state by lane number
 
@@ -28,13 +29,14 @@ from torch import Tensor
 from i3dist import dist, shelf
 from i3dist.config import CheckpointSettings
 from i3dist.errors import UserError
-from i3dist.files import sync, write_whole
+from i3dist.files import sync, utf8_path, write_whole
 from i3dist.fragment import KINDS, Fragment
 from i3dist.guard import GuardState
 from i3dist.model.state import LaneState, RwkvState
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+TOKENIZER = "tokenizer.json"  # not in checkpoints of earlier versions
 CPU = torch.device("cpu")
 LANE_TENSORS = ("latents", *RwkvState._fields)
 # What tensors are called: the part of a parameter from an element on, and a lane's row.
@@ -96,6 +98,7 @@ def save(
     lanes: tuple[range, LaneState],
     retention: CheckpointSettings,
     group: dist.Group | None = None,
+    tokenizer: bytes | None = None,
 ) -> Path:
     """Write one checkpoint; every rank calls this and returns when it is published.
 
@@ -107,6 +110,7 @@ def save(
         lanes: the lane numbers this rank owns, and their state row by row, on the host.
         retention: which checkpoints stay.
         group: what the ranks meet in; None is the group that training uses.
+        tokenizer: content of the data's tokenizer.json.
 
     Raises:
         UserError: on every rank, where any could not write; what was there before is untouched.
@@ -118,7 +122,10 @@ def save(
         dist.together(lambda: shelf.stage(staging) if first else None, group)
         share = _share(job.rank, fragments, lanes)
         digests = _union(dist.together(lambda: _write_share(staging, share), group))
-        dist.together(lambda: _finish(staging, target, state, digests) if first else None, group)
+        described = {STATE: state.model_dump_json(indent=1).encode(), TOKENIZER: tokenizer}
+        dist.together(
+            lambda: _finish(staging, target, described, digests) if first else None, group
+        )
     except UserError as error:
         if first:
             shutil.rmtree(staging, ignore_errors=True)
@@ -168,13 +175,25 @@ def _write_share(staging: Path, share: dict[str, dict[str, Tensor]]) -> dict[str
     return {name: _digest(staging / name) for name in share}
 
 
-def _finish(staging: Path, target: Path, state: RunState, digests: dict[str, FileDigest]) -> None:
-    """Write what describes the checkpoint, the manifest last, and publish it."""
-    write_whole(staging / STATE, state.model_dump_json(indent=1).encode())
-    files = dict(sorted((digests | {STATE: _digest(staging / STATE)}).items()))
-    listed = CheckpointManifest(files=files)
+def _finish(
+    staging: Path,
+    target: Path,
+    described: Mapping[str, bytes | None],
+    digests: dict[str, FileDigest],
+) -> None:
+    """Write what describes the checkpoint, by file, the manifest last, and publish it."""
+    for name, content in described.items():
+        if content is not None:
+            write_whole(staging / name, content)
+            digests = digests | {name: _digest(staging / name)}
+    listed = CheckpointManifest(files=dict(sorted(digests.items())))
     write_whole(staging / MANIFEST, listed.model_dump_json(indent=1).encode())
     shelf.publish(staging, target)
+
+
+def is_one(path: Path) -> bool:
+    """Whether a folder is a checkpoint, whole or not, by what is in it, whatever its name."""
+    return any((path / name).is_file() for name in (MANIFEST, STATE))
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -197,7 +216,8 @@ def glance(checkpoint: Path) -> str | None:
     except UserError:
         return f"{STATE} cannot be read"
     for name in sorted(set(sizes) - set(listed) - {MANIFEST}):
-        return f"{name} is not in its manifest"
+        if not name.startswith("."):  # what a file manager or file system leaves behind
+            return f"{name} is not in its manifest"
     for name, digest in listed.items():
         if name not in sizes:
             return f"{name} is missing"
@@ -334,7 +354,8 @@ def _names(path: Path, file: Any, form: re.Pattern[str]) -> Iterator[tuple[str, 
 def _open(path: Path, device: torch.device = CPU) -> Any:
     """Map a file of tensors. What is anything else, a pickle say, is refused and not run."""
     try:
-        return safe_open(path, framework="pt", device=str(device))
+        with utf8_path(path) as name:
+            return safe_open(name, framework="pt", device=str(device))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
 

@@ -7,23 +7,25 @@ the value, the legal range and the remedy.
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from omegaconf import OmegaConf
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
 from i3dist.errors import UserError
-from i3dist.yaml_text import read_values
+from i3dist.paths import literal_name, literal_path
+from i3dist.yaml_text import Literals, read_values, write_values
 
 Auto = Literal["auto"]
 OnDamage = Literal["stop", "quarantine"]
@@ -32,8 +34,11 @@ Count = Annotated[int, Field(ge=1, le=2**40)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-# A folder may be called 2024, which YAML reads as a number.
-AnyPath = Annotated[Path, BeforeValidator(str)]
+# JSON is Unicode: what is not in the name of a folder becomes "?" there.
+AnyPath = Annotated[
+    Path,
+    PlainSerializer(lambda path: str(path).encode("utf-8", "replace").decode(), when_used="json"),
+]
 
 CARD_VOCAB_SIZE = 32_000
 
@@ -46,7 +51,6 @@ class Section(BaseModel):
         frozen=True,
         use_attribute_docstrings=True,
         validate_default=True,
-        coerce_numbers_to_str=True,
     )
 
 
@@ -305,13 +309,15 @@ class Settings(Section):
         """Build the tree from a YAML file and ``section.key=value`` words.
 
         Raises:
-            UserError: unreadable file, unknown key or illegal value; the line names it.
+            UserError: unreadable file, unknown key or illegal value; the line names it, and file
+                and line where it is in the file.
         """
-        return cls.build(read_values(config, overrides))
+        said = read_values(config, overrides, literal_settings())
+        return cls.build(said.values, said.places)
 
     @classmethod
-    def build(cls, values: Any) -> "Settings":
-        """Validate a plain nested dict.
+    def build(cls, values: Any, places: Mapping[str, str] | None = None) -> "Settings":
+        """Validate a plain nested dict; `places` begin the lines about sections and settings.
 
         Raises:
             UserError: unknown key or illegal value.
@@ -319,21 +325,15 @@ class Settings(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(_explain(error)) from None
+            raise UserError(_explain(error, places or {})) from None
 
-    @classmethod
-    def of_run(cls, values: Any) -> "Settings":
-        """What a run has saved. Settings that are newer than the run have its old behaviour.
-
-        Raises:
-            UserError: unknown key or illegal value.
-        """
-        settings = cls.build(values)
-        older = {name: value for name, value in BEFORE.items() if settings.flat()[name] == "auto"}
-        return settings.with_values(**older)
+    def of_saved_run(self) -> "Settings":
+        """These, read from what a run has saved: a newer setting has what the run did before it."""
+        flat = self.flat()
+        return self.with_values(**{k: v for k, v in BEFORE.items() if flat[k] == "auto"})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, in the names that users type."""
+        """Plain nested dict as JSON has it, in the names that users type."""
         return self.model_dump(mode="json", by_alias=True)
 
     def flat(self) -> dict[str, Any]:
@@ -346,7 +346,7 @@ class Settings(Section):
 
     def to_yaml(self) -> str:
         """The tree as YAML, which `load` reads back to an equal tree."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+        return write_values(self.model_dump(by_alias=True))
 
     def save(self, path: Path) -> None:
         """Write `to_yaml` to a file."""
@@ -354,7 +354,7 @@ class Settings(Section):
 
     def with_values(self, **changes: Any) -> "Settings":
         """A copy with settings replaced: ``with_values(**{"train.lanes": 8})``."""
-        values = self.to_dict()
+        values = self.model_dump(by_alias=True)
         for name, value in changes.items():
             section, key = name.split(".")
             values[section][key] = value
@@ -417,32 +417,59 @@ def first_conflict(settings: Settings, saved: Settings) -> str | None:
 def setting_lines() -> Iterator[tuple[str, str, str]]:
     """(name, default, description) of every setting, for ``--help``."""
     defaults = Settings().flat()
+    for name, field in _fields():
+        yield name, str(defaults[name]), " ".join((field.description or "").split())
+
+
+def literal_settings() -> Literals:
+    """How a typed text becomes the value of each setting that is a path or a name."""
+    readers = {Path: literal_path, str: literal_name}
+    return {
+        name: reader
+        for name, field in _fields()
+        for kind, reader in readers.items()
+        if _kinds(field.annotation) - {type(None)} == {kind}
+    }
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation allows."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    return {annotation}
+
+
+def _fields() -> Iterator[tuple[str, FieldInfo]]:
     for section, group in Settings.model_fields.items():
         section_type = group.annotation
         assert isinstance(section_type, type) and issubclass(section_type, Section)
         for key, field in section_type.model_fields.items():
-            name = f"{group.alias or section}.{key}"
-            yield name, str(defaults[name]), " ".join((field.description or "").split())
+            yield f"{group.alias or section}.{key}", field
 
 
-def _explain(error: ValidationError) -> str:
-    """The first fault of a validation as one line: key, value, legal range, remedy."""
+def _explain(error: ValidationError, places: Mapping[str, str]) -> str:
+    """The first fault of a validation as one line: place, key, value, legal range, remedy."""
     fault = error.errors(include_url=False)[0]
     # Tagged unions put their branch into the location; only setting names are wanted.
     names = [str(part) for part in fault["loc"]][:2]
     key = ".".join(names) or "the settings"
-    known = [name for name, _, _ in setting_lines()]
+    place = places.get(key, "")
+    remedies = {name: text for name, _, text in setting_lines()}
     if fault["type"] == "extra_forbidden":
+        known = remedies if "." in key else {name.partition(".")[0] for name in remedies}
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return f"unknown setting {key}{hint} (launch/train.py --help lists all)"
-    remedies = {name: text for name, _, text in setting_lines()}
+        return f"{place}unknown setting {key}{hint} (launch/train.py --help lists all)"
     legal = "; ".join(
         dict.fromkeys(
-            other["msg"].removeprefix("Input ").removeprefix("Value error, ").lower()
+            other["msg"].removeprefix("Input ").removeprefix("Value error, ")
             for other in error.errors(include_url=False)
             if [str(part) for part in other["loc"]][:2] == names
         )
     )
+    if fault["input"] is None:
+        legal = "has no value: give one, or leave the setting out"
     meaning = f" ({remedies[key]})" if key in remedies else ""
-    return f"setting {key}={repr(fault['input'])[:80]} {legal}{meaning}"
+    return f"{place}setting {key}={repr(fault['input'])[:80]} {legal}{meaning}"

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Ends the name, which begins with a dot, of whatever is not finished.
@@ -33,10 +35,26 @@ def write_whole(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+@contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """A name for a file that is UTF-8, inside the `with`, for libraries that open no other."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        plain = os.fsencode(path).decode("utf-8", "replace") == str(path)
+        yield path if plain else Path(f"/proc/self/fd/{handle}")
+    finally:
+        os.close(handle)
+
+
 def clear_partials(folder: Path) -> None:
     """Remove what a killed process left unfinished in a folder."""
     for path in folder.glob(f".*{PARTIAL}"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

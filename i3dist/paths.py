@@ -1,22 +1,52 @@
-"""Paths as they are typed: literally, but for a leading `~`."""
+"""Paths and names as they are typed: literally, but for a leading `~` of a path."""
 
 import argparse
+import os
 from pathlib import Path
 
 
-def typed_path(text: str) -> Path:
-    """The path that a user typed; the `type` of every command-line option that names one.
-
-    A leading `~` is the home folder, everything else is literal.
+def literal_path(text: str) -> Path:
+    """The path that a user typed: a leading `~` is the home folder, everything else is literal.
 
     Raises:
-        argparse.ArgumentTypeError: the text is empty, or the home folder that it names is unknown.
+        ValueError: the text is empty, is no path, or the home folder that it names is unknown.
     """
     if not text:
-        raise argparse.ArgumentTypeError("the path is empty: name a file or folder")
+        raise ValueError("the path is empty: name a file or folder")
+    if "\0" in text:
+        raise ValueError("no path has a zero byte in it: name another")
+    # Not Path.expanduser: Path("./~x") is Path("~x"), and would be expanded too.
+    expanded = os.path.expanduser(text)
+    if text.startswith("~") and expanded == text:
+        raise ValueError(f"there is no such home folder; write ./{text} for a folder of that name")
+    return Path(expanded)
+
+
+def path_text(path: Path) -> str:
+    """What `literal_path` reads as `path`."""
+    return f"./{path}" if str(path).startswith("~") else str(path)
+
+
+def literal_name(text: str) -> str:
+    """The name that a user typed.
+
+    Raises:
+        ValueError: the text is empty, or holds what no store takes.
+    """
+    if not text:
+        raise ValueError("the name is empty: give one, or leave the setting out")
+    if "\0" in text or text != text.encode("utf-8", "replace").decode():
+        raise ValueError("the name has bytes that are no text: give another")
+    return text
+
+
+def typed_path(text: str) -> Path:
+    """`literal_path` as the `type` of every command-line option that names a path.
+
+    Raises:
+        argparse.ArgumentTypeError: what `literal_path` says.
+    """
     try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: there is no such home folder; write ./{text} for a folder of that name"
-        ) from None
+        return literal_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None

@@ -69,7 +69,7 @@ def resolve(
         return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
     path = found.path
     state = checkpoint.read_state(path)
-    saved = Settings.of_run(state.settings)
+    saved = Settings.build(state.settings).of_saved_run()
     settings = inherit_decided(settings, saved)
     if conflict := first_conflict(settings, saved):
         raise UserError(f"{path} is of other settings: {conflict}; {WAYS_OUT}")
@@ -189,7 +189,8 @@ def lay_out(start: Start, corpus: Corpus) -> None:
         if start.checkpoint is None and (folder / "settings.yaml").exists():
             _hold(folder)
             set_aside(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        # Of a link, what it leads to.
+        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
         _hold(folder)
         for place in (folder, folder / shelf.CHECKPOINTS):
             clear_partials(place)

@@ -23,11 +23,21 @@ class Saver:
     being written.
     """
 
-    def __init__(self, folder: Path, job: dist.Job, retention: CheckpointSettings):
-        """`folder` is RUN/checkpoints; every rank makes its own saver, all at the same time."""
+    def __init__(
+        self,
+        folder: Path,
+        job: dist.Job,
+        retention: CheckpointSettings,
+        tokenizer: bytes | None = None,
+    ):
+        """`folder` is RUN/checkpoints; every rank makes its own saver, all at the same time.
+
+        `tokenizer` is the content of the data's tokenizer.json, which goes into every checkpoint.
+        """
         self.folder = folder
         self.job = job
         self.retention = retention
+        self.tokenizer = tokenizer
         self.step = 0  # of the newest checkpoint that was begun
         self._group = dist.side_group()
         self._thread = futures.ThreadPoolExecutor(1, "saver")
@@ -95,7 +105,14 @@ class Saver:
     ) -> None:
         started = time.perf_counter()
         path = checkpoint.save(
-            self.folder, self.job, state, fragments, lanes, self.retention, self._group
+            self.folder,
+            self.job,
+            state,
+            fragments,
+            lanes,
+            self.retention,
+            self._group,
+            self.tokenizer,
         )
         written = time.perf_counter() - started
         dist.say(f"saved {path} (training waited {stalled:.1f} s, writing took {written:.1f} s)")

@@ -9,14 +9,13 @@ What is inside a checkpoint is told by `checkpoint`.
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from i3dist.config import CheckpointSettings
 from i3dist.errors import UserError
-from i3dist.files import PARTIAL, sync, write_whole
+from i3dist.files import PARTIAL, remove, sync, write_whole
 
 CHECKPOINTS = "checkpoints"  # the folder's name in the run's
 LATEST = "latest"
@@ -59,7 +58,15 @@ def candidates(folder: Path) -> list[Path]:
     """What a run may continue from, best first: what `latest` names, then what came before it.
 
     Where `latest` is not there or says nothing, whatever there is.
+
+    Raises:
+        UserError: the folder is a link to nothing: a disk that is not there, say.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(
+            f"{folder} is a link to {folder.readlink()}, which is not there: bring it back, or "
+            "start over with --fresh"
+        )
     try:
         named = step_of(folder / (folder / LATEST).read_text("utf-8", "replace").strip())
     except OSError:
@@ -91,7 +98,7 @@ def newest_whole(candidates: Sequence[Path], fault: Callable[[Path], str | None]
 
 def stage(staging: Path) -> None:
     """Make an empty folder to write a checkpoint in."""
-    shutil.rmtree(staging, ignore_errors=True)
+    remove(staging)
     staging.mkdir(parents=True)
     sync(staging.parent.parent)  # the first checkpoint's folder of checkpoints is new
 
@@ -101,7 +108,9 @@ def publish(staging: Path, target: Path) -> None:
 
     Each rename comes after what it names is on disk, so that a power cut leaves the old or the new.
     """
-    if target.exists():  # of a future that was given up when the run continued from before it
+    if os.path.lexists(
+        target
+    ):  # of a future that was given up when the run continued from before it
         _remove(target)
     os.replace(staging, target)
     sync(target.parent)
@@ -136,8 +145,11 @@ def kept(
 
 
 def _remove(path: Path) -> None:
-    """Take a checkpoint's name from it first, so that half of one is never taken for a whole."""
+    """Take a checkpoint's name from it first, so that half of one is never taken for a whole.
+
+    Of a link only the link is removed: what it leads to may be somebody else's.
+    """
     aside = path.with_name(f".{path.name}.old{PARTIAL}")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     os.replace(path, aside)
-    shutil.rmtree(aside)
+    remove(aside)

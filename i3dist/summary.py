@@ -5,6 +5,7 @@ import math
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from i3dist.config import Settings
 from i3dist.errors import UserError
@@ -100,7 +101,7 @@ def _settings_table(settings: Settings) -> Table:
     table.add_column("setting")
     table.add_column("value")
     for name, value in settings.flat().items():
-        table.add_row(name, str(value))
+        table.add_row(name, Text(str(value)))  # a path may hold brackets
     return table
 
 

@@ -14,10 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from i3dist.config import Settings
+from i3dist.errors import UserError
+from i3dist.files import write_whole
 from i3dist.metrics_log import flatten_chunks
 from i3dist.outbox import Outbox
 
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 RUN_ID_FILE = "mlflow_run_id"
+FOLDER_TAG = "folder"  # the run's folder when it was last opened, resolved
+COPIED_TAG = "copied_from"  # the run of which this one's folder is a copy
 START_WAIT_S = 15.0
 # A run that failed makes room for the next one soon.
 FINISH_WAIT_S: dict[Status, float] = {"FINISHED": 10.0, "FAILED": 5.0, "KILLED": 5.0}
@@ -54,7 +59,12 @@ QUIET_LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 
 def store_uri(settings: Settings) -> str:
     """The MLflow store: ``MLFLOW_TRACKING_URI``, or an SQLite file beside the run's folder."""
-    database = _beside_run(settings, "mlflow.db")
+    # What means something in the address of a database is written as %XX.
+    database = re.sub(
+        r"\?|%(?=[0-9A-Fa-f]{2})",
+        lambda match: f"%{ord(match[0]):02X}",
+        str(_beside_run(settings, "mlflow.db")),
+    )
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
 
 
@@ -98,6 +108,7 @@ class Tracker:
         self._status: Status = "FINISHED"
         self._ready, self._wake, self._closing = (threading.Event() for _ in range(3))
         self._failing = False
+        self._advised: set[str] = set()  # since it began to fail
         # A daemon: an unreachable server must not hold the process at its exit.
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -111,15 +122,15 @@ class Tracker:
 
         What is not a finite number is left out: MLflow's stores differ on what they make of it.
         """
-        values = {
-            f"{prefix}/{name}": float(value)
-            for name, value in flatten_chunks(metrics).items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
-        entry = {"step": step, "time_ms": int(time.time() * 1000), "values": values}
         try:
+            values = {
+                f"{prefix}/{name}": float(value)
+                for name, value in flatten_chunks(metrics).items()
+                if isinstance(value, int | float) and math.isfinite(value)
+            }
+            entry = {"step": step, "time_ms": int(time.time() * 1000), "values": values}
             self._outbox.put(entry)
-        except OSError as error:
+        except Exception as error:
             self._note_failure(error)
         self._wake.set()
 
@@ -134,16 +145,19 @@ class Tracker:
         self._closing.set()
         self._wake.set()
         self._thread.join(FINISH_WAIT_S[status])
-        if not self._outbox.is_empty:
-            log.warning(
-                "tracking: %s did not take everything; %s keeps it until the run is started again",
-                self._shown,
-                self._outbox.path,
-            )
+        with suppress(OSError):
+            if not self._outbox.is_empty:
+                log.warning(
+                    "tracking: %s did not take everything; "
+                    "%s keeps it until the run is started again",
+                    self._shown,
+                    self._outbox.path,
+                )
 
     def _work(self) -> None:
         if _is_server(self._store):  # which may hang for long: training need not wait for it
-            _import_mlflow()
+            with suppress(Exception):  # the first attempt says it
+                _import_mlflow()
             self._ready.set()
         pause = SHORTEST_PAUSE_S
         while not self._closing.is_set():
@@ -178,24 +192,30 @@ class Tracker:
                 self._outbox.begin(self._run.id)
             job(self._run)
         except Exception as error:  # whatever a store does wrong, training goes on
-            if self._run is not None:
-                self._run.stop_monitor()
-                self._run = None
+            run, self._run = self._run, None
+            with suppress(Exception):
+                if run is not None:
+                    run.stop_monitor()
             self._note_failure(error)
             return False
         if self._failing:
             self._failing = False
+            self._advised.clear()
             log.info("tracking: %s works again", self._shown)
         return True
 
     def _note_failure(self, error: Exception) -> None:
-        if not self._failing:
-            self._failing = True
-            log.warning(
-                "tracking: %s fails, training goes on and metrics are kept (%s)",
-                self._shown,
-                _root_cause(error),
-            )
+        """Say so once, and once more where it turns out what the user can do."""
+        advice = {str(error)} if isinstance(error, UserError) else set()
+        if self._failing and advice <= self._advised:
+            return
+        self._failing = True
+        self._advised |= advice
+        log.warning(
+            "tracking: %s fails, training goes on and metrics are kept (%s)",
+            self._shown,
+            _root_cause(error),
+        )
 
 
 def start(settings: Settings, *, tags: Mapping[str, str], fresh: bool) -> Tracker | NoTracker:
@@ -212,13 +232,20 @@ def start(settings: Settings, *, tags: Mapping[str, str], fresh: bool) -> Tracke
     """
     if not settings.tracking.enabled:
         return NoTracker()
-    outbox = Outbox(settings.run.path)
-    if fresh:
-        (settings.run.path / RUN_ID_FILE).unlink(missing_ok=True)
-        outbox.clear()
-    store = store_uri(settings)
-    settings.run.path.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(store, lambda: _open_run(store, settings, tags), outbox)
+    try:
+        outbox = Outbox(settings.run.path)
+        if fresh:
+            (settings.run.path / RUN_ID_FILE).unlink(missing_ok=True)
+            outbox.clear()
+        settings.run.path.mkdir(parents=True, exist_ok=True)
+        store = _Store(settings, tags)
+        tracker = Tracker(store.uri, store.open_run, outbox)
+    except Exception as error:
+        log.warning(
+            "tracking: cannot begin, training goes on untracked (%s); metrics.jsonl has all",
+            _root_cause(error),
+        )
+        return NoTracker()
     tracker.wait_until_ready(START_WAIT_S)
     return tracker
 
@@ -266,57 +293,121 @@ def _import_mlflow() -> None:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
 
 
-def _open_run(store: str, settings: Settings, tags: Mapping[str, str]) -> _OpenRun:
-    _import_mlflow()
-    from mlflow import MlflowClient
+class _Store:
+    """Where the run is kept in MLflow; opens it, anew after every failure."""
 
-    client = MlflowClient(store)
-    run = _saved_run(client, settings.run.path / RUN_ID_FILE)
-    continued = run is not None
-    if run is None:
-        run = _new_run(client, store, settings)
-    else:
-        client.update_run(run.info.run_id, status="RUNNING")
-    _log_settings(client, run, settings, tags)
-    monitor = None
-    if settings.tracking.system_metrics:
+    def __init__(self, settings: Settings, tags: Mapping[str, str]) -> None:
+        self.uri = store_uri(settings)
+        self._settings = settings
+        self._folder = settings.run.path.resolve()  # however it is reached, it is the same run
+        self._tags = {**tags, FOLDER_TAG: _text(str(self._folder))}
+        self._run_id: str | None = None
+
+    def open_run(self) -> _OpenRun:
+        """Go on in the run that the folder names, or begin one."""
+        if _text(self.uri) != self.uri:
+            raise UserError("its name is not UTF-8: name another in MLFLOW_TRACKING_URI")
+        _import_mlflow()
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.uri)
+        _remove_misread(self.uri, self._folder.parent)
+        tags = dict(self._tags)
+        run = self._saved_run(client)
+        if run is not None and self._is_copy_of(run):
+            tags[COPIED_TAG] = run.info.run_id
+            run = None
+        continued = run is not None
+        if run is None:
+            run = self._new_run(client)
+        else:
+            client.update_run(run.info.run_id, status="RUNNING")
+        _log_settings(client, run, self._settings, tags)
+        return _OpenRun(client, run.info.run_id, self._monitor(run.info.run_id, continued))
+
+    def _saved_run(self, client: "MlflowClient") -> "Run | None":
+        """The run that the folder names, or None where there is none, or no longer."""
+        from mlflow.exceptions import MlflowException
+
+        run_id = self._run_id or _named_run(self._folder)
+        if run_id is None:
+            return None
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def _is_copy_of(self, run: "Run") -> bool:
+        """Whether another folder, the one that was last opened as this run, is still there.
+
+        Where it cannot be seen from here, the folder is taken for moved.
+        """
+        tags, params = run.data.tags, run.data.params
+        # Runs of earlier versions have no tag; a path of theirs may be relative to somewhere else.
+        named = tags.get(FOLDER_TAG) or tags.get("changed.run.path") or params.get("run.path")
+        if not named:
+            return False
+        for other in (Path(named), self._folder.parent / Path(named).name):
+            with suppress(OSError, ValueError):
+                if _named_run(other) == run.info.run_id and not other.samefile(self._folder):
+                    return True
+        return False
+
+    def _new_run(self, client: "MlflowClient") -> "Run":
+        tracking = self._settings.tracking
+        run = client.create_run(
+            self._experiment(client, tracking.experiment),
+            run_name=tracking.run_name or _text(self._folder.name),
+        )
+        self._run_id = run.info.run_id
+        write_whole(self._folder / RUN_ID_FILE, f"{self._run_id}\n".encode())
+        return run
+
+    def _experiment(self, client: "MlflowClient", name: str) -> str:
+        """The id of the experiment `name`, which is made where there is none."""
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            # A server decides itself; a local store would use the current directory.
+            artifacts = None if _is_server(self.uri) else self._folder.parent / "mlartifacts"
+            return client.create_experiment(
+                name, artifact_location=artifacts and artifacts.as_uri()
+            )
+        if experiment.lifecycle_stage == "deleted":
+            restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+            if not os.environ.get("MLFLOW_TRACKING_URI"):
+                restore = f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} {restore}"
+            raise UserError(
+                f"its experiment {name!r} is deleted; "
+                f"restore it with: {restore} ; or name another as tracking.experiment"
+            )
+        return experiment.experiment_id
+
+    def _monitor(self, run_id: str, continued: bool) -> "SystemMetricsMonitor | None":
+        if not self._settings.tracking.system_metrics:
+            return None
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(
-            run.info.run_id, resume_logging=continued, tracking_uri=store
-        )
+        monitor = SystemMetricsMonitor(run_id, resume_logging=continued, tracking_uri=self.uri)
         monitor.start()
-    return _OpenRun(client, run.info.run_id, monitor)
+        return monitor
 
 
-def _saved_run(client: "MlflowClient", id_file: Path) -> "Run | None":
-    """The run that the folder names, or None where there is none, or no longer."""
-    from mlflow.exceptions import MlflowException
-
-    if not id_file.exists():
-        return None
-    try:
-        run = client.get_run(id_file.read_text(encoding="utf-8").strip())
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-    return run if run.info.lifecycle_stage == "active" else None
+def _named_run(folder: Path) -> str | None:
+    """The id of the run that a folder names, or None."""
+    with suppress(FileNotFoundError):
+        return (folder / RUN_ID_FILE).read_text("utf-8", "replace").strip() or None
+    return None
 
 
-def _new_run(client: "MlflowClient", store: str, settings: Settings) -> "Run":
-    name = settings.tracking.experiment
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        experiment_id = experiment.experiment_id
-    else:
-        # A server decides itself; a local store would use the current directory.
-        artifacts = None if _is_server(store) else _beside_run(settings, "mlartifacts").as_uri()
-        experiment_id = client.create_experiment(name, artifact_location=artifacts)
-    run_name = settings.tracking.run_name or settings.run.path.resolve().name
-    run = client.create_run(experiment_id, run_name=run_name)
-    (settings.run.path / RUN_ID_FILE).write_text(run.info.run_id + "\n", encoding="utf-8")
-    return run
+def _remove_misread(uri: str, folder: Path) -> None:
+    """MLflow makes the database's folder, if need be, and takes %XX in its name for itself."""
+    made = Path(uri.removeprefix("sqlite:///")).parent
+    if uri.startswith("sqlite:///") and "%" in uri and made != folder:
+        with suppress(OSError):  # where something is in it
+            os.removedirs(made)
 
 
 def _log_settings(
@@ -341,6 +432,11 @@ def _beside_run(settings: Settings, name: str) -> Path:
     return settings.run.path.resolve().parent / name
 
 
+def _text(name: str) -> str:
+    """A name as Unicode: what is not becomes "?"."""
+    return name.encode("utf-8", "replace").decode()
+
+
 def _is_server(store: str) -> bool:
     return store.startswith(("http://", "https://", "databricks"))
 
@@ -353,5 +449,7 @@ def _root_cause(error: BaseException) -> str:
     """One line; MLflow wraps "connection refused" into several long ones."""
     while inner := error.__cause__ or error.__context__:
         error = inner
+    if isinstance(error, UserError):
+        return str(error)
     message = str(error).partition("\n")[0]
     return _without_password(f"{type(error).__name__}: {message}")[:ERROR_LENGTH]

@@ -67,7 +67,8 @@ class Trainer:
         self.tracker = tracker
         self.stop = stop
         self.progress = Progress()
-        self.saver = Saver(settings.run.path / shelf.CHECKPOINTS, job, settings.checkpoint)
+        folder = settings.run.path / shelf.CHECKPOINTS
+        self.saver = Saver(folder, job, settings.checkpoint, corpus.tokenizer.data)
         self.guard = Guard(settings.guard)
         self.watchdog = Watchdog(settings.guard.hang_seconds, job)
         self.pad_id = corpus.train.manifest.pad_id

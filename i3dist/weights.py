@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from i3dist import checkpoint, shelf
 from i3dist.config import Settings
 from i3dist.errors import UserError
-from i3dist.files import sync
+from i3dist.files import sync, utf8_path
 from i3dist.model.lm import I3LM
 from i3dist.paths import typed_path
 from i3dist.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
+SETTINGS = "settings.yaml"
 
 
 def export_weights(run: Path, model: I3LM, step: int) -> Path:
@@ -37,7 +38,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=typed_path,
         required=True,
         metavar="RUN",
-        help="folder of a run that has ended, or RUN/checkpoints/step-00000100 of any",
+        help="folder of a run that has ended, or a checkpoint: RUN/checkpoints (the newest in it), "
+        "RUN/checkpoints/step-00000100, or a copy of one",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
@@ -48,23 +50,27 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
     On the CPU the model computes in fp32, elsewhere in the type that it was trained in.
 
     Args:
-        path: a finished run's folder, or one of a run's checkpoints, RUN/checkpoints/step-00000100.
+        path: a finished run's folder, a checkpoint wherever it lies, or a run's folder of them,
+            which means the newest.
         device: where the model is to be.
 
     Raises:
         UserError: path is neither, or its files do not belong together.
     """
-    if shelf.step_of(path) is None:
-        _see_whether_finished(path)
-        run, take = path, _take_export
+    path = _newest_in(path)
+    if checkpoint.is_one(path):
+        if wrong := checkpoint.glance(path):
+            raise UserError(f"checkpoint {path}: {wrong}; name another")
+        settings = Settings.build(checkpoint.read_state(path).settings)
+        tokenizer, take = Tokenizer.load(_tokenizer_of(path)), _take_checkpoint
     else:
-        run, take = path.resolve().parent.parent, _take_checkpoint
-    settings = Settings.load(run / "settings.yaml")
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
+        _see_whether_finished(path)
+        settings = Settings.load(path / SETTINGS)
+        tokenizer, take = Tokenizer.load(path / checkpoint.TOKENIZER), _take_export
     if settings.model.vocab_size != tokenizer.vocab_size:
         raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size in "
-            f"{run / 'settings.yaml'} is {settings.model.vocab_size}; restore the run's own files"
+            f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size of {path} "
+            f"is {settings.model.vocab_size}; restore the run's own files"
         )
     model = I3LM(settings.model, tokenizer.bos_id)
     dtype = take(model, path)
@@ -73,9 +79,35 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
     return model.to(device).eval().requires_grad_(False), settings, tokenizer
 
 
+def _newest_in(path: Path) -> Path:
+    """The checkpoint that RUN/checkpoints, or `latest` in it, means; any other path as it is."""
+    folder = path.resolve().parent if path.name == shelf.LATEST and path.is_file() else path
+    return shelf.candidates(folder)[0] if shelf.steps(folder) else path
+
+
+def _tokenizer_of(path: Path) -> Path:
+    """A checkpoint's tokenizer; where it has none of its own, that of the run that it lies in."""
+    if (path / checkpoint.TOKENIZER).exists():
+        return path / checkpoint.TOKENIZER
+    typed = Path(os.path.abspath(path))
+    for folder in (typed.parent.parent, path.resolve().parent.parent, typed.parent):
+        if (folder / checkpoint.TOKENIZER).is_file():
+            return folder / checkpoint.TOKENIZER
+    raise UserError(
+        f"checkpoint {path} is of an earlier version and has no {checkpoint.TOKENIZER}: copy that "
+        f"of its run, or of its data, to {typed.parent}"
+    )
+
+
 def _see_whether_finished(run: Path) -> None:
     if (run / WEIGHTS).is_file():
         return
+    if not (run / SETTINGS).is_file():
+        what = "neither the folder of a run nor a checkpoint" if run.exists() else "not there"
+        raise UserError(
+            f"--checkpoint {run} is {what}: name a run's folder with {WEIGHTS} in it, or its "
+            f"{shelf.CHECKPOINTS}"
+        )
     folder = run / shelf.CHECKPOINTS
     there = shelf.steps(folder)
     instead = shelf.place(folder, there[0]) if there else "another --checkpoint"
@@ -89,7 +121,8 @@ def _take_export(model: I3LM, path: Path) -> torch.dtype:
     """Take what `export_weights` wrote to a run's folder; returns the type of the weights."""
     file = path / WEIGHTS
     try:
-        weights = load_file(file)
+        with utf8_path(file) as name:
+            weights = load_file(name)
         model.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -100,8 +133,6 @@ def _take_export(model: I3LM, path: Path) -> torch.dtype:
 @torch.no_grad()
 def _take_checkpoint(model: I3LM, path: Path) -> torch.dtype:
     """Take the weights of a checkpoint as the forward pass used them; returns their type."""
-    if wrong := checkpoint.glance(path):
-        raise UserError(f"checkpoint {path}: {wrong}; name another")
     engine = checkpoint.read_state(path).engine
     dtype = torch.bfloat16 if engine.get("bf16", {}).get("enabled") else torch.float32
     reader = checkpoint.OptimizerReader(path)

@@ -23,7 +23,6 @@ from i3dist.ledger import (
     unsaved,
 )
 from i3dist.paths import typed_path
-from i3dist.yaml_text import read_values
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,7 +57,7 @@ def checked(run: Path, data: Path | None) -> list[Entry]:
     entries = read(run)
     fault = first_break(entries) or unsaved(entries, run)
     if fault is None and data is not None:
-        train = Settings.of_run(read_values(run / "settings.yaml", ())).train
+        train = Settings.load(run / "settings.yaml").of_saved_run().train
         split = Split(data / "train", Manifest.load(data / "train"))
         schedule = split.schedule(
             train.lane_count, train.window_chunks, train.seed, train.schedule_version

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i3dist import shelf
@@ -63,6 +63,52 @@ def test_the_newest_whole_one_up_to_latest_is_taken(
             shelf.newest_whole(candidates, fault)
     else:
         assert shelf.newest_whole(candidates, fault) is None
+
+
+KINDS = st.sampled_from(["folder", "link", "link to nothing", "link to a file", "file"])
+
+
+@settings(deadline=None)  # it writes files, and disks can be busy
+@given(there=st.dictionaries(st.integers(1, 9), KINDS), new=st.integers(1, 9))
+def test_links_are_followed_to_read_and_only_taken_away_themselves(
+    there: dict[int, str], new: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever has a checkpoint's name: writing and pruning never fail on it, nor go through it."""
+    place = tmp_path_factory.mktemp("place")
+    disk, folder = place / "disk", place / "checkpoints"
+    (disk / "run").mkdir(parents=True)
+    folder.symlink_to(disk / "run")
+    for step, kind in there.items():
+        path, other = shelf.place(folder, step), disk / f"somebody's {step}"
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "file":
+            path.write_text("x")
+        else:
+            path.symlink_to(other)
+        if kind == "link":
+            other.mkdir()
+            (other / "state.json").write_text("precious")
+        if kind == "link to a file":
+            other.write_text("precious")
+    linked = sorted(path.name for path in disk.rglob("*") if "somebody's" in path.parts[-1])
+    target = shelf.place(folder, new)
+    shelf.staging(target).symlink_to(disk)  # somebody else's work
+    shelf.stage(shelf.staging(target))
+    (shelf.staging(target) / "state.json").write_text("new")
+    shelf.publish(shelf.staging(target), target)
+    shelf.prune(folder, new, CheckpointSettings(keep=1))
+    assert shelf.steps(folder) == [new] and shelf.candidates(folder) == [target]
+    assert (target / "state.json").read_text() == "new" and not target.is_symlink()
+    assert {path.name for path in folder.iterdir()} == {target.name, "latest"}
+    assert sorted(path.name for path in disk.iterdir() if path.name != "run") == linked
+    assert all(path.read_text() == "precious" for path in disk.glob("somebody's*/*"))
+
+
+def test_checkpoints_on_a_disk_that_is_not_there_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "no disk")
+    with pytest.raises(UserError, match=r"link to .*no disk, which is not there: bring it back"):
+        shelf.candidates(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "../../etc", "step-1", "\xff"])

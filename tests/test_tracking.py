@@ -1,5 +1,7 @@
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -114,6 +116,145 @@ def test_a_new_run_where_asked_or_where_the_old_one_is_gone(folder, way):
     assert run.info.status == "FINISHED"
 
 
+def go_on(path, *steps, **changes):
+    """Continue the run in a folder by these steps; (its id in the store, steps that it has)."""
+    tracker = start(make_settings(path, **changes), tags={}, fresh=False)
+    for step in steps:
+        tracker.log(step, {"loss": 1.0}, "train")
+    tracker.finish()
+    client, run = stored(make_settings(path))
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    return run.info.run_id, [metric.step for metric in history]
+
+
+def forget_folder(path):
+    """Make the store's run look as earlier versions made it."""
+    client, run = stored(make_settings(path))
+    client.delete_tag(run.info.run_id, tracking.FOLDER_TAG)
+
+
+@pytest.mark.parametrize("version", ["this", "earlier"])
+def test_a_copy_is_a_run_of_its_own_and_has_the_whole_history(
+    folder, tmp_path, version, monkeypatch
+):
+    """Also where the original's path was relative, to another working directory."""
+    original, copy = folder / f"original of {version}", folder / f"copy of {version}"
+    monkeypatch.chdir(folder)
+    first = go_on(Path(original.name), 1, 2)
+    monkeypatch.chdir(tmp_path)
+    if version == "earlier":
+        forget_folder(original)
+    shutil.copytree(original, copy)
+    second = go_on(copy, 3)
+    assert second[0] != first[0] and second[1] == [1, 2, 3]
+    assert stored(make_settings(copy))[1].data.tags[tracking.COPIED_TAG] == first[0]
+    assert go_on(original, 30) == (first[0], [1, 2, 30])
+    assert go_on(copy, 4) == (second[0], [1, 2, 3, 4])
+    assert stored(make_settings(copy))[1].data.params["run.path"] == str(copy)
+
+
+def test_copies_of_which_the_original_is_gone_share_no_run(folder):
+    """Of several the one that is continued first is taken for the original, moved."""
+    original, *others = (folder / name for name in ("gone", "gone a", "gone b"))
+    first = go_on(original, 1)
+    for other in others:
+        shutil.copytree(original, other)
+    original.rename(folder / "gone elsewhere")
+    ids = [go_on(path, 2)[0] for path in (*others, folder / "gone elsewhere")]
+    assert ids[0] == first[0] and len(set(ids)) == 3
+
+
+@pytest.mark.parametrize("version", ["this", "earlier"])
+def test_a_moved_or_linked_folder_goes_on_in_its_run(folder, version, monkeypatch):
+    place, moved = folder / f"place of {version}", folder / f"moved from {version}"
+    first = go_on(place, 1)
+    if version == "earlier":
+        forget_folder(place)
+    place.rename(moved)
+    assert go_on(moved, 2) == (first[0], [1, 2])
+    (folder / "elsewhere").mkdir(exist_ok=True)
+    link = folder / "elsewhere" / f"link to {version}"
+    link.symlink_to(moved)
+    assert go_on(link, 3) == (first[0], [1, 2, 3])
+    monkeypatch.chdir(moved)
+    assert go_on(Path("."), 4) == (first[0], [1, 2, 3, 4])
+    assert not (folder / "elsewhere" / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("name", ["odd ?#%41 %zz&+é@:'\"$x;"])
+def test_a_run_that_is_moved_into_a_folder_of_any_name_has_everything_in_the_store_there(
+    folder, tmp_path, name
+):
+    """And the command that shows it opens that store; artifacts are beside it."""
+    settings = make_settings(folder / "leaves")
+    go_on(settings.run.path, 1, 2)
+    there = tmp_path / name / "run #1?"
+    there.parent.mkdir()
+    settings.run.path.rename(there)
+    settings = make_settings(there)
+    tracker = start(settings, tags={}, fresh=False)
+    tracker.log(3, {"loss": 1.0}, "train")
+    (there / "a file").write_text("x")
+    tracker.artifact(there / "a file", "settings")
+    tracker.finish()
+    assert go_on(there)[1] == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == [name], "nothing beside it"
+    assert {path.name for path in there.parent.iterdir()} == {"run #1?", "mlflow.db", "mlartifacts"}
+    assert list(there.parent.glob("mlartifacts/*/artifacts/settings/a file"))
+    *_, uri = shlex.split(open_command(settings))
+    assert MlflowClient(uri).get_run(stored(settings)[1].info.run_id).info.run_name == "run #1?"
+
+
+def test_a_store_whose_name_is_no_text_costs_a_line_that_says_what_to_do(
+    tmp_path, caplog, monkeypatch
+):
+    settings = Settings.load(None, [f"run.path={tmp_path}/a\udcff/run"])
+    settings = settings.with_values(**{"tracking.system_metrics": False})
+    tracker = start(settings, tags={}, fresh=False)
+    tracker.log(1, {"loss": 1.0}, "train")
+    tracker.finish()
+    assert "name another in MLFLOW_TRACKING_URI" in caplog.records[0].getMessage()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert go_on(settings.run.path, 2)[1] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["2024", " x ", "a/b", "%41?#'\"", "é\n", "null", "x" * 500])
+def test_an_experiment_may_have_any_name(folder, name):
+    path = folder / f"experiment {len(name)}{name[:1].strip('a/')}"
+    _, steps = go_on(path, 1, **{"tracking.experiment": name, "tracking.run_name": name})
+    client, run = stored(make_settings(path))
+    assert steps == [1] and run.info.run_name == name
+    assert client.get_experiment(run.info.experiment_id).name == name
+
+
+def test_a_deleted_experiment_costs_one_line_and_what_it_says_helps(folder, caplog, monkeypatch):
+    """It is deleted while the run goes on, and restored before it ends."""
+    monkeypatch.setattr(tracking, "SHORTEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.1)
+    settings = make_settings(folder / "orphan", **{"tracking.experiment": "to be deleted"})
+    tracker = start(settings, tags={}, fresh=False)
+    client, run = stored(settings)
+    client.delete_experiment(run.info.experiment_id)
+    tracker.log(1, {"loss": 1.0}, "train")
+    wait_for(lambda: "is deleted; restore it with: " in caplog.text)
+    time.sleep(0.3)
+    assert caplog.text.count("is deleted; restore it with: ") == 1
+    command = caplog.text.rpartition("restore it with: ")[2].partition(" ; or name another")[0]
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    }
+    subprocess.run(command, shell=True, check=True, env=environment, capture_output=True)
+    wait_for(lambda: tracker._outbox.is_empty)
+    tracker.finish()
+    assert [
+        m.step for m in client.get_metric_history(stored(settings)[1].info.run_id, "train/loss")
+    ]
+    client.delete_experiment(run.info.experiment_id)
+    _, steps = go_on(settings.run.path, 2, **{"tracking.experiment": "another"})
+    assert steps == [1, 2]
+
+
 def test_system_metrics_of_a_continued_run_go_on_with_the_next_step(folder, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     settings = make_settings(folder / "system", **{"tracking.system_metrics": True})
@@ -207,6 +348,38 @@ def test_a_store_that_comes_back_gets_everything(caplog, monkeypatch, tmp_path):
     assert "second line" not in caplog.text
 
 
+@pytest.mark.parametrize("works", [1, 3])
+def test_outages_retry_as_fast_after_a_success_as_at_first(monkeypatch, tmp_path, works):
+    """Each pause is twice the one before, up to the longest, in every outage alike."""
+    monkeypatch.setattr(tracking, "SHORTEST_PAUSE_S", 1.0)
+    monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 6.0)
+    pauses, run = [], FakeRun()
+    outcomes = [False] * 5 + [True] * works + [False] * 5 + [True]
+
+    class Clock(threading.Event):
+        def wait(self, timeout=None):
+            if timeout is not None:  # a pause, which the test does not take
+                pauses.append(timeout)
+                return self.is_set()
+            self.set()  # as if there were something to send
+            return True
+
+    tracker = Tracker.__new__(Tracker)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
+    tracker.__init__("store", lambda: run, Outbox(tmp_path))
+    tracker._closing, tracker._wake = Clock(), Clock()
+
+    def attempt(job):
+        if not outcomes:
+            tracker._closing.set()
+            return True
+        return outcomes.pop(0)
+
+    monkeypatch.setattr(tracker, "_attempt", attempt)
+    tracker._work()
+    assert pauses == [1.0, 2.0, 4.0, 6.0, 6.0] * 2
+
+
 def test_artifacts_that_are_not_taken_hold_up_no_metrics(monkeypatch, tmp_path):
     monkeypatch.setattr(tracking, "SHORTEST_PAUSE_S", 0.01)
     run = FakeRun()
@@ -245,6 +418,40 @@ def test_where_tracking_is_off_nothing_is_written(tmp_path):
     tracker.artifact(tmp_path / "none")
     tracker.finish("FAILED")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tracking.jsonl", "tracking.sent.json", tracking.RUN_ID_FILE])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_file_of_trackings_that_is_in_the_way_costs_a_warning(folder, caplog, name, fresh):
+    path = folder / f"in the way {name} {fresh}"
+    (path / name / "not empty").mkdir(parents=True)
+    tracker = start(make_settings(path), tags={}, fresh=fresh)
+    tracker.log(1, {"loss": 1.0, "huge": 10**400}, "train")
+    tracker.finish("FAILED")
+    assert "tracking: " in caplog.text
+    assert len(caplog.records) <= 3 and not any("\n" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize("uri", ["", "http://127.0.0.1:9"])
+def test_an_mlflow_that_cannot_be_imported_costs_a_warning_and_no_waiting(
+    tmp_path, caplog, monkeypatch, uri
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(tracking, "_import_mlflow", mock.Mock(side_effect=ImportError("no mlflow")))
+    begin = time.monotonic()
+    tracker = start(make_settings(tmp_path / "run"), tags={}, fresh=False)
+    tracker.log(1, {"loss": 1.0}, "train")
+    tracker.finish()
+    assert time.monotonic() - begin < 5
+    assert [record.getMessage().count("no mlflow") for record in caplog.records] == [1, 0]
+
+
+def test_whatever_goes_wrong_at_the_start_training_goes_on(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("no thread")))
+    tracker = start(make_settings(tmp_path / "run"), tags={}, fresh=False)
+    tracker.log(1, {"loss": 1.0}, "train")
+    tracker.finish()
+    assert ["no thread" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_both_trackers_have_the_same_methods():
