@@ -9,8 +9,10 @@ import ctypes
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -24,6 +26,13 @@ Group = torch_dist.ProcessGroup
 
 # Rendezvous ports under Slurm: below Linux's ephemeral range, which begins at 32768.
 FIRST_PORT, PORTS = 10_240, 20_000
+
+# Names of what the ranks say to each other where they meet.
+JOB_KEY, RANK_KEY = "i3dist/job", "i3dist/rank/"
+# The first rank reaches its own port at once, and says at once which job it is of.
+FIRST_ANSWER = timedelta(seconds=30)
+# For ranks that start late: DeepSpeed's variable, and its default.
+PATIENCE = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT") or 10))
 
 # What gloo says when the other end of a connection is gone.
 PEER_LOSS = r"gloo.*(closed|reset|refused|broken|timed out)|onnection (closed|reset) by peer"
@@ -182,6 +191,106 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def met(job: Job, name: str, patience: timedelta = PATIENCE) -> Iterator[None]:
+    """See that all ranks of this job, and none of another, find each other; then form the group.
+
+    Inside, torch's own rendezvous finds the first rank listening already. Without this a rank whose
+    first rank found the port taken would join the job that has it, and wait there for ever. Under
+    torchrun's agent, which listens itself, nothing is to be seen to.
+
+    Args:
+        job: the job.
+        name: the same on all ranks of the job, another for another job that may run beside it.
+        patience: how long to wait for the other ranks.
+
+    Raises:
+        UserError: the port is taken, the address is not that of the first rank, or ranks are late.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        yield
+        return
+    store = _open_store(job, patience)
+    _recognise(job, store, name)
+    _await_all(job, store, patience)
+    yield
+    del store  # until then the first rank listens
+
+
+def _open_store(job: Job, patience: timedelta) -> torch_dist.Store:
+    first = job.rank == 0
+    try:
+        return torch_dist.TCPStore(
+            job.master_addr,
+            job.master_port,
+            is_master=first,
+            timeout=min(FIRST_ANSWER, patience) if first else patience,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise _port_taken(job, "something else listens there") from None
+        if not first:
+            raise UserError(
+                f"rank 0 did not answer at {_place(job)} within {patience}: its own message, if it "
+                "started at all, says why; MASTER_ADDR must be its host, as every rank sees it"
+            ) from None
+        if "failed to listen" in str(error):
+            raise _port_taken(job, _listening_failure(str(error))) from None
+        raise UserError(
+            f"rank 0 cannot be reached at {_place(job)}: set MASTER_ADDR (deepspeed: "
+            "--master_addr) to the name or address of the host that it runs on"
+        ) from None
+
+
+def _listening_failure(text: str) -> str:
+    match = re.search(r"message: ([^,\n]+)", text)
+    return match[1] if match else "it cannot be listened on"
+
+
+def _recognise(job: Job, store: torch_dist.Store, name: str) -> None:
+    """Make sure that what listens is the first rank of this job, and that no other has this rank"""
+    if job.rank == 0:
+        store.set(JOB_KEY, name)
+    try:
+        store.wait([JOB_KEY], FIRST_ANSWER)
+    except RuntimeError:
+        raise _port_taken(job, "another program listens there") from None
+    other = store.get(JOB_KEY).decode()
+    if other != name:
+        raise _port_taken(job, f"a job with run.path={other} listens there")
+    if store.add(f"{RANK_KEY}{job.rank}", 1) > 1:
+        raise _port_taken(job, f"a job that has a rank {job.rank} already listens there")
+
+
+def _await_all(job: Job, store: torch_dist.Store, patience: timedelta) -> None:
+    keys = [f"{RANK_KEY}{rank}" for rank in range(job.world_size)]
+    try:
+        store.wait(keys, patience)
+    except RuntimeError:
+        late = [key.removeprefix(RANK_KEY) for key in keys if not store.check([key])]
+        raise UserError(
+            f"ranks {', '.join(late[:8])} did not come to {_place(job)} within {patience}: their "
+            "own messages, if they started at all, say why"
+        ) from None
+
+
+def _place(job: Job) -> str:
+    return f"{job.master_addr}:{job.master_port}"
+
+
+def _port_taken(job: Job, why: str) -> UserError:
+    """Names the port, and the way to choose another."""
+    way = {
+        "deepspeed": "deepspeed --master_port N",
+        "torchrun": "torchrun --master_port N",
+        "slurm": "MASTER_PORT=N in the environment of sbatch or srun",
+        "python": "start it again, which picks a free one",
+    }[job.launcher]
+    return UserError(f"port {job.master_port} of {job.master_addr}: {why}; use another: {way}")
 
 
 def thread_count(cores: int, local_world_size: int) -> int:

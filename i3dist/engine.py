@@ -25,7 +25,7 @@ from i3dist.model.lm import I3LM
 from i3dist.model.packed import PackedModel, Slot
 from i3dist.model.state import LaneState
 from i3dist.ops.adamw import FlatAdamW
-from i3dist.toolchain import absent, operator_alone, require_compiler, unlink_shared_memory
+from i3dist.toolchain import absent, writable_caches
 
 # Read at import: the accelerator, and how much DeepSpeed says.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
@@ -35,9 +35,12 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 with absent("mlflow"):  # for its autotuner
     import deepspeed
-from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
+
+# On CPU it would compile an operator for shared memory whenever it starts, which needs a compiler,
+# a cache in the home folder and 66 MiB of /dev/shm a rank, and which only inference uses (0.19.8).
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # What the trainer decides from its own settings; the engine's file leaves these out or "auto".
 OURS = (
@@ -441,18 +444,13 @@ def _shares(
 
 
 def start(job: dist.Job) -> None:
-    """Join the process group of the job: NCCL on GPUs, gloo (and shared memory) on CPUs."""
+    """Join the process group of the job: NCCL on GPUs, gloo on CPUs."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     job.export()
     if dist.uses_cuda():
         torch.cuda.set_device(dist.device(job))
-    else:
-        require_compiler()
-        with operator_alone():
-            get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+        writable_caches()
     deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
-    if not dist.uses_cuda():
-        unlink_shared_memory(job)
 
 
 def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:

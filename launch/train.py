@@ -18,12 +18,18 @@ import torch
 from i3dist import dist, engine, tracking
 from i3dist.config import Settings, setting_lines
 from i3dist.data.corpus import Corpus
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.errors import (
+    ArgumentParser,
+    UserError,
+    keep_tracebacks_in,
+    one_line_errors,
+    warned,
+)
 from i3dist.model.lm import I3LM
 from i3dist.paths import typed_path
 from i3dist.revision import git_commit
 from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve, verify
-from i3dist.stop import Stop
+from i3dist.stop import REQUEUE, Stop
 from i3dist.summary import early_history, print_summary
 from i3dist.trainer import Trainer, check_micro_batch
 
@@ -78,7 +84,8 @@ def build(
     dist.share_threads(job)
     if not dist.uses_cuda():
         dist.keep_freed_memory()
-    engine.start(job)
+    with dist.met(job, str(settings.run.path)):
+        engine.start(job)
     agree(start)
     start = verify(start, job)
     torch.manual_seed(settings.train.seed)
@@ -100,7 +107,8 @@ def recorded(tracker: tracking.Tracker | tracking.NoTracker) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        tracker.finish("FAILED")
+        with warned("tracking"):
+            tracker.finish("FAILED")
         if dist.lost_peer(error):
             raise UserError("another rank of the job ended early; its message says why") from None
         if isinstance(error, torch.OutOfMemoryError):
@@ -141,6 +149,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = parse_arguments()
     settings = Settings.load(arguments.config, arguments.overrides)
+    keep_tracebacks_in(settings.run.path)
     job = dist.Job.detect()
     stop = Stop(job)
     logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
@@ -151,12 +160,13 @@ def main() -> None:
     trainer = build(arguments, settings, job, corpus, stop)
     with recorded(trainer.tracker):
         done = trainer.fit()
-    trainer.tracker.finish("FINISHED" if done else "KILLED")
-    if not done:
+    with warned("tracking"):
+        trainer.tracker.finish("FINISHED" if done else "KILLED")
+    if done:
+        dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
+    else:
         dist.say(f"stopped as asked, at step {trainer.progress.step}: the same command goes on")
-        stop.leave()
-    dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
-    dist.leave()
+    stop.leave(0 if done else REQUEUE)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ ALONE = (
 from i3dist import dist
 dist.barrier = lambda: time.sleep(30)
 if sys.argv[-1] == "leaving":
-    stop.leave()
+    stop.leave(REQUEUE)
 dist.barrier()
 """
 )
