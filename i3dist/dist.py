@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -221,38 +222,49 @@ def met(job: Job, name: str, patience: timedelta = PATIENCE) -> Iterator[None]:
 
 def _open_store(job: Job, patience: timedelta) -> torch_dist.Store:
     first = job.rank == 0
-    try:
-        return torch_dist.TCPStore(
-            job.master_addr,
-            job.master_port,
-            is_master=first,
-            timeout=min(FIRST_ANSWER, patience) if first else patience,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
-        if "EADDRINUSE" in str(error):
-            raise _port_taken(job, "something else listens there") from None
-        if not first:
-            raise UserError(
-                f"rank 0 did not answer at {_place(job)} within {patience}: its own message, if it "
-                "started at all, says why; MASTER_ADDR must be its host, as every rank sees it"
-            ) from None
-        if "failed to listen" in str(error):
-            raise _port_taken(job, _listening_failure(str(error))) from None
-        raise UserError(
+    timeout = min(FIRST_ANSWER, patience) if first else patience
+    opened: list[torch_dist.Store | RuntimeError] = []
+
+    def connect() -> None:
+        host, port = job.master_addr, job.master_port
+        try:
+            opened.append(
+                torch_dist.TCPStore(
+                    host, port, None, first, timeout, wait_for_workers=False, multi_tenant=True
+                )
+            )
+        except RuntimeError as error:
+            opened.append(error)
+
+    # In a thread, as it waits for ever where something listens that never answers.
+    connecting = threading.Thread(target=connect, name="rendezvous", daemon=True)
+    connecting.start()
+    connecting.join(2 * timeout.total_seconds() + 1)  # it tries twice
+    store = opened[0] if opened else RuntimeError("no answer")
+    if isinstance(store, RuntimeError):
+        raise _unmet(job, str(store), patience)
+    return store
+
+
+def _unmet(job: Job, why: str, patience: timedelta) -> UserError:
+    """Why the first rank cannot listen, or cannot be reached."""
+    if "EADDRINUSE" in why:
+        return _port_taken(job, "something else listens there")
+    if match := re.search(r"failed to listen.*message: ([^,\n]+)", why):
+        return _port_taken(job, match[1])
+    if job.rank == 0:
+        return UserError(
             f"rank 0 cannot be reached at {_place(job)}: set MASTER_ADDR (deepspeed: "
             "--master_addr) to the name or address of the host that it runs on"
-        ) from None
-
-
-def _listening_failure(text: str) -> str:
-    match = re.search(r"message: ([^,\n]+)", text)
-    return match[1] if match else "it cannot be listened on"
+        )
+    return UserError(
+        f"rank 0 did not answer at {_place(job)} within {patience}: its own message says why, if "
+        "it started at all; MASTER_ADDR must be its host, as every rank sees it"
+    )
 
 
 def _recognise(job: Job, store: torch_dist.Store, name: str) -> None:
-    """Make sure that what listens is the first rank of this job, and that no other has this rank"""
+    """See that what listens is the first rank of this job, and that no other has this rank."""
     if job.rank == 0:
         store.set(JOB_KEY, name)
     try:
@@ -274,7 +286,7 @@ def _await_all(job: Job, store: torch_dist.Store, patience: timedelta) -> None:
         late = [key.removeprefix(RANK_KEY) for key in keys if not store.check([key])]
         raise UserError(
             f"ranks {', '.join(late[:8])} did not come to {_place(job)} within {patience}: their "
-            "own messages, if they started at all, say why"
+            "own messages say why, if they started at all"
         ) from None
 
 

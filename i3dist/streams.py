@@ -36,7 +36,7 @@ def prepare(output_is_result: bool) -> None:
 def require_output() -> None:
     """Raise an `OSError` where the program was started without a standard output."""
     if sys.__stdout__ is None:
-        raise OSError(errno.EBADF, "is closed: send it to a file or to /dev/null", NAMES[1])
+        raise OSError(errno.EBADF, "closed; send it to a file or to /dev/null", NAMES[1])
 
 
 def _settled(stream: Any, number: int, needed: bool) -> Any:

@@ -94,15 +94,6 @@ def test_lanes_that_ranks_cannot_share_are_one_line(
     assert "1, 2, 4" in error_line(result)
 
 
-def test_a_missing_compiler_is_one_line(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "nothing-built"))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    result = program("launch/train.py", f"data.path={data}", f"run.path={tmp_path / 'run'}")
-    assert "the C++ compiler 'no-such-compiler' is not on PATH" in error_line(result)
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
