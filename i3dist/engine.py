@@ -443,14 +443,19 @@ def _shares(
         yield place.name, int(before.sum()), mask, views
 
 
-def start(job: dist.Job) -> None:
-    """Join the process group of the job: NCCL on GPUs, gloo on CPUs."""
+def start(job: dist.Job, name: str = "") -> None:
+    """Join the process group of the job, which `name` tells from others: NCCL on GPUs, else gloo.
+
+    Raises:
+        UserError: the ranks do not find each other, see `dist.met`.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     job.export()
     if dist.uses_cuda():
         torch.cuda.set_device(dist.device(job))
         writable_caches()
-    deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
+    with dist.met(job, name):
+        deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
 
 
 def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Stop:
         """Take `SIGNALS` from here on; to be made in the main thread."""
         self.asked: str | None = None  # by what
         self._agreed = False
-        self._status = 1  # to end with where another rank is gone
+        self._leaving = False
         self._ranks = job.local_world_size
         self._launchers = _launchers(job)
         reader, writer = os.pipe()
@@ -64,17 +64,17 @@ class Stop:
         self.hear(float(dist.all_sum(torch.tensor(self.vote(), device=device))))
         return self.agreed()
 
-    def leave(self, status: int) -> NoReturn:
-        """Meet the other ranks, all of which are through, and end at once with `status`.
+    def leave(self) -> NoReturn:
+        """Meet the other ranks, all of which have saved, and end at once with `REQUEUE`.
 
-        The first that ends makes a launcher end the others: with `status` too, wherever they are.
-        What libraries do when an interpreter ends, or a rank that dies here, changes nothing.
+        The first that ends makes a launcher end the others: with `REQUEUE` too, wherever they are.
+        A rank that dies only now changes nothing: all is saved.
         """
-        self._status = status
+        self._leaving = True
         sys.stdout.flush()
         with suppress(RuntimeError):
             dist.barrier()
-        os._exit(status)
+        os._exit(REQUEUE)
 
     def _watch(self, reader: int) -> None:
         """Wait for signals, and look after the launcher meanwhile."""
@@ -83,7 +83,7 @@ class Stop:
                 number = os.read(reader, 1)[0]
                 if number == signal.SIGTERM and self._another_rank_is_gone():
                     # The launcher clears up behind a failure, or behind the first that left.
-                    os._exit(self._status)
+                    os._exit(REQUEUE if self._leaving else 1)
                 if number in SIGNALS:
                     self.asked = self.asked or signal.Signals(number).name
             elif self._launchers and not all(_lives(launcher) for launcher in self._launchers):

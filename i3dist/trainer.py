@@ -201,8 +201,8 @@ class Trainer:
         raise UserError(
             f"loss or gradient was not finite in {guard.bad} steps in a row, up to step "
             f"{self.progress.step}, so the run stops (guard.bad_steps), rolled back {tried} of "
-            f"{settings.rollbacks} times (guard.rollbacks); continue from its last checkpoint with "
-            "a lower optimizer.lr, in another run.path"
+            f"{settings.rollbacks} times (guard.rollbacks); to continue behind such steps, raise "
+            "guard.bad_steps; if all steps are so, start over with --fresh and a lower optimizer.lr"
         )
 
     def _backward(self, step_batches: list[Batch], gate: float, targets: Tensor) -> Tensor:
@@ -374,8 +374,8 @@ class Trainer:
                 )
                 return rows
         raise UserError(
-            "one lane's window does not fit on the GPU: lower train.window_chunks or the model's "
-            "size"
+            "one lane's window does not fit on the GPU: start over with a lower "
+            "train.window_chunks or model.d_model (another run.path, or --fresh)"
         )
 
     def _sample(self, rows: int) -> tuple[Tensor, Tensor, LaneState, Tensor]:

@@ -9,6 +9,8 @@ saves and leaves with status 75, which means: start me again. Status 1 is an err
 
 import argparse
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +31,7 @@ from i3dist.model.lm import I3LM
 from i3dist.paths import typed_path
 from i3dist.revision import git_commit
 from i3dist.run import Start, agree, decide, idle_lanes, lay_out, resolve, verify
-from i3dist.stop import REQUEUE, Stop
+from i3dist.stop import Stop
 from i3dist.summary import early_history, print_summary
 from i3dist.trainer import Trainer, check_micro_batch
 
@@ -84,8 +86,7 @@ def build(
     dist.share_threads(job)
     if not dist.uses_cuda():
         dist.keep_freed_memory()
-    with dist.met(job, str(settings.run.path)):
-        engine.start(job)
+    engine.start(job, str(settings.run.path))
     agree(start)
     start = verify(start, job)
     torch.manual_seed(settings.train.seed)
@@ -114,7 +115,7 @@ def recorded(tracker: tracking.Tracker | tracking.NoTracker) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
                 "the GPU's memory is full: set train.micro_batch=auto or a smaller number, or "
-                "lower train.window_chunks"
+                "start over with a lower train.window_chunks (another run.path, or --fresh)"
             ) from None
         raise
 
@@ -126,9 +127,9 @@ def begin_record(
     settings = start.settings
     lay_out(start, corpus)
     print_summary(settings, job.world_size)
-    early = early_history(settings) if start.checkpoint is None else None
-    for note in filter(None, (idle_lanes(settings, corpus), early)):
-        dist.say(note)
+    if start.checkpoint is None:  # later these settings stay
+        for note in filter(None, (idle_lanes(settings, corpus), early_history(settings))):
+            dist.say(note)
     tracker = tracking.start(settings, tags=tags(corpus), fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
@@ -162,13 +163,16 @@ def main() -> None:
         done = trainer.fit()
     with warned("tracking"):
         trainer.tracker.finish("FINISHED" if done else "KILLED")
-    if done:
-        dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
-    else:
+    if not done:
         dist.say(f"stopped as asked, at step {trainer.progress.step}: the same command goes on")
-    stop.leave(0 if done else REQUEUE)
+        stop.leave()
+    with warned("after training"):
+        dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
+        dist.leave()
 
 
 if __name__ == "__main__":
     with one_line_errors():
         main()
+        sys.stdout.flush()
+        os._exit(0)  # what libraries do as an interpreter ends does not decide the status
