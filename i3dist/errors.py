@@ -95,6 +95,8 @@ def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
     """
     streams.prepare(output_is_result)
     threading.excepthook = _say_of_thread
+    if os.environ.get(DEBUG) != "1":
+        sys.unraisablehook = lambda _: None  # what a destructor raises is of no consequence
     try:
         try:
             yield

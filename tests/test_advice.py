@@ -2,7 +2,7 @@
 
 Not repeated here: data.on_damage=quarantine (faults/test_shards.py), the same command that goes on
 (faults/test_preemption.py, faults/test_killed_reader.py), a port to choose (test_dist.py), an
-output to open (test_errors.py), a prompt to give (test_generate.py).
+output to open (test_errors.py), a prompt to give (test_programs.py).
 """
 
 import json

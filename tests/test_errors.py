@@ -235,6 +235,18 @@ print("on")
     assert "in fail" in traceback_of(line)
 
 
+def test_what_a_destructor_raises_is_told_to_a_debugger_only() -> None:
+    text = """
+class Odd:
+    def __del__(self): raise ValueError("odd")
+odd = Odd(); del odd
+print("on")
+"""
+    result = run(text)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "on\n", "")
+    assert "ValueError: odd" in run(text, I3DIST_DEBUG="1").stderr
+
+
 def test_what_fails_in_another_process_is_one_line_too() -> None:
     text = """
 from concurrent.futures import ProcessPoolExecutor

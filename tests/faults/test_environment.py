@@ -12,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from i3dist import run
 from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus
+from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.errors import UserError
 from tests.conftest import QUICK, ROOT, deepspeed, error_line, losses, run_ranks
 
@@ -166,3 +168,36 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(
     with pytest.raises(UserError, match=f"run.path={folder} cannot be written: .*{says}") as error:
         run.lay_out(run.Start(Settings.load(None, [f"run.path={folder}"])), corpus)
     assert "\n" not in str(error.value)
+
+
+def read(data: Path, workers: int) -> list[Batch]:
+    """The first windows of a data set."""
+    train = Corpus.open(data, ModelSettings()).train
+    lanes = LaneWindows(train.folder, train.manifest, train.schedule(4, 2, seed=0), range(4))
+    return list(windows(lanes, 0, 5, workers, torch.device("cpu")))
+
+
+@pytest.mark.timeout(60)
+def test_shared_memory_that_is_full_is_one_line(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Containers have little of it. Without it the rank would wait for ever."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refuse)
+    with pytest.raises(UserError, match=r"/dev/shm is full.*with fewer data\.workers"):
+        read(data, workers=1)
+    assert "Traceback" not in capfd.readouterr().err
+    assert len(read(data, workers=0)) == 5
+
+
+def test_a_host_without_semaphores_is_one_line(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    with pytest.raises(UserError, match=r"/dev/shm can be written .* or set data\.workers=0"):
+        read(data, workers=1)
+    assert len(read(data, workers=0)) == 5
