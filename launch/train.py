@@ -175,4 +175,5 @@ if __name__ == "__main__":
     with one_line_errors():
         main()
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(0)  # what libraries do as an interpreter ends does not decide the status

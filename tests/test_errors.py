@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from i3dist import errors
+from i3dist import errors, streams
 from i3dist.errors import DEBUG, UserError
 from tests.conftest import ROOT
 
@@ -265,6 +265,12 @@ raise ValueError("Caught ValueError in process 0.\\nOriginal Traceback (most rec
     line = one_line(run(text))
     assert "ValueError: Caught ValueError in process 0. key 5;" in line
     traceback_of(line)
+
+
+def test_streams_that_are_somebodys_own_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout, sys.stderr
+    streams.prepare(output_is_result=False)
+    assert (sys.stdout, sys.stderr) == before
 
 
 def test_what_decides_nothing_costs_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
