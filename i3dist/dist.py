@@ -214,8 +214,11 @@ def met(job: Job, name: str, patience: timedelta = PATIENCE) -> Iterator[None]:
         yield
         return
     store = _open_store(job, patience)
-    _recognise(job, store, name)
-    _await_all(job, store, patience)
+    try:
+        _recognise(job, store, name)
+        _await_all(job, store, patience)
+    except torch_dist.DistError:
+        raise UserError(f"rank 0 at {_place(job)} is gone: its own message says why") from None
     yield
     del store  # until then the first rank listens
 
@@ -269,7 +272,7 @@ def _recognise(job: Job, store: torch_dist.Store, name: str) -> None:
         store.set(JOB_KEY, name)
     try:
         store.wait([JOB_KEY], FIRST_ANSWER)
-    except RuntimeError:
+    except torch_dist.DistStoreError:
         raise _port_taken(job, "another program listens there") from None
     other = store.get(JOB_KEY).decode()
     if other != name:
@@ -282,7 +285,7 @@ def _await_all(job: Job, store: torch_dist.Store, patience: timedelta) -> None:
     keys = [f"{RANK_KEY}{rank}" for rank in range(job.world_size)]
     try:
         store.wait(keys, patience)
-    except RuntimeError:
+    except torch_dist.DistStoreError:
         late = [key.removeprefix(RANK_KEY) for key in keys if not store.check([key])]
         raise UserError(
             f"ranks {', '.join(late[:8])} did not come to {_place(job)} within {patience}: their "

@@ -4,7 +4,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -252,10 +253,13 @@ def rank_of_two(rank: int, port: int, launcher: dist.Launcher = "deepspeed") -> 
     return Job(rank, 2, rank, 2, 1, "127.0.0.1", port, launcher)
 
 
-def meet(job: Job, name: str = "runs/a", patience: float = 0.4) -> str:
+def meet(
+    job: Job, name: str = "runs/a", patience: float = 0.4, inside: Callable[[], object] = int
+) -> str:
     """What comes of meeting: "met", or the line that says why not."""
     try:
         with dist.met(job, name, timedelta(seconds=patience)):
+            inside()
             return "met"
     except UserError as error:
         return str(error)
@@ -274,8 +278,10 @@ def first_rank(port: int, name: str, ranks: Sequence[int] = (0,)) -> Iterator[No
 def test_ranks_of_one_job_meet_and_torch_finds_the_first_listening() -> None:
     port = free_port()
     jobs = [rank_of_two(rank, port) for rank in range(2)]
+    together = threading.Barrier(2)  # as the group that is formed there
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(lambda job: meet(job, patience=20), jobs)) == ["met", "met"]
+        found = pool.map(lambda job: meet(job, patience=20, inside=together.wait), jobs)
+        assert list(found) == ["met", "met"]
     alone = Job(0, 1, 0, 1, 1, "127.0.0.1", port, "python")
     with dist.met(alone, "runs/a"):
         torch.distributed.TCPStore("127.0.0.1", port, 1, True, multi_tenant=True)
@@ -309,6 +315,19 @@ def test_a_rank_never_joins_another_job() -> None:
     port = free_port()
     with first_rank(port, "runs/a", ranks=(0, 1)):
         assert "a job that has a rank 1 already" in meet(rank_of_two(1, port))
+
+
+def test_a_first_rank_that_goes_away_is_told() -> None:
+    port = free_port()
+    script = (
+        "import os, sys, time, torch.distributed as d\n"
+        "s = d.TCPStore('127.0.0.1', int(sys.argv[1]), is_master=True, wait_for_workers=False)\n"
+        "s.set(sys.argv[2], 'runs/a'); s.wait([sys.argv[3]]); os._exit(1)"
+    )
+    words = [sys.executable, "-c", script, str(port), dist.JOB_KEY, f"{dist.RANK_KEY}1"]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL):
+        said = meet(rank_of_two(1, port), patience=60)
+    assert said.startswith(f"rank 0 at 127.0.0.1:{port} is gone")
 
 
 def test_ranks_that_wait_in_vain_say_for_whom_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
