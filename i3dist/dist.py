@@ -10,8 +10,11 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, MutableMapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -34,6 +37,12 @@ FIRST_PORT, PORTS = 10_240, 20_000
 HIDDEN = ("", "-1", "NoDevFiles")
 DEVICES = Path("/dev")
 NO_GPU = "there is no CUDA GPU here"
+# Names of what the ranks say to each other where they meet.
+JOB_KEY, RANK_KEY = "i3dist/job", "i3dist/rank/"
+# The first rank reaches its own port at once, and says at once which job it is of.
+FIRST_ANSWER = timedelta(seconds=30)
+# For ranks that start late: DeepSpeed's variable, and its default.
+PATIENCE = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT") or 10))
 
 # What gloo says when the other end of a connection is gone.
 PEER_LOSS = r"gloo.*(closed|reset|refused|broken|timed out)|onnection (closed|reset) by peer"
@@ -192,6 +201,120 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def met(job: Job, name: str, patience: timedelta = PATIENCE) -> Iterator[None]:
+    """See that all ranks of this job, and none of another, find each other; then form the group.
+
+    Inside, torch's own rendezvous finds the first rank listening already. Without this a rank whose
+    first rank found the port taken would join the job that has it, and wait there for ever. Under
+    torchrun's agent, which listens itself, nothing is to be seen to.
+
+    Args:
+        job: the job.
+        name: the same on all ranks of the job, another for another job that may run beside it.
+        patience: how long to wait for the other ranks.
+
+    Raises:
+        UserError: the port is taken, the address is not that of the first rank, or ranks are late.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        yield
+        return
+    store = _open_store(job, patience)
+    try:
+        _recognise(job, store, name)
+        _await_all(job, store, patience)
+    except torch_dist.DistError:
+        raise UserError(f"rank 0 at {_place(job)} is gone: its own message says why") from None
+    yield
+    del store  # until then the first rank listens
+
+
+def _open_store(job: Job, patience: timedelta) -> torch_dist.Store:
+    first = job.rank == 0
+    timeout = min(FIRST_ANSWER, patience) if first else patience
+    opened: list[torch_dist.Store | RuntimeError] = []
+
+    def connect() -> None:
+        host, port = job.master_addr, job.master_port
+        try:
+            opened.append(
+                torch_dist.TCPStore(
+                    host, port, None, first, timeout, wait_for_workers=False, multi_tenant=True
+                )
+            )
+        except RuntimeError as error:
+            opened.append(error)
+
+    # In a thread, as it waits for ever where something listens that never answers.
+    connecting = threading.Thread(target=connect, name="rendezvous", daemon=True)
+    connecting.start()
+    connecting.join(2 * timeout.total_seconds() + 1)  # it tries twice
+    store = opened[0] if opened else RuntimeError("no answer")
+    if isinstance(store, RuntimeError):
+        raise _unmet(job, str(store), patience)
+    return store
+
+
+def _unmet(job: Job, why: str, patience: timedelta) -> UserError:
+    """Why the first rank cannot listen, or cannot be reached."""
+    if "EADDRINUSE" in why:
+        return _port_taken(job, "something else listens there")
+    if match := re.search(r"failed to listen.*message: ([^,\n]+)", why):
+        return _port_taken(job, match[1])
+    if job.rank == 0:
+        return UserError(
+            f"rank 0 cannot be reached at {_place(job)}: set MASTER_ADDR (deepspeed: "
+            "--master_addr) to the name or address of the host that it runs on"
+        )
+    return UserError(
+        f"rank 0 did not answer at {_place(job)} within {patience}: its own message says why, if "
+        "it started at all; MASTER_ADDR must be its host, as every rank sees it"
+    )
+
+
+def _recognise(job: Job, store: torch_dist.Store, name: str) -> None:
+    """See that what listens is the first rank of this job, and that no other has this rank."""
+    if job.rank == 0:
+        store.set(JOB_KEY, name)
+    try:
+        store.wait([JOB_KEY], FIRST_ANSWER)
+    except torch_dist.DistStoreError:
+        raise _port_taken(job, "another program listens there") from None
+    other = store.get(JOB_KEY).decode()
+    if other != name:
+        raise _port_taken(job, f"a job with run.path={other} listens there")
+    if store.add(f"{RANK_KEY}{job.rank}", 1) > 1:
+        raise _port_taken(job, f"a job that has a rank {job.rank} already listens there")
+
+
+def _await_all(job: Job, store: torch_dist.Store, patience: timedelta) -> None:
+    keys = [f"{RANK_KEY}{rank}" for rank in range(job.world_size)]
+    try:
+        store.wait(keys, patience)
+    except torch_dist.DistStoreError:
+        late = [key.removeprefix(RANK_KEY) for key in keys if not store.check([key])]
+        raise UserError(
+            f"ranks {', '.join(late[:8])} did not come to {_place(job)} within {patience}: their "
+            "own messages say why, if they started at all"
+        ) from None
+
+
+def _place(job: Job) -> str:
+    return f"{job.master_addr}:{job.master_port}"
+
+
+def _port_taken(job: Job, why: str) -> UserError:
+    """Names the port, and the way to choose another."""
+    way = {
+        "deepspeed": "deepspeed --master_port N",
+        "torchrun": "torchrun --master_port N",
+        "slurm": "MASTER_PORT=N in the environment of sbatch or srun",
+        "python": "start it again, which picks a free one",
+    }[job.launcher]
+    return UserError(f"port {job.master_port} of {job.master_addr}: {why}; use another: {way}")
 
 
 def thread_count(cores: int, local_world_size: int) -> int:

@@ -26,7 +26,7 @@ from i3dist.model.lm import I3LM
 from i3dist.model.packed import PackedModel, Slot
 from i3dist.model.state import LaneState
 from i3dist.ops.adamw import FlatAdamW
-from i3dist.toolchain import absent, operator_alone, require_compiler, unlink_shared_memory
+from i3dist.toolchain import absent, writable_caches
 
 # DeepSpeed reads its accelerator from the environment when it is imported. The variable is removed
 # then, so that nobody takes it for the user's choice.
@@ -46,6 +46,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noq
 
 if not _named:
     del os.environ["DS_ACCELERATOR"]
+
+# On CPU it would compile an operator for shared memory whenever it starts, which needs a compiler,
+# a cache in the home folder and 66 MiB of /dev/shm a rank, and which only inference uses (0.19.8).
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Legal(NamedTuple):
@@ -540,19 +544,19 @@ def _shares(
         yield place.name, int(before.sum()), mask, views
 
 
-def start(job: dist.Job) -> None:
-    """Join the process group of the job: NCCL on GPUs, gloo (and shared memory) on CPUs."""
+def start(job: dist.Job, name: str = "") -> None:
+    """Join the process group of the job, which `name` tells from others: NCCL on GPUs, else gloo.
+
+    Raises:
+        UserError: the ranks do not find each other, see `dist.met`.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     job.export()
     if dist.uses_cuda():
         torch.cuda.set_device(dist.device(job))
-    else:
-        require_compiler()
-        with operator_alone():
-            get_accelerator().create_op_builder("ShareMemCommBuilder").load()
-    deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
-    if not dist.uses_cuda():
-        unlink_shared_memory(job)
+        writable_caches()
+    with dist.met(job, name):
+        deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
 
 
 def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class MetricsLog:
             append_line(self.path, "\n".join(texts).encode())
         except OSError as error:
             reason = f"cannot write {self.path}: {error.strerror}"
-            raise UserError(f"{reason}; free space or choose another run.path") from None
+            raise UserError(f"{reason}; see to it, then type the same command again") from None
 
 
 def append_line(path: Path, line: bytes) -> None:

@@ -1,26 +1,47 @@
 """Pictures of a run, drawn from its metrics.jsonl, validation.jsonl and diagnostics.jsonl."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    EngFormatter,
-    Locator,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    NullLocator,
-)
 
 from i3dist.metrics_log import read_metrics
+
+
+@contextmanager
+def _drawing_to_files() -> Iterator[None]:
+    """Meanwhile the environment names the backend that is used here, whatever a notebook set.
+
+    Matplotlib looks at the variable as it is imported, and fails where it names none that is there.
+    """
+    before = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        yield
+    finally:
+        del os.environ["MPLBACKEND"]
+        if before is not None:
+            os.environ["MPLBACKEND"] = before
+
+
+with _drawing_to_files():
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import (
+        EngFormatter,
+        Locator,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        NullLocator,
+    )
 
 TRAIN, VALID, WITHOUT, OTHER = "#1f77b4", "#d62728", "#7f7f7f", "#ff7f0e"
 LOSS_UNIT = "loss (nats per token)"

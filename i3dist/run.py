@@ -1,11 +1,15 @@
 """How a run begins: what it decides once, what it continues from, what it refuses."""
 
+import errno
 import fcntl
+import json
 import os
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from i3dist import checkpoint, dist, shelf
 from i3dist.checkpoint import RunState
@@ -13,13 +17,15 @@ from i3dist.config import OnDamage, Settings, first_conflict, inherit_decided
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import check_shards
 from i3dist.engine import numeric_part
-from i3dist.errors import UserError
+from i3dist.errors import UserError, explain
 from i3dist.files import clear_partials, write_whole
 from i3dist.tokenizer import Tokenizer
 
 LANES_PER_RANK = 4
 SCHEDULE = 2  # of a new run
 WAYS_OUT = "choose another run.path, or start over with --fresh"
+# What file systems say that have no locks: NFS without lockd, Lustre without flock, FUSE.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ def lay_out(start: Start, corpus: Corpus) -> None:
         write_whole(folder / "settings.yaml", start.settings.to_yaml().encode())
         write_whole(folder / "tokenizer.json", corpus.tokenizer.data)
     except OSError as error:
-        raise UserError(f"run.path={folder} cannot be written: {error.strerror}") from None
+        raise UserError(f"run.path={folder} cannot be written: {explain(error)}") from None
 
 
 def _hold(folder: Path) -> None:
@@ -209,5 +215,43 @@ def _hold(folder: Path) -> None:
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process runs in run.path={folder}; end it first") from None
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            _sign(folder, handle)
+        elif error.errno in (errno.EAGAIN, errno.EACCES):
+            raise _held(folder) from None
+        else:
+            raise
+
+
+def _held(folder: Path) -> UserError:
+    return UserError(
+        f"another process runs in run.path={folder}; end it first, or choose another run.path"
+    )
+
+
+def _sign(folder: Path, lock: int) -> None:
+    """Hold a folder whose file system has no locks: by a file that names this process.
+
+    That is seen by later processes on this host only, and means nothing once this one is gone, so
+    nobody ever has to remove it.
+    """
+    try:
+        host, pid, started = json.loads(os.pread(lock, 4096, 0))
+        there = psutil.Process(pid).create_time() == started and pid != os.getpid()
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        psutil.Error,
+    ):  # nobody signed it, or who did is gone
+        host, there = None, False
+    if there and host == socket.gethostname():
+        raise _held(folder)
+    me = [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
+    os.truncate(lock, 0)
+    os.pwrite(lock, json.dumps(me).encode(), 0)
+    dist.say(
+        f"warning: the file system of run.path={folder} has no locks, so a job of another host "
+        "that writes there too would not be noticed: start none"
+    )

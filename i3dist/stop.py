@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -68,10 +68,12 @@ class Stop:
         """Meet the other ranks, all of which have saved, and end at once with `REQUEUE`.
 
         The first that ends makes a launcher end the others: with `REQUEUE` too, wherever they are.
+        A rank that dies only now changes nothing: all is saved.
         """
         self._leaving = True
         sys.stdout.flush()
-        dist.barrier()
+        with suppress(RuntimeError):
+            dist.barrier()
         os._exit(REQUEUE)
 
     def _watch(self, reader: int) -> None:

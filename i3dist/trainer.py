@@ -4,6 +4,7 @@ One optimizer step reads `train.accumulation` windows of every lane, each in mic
 lanes, and trains on the mean loss over all targets of the whole job's step.
 """
 
+import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import divisors, lanes_of_rank
 from i3dist.diagnose import diagnose, diagnosis_line
 from i3dist.engine import Engine
-from i3dist.errors import UserError
+from i3dist.errors import UserError, warned
 from i3dist.evaluate import evaluate
 from i3dist.guard import NOT_FINITE, Guard
 from i3dist.ledger_writer import LedgerWriter
@@ -37,6 +38,7 @@ from i3dist.watchdog import Watchdog
 from i3dist.weights import export_weights
 
 DIAGNOSED_LANES = 4  # of rank 0, or as many as it has
+DRAWING_SECONDS = 60  # at most: a job that is to be requeued has two minutes
 
 
 @dataclass
@@ -209,8 +211,8 @@ class Trainer:
         raise UserError(
             f"loss or gradient was not finite in {guard.bad} steps in a row, up to step "
             f"{self.progress.step}, so the run stops (guard.bad_steps), rolled back {tried} of "
-            f"{allowed} times (guard.rollbacks){none_left}; start again with a lower optimizer.lr, "
-            "in another run.path or with --fresh"
+            f"{allowed} times (guard.rollbacks){none_left}; to continue behind such steps, raise "
+            "guard.bad_steps; if all steps are so, start over with --fresh and a lower optimizer.lr"
         )
 
     def _backward(self, step_batches: list[Batch], gate: float, targets: Tensor) -> Tensor:
@@ -350,16 +352,23 @@ class Trainer:
         dist.barrier()
 
     def draw(self) -> None:
-        """Draw plots of the run so far, and hand them to the tracker."""
+        """Draw plots of the run so far, and hand them to the tracker.
+
+        Nothing in here decides what becomes of the run: all that counts is written by now.
+        """
         if self.job.rank == 0:
+            drawing = threading.Thread(target=self._draw, name="plots", daemon=True)
+            drawing.start()
+            drawing.join(DRAWING_SECONDS)
+            if drawing.is_alive():
+                print(f"warning: no plots: they take over {DRAWING_SECONDS} s", flush=True)
+
+    def _draw(self) -> None:
+        with warned("no plots"):
             from i3dist import plots  # with matplotlib, for which other ranks have no use
 
-            try:
-                for plot in plots.plot_run(self.settings.run.path):
-                    self.tracker.artifact(plot, "plots")
-            except OSError as error:  # what counts is written by now
-                print(f"warning: no plots: {error}", flush=True)
-        dist.barrier()
+            for plot in plots.plot_run(self.settings.run.path):
+                self.tracker.artifact(plot, "plots")
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This rank's lanes, from the next window to the last of the run."""
@@ -383,8 +392,8 @@ class Trainer:
                 )
                 return rows
         raise UserError(
-            "one lane's window does not fit on the GPU: lower train.window_chunks or the model's "
-            "size"
+            "one lane's window does not fit on the GPU: start over with a lower "
+            "train.window_chunks or model.d_model (another run.path, or --fresh)"
         )
 
     def _sample(self, rows: int) -> tuple[Tensor, Tensor, LaneState, Tensor]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from i3dist import dist
+from i3dist import dist, streams
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import check_shards
 from i3dist.errors import ArgumentParser, one_line_errors
@@ -73,6 +73,8 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.json:
         arguments.json.touch()  # better an error now than after the work
+    else:
+        streams.require_output()
     model, settings, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
     corpus = Corpus.open(arguments.data, settings.model, trained_with=tokenizer)
     check_shards(corpus.valid.folder, corpus.valid.manifest)
@@ -84,11 +86,11 @@ def main() -> None:
         settings.train.window_chunks,
         progress=with_progress,
     )
-    print_tables(result)
-    if arguments.json:
+    if arguments.json:  # before the tables, whose reader may be gone
         arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
+    print_tables(result)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(output_is_result=True):
         main()

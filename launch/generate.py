@@ -7,7 +7,7 @@ stays constant however long it runs.
 import argparse
 import sys
 
-from i3dist import dist
+from i3dist import dist, streams
 from i3dist.errors import ArgumentParser, UserError, one_line_errors
 from i3dist.generate import Sampling, generate
 from i3dist.weights import add_model_arguments, load_run
@@ -39,6 +39,26 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read_prompt(given: str | None) -> str:
+    """The text to continue, as given or from standard input.
+
+    Raises:
+        UserError: there is none, or it is not text.
+    """
+    if given is None and sys.stdin is None:
+        raise UserError("standard input is closed: give a --prompt")
+    try:
+        # A locale that is not set reads any bytes: those that are no text are seen here.
+        prompt = sys.stdin.read() if given is None else given
+        prompt.encode()
+    except UnicodeError:
+        what, way = "--prompt", "write it in UTF-8"
+        if given is None:
+            what, way = "standard input", "convert it, for instance with iconv -f latin1 -t utf-8"
+        raise UserError(f"{what} is not UTF-8 text: {way}") from None
+    return prompt
+
+
 def main() -> None:
     """Stream a continuation to standard output."""
     arguments = parse_arguments()
@@ -47,8 +67,9 @@ def main() -> None:
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed {arguments.seed} must be from 0 to 2^63 - 1")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    streams.require_output()
+    prompt = read_prompt(arguments.prompt)
     model, _, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
-    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     sys.stdout.write(prompt)
     for text in generate(
         model, tokenizer, prompt, arguments.tokens, sampling, arguments.seed, arguments.ignore_eos
@@ -59,5 +80,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(output_is_result=True):
         main()

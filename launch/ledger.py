@@ -82,5 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(output_is_result=True):
         main()

@@ -9,6 +9,8 @@ saves and leaves with status 75, which means: start me again. Status 1 is an err
 
 import argparse
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,13 @@ import torch
 from i3dist import dist, engine, tracking
 from i3dist.config import Settings, setting_lines
 from i3dist.data.corpus import Corpus
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.errors import (
+    ArgumentParser,
+    UserError,
+    keep_tracebacks_in,
+    one_line_errors,
+    warned,
+)
 from i3dist.model.lm import I3LM
 from i3dist.paths import typed_path
 from i3dist.revision import git_commit
@@ -81,7 +89,7 @@ def build(
     dist.share_threads(job)
     if not dist.uses_cuda():
         dist.keep_freed_memory()
-    engine.start(job)
+    engine.start(job, str(settings.run.path))
     agree(start)
     preflight(corpus, settings.data.on_damage, job)
     start = verify(start, job)
@@ -104,13 +112,14 @@ def recorded(tracker: tracking.Tracker | tracking.NoTracker) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        tracker.finish("FAILED")
+        with warned("tracking"):
+            tracker.finish("FAILED")
         if dist.lost_peer(error):
             raise UserError("another rank of the job ended early; its message says why") from None
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
                 "the GPU's memory is full: set train.micro_batch=auto or a smaller number, or "
-                "lower train.window_chunks"
+                "start over with a lower train.window_chunks (another run.path, or --fresh)"
             ) from None
         raise
 
@@ -122,9 +131,9 @@ def begin_record(
     settings = start.settings
     lay_out(start, corpus)
     print_summary(settings, job.world_size)
-    early = early_history(settings) if start.checkpoint is None else None
-    for note in filter(None, (idle_lanes(settings, corpus), early)):
-        dist.say(note)
+    if start.checkpoint is None:  # later these settings stay
+        for note in filter(None, (idle_lanes(settings, corpus), early_history(settings))):
+            dist.say(note)
     tracker = tracking.start(settings, tags=tags(corpus), fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
@@ -145,6 +154,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = parse_arguments()
     settings = Settings.load(arguments.config, arguments.overrides)
+    keep_tracebacks_in(settings.run.path)
     job = dist.Job.detect()
     stop = Stop(job)
     logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
@@ -155,14 +165,19 @@ def main() -> None:
     trainer = build(arguments, settings, job, corpus, stop)
     with recorded(trainer.tracker):
         done = trainer.fit()
-    trainer.tracker.finish("FINISHED" if done else "KILLED")
+    with warned("tracking"):
+        trainer.tracker.finish("FINISHED" if done else "KILLED")
     if not done:
         dist.say(f"stopped as asked, at step {trainer.progress.step}: the same command goes on")
         stop.leave()
-    dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
-    dist.leave()
+    with warned("after training"):
+        dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
+        dist.leave()
 
 
 if __name__ == "__main__":
     with one_line_errors():
         main()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # what libraries do as an interpreter ends does not decide the status

@@ -1,10 +1,14 @@
-"""i3dist/dist.py: every launcher's environment, threads, and the tools DeepSpeed needs. 3 s."""
+"""i3dist/dist.py: every launcher's environment, threads, and where ranks meet. 10 s."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from hypothesis import strategies as st
 from i3dist import dist, toolchain
 from i3dist.dist import Job, first_host, share_threads, tasks_per_node, thread_count
 from i3dist.errors import UserError
+from tests.conftest import free_port
 
 RENDEZVOUS = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 DEEPSPEED = RENDEZVOUS | {
@@ -227,88 +232,125 @@ def test_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (dist.device(job), dist.backend()) == (torch.device("cpu"), "gloo")
 
 
-@pytest.fixture
-def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of programs, an interpreter without ninja, and an operator never built."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "tools").mkdir()
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "python"))
-    return tmp_path / "tools"
+def test_where_no_home_can_be_written_kernels_are_kept_elsewhere(tmp_path: Path) -> None:
+    """In a folder of the process's own; a place that the user chose stands."""
+    environ = {"HOME": str(tmp_path)}
+    toolchain.writable_caches(environ)
+    assert environ == {"HOME": str(tmp_path)} and (tmp_path / ".triton" / "cache").is_dir()
+    for home in ("/proc/nohome", "/dev/null"):
+        for chosen in ({"HOME": home}, {"HOME": str(tmp_path), "TRITON_HOME": home}):
+            environ = dict(chosen)
+            toolchain.writable_caches(environ)
+            cache = Path(environ["TRITON_CACHE_DIR"])
+            assert cache.stat().st_mode & 0o777 == 0o700
+            cache.rmdir()
+    environ = {"HOME": "/proc/nohome", "TRITON_CACHE_DIR": "/chosen"}
+    toolchain.writable_caches(environ)
+    assert environ["TRITON_CACHE_DIR"] == "/chosen"
 
 
-def program(path: Path) -> None:
-    path.write_text("#!/bin/sh\n")
-    path.chmod(0o755)
+def rank_of_two(rank: int, port: int, launcher: dist.Launcher = "deepspeed") -> Job:
+    return Job(rank, 2, rank, 2, 1, "127.0.0.1", port, launcher)
 
 
-def test_each_missing_tool_is_one_line(tools: Path) -> None:
-    environ = {"PATH": str(tools)}
-    with pytest.raises(UserError, match="ninja is not on PATH"):
-        toolchain.require_compiler(environ)
-    program(tools / "ninja")
-    with pytest.raises(UserError, match=r"compiler 'c\+\+' is not on PATH"):
-        toolchain.require_compiler(environ)
-    with pytest.raises(UserError, match="compiler 'clang -O1' is not on PATH"):
-        toolchain.require_compiler(environ | {"CXX": "clang -O1"})
-    program(tools / "c++")
-    toolchain.require_compiler(environ)
-    assert environ == {"PATH": str(tools)}
+def meet(
+    job: Job, name: str = "runs/a", patience: float = 0.4, inside: Callable[[], object] = int
+) -> str:
+    """What comes of meeting: "met", or the line that says why not."""
+    try:
+        with dist.met(job, name, timedelta(seconds=patience)):
+            inside()
+            return "met"
+    except UserError as error:
+        return str(error)
 
 
-def test_ninja_beside_the_interpreter_is_put_on_path(tools: Path) -> None:
-    beside = Path(sys.executable).parent
-    program(beside / "ninja")
-    program(tools / "c++")
-    environ = {"PATH": str(tools)}
-    toolchain.require_compiler(environ)
-    assert environ["PATH"] == f"{beside}{os.pathsep}{tools}"
+@contextmanager
+def first_rank(port: int, name: str, ranks: Sequence[int] = (0,)) -> Iterator[None]:
+    """A job elsewhere, whose first rank listens, and whose ranks have come so far."""
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store.set(dist.JOB_KEY, name)
+    for rank in ranks:
+        store.add(f"{dist.RANK_KEY}{rank}", 1)
+    yield
 
 
-def test_missing_headers_are_one_line(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(tools / "ninja")
-    program(tools / "c++")
-    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda _: str(tools))
-    with pytest.raises(UserError, match=r"Python\.h is missing"):
-        toolchain.require_compiler({"PATH": str(tools)})
+def test_ranks_of_one_job_meet_and_torch_finds_the_first_listening() -> None:
+    port = free_port()
+    jobs = [rank_of_two(rank, port) for rank in range(2)]
+    together = threading.Barrier(2)  # as the group that is formed there
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda job: meet(job, patience=20, inside=together.wait), jobs)
+        assert list(found) == ["met", "met"]
+    alone = Job(0, 1, 0, 1, 1, "127.0.0.1", port, "python")
+    with dist.met(alone, "runs/a"):
+        torch.distributed.TCPStore("127.0.0.1", port, 1, True, multi_tenant=True)
 
 
-def test_a_built_operator_needs_no_compiler_but_ninja(tools: Path, tmp_path: Path) -> None:
-    build = tmp_path / "extensions" / "deepspeed_shm_comm"
-    build.mkdir(parents=True)
-    (build / "deepspeed_shm_comm.so").touch()
-    with pytest.raises(UserError, match="ninja"):
-        toolchain.require_compiler({"PATH": str(tools)})
-    program(tools / "ninja")
-    toolchain.require_compiler({"PATH": str(tools)})
+PORT_WAYS = {
+    "deepspeed": "deepspeed --master_port N",
+    "torchrun": "torchrun --master_port N",
+    "slurm": "MASTER_PORT=N in the environment",
+    "python": "start it again",
+}
 
 
-def test_a_lock_that_nobody_holds_is_taken_away(tools: Path, tmp_path: Path) -> None:
-    """Torch's, of a process that was killed; one of a process that lives stays."""
-    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    with lock.open(), toolchain.operator_alone():
-        assert lock.exists()
-    with toolchain.operator_alone():
-        assert not lock.exists()
+@pytest.mark.parametrize("launcher", PORT_WAYS)
+def test_a_port_in_use_is_named_with_the_way_to_another(launcher: dist.Launcher) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = meet(Job(0, 1, 0, 1, 1, "127.0.0.1", port, launcher))
+        assert f"port {port} of 127.0.0.1" in said and PORT_WAYS[launcher] in said
+        # As the message says.
+        assert meet(Job(0, 1, 0, 1, 1, "127.0.0.1", free_port(), launcher)) == "met"
 
 
-def test_one_process_at_a_time_loads_the_operator(tools: Path) -> None:
-    order: list[str] = []
+def test_a_rank_never_joins_another_job() -> None:
+    """Its own first rank has found the port in use."""
+    port = free_port()
+    with first_rank(port, "runs/b"):
+        assert "a job with run.path=runs/b listens there" in meet(rank_of_two(1, port))
+    port = free_port()
+    with first_rank(port, "runs/a", ranks=(0, 1)):
+        assert "a job that has a rank 1 already" in meet(rank_of_two(1, port))
 
-    def second() -> None:
-        with toolchain.operator_alone():
-            order.append("second")
 
-    other = threading.Thread(target=second)
-    with toolchain.operator_alone():
-        other.start()
-        time.sleep(0.2)
-        order.append("first")
-    other.join(10)
-    assert order == ["first", "second"]
+def test_a_first_rank_that_goes_away_is_told() -> None:
+    port = free_port()
+    script = (
+        "import os, sys, time, torch.distributed as d\n"
+        "s = d.TCPStore('127.0.0.1', int(sys.argv[1]), is_master=True, wait_for_workers=False)\n"
+        "s.set(sys.argv[2], 'runs/a'); s.wait([sys.argv[3]]); os._exit(1)"
+    )
+    words = [sys.executable, "-c", script, str(port), dist.JOB_KEY, f"{dist.RANK_KEY}1"]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL):
+        said = meet(rank_of_two(1, port), patience=60)
+    assert said.startswith(f"rank 0 at 127.0.0.1:{port} is gone")
+
+
+def test_ranks_that_wait_in_vain_say_for_whom_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "FIRST_ANSWER", timedelta(seconds=0.4))
+    port = free_port()
+    assert f"rank 0 did not answer at 127.0.0.1:{port}" in meet(rank_of_two(1, port))
+    assert f"ranks 1 did not come to 127.0.0.1:{port}" in meet(rank_of_two(0, port))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = silent.getsockname()[1]
+        assert f"127.0.0.1:{port}" in meet(rank_of_two(1, port))
+    # A store of another program, which never says whose it is.
+    port = free_port()
+    other = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    assert "another program listens there" in meet(rank_of_two(1, port))
+    del other
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid", "203.0.113.1"])
+def test_an_address_that_is_not_the_first_ranks_is_named(address: str) -> None:
+    said = meet(Job(0, 1, 0, 1, 1, address, free_port(), "slurm"))
+    assert f"rank 0 cannot be reached at {address}:" in said and "MASTER_ADDR" in said
 
 
 def test_alone_the_collectives_do_nothing(

@@ -12,7 +12,14 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and those before it.
 LAYERS = [
-    {"i3dist.errors", "i3dist.files", "i3dist.paths", "i3dist.revision", "i3dist.yaml_text"},
+    {
+        "i3dist.errors",
+        "i3dist.files",
+        "i3dist.paths",
+        "i3dist.revision",
+        "i3dist.streams",
+        "i3dist.yaml_text",
+    },
     {
         "i3dist.config",
         "i3dist.dist",

@@ -1,7 +1,10 @@
 import math
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,7 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex, to_rgba
 
-from i3dist import plots
+from i3dist import plots, trainer
+from i3dist.config import Settings
+from i3dist.dist import Job
+from i3dist.errors import reason
 from i3dist.metrics_log import MetricsLog
 
 NUMBER = st.none() | st.floats(0, 20)
@@ -195,6 +201,57 @@ def test_the_running_mean_keeps_lines_straight(count, slope, start):
 def test_the_running_mean_smooths():
     noise = np.random.default_rng(0).normal(size=1000)
     assert plots._running_mean(noise)[500:900].std() < 0.25
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "qtagg", "none"])
+def test_a_notebooks_environment_changes_no_picture(tmp_path, backend):
+    """Matplotlib refuses to be imported where MPLBACKEND names a backend that is not there."""
+    write(tmp_path / "metrics.jsonl", training(10))
+    program = (
+        "import os, sys, pathlib; from i3dist import plots\n"
+        "print(*plots.plot_run(pathlib.Path(sys.argv[1])), os.environ['MPLBACKEND'])"
+    )
+    root = Path(plots.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=root,
+        env=os.environ | {"MPLBACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{tmp_path}/plots/loss.png {backend}\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("corrupt"), MemoryError(), OSError(28, "full"), ImportError("no font")]
+)
+def test_whatever_fails_in_plots_costs_a_line(monkeypatch, capsys, tmp_path, error):
+    def fail(folder):
+        raise error
+
+    monkeypatch.setattr(plots, "plot_run", fail)
+    draw(tmp_path)
+    assert capsys.readouterr().out == f"warning: no plots: {reason(error)}\n"
+
+
+def test_lines_of_a_log_that_are_no_numbers_cost_a_line(capsys, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "x"}\n{"step": 2, "loss": [1]}\n')
+    draw(tmp_path)
+    assert capsys.readouterr().out.startswith("warning: no plots: ")
+
+
+def test_plots_that_never_end_do_not_hold_the_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plots, "plot_run", lambda folder: threading.Event().wait(5))
+    monkeypatch.setattr(trainer, "DRAWING_SECONDS", 0.1)
+    draw(tmp_path)
+    assert "warning: no plots: they take over" in capsys.readouterr().out
+
+
+def draw(folder):
+    """What a run does when it has trained."""
+    done = mock.Mock(job=Job.detect({}), settings=Settings.load(None, [f"run.path={folder}"]))
+    done._draw = lambda: trainer.Trainer._draw(done)
+    trainer.Trainer.draw(done)
 
 
 def test_drawing_needs_neither_torch_nor_a_display():

@@ -1,5 +1,7 @@
 """The programs as a user meets them: help, dry runs, and one clear line for what is wrong."""
 
+import io
+import os
 import re
 import runpy
 import subprocess
@@ -94,15 +96,6 @@ def test_lanes_that_ranks_cannot_share_are_one_line(
     assert "1, 2, 4" in error_line(result)
 
 
-def test_a_missing_compiler_is_one_line(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "nothing-built"))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    result = program("launch/train.py", f"data.path={data}", f"run.path={tmp_path / 'run'}")
-    assert "the C++ compiler 'no-such-compiler' is not on PATH" in error_line(result)
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -121,6 +114,42 @@ def test_bad_input_to_the_other_programs_is_one_line(words: list[str], says: str
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
     assert says in error_line(program(*words, timeout=60))
+
+
+READ_PROMPT = runpy.run_path(str(ROOT / "launch" / "generate.py"))["read_prompt"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape", "ascii:strict"])
+def test_a_prompt_that_is_no_text_is_refused(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything of it is written. As another program converts it, it is taken."""
+    name, errors = encoding.split(":")
+
+    def prompt(content: bytes) -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), name, errors))
+        return READ_PROMPT(None)
+
+    latin = "café".encode("latin-1")
+    with pytest.raises(UserError, match="standard input is not UTF-8 text") as error:
+        prompt(latin)
+    command = str(error.value).partition("for instance with ")[2]
+    converted = subprocess.run(command.split(), input=latin, capture_output=True, check=True)
+    if name == "utf-8":
+        assert prompt(converted.stdout) == "café"
+    assert prompt(b"plain") == "plain" and prompt(b"") == ""
+
+
+def test_a_prompt_that_is_missing_or_no_text_on_the_command_line_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(UserError, match="--prompt is not UTF-8 text"):
+        READ_PROMPT(os.fsdecode(b"caf\xe9"))
+    assert READ_PROMPT("café") == "café"
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input is closed: give a --prompt"):
+        READ_PROMPT(None)
+    assert READ_PROMPT("given") == "given"
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,25 @@ def test_a_signal_behind_ranks_that_are_gone(tmp_path: Path, doing: str, status:
     assert process.wait(20) == status
 
 
+# The last exchange fails, as where another rank is killed while it draws plots.
+LOST = (
+    HEAD
+    + """
+from i3dist import dist
+def lose():
+    raise RuntimeError("gloo: connection closed by peer")
+dist.barrier = lose
+stop.leave()
+"""
+)
+
+
+def test_a_rank_that_is_lost_after_training_changes_no_status(tmp_path: Path) -> None:
+    words = [sys.executable, script(tmp_path, LOST)]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (REQUEUE, "")
+
+
 def test_the_end_of_the_command_reaches_the_ranks(tmp_path: Path) -> None:
     """`deepspeed` passes no signal on: it dies of it, and would leave its ranks behind."""
     words = [*deepspeed_command(script=script(tmp_path, WAITING)), tmp_path / "asked"]

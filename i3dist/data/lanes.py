@@ -5,11 +5,13 @@ among themselves and a continued run needs no replay: it asks for the next index
 """
 
 import logging
+import os
 import re
 import signal
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -124,6 +126,7 @@ def windows(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_die_of_lost_windows,
     )
     told: set[str] = set()
     for window in _read(loader):
@@ -136,6 +139,18 @@ def windows(
         yield window.batch.to(device)
 
 
+def _die_of_lost_windows(_: int) -> None:
+    """In a process that reads: end where a window cannot be handed over, as /dev/shm is full.
+
+    Python would print a traceback and go on, and the rank would wait for that window for ever.
+    """
+
+    def die(*_: object) -> NoReturn:
+        os._exit(1)
+
+    Queue._on_queue_feeder_error = staticmethod(die)  # type: ignore[attr-defined]
+
+
 def _read(loader: "DataLoader[Window | UserError]") -> Iterator[Window | UserError]:
     """What a loader gives; that one of its processes has died is a `UserError`, and raised here.
 
@@ -144,12 +159,19 @@ def _read(loader: "DataLoader[Window | UserError]") -> Iterator[Window | UserErr
     """
     try:
         parts = iter(loader)
+    except OSError as error:  # no semaphores, or no more processes
+        raise UserError(
+            f"processes that read data cannot be started ({error.strerror}): see that /dev/shm can "
+            "be written and more processes are allowed, or set data.workers=0"
+        ) from None
+    try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from parts
     except RuntimeError as error:
         if not re.search(DEATH, str(error)):
             raise
         raise UserError(
-            f"a process that reads data died (out of memory?): {str(error).strip(' .')}; run the "
-            "same command again with fewer data.workers, and it continues"
+            "a process that reads data died (out of memory, or /dev/shm is full?): "
+            f"{str(error).strip(' .')}; run the same command again with fewer data.workers, and it "
+            "continues"
         ) from None

@@ -1,0 +1,96 @@
+"""Standard streams to rely on: open, able to print every character, and never a reason to fail."""
+
+import errno
+import io
+import os
+import select
+import signal
+import sys
+from typing import Any
+
+NAMES = {0: "standard input", 1: "standard output", 2: "standard error"}
+
+
+def prepare(output_is_result: bool) -> None:
+    """Set up the standard streams of a program.
+
+    A character that a stream cannot encode is written as an escape. A stream that was closed is
+    the null device, so that no file of the program's own gets its number; `sys.stdin` stays None.
+
+    Args:
+        output_is_result: whether standard output is what the program is run for. Then the program
+            ends, as other tools do, by SIGPIPE once its reader is gone, and by an `OSError` where
+            output cannot be written. Otherwise it goes on without, and says so once.
+    """
+    for number in NAMES:
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number
+    if output_is_result:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.stdout = _settled(sys.stdout, 1, output_is_result)
+    sys.stderr = _settled(sys.stderr, 2, False)
+
+
+def require_output() -> None:
+    """Raise an `OSError` where the program was started without a standard output."""
+    if sys.__stdout__ is None:
+        raise OSError(errno.EBADF, "closed; send it to a file or to /dev/null", NAMES[1])
+
+
+def _settled(stream: Any, number: int, needed: bool) -> Any:
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper) or _number(stream) != number:
+        return stream  # somebody's own
+    if stream.errors in ("strict", "surrogateescape"):
+        stream.reconfigure(errors="backslashreplace")  # libraries may hold it already
+    stream.flush()
+    raw = _Output(number, needed)
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def _number(stream: io.TextIOWrapper) -> int | None:
+    try:
+        return stream.fileno()
+    except OSError:
+        return None
+
+
+class _Output(io.FileIO):
+    """Writes all of what it is given; where that fails it raises only if it is needed."""
+
+    def __init__(self, number: int, needed: bool):
+        super().__init__(number, "w", closefd=False)
+        self._number, self._needed, self._told = number, needed, False
+
+    def write(self, data: Any) -> int:
+        """Write `data`, waiting for a reader that is slow."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest:
+                written = super().write(rest)
+                if written is None:  # another program made it non-blocking
+                    select.select([], [self], [])
+                else:
+                    rest = rest[written:]
+        except OSError as error:
+            if self._needed:
+                raise OSError(error.errno, error.strerror, NAMES[self._number]) from None
+            self._tell(error)
+        return size
+
+    def _tell(self, error: OSError) -> None:
+        """Say once that standard output is lost, where anybody still hears it."""
+        if self._told or self._number != 1:
+            return
+        self._told = True
+        print(f"warning: {NAMES[1]}: {error.strerror}; the program goes on", file=sys.stderr)
