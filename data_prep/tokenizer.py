@@ -1,5 +1,6 @@
 """Trains the tokenizer on the first part of the source's own text."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -12,6 +13,17 @@ from i3dist.tokenizer import SPECIAL_TOKENS
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """Every byte and every special token: what a vocabulary holds before the first merge."""
+
+LONGEST_WORD = 10_000
+"""Characters that training takes for one word at most."""
+
+# What the split pattern keeps together: letters, digits, white space, or other characters.
+_LONG_RUN = re.compile(
+    "|".join(
+        rf"(?<!{kind}){kind}{{{LONGEST_WORD + 1},}}"
+        for kind in (r"[^\W\d_]", r"\d", r"\s", r"(?:[^\w\s]|_)")
+    )
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -29,8 +41,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_without_long_words(texts), trainer)
     return tokenizer.to_str(pretty=True).encode()
+
+
+def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut where the split pattern would find a word longer than `LONGEST_WORD`.
+
+    Training takes time with the square of a word's length.
+    """
+    for text in texts:
+        start = 0
+        for run in _LONG_RUN.finditer(text) if len(text) > LONGEST_WORD else ():
+            for end in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD):
+                yield text[start:end]
+                start = end
+        yield text[start:]
 
 
 def sample_texts(parts: Iterable[Part], source: str, limit: int) -> Iterator[str]:
