@@ -35,6 +35,11 @@ class HubPart:
                 identifier, url = (clean_name(fields.get(k) or position) for k in ("id", "url"))
                 yield Record(position, identifier, url, fields["text"])
 
+    @property
+    def files(self) -> frozenset[int]:
+        """None that could change."""
+        return frozenset()
+
     def is_made_of(self, pieces: Sequence[Piece]) -> bool:
         """Always: it is at a fixed revision."""
         return True

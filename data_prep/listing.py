@@ -61,11 +61,11 @@ class Listing:
 
     def report(self) -> str:
         """What was left out, in words; empty where nothing was."""
-        counts = [f"{count:,} {reason}" for reason, count in sorted(self.left_out.items())]
+        counts = [f"{reason} ({count:,})" for reason, count in sorted(self.left_out.items())]
         if self._endings:
             names = [name for name, _ in self._endings.most_common(_ENDINGS_NAMED + 1)]
             names[_ENDINGS_NAMED:] = ["..."] * (len(names) > _ENDINGS_NAMED)
-            counts.append(f"{self._endings.total():,} files that end in {', '.join(names)}")
+            counts.append(f"files that end in {', '.join(names)} ({self._endings.total():,})")
         return "".join(char if char.isprintable() else "?" for char in ", ".join(counts))
 
     def _add(self, path: Path) -> None:
@@ -100,7 +100,7 @@ class Listing:
         if folder.name.startswith(_HIDDEN):
             self.left_out["hidden folders"] += 1
         elif folder.name.startswith("_") and "=" not in folder.name:  # _a=1: a partition
-            self.left_out["folders that begin with _"] += 1
+            self.left_out["folders whose names begin with _"] += 1
         elif self._is_ours(folder):
             self.left_out["folders that this tool has made"] += 1
         else:

@@ -151,9 +151,9 @@ class Output:
     def begin(self, settings: Settings, tokenizer: bytes, evidence: Evidence | None) -> None:
         """Write down what the folder is made from, again where a run is continued."""
         self.runs.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode(), self.runs)
         if evidence:
             _write(self._begun, evidence.model_dump_json().encode(), self.runs)
-        _write(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode(), self.runs)
         _write(self.tokenizer, tokenizer, self.runs)
 
     def stage(self, split: str) -> Path:

@@ -53,6 +53,21 @@ def finished(plan: SpillPlan) -> list[PartSummary | None]:
     return summaries
 
 
+def forget_parts_of(plan: SpillPlan, touched: frozenset[int]) -> frozenset[int]:
+    """Have each of the touched files that was read in part only read again as a whole.
+
+    Returns those that are still to be read.
+    """
+    parts = list(zip(plan.parts, finished(plan), strict=True))
+    done = {number: part for number, (part, summary) in enumerate(parts) if summary}
+    unread = touched & {file for part, summary in parts if not summary for file in part.files}
+    while mixed := [n for n, part in done.items() if part.files & unread]:
+        for number in mixed:
+            summary_path(plan.folder, number).unlink()
+            unread |= touched & done.pop(number).files
+    return unread
+
+
 def _spill_here(plan: SpillPlan, todo: Sequence[int], workers: int, report: Report) -> None:
     tokenizer = Tokenizer.load(plan.tokenizer)
     spiller = Spiller(tokenizer, plan.folder, plan.seed, lambda tokens: report(0, tokens))

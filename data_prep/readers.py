@@ -4,6 +4,7 @@ import codecs
 import itertools
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ SUFFIXES = (PARQUET, *_JSON_LINES, *(".txt" + packing for packing in PACKINGS))
 SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (but the first also with " + (
     f"{', '.join(PACKINGS[1:-1])} or {PACKINGS[-1]} after it)"
 )
+_COLUMNS = ("text", "id", "url")
 _ROWS_AT_A_TIME = 128
 _MARK = codecs.BOM_UTF8.decode()
 
@@ -54,7 +56,8 @@ class SourceFile:
 class Span:
     """A part of a file that is read at one go: whole, or some row groups of a parquet file.
 
-    `size` estimates the bytes of text. The span lies in bytes `start` to `stop` of the file.
+    `size` estimates the bytes of text. `start` and `stop` bound the bytes that the span hashes: of
+    a parquet file a share, about where its row groups lie.
     """
 
     file: SourceFile
@@ -123,20 +126,13 @@ def spans_of(file: SourceFile) -> list[Span]:
         groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
     if not groups:
         return [Span(file, 0, 0, size)]
-    starts = [min(_start(group), size) for group in groups]
-    # A group's bytes end where the next one in the file begins; the first has what is before it.
-    bounds = sorted(set(starts))
-    stops = dict(zip(bounds, [*bounds[1:], size], strict=True))
+    # A group's own offsets are not asked for: pyarrow aborts where a damaged footer holds them.
+    cuts = [size * number // len(groups) for number in range(len(groups) + 1)]
     first_rows = itertools.accumulate((group.num_rows for group in groups), initial=0)
     return [
-        Span(file, group.total_byte_size, start * (start != bounds[0]), stops[start], (n,), row)
-        for n, (group, start, row) in enumerate(zip(groups, starts, first_rows, strict=False))
+        Span(file, group.total_byte_size, cuts[n], cuts[n + 1], (n,), row)
+        for n, (group, row) in enumerate(zip(groups, first_rows, strict=False))
     ]
-
-
-def _start(group: pq.RowGroupMetaData) -> int:
-    columns = (group.column(number) for number in range(group.num_columns))
-    return min((c.dictionary_page_offset or c.data_page_offset for c in columns), default=0)
 
 
 def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:
@@ -144,8 +140,8 @@ def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:
         return
     name = clean_file_name(span.file.name)
     row = span.first_row
-    with pq.ParquetFile(file) as parquet:
-        columns = [c for c in ("text", "id", "url") if c in parquet.schema_arrow.names]
+    with _open_parquet(file) as parquet:
+        columns = [c for c in _COLUMNS if c in parquet.schema_arrow.names]
         batches = parquet.iter_batches(_ROWS_AT_A_TIME, span.row_groups, columns, use_threads=False)
         for batch in batches:
             found = batch.schema.names  # `id` may be there twice: the first counts
@@ -156,13 +152,28 @@ def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:
                 row += 1
 
 
+def _open_parquet(file: BinaryIO) -> pq.ParquetFile:
+    """The file with its dictionaries as plain columns.
+
+    Of a column that pyarrow was told to make a dictionary, it refuses all for one value of bad
+    UTF-8. It is told so in the footer, under a key that is hidden from it here.
+    """
+    parquet = pq.ParquetFile(file)
+    fields = [field for field in parquet.schema_arrow if field.name in _COLUMNS]
+    if not any(pa.types.is_dictionary(field.type) for field in fields):
+        return parquet
+    file.seek(-8, os.SEEK_END)
+    size = int.from_bytes(file.read(4), "little")
+    file.seek(-8 - size, os.SEEK_END)
+    footer = file.read(size).replace(b"ARROW:schema", b"arrow:schema") + file.read()
+    return pq.ParquetFile(file, metadata=pq.read_metadata(pa.BufferReader(b"PAR1" + footer)))
+
+
 def _values(column: pa.Array, is_text: bool) -> list[Any]:
     """Python values; text as bytes, because one value of bad UTF-8 must not cost its neighbours.
 
     Of other types, what can be no text is True where `is_text`, else what the type can be read as.
     """
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     plain = column.storage if isinstance(column.type, pa.BaseExtensionType) else column
     if _is_string(plain.type):
         return plain.cast(pa.large_binary()).to_pylist()

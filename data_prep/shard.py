@@ -14,7 +14,14 @@ from data_prep.evidence import Evidence, Piece
 from data_prep.hub import HUB_NAME, HubSource
 from data_prep.output import OTHER_CONTENT, TRAIN, VALID, Output, Settings
 from data_prep.pack import Framing, Packer
-from data_prep.passes import SpillPlan, finished, pack_split, spill_all, split_ranges
+from data_prep.passes import (
+    SpillPlan,
+    finished,
+    forget_parts_of,
+    pack_split,
+    spill_all,
+    split_ranges,
+)
 from data_prep.progress import closing_table, pass_bar
 from data_prep.readers import SUFFIXES_IN_WORDS, naming
 from data_prep.records import clean_file_name
@@ -35,15 +42,26 @@ DEFAULT_VOCABULARY = 32_000
 LARGEST_VOCABULARY = 1 << 16
 _EXAMPLES = """\
 examples:
-  python data_prep/shard.py                                 FineWeb-Edu sample-10BT, from the hub
-  python data_prep/shard.py --source stdlib --out data/stdlib --vocab-size 4096
-                                                            text that every machine has
-  python data_prep/shard.py --source 'texts/*.parquet' --out data/texts --workers 16
+  FineWeb-Edu sample-10BT, from the hub:
+    python data_prep/shard.py
+  text that every machine has:
+    python data_prep/shard.py --source stdlib --vocab-size 4096 --out data/lib
+  your own:
+    python data_prep/shard.py --source 'texts/*.parquet' --out data/texts
 
-The output holds train/ and valid/, each with shard-000000.tar ..., index.parquet (where every
-document lies) and manifest.json, beside tokenizer.json. The same source and settings give the same
-bytes, whatever --workers is. A run that was stopped continues when it is started again; a folder
-made with other settings is refused. While it works it needs disk for about twice the shards.
+A document is a row of parquet, a line of jsonl or ndjson (an object; both with
+`text`, and if you like `id` and `url`), or a txt file. Text is UTF-8, or what
+its byte-order mark says. A folder is read as `find -L` walks it, but for hidden
+names, folders whose names begin with _ , and what this tool has made. What is
+skipped or left out is counted by reason at the end; a broken file ends the run.
+
+The output holds train/ and valid/, each with shard-000000.tar ...,
+index.parquet (where every document lies) and manifest.json, beside
+tokenizer.json. The same source and settings give the same shards, whatever
+--workers is. A run that was stopped continues when it is started again. A
+folder made with other settings, or from other content, is refused: source.json
+keeps sizes, times and hashes of what was read. While it works the tool needs
+disk for about twice the shards.
 """
 
 
@@ -202,8 +220,9 @@ class Job:
         start = time.monotonic()
         parts = self.source.parts()
         plan = SpillPlan(parts, self.output.tokenizer, self.output.runs, self.settings.seed)
-        touched = self._touched(_pieces(finished(plan)))
-        self.output.begin(self.settings, self._tokenizer(parts, given, touched), self._evidence(()))
+        touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
+        tokenizer = self._tokenizer(parts, given, is_certain=not touched)
+        self.output.begin(self.settings, tokenizer, self._evidence(()))
         summaries = self._spill(plan, workers)
         manifests = self._pack(summaries)
         self.output.publish(manifests, self._evidence(_pieces(summaries)))
@@ -218,15 +237,15 @@ class Job:
             return None
         return Evidence(states=self.source.states, pieces=tuple(pieces))
 
-    def _touched(self, pieces: Sequence[Piece]) -> bool:
-        """Whether files have other times than when the work began.
+    def _touched(self, pieces: Sequence[Piece]) -> frozenset[int]:
+        """Numbers of the files that have other times than when the work began.
 
         A piece that was read and holds something else now, of `pieces` or of the finished output,
         is a `UserError`.
         """
         evidence = self.output.evidence()
         if not evidence:
-            return False
+            return frozenset()
         touched = evidence.touched(self.source.states)
         with self.console.status("comparing the source with what was read"):
             for piece in (*evidence.pieces, *pieces):
@@ -234,13 +253,13 @@ class Job:
                 with naming(path):
                     if piece.file in touched and not piece.is_in(path):
                         raise self.output.refusal(f"before {path} changed, {OTHER_CONTENT}")
-        return bool(touched)
+        return touched
 
-    def _tokenizer(self, parts: Sequence[Part], given: Tokenizer | None, touched: bool) -> bytes:
-        """The tokenizer; where files were touched, trained anew to see that it is the same."""
+    def _tokenizer(self, parts: Sequence[Part], given: Tokenizer | None, is_certain: bool) -> bytes:
+        """The tokenizer; where the former one is not certain, it is trained again to compare."""
         path = self.output.tokenizer
         former = path.read_bytes() if path.exists() else None
-        if former and (given or not touched):
+        if former and (given or is_certain):
             return former
         if given:
             return given.data

@@ -10,6 +10,7 @@ import os
 import platform
 import sysconfig
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,11 @@ class Part(Protocol):
 
     def records(self) -> Generator[Record, None, tuple[Piece, ...] | None]:
         """Read the documents in order; returns the pieces of files that were read."""
+        ...
+
+    @property
+    def files(self) -> frozenset[int]:
+        """Numbers of the files that it reads, if any."""
         ...
 
     def is_made_of(self, pieces: Sequence[Piece]) -> bool:
@@ -92,6 +98,11 @@ class FilePart:
         for span in self.spans:
             pieces.append((yield from span.records()))
         return tuple(pieces)
+
+    @property
+    def files(self) -> frozenset[int]:
+        """Numbers of the files that it reads."""
+        return frozenset(span.file.number for span in self.spans)
 
     def is_made_of(self, pieces: Sequence[Piece]) -> bool:
         """Whether this is the part that was read when these pieces were.
@@ -185,6 +196,8 @@ def file_source(spec: str | Path, output: Path | None = None) -> FileSource:
     What lies in `output`, or in another folder that this tool has made, is left out.
     """
     path = Path(spec)
+    with naming(path), suppress(FileNotFoundError, NotADirectoryError):
+        path.stat()
     if os.path.isfile(path):
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"cannot tell what {path} is: a source ends in {SUFFIXES_IN_WORDS}")
