@@ -73,16 +73,23 @@ class Span:
         groups = f", row group {self.row_groups[0]}" if self.row_groups else ""
         with naming(f"{path}{groups}"), path.open("rb") as file:
             self._check_state(file)
-            if self.file.is_a(PARQUET):
-                # Row groups are not read in one go, but what was just hashed is still in memory.
-                sha256 = sha256_between(file, self.start, self.stop)
-                yield from _read_parquet(self, file)
-            else:
-                hashed = HashedFile(file)
-                yield from _read_text(self.file, hashed, encoding_of(path))
-                sha256 = hashed.sha256()
+            try:
+                sha256 = yield from self._read(file)
+            except Exception:  # half a change may look like damage
+                self._check_state(file)
+                raise
             self._check_state(file)
         return Piece(file=self.file.number, start=self.start, stop=self.stop, sha256=sha256)
+
+    def _read(self, file: BinaryIO) -> Generator[Record, None, str]:
+        if self.file.is_a(PARQUET):
+            # Row groups are not read in one go, but what was just hashed is still in memory.
+            sha256 = sha256_between(file, self.start, self.stop)
+            yield from _read_parquet(self, file)
+            return sha256
+        hashed = HashedFile(file)
+        yield from _read_text(self.file, hashed, encoding_of(self.file.path))
+        return hashed.sha256()
 
     def _check_state(self, file: BinaryIO) -> None:
         if state_of(file.fileno()) != self.file.state:
