@@ -1,9 +1,9 @@
 """Trains the tokenizer on the first part of the source's own text."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import regex
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.records import Skip, usable_text
@@ -17,13 +17,8 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 LONGEST_WORD = 10_000
 """Characters that training takes for one word at most."""
 
-# What the split pattern keeps together: letters, digits, white space, or other characters.
-_LONG_RUN = re.compile(
-    "|".join(
-        rf"(?<!{kind}){kind}{{{LONGEST_WORD + 1},}}"
-        for kind in (r"[^\W\d_]", r"\d", r"\s", r"(?:[^\w\s]|_)")
-    )
-)
+# Characters that the split pattern keeps together.
+_KINDS = (r"\p{L}", r"\p{N}", r"\p{White_Space}", r"[^\p{L}\p{N}\p{White_Space}]")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -41,21 +36,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_without_long_words(texts), trainer)
+    tokenizer.train_from_iterator(without_long_words(texts), trainer)
     return tokenizer.to_str(pretty=True).encode()
 
 
-def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, cut where the split pattern would find a word longer than `LONGEST_WORD`.
+def without_long_words(texts: Iterable[str], longest: int = LONGEST_WORD) -> Iterator[str]:
+    """The texts, cut where the split pattern would find a word of more than `longest` characters.
 
     Training takes time with the square of a word's length.
     """
+    # Such a word fills a window of half its length at some multiple of that length.
+    half = longest // 2
+    window = regex.compile("|".join(rf"{kind}{{{half}}}" for kind in _KINDS))
+    word = regex.compile("|".join(rf"(?<!{kind}){kind}{{{longest + 1},}}" for kind in _KINDS))
     for text in texts:
         start = 0
-        for run in _LONG_RUN.finditer(text) if len(text) > LONGEST_WORD else ():
-            for end in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD):
-                yield text[start:end]
-                start = end
+        if any(window.match(text, place) for place in range(0, len(text) - half + 1, half)):
+            for found in word.finditer(text):
+                for end in range(found.start() + longest, found.end(), longest):
+                    yield text[start:end]
+                    start = end
         yield text[start:]
 
 
