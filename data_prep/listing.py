@@ -27,15 +27,15 @@ NamedFile = tuple[Path, str]
 
 
 class Listing:
-    """The files of a source below `root`; `output` is where the shards go."""
+    """The files of a source below `root`."""
 
-    def __init__(self, root: Path, output: Path | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
         self.left_out: Counter[str] = Counter()
         """How many files and folders were left out, by reason."""
         self._endings: Counter[str] = Counter()
         self._files: set[Path] = set()
-        self._is_ours = _recogniser(root, output)
+        self._is_ours = _recogniser(root)
 
     def add_folder(self) -> None:
         """Take all files below the root."""
@@ -48,7 +48,7 @@ class Listing:
 
     def add_matches(self, parts: Sequence[str]) -> None:
         """Take the files below the root that match a glob, given component by component."""
-        for path in self._matches(self.root, parts):
+        for path in set(self._matches(self.root, parts)):
             if not os.path.isdir(path):
                 self._add(path)
             elif "**" not in parts:
@@ -151,15 +151,13 @@ def _mode(path: Path) -> int:
         raise UserError(f"cannot read {path}{link}: {reason}") from None
 
 
-def _recogniser(root: Path, output: Path | None) -> Callable[[Path], bool]:
+def _recogniser(root: Path) -> Callable[[Path], bool]:
     """Tells whether a path below `root`, or a link's target, lies in an output of this tool."""
     top = root.resolve()
-    ours = output and output.resolve()
 
     @cache
     def lies_in_output(path: Path) -> bool:
-        if path == ours or is_output(path):
-            return True
-        return path not in (top, path.parent) and lies_in_output(path.parent)
+        above = path.parent
+        return is_output(path) or (path not in (top, above) and lies_in_output(above))
 
     return cache(lambda path: lies_in_output(path.resolve()))

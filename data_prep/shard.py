@@ -151,12 +151,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def open_source(spec: str | Path | None, former: Settings | None, output: Path) -> Source:
+def open_source(spec: str | Path | None, former: Settings | None) -> Source:
     """The source that `--source` names; one from the hub stays at the version it began with."""
     if spec is None:
         is_hub = former is not None and former.source == HUB_NAME
         return HubSource(pinned=former.revision if former and is_hub else None)
-    return stdlib_source() if spec == STDLIB else file_source(spec, output)
+    return stdlib_source() if spec == STDLIB else file_source(spec)
 
 
 def check_vocabulary(tokenizer: Tokenizer, wanted: int | None) -> None:
@@ -357,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given:
         check_vocabulary(given, options.vocab_size)
     former = output.settings()
-    source = open_source(options.source, former, output.folder)
+    source = open_source(options.source, former)
     job = Job(settings_of(options, source, given, former), output, source, console)
     try:
         with output.locked():

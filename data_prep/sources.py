@@ -190,10 +190,10 @@ def _grouped(spans: Iterable[Span], limit: int) -> Iterator[tuple[Span, ...]]:
         yield tuple(group)
 
 
-def file_source(spec: str | Path, output: Path | None = None) -> FileSource:
+def file_source(spec: str | Path) -> FileSource:
     """The source that `--source spec` names: a file, a folder or a glob; or a `UserError`.
 
-    What lies in `output`, or in another folder that this tool has made, is left out.
+    What lies in a folder that this tool has made is left out.
     """
     path = Path(spec)
     with naming(path), suppress(FileNotFoundError, NotADirectoryError):
@@ -203,14 +203,14 @@ def file_source(spec: str | Path, output: Path | None = None) -> FileSource:
             raise UserError(f"cannot tell what {path} is: a source ends in {SUFFIXES_IN_WORDS}")
         return FileSource(clean_file_name(path.name), ((path, path.name),))
     if os.path.isdir(path):
-        listing = Listing(path, output)
+        listing = Listing(path)
         listing.add_folder()
         name = path.resolve().name
     elif os.path.lexists(path):
         raise UserError(f"{path} is no file or folder, or leads to none: name another --source")
     elif glob.has_magic(str(path)):
         root = next(parent for parent in path.parents if os.path.isdir(parent))
-        listing = Listing(root, output)
+        listing = Listing(root)
         listing.add_matches(path.relative_to(root).parts)
         name = path.name
     else:

@@ -225,7 +225,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(
     source: Path, tmp_path: Path, name: str, edit: Edit
 ) -> None:
     for place in (0, 1):  # before the first document, and after it
-        records = file_source(source, tmp_path)
+        records = file_source(source)
         part = next(p for p in records.parts() if records.files[min(p.files)][1] == name)
         reading = part.records()
         for _ in range(place):
