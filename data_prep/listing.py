@@ -70,7 +70,10 @@ class Listing:
 
     def _add(self, path: Path) -> None:
         if not _is_source(path):
-            self._endings[path.suffix.lower() or "something else"] += 1
+            if os.path.exists(path):
+                self._endings[path.suffix.lower() or "something else"] += 1
+            else:
+                self.left_out["links to nothing"] += 1
         elif self._is_ours(path.parent) or (path.is_symlink() and self._is_ours(path)):
             self.left_out["files that this tool has made"] += 1
         elif stat.S_ISREG(_mode(path)):

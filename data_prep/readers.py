@@ -87,6 +87,8 @@ class Span:
             sha256 = sha256_between(file, self.start, self.stop)
             yield from _read_parquet(self, file)
             return sha256
+        if not self.file.state[0] and self.file.is_a(*PACKINGS[1:]):
+            raise EOFError("it is empty")  # gzip's command says so too, its module reads nothing
         hashed = HashedFile(file)
         yield from _read_text(self.file, hashed, encoding_of(self.file.path))
         return hashed.sha256()

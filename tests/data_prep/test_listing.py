@@ -124,12 +124,15 @@ def test_a_link_to_nothing_is_one_line(tmp_path: Path) -> None:
     put(tmp_path, "a.jsonl")
     (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
     (tmp_path / ".#a.jsonl").symlink_to("user@host.123")  # how Emacs locks a file
+    (tmp_path / "newest").symlink_to("gone")
     for spec in (tmp_path, tmp_path / "*.jsonl", tmp_path / "b.jsonl"):
         with pytest.raises(UserError, match=r"b\.jsonl") as caught:
             file_source(spec)
         assert "\n" not in str(caught.value)
     (tmp_path / "b.jsonl").unlink()
-    assert names(file_source(tmp_path)) == ["a.jsonl"]
+    source = file_source(tmp_path)
+    assert names(source) == ["a.jsonl"]
+    assert source.left_out == "hidden files (1), links to nothing (1)"
 
 
 def test_pipes_do_not_hold_up_anything(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import lzma
 import random
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 
 from data_prep.records import usable_text
 from data_prep.sources import file_source
+from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
+from tests.data_prep.corpus import build, tree_digest
 
 SKIPPABLE = b"\x5e\x2a\x4d\x18\x03\x00\x00\x00any"
 
@@ -74,8 +77,9 @@ def test_a_packed_file_that_was_cut_is_named(tmp_path: Path, ending: str) -> Non
     rng = random.Random(0)
     whole = PACKERS[ending](json.dumps({"text": rng.randbytes(20_000).hex()}).encode())
     for name in (f"a.jsonl{ending}", f"a.txt{ending}"):
-        for stop in (1, 5, len(whole) // 2, len(whole) - 1):
-            (tmp_path / name).write_bytes(whole + whole[:stop])
+        cuts = [whole + whole[:stop] for stop in (1, 5, len(whole) // 2, len(whole) - 1)]
+        for data in (b"", *cuts):
+            (tmp_path / name).write_bytes(data)
             with pytest.raises(UserError, match=rf"cannot read .*{name}"):
                 texts(tmp_path / name)
 
@@ -129,3 +133,18 @@ def test_half_a_character_of_utf16_is_told(tmp_path: Path) -> None:
         texts(tmp_path / "a.jsonl")
     (tmp_path / "a.txt").write_bytes(encoded[:-1])
     assert not isinstance(texts(tmp_path / "a.txt")[0], str)
+
+
+def test_any_number_of_workers_makes_the_same_of_every_form(tmp_path: Path, built: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, (encode, ending) in enumerate(product(ENCODED.values(), PACKERS)):
+        line = json.dumps({"text": f"{number} é " * 99}, ensure_ascii=False)
+        (folder / f"{number}.jsonl{ending}").write_bytes(PACKERS[ending](encode(line)))
+        (folder / f"{number}.txt{ending}").write_bytes(PACKERS[ending](encode(line)))
+    for workers in (1, 3):
+        options = ["--workers", workers, "--tokenizer", built / "tokenizer.json"]
+        build(folder, tmp_path / f"out-{workers}", *options)
+    assert tree_digest(tmp_path / "out-1") == tree_digest(tmp_path / "out-3")
+    counts = [Manifest.load(tmp_path / "out-1" / name).documents for name in ("train", "valid")]
+    assert sum(counts) == 2 * len(ENCODED) * len(PACKERS)
