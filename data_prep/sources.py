@@ -58,7 +58,7 @@ class Source(Protocol):
 
     @property
     def outline(self) -> str:
-        """What can be told of the content without reading it: other content may be told by it."""
+        """Differs where it can be seen without reading that the content differs."""
         ...
 
     @property

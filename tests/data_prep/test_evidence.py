@@ -61,6 +61,11 @@ def change(path: Path, at: float = 0.5) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def rewrite(path: Path) -> None:
+    change(path)
+    os.utime(path)
+
+
 def touch(folder: Path) -> None:
     for path in folder.iterdir():
         os.utime(path, (1, 1))
@@ -220,7 +225,7 @@ def test_other_row_groups_of_the_same_size_are_not_mixed(tmp_path: Path, built: 
 
 
 @pytest.mark.parametrize("name", ["0.jsonl", "4.parquet"])
-@pytest.mark.parametrize("edit", [change, os.utime])
+@pytest.mark.parametrize("edit", [rewrite, os.utime])
 def test_a_file_that_changes_while_it_is_read_is_told(
     source: Path, tmp_path: Path, name: str, edit: Edit
 ) -> None:
@@ -233,6 +238,10 @@ def test_a_file_that_changes_while_it_is_read_is_told(
         edit(source / name)
         with pytest.raises(UserError, match=rf"{name} changed while it was read: run the same"):
             list(reading)
+    quiet = file_source(source).parts()[0].records()
+    next(quiet)
+    (source / "0.jsonl").chmod(0o600)
+    assert len(list(quiet)) == 29
 
 
 def test_what_older_versions_made_is_still_complete_and_goes_on(
@@ -281,3 +290,19 @@ def test_a_damaged_summary_is_made_again(source: Path, tmp_path: Path) -> None:
         (tmp_path / "out" / ".work" / "runs" / f"part-{number:06d}.json").write_bytes(data)
     build(source, tmp_path / "out")
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
+
+
+def test_the_same_command_goes_on_when_nothing_writes_any_more(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spill(*arguments: object, real=shuffle.Spiller.spill) -> object:  # type: ignore[no-untyped-def]
+        rewrite(source / "3.jsonl")  # after the tokenizer was trained on it
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shuffle.Spiller, "spill", spill)
+        with pytest.raises(UserError, match=r"3\.jsonl changed .*: run the same command again"):
+            build(source, tmp_path / "out")
+    build(source, tmp_path / "out")
+    build(source, tmp_path / "whole")
+    assert texts_of(tmp_path / "out") == texts_of(tmp_path / "whole")
