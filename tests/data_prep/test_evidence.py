@@ -78,7 +78,7 @@ def copy(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["0.jsonl", "4.parquet", "5.txt.gz"])
-@pytest.mark.parametrize("at", [0, 0.3, 0.5, 0.97, 1])
+@pytest.mark.parametrize("at", [0, 0.5, 1])
 def test_a_change_anywhere_is_noticed(
     source: Path, built: Path, tmp_path: Path, name: str, at: float
 ) -> None:
