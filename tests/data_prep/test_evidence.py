@@ -199,22 +199,43 @@ def test_a_stopped_run_never_mixes_two_versions(
     assert went_on <= expected if trained else went_on == expected
 
 
-def test_other_row_groups_of_the_same_size_are_not_mixed(tmp_path: Path, built: Path) -> None:
-    """Parts that were cut in another way are read again."""
+def random_table(rows: int) -> pa.Table:
+    rng = random.Random(rows)
+    return pa.table({"text": [rng.randbytes(90).hex() for _ in range(rows)]})
+
+
+def test_a_file_read_in_part_is_read_again_as_a_whole(tmp_path: Path, built: Path) -> None:
+    """What was hashed with a row group is not quite what holds it."""
     folder = tmp_path / "in"
     folder.mkdir()
-    rng = random.Random(0)
-    tables = [pa.table({"text": [rng.randbytes(90).hex() for _ in range(60)]}) for _ in range(2)]
-    for number, table in enumerate(tables):
-        pq.write_table(table, folder / f"{number}.parquet", row_group_size=20)
+    with pq.ParquetWriter(
+        folder / "0.parquet", random_table(1).schema, use_dictionary=False, compression="none"
+    ) as writer:
+        for rows in (120, 60, 61, 62):
+            writer.write_table(random_table(rows))
     options = ["--tokenizer", built / "tokenizer.json"]
-    interrupt(folder, tmp_path / "out", 2, *options)
-    path = folder / "1.parquet"
+    interrupt(folder, tmp_path / "out", 1, *options)
+    change(folder / "0.parquet", 0.3)
+    build(folder, tmp_path / "out", *options)
+    build(folder, tmp_path / "whole", *options)
+    assert texts_of(tmp_path / "out") == texts_of(tmp_path / "whole")
+
+
+def test_parts_that_are_cut_in_another_way_are_read_again(tmp_path: Path, built: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(2):
+        pq.write_table(random_table(60 + number), folder / f"{number}.parquet", row_group_size=21)
+    options = ["--tokenizer", built / "tokenizer.json"]
+    interrupt(folder, tmp_path / "out", 5, *options)
+    for number in range(3):  # as if other workers had not finished the first file
+        (tmp_path / "out" / ".work" / "runs" / f"part-{number:06d}.json").unlink()
+    path = folder / "0.parquet"
     size = path.stat().st_size
-    pq.write_table(tables[1], path, row_group_size=30)
+    pq.write_table(random_table(60), path, row_group_size=30)
     for fill in range(size - path.stat().st_size - 99, 999):
-        with pq.ParquetWriter(path, tables[1].schema) as writer:
-            writer.write_table(tables[1], row_group_size=30)
+        with pq.ParquetWriter(path, random_table(60).schema) as writer:
+            writer.write_table(random_table(60), row_group_size=30)
             writer.add_key_value_metadata({"": "x" * fill})
         if path.stat().st_size >= size:
             break
