@@ -7,6 +7,7 @@ A glob finds what Python's `glob` finds. No link leads in circles.
 
 import fnmatch
 import glob
+import itertools
 import os
 import stat
 from collections import Counter
@@ -156,11 +157,13 @@ def _mode(path: Path) -> int:
 
 def _recogniser(root: Path) -> Callable[[Path], bool]:
     """Tells whether a path below `root`, or a link's target, lies in an output of this tool."""
-    top = root.resolve()
+    top = Path(os.path.realpath(root))
+    is_known_output = cache(is_output)
 
     @cache
     def lies_in_output(path: Path) -> bool:
-        above = path.parent
-        return is_output(path) or (path not in (top, above) and lies_in_output(above))
+        real = Path(os.path.realpath(path))
+        above = itertools.takewhile(lambda folder: folder != top, (real, *real.parents))
+        return any(map(is_known_output, (*above, top)))
 
-    return cache(lambda path: lies_in_output(path.resolve()))
+    return lies_in_output

@@ -125,10 +125,13 @@ def test_a_link_to_nothing_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
     (tmp_path / ".#a.jsonl").symlink_to("user@host.123")  # how Emacs locks a file
     (tmp_path / "newest").symlink_to("gone")
-    for spec in (tmp_path, tmp_path / "*.jsonl", tmp_path / "b.jsonl"):
-        with pytest.raises(UserError, match=r"b\.jsonl") as caught:
-            file_source(spec)
-        assert "\n" not in str(caught.value)
+    for target in ("gone.jsonl", "b.jsonl"):
+        (tmp_path / "b.jsonl").unlink()
+        (tmp_path / "b.jsonl").symlink_to(target)
+        for spec in (tmp_path, tmp_path / "*.jsonl", tmp_path / "b.jsonl"):
+            with pytest.raises(UserError, match=r"b\.jsonl") as caught:
+                file_source(spec)
+            assert "\n" not in str(caught.value)
     (tmp_path / "b.jsonl").unlink()
     source = file_source(tmp_path)
     assert names(source) == ["a.jsonl"]
