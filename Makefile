@@ -8,7 +8,7 @@ DATA := data/quickstart
 DATA_READY := $(DATA)/train/manifest.json
 RUN := runs/quickstart
 
-# Programs of the virtual environment (deepspeed, shard.py) find each other through PATH.
+# Programs of the virtual environment (deepspeed, torchrun) find each other through PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help

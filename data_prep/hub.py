@@ -1,11 +1,13 @@
 """FineWeb-Edu from the Hugging Face hub, streamed: nothing is downloaded as a whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from data_prep.evidence import Piece, State
+from data_prep.listing import NamedFile
 from data_prep.records import Record, clean_name
 from i3dist.errors import UserError
 
@@ -23,7 +25,7 @@ class HubPart:
     number: int
     of: int
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Generator[Record, None, None]:
         """Stream the documents in order."""
         with _network():
             dataset = _stream(self.revision).select_columns(["text", "id", "url"])
@@ -33,14 +35,31 @@ class HubPart:
                 identifier, url = (clean_name(fields.get(k) or position) for k in ("id", "url"))
                 yield Record(position, identifier, url, fields["text"])
 
+    @property
+    def files(self) -> frozenset[int]:
+        """None that could change."""
+        return frozenset()
+
+    def is_made_of(self, pieces: Sequence[Piece]) -> bool:
+        """Always: it is at a fixed revision."""
+        return True
+
 
 class HubSource:
     """The dataset at a revision: the one that a former run has pinned, else the newest."""
 
     name = HUB_NAME
+    files: Sequence[NamedFile] = ()
+    states: tuple[State, ...] = ()
+    left_out = ""
 
     def __init__(self, pinned: str | None = None) -> None:
         self._pinned = pinned
+
+    @property
+    def outline(self) -> str:
+        """The commit to read: it tells the content."""
+        return self.revision
 
     @cached_property
     def revision(self) -> str:

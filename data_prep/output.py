@@ -1,11 +1,13 @@
 """The output folder: who may write into it, with what settings, and when it is complete.
 
 `shard.json` says what the folder is made from. All work goes on in `.work`; at the end the splits
-are moved into place and their manifests are written. With them the folder counts as complete.
+are moved into place and `source.json`, which says what was read, and their manifests are written.
+With them the folder counts as complete.
 """
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,17 +15,24 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_prep.evidence import Evidence
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.errors import UserError
 
 TRAIN, VALID = "train", "valid"
+OTHER_CONTENT = "from other content of the same source"
 _SETTINGS_NAME = "shard.json"
 _TOKENIZER_NAME = "tokenizer.json"
+_EVIDENCE_NAME = "source.json"
 _WORK_NAME = ".work"
 
 
 class Settings(BaseModel):
-    """Everything that decides the bytes of the output."""
+    """Everything that decides the bytes of the output.
+
+    `revision` is the source's outline: the hub's commit, or a digest of the files' names and sizes.
+    Older versions of this tool wrote a digest of what the files hold.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,12 +52,17 @@ class Settings(BaseModel):
         """Names of the splits, in the order in which their manifests are written."""
         return (VALID, TRAIN) if self.valid_fraction else (TRAIN,)
 
+    @property
+    def has_content_digest(self) -> bool:
+        """Whether `revision` is what older versions wrote for files."""
+        return re.fullmatch("[0-9a-f]{64}", self.revision) is not None
+
     def difference(self, other: "Settings") -> str | None:
         """The first setting that differs from `other`, in words."""
         for name, value in self.model_dump().items():
             theirs = getattr(other, name)
             if name == "revision" and theirs != value:
-                return "from other content of the same source"
+                return OTHER_CONTENT
             if theirs != value:
                 return f"with {name.replace('_', '-')} {value}, not {theirs}"
         return None
@@ -62,6 +76,8 @@ class Output:
         self.runs = folder / _WORK_NAME / "runs"
         self.staging = folder / _WORK_NAME / "splits"
         self.tokenizer = folder / _TOKENIZER_NAME
+        self._evidence = folder / _EVIDENCE_NAME
+        self._begun = folder / _WORK_NAME / _EVIDENCE_NAME
 
     def settings(self) -> Settings | None:
         """What the folder is being made from, or None where it is new."""
@@ -73,6 +89,17 @@ class Output:
         except ValidationError:
             raise UserError(f"{path} is damaged: choose another --out, or delete it") from None
 
+    def evidence(self) -> Evidence | None:
+        """What was read of the source, or where the work goes on, what was found at its start."""
+        for path in (self._evidence, self._begun):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                try:
+                    return Evidence.model_validate_json(path.read_bytes())
+                except ValidationError:
+                    advice = f"choose another --out, or delete {self.folder}"
+                    raise UserError(f"{path} is damaged: {advice}") from None
+        return None
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create the folder and keep other runs out; a folder left empty is removed again."""
@@ -82,14 +109,23 @@ class Output:
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(handle)
             yield
-        except BlockingIOError:
-            raise UserError(f"another run is writing {self.folder}: wait for it") from None
         finally:
             os.close(handle)
             with suppress(OSError):
                 self.folder.rmdir()
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing {self.folder}: wait for it") from None
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} lies on a file system without locks ({error.strerror}): choose an "
+                "--out on a local disk, and move the folder when it is complete"
+            ) from None
 
     def is_complete(self, settings: Settings) -> bool:
         """Whether all is done. Other settings than `settings`, or damage, are a `UserError`."""
@@ -99,9 +135,7 @@ class Output:
                 raise UserError(f"{self.folder} holds other files: choose another --out")
             return False
         if difference := former.difference(settings):
-            raise UserError(
-                f"{self.folder} was made {difference}: choose another --out, or delete it"
-            )
+            raise self.refusal(difference)
         folders = [self.folder / split for split in settings.splits]
         if not all((folder / MANIFEST_NAME).exists() for folder in folders):
             return False
@@ -110,10 +144,16 @@ class Output:
         self._discard_work()
         return True
 
-    def begin(self, settings: Settings, tokenizer: bytes) -> None:
-        """Write down what the folder is made from; does nothing where a run is continued."""
+    def refusal(self, difference: str) -> UserError:
+        """The error for a folder that was made in another way, in the words of `difference`."""
+        return UserError(f"{self.folder} was made {difference}: choose another --out, or delete it")
+
+    def begin(self, settings: Settings, tokenizer: bytes, evidence: Evidence | None) -> None:
+        """Write down what the folder is made from, again where a run is continued."""
         self.runs.mkdir(parents=True, exist_ok=True)
         _write(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode(), self.runs)
+        if evidence:
+            _write(self._begun, evidence.model_dump_json().encode(), self.runs)
         _write(self.tokenizer, tokenizer, self.runs)
 
     def stage(self, split: str) -> Path:
@@ -123,8 +163,10 @@ class Output:
         folder.mkdir(parents=True)
         return folder
 
-    def publish(self, manifests: Mapping[str, Manifest]) -> None:
+    def publish(self, manifests: Mapping[str, Manifest], evidence: Evidence | None) -> None:
         """Move the staged splits into place, and write their manifests last."""
+        if evidence:
+            _write(self._evidence, evidence.model_dump_json().encode(), self.runs)
         for split in manifests:
             final = self.folder / split
             (final / MANIFEST_NAME).unlink(missing_ok=True)
@@ -136,6 +178,16 @@ class Output:
 
     def _discard_work(self) -> None:
         shutil.rmtree(self.folder / _WORK_NAME, ignore_errors=True)
+
+
+def is_output(folder: Path) -> bool:
+    """Whether a folder is one that this tool has made."""
+    path = folder / _SETTINGS_NAME
+    try:
+        Settings.model_validate_json(path.read_bytes() if path.is_file() else b"")
+    except (ValidationError, OSError):
+        return False
+    return True
 
 
 def _write(path: Path, data: bytes, work: Path) -> None:

@@ -4,6 +4,7 @@ The stream of a split is `<BOS> document <EOS> <BOS> document <EOS> ...`, cut ev
 tokens; the last chunk alone is filled with <PAD>. A shard is a contiguous piece of the stream.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,8 @@ class IndexWriter:
     """Writes `index.parquet`: one row per piece of a document, in the order of the stream."""
 
     def __init__(self, folder: Path) -> None:
-        self._writer = pq.ParquetWriter(folder / INDEX_NAME, INDEX_SCHEMA, compression="zstd")
+        self._file = pa.OSFile(os.fsencode(folder / INDEX_NAME), "wb")
+        self._writer = pq.ParquetWriter(self._file, INDEX_SCHEMA, compression="zstd")
         self._rows: list[IndexRow] = []
 
     def add(self, row: IndexRow) -> None:
@@ -63,6 +65,7 @@ class IndexWriter:
         """Write what is left and the file's footer."""
         self._flush()
         self._writer.close()
+        self._file.close()
 
     def _flush(self) -> None:
         columns = list(zip(*self._rows, strict=True)) or [()] * len(INDEX_SCHEMA)

@@ -37,12 +37,35 @@ class SpillPlan:
 
 def spill_all(plan: SpillPlan, workers: int, report: Report) -> list[PartSummary]:
     """Spill the parts that are not finished yet, and return the summaries of all of them."""
-    todo = [n for n in range(len(plan.parts)) if not summary_path(plan.folder, n).exists()]
+    todo = [number for number, summary in enumerate(finished(plan)) if not summary]
     report(len(plan.parts) - len(todo), 0)
     spill = _spill_here if min(workers, len(todo)) <= 1 else _spill_in_processes
     spill(plan, todo, workers, report)
-    paths = (summary_path(plan.folder, n) for n in range(len(plan.parts)))
-    return [PartSummary.model_validate_json(path.read_bytes()) for path in paths]
+    return [summary for summary in finished(plan) if summary]
+
+
+def finished(plan: SpillPlan) -> list[PartSummary | None]:
+    """The summary of each part, or None where it is not finished."""
+    summaries: list[PartSummary | None] = []
+    for number, part in enumerate(plan.parts):
+        summary = PartSummary.load(summary_path(plan.folder, number))
+        summaries.append(summary if summary and part.is_made_of(summary.pieces) else None)
+    return summaries
+
+
+def forget_parts_of(plan: SpillPlan, touched: frozenset[int]) -> frozenset[int]:
+    """Have each of the touched files that was read in part only read again as a whole.
+
+    Returns those that are still to be read.
+    """
+    parts = list(zip(plan.parts, finished(plan), strict=True))
+    done = {number: part for number, (part, summary) in enumerate(parts) if summary}
+    unread = touched & {file for part, summary in parts if not summary for file in part.files}
+    while mixed := [n for n, part in done.items() if part.files & unread]:
+        for number in mixed:
+            summary_path(plan.folder, number).unlink()
+            unread |= touched & done.pop(number).files
+    return unread
 
 
 def _spill_here(plan: SpillPlan, todo: Sequence[int], workers: int, report: Report) -> None:

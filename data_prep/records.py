@@ -43,3 +43,8 @@ def usable_text(raw: object) -> str | Skip:
 def clean_name(value: object) -> str:
     """`value` as text that can be stored: what is not Unicode in it becomes a question mark."""
     return str(value).encode("utf-8", "replace").decode()
+
+
+def clean_file_name(name: str) -> str:
+    """The name of a file as text that can be stored and differs from other files' names."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -4,17 +4,27 @@ import argparse
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from data_prep.evidence import Evidence, Piece
 from data_prep.hub import HUB_NAME, HubSource
-from data_prep.output import TRAIN, VALID, Output, Settings
+from data_prep.output import OTHER_CONTENT, TRAIN, VALID, Output, Settings
 from data_prep.pack import Framing, Packer
-from data_prep.passes import SpillPlan, pack_split, spill_all, split_ranges
+from data_prep.passes import (
+    SpillPlan,
+    finished,
+    forget_parts_of,
+    pack_split,
+    spill_all,
+    split_ranges,
+)
 from data_prep.progress import closing_table, pass_bar
+from data_prep.readers import SUFFIXES_IN_WORDS, naming
+from data_prep.records import clean_file_name
 from data_prep.shuffle import PartSummary
 from data_prep.sources import STDLIB, Part, Source, file_source, stdlib_source
 from data_prep.tokenizer import (
@@ -32,15 +42,26 @@ DEFAULT_VOCABULARY = 32_000
 LARGEST_VOCABULARY = 1 << 16
 _EXAMPLES = """\
 examples:
-  python data_prep/shard.py                                 FineWeb-Edu sample-10BT, from the hub
-  python data_prep/shard.py --source stdlib --out data/stdlib --vocab-size 4096
-                                                            text that every machine has
-  python data_prep/shard.py --source 'texts/*.parquet' --out data/texts --workers 16
+  FineWeb-Edu sample-10BT, from the hub:
+    python data_prep/shard.py
+  text that every machine has:
+    python data_prep/shard.py --source stdlib --vocab-size 4096 --out data/lib
+  your own:
+    python data_prep/shard.py --source 'texts/*.parquet' --out data/texts
 
-The output holds train/ and valid/, each with shard-000000.tar ..., index.parquet (where every
-document lies) and manifest.json, beside tokenizer.json. The same source and settings give the same
-bytes, whatever --workers is. A run that was stopped continues when it is started again; a folder
-made with other settings is refused. While it works it needs disk for about twice the shards.
+A document is a row of parquet, a line of jsonl or ndjson (an object; both with
+`text`, and if you like `id` and `url`), or a txt file. Text is UTF-8, or what
+its byte-order mark says. A folder is read as `find -L` walks it, but for hidden
+names, folders whose names begin with _ , and what this tool has made. What is
+skipped or left out is counted by reason at the end; a broken file ends the run.
+
+The output holds train/ and valid/, each with shard-000000.tar ...,
+index.parquet (where every document lies) and manifest.json, beside
+tokenizer.json. The same source and settings give the same shards, whatever
+--workers is. A run that was stopped continues when it is started again. A
+folder made with other settings, or from other content, is refused: source.json
+keeps sizes, times and hashes of what was read. While it works the tool needs
+disk for about twice the shards.
 """
 
 
@@ -60,6 +81,10 @@ def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[
     return parse
 
 
+def _source(text: str) -> Path | str:
+    return text if text == STDLIB else typed_path(text)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; a value that makes no sense is a `UserError`."""
     parser = ArgumentParser(
@@ -70,8 +95,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--source",
-        help="a file, a folder or a glob of .parquet, .jsonl(.gz, .zst) or .txt; or `stdlib`, the "
-        f"text of this Python's standard library (default: {HUB_NAME}, streamed from the hub)",
+        type=_source,
+        help=f"a file, a folder or a glob of {SUFFIXES_IN_WORDS}; or `stdlib`, the text of this "
+        f"Python's standard library (default: {HUB_NAME}, streamed from the hub)",
     )
     add(
         "--out",
@@ -125,7 +151,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def open_source(spec: str | None, former: Settings | None) -> Source:
+def open_source(spec: str | Path | None, former: Settings | None) -> Source:
     """The source that `--source` names; one from the hub stays at the version it began with."""
     if spec is None:
         is_hub = former is not None and former.source == HUB_NAME
@@ -147,12 +173,20 @@ def check_vocabulary(tokenizer: Tokenizer, wanted: int | None) -> None:
         )
 
 
-def settings_of(options: argparse.Namespace, source: Source, given: Tokenizer | None) -> Settings:
-    """What decides the bytes of the output: all options but --out and --workers."""
+def settings_of(
+    options: argparse.Namespace,
+    source: Source,
+    given: Tokenizer | None,
+    former: Settings | None,
+) -> Settings:
+    """What decides the bytes of the output: all options but --out and --workers.
+
+    Of the source it tells as much as the `former` settings do, so that they can be compared.
+    """
     vocab_size = given.vocab_size if given else options.vocab_size or DEFAULT_VOCABULARY
     return Settings(
         source=source.name,
-        revision=source.revision,
+        revision=source.revision if former and former.has_content_digest else source.outline,
         tokenizer=f"sha256 {given.sha256}" if given else "trained",
         tokenizer_sample_mb=0 if given else options.tokenizer_sample_mb,
         vocab_size=vocab_size,
@@ -169,23 +203,72 @@ class Job:
 
     settings: Settings
     output: Output
+    source: Source
     console: Console
 
-    def run(self, parts: Sequence[Part], given: Tokenizer | None, workers: int) -> None:
+    def check_complete(self) -> None:
+        """Refuse a complete output whose source holds something else now."""
+        if self._evidence(()) and not self.output.evidence():
+            raise UserError(
+                f"{self.output.folder} does not say what it was made from (source.json is "
+                "missing): delete it and make it again"
+            )
+        self._touched(())
+
+    def run(self, given: Tokenizer | None, workers: int) -> None:
         """Tokenize, shuffle, pack and publish."""
         start = time.monotonic()
-        self.output.begin(self.settings, self._tokenizer(parts, given))
-        summaries = self._spill(parts, workers)
+        parts = self.source.parts()
+        plan = SpillPlan(parts, self.output.tokenizer, self.output.runs, self.settings.seed)
+        touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
+        tokenizer = self._tokenizer(parts, given, is_certain=not touched)
+        self.output.begin(self.settings, tokenizer, self._evidence(()))
+        summaries = self._spill(plan, workers)
         manifests = self._pack(summaries)
-        self.output.publish(manifests)
+        self.output.publish(manifests, self._evidence(_pieces(summaries)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
+        if self.source.left_out:
+            self.console.print(f"left out: {self.source.left_out}", markup=False, soft_wrap=True)
 
-    def _tokenizer(self, parts: Sequence[Part], given: Tokenizer | None) -> bytes:
-        if self.output.tokenizer.exists():
-            return self.output.tokenizer.read_bytes()
+    def _evidence(self, pieces: Sequence[Piece]) -> Evidence | None:
+        """What tells whether the source is still the same; None where its revision tells it."""
+        if self.settings.has_content_digest or not self.source.files:
+            return None
+        return Evidence(states=self.source.states, pieces=tuple(pieces))
+
+    def _touched(self, pieces: Sequence[Piece]) -> frozenset[int]:
+        """Numbers of the files that have other times than when the work began.
+
+        A piece that was read and holds something else now, of `pieces` or of the finished output,
+        is a `UserError`.
+        """
+        evidence = self.output.evidence()
+        if not evidence:
+            return frozenset()
+        touched = evidence.touched(self.source.states)
+        with self.console.status("comparing the source with what was read"):
+            for piece in (*evidence.pieces, *pieces):
+                path, _ = self.source.files[piece.file]
+                with naming(path):
+                    if piece.file in touched and not piece.is_in(path):
+                        raise self.output.refusal(f"before {path} changed, {OTHER_CONTENT}")
+        return touched
+
+    def _tokenizer(self, parts: Sequence[Part], given: Tokenizer | None, is_certain: bool) -> bytes:
+        """The tokenizer; where the former one is not certain, it is trained again to compare."""
+        path = self.output.tokenizer
+        former = path.read_bytes() if path.exists() else None
+        if former and (given or is_certain):
+            return former
         if given:
             return given.data
+        data = self._train(parts)
+        if former and data != former:
+            raise self.output.refusal(OTHER_CONTENT)
+        return data
+
+    def _train(self, parts: Sequence[Part]) -> bytes:
         limit = self.settings.tokenizer_sample_mb * 1_000_000
         texts = sample_texts(parts, self.settings.source, limit)
         with self.console.status("training the tokenizer"):
@@ -198,10 +281,8 @@ class Job:
             )
         return data
 
-    def _spill(self, parts: Sequence[Part], workers: int) -> list[PartSummary]:
-        output = self.output
-        plan = SpillPlan(parts, output.tokenizer, output.runs, self.settings.seed)
-        with pass_bar(self.console, "tokenize", "parts", len(parts)) as report:
+    def _spill(self, plan: SpillPlan, workers: int) -> list[PartSummary]:
+        with pass_bar(self.console, "tokenize", "parts", len(plan.parts)) as report:
             summaries = spill_all(plan, workers, report)
         if not any(summary.documents for summary in summaries):
             raise no_usable_document(self.settings.source, _skipped(summaries))
@@ -259,6 +340,10 @@ class Job:
         )
 
 
+def _pieces(summaries: Iterable[PartSummary | None]) -> list[Piece]:
+    return [piece for summary in summaries if summary for piece in summary.pieces]
+
+
 def _skipped(summaries: Sequence[PartSummary]) -> Counter[str]:
     return sum((Counter(summary.skipped) for summary in summaries), Counter())
 
@@ -271,14 +356,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     if given:
         check_vocabulary(given, options.vocab_size)
-    source = open_source(options.source, output.settings())
-    settings = settings_of(options, source, given)
+    former = output.settings()
+    source = open_source(options.source, former)
+    job = Job(settings_of(options, source, given, former), output, source, console)
     try:
         with output.locked():
-            if output.is_complete(settings):
-                print(f"{output.folder} is already complete")
+            if output.is_complete(job.settings):
+                job.check_complete()
+                print(clean_file_name(f"{output.folder} is already complete"))
                 return
-            Job(settings, output, console).run(source.parts(), given, options.workers)
+            job.run(given, options.workers)
     except OSError as error:
         place = error.filename or output.folder
         raise UserError(f"cannot write to {place}: {error.strerror or error}") from None

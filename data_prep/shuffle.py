@@ -10,15 +10,17 @@ bucket; 10 billion tokens take 20 GB of runs beside the 30 GB of shards, and som
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_prep.evidence import Piece
 from data_prep.records import Record, Skip, usable_text
 from data_prep.sources import Part
 from i3dist.tokenizer import Tokenizer
@@ -60,7 +62,10 @@ class Document:
 
 
 class PartSummary(BaseModel):
-    """What pass 1 made of a part; `tokens` are without <BOS> and <EOS>."""
+    """What pass 1 made of a part; `tokens` are without <BOS> and <EOS>.
+
+    `pieces` are the pieces of files that were read: none of a part that is not made of files.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,6 +75,15 @@ class PartSummary(BaseModel):
     skipped: dict[str, int]
     smallest_split: int
     largest_split: int
+    pieces: tuple[Piece, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """Read a summary; None where there is none that is whole."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
 
 
 def hashes(text: str, position: str, seed: int) -> Hashes:
@@ -108,6 +122,17 @@ class _Run:
         return pa.Table.from_arrays([*columns, *labels, tokens], schema=_SCHEMA)
 
 
+class _Records:
+    """The records of a part, and once they are read, the pieces of files that they came from."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self.pieces: tuple[Piece, ...] = ()
+
+    def __iter__(self) -> Iterator[Record]:
+        self.pieces = (yield from self._part.records()) or ()
+
+
 @dataclass(frozen=True)
 class Spiller:
     """Pass 1: writes the runs of a part into `folder`; `report` hears of tokens as they come."""
@@ -123,7 +148,8 @@ class Spiller:
         names: list[str] = []
         totals = np.zeros(2, dtype=np.int64)
         splits = [HASH_END, -1]
-        for run in self._runs(part, skipped):
+        records = _Records(part)
+        for run in self._runs(records, skipped):
             names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
             _write_table(run.table(), self.folder / names[-1])
             totals += len(run.documents), run.tokens
@@ -136,13 +162,14 @@ class Spiller:
             skipped=dict(skipped),
             smallest_split=splits[0],
             largest_split=splits[1],
+            pieces=records.pieces,
         )
         _write_bytes(summary.model_dump_json().encode(), summary_path(self.folder, number))
         return summary
 
-    def _runs(self, part: Part, skipped: Counter[str]) -> Iterator[_Run]:
+    def _runs(self, records: Iterable[Record], skipped: Counter[str]) -> Iterator[_Run]:
         run = _Run()
-        for record in part.records():
+        for record in records:
             text = usable_text(record.text)
             if isinstance(text, Skip):
                 skipped[text.value] += 1
@@ -178,7 +205,7 @@ def in_order(runs: Sequence[Path], tokens: int, splits: range) -> Iterator[Docum
 
 
 def _rows(run: Path, bounds: list[int], splits: range) -> pa.Table:
-    with pa.memory_map(str(run)) as file:
+    with pa.memory_map(os.fsencode(run)) as file:
         table = pa.ipc.open_file(file).read_all()
         first, last = np.searchsorted(table["high"].to_numpy(), bounds)
         rows = table.slice(first, last - first)
@@ -200,7 +227,7 @@ def _sorted(table: pa.Table) -> Iterator[Document]:
 
 def _write_table(table: pa.Table, path: Path) -> None:
     temporary = _temporary(path)
-    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+    with pa.OSFile(os.fsencode(temporary), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         writer.write_table(table)
     temporary.replace(path)
 

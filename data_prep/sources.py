@@ -9,13 +9,17 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from data_prep.readers import SUFFIXES, Span, naming, parquet_spans
-from data_prep.records import Record
+from data_prep.evidence import Piece, State, state_of
+from data_prep.listing import Listing, NamedFile
+from data_prep.readers import SUFFIXES, SUFFIXES_IN_WORDS, SourceFile, Span, naming, spans_of
+from data_prep.records import Record, clean_file_name
 from i3dist.errors import UserError
 
 STDLIB = "stdlib"
@@ -30,8 +34,17 @@ _HASHED_WHOLE, _HASHED_END = 1 << 26, 1 << 23
 class Part(Protocol):
     """A piece of a source; it can be sent to another process."""
 
-    def records(self) -> Iterator[Record]:
-        """Read the documents in order."""
+    def records(self) -> Generator[Record, None, tuple[Piece, ...] | None]:
+        """Read the documents in order; returns the pieces of files that were read."""
+        ...
+
+    @property
+    def files(self) -> frozenset[int]:
+        """Numbers of the files that it reads, if any."""
+        ...
+
+    def is_made_of(self, pieces: Sequence[Piece]) -> bool:
+        """Whether this is the part that was read when these pieces were."""
         ...
 
 
@@ -44,8 +57,28 @@ class Source(Protocol):
         ...
 
     @property
+    def outline(self) -> str:
+        """Differs where it can be seen without reading that the content differs."""
+        ...
+
+    @property
     def revision(self) -> str:
-        """Differs where the content differs."""
+        """Differs where the content differs; takes reading it."""
+        ...
+
+    @property
+    def files(self) -> Sequence[NamedFile]:
+        """The files, in the order of their names; none where the outline tells all."""
+        ...
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """Their states when they were first asked for."""
+        ...
+
+    @property
+    def left_out(self) -> str:
+        """What of the place that was named is not read, in words; often nothing."""
         ...
 
     def parts(self) -> Sequence[Part]:
@@ -59,10 +92,25 @@ class FilePart:
 
     spans: tuple[Span, ...]
 
-    def records(self) -> Iterator[Record]:
-        """Read the documents in order."""
+    def records(self) -> Generator[Record, None, tuple[Piece, ...]]:
+        """Read the documents in order; returns the pieces that were read, one for each span."""
+        pieces = []
         for span in self.spans:
-            yield from span.records()
+            pieces.append((yield from span.records()))
+        return tuple(pieces)
+
+    @property
+    def files(self) -> frozenset[int]:
+        """Numbers of the files that it reads."""
+        return frozenset(span.file.number for span in self.spans)
+
+    def is_made_of(self, pieces: Sequence[Piece]) -> bool:
+        """Whether this is the part that was read when these pieces were.
+
+        Older versions of this tool kept no pieces: theirs are taken for the same.
+        """
+        places = [(span.file.number, span.start, span.stop) for span in self.spans]
+        return not pieces or places == [(p.file, p.start, p.stop) for p in pieces]
 
 
 @dataclass(frozen=True)
@@ -70,8 +118,22 @@ class FileSource:
     """Files, given as (path, name below the root), in the order of their names."""
 
     name: str
-    files: tuple[tuple[Path, str], ...]
+    files: tuple[NamedFile, ...]
     scheme: str = ""
+    left_out: str = ""
+
+    @cached_property
+    def states(self) -> tuple[State, ...]:
+        """The states of the files when they were first asked for."""
+        return tuple(_state(path) for path, _ in self.files)
+
+    @cached_property
+    def outline(self) -> str:
+        """A digest of every file's name and size."""
+        digest = hashlib.sha256()
+        for (_, name), (size, _, _) in zip(self.files, self.states, strict=True):
+            digest.update(f"{os.fsencode(name).hex()} {size}\n".encode())
+        return f"names and sizes {digest.hexdigest()}"
 
     @property
     def revision(self) -> str:
@@ -85,16 +147,20 @@ class FileSource:
 
     def parts(self) -> Sequence[FilePart]:
         """Parts of about equal size, small enough that every worker has some."""
-        spans = [span for path, name in self.files for span in self._spans(path, name)]
+        files = enumerate(zip(self.files, self.states, strict=True))
+        spans = [
+            span
+            for number, ((path, name), state) in files
+            for span in spans_of(SourceFile(path, name, number, state, self.scheme))
+        ]
         total = sum(span.size for span in spans)
         limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
         return [FilePart(group) for group in _grouped(spans, limit)]
 
-    def _spans(self, path: Path, name: str) -> Iterable[Span]:
-        if name.endswith(".parquet"):
-            return parquet_spans(path, name)
-        with naming(path):
-            return [Span(path, name, path.stat().st_size, self.scheme)]
+
+def _state(path: Path) -> State:
+    with naming(path):
+        return state_of(path)
 
 
 def _content_digest(path: Path) -> str:
@@ -124,59 +190,57 @@ def _grouped(spans: Iterable[Span], limit: int) -> Iterator[tuple[Span, ...]]:
         yield tuple(group)
 
 
-def file_source(spec: str) -> FileSource:
-    """The source that `--source spec` names: a file, a folder or a glob; or a `UserError`."""
+def file_source(spec: str | Path) -> FileSource:
+    """The source that `--source spec` names: a file, a folder or a glob; or a `UserError`.
+
+    What lies in a folder that this tool has made is left out.
+    """
     path = Path(spec)
-    if path.is_file():
-        if not spec.endswith(SUFFIXES):
-            raise UserError(f"cannot tell what {spec} is: a source ends in {', '.join(SUFFIXES)}")
-        return FileSource(path.name, ((path, path.name),))
-    if path.is_dir():
-        files = _walk(path, SUFFIXES)
+    with naming(path), suppress(FileNotFoundError, NotADirectoryError):
+        path.stat()
+    if os.path.isfile(path):
+        if not path.name.lower().endswith(SUFFIXES):
+            raise UserError(f"cannot tell what {path} is: a source ends in {SUFFIXES_IN_WORDS}")
+        return FileSource(clean_file_name(path.name), ((path, path.name),))
+    if os.path.isdir(path):
+        listing = Listing(path)
+        listing.add_folder()
         name = path.resolve().name
-    elif glob.has_magic(spec):
-        files = _matches(spec)
+    elif os.path.lexists(path):
+        raise UserError(f"{path} is no file or folder, or leads to none: name another --source")
+    elif glob.has_magic(str(path)):
+        root = next(parent for parent in path.parents if os.path.isdir(parent))
+        listing = Listing(root)
+        listing.add_matches(path.relative_to(root).parts)
         name = path.name
     else:
-        raise UserError(f"no file or folder {spec}: name an existing one with --source, or stdlib")
+        raise UserError(f"no file or folder {path}: name an existing one with --source, or stdlib")
+    left_out = listing.report()
+    files = listing.files()
     if not files:
-        raise UserError(f"nothing in {spec} ends in {', '.join(SUFFIXES)}: name another --source")
-    return FileSource(name, tuple(files))
+        besides = f" (left out: {left_out})" if left_out else ""
+        raise UserError(
+            f"nothing in {path} ends in {SUFFIXES_IN_WORDS}{besides}: name another --source"
+        )
+    return FileSource(clean_file_name(name), files, left_out=left_out)
 
 
 def stdlib_source() -> FileSource:
     """The sources and texts of the running Python's standard library, without its tests."""
     folder = Path(sysconfig.get_path("stdlib"))
-    files = _walk(folder, (".py", ".txt"), _LEFT_OUT)
+    files = _library_files(folder)
     if not files:
         raise UserError(f"this Python keeps no library sources in {folder}: name a --source")
-    return FileSource(f"{STDLIB} of Python {platform.python_version()}", tuple(files), "stdlib:")
+    return FileSource(f"{STDLIB} of Python {platform.python_version()}", files, "stdlib:")
 
 
-def _matches(pattern: str) -> list[tuple[Path, str]]:
-    """Files that a glob finds, with their names below its first folder that is no pattern."""
-    root = Path(pattern)
-    while glob.has_magic(str(root)):
-        root = root.parent
-    paths = (Path(match) for match in glob.iglob(pattern, recursive=True))
-    files = {path for path in paths if path.name.endswith(SUFFIXES) and path.is_file()}
-    return _sorted_by_name(files, root)
-
-
-def _walk(
-    root: Path, suffixes: tuple[str, ...], left_out: frozenset[str] = frozenset()
-) -> list[tuple[Path, str]]:
-    """Files below `root` with one of `suffixes`, outside folders that are `left_out`."""
+def _library_files(root: Path) -> tuple[NamedFile, ...]:
     files = []
     for folder, subfolders, names in os.walk(root, onerror=_refuse):
-        subfolders[:] = [name for name in subfolders if name not in left_out]
-        files += [Path(folder, name) for name in names if name.endswith(suffixes)]
-    return _sorted_by_name(files, root)
-
-
-def _sorted_by_name(files: Iterable[Path], root: Path) -> list[tuple[Path, str]]:
+        subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
+        files += [Path(folder, name) for name in names if name.endswith((".py", ".txt"))]
     named = ((path, path.relative_to(root).as_posix()) for path in files)
-    return sorted(named, key=lambda pair: pair[1])
+    return tuple(sorted(named, key=lambda pair: pair[1]))
 
 
 def _refuse(error: OSError) -> None:

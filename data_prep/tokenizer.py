@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import regex
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.records import Skip, usable_text
@@ -12,6 +13,12 @@ from i3dist.tokenizer import SPECIAL_TOKENS
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """Every byte and every special token: what a vocabulary holds before the first merge."""
+
+LONGEST_WORD = 10_000
+"""Characters that training takes for one word at most."""
+
+# Characters that the split pattern keeps together.
+_KINDS = (r"\p{L}", r"\p{N}", r"\p{White_Space}", r"[^\p{L}\p{N}\p{White_Space}]")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -29,8 +36,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(without_long_words(texts), trainer)
     return tokenizer.to_str(pretty=True).encode()
+
+
+def without_long_words(texts: Iterable[str], longest: int = LONGEST_WORD) -> Iterator[str]:
+    """The texts, cut where the split pattern would find a word of more than `longest` characters.
+
+    Training takes time with the square of a word's length.
+    """
+    # Such a word fills a window of half its length at some multiple of that length.
+    half = longest // 2
+    window = regex.compile("|".join(rf"{kind}{{{half}}}" for kind in _KINDS))
+    word = regex.compile("|".join(rf"(?<!{kind}){kind}{{{longest + 1},}}" for kind in _KINDS))
+    for text in texts:
+        start = 0
+        if any(window.match(text, place) for place in range(0, len(text) - half + 1, half)):
+            for found in word.finditer(text):
+                for end in range(found.start() + longest, found.end(), longest):
+                    yield text[start:end]
+                    start = end
+        yield text[start:]
 
 
 def sample_texts(parts: Iterable[Part], source: str, limit: int) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The tool as a whole: the same bytes from any number of workers, and after any interruption."""
 
+import errno
 import json
 import os
 import signal
@@ -281,3 +282,23 @@ def test_no_usable_document_is_an_error(tmp_path: Path, built: Path, workers: in
         with pytest.raises(UserError, match=r"no usable document \(it holds 1 empty, 1 null\)"):
             build(tmp_path, tmp_path / f"out-{len(options)}", "--workers", workers, *options)
     assert not (tmp_path / "out-0").exists(), "a failure before any work leaves nothing"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
+def test_a_disk_without_locks_is_one_line(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UserError, match=r"without locks .*: choose an --out on a local disk"):
+        build(corpus[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_fits_a_terminal() -> None:
+    command = [sys.executable, str(ROOT / "data_prep" / "shard.py"), "--help"]
+    env = os.environ | {"COLUMNS": "80"}
+    text = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert max(map(len, text.splitlines())) <= 80

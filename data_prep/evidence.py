@@ -1,0 +1,63 @@
+"""What was read of a source, so that a later run can tell whether the source is still the same.
+
+Files are hashed as they are read. A later run compares sizes and times, and hashes again only what
+has other times: a source that was copied, moved or touched is still the same.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import BaseModel, ConfigDict
+
+_BLOCK = 1 << 20
+
+State = tuple[int, int, int]
+"""A file's size in bytes, and when its content and its entry last changed, in ns."""
+
+
+class Piece(BaseModel):
+    """Bytes `start` to `stop` of the source's file number `file`, and their SHA-256 as read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: int
+    start: int
+    stop: int
+    sha256: str
+
+    def is_in(self, path: Path) -> bool:
+        """Whether the file holds the same bytes there now."""
+        with path.open("rb") as file:
+            return sha256_between(file, self.start, self.stop) == self.sha256
+
+
+class Evidence(BaseModel):
+    """The state of every file of a source when it was read, and the pieces that were read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    states: tuple[State, ...]
+    pieces: tuple[Piece, ...] = ()
+
+    def touched(self, states: Sequence[State]) -> frozenset[int]:
+        """Numbers of the files that are in another state now."""
+        pairs = enumerate(zip(self.states, states, strict=True))
+        return frozenset(number for number, (then, now) in pairs if then != now)
+
+
+def state_of(file: Path | int) -> State:
+    """The state of a file, given by its path or an open handle."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def sha256_between(file: BinaryIO, start: int, stop: int) -> str:
+    """SHA-256 of the bytes from `start` to `stop`, or to the file's end."""
+    digest = hashlib.sha256()
+    file.seek(start)
+    while block := file.read(min(_BLOCK, stop - file.tell())):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,169 @@
+"""Which files a folder or a glob stands for, and what is left out.
+
+A folder is read as `find -L` walks it, without what programs keep there for themselves: names that
+begin with a dot (or `~$`), folders that begin with `_`, and the folders that this tool has written.
+A glob finds what Python's `glob` finds. No link leads in circles.
+"""
+
+import fnmatch
+import glob
+import itertools
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from data_prep.output import is_output
+from data_prep.readers import SUFFIXES
+from i3dist.errors import UserError
+
+_HIDDEN = (".", "~$")
+_ENDINGS_NAMED = 6
+
+_Identity = tuple[int, int]
+NamedFile = tuple[Path, str]
+"""A file, and its path below the root of its source."""
+
+
+class Listing:
+    """The files of a source below `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.left_out: Counter[str] = Counter()
+        """How many files and folders were left out, by reason."""
+        self._endings: Counter[str] = Counter()
+        self._files: set[Path] = set()
+        self._is_ours = _recogniser(root)
+
+    def add_folder(self) -> None:
+        """Take all files below the root."""
+        for _, files in walk(self.root, self._enters):
+            for path in files:
+                if not path.name.startswith(_HIDDEN):
+                    self._add(path)
+                elif _is_source(path):
+                    self.left_out["hidden files"] += 1
+
+    def add_matches(self, parts: Sequence[str]) -> None:
+        """Take the files below the root that match a glob, given component by component."""
+        for path in set(self._matches(self.root, parts)):
+            if not os.path.isdir(path):
+                self._add(path)
+            elif "**" not in parts:
+                self.left_out["folders"] += 1
+
+    def files(self) -> tuple[NamedFile, ...]:
+        """The files, in the order of their names."""
+        named = ((path, path.relative_to(self.root).as_posix()) for path in self._files)
+        return tuple(sorted(named, key=lambda pair: pair[1]))
+
+    def report(self) -> str:
+        """What was left out, in words; empty where nothing was."""
+        counts = [f"{reason} ({count:,})" for reason, count in sorted(self.left_out.items())]
+        if self._endings:
+            names = [name for name, _ in self._endings.most_common(_ENDINGS_NAMED + 1)]
+            names[_ENDINGS_NAMED:] = ["..."] * (len(names) > _ENDINGS_NAMED)
+            counts.append(f"files that end in {', '.join(names)} ({self._endings.total():,})")
+        return "".join(char if char.isprintable() else "?" for char in ", ".join(counts))
+
+    def _add(self, path: Path) -> None:
+        if not _is_source(path):
+            if os.path.exists(path):
+                self._endings[path.suffix.lower() or "something else"] += 1
+            else:
+                self.left_out["links to nothing"] += 1
+        elif self._is_ours(path.parent) or (path.is_symlink() and self._is_ours(path)):
+            self.left_out["files that this tool has made"] += 1
+        elif stat.S_ISREG(_mode(path)):
+            self._files.add(path)
+        else:
+            self.left_out["pipes, sockets or devices"] += 1
+
+    def _matches(self, folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+        """As `glob` does it, without circles of links; a folder that cannot be read is an error."""
+        if not parts:
+            yield folder
+        elif not os.path.isdir(folder):
+            return
+        elif parts[0] == "**":
+            for below, _ in walk(folder, lambda path: not path.name.startswith(".")):
+                yield from self._matches(below, parts[1:] or ["*"])
+        elif glob.has_magic(parts[0]):
+            names = [path.name for path in _entries(folder)]
+            if not parts[0].startswith("."):
+                names = [name for name in names if not name.startswith(".")]
+            for name in fnmatch.filter(names, parts[0]):
+                yield from self._matches(folder / name, parts[1:])
+        elif os.path.lexists(folder / parts[0]):
+            yield from self._matches(folder / parts[0], parts[1:])
+
+    def _enters(self, folder: Path) -> bool:
+        if folder.name.startswith(_HIDDEN):
+            self.left_out["hidden folders"] += 1
+        elif folder.name.startswith("_") and "=" not in folder.name:  # _a=1: a partition
+            self.left_out["folders whose names begin with _"] += 1
+        elif self._is_ours(folder):
+            self.left_out["folders that this tool has made"] += 1
+        else:
+            return True
+        return False
+
+
+def walk(root: Path, enters: Callable[[Path], bool]) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder from `root` down with what is in it that is no folder.
+
+    Links are followed, but not back to a folder that they lie in. `enters` says which folders to go
+    into.
+    """
+    pending: list[tuple[Path, tuple[_Identity, ...]]] = [(root, (_identity(root),))]
+    while pending:
+        folder, above = pending.pop()
+        files = []
+        for path in _entries(folder):
+            if not os.path.isdir(path):
+                files.append(path)
+            elif enters(path) and (identity := _identity(path)) not in above:
+                pending.append((path, (*above, identity)))
+        yield folder, files
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from None
+
+
+def _identity(folder: Path) -> _Identity:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _is_source(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        link = f", a link to {os.readlink(path)}" if path.is_symlink() else ""
+        reason = f"{error.strerror}; repair or remove it"
+        raise UserError(f"cannot read {path}{link}: {reason}") from None
+
+
+def _recogniser(root: Path) -> Callable[[Path], bool]:
+    """Tells whether a path below `root`, or a link's target, lies in an output of this tool."""
+    top = Path(os.path.realpath(root))
+    is_known_output = cache(is_output)
+
+    @cache
+    def lies_in_output(path: Path) -> bool:
+        real = Path(os.path.realpath(path))
+        above = itertools.takewhile(lambda folder: folder != top, (real, *real.parents))
+        return any(map(is_known_output, (*above, top)))
+
+    return lies_in_output
