@@ -275,7 +275,7 @@ def test_a_dry_run_prints_what_the_run_would_decide(
     job = dist.Job(0, ranks, 0, ranks, 1, "127.0.0.1", 1, "python")
     train.dry_run(settings, job)
     said = capsys.readouterr().out
-    shown = {name: value for name, value in (r for r in cells(said) if len(r) == 2)}
+    shown = dict(r for r in cells(said) if len(r) == 2)
     assert shown["train.lanes"] == str(lanes)
     assert shown["optimizer.decay_steps"] == "77"
     assert shown["model.vocab_size"] == "271"

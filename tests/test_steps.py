@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -313,7 +314,7 @@ def test_a_lane_reads_a_shard_from_its_first_chunk_to_its_last(run: Run) -> None
     for lane in range(LANES):
         read = [place for rows in windows for place in rows[lane] if place is not None]
         assert len(read) > sum(sizes) / LANES, "more than an epoch"
-        for (shard, chunk), following in zip(read, read[1:], strict=False):
+        for (shard, chunk), following in pairwise(read):
             ends = chunk + 1 == sizes[shard]
             assert following[1] == 0 if ends else following == (shard, chunk + 1)
 
