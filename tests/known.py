@@ -42,9 +42,10 @@ class Known:
 
 
 def documents(seed: int, count: int) -> list[list[int]]:
-    """Texts of 1 to 60 random tokens, none special."""
+    """Texts of 1 to 60 random tokens, none special; the second begins where a chunk does."""
     rng = np.random.default_rng(seed)
-    return [rng.integers(13, 271, rng.integers(1, 61)).tolist() for _ in range(count)]
+    lengths = [2 * CHUNK - 2, *rng.integers(1, 61, count - 1).tolist()]
+    return [rng.integers(13, 271, length).tolist() for length in lengths]
 
 
 def make(folder: Path, train: Sequence[Sequence[int]], valid: Sequence[Sequence[int]]) -> Known:
