@@ -36,7 +36,8 @@ from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Place = tuple[int, int]  # line and column
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,7 +197,7 @@ class Bench:
     def run(self, tests: Sequence[str], seconds: float) -> tuple[int | None, str]:
         """Run test files, up to the first failure: pytest's status, None where it took too long,
         and what it said."""
-        words = ["nice", self.python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        words = ["nice", str(self.python), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         process = subprocess.Popen(
             words,
             cwd=self.root,
