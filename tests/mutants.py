@@ -197,7 +197,17 @@ class Bench:
     def run(self, tests: Sequence[str], seconds: float) -> tuple[int | None, str]:
         """Run test files, up to the first failure: pytest's status, None where it took too long,
         and what it said."""
-        words = ["nice", str(self.python), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        words = [
+            "nice",
+            str(self.python),
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            *tests,
+        ]
         process = subprocess.Popen(
             words,
             cwd=self.root,

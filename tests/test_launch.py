@@ -270,14 +270,14 @@ def test_a_dry_run_prints_what_the_run_would_decide(
     train: ModuleType, known: Known, capsys: pytest.CaptureFixture[str], ranks: int, lanes: int
 ) -> None:
     settings = Settings().with_values(
-        **MODEL | {"model.vocab_size": "auto", "data.path": str(known.folder), "train.steps": 77}
+        **MODEL | {"model.vocab_size": "auto", "data.path": str(known.folder), "train.steps": 777}
     )
     job = dist.Job(0, ranks, 0, ranks, 1, "127.0.0.1", 1, "python")
     train.dry_run(settings, job)
     said = capsys.readouterr().out
     shown = dict(r for r in cells(said) if len(r) == 2)
     assert shown["train.lanes"] == str(lanes)
-    assert shown["optimizer.decay_steps"] == "77"
+    assert shown["optimizer.decay_steps"] == "777"
     assert shown["model.vocab_size"] == "271"
     assert f"tokens_per_step={lanes * 2 * CHUNK} ({lanes} lanes x 1 windows" in said
     train.dry_run(settings, dist.Job(1, 2, 1, 2, 1, "127.0.0.1", 1, "python"))

@@ -69,7 +69,7 @@ def test_a_run_decides_what_is_left_to_it_and_nothing_else(ranks: int, lanes: in
     decided = decide(settings, ranks, 4096)
     wanted = {"train.lanes": lanes, "optimizer.decay_steps": 123, "model.vocab_size": 4096}
     assert decided == settings.with_values(**wanted)
-    typed = {"train.lanes": 6, "optimizer.decay_steps": 50, "model.vocab_size": 300}
+    typed = {"train.lanes": 6, "optimizer.decay_steps": 500, "model.vocab_size": 300}
     assert decide(settings.with_values(**typed), ranks, 4096) == settings.with_values(**typed)
 
 

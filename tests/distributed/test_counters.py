@@ -21,6 +21,7 @@ WORDS = {
     "model.latents": 2,
     "model.history_chunks": 2,
     "compression.off_steps": 0,
+    "optimizer.warmup_steps": 0,
     "train.steps": 1,
     "train.lanes": 4,
     "train.window_chunks": 3,
