@@ -362,7 +362,7 @@ def main() -> None:
         "--python", type=Path, default=ROOT / ".venv" / "bin" / "python", help="runs the tests"
     )
     parser.add_argument("tests", nargs="*", help="test files to time (default: all)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     if arguments.what == "summary":
@@ -371,7 +371,8 @@ def main() -> None:
     python = arguments.python.absolute()  # not resolved: a link tells which environment it is of
     benches = [Bench(out / f"copy-{number}", python) for number in range(arguments.jobs)]
     if arguments.what == "times":
-        every = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py"))
+        root = benches[0].root
+        every = sorted(str(p.relative_to(root)) for p in (root / "tests").rglob("test_*.py"))
         take_times(out, benches, arguments.tests or every)
     else:
         mutants = drawn(benches[0].root, arguments.count, arguments.seed)

@@ -10,6 +10,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -335,6 +336,129 @@ def test_train_ends_as_it_went(
     assert ("stopped as asked, at step 12: the same command goes on" in said) == (not done)
     assert ("done: runs/i3-4096ctx" in said) == done
     assert left.called == done and stop.return_value.leave.called != done
+
+
+@dataclass
+class Built:
+    """What `build` puts together, with stand-ins for all that is heavy."""
+
+    model: mock.Mock
+    trainer: mock.Mock
+    recorded: mock.Mock
+    seed: int
+
+
+def build(
+    train: ModuleType,
+    known: Known,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int = 0,
+    checkpoint: Path | None = None,
+    **changes: Any,
+) -> Built:
+    """Build a trainer of two ranks, which continues from `checkpoint`."""
+    settings = Settings().with_values(**MODEL | {"train.lanes": 8} | changes)
+    corpus = train.Corpus.open(known.folder, settings.model)
+    start = train.Start(settings, checkpoint, mock.Mock() if checkpoint else None)
+    built = Built(mock.Mock(), mock.Mock(), mock.Mock(return_value=mock.Mock()), -1)
+
+    def model(*_: object) -> mock.Mock:
+        built.seed = torch.initial_seed()
+        return built.model
+
+    for name, stand_in in {
+        "resolve": lambda *_: start,
+        "agree": mock.Mock(),
+        "verify": lambda start, job: start,
+        "I3LM": model,
+        "Trainer": mock.Mock(return_value=built.trainer),
+        "begin_record": built.recorded,
+    }.items():
+        monkeypatch.setattr(train, name, stand_in)
+    for name in ("read_engine_config", "start", "Engine"):
+        monkeypatch.setattr(train.engine, name, mock.Mock())
+    for name in ("share_threads", "keep_freed_memory"):
+        monkeypatch.setattr(train.dist, name, mock.Mock())
+    arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False)
+    job = dist.Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
+    assert train.build(arguments, settings, job, corpus, mock.Mock()) is built.trainer
+    return built
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_first_weights_are_of_the_runs_seed(
+    train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    torch.manual_seed(999)
+    assert build(train, known, monkeypatch, **{"train.seed": seed}).seed == seed
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpu", "compiled"),
+    [
+        (True, False, True),
+        (True, True, True),
+        (False, True, False),
+        ("auto", True, True),
+        ("auto", False, False),
+    ],
+)
+def test_blocks_are_compiled_as_chosen(
+    train: ModuleType,
+    known: Known,
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: bool | str,
+    gpu: bool,
+    compiled: bool,
+) -> None:
+    monkeypatch.setattr(train.dist, "uses_cuda", lambda: gpu)
+    built = build(train, known, monkeypatch, **{"train.compile": chosen})
+    assert built.model.compile_blocks.called == compiled
+
+
+def test_the_first_rank_alone_keeps_the_record(
+    train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in (0, 1):
+        built = build(train, known, monkeypatch, rank=rank)
+        assert built.recorded.called == (rank == 0)
+
+
+def test_a_run_is_resumed_from_its_checkpoint_and_else_from_none(
+    train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not build(train, known, monkeypatch).trainer.resume.called
+    built = build(train, known, monkeypatch, checkpoint=Path("step-00000003"))
+    assert built.trainer.resume.call_args.args[0] == Path("step-00000003")
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_run_says_what_it_is_before_it_begins(
+    train: ModuleType,
+    known: Known,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    continues: bool,
+) -> None:
+    """A new record and a note on an early history are for new runs."""
+    monkeypatch.setattr(train, "lay_out", mock.Mock())
+    opened = mock.Mock()
+    monkeypatch.setattr(train.tracking, "start", opened)
+    long = {"train.lanes": 4, "train.steps": 10**7, "run.path": "somewhere"}
+    settings = Settings().with_values(**MODEL | long)
+    corpus = train.Corpus.open(known.folder, settings.model)
+    start = train.Start(settings, Path("step-00000003") if continues else None)
+    job = dist.Job(0, 1, 0, 1, 1, "127.0.0.1", 1, "python")
+    tracker = train.begin_record(start, job, corpus)
+    said = capsys.readouterr().out
+    assert ("note: history begins" in said) == (not continues)
+    assert f"tokens_per_step={4 * 2 * CHUNK} " in said
+    train.lay_out.assert_called_once_with(start, corpus)
+    assert opened.call_args.args == (settings,)
+    assert opened.call_args.kwargs["fresh"] == (not continues)
+    assert opened.call_args.kwargs["tags"]["data_fingerprint"] == corpus.fingerprint
+    kept = [call.args[0] for call in tracker.artifact.call_args_list]
+    assert kept == [Path("somewhere/settings.yaml"), Path("somewhere/tokenizer.json")]
 
 
 def test_a_runs_tags_name_its_origin(train: ModuleType, known: Known) -> None:
