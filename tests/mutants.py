@@ -301,7 +301,8 @@ def take_times(out: Path, benches: Sequence[Bench], tests: Sequence[str]) -> Non
         if status in (0, 5):
             times[test] = seconds
             path.write_text(json.dumps(times, indent=1))
-        print(f"{seconds:6.1f} s  {test}", "" if status in (0, 5) else f"FAILS\n{said[-2000:]}")
+        fault = "" if status in (0, 5) else f"FAILS\n{said[-2000:]}"
+        print(f"{seconds:6.1f} s  {test} {fault}".rstrip(), flush=True)
 
 
 def take_sample(out: Path, benches: Sequence[Bench], mutants: Sequence[Mutant]) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from unittest import mock
 import pytest
 import torch
 
+from data_prep.tokenizer import train_tokenizer
 from i3dist import dist
 from i3dist.config import Settings
 from i3dist.errors import UserError
@@ -162,6 +164,17 @@ def test_evaluates_table_says_how_much_it_leaves_out(
     assert ("later chunks" in said) == (count > 12)
     if count > 12:
         assert f"({count - 12} later chunks: see --json)" in said
+
+
+def test_evaluate_refuses_data_of_another_tokenizer_of_the_same_size(
+    finished: Path, known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "tokenizer.json").write_bytes(train_tokenizer(["cd cd cd"], 300))
+    typed(monkeypatch, "--checkpoint", run, "--data", known.folder, "--device", "cpu")
+    with pytest.raises(UserError, match=rf"{known.folder} was made with another tokenizer"):
+        load("evaluate").main()
 
 
 def test_evaluate_finds_before_the_work_that_it_cannot_write(
