@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +16,8 @@ from matplotlib.lines import Line2D
 from i3dist import plots
 
 LOSSES = ("loss", "loss_without_history", "loss_other_history")
+# Drawing takes long, so nobody looks for the smallest picture that is wrong.
+DRAWING = settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.generate))
 # What is not given, or is not a number, leaves a gap.
 FIGURE = st.none() | st.floats(0.25, 20)
 
@@ -47,7 +49,7 @@ def column(lines: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     return [(line["step"], line[name]) for line in lines if line[name] is not None]
 
 
-@settings(max_examples=10, deadline=None)
+@DRAWING
 @given(metrics=logged(("loss",)), held_out=logged(("loss",)))
 def test_losses_are_drawn_at_their_steps(
     metrics: list[dict[str, Any]], held_out: list[dict[str, Any]]
@@ -132,7 +134,7 @@ CHUNKS = st.dictionaries(
 )
 
 
-@settings(max_examples=10, deadline=None)
+@DRAWING
 @given(validations=st.lists(CHUNKS, min_size=1, max_size=3))
 def test_history_is_drawn_by_chunk_and_its_gain_by_step(
     validations: list[dict[int, dict[str, float | None]]],
