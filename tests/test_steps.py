@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import os
+import runpy
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,6 +26,7 @@ from i3dist import checkpoint, dist, engine, metrics
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.engine import Engine, Stepped, read_engine_config
+from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.trainer import Trainer
@@ -263,10 +266,12 @@ def run(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     """A run whose third step is skipped and which is asked to stop in its sixth; the one that goes
-    on from there."""
+    on from there, and finds a line of a seventh step, as a run leaves it that is killed."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     before = start(folder, stop=Asked(6), bad={2})
     before.done = before.trainer.fit()
+    with (folder / "ledger.jsonl").open("a") as file:
+        file.write(json.dumps(before.lines("ledger")[-1] | {"step": 7}) + "\n")
     after = start(folder)
     after.first = 6
     found = checkpoint.newest_whole(folder / "checkpoints", after.trainer.job)
@@ -426,6 +431,20 @@ def test_the_ledger_has_each_steps_samples_loss_and_norm(any_run: Run) -> None:
             assert entry["gradient_norm"] == step.stepped.norm
         else:
             assert entry["loss"] is None
+
+
+def test_the_ledgers_program_knows_what_each_step_read(any_run: Run, tmp_path: Path) -> None:
+    """From the data and the run's settings; with another seed it would have been other shards."""
+    checked = runpy.run_path(str(ROOT / "launch" / "ledger.py"))["checked"]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(any_run.settings.run.path / "ledger.jsonl", folder)
+    any_run.settings.save(folder / "settings.yaml")
+    assert [entry.step for entry in checked(folder, any_run.data.folder)] == [*range(1, STEPS + 1)]
+    any_run.settings.with_values(**{"train.seed": 1}).save(folder / "settings.yaml")
+    with pytest.raises(UserError, match="step 1 read other samples than the schedule gives it"):
+        checked(folder, any_run.data.folder)
+    assert len(checked(folder, None)) == STEPS
 
 
 def test_intervals_end_where_they_say_and_with_the_run(run: Run) -> None:

@@ -113,6 +113,7 @@ def test_a_shard_has_the_chunks_that_it_must(
     content["shards"][-1] |= last | ({"size": size(last["chunks"], 4)} if last else {})
     assert loads(tmp_path, content) == legal
     assert loads(tmp_path, manifest(chunks=4, per_shard=2))
+    assert loads(tmp_path, manifest(chunks=1_000_000, per_shard=1_000_000))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
