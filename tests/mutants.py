@@ -43,7 +43,7 @@ Place = tuple[int, int]  # line and column
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("i3dist", "data_prep", "launch")
 # Seconds of tests that a mutant is run against: of its module's own, and of those further away.
-NEAR_SECONDS, FAR_SECONDS = 150.0, 450.0
+NEAR_SECONDS, FAR_SECONDS = 120.0, 300.0
 TIMES, RESULTS = "times.json", "results.jsonl"
 # A program that a test starts by its path.
 STARTED = re.compile(r"(launch/\w+|data_prep/shard)\.py|load\(\"(\w+)\"\)")
@@ -126,9 +126,10 @@ class Annotated:
 class Reach:
     """Which test files import a module, and which reach it through others."""
 
-    def __init__(self, root: Path, times: dict[str, float]) -> None:
+    def __init__(self, root: Path, times: dict[str, float], far_seconds: float) -> None:
         self.root = root
         self.times = times
+        self.far_seconds = far_seconds
 
     @cached_property
     def _imports(self) -> dict[str, set[str]]:
@@ -171,7 +172,7 @@ class Reach:
         far = {test for test in self.times if module in self._reached[test]} - near - named
         first = self._within([*self._quick(named), *self._quick(near)], NEAR_SECONDS)
         left = (named | near) - set(first)
-        return first, self._within([*self._quick(left), *self._quick(far)], FAR_SECONDS)
+        return first, self._within([*self._quick(left), *self._quick(far)], self.far_seconds)
 
     def _quick(self, tests: Iterable[str]) -> list[str]:
         return sorted(tests, key=self.times.__getitem__)
@@ -305,30 +306,31 @@ def take_times(out: Path, benches: Sequence[Bench], tests: Sequence[str]) -> Non
         print(f"{seconds:6.1f} s  {test} {fault}".rstrip(), flush=True)
 
 
-def take_sample(out: Path, benches: Sequence[Bench], mutants: Sequence[Mutant]) -> None:
-    """Judge the mutants that are not judged yet."""
-    reach = Reach(benches[0].root, json.loads((out / TIMES).read_text()))
-    judged = {verdict.mutant for verdict in read(out)}
-    todo = [mutant for mutant in mutants if mutant not in judged]
+def take_sample(
+    out: Path, benches: Sequence[Bench], mutants: Sequence[Mutant], reach: Reach, again: bool
+) -> None:
+    """Judge the mutants that are not judged yet; with `again` those that lived."""
+    outcomes = {verdict.mutant: verdict.outcome for verdict in read(out)}
+    todo = [mutant for mutant in mutants if outcomes.get(mutant) == ("lived" if again else None)]
 
     def judge(bench: Bench, mutant: Mutant) -> None:
         verdict = bench.judge(mutant, reach)
         with (out / RESULTS).open("a") as file:
             file.write(json.dumps(asdict(verdict)) + "\n")
-        print(
-            f"{verdict.outcome:9} {verdict.seconds:6.1f} s  {mutant.path}:{mutant.line}", flush=True
-        )
+        place = f"{mutant.path}:{mutant.line}"
+        print(f"{verdict.outcome:9} {verdict.seconds:6.1f} s  {place}", flush=True)
 
     for _ in spread(benches, todo, judge):
         pass
 
 
 def read(out: Path) -> list[Verdict]:
-    """The verdicts so far."""
+    """The verdicts so far, of each mutant the last."""
     path = out / RESULTS
     lines = path.read_text().splitlines() if path.exists() else []
     raw = [json.loads(line) for line in lines]
-    return [Verdict(**(line | {"mutant": Mutant(**line["mutant"])})) for line in raw]
+    verdicts = [Verdict(**(line | {"mutant": Mutant(**line["mutant"])})) for line in raw]
+    return list({verdict.mutant: verdict for verdict in verdicts}.values())
 
 
 def summarise(verdicts: Sequence[Verdict]) -> None:
@@ -357,6 +359,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of times and verdicts")
     parser.add_argument("--count", type=int, default=100, help="mutants of the sample (100)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    parser.add_argument(
+        "--far", type=float, default=FAR_SECONDS, help=f"seconds of far tests ({FAR_SECONDS:.0f})"
+    )
+    parser.add_argument("--again", action="store_true", help="judge those that lived once more")
     parser.add_argument("--jobs", type=int, default=2, help="at a time (2)")
     parser.add_argument("--first", type=int, help="only so many of the sample")
     parser.add_argument(
@@ -377,7 +383,9 @@ def main() -> None:
         take_times(out, benches, arguments.tests or every)
     else:
         mutants = drawn(benches[0].root, arguments.count, arguments.seed)
-        take_sample(out, benches, mutants[: arguments.first])
+        times = json.loads((out / TIMES).read_text())
+        reach = Reach(benches[0].root, times, arguments.far)
+        take_sample(out, benches, mutants[: arguments.first], reach, arguments.again)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def test_matrices_begin_with_the_deviation_of_their_width_and_depth(model: I3LM)
     }
     parameters = dict(model.named_parameters())
     for name, deviation in wanted.items():
-        assert float(parameters[name].std()) == pytest.approx(deviation, rel=0.08), name
-        assert abs(float(parameters[name].mean())) < 0.1 * deviation, name
+        assert parameters[name].std().item() == pytest.approx(deviation, rel=0.08), name
+        assert abs(parameters[name].mean().item()) < 0.1 * deviation, name
 
 
 def test_norms_begin_as_the_identity(model: I3LM) -> None:
