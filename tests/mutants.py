@@ -246,7 +246,9 @@ class Bench:
         before = path.read_text()
         after = mutate_code(before, get_operator(mutant.operator)(), mutant.occurrence)
         assert after is not None
-        diff = "\n".join(difflib.unified_diff(before.split("\n"), after.split("\n"), n=0))
+        diff = "\n".join(
+            difflib.unified_diff(before.split("\n"), after.split("\n"), n=0, lineterm="")
+        )
         started = time.monotonic()
         outcome, by = "lived", ""
         path.write_text(after)
