@@ -13,6 +13,7 @@ Units: seconds, bytes, bytes/s, tokens. A lane is 8 chunks of 512 tokens.
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -40,7 +41,9 @@ LANES = (4, 16)  # of a GPU: the default, and the most at once that the fit goes
 BATCHES = {"1M tokens": 256, "4M tokens": 1024}  # lanes of a step
 SCALARS = 3  # sums of a step over ranks: targets, loss, gradient norm
 FP32, BF16 = 4, 2
-MEASURED = Path(__file__).parent.parent / "docs" / "results" / "train_throughput.json"
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+MEASURED = RESULTS / "train_throughput.json"
+SEVERAL = RESULTS / "several_gpus.json"
 
 # Assumed, as docs/scaling.md explains: bandwidths one way, as NCCL achieves them.
 NODE, NVLINK = 8, 360e9  # GPUs of a node, the bandwidth of each
@@ -207,7 +210,26 @@ def tables(cost: Cost, measured: dict[tuple[int, int], float]) -> dict[str, str]
         "fit": _markdown(fit, _fit_rows(cost, measured)),
         "scaling": _markdown(scaling, _scaling_rows(cost)),
         "schemes": _markdown(schemes, _scheme_rows(cost)),
+        "several": several_table(cost, SEVERAL),
     }
+
+
+def several_table(cost: Cost, path: Path) -> str:
+    """Speeds that several_gpus.py measured, and the same derived, in Markdown."""
+    columns = "lanes a GPU | GPUs | derived, tokens/s | measured | derived, efficiency | measured"
+    alone: dict[int, float] = {}
+    rows = []
+    for row in json.loads(path.read_text("utf-8"))["speed"]:
+        lanes, world = row["lanes_a_gpu"], row["gpus"]
+        speed = statistics.median(row["tokens_per_second"])
+        job, one = Job(world, lanes), Job(1, lanes)
+        alone.setdefault(lanes, speed)  # one GPU comes first
+        shares = [job.efficiency(cost, one), speed / world / alone[lanes]]
+        rows.append(
+            [f"{lanes}", f"{world}", f"{job.speed(cost):,.0f}", f"{speed:,.0f}"]
+            + [f"{share:.1%}" for share in shares]
+        )
+    return _markdown(columns, rows)
 
 
 def _markdown(columns: str, rows: Iterable[list[str]]) -> str:
