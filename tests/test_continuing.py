@@ -26,6 +26,7 @@ FREE = {
     "data.workers": 3,
     "data.on_damage": "quarantine",
     "train.steps": 9,
+    "train.device": "cpu",
     "train.micro_batch": 2,
     "train.compile": False,
     "log.every": 7,
@@ -66,6 +67,7 @@ KEPT = {
     "optimizer.weight_decay": 0.2,
     "train.seed": 7,
     "train.lanes": 12,
+    "train.schedule": 1,
     "train.window_chunks": 4,
     "train.accumulation": 2,
     "train.clip": 2.0,
@@ -77,7 +79,12 @@ KEPT = {
 }
 # What a run has decided when it starts, so that no "auto" of these is left in a checkpoint.
 SAVED = Settings().with_values(
-    **{"model.vocab_size": 4096, "train.lanes": 8, "optimizer.decay_steps": 20_000}
+    **{
+        "model.vocab_size": 4096,
+        "train.lanes": 8,
+        "train.schedule": 2,
+        "optimizer.decay_steps": 20_000,
+    }
 )
 
 

@@ -66,6 +66,8 @@ WORDS = {
     "model.state_carry": (True, False),
     "optimizer.decay_steps": ("auto",),
     "train.lanes": ("auto",),
+    "train.schedule": (1, 2, "auto"),
+    "train.device": ("auto", "cpu", "cuda"),
     "train.micro_batch": ("auto",),
     "train.compile": (True, False, "auto"),
     "tracking.enabled": (True, False),

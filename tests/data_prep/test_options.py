@@ -67,14 +67,14 @@ def test_a_place_is_what_was_typed(name: str) -> None:
     assert str(value(name, "a b#c")) == "a b#c"
 
 
-SOURCE = SimpleNamespace(name="texts", revision="r1")
+SOURCE = SimpleNamespace(name="texts", outline="r1", revision="r2")
 GIVEN = SimpleNamespace(sha256="abc", vocab_size=300, path="t.json")
 
 
 def test_settings_of_an_output_are_all_options_that_decide_its_bytes() -> None:
     words = ["--chunk-length", "7", "--chunks-per-shard", "5", "--seed", "3", "--workers", "9"]
     options = parse([*words, "--valid-fraction", "0.5", "--tokenizer-sample-mb", "4"])
-    trained = settings_of(options, SOURCE, None)
+    trained = settings_of(options, SOURCE, None, None)
     wanted = Settings(
         source="texts",
         revision="r1",
@@ -88,8 +88,8 @@ def test_settings_of_an_output_are_all_options_that_decide_its_bytes() -> None:
     )
     assert trained == wanted
     given = {"tokenizer": "sha256 abc", "tokenizer_sample_mb": 0, "vocab_size": 300}
-    assert settings_of(options, SOURCE, GIVEN) == wanted.model_copy(update=given)
-    sized = settings_of(parse([*words, "--vocab-size", "4000"]), SOURCE, None)
+    assert settings_of(options, SOURCE, GIVEN, trained) == wanted.model_copy(update=given)
+    sized = settings_of(parse([*words, "--vocab-size", "4000"]), SOURCE, None, None)
     assert sized.vocab_size == 4000
 
 

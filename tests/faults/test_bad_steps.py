@@ -53,7 +53,7 @@ def test_too_many_in_a_row_end_the_run(
     line = error_line(result)
     assert "in 3 steps in a row, up to step 4" in line and "guard.bad_steps" in line
     assert [e.step for e in ledger.read(run)] == [1, 2, 3, 4]
-    assert "start again with a lower optimizer.lr" in line and "with --fresh" in line
+    assert "start over with --fresh and a lower optimizer.lr" in line
     words += ["train.steps=1", "optimizer.lr=1e-5", "--fresh"]
     assert run_ranks(*words, ranks=1).returncode == 0
 
