@@ -142,7 +142,7 @@ def test_numbers_that_a_line_offers_are_taken() -> None:
 
 def test_notes_of_a_new_run(data: Path) -> None:
     corpus = Corpus.open(data, ModelSettings())
-    line = idle_lanes(Settings.load(None, ["train.lanes=64"]), corpus)
+    line = idle_lanes(Settings.load(None, ["train.lanes=64", "train.schedule=2"]), corpus)
     assert line is not None and "set a smaller train.lanes" in line
     assert idle_lanes(Settings.load(None, ["train.lanes=4"]), corpus) is None
     note = early_history(Settings.load(None, ["train.lanes=4"]))

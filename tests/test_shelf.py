@@ -97,7 +97,7 @@ def test_links_are_followed_to_read_and_only_taken_away_themselves(
     shelf.stage(shelf.staging(target))
     (shelf.staging(target) / "state.json").write_text("new")
     shelf.publish(shelf.staging(target), target)
-    shelf.prune(folder, new, CheckpointSettings(keep=1))
+    shelf.prune(folder, new, CheckpointSettings(keep=1), lambda _: True)
     assert shelf.steps(folder) == [new] and shelf.candidates(folder) == [target]
     assert (target / "state.json").read_text() == "new" and not target.is_symlink()
     assert {path.name for path in folder.iterdir()} == {target.name, "latest"}
