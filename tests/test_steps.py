@@ -55,6 +55,7 @@ VALUES = {
     "optimizer.decay_steps": DECAY,
     "train.steps": STEPS,
     "train.lanes": LANES,
+    "train.schedule": 2,
     "train.window_chunks": K,
     "train.accumulation": WINDOWS,
     "train.micro_batch": ROWS,
