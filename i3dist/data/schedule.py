@@ -109,45 +109,47 @@ class Schedule:
 
 @dataclass
 class _Sequence:
-    """The endless sequence of shards, epoch by epoch, as it is asked for."""
+    """The endless sequence of shards, as it is asked for, round by round.
+
+    A round is as many epochs as have a shard for every lane: one, or more with fewer shards.
+    """
 
     shard_chunks: tuple[int, ...]
     lanes: int
     seed: int
-    # For each known epoch, how many chunks each lane has read before it.
+    # For each known round, how many chunks each lane has read before it.
     starts: list[list[int]] = field(default_factory=list)
     plans: dict[int, list[LanePlan]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.epochs = -(-self.lanes // len(self.shard_chunks))  # of a round
         self.starts.append([0] * self.lanes)
 
     def chunk(self, position: int, lane: int) -> Place:
         """The chunk at a lane's `position`, counted from the start of the run."""
         while self.starts[-1][lane] <= position:
-            before, plans = self.starts[-1], self._epoch(len(self.starts) - 1)
+            before, plans = self.starts[-1], self._round(len(self.starts) - 1)
             self.starts.append([n + p.chunks for n, p in zip(before, plans, strict=True)])
-        # Where a lane has no shard in an epoch, the epoch after it starts at the same position.
-        epoch = bisect_right(self.starts, position, key=lambda starts: starts[lane]) - 1
-        place = self._epoch(epoch)[lane].chunk(position - self.starts[epoch][lane])
+        number = bisect_right(self.starts, position, key=lambda starts: starts[lane]) - 1
+        place = self._round(number)[lane].chunk(position - self.starts[number][lane])
         assert place is not None
         return place
 
-    def _epoch(self, epoch: int) -> list[LanePlan]:
-        """Every lane's plan in one epoch."""
-        if epoch not in self.plans:
-            # With fewer shards than lanes, lanes are in several epochs at once.
-            if len(self.plans) > 4 + 2 * self.lanes // len(self.shard_chunks):
+    def _round(self, number: int) -> list[LanePlan]:
+        """Every lane's plan in one round."""
+        if number not in self.plans:
+            if len(self.plans) > 4:  # lanes are in one round and the next
                 self.plans.clear()
-            self.plans[epoch] = self._make(epoch)
-        return self.plans[epoch]
+            self.plans[number] = self._make(number)
+        return self.plans[number]
 
-    def _make(self, epoch: int) -> list[LanePlan]:
-        count = len(self.shard_chunks)
-        order = permutation(self.seed, epoch, count)
-        # The first shard of the epoch that each lane takes: lane g's places in the sequence are
-        # g, g + G, ..., and the epoch's are epoch * count and on.
-        firsts = ((lane - epoch * count) % self.lanes for lane in range(self.lanes))
-        return [LanePlan.of(order[first :: self.lanes], self.shard_chunks) for first in firsts]
+    def _make(self, number: int) -> list[LanePlan]:
+        count, first = len(self.shard_chunks), number * self.epochs
+        epochs = range(first, first + self.epochs)
+        order = [shard for epoch in epochs for shard in permutation(self.seed, epoch, count)]
+        # Lane g's places in the sequence are g, g + G, ...; the round's begin at first * count.
+        offsets = ((lane - first * count) % self.lanes for lane in range(self.lanes))
+        return [LanePlan.of(order[offset :: self.lanes], self.shard_chunks) for offset in offsets]
 
 
 @dataclass(frozen=True)
