@@ -16,7 +16,7 @@ from i3dist.checkpoint import RunState
 from i3dist.config import OnDamage, Settings, first_conflict, inherit_decided
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import check_shards
-from i3dist.engine import numeric_part
+from i3dist.engine_file import numeric_part
 from i3dist.errors import UserError, explain
 from i3dist.files import clear_partials, write_whole
 from i3dist.tokenizer import Tokenizer

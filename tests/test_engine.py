@@ -11,7 +11,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor
 
-from i3dist import dist, engine
+from i3dist import dist, engine, engine_file
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.engine import Engine, read_engine_config
 from i3dist.errors import UserError
@@ -186,7 +186,7 @@ def changed(path: Path, group: str, key: str, value: object) -> Path:
 
 
 ZERO_FIELDS = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-GROUPS = [key for key, rule in engine.ENGINE_KEYS.items() if isinstance(rule, dict)]
+GROUPS = [key for key, rule in engine_file.ENGINE_KEYS.items() if isinstance(rule, dict)]
 # What the engine makes of ZeRO's keys, as JSON; of any other value, and any other key, nothing.
 HONOURED = {
     **dict.fromkeys(("contiguous_gradients", "reduce_scatter"), "true"),
@@ -260,10 +260,10 @@ def test_what_decides_numbers_outlives_keys_that_do_not() -> None:
         "data_types": {"grad_accum_dtype": "fp32", "param_dtype": "bf16"},
         "communication_data_type": "fp32",
     }
-    now = engine.numeric_part(read_engine_config(ZERO2))
-    assert engine.numeric_part(old) == now == engine.numeric_part(now)
+    now = engine_file.numeric_part(read_engine_config(ZERO2))
+    assert engine_file.numeric_part(old) == now == engine_file.numeric_part(now)
     old["bf16"] = {"enabled": False}
-    assert engine.numeric_part(old) != now
+    assert engine_file.numeric_part(old) != now
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "3"])

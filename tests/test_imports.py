@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import itself and those before it.
 LAYERS = [
     {
+        "i3dist.engine_file",
         "i3dist.errors",
         "i3dist.files",
         "i3dist.paths",
