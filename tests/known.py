@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.pack import Framing, Packer
 from data_prep.tokenizer import train_tokenizer
-from i3dist.data.manifest import Manifest
 from i3dist.tokenizer import Tokenizer
+from tests.data.splits import BOS, EOS, PAD, split_of
 
 CHUNK, PER_SHARD = 8, 4
-BOS, EOS, PAD = 2, 3, 1
 TOKENIZER = train_tokenizer(["ab ab ab"], 300)
 
 
@@ -58,27 +56,8 @@ def make(folder: Path, train: Sequence[Sequence[int]], valid: Sequence[Sequence[
 
 def _split(folder: Path, name: str, texts: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
     tokenizer = Tokenizer(TOKENIZER, folder / "tokenizer.json")
-    (folder / name).mkdir()
-    packer = Packer(folder / name, Framing(CHUNK, PER_SHARD, BOS, EOS, PAD))
-    for number, ids in enumerate(texts):
-        packer.add(str(number), "", ids)
-    packer.close()
-    Manifest(
-        split=name,
-        chunk_length=CHUNK,
-        chunks_per_shard=PER_SHARD,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_sha256=tokenizer.sha256,
-        bos_id=BOS,
-        eos_id=EOS,
-        pad_id=PAD,
-        source="known",
-        seed=0,
-        documents=packer.documents,
-        tokens=packer.tokens,
-        chunks=sum(shard.chunks for shard in packer.shards),
-        shards=tuple(packer.shards),
-    ).write(folder / name)
+    vocab, sha256 = tokenizer.vocab_size, tokenizer.sha256
+    split_of(folder / name, texts, CHUNK, PER_SHARD, vocab, sha256)
     stream = [token for ids in texts for token in (BOS, *ids, EOS)]
     stream += [PAD] * (-len(stream) % CHUNK)
     chunks = np.array(stream).reshape(-1, CHUNK)

@@ -19,20 +19,25 @@ def documents_of(seed: int, lengths: Sequence[int], vocab: int) -> list[list[int
 
 
 def split_of(
-    folder: Path, documents: Sequence[Sequence[int]], length: int, per_shard: int, vocab: int
+    folder: Path,
+    documents: Sequence[Sequence[int]],
+    length: int,
+    per_shard: int,
+    vocab: int,
+    tokenizer_sha256: str = "0" * 64,
 ) -> Split:
-    """A split of these documents in chunks of `length` tokens."""
+    """A split of these documents in chunks of `length` tokens, named after its folder."""
     folder.mkdir(parents=True)
     packer = Packer(folder, Framing(length, per_shard, BOS, EOS, PAD))
     for number, ids in enumerate(documents):
         packer.add(str(number), "", ids)
     packer.close()
     manifest = Manifest(
-        split="valid",
+        split=folder.name,
         chunk_length=length,
         chunks_per_shard=per_shard,
         vocab_size=vocab,
-        tokenizer_sha256="0" * 64,
+        tokenizer_sha256=tokenizer_sha256,
         bos_id=BOS,
         eos_id=EOS,
         pad_id=PAD,
