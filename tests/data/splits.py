@@ -41,7 +41,7 @@ def split_of(
         bos_id=BOS,
         eos_id=EOS,
         pad_id=PAD,
-        source="made up",
+        source="known",
         seed=0,
         documents=packer.documents,
         tokens=packer.tokens,
