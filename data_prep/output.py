@@ -2,14 +2,15 @@
 
 `shard.json` says what the folder is made from. All work goes on in `.work`; at the end the splits
 are moved into place and `source.json`, which says what was read, and their manifests are written.
-With them the folder counts as complete.
+With them the folder counts as complete. Until the first split is in place, what only packing needs
+(chunk length, chunks per shard, share of validation) may change: no work depends on it.
 """
 
 import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +26,7 @@ _SETTINGS_NAME = "shard.json"
 _TOKENIZER_NAME = "tokenizer.json"
 _EVIDENCE_NAME = "source.json"
 _WORK_NAME = ".work"
+_OF_PACKING = frozenset(("chunk_length", "chunks_per_shard", "valid_fraction"))
 
 
 class Settings(BaseModel):
@@ -57,9 +59,9 @@ class Settings(BaseModel):
         """Whether `revision` is what older versions wrote for files."""
         return re.fullmatch("[0-9a-f]{64}", self.revision) is not None
 
-    def difference(self, other: "Settings") -> str | None:
-        """The first setting that differs from `other`, in words."""
-        for name, value in self.model_dump().items():
+    def difference(self, other: "Settings", free: Set[str] = frozenset()) -> str | None:
+        """The first setting that differs from `other` and is not `free` to, in words."""
+        for name, value in self.model_dump(exclude=set(free)).items():
             theirs = getattr(other, name)
             if name == "revision" and theirs != value:
                 return OTHER_CONTENT
@@ -87,7 +89,8 @@ class Output:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValidationError:
-            raise UserError(f"{path} is damaged: choose another --out, or delete it") from None
+            advice = f"choose another --out, or delete {self.folder}"
+            raise UserError(f"{path} is damaged: {advice}") from None
 
     def evidence(self) -> Evidence | None:
         """What was read of the source, or where the work goes on, what was found at its start."""
@@ -134,7 +137,8 @@ class Output:
             if any(entry.name != _WORK_NAME for entry in self.folder.iterdir()):
                 raise UserError(f"{self.folder} holds other files: choose another --out")
             return False
-        if difference := former.difference(settings):
+        is_packed = any((self.folder / split).exists() for split in (TRAIN, VALID))
+        if difference := former.difference(settings, frozenset() if is_packed else _OF_PACKING):
             raise self.refusal(difference)
         folders = [self.folder / split for split in settings.splits]
         if not all((folder / MANIFEST_NAME).exists() for folder in folders):
@@ -175,6 +179,12 @@ class Output:
         for split, manifest in manifests.items():
             manifest.write(self.folder / split)
         self._discard_work()
+
+    def abandon(self) -> None:
+        """Remove what was begun, where nothing of it is of use."""
+        self.tokenizer.unlink(missing_ok=True)
+        self._discard_work()
+        (self.folder / _SETTINGS_NAME).unlink(missing_ok=True)  # last: it tells whose the rest is
 
     def _discard_work(self) -> None:
         shutil.rmtree(self.folder / _WORK_NAME, ignore_errors=True)

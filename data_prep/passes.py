@@ -145,7 +145,7 @@ def split_ranges(summaries: Sequence[PartSummary], valid_fraction: float) -> tup
     if smallest == largest:
         raise UserError(
             "a validation split needs two different documents and the source has one: "
-            "give it more, or set --valid-fraction 0"
+            "give it more and another --out, or set --valid-fraction 0"
         )
     bound = min(max(int(valid_fraction * HASH_END), smallest + 1), largest)
     return range(bound, HASH_END), range(bound)

@@ -58,10 +58,11 @@ skipped or left out is counted by reason at the end; a broken file ends the run.
 The output holds train/ and valid/, each with shard-000000.tar ...,
 index.parquet (where every document lies) and manifest.json, beside
 tokenizer.json. The same source and settings give the same shards, whatever
---workers is. A run that was stopped continues when it is started again. A
-folder made with other settings, or from other content, is refused: source.json
-keeps sizes, times and hashes of what was read. While it works the tool needs
-disk for about twice the shards.
+--workers is. A run that was stopped continues when it is started again, and
+where packing has not ended, with other --chunk-length, --chunks-per-shard or
+--valid-fraction too. Else a folder made with other settings, or from other
+content, is refused: source.json keeps sizes, times and hashes of what was read.
+While it works the tool needs disk for about twice the shards.
 """
 
 
@@ -285,6 +286,7 @@ class Job:
         with pass_bar(self.console, "tokenize", "parts", len(plan.parts)) as report:
             summaries = spill_all(plan, workers, report)
         if not any(summary.documents for summary in summaries):
+            self.output.abandon()
             raise no_usable_document(self.settings.source, _skipped(summaries))
         self._check_shards(summaries)
         return summaries

@@ -2,7 +2,8 @@
 
 Not repeated here: data.on_damage=quarantine (faults/test_shards.py), the same command that goes on
 (faults/test_preemption.py, faults/test_killed_reader.py), a port to choose (test_dist.py), an
-output to open (test_errors.py), a prompt to give (test_programs.py).
+output to open (test_errors.py), a prompt to give (test_programs.py), what is said of data
+(data_prep/test_advice.py) and by the script for Slurm (test_sbatch.py).
 """
 
 import json
@@ -10,9 +11,11 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from i3dist import dist
 from i3dist.config import ModelSettings, Settings
@@ -22,8 +25,11 @@ from i3dist.data.schedule import lanes_of_rank
 from i3dist.dist import Job
 from i3dist.engine import read_engine_config
 from i3dist.errors import UserError
+from i3dist.ledger import LEDGER
+from i3dist.ledger_writer import LedgerWriter
 from i3dist.metrics_log import MetricsLog
-from i3dist.run import Start, _hold, idle_lanes, resolve
+from i3dist.model.state import LaneState
+from i3dist.run import Start, _hold, agree, idle_lanes, lay_out, resolve
 from i3dist.summary import early_history
 from i3dist.tokenizer import Tokenizer
 from i3dist.trainer import check_micro_batch
@@ -34,14 +40,23 @@ from tests.conftest import (
     SAVING,
     environment,
     error_line,
+    free_port,
     program,
     run_ranks,
     shards_of,
     texts,
 )
+from tests.test_dist import DEEPSPEED, SLURM, TORCHRUN
+from tests.test_ledger import LANES, SCHEDULE, random_lanes
+from tests.test_ledger import write as write_ledger
 
 CPU = dist.pick_device("cpu")
 ENGINE = ROOT / "configs" / "zero2.json"
+# A job of one rank.
+DEEPSPEED_ALONE = DEEPSPEED | dict.fromkeys(("RANK", "LOCAL_RANK", "CROSS_RANK"), "0")
+DEEPSPEED_ALONE |= dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE", "CROSS_SIZE"), "1")
+SLURM_ALONE = SLURM | dict.fromkeys(("SLURM_PROCID", "SLURM_NODEID"), "0")
+SLURM_ALONE |= dict.fromkeys(("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"), "1")
 
 
 def begin(run: Path, data: Path, *words: str, engine: Path = ENGINE) -> Start:
@@ -283,3 +298,154 @@ def test_help_lists_what_a_line_says_it_lists() -> None:
     line = error_line(program("launch/train.py", "no.such=1"))
     assert "launch/train.py --help lists all" in line
     assert "train.steps=" in program("launch/train.py", "--help").stdout
+
+
+def test_hosts_that_see_other_folders(
+    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each host has a disk of its own at the run's path; then both have the same."""
+    run = tmp_path / "run"
+
+    def seen(disk: Path) -> Start:
+        run.unlink(missing_ok=True)
+        run.symlink_to(disk)
+        return begin(run, data)
+
+    def of(start: Start) -> tuple[int, str]:
+        return start.state.step if start.state else 0, start.settings.to_yaml()
+
+    mine, empty = seen(whole), seen(tmp_path / "empty")
+    monkeypatch.setattr(dist, "gather_objects", lambda own: [own, of(empty)])
+    with pytest.raises(UserError, match=rf"{run} is not .* put it on a file system that they sha"):
+        agree(mine)
+    shared = seen(whole)
+    monkeypatch.setattr(dist, "gather_objects", lambda own: [own, of(shared)])
+    agree(mine)
+
+
+def test_a_ledger_of_another_run_than_its_checkpoint(
+    tmp_path: Path, whole: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of(whole, tmp_path)
+    own = write_ledger(tmp_path / "own", 1, range(1, 6), monkeypatch)
+    ledger = shutil.copy(own, run / LEDGER)
+    state, another = random_lanes(3), random_lanes(4)
+
+    def resume(with_state: LaneState) -> None:
+        LedgerWriter(run, SCHEDULE, 3, range(LANES)).resume(3, with_state)
+
+    with pytest.raises(UserError, match="restore the one or the other, or start over with --fresh"):
+        resume(another)
+    resume(state)  # the checkpoint's is restored
+    lines = own.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(lines[:2] + lines[3:4]).replace('"step": 4', '"step": 3'))
+    with pytest.raises(UserError, match="restore the one or the other"):
+        resume(state)
+    shutil.copy(own, ledger)
+    resume(state)
+    lay_out(begin(run, data, "--fresh"), Corpus.open(data, ModelSettings()))
+    assert not ledger.exists(), "it lies with the run that was set aside"
+    write_ledger(run, 1, range(1, 6), monkeypatch)
+    assert ledger.read_bytes() == own.read_bytes()
+
+
+def test_checkpoints_on_a_disk_that_is_gone(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path)
+    (run / "checkpoints").rename(tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    assert "bring it back, or start over with --fresh" in refusal(run, data)
+    fresh = begin(run, data, "--fresh")
+    (tmp_path / "elsewhere").rename(tmp_path / "disk")
+    start = begin(run, data)
+    assert start.state is not None and start.state.step == 12
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    lay_out(fresh, Corpus.open(data, ModelSettings()))
+    (run / "checkpoints" / "step-1").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("launcher", [SLURM_ALONE, DEEPSPEED_ALONE], ids=["srun", "deepspeed"])
+def test_a_first_rank_that_cannot_be_reached(launcher: dict[str, str]) -> None:
+    """MASTER_ADDR is set to the address of its host; deepspeed sets it to its --master_addr."""
+
+    def meet(seconds: float, **environ: str) -> None:
+        with dist.met(Job.detect(launcher | environ), "runs/a", timedelta(seconds=seconds)):
+            pass
+
+    port = str(free_port())
+    wrong = {"SLURM_STEP_NODELIST": "no-such-host.invalid"}
+    if launcher is DEEPSPEED_ALONE:
+        wrong = {"MASTER_ADDR": "no-such-host.invalid"}
+    with pytest.raises(UserError, match=r"set MASTER_ADDR \(deepspeed: --master_addr\) to the"):
+        meet(0.2, **wrong, MASTER_PORT=port)
+    meet(20, **wrong | {"MASTER_ADDR": "127.0.0.1"}, MASTER_PORT=port)
+
+
+CORRECTED = [
+    (DEEPSPEED, "RANK", "x", "correct it"),
+    (DEEPSPEED, "RANK", "4", "correct RANK"),
+    (DEEPSPEED, "LOCAL_RANK", "2", "correct LOCAL_RANK"),
+    (DEEPSPEED, "MASTER_PORT", "99999", "use 1 to 65535"),
+    (TORCHRUN, "LOCAL_WORLD_SIZE", "9", "start the job again with one launcher"),
+    (SLURM, "SLURM_NODEID", "2", "start the job with srun"),
+    (SLURM, "SLURM_STEP_NODELIST", ",", "start the job with srun"),
+    (SLURM, "SLURM_STEP_TASKS_PER_NODE", "2(x", "start the job with srun"),
+]
+
+
+@pytest.mark.parametrize(("right", "name", "value", "says"), CORRECTED)
+def test_an_environment_that_is_wrong(
+    right: dict[str, str], name: str, value: str, says: str
+) -> None:
+    """`right` is what a launcher sets."""
+    with pytest.raises(UserError, match=says) as error:
+        Job.detect(right | {name: value})
+    assert name in str(error.value) or "start the job again" in says
+    Job.detect(right)
+    if name == "MASTER_PORT":
+        assert [Job.detect(right | {name: port}).master_port for port in ("1", "65535")]
+
+
+def test_gpus_that_are_too_few_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"use train\.device=auto or cpu"):
+            dist.choose_device("cuda", {"CUDA_VISIBLE_DEVICES": ""})
+        for wanted in ("auto", "cpu"):
+            dist.choose_device(wanted, {"CUDA_VISIBLE_DEVICES": ""})
+        with pytest.raises(UserError, match=r"set train\.device=cpu to train on the CPU"):
+            dist.choose_device("auto", {"CUDA_VISIBLE_DEVICES": "0"})
+        dist.choose_device("cpu", {"CUDA_VISIBLE_DEVICES": "0"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def ranks(count: int) -> None:
+        for rank in range(count):
+            dist.device(Job(rank, count, rank, count, 1, "host1", 29500, "slurm"))
+
+    with pytest.raises(UserError, match="start at most one rank per GPU, and let each see all"):
+        ranks(3)
+    ranks(2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Slurm binds them
+    with pytest.raises(UserError, match=r"let each see all GPUs of its host \(Slurm: --gpu-bind=n"):
+        ranks(2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ranks(2)
+
+
+def test_names_that_are_none() -> None:
+    """A name: `give one, or leave the setting out`, `give another`."""
+    settings = Settings.load(None, [])
+    for wrong, says in (("", "give one, or leave the setting out"), ("\udcff", "give another")):
+        with pytest.raises(UserError, match=says):
+            Settings.load(None, [f"tracking.experiment={wrong}"])
+    assert Settings.load(None, ["tracking.experiment=mine"]).tracking.experiment == "mine"
+    assert settings.tracking.experiment
+
+
+@pytest.mark.parametrize("instead", ["optimizer.decay_steps=100", "optimizer.warmup_steps=10"])
+def test_a_curve_that_is_shorter_than_its_warmup(tmp_path: Path, data: Path, instead: str) -> None:
+    words = ["optimizer.decay_steps=20", "optimizer.warmup_steps=50"]
+    line = refusal(tmp_path / "run", data, *words)
+    assert line.endswith("raise it, or lower optimizer.warmup_steps")
+    begin(tmp_path / "run", data, *words, instead)

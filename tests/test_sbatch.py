@@ -42,7 +42,7 @@ class Started(NamedTuple):
 
 def run(folder: Path, *words: str, **environ: str) -> Started:
     """Run the script as Slurm does, in a folder that looks like the repository."""
-    (folder / "launch").mkdir()
+    (folder / "launch").mkdir(parents=True)
     shutil.copy(ROOT / "launch" / "train.py", folder / "launch")
     (folder / "bin").mkdir()
     for name in ("srun", "scontrol"):
@@ -61,7 +61,10 @@ def run(folder: Path, *words: str, **environ: str) -> Started:
         text=True,
         timeout=60,
     )
-    started = json.loads((folder / "srun.json").read_text())
+    steps = folder / "srun.json"
+    started = (
+        json.loads(steps.read_text()) if steps.exists() else {"words": ["python3"], "seen": {}}
+    )
     options = [word for word in started["words"] if word.startswith("--")]
     first = started["words"].index("python3")
     split = [word.partition("=") for word in started["words"][:first]]
@@ -89,6 +92,38 @@ def test_gpus_get_a_task_each_on_every_node(tmp_path: Path, nodes: int, gpus: in
     assert started.options["--ntasks-per-node"] == str(gpus)
     assert "--overcommit" not in started.options and "--cpus-per-task" not in started.options
     assert not set(binding) & set(started.seen)
+
+
+def refusal(folder: Path, **environ: str) -> str:
+    """The line that the script ends with before it starts anything."""
+    started = run(folder, **environ)
+    assert started.result.returncode == 1 and not started.options
+    (line,) = started.result.stderr.splitlines()
+    return line
+
+
+def starts(folder: Path, **environ: str) -> bool:
+    """Whether the script starts a step, without a word of complaint."""
+    started = run(folder, **environ)
+    return started.result.returncode == 0 and bool(started.options) and not started.result.stderr
+
+
+def test_what_its_messages_tell_to_do_helps(tmp_path: Path) -> None:
+    """Where it is submitted and how; GPUs for every node; CPUs for every GPU."""
+    line = refusal(tmp_path / "shell", SLURM_SUBMIT_DIR="")
+    assert line.endswith("SLURM_SUBMIT_DIR: is not set: submit this file with sbatch")
+    assert starts(tmp_path / "sbatch")  # which sets it
+    (tmp_path / "home").mkdir()
+    line = refusal(tmp_path / "elsewhere", SLURM_SUBMIT_DIR=str(tmp_path / "home"))
+    assert line.endswith("home has no launch/train.py: submit from the root of the repository")
+    assert starts(tmp_path / "root", SLURM_SUBMIT_DIR=str(tmp_path / "root"))
+    two_nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    line = refusal(tmp_path / "uneven", **two_nodes, SLURM_GPUS="6")
+    assert line == "error: not every node has 4 of the 6 GPUs: ask for --gpus-per-node"
+    assert starts(tmp_path / "even", **two_nodes, SLURM_GPUS_PER_NODE="4")
+    few = run(tmp_path / "few", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE="2").result.stderr
+    asked = int(few.rpartition("ask for more, --cpus-per-gpu=")[2])
+    assert starts(tmp_path / "more", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE=str(4 * asked))
 
 
 def test_fewer_cpus_than_gpus_are_allowed_and_warned_of(tmp_path: Path) -> None:

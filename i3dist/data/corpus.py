@@ -72,7 +72,7 @@ class Corpus:
             if split.manifest.tokenizer_sha256 != tokenizer.sha256:
                 raise UserError(
                     f"{tokenizer.path} is not the tokenizer that made {split.folder}; "
-                    "restore it or make the data again"
+                    f"restore it or make the data again (delete {path} first)"
                 )
         corpus = cls(splits["train"], splits["valid"], tokenizer)
         corpus.check(model)

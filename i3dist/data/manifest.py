@@ -7,6 +7,7 @@ chunk's tokens stand at `k * member_stride(chunk_length) + TAR_BLOCK`.
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from i3dist.errors import UserError
 from i3dist.files import write_whole
+from i3dist.paths import path_text
 
 TAR_BLOCK = 512
 """Bytes of a tar block: a member's header is one, and its payload is padded to whole ones."""
@@ -130,14 +132,15 @@ class Manifest(_Frozen):
         path = Path(folder) / MANIFEST_NAME
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise UserError(f"{path} is larger than any manifest; make it again with shard.py")
+                raise UserError(f"{path} is larger than any manifest; {_remedy(path)}")
             return cls.model_validate_json(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(_missing(path)) from None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except ValidationError as error:
-            raise UserError(f"{path} is not a valid manifest: {_first_problem(error)}") from None
+            problem = f"{_first_problem(error)}; {_remedy(path)}"
+            raise UserError(f"{path} is not a valid manifest: {problem}") from None
 
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`; a reader sees the whole file or none."""
@@ -157,11 +160,16 @@ class Manifest(_Frozen):
 
 
 def _missing(path: Path) -> str:
-    out = path.parent.parent
+    out = shlex.quote(path_text(path.parent.parent))
     return (
         f"no manifest at {path}: make the shards with `python data_prep/shard.py --out {out}`, "
         "or wait until that command ends (it writes the manifests last)"
     )
+
+
+def _remedy(path: Path) -> str:
+    # shard.py itself takes what is there for complete.
+    return f"restore it, or delete {path.parent.parent} and make it again"
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -76,11 +76,15 @@ def _sizes(folder: Path, names: Set[str]) -> dict[str, int]:
         raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
 
 
-def _remedy(manifest: Manifest, can_go_on: bool = True) -> str:
-    """What to do about a shard; those of validation are never quarantined."""
+def _remedy(manifest: Manifest, can_go_on: bool = True, first: str = "") -> str:
+    """What to do about a shard; those of validation are never quarantined.
+
+    `first` is for damage that shard.py does not see: it takes such data for complete.
+    """
+    again = f"make the data again{first}"
     if can_go_on and manifest.split == "train":
-        return "restore it, make the data again, or train without it by data.on_damage=quarantine"
-    return "restore it or make the data again"
+        return f"restore it, {again}, or train without it by data.on_damage=quarantine"
+    return f"restore it or {again}"
 
 
 def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
@@ -104,7 +108,8 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
         ) from None
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise DamagedShardError(
-            f"{path}: shard differs from its manifest (size or SHA-256); {_remedy(manifest)}"
+            f"{path}: shard differs from its manifest (size or SHA-256); "
+            f"{_remedy(manifest, first=f' (delete {folder.parent} first)')}"
         )
     tokens = chunks_of(data, shard.chunks, manifest.chunk_length)
     if shard_bytes(index, tokens) != data or tokens.max() >= manifest.vocab_size:
