@@ -143,8 +143,8 @@ class OptimizerSettings(Section):
     warmup_steps: CountOrZero = 100
     """Steps of linear warm-up."""
     decay_steps: Count | Auto = "auto"
-    """Length of the whole curve in steps, at least warmup_steps (then the rate stays at its peak);
-    auto is train.steps of the run's start, or warmup_steps if that is more, and stays."""
+    """Length of the whole curve in steps, more than warmup_steps. auto is train.steps of the run's
+    start, or twice warmup_steps where the run is all warm-up, and stays."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's first-moment decay."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -155,14 +155,16 @@ class OptimizerSettings(Section):
     """Decoupled weight decay, on matrices only."""
 
     def check_curve(self) -> None:
-        """See that the curve is as long as its warm-up; for new runs, as a saved one keeps its own.
+        """See that the curve is longer than its warm-up: else the rate would fall in one step.
+
+        For new runs; a saved one keeps the curve that it has.
 
         Raises:
             UserError: it is not.
         """
-        if self.decay_steps != "auto" and self.decay_steps < self.warmup_steps:
+        if self.decay_steps != "auto" and self.decay_steps <= self.warmup_steps:
             raise UserError(
-                f"setting optimizer.decay_steps={self.decay_steps} should be at least "
+                f"setting optimizer.decay_steps={self.decay_steps} should be more than "
                 f"optimizer.warmup_steps={self.warmup_steps}, as it is the length of the whole "
                 "curve, warm-up included; raise it, or lower optimizer.warmup_steps"
             )
@@ -173,9 +175,7 @@ class OptimizerSettings(Section):
             raise ValueError("optimizer.decay_steps is not resolved")
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
-        span = self.decay_steps - self.warmup_steps
-        if span <= 0:  # there is no curve to fall along, and falling at once would be a jump
-            return self.lr
+        span = max(1, self.decay_steps - self.warmup_steps)
         progress = min(1.0, (step - self.warmup_steps) / span)
         cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
         return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)

@@ -21,12 +21,12 @@ from typing import Literal, TypeVar, cast
 import torch
 import torch.distributed as torch_dist
 
+from i3dist.config import Device
 from i3dist.errors import UserError, explain
 
 log = logging.getLogger(__name__)
 
 Gathered = TypeVar("Gathered")
-Device = Literal["auto", "cpu", "cuda"]
 Launcher = Literal["deepspeed", "torchrun", "slurm", "python"]
 Group = torch_dist.ProcessGroup
 

@@ -31,6 +31,9 @@ class GuardState(BaseModel):
     """Steps in a row, up to the last, whose loss or gradient was not finite."""
     spikes: int = 0
     """Steps in a row, up to the last, that were skipped for their norm."""
+    idle: Annotated[int, Field(exclude_if=operator.not_)] = 0
+    """Steps in a row, up to the last, that updated nothing, for whatever reason; checkpoints of
+    earlier versions do not count them."""
     norms: tuple[float, ...] = ()
     """The newest norms of steps that were taken; only kept where spikes are looked for."""
     rolled_back_to: tuple[int, ...] = ()
@@ -41,12 +44,12 @@ class GuardState(BaseModel):
     def may_roll_back_to(self, step: int, now: int) -> bool:
         """Whether the checkpoint of `step` is one to roll back to after step `now`.
 
-        It must be from before the bad steps at hand, since one made among them has the weights of
-        now, and from no future that an earlier rolling back gave up.
+        It must be from before the steps at hand that updated nothing, since one made among them has
+        the weights of now, and from no future that an earlier rolling back gave up.
         """
         given_up = zip(reversed(self.rolled_back_to), reversed(self.rolled_back_at), strict=False)
         return (
-            step <= now - self.bad
+            step <= now - max(self.idle, self.bad)
             and step not in self.rolled_back_to
             and not any(to <= step <= at for to, at in given_up)
         )
@@ -74,12 +77,13 @@ class Guard:
             norms = state.norms
             if self.settings.spike_factor:
                 norms = (*norms, stepped.norm)[-self.settings.spike_window :]
-            self._change(bad=0, spikes=0, norms=norms)
+            self._change(bad=0, spikes=0, idle=0, norms=norms)
             return None
+        self._change(skipped=state.skipped + 1, idle=state.idle + 1)
         if all(map(math.isfinite, (stepped.norm, *stepped.sums))):
-            self._change(skipped=state.skipped + 1, bad=0, spikes=state.spikes + 1)
+            self._change(bad=0, spikes=state.spikes + 1)
             return SPIKE
-        self._change(skipped=state.skipped + 1, bad=state.bad + 1)
+        self._change(bad=state.bad + 1)
         return NOT_FINITE
 
     def gives_up(self) -> bool:
@@ -103,6 +107,7 @@ class Guard:
             skipped=now - taken,
             bad=0,
             spikes=0,
+            idle=0,
             norms=(),
             rolled_back_to=(*state.rolled_back_to, to),
             rolled_back_at=(*state.rolled_back_at, now),

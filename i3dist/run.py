@@ -41,13 +41,14 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
     """Replace every "auto" that a run decides when it starts and then keeps.
 
     Raises:
-        UserError: the learning rate's curve is shorter than its warm-up.
+        UserError: the learning rate's curve is no longer than its warm-up.
     """
     settings.optimizer.check_curve()
+    steps, warmup = settings.train.steps, settings.optimizer.warmup_steps
     decided = {
         "train.lanes": LANES_PER_RANK * world_size,
         "train.schedule": SCHEDULE,
-        "optimizer.decay_steps": max(settings.train.steps, settings.optimizer.warmup_steps),
+        "optimizer.decay_steps": steps if steps > warmup else 2 * warmup,
         "model.vocab_size": vocab_size,
     }
     flat = settings.flat()

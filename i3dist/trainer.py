@@ -69,8 +69,10 @@ class Trainer:
         self.tracker = tracker
         self.stop = stop
         self.progress = Progress()
-        folder = settings.run.path / shelf.CHECKPOINTS
-        self.saver = Saver(folder, job, settings.checkpoint, corpus.tokenizer.data)
+        folder = settings.run.path
+        self.saver = Saver(
+            folder / shelf.CHECKPOINTS, job, settings.checkpoint, corpus.tokenizer.data
+        )
         self.guard = Guard(settings.guard)
         self.watchdog = Watchdog(settings.guard.hang_seconds, job)
         self.pad_id = corpus.train.manifest.pad_id
@@ -79,7 +81,6 @@ class Trainer:
         self.micro_batch = self._lanes_at_once()
         engine.accumulate(settings.train.accumulation * len(self.lanes) // self.micro_batch)
         engine.prepare(*self._sample(self.micro_batch))  # before loaders start their threads
-        folder = settings.run.path
         self.schedule = corpus.train.schedule(
             settings.train.lane_count,
             settings.train.window_chunks,

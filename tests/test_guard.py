@@ -100,6 +100,16 @@ def test_rolling_back_gives_up_the_weights_of_now(norms: list[float]) -> None:
         past, streak = [s for s in past if s < allowed[-1]], []
 
 
+@given(norms=NORMS)
+def test_what_is_rolled_back_to_has_other_weights_than_now(norms: list[float]) -> None:
+    """Steps in a row that updated nothing may be of both kinds, by turns."""
+    guard, updated = Guard(SPIKES), 0
+    for step, norm in enumerate(norms, start=1):
+        updated = step if take(guard, norm) is None else updated
+        for checkpoint in range(1, step + 1):
+            assert guard.state.may_roll_back_to(checkpoint, step) == (checkpoint <= updated)
+
+
 def test_by_default_no_norm_is_too_large() -> None:
     guard = Guard(GuardSettings())
     assert [take(guard, 10.0**power) for power in range(300)] == [None] * 300

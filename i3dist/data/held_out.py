@@ -106,12 +106,14 @@ class HeldOut:
         self.manifest = manifest
         self.history_chunks = history_chunks
         self.places: list[Place] = []
+        self._ends: dict[int, Place] = {}  # of shards: the document that each ends in
         depth: list[Ints] = []
         continued: list[Place | None] = []  # the document that each chunk continues
         stretches: dict[Place, Stretch] = {}  # by the document
         for shard in shards:
             read = read_shard(folder, manifest, shard)
             last = self._last_documents(shard, read)
+            self._ends[shard] = last[-1]
             continued += [last[n - 1] if read.depth[n] else None for n in range(len(last))]
             full = ~(read.tokens == manifest.pad_id).any(axis=1)
             for begin, count in _runs(shard, last, full):
@@ -137,11 +139,17 @@ class HeldOut:
 
     def _document_before(self, shard: int) -> Place:
         """The document that runs on into a shard from the one before it."""
+        passed = []
         for before in range(shard - 1, -1, -1):
-            tokens = read_shard(self.folder, self.manifest, before).tokens
-            opened = np.flatnonzero((tokens == self.manifest.bos_id).any(axis=1))
-            if len(opened):
-                return before, int(opened[-1])
+            if before not in self._ends:
+                tokens = read_shard(self.folder, self.manifest, before).tokens
+                opened = np.flatnonzero((tokens == self.manifest.bos_id).any(axis=1))
+                if not len(opened):
+                    passed.append(before)
+                    continue
+                self._ends[before] = before, int(opened[-1])
+            self._ends |= dict.fromkeys(passed, self._ends[before])
+            return self._ends[before]
         return shard, 0
 
     def _stretch(self, opened: int, count: int) -> Stretch:

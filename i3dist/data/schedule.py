@@ -23,6 +23,8 @@ from typing import Literal, Protocol
 from i3dist.errors import UserError
 
 Version = Literal[1, 2]
+# Plans are kept of so many shards in all; lanes are in several rounds at once.
+KEPT_SHARDS, FEWEST_ROUNDS = 1 << 17, 4
 Place = tuple[int, int]
 """A shard, and a chunk in it."""
 
@@ -138,8 +140,10 @@ class _Sequence:
     def _round(self, number: int) -> list[LanePlan]:
         """Every lane's plan in one round."""
         if number not in self.plans:
-            if len(self.plans) > 4:  # lanes are in one round and the next
-                self.plans.clear()
+            # Lanes drift apart, as the last shard is short.
+            most = KEPT_SHARDS // (self.epochs * len(self.shard_chunks))
+            while len(self.plans) >= max(FEWEST_ROUNDS, most):
+                del self.plans[min(self.plans)]
             self.plans[number] = self._make(number)
         return self.plans[number]
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i3dist.data.held_out import NONE, HeldOut, Share
+from i3dist.data.manifest import Manifest
+from i3dist.data.shards import ShardTokens, read_shard
 from tests.data.splits import documents_of, split_of
 
 LENGTH, VOCAB, HISTORY = 6, 40, 3
@@ -161,3 +164,20 @@ def test_the_cost_is_near_the_chunks_divided_by_the_ranks(chunks: int, ranks: in
                 batches = share.table.positions
                 own = -(-chunks // window // ranks) + 1 - (-HISTORY // window)
                 assert batches.shape[0] * batches.shape[1] < own + min(rows, own)
+
+
+@pytest.mark.parametrize("left_out", [0, 2])
+def test_shards_are_read_once_or_twice_however_long_a_document_is(
+    left_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One document over 60 shards: where it begins is looked up once, not for each of them."""
+    case, reads = Case((60 * LENGTH - 2,), 1, left_out), []
+
+    def counted_read(folder: Path, manifest: Manifest, shard: int) -> ShardTokens:
+        reads.append(shard)
+        return read_shard(folder, manifest, shard)
+
+    monkeypatch.setattr("i3dist.data.held_out.read_shard", counted_read)
+    with held_out(case) as read:
+        assert len(read.places) == len(case.shards())
+    assert max(Counter(reads).values()) <= 2
