@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,3 +73,16 @@ def test_every_chunk_stands_where_its_number_says(count: int, length: int, numbe
         payload = data[start + 512 : start + 512 + 2 * length]
         assert np.array_equal(np.frombuffer(payload, "<u2"), chunk)
     assert shard_name(number) == f"shard-{number:06d}.tar"
+
+
+@pytest.mark.parametrize("documents", [0, 1, 2, 3])
+def test_an_index_is_whole_where_its_last_rows_fill_a_group(
+    documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.pack._ROWS_AT_A_TIME", 2)
+    packer = Packer(tmp_path, Framing(4, 100, BOS, EOS, PAD))
+    for number in range(documents):
+        packer.add(f"id {number}", "", [7])
+    packer.close()
+    rows = pq.read_table(tmp_path / "index.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [f"id {number}" for number in range(documents)]
