@@ -106,9 +106,10 @@ class Output:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create the folder and keep other runs out; a folder left empty is removed again."""
+        folder = Path(os.path.realpath(self.folder))  # of a link, what it leads to
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
         try:
@@ -117,7 +118,7 @@ class Output:
         finally:
             os.close(handle)
             with suppress(OSError):
-                self.folder.rmdir()
+                folder.rmdir()
 
     def _lock(self, handle: int) -> None:
         try:

@@ -7,7 +7,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -28,9 +28,10 @@ SUFFIXES = (PARQUET, *_JSON_LINES, *(".txt" + packing for packing in PACKINGS))
 SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (but the first also with " + (
     f"{', '.join(PACKINGS[1:-1])} or {PACKINGS[-1]} after it)"
 )
-_COLUMNS = ("text", "id", "url")
+_LABELS = ("id", "url")
 _ROWS_AT_A_TIME = 128
 _MARK = codecs.BOM_UTF8.decode()
+_NO_VALUE = ValueError, OverflowError, LookupError, pa.ArrowException
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def spans_of(file: SourceFile) -> list[Span]:
             wrong = f"has {count} columns 'text'" if count else "has no column 'text'"
             raise UserError(f"{file.path} {wrong}; its columns are {found}")
         groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
+        if sum(group.num_rows for group in groups) != parquet.metadata.num_rows:
+            raise ValueError("its footer contradicts itself on the number of rows")
     if not groups:
         return [Span(file, 0, 0, size)]
     # A group's own offsets are not asked for: pyarrow aborts where a damaged footer holds them.
@@ -151,15 +154,39 @@ def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:
     name = clean_file_name(span.file.name)
     row = span.first_row
     with _open_parquet(file) as parquet:
-        columns = [c for c in _COLUMNS if c in parquet.schema_arrow.names]
-        batches = parquet.iter_batches(_ROWS_AT_A_TIME, span.row_groups, columns, use_threads=False)
-        for batch in batches:
-            found = batch.schema.names  # `id` may be there twice: the first counts
-            values = {c: _values(batch.column(found.index(c)), c == "text") for c in columns}
-            for i in range(batch.num_rows):
-                fields = {c: values[c][i] for c in columns}
-                yield _record(f"{name}#{row}", fields)
-                row += 1
+        columns = [_text(parquet, span), *(_labels(parquet, span, key) for key in _LABELS)]
+        for values in zip(*columns, strict=False):
+            yield _record(f"{name}#{row}", dict(zip(("text", *_LABELS), values, strict=True)))
+            row += 1
+
+
+def _text(parquet: pq.ParquetFile, span: Span) -> Iterator[Any]:
+    """The values of the column `text`; pyarrow passes over a damaged page without a word."""
+    expected = sum(parquet.metadata.row_group(number).num_rows for number in span.row_groups)
+    rows = 0
+    for value in _column(parquet, span, "text"):
+        yield value
+        rows += 1
+    if rows != expected:
+        raise EOFError(f"it holds {rows} rows of text, not {expected}")
+
+
+def _labels(parquet: pq.ParquetFile, span: Span, key: str) -> Iterator[Any]:
+    """The values of a column, and None without end after them, or after what is no value.
+
+    A column of its own, since one that cannot be read must not cost the text.
+    """
+    if key in parquet.schema_arrow.names:
+        with suppress(*_NO_VALUE):
+            yield from _column(parquet, span, key)
+    yield from itertools.repeat(None)
+
+
+def _column(parquet: pq.ParquetFile, span: Span, key: str) -> Iterator[Any]:
+    batches = parquet.iter_batches(_ROWS_AT_A_TIME, span.row_groups, [key], use_threads=False)
+    for batch in batches:
+        # `id` may be there twice: the first counts.
+        yield from _values(batch.column(batch.schema.names.index(key)), key == "text")
 
 
 def _open_parquet(file: BinaryIO) -> pq.ParquetFile:
@@ -169,7 +196,7 @@ def _open_parquet(file: BinaryIO) -> pq.ParquetFile:
     UTF-8. It is told so in the footer, under a key that is hidden from it here.
     """
     parquet = pq.ParquetFile(file)
-    fields = [field for field in parquet.schema_arrow if field.name in _COLUMNS]
+    fields = [field for field in parquet.schema_arrow if field.name in ("text", *_LABELS)]
     if not any(pa.types.is_dictionary(field.type) for field in fields):
         return parquet
     file.seek(-8, os.SEEK_END)
@@ -182,17 +209,20 @@ def _open_parquet(file: BinaryIO) -> pq.ParquetFile:
 def _values(column: pa.Array, is_text: bool) -> list[Any]:
     """Python values; text as bytes, because one value of bad UTF-8 must not cost its neighbours.
 
-    Of other types, what can be no text is True where `is_text`, else what the type can be read as.
+    Of other types, what can be no text is True where `is_text`, else what the type can be read as,
+    or None.
     """
     plain = column.storage if isinstance(column.type, pa.BaseExtensionType) else column
     if _is_string(plain.type):
         return plain.cast(pa.large_binary()).to_pylist()
     if is_text and not _is_binary(column.type):
         return [True if valid else None for valid in column.is_valid().to_pylist()]
-    try:
+    with suppress(*_NO_VALUE):
         return column.to_pylist()
-    except (ValueError, OverflowError, LookupError, pa.ArrowException):  # times beyond Python's
-        return column.cast(pa.string()).to_pylist()
+    for kind in (pa.string(), pa.int64()):  # times beyond Python's, and of unknown time zones
+        with suppress(*_NO_VALUE):
+            return column.cast(kind).to_pylist()
+    return [None] * len(column)
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -242,7 +272,7 @@ def _loads(line: str) -> Any:
 
 
 def _record(position: str, fields: dict[str, Any]) -> Record:
-    identifier, url = (_label(fields.get(key), position) for key in ("id", "url"))
+    identifier, url = (_label(fields.get(key), position) for key in _LABELS)
     return Record(position, identifier, url, fields["text"])
 
 

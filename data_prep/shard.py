@@ -93,6 +93,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Turn text into tokenized, shuffled, packed shards for training.",
         epilog=_EXAMPLES,
     )
+    _add_text_options(parser)
+    _add_shard_options(parser)
+    return parser.parse_args(arguments)
+
+
+def _add_text_options(parser: ArgumentParser) -> None:
+    """Options on what is read and written, and on how text becomes tokens."""
     add = parser.add_argument
     add(
         "--source",
@@ -125,6 +132,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=len(os.sched_getaffinity(0)),
         help="processes that tokenize (default: one per core, here %(default)s)",
     )
+
+
+def _add_shard_options(parser: ArgumentParser) -> None:
+    """Options on how tokens become shards."""
+    add = parser.add_argument
     add(
         "--chunk-length",
         type=_number(int, 2, 1 << 16),
@@ -149,7 +161,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=0,
         help="of the shuffle and the split (default: %(default)s)",
     )
-    return parser.parse_args(arguments)
 
 
 def open_source(spec: str | Path | None, former: Settings | None) -> Source:

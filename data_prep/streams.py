@@ -1,7 +1,7 @@
 """The bytes of a text file: hashed as they are read, decompressed, and as UTF-8.
 
-Decompression is Python's own where it has one: pyarrow's ends silently after the first member of a
-file that was made of several.
+A packed file may consist of several members, one after the other. All are read, and one that is
+damaged, or anything else between them, is an error: most libraries' own readers end there silently.
 """
 
 import bz2
@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import io
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,8 +18,8 @@ import zstandard
 
 PACKINGS = ("", ".gz", ".zst", ".bz2", ".xz")
 _BUFFER = 1 << 17
-# A compressed block of a few bytes may stand for 128 KiB, so little is decompressed at a time.
-_ZSTD_INPUT = 1 << 13
+# A few bytes of zstd may stand for 128 KiB, so little is decompressed at a time.
+_INPUT = 1 << 13
 _ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` makes
 # UTF-32 first: its mark begins with that of UTF-16.
 _MARKS = (
@@ -55,18 +55,12 @@ class HashedFile(io.RawIOBase):
         return self._digest.hexdigest()
 
 
-class _ZstdReader(io.RawIOBase):
-    """Decompresses all frames of a file.
+class _Parts(io.RawIOBase):
+    """A file of what an iterator gives."""
 
-    zstandard's own reader takes a file that was cut for a whole one.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._format = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._packed = b""
-        self._plain = memoryview(b"")
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts = parts
+        self._rest = memoryview(b"")
 
     def readable(self) -> bool:
         """Always."""
@@ -74,26 +68,51 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, target: memoryview) -> int:  # type: ignore[override]
         """Read into `target`; returns the number of bytes."""
-        while not self._plain:
-            if not self._decompress():
+        while not self._rest:
+            part = next(self._parts, None)
+            if part is None:
                 return 0
-        count = min(len(target), len(self._plain))
-        target[:count] = self._plain[:count]
-        self._plain = self._plain[count:]
+            self._rest = memoryview(part)
+        count = min(len(target), len(self._rest))
+        target[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
         return count
 
-    def _decompress(self) -> bool:
-        """Decompress a little; False at the end."""
-        self._packed = self._packed or self._file.read(_ZSTD_INPUT)
-        if not self._packed:
-            if self._frame and not self._frame.eof:
-                raise EOFError("it ends inside a frame")
-            return False
-        if not self._frame or self._frame.eof:
-            self._frame = self._format.decompressobj()
-        self._plain = memoryview(self._frame.decompress(self._packed))
-        self._packed = self._frame.unused_data
-        return True
+
+def _members(file: BinaryIO, begin: Callable[[], Any], *limit: int) -> Iterator[bytes]:
+    """Decompress all members of a file, a little at a time.
+
+    `begin` makes the decompressor of one member; `limit` is how many bytes it may return at once,
+    where it takes a limit.
+    """
+    packed = file.read(_INPUT)
+    while packed:
+        if packed.startswith(b"\0"):  # lzma takes enough zeros for a member of its oldest format
+            raise EOFError("there are zeros where a member should begin")
+        member = begin()
+        while not member.eof:
+            if getattr(member, "needs_input", True):
+                packed = packed or file.read(_INPUT)
+                if not packed:
+                    raise EOFError("it ends inside a member")
+            yield member.decompress(packed, *limit)
+            packed = b""
+        packed = member.unused_data
+        if isinstance(member, lzma.LZMADecompressor):
+            packed = _after_padding(file, packed)
+        packed = packed or file.read(_INPUT)
+
+
+def _after_padding(file: BinaryIO, packed: bytes) -> bytes:
+    """What comes after the zeros that may follow a member of xz, in fours; surplus ones stay."""
+    zeros = 0
+    while packed := packed or file.read(_INPUT):
+        rest = packed.lstrip(b"\0")
+        zeros += len(packed) - len(rest)
+        packed = rest
+        if rest:
+            break
+    return bytes(zeros % 4) + packed
 
 
 def read_text(file: HashedFile, name: str, encoding: str | None) -> bytes:
@@ -131,9 +150,11 @@ def decompressed(file: BinaryIO | HashedFile, name: str) -> io.BufferedReader:
     if kind.endswith(".gz"):
         raw = gzip.GzipFile(fileobj=raw)
     elif kind.endswith(".zst"):
-        raw = _ZstdReader(raw)
+        # zstandard's own reader takes a file that was cut for a whole one.
+        frames = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+        raw = _Parts(_members(raw, frames.decompressobj))
     elif kind.endswith(".bz2"):
-        raw = bz2.BZ2File(raw)
+        raw = _Parts(_members(raw, bz2.BZ2Decompressor, _BUFFER))
     elif kind.endswith(".xz"):
-        raw = lzma.LZMAFile(raw)  # noqa: SIM115
+        raw = _Parts(_members(raw, lzma.LZMADecompressor, _BUFFER))
     return io.BufferedReader(raw, _BUFFER)

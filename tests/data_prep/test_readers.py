@@ -75,6 +75,11 @@ OTHER = {
     "structs": pa.array([{"text": "text"}, None]),
     "times": pa.array([10**18, None], pa.timestamp("ns", "Europe/Berlin")),
     "times beyond Python's": pa.array([1 << 60, None], pa.timestamp("us")),
+    "times of an unknown zone": pa.array([1, None], pa.timestamp("ns", "Mars/X")),
+    "lists of times beyond": pa.array([[1 << 60], None], pa.list_(pa.timestamp("us"))),
+    "structs of times of no zone": pa.array(
+        [{"at": 1}, None], pa.struct({"at": pa.timestamp("us", "+99:00")})
+    ),
     "spans of time": pa.array([1 << 62, None], pa.duration("s")),
     "days": pa.array([datetime.date(2026, 1, 1), None]),
     "decimals": pa.array([decimal.Decimal("1.5"), None]),
@@ -96,6 +101,46 @@ def test_a_column_of_another_type_is_no_text_but_names_a_document(
     assert [record.text for record in records] == [b"a", b"b"]
     assert all(record.id.isprintable() and record.url for record in records)
     assert records[1].id == "a.parquet#1"
+
+
+def test_labels_that_cannot_be_read_cost_no_other_batch_and_no_text(tmp_path: Path) -> None:
+    inner = pa.array([f"{n}".encode() for n in range(299)] + [b"\xff"])
+    lists = pa.ListArray.from_arrays(
+        range(301), pa.Array.from_buffers(pa.string(), 300, inner.buffers())
+    )
+    table = pa.table({"text": [f"text {n}" for n in range(300)], "id": lists})
+    pq.write_table(table, tmp_path / "a.parquet")
+    records = read(tmp_path)
+    assert [record.text for record in records] == [f"text {n}".encode() for n in range(300)]
+    assert [record.id for record in records[:128]] == [f"['{n}']" for n in range(128)]
+    assert records[299].id == records[299].url == records[299].position == "a.parquet#299"
+
+
+def test_labels_of_a_type_that_pyarrow_cannot_read_back_cost_no_text(tmp_path: Path) -> None:
+    lists = pa.array([[1, 2], None], pa.list_(pa.int8(), 2))
+    table = pa.table({"text": ["a", "b"], "id": lists, "url": ["here", "there"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    records = read(tmp_path)
+    assert [record.text for record in records] == [b"a", b"b"]
+    assert [record.url for record in records] == ["here", "there"]
+    assert records[1].id == "a.parquet#1"
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy"])
+def test_a_flipped_bit_of_parquet_costs_no_row_without_a_word(tmp_path: Path, codec: str) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"text {n}" for n in range(10)], "id": range(10)})
+    pq.write_table(table, path, use_dictionary=codec != "none", compression=codec)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for bit in (at % 4, 4 + at % 4):
+            data = bytearray(whole)
+            data[at] ^= 1 << bit
+            path.write_bytes(data)
+            try:
+                assert len(read(path)) == 10, (at, bit)
+            except UserError as error:
+                assert path.name in str(error)
 
 
 def test_fixed_size_values_are_text(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import webdataset
 
 from data_prep import sources
+from data_prep.output import Output
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from i3dist.tokenizer import Tokenizer
@@ -255,9 +256,24 @@ def test_a_damaged_output_is_refused(corpus: Corpus, tmp_path: Path) -> None:
         build(corpus[0], tmp_path / "out")
 
 
-def test_two_runs_do_not_write_into_one_folder(corpus: Corpus, tmp_path: Path) -> None:
-    from data_prep.output import Output
+@pytest.mark.parametrize("out", ["link", "link/deep/out", "again/out"])
+def test_an_output_behind_a_link_to_nothing_is_made_where_it_leads(
+    tmp_path: Path, built: Path, out: str
+) -> None:
+    (tmp_path / "link").symlink_to("else/where")
+    (tmp_path / "again").symlink_to(tmp_path / "link")
+    (tmp_path / "a.txt").write_text("some words")
+    options = ["--tokenizer", built / "tokenizer.json", "--valid-fraction", 0]
+    with Output(tmp_path / out).locked():
+        assert (tmp_path / out).is_dir()
+    assert not (tmp_path / out).exists()
+    build(tmp_path / "a.txt", tmp_path / out, *options)
+    place = (tmp_path / out).resolve()
+    assert place.is_relative_to(tmp_path / "else" / "where")
+    assert (place / "train" / "manifest.json").is_file()
 
+
+def test_two_runs_do_not_write_into_one_folder(corpus: Corpus, tmp_path: Path) -> None:
     with (
         Output(tmp_path / "out").locked(),
         pytest.raises(UserError, match="another run is writing"),

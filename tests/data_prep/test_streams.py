@@ -3,9 +3,11 @@
 import bz2
 import codecs
 import gzip
+import io
 import json
 import lzma
 import random
+import tracemalloc
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 from data_prep.records import usable_text
 from data_prep.sources import file_source
+from data_prep.streams import decompressed
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep.corpus import build, tree_digest
@@ -43,7 +46,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
 }
-PADDING = {".gz": b"\0" * 512}
+PADDING = {".gz": b"\0" * 512, ".xz": b"\0" * 20_000}
 # Of JSON strings: these end no line, though `str.splitlines` says so.
 TEXTS = ["one two", "é世界😀", "a\u2028b\x85c\x0bd", "\ufeffx", "x" * 300_000, "\ufffd"]
 LINES = [
@@ -63,10 +66,11 @@ def test_all_members_of_a_packed_file_are_read(ending: str, data: st.DataObject)
     plain = "\n".join(LINES).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(plain)), max_size=4)))
     pieces = [plain[a:b] for a, b in zip([0, *cuts], [*cuts, len(plain)], strict=True)]
-    packed = b"".join(map(PACKERS[ending], pieces))
+    padding = PADDING.get(ending, b"")
+    packed = b"".join(PACKERS[ending](piece) + padding for piece in pieces)
     with TemporaryDirectory() as folder:
         path = Path(folder, f"a.jsonl{ending}")
-        path.write_bytes(packed + PADDING.get(ending, b""))
+        path.write_bytes(packed)
         assert texts(path) == TEXTS
         path = path.rename(Path(folder, f"A.TXT{ending.upper()}"))
         assert texts(path) == [plain.decode()]
@@ -82,6 +86,76 @@ def test_a_packed_file_that_was_cut_is_named(tmp_path: Path, ending: str) -> Non
             (tmp_path / name).write_bytes(data)
             with pytest.raises(UserError, match=rf"cannot read .*{name}"):
                 texts(tmp_path / name)
+
+
+CHECKED = {ending: pack for ending, pack in PACKERS.items() if ending} | {
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress
+}
+
+
+@pytest.mark.parametrize("ending", CHECKED)
+def test_a_flipped_bit_in_any_member_is_told_or_changes_nothing(
+    tmp_path: Path, ending: str
+) -> None:
+    path = tmp_path / f"a.jsonl{ending}"
+    whole = b"".join(CHECKED[ending](f'{{"text": "{name}"}}\n'.encode()) for name in "abc")
+    for at in range(len(whole)):
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        try:
+            assert texts(path) == ["a", "b", "c"], at
+        except UserError as error:
+            assert path.name in str(error)
+
+
+@pytest.mark.parametrize("ending", CHECKED)
+@pytest.mark.parametrize("garbage", [b"text", bytes(522)], ids=["text", "zeros"])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_what_is_no_member_is_told(tmp_path: Path, ending: str, garbage: bytes, after: int) -> None:
+    path = tmp_path / f"a.jsonl{ending}"
+    member = CHECKED[ending](b'{"text": "a"}\n')
+    path.write_bytes(member * after + garbage + member * (2 - after))
+    if ending == ".gz" and after and not any(garbage):  # gzip allows any number of zeros
+        assert texts(path) == ["a", "a"]
+    else:
+        with pytest.raises(UserError, match=rf"cannot read .*{path.name}"):
+            texts(path)
+
+
+class Slow(io.BytesIO):
+    """A file that gives a few bytes at a time."""
+
+    def __init__(self, data: bytes, most: int) -> None:
+        super().__init__(data)
+        self.most = most
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(self.most)
+
+
+@pytest.mark.parametrize("ending", [".zst", ".bz2", ".xz"])
+@settings(deadline=None, max_examples=15)
+@given(most=st.integers(1, 9), sizes=st.lists(st.integers(1, 1 << 18), min_size=1))
+def test_reads_of_any_size_give_the_same_bytes(ending: str, most: int, sizes: list[int]) -> None:
+    pieces = [b"", bytes(300_000), b"a"]
+    packed = PADDING.get(ending, b"").join(map(PACKERS[ending], pieces))
+    stream = decompressed(Slow(packed, most), f"a{ending}")
+    found = [data for size in [*sizes, -1] if (data := stream.read(size))]
+    assert b"".join(found) == b"".join(pieces)
+    assert [len(data) for data in found[:-1]] == sizes[: len(found) - 1]
+
+
+@pytest.mark.parametrize("ending", [".bz2", ".xz"])
+def test_a_small_file_of_much_text_is_read_in_little_memory(ending: str) -> None:
+    packed = PACKERS[ending](bytes(40_000_000))
+    assert len(packed) < 8_000
+    tracemalloc.start()
+    stream = decompressed(io.BytesIO(packed), f"a{ending}")
+    assert sum(len(part) for part in iter(lambda: stream.read(1 << 16), b"")) == 40_000_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12_000_000  # of xz, 8 MiB are its dictionary
 
 
 ENCODED: dict[str, Callable[[str], bytes]] = {
