@@ -187,7 +187,7 @@ def _text(environ: Mapping[str, str], name: str) -> str:
 
 def _integer(environ: Mapping[str, str], name: str) -> int:
     text = _text(environ, name)
-    if not re.fullmatch(r"[0-9]+", text):
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise UserError(f"environment variable {name}={text!r} is not a whole number; correct it")
     return int(text)
 

@@ -103,6 +103,7 @@ def test_a_missing_variable_is_named(environ: dict[str, str], name: str) -> None
         (DEEPSPEED, "WORLD_SIZE", "-4"),
         (DEEPSPEED, "RANK", "1.0"),
         (DEEPSPEED, "RANK", "4"),
+        (DEEPSPEED, "RANK", "9" * 5000),
         (DEEPSPEED, "LOCAL_RANK", "2"),
         (DEEPSPEED, "WORLD_SIZE", "0"),
         (DEEPSPEED, "MASTER_PORT", "99999"),
