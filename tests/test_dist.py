@@ -195,6 +195,7 @@ def job_of(launcher: dist.Launcher, local_world_size: int) -> Job:
         ("torchrun", 2, 8, {"OMP_NUM_THREADS": "1"}, 4),  # torchrun's own default
         ("torchrun", 2, 8, {"OMP_NUM_THREADS": "3"}, 3),
         ("python", 1, 8, {}, 8),
+        ("python", 1, 8, {"OMP_NUM_THREADS": "²"}, 8),
         ("slurm", 4, 64, {"SLURM_CPUS_ON_NODE": "32"}, 8),  # tasks not bound
         ("slurm", 4, 8, {"SLURM_CPUS_ON_NODE": "32"}, 8),  # each bound to its own 8
         ("slurm", 4, 8, {}, 2),

@@ -619,3 +619,25 @@ def test_the_last_save_is_watched_to_its_end(
 
     monkeypatch.setattr(Saver, "wait", noted)
     assert trainer.fit() and watched == [True] and trainer.watchdog._closed.is_set()
+
+
+@pytest.mark.parametrize("way", ["resume", "roll_back"])
+def test_a_checkpoint_that_another_rank_cannot_read_stops_this_one_too(
+    stopped: tuple[Run, Run],
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """It would wait for the other in what the ranks do together next."""
+    trainer = start(tmp_path / "run").trainer
+    found = checkpoint.newest_whole(stopped[0].settings.run.path / "checkpoints", trainer.job)
+    assert found is not None
+    monkeypatch.setattr(checkpoint, "newest_whole", lambda *_: found)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine, _=None: [mine, (None, "not here")])
+    with pytest.raises(UserError, match=r"^not here$"):
+        if way == "resume":
+            trainer.resume(found.path, checkpoint.read_state(found.path))
+        else:
+            trainer.roll_back()
+    assert trainer.progress.step == 0
