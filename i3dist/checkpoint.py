@@ -11,6 +11,7 @@ Nothing in them depends on the number of ranks, and nothing is a pickle. Which o
 continues from, and which it keeps, is `shelf`'s business.
 """
 
+import errno
 import hashlib
 import re
 import shutil
@@ -167,12 +168,17 @@ def _share(
 def _write_share(staging: Path, share: dict[str, dict[str, Tensor]]) -> dict[str, FileDigest]:
     """Write and sync a rank's files; returns what they must be."""
     for name, tensors in share.items():
-        try:
-            save_file(tensors, staging / name)
-        except SafetensorError as error:  # it wraps the system's error in words of its own
-            raise UserError(f"{name} cannot be written: {error}") from None
-        sync(staging / name)
+        write_tensors(staging / name, tensors)
     return {name: _digest(staging / name) for name in share}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """Write and sync a safetensors file; raises `OSError` where it cannot be written."""
+    try:
+        save_file(tensors, path, metadata or None)
+    except SafetensorError as error:  # it wraps the system's error in words of its own
+        raise OSError(errno.EIO, str(error), path.name) from None
+    sync(path)
 
 
 def _finish(

@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -25,7 +26,7 @@ from pydantic.fields import FieldInfo
 
 from i3dist.errors import UserError
 from i3dist.paths import literal_name, literal_path
-from i3dist.yaml_text import Literals, read_values, write_values
+from i3dist.yaml_text import Literals, Nothing, read_values, write_values
 
 Auto = Literal["auto"]
 OnDamage = Literal["stop", "quarantine"]
@@ -38,6 +39,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 AnyPath = Annotated[
     Path,
     PlainSerializer(lambda path: str(path).encode("utf-8", "replace").decode(), when_used="json"),
+]
+# May be left empty, or null, in a file.
+Kind = TypeVar("Kind")
+OrNothing = Annotated[
+    Kind | None,
+    BeforeValidator(lambda value: None if isinstance(value, Nothing) else value),
 ]
 
 CARD_VOCAB_SIZE = 32_000
@@ -283,7 +290,7 @@ class TrackingSettings(Section):
     """Log to MLflow; metrics.jsonl is written in any case."""
     experiment: str = "i3dist"
     """MLflow experiment."""
-    run_name: str | None = None
+    run_name: OrNothing[str] = None
     """MLflow run name; the last part of run.path where it is not given."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use."""
@@ -469,7 +476,7 @@ def _explain(error: ValidationError, places: Mapping[str, str]) -> str:
             if [str(part) for part in other["loc"]][:2] == names
         )
     )
-    if fault["input"] is None:
+    if fault["input"] is None or isinstance(fault["input"], Nothing):
         legal = "has no value: give one, or leave the setting out"
     meaning = f" ({remedies[key]})" if key in remedies else ""
     return f"{place}setting {key}={repr(fault['input'])[:80]} {legal}{meaning}"

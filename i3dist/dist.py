@@ -36,13 +36,14 @@ FIRST_PORT, PORTS = 10_240, 20_000
 # First entries of CUDA_VISIBLE_DEVICES that hide all GPUs, on purpose.
 HIDDEN = ("", "-1", "NoDevFiles")
 DEVICES = Path("/dev")
+ACCELERATOR = "DS_ACCELERATOR"  # DeepSpeed's variable: cpu or cuda
 NO_GPU = "there is no CUDA GPU here"
 # Names of what the ranks say to each other where they meet.
-JOB_KEY, RANK_KEY = "i3dist/job", "i3dist/rank/"
+JOB_KEY, RANK_KEY, BACKEND_KEY = "i3dist/job", "i3dist/rank/", "i3dist/backend/"
 # The first rank reaches its own port at once, and says at once which job it is of.
 FIRST_ANSWER = timedelta(seconds=30)
-# For ranks that start late: DeepSpeed's variable, and its default.
-PATIENCE = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT") or 10))
+# Minutes to wait for ranks that start late: DeepSpeed's variable, its default, and a year.
+TIMEOUT, TIMEOUT_DEFAULT, TIMEOUT_LIMIT = "DEEPSPEED_TIMEOUT", 10, 525_600
 
 # What gloo says when the other end of a connection is gone.
 PEER_LOSS = r"gloo.*(closed|reset|refused|broken|timed out)|onnection (closed|reset) by peer"
@@ -186,7 +187,7 @@ def _text(environ: Mapping[str, str], name: str) -> str:
 
 def _integer(environ: Mapping[str, str], name: str) -> int:
     text = _text(environ, name)
-    if not re.fullmatch(r"[0-9]+", text):
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise UserError(f"environment variable {name}={text!r} is not a whole number; correct it")
     return int(text)
 
@@ -203,38 +204,61 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def read_patience(environ: Mapping[str, str] = os.environ) -> timedelta:
+    """How long ranks wait for each other as the job starts: DEEPSPEED_TIMEOUT, or ten minutes.
+
+    Raises:
+        UserError: the variable is no number of minutes.
+    """
+    text = environ.get(TIMEOUT) or str(TIMEOUT_DEFAULT)
+    try:
+        minutes = int(text)
+    except ValueError:
+        minutes = 0
+    if not 0 < minutes <= TIMEOUT_LIMIT:
+        raise UserError(
+            f"environment variable {TIMEOUT}={text!r} is not a whole number of minutes from 1 to "
+            f"{TIMEOUT_LIMIT}; correct it, or unset it to wait {TIMEOUT_DEFAULT} minutes"
+        )
+    return timedelta(minutes=minutes)
+
+
 @contextmanager
-def met(job: Job, name: str, patience: timedelta = PATIENCE) -> Iterator[None]:
+def met(job: Job, name: str, patience: timedelta | None = None) -> Iterator[None]:
     """See that all ranks of this job, and none of another, find each other; then form the group.
 
     Inside, torch's own rendezvous finds the first rank listening already. Without this a rank whose
-    first rank found the port taken would join the job that has it, and wait there for ever. Under
-    torchrun's agent, which listens itself, nothing is to be seen to.
+    first rank found the port taken would join the job that has it, and wait there for ever. Ranks
+    of different backends would wait for each other, too. torchrun's agent listens in place of the
+    first rank, and keeps jobs apart itself.
 
     Args:
         job: the job.
         name: the same on all ranks of the job, another for another job that may run beside it.
-        patience: how long to wait for the other ranks.
+        patience: how long to wait for the other ranks; None is `read_patience`.
 
     Raises:
-        UserError: the port is taken, the address is not that of the first rank, or ranks are late.
+        UserError: the port is taken, the address is not that of the first rank, ranks are late, or
+            some run on GPUs and others on the CPU.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        yield
-        return
-    store = _open_store(job, patience)
+    patience = patience or read_patience()
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = _open_store(job, patience, listen=job.rank == 0 and not by_agent)
     try:
-        _recognise(job, store, name)
-        _await_all(job, store, patience)
+        if by_agent:  # its store stays when it starts the ranks again
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            _await_all(job, torch_dist.PrefixStore(f"i3dist/{attempt}", store), patience)
+        else:
+            _recognise(job, store, name)
+            _await_all(job, store, patience)
     except torch_dist.DistError:
         raise UserError(f"rank 0 at {_place(job)} is gone: its own message says why") from None
     yield
     del store  # until then the first rank listens
 
 
-def _open_store(job: Job, patience: timedelta) -> torch_dist.Store:
-    first = job.rank == 0
-    timeout = min(FIRST_ANSWER, patience) if first else patience
+def _open_store(job: Job, patience: timedelta, listen: bool) -> torch_dist.Store:
+    timeout = min(FIRST_ANSWER, patience) if job.rank == 0 else patience
     opened: list[torch_dist.Store | RuntimeError] = []
 
     def connect() -> None:
@@ -242,7 +266,7 @@ def _open_store(job: Job, patience: timedelta) -> torch_dist.Store:
         try:
             opened.append(
                 torch_dist.TCPStore(
-                    host, port, None, first, timeout, wait_for_workers=False, multi_tenant=True
+                    host, port, None, listen, timeout, wait_for_workers=False, multi_tenant=True
                 )
             )
         except RuntimeError as error:
@@ -278,28 +302,37 @@ def _unmet(job: Job, why: str, patience: timedelta) -> UserError:
 def _recognise(job: Job, store: torch_dist.Store, name: str) -> None:
     """See that what listens is the first rank of this job, and that no other has this rank."""
     if job.rank == 0:
-        store.set(JOB_KEY, name)
+        store.set(JOB_KEY, name.encode("unicode_escape").decode())  # it may be no Unicode
     try:
         store.wait([JOB_KEY], FIRST_ANSWER)
     except torch_dist.DistStoreError:
         raise _port_taken(job, "another program listens there") from None
-    other = store.get(JOB_KEY).decode()
+    other = store.get(JOB_KEY).decode("unicode_escape", "replace")
     if other != name:
-        raise _port_taken(job, f"a job with run.path={other} listens there")
+        same = f"if it is this job, whose run.path here is {name}, type one that is the same on all"
+        raise _port_taken(job, f"a job with run.path={other} listens there ({same} hosts)")
     if store.add(f"{RANK_KEY}{job.rank}", 1) > 1:
         raise _port_taken(job, f"a job that has a rank {job.rank} already listens there")
 
 
 def _await_all(job: Job, store: torch_dist.Store, patience: timedelta) -> None:
-    keys = [f"{RANK_KEY}{rank}" for rank in range(job.world_size)]
+    """Wait for every rank, and see that all have the same backend."""
+    keys = [f"{BACKEND_KEY}{rank}" for rank in range(job.world_size)]
+    store.set(keys[job.rank], f"{backend()} {socket.gethostname()}")
     try:
         store.wait(keys, patience)
     except torch_dist.DistStoreError:
-        late = [key.removeprefix(RANK_KEY) for key in keys if not store.check([key])]
+        late = [key.removeprefix(BACKEND_KEY) for key in keys if not store.check([key])]
         raise UserError(
             f"ranks {', '.join(late[:8])} did not come to {_place(job)} within {patience}: their "
             "own messages say why, if they started at all"
         ) from None
+    hosts = dict(text.decode().split(" ", 1) for text in store.multi_get(keys))
+    if len(hosts) > 1:
+        raise UserError(
+            f"{hosts['nccl']} runs on a GPU but {hosts['gloo']} on the CPU: see that torch finds a "
+            "GPU on every host (nvidia-smi lists them), or set train.device=cpu"
+        )
 
 
 def _place(job: Job) -> str:
@@ -329,14 +362,14 @@ def share_threads(job: Job, environ: MutableMapping[str, str] = os.environ) -> i
     the user set in OMP_NUM_THREADS stands, except torchrun's own default of 1.
     """
     chosen = environ.get("OMP_NUM_THREADS", "")
-    if chosen.isdigit() and int(chosen) > 0 and (job.launcher, chosen) != ("torchrun", "1"):
+    if chosen.isdecimal() and int(chosen) > 0 and (job.launcher, chosen) != ("torchrun", "1"):
         threads = int(chosen)
     else:
         usable = len(os.sched_getaffinity(0))
         # Slurm may have bound each task to its own cores already, so the share is of the cores
         # that the step holds on this host, and only capped by those this task may use.
         on_node = environ.get("SLURM_CPUS_ON_NODE", "") if job.launcher == "slurm" else ""
-        shared = int(on_node) if on_node.isdigit() else usable
+        shared = int(on_node) if on_node.isdecimal() else usable
         threads = min(usable, thread_count(shared, job.local_world_size))
     environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
@@ -364,18 +397,31 @@ def choose_device(wanted: Device, environ: MutableMapping[str, str] = os.environ
         Whether it is the CPU for want of a GPU: nobody chose it.
 
     Raises:
-        UserError: there is no GPU though one is asked for, or though the job was granted some.
+        UserError: there is no GPU though one is asked for, or though the job was granted some; or
+            DS_ACCELERATOR names neither.
     """
-    if wanted == "auto" and environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+    named = _named_device(environ)
+    if wanted == "auto" and named == "cpu":
         return False
     if wanted == "cpu" or torch.cuda.is_available():
-        environ["DS_ACCELERATOR"] = "cpu" if wanted == "cpu" else "cuda"
+        environ[ACCELERATOR] = "cpu" if wanted == "cpu" else "cuda"
         return False
     if unseen := unseen_gpus(environ):
         raise UserError(f"{unseen}, or set train.device=cpu to train on the CPU all the same")
     if wanted == "cuda":
         raise UserError(f"train.device=cuda: {NO_GPU}; use train.device=auto or cpu")
     return True
+
+
+def _named_device(environ: Mapping[str, str]) -> str | None:
+    """What DS_ACCELERATOR names; None where it is not set."""
+    named = environ.get(ACCELERATOR)
+    if named not in (None, "cpu", "cuda"):
+        raise UserError(
+            f"environment variable {ACCELERATOR}={named!r} is neither cpu nor cuda; correct it, or "
+            "unset it to run on a GPU where there is one"
+        )
+    return named
 
 
 def unseen_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -412,7 +458,7 @@ def uses_cuda() -> bool:
 
     `choose_device` sets that variable where train.device says so.
     """
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    return torch.cuda.is_available() and os.environ.get(ACCELERATOR, "cuda") == "cuda"
 
 
 def backend() -> Literal["nccl", "gloo"]:
@@ -436,8 +482,9 @@ def device(job: Job) -> torch.device:
 def pick_device(wanted: str) -> torch.device:
     """The device of a single process: "cpu", "cuda", or "auto" for a GPU where there is one."""
     if wanted == "auto":
+        named = _named_device(os.environ)
         wanted = "cuda" if uses_cuda() else "cpu"
-        if "DS_ACCELERATOR" not in os.environ and (unseen := unseen_gpus()):
+        if named is None and (unseen := unseen_gpus()):
             log.warning("warning: %s; until then this runs on the CPU", unseen)
     elif wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device cuda: {unseen_gpus() or NO_GPU}; or use --device cpu")

@@ -7,7 +7,6 @@ sees the few flat tensors of `PackedModel`: what it does per tensor costs more t
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,26 +24,21 @@ from i3dist.model.lm import I3LM
 from i3dist.model.packed import PackedModel, Slot
 from i3dist.model.state import LaneState
 from i3dist.ops.adamw import FlatAdamW
-from i3dist.toolchain import absent, writable_caches
-
-# DeepSpeed reads its accelerator from the environment when it is imported. The variable is removed
-# then, so that nobody takes it for the user's choice.
-_named = "DS_ACCELERATOR" in os.environ
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.uses_cuda() else "cpu")
+from i3dist.toolchain import absent, variables, writable_caches
 
 # DeepSpeed still calls names that torch is about to retire.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-with absent("mlflow"):  # for its autotuner
+# DeepSpeed reads its variables as it is imported, and fails where one is wrong; `dist` reads them
+# when that can be said in a line. The autotuner would import MLflow.
+_accelerator = "cuda" if dist.uses_cuda() else "cpu"
+with absent("mlflow"), variables(DS_ACCELERATOR=_accelerator, DEEPSPEED_TIMEOUT=None):
     import deepspeed
-from deepspeed.accelerator import get_accelerator, set_accelerator  # noqa: E402
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
-from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
-from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
-from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
-
-if not _named:
-    del os.environ["DS_ACCELERATOR"]
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
 # On CPU it would compile an operator for shared memory whenever it starts, which needs a compiler,
 # a cache in the home folder and 66 MiB of /dev/shm a rank, and which only inference uses (0.19.8).
@@ -406,15 +400,16 @@ def start(job: dist.Job, name: str = "") -> None:
     """Join the process group of the job, which `name` tells from others: NCCL on GPUs, else gloo.
 
     Raises:
-        UserError: the ranks do not find each other, see `dist.met`.
+        UserError: the ranks do not find each other, see `dist.met`; DEEPSPEED_TIMEOUT is wrong.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    patience = dist.read_patience()
     job.export()
     if dist.uses_cuda():
         torch.cuda.set_device(dist.device(job))
         writable_caches()
-    with dist.met(job, name):
-        deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False)
+    with dist.met(job, name, patience):
+        deepspeed.init_distributed(dist_backend=dist.backend(), verbose=False, timeout=patience)
 
 
 def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:

@@ -89,9 +89,10 @@ def warned(what: str) -> Iterator[None]:
 def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
     """Print an error as one line on stderr and leave with status 1, with no traceback.
 
-    A traceback that nobody foresaw goes to a file, which the line names; with I3DIST_DEBUG=1 each
-    is printed too. The exit skips interpreter teardown, so a rank that fails ends at once even
-    where others wait for it. See `streams.prepare` for standard output.
+    The traceback of an error that the program did not foresee is written to a file, which the line
+    names; with I3DIST_DEBUG=1 every traceback is printed too. The exit skips interpreter teardown,
+    so a rank that fails ends at once even where others wait for it. See `streams.prepare` for
+    standard output.
     """
     streams.prepare(output_is_result)
     threading.excepthook = _say_of_thread

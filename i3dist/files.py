@@ -20,16 +20,23 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file aside, sync it, rename it into place, and sync the folder.
+    """Write a file so that it is there whole, or as it was before; see `written_aside`."""
+    with written_aside(path) as partial:
+        partial.write_bytes(data)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Another name to write a file under: in the end it is synced, renamed, and its folder synced.
 
     Where that fails (a full disk, say) the file is what it was before.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        partial.write_bytes(data)
+        yield partial
         sync(partial)
         partial.replace(path)
-    except OSError:
+    except Exception:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)

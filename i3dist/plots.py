@@ -1,33 +1,17 @@
 """Pictures of a run, drawn from its metrics.jsonl, validation.jsonl and diagnostics.jsonl."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from i3dist.metrics_log import read_metrics
+from i3dist.toolchain import variables
 
-
-@contextmanager
-def _drawing_to_files() -> Iterator[None]:
-    """Meanwhile the environment names the backend that is used here, whatever a notebook set.
-
-    Matplotlib looks at the variable as it is imported, and fails where it names none that is there.
-    """
-    before = os.environ.get("MPLBACKEND")
-    os.environ["MPLBACKEND"] = "agg"
-    try:
-        yield
-    finally:
-        del os.environ["MPLBACKEND"]
-        if before is not None:
-            os.environ["MPLBACKEND"] = before
-
-
-with _drawing_to_files():
+# Matplotlib looks at the variable as it is imported, and fails where it names no backend that is
+# there, as a notebook's may.
+with variables(MPLBACKEND="agg"):
     from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +22,25 @@ def absent(module: str) -> Iterator[None]:
         del sys.modules[module]
         if there is not None:
             sys.modules[module] = there
+
+
+@contextmanager
+def variables(**values: str | None) -> Iterator[None]:
+    """Meanwhile environment variables have these values; None: they are not set."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def writable_caches(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -101,12 +101,13 @@ class Trainer:
         Returns:
             Whether that is done: False where the job was asked to stop before, and has saved.
         """
-        if self.progress.step == 0:
-            self.validate()
         stop = self.stop
-        stop.ask_all()  # what came in while the run was set up
-        self._interval = Interval()
-        with self.saver:
+        # The watchdog goes first: what comes after an error takes its time, and decides nothing.
+        with self.saver, closing(self.watchdog):
+            if self.progress.step == 0:
+                self.validate()
+            stop.ask_all()  # what came in while the run was set up
+            self._interval = Interval()
             with closing(self._batches()) as batches:
                 while self.progress.step < self.settings.train.steps and not stop.agreed():
                     self.train_step(batches)
@@ -118,7 +119,7 @@ class Trainer:
                 self.export()
             else:
                 self.save()
-        self.watchdog.close()  # what comes now decides nothing
+            self.saver.wait()
         self.draw()
         return done
 
@@ -194,7 +195,7 @@ class Trainer:
         if found.refused:
             dist.say(found.line())
         past = checkpoint.read_state(found.path)
-        self._load(found.path, past)
+        dist.together(lambda: self._load(found.path, past))
         self.lane_state = self._empty_lanes()
         dist.say(
             f"{state.bad} bad steps in a row: weights and optimizer are those of step {past.step} "
@@ -330,9 +331,9 @@ class Trainer:
 
     def resume(self, path: Path, state: RunState) -> None:
         """Take up the run where checkpoint `path`, which is whole, left it."""
-        self._load(path, state)
+        dist.together(lambda: self._load(path, state))
+        dist.together(lambda: self._load_lanes(path))
         self.guard = Guard(self.settings.guard, state.guard)
-        self.lane_state = checkpoint.read_lanes(path, self.lanes, self.lane_state)
         self.progress = Progress(state.step, state.windows)
         self.saver.step = state.step
         self.ledger.resume(state.step, self.lane_state)
@@ -345,12 +346,15 @@ class Trainer:
         saved.check({name: p.numel() for name, p in self.engine.model.named_parameters()})
         self.engine.load(saved, state.taken)
 
+    def _load_lanes(self, path: Path) -> None:
+        """Take this rank's lanes of a checkpoint; raises `UserError` where some are missing."""
+        self.lane_state = checkpoint.read_lanes(path, self.lanes, self.lane_state)
+
     def export(self) -> None:
         """Write plain weights."""
         self.watchdog.beat("writing the weights")
-        if self.job.rank == 0:
-            export_weights(self.settings.run.path, self.engine.model, self.progress.step)
-        dist.barrier()
+        run, model, step = self.settings.run.path, self.engine.model, self.progress.step
+        dist.together(lambda: export_weights(run, model, step) if self.job.rank == 0 else None)
 
     def draw(self) -> None:
         """Draw plots of the run so far, and hand them to the tracker.

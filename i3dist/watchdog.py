@@ -17,9 +17,10 @@ GRACE_SECONDS = 5.0
 class Watchdog:
     """Ends this process where `beat` does not come again within `seconds`; 0 watches nothing.
 
-    A thread does it: `grace` seconds after the limit, with a line that names the rank. Where even
-    threads stand still, because the main one holds the interpreter, faulthandler's own timer does,
-    at the limit. The thread puts that off shortly before, by which it shows that it is alive.
+    At the limit a thread prints a line that names the rank, and `grace` seconds later it ends the
+    process. That thread cannot run while the main thread holds the interpreter; then a timer of
+    faulthandler, which needs no interpreter, ends the process at the limit. As long as the thread
+    runs, it postpones that timer shortly before the limit.
     """
 
     def __init__(self, seconds: float, job: dist.Job):

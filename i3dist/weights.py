@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from i3dist import checkpoint, shelf
 from i3dist.config import Settings
 from i3dist.errors import UserError
-from i3dist.files import sync, utf8_path
+from i3dist.files import utf8_path, written_aside
 from i3dist.model.lm import I3LM
 from i3dist.paths import typed_path
 from i3dist.tokenizer import Tokenizer
@@ -20,15 +20,21 @@ WEIGHTS = "model.safetensors"
 SETTINGS = "settings.yaml"
 
 
-def export_weights(run: Path, model: I3LM, step: int) -> Path:
-    """Write RUN/model.safetensors: the weights as the forward pass uses them after `step`."""
-    path = run / WEIGHTS
-    staging = run / f".{WEIGHTS}.partial"
+def export_weights(run: Path, model: I3LM, step: int) -> None:
+    """Write RUN/model.safetensors: the weights as the forward pass uses them after `step`.
+
+    Raises:
+        UserError: it cannot be written; what was there before is untouched.
+    """
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, staging, metadata={"step": str(step)})
-    sync(staging)
-    os.replace(staging, path)
-    return path
+    try:
+        with written_aside(run / WEIGHTS) as partial:
+            checkpoint.write_tensors(partial, weights, step=str(step))
+    except OSError as error:
+        raise UserError(
+            f"{run / WEIGHTS} cannot be written: {error.strerror}; see to it, then type the same "
+            "command again to go on from the newest checkpoint"
+        ) from None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

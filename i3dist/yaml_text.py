@@ -7,6 +7,7 @@ guesses would read 0100 as 64, 1:30 as 90, and a folder called 2024-01-01 as a d
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,6 +22,17 @@ NULLS = ("", "~", "null", "Null", "NULL")
 TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "seq")}
 # By setting, what the text of a path or a name becomes; a `ValueError` says what is wrong with it.
 Literals = Mapping[str, Callable[[str], Any]]
+
+
+@dataclass(frozen=True, repr=False)
+class Nothing:
+    """What a text means that gives no value: it is empty, ~ or null."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        """As it was typed."""
+        return self.text
 
 
 class Said(NamedTuple):
@@ -79,7 +91,8 @@ def _read_word(name: str, text: str, literals: Literals) -> Any:
     try:
         if name in literals:
             return literals[name](text)
-        return _value(name, _compose(text), literals)
+        node = _compose(text)
+        return Nothing(text) if node is None else _value(name, node, literals)
     except ValueError as error:
         raise UserError(f"setting {name}={text[:80]!r}: {error}") from None
     except yaml.YAMLError as error:
@@ -127,15 +140,13 @@ def _items(prefix: str, node: yaml.Node | None) -> Iterator[tuple[str, int, yaml
         yield key.value, key.start_mark.line + 1, value
 
 
-def _value(name: str, node: yaml.Node | None, literals: Literals) -> Any:
-    """What a setting's text means: None, a number, a path, or the text."""
-    if node is None:
-        return None
+def _value(name: str, node: yaml.Node, literals: Literals) -> Any:
+    """What a setting's text means: nothing, a number, a path, or the text."""
     if not isinstance(node, yaml.ScalarNode) or node.tag not in TAGS:
         _refuse(node, f"{name} is not one plain value")
     is_home = node.value == "~" and literals.get(name) is literal_path
     if _is_null(node) and not is_home:
-        return None
+        return Nothing(node.value)
     if name in literals:
         try:
             return literals[name](node.value)

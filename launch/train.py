@@ -98,7 +98,7 @@ def build(
     if settings.train.compile is True or (settings.train.compile == "auto" and dist.uses_cuda()):
         model.compile_blocks()
     started = engine.Engine(model, engine_config, settings.optimizer, settings.train)
-    tracker = begin_record(start, job, corpus) if job.rank == 0 else tracking.NoTracker()
+    tracker = begin_record(start, job, corpus)
     with recorded(tracker):
         trainer = Trainer(settings, job, corpus, started, tracker, stop)
         if start.checkpoint is not None and start.state is not None:
@@ -127,9 +127,14 @@ def recorded(tracker: tracking.Tracker | tracking.NoTracker) -> Iterator[None]:
 def begin_record(
     start: Start, job: dist.Job, corpus: Corpus
 ) -> tracking.Tracker | tracking.NoTracker:
-    """On rank 0: prepare the run's folder, say what the run is, and open it in MLflow."""
+    """On rank 0: prepare the run's folder, say what the run is, and open it in MLflow.
+
+    Every rank calls this, and where the folder cannot be prepared all say so.
+    """
     settings = start.settings
-    lay_out(start, corpus)
+    dist.together(lambda: lay_out(start, corpus) if job.rank == 0 else None)
+    if job.rank != 0:
+        return tracking.NoTracker()
     print_summary(settings, job.world_size)
     if start.checkpoint is None:  # later these settings stay
         for note in filter(None, (idle_lanes(settings, corpus), early_history(settings))):

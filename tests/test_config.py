@@ -227,7 +227,7 @@ def test_null_in_a_file_is_no_run_name_and_no_path(tmp_path: Path, null: str) ->
     file.write_text(f"tracking:\n  run_name: {null}\n")
     assert Settings.load(file).tracking.run_name is None
     file.write_text(f"tracking:\n  experiment: {null}\n")
-    with pytest.raises(UserError, match=r"line 2: setting tracking.experiment=None has no value"):
+    with pytest.raises(UserError, match=f"line 2: setting tracking.experiment={null} has no value"):
         Settings.load(file)
 
 
@@ -254,6 +254,15 @@ def test_a_number_is_what_people_write_or_one_line(
         else:
             with pytest.raises(UserError, match=r"train\.steps"):
                 read()
+
+
+@pytest.mark.parametrize("null", ["", "null", "~", "# none"])
+@pytest.mark.parametrize(
+    "name", ["train.steps", "train.lanes", "log.every", "optimizer.lr", "tracking.enabled"]
+)
+def test_a_setting_without_a_value_is_named_as_it_was_typed(name: str, null: str) -> None:
+    with pytest.raises(UserError, match=rf"^setting {name}={null} has no value: give one"):
+        Settings.load(None, [f"{name}={null}"])
 
 
 @pytest.mark.parametrize(
@@ -294,7 +303,7 @@ def test_yes_and_no_are_said_in_many_ways(text: str, truth: bool) -> None:
         ("log:\n  every: 3\ntrain: 3\n", 3, "train has no settings in it"),
         ("log:\n  every: 3\ntrain.steps: 3\n", 3, "train.steps has no settings in it"),
         ("train:\n  seed: 1\n  steps:\n    - 3\n", 4, "train.steps is not one plain value"),
-        ("train:\n  steps:\n", 2, "setting train.steps=None has no value"),
+        ("train:\n  steps:\n", 2, "setting train.steps= has no value"),
         ("a: 1\nb: \x01\n", 2, "a character that cannot be printed"),
         ("log:\n  every: &n 5\ntrain:\n  steps: *n\n", 4, "no aliases"),
         ("model:\n  d_model: 64\n  latents: 600\n", 3, "at most model.chunk_length = 512"),

@@ -61,6 +61,21 @@ def test_without_a_gpu_auto_is_the_cpu_that_nobody_chose(
     assert environ["DS_ACCELERATOR"] == "cpu"
 
 
+@pytest.mark.parametrize("name", ["", "gpu", "CPU", "xpu", "cuda:0"])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_device_that_deepspeeds_variable_may_not_name_is_one_line(
+    host: Path, monkeypatch: pytest.MonkeyPatch, name: str, gpu: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("DS_ACCELERATOR", name)
+    says = f"DS_ACCELERATOR='{name}' is neither cpu nor cuda"
+    for wanted in ("auto", "cpu", "cuda"):
+        with pytest.raises(UserError, match=says):
+            dist.choose_device(wanted)
+    with pytest.raises(UserError, match=says):
+        dist.pick_device("auto")
+
+
 @pytest.mark.parametrize("environ", GRANTS, ids=str)
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])
 def test_granted_gpus_that_torch_does_not_see_are_refused(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from i3dist import dist, toolchain
@@ -103,6 +103,7 @@ def test_a_missing_variable_is_named(environ: dict[str, str], name: str) -> None
         (DEEPSPEED, "WORLD_SIZE", "-4"),
         (DEEPSPEED, "RANK", "1.0"),
         (DEEPSPEED, "RANK", "4"),
+        (DEEPSPEED, "RANK", "9" * 5000),
         (DEEPSPEED, "LOCAL_RANK", "2"),
         (DEEPSPEED, "WORLD_SIZE", "0"),
         (DEEPSPEED, "MASTER_PORT", "99999"),
@@ -194,6 +195,7 @@ def job_of(launcher: dist.Launcher, local_world_size: int) -> Job:
         ("torchrun", 2, 8, {"OMP_NUM_THREADS": "1"}, 4),  # torchrun's own default
         ("torchrun", 2, 8, {"OMP_NUM_THREADS": "3"}, 3),
         ("python", 1, 8, {}, 8),
+        ("python", 1, 8, {"OMP_NUM_THREADS": "²"}, 8),
         ("slurm", 4, 64, {"SLURM_CPUS_ON_NODE": "32"}, 8),  # tasks not bound
         ("slurm", 4, 8, {"SLURM_CPUS_ON_NODE": "32"}, 8),  # each bound to its own 8
         ("slurm", 4, 8, {}, 2),
@@ -315,6 +317,80 @@ def test_a_rank_never_joins_another_job() -> None:
     port = free_port()
     with first_rank(port, "runs/a", ranks=(0, 1)):
         assert "a job that has a rank 1 already" in meet(rank_of_two(1, port))
+
+
+@given(name=st.text(st.characters(codec=None)), other=st.text(st.characters(codec=None)))
+@example(name="/tmp/x\udcff", other="/tmp/x?")
+@example(name="\\xff", other="\xff")
+def test_jobs_are_told_apart_by_names_of_any_characters(name: str, other: str) -> None:
+    store = torch.distributed.HashStore()
+    dist._recognise(rank_of_two(0, 1), store, name)
+    if other == name:
+        dist._recognise(rank_of_two(1, 1), store, other)
+        return
+    with pytest.raises(UserError) as error:
+        dist._recognise(rank_of_two(1, 1), store, other)
+    line, theirs = str(error.value), str(UserError(name))
+    assert f"a job with run.path={theirs} listens there" in line or len(line) > 900
+    assert "type one that is the same on all hosts" in line
+
+
+def test_hosts_that_chose_different_devices_say_so_on_every_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a GPU of one host is not seen the ranks would wait for each other for ever."""
+    monkeypatch.setattr(dist, "backend", iter(["nccl", "gloo"]).__next__)
+    monkeypatch.setattr(socket, "gethostname", iter(["good", "bad"]).__next__)
+    store = torch.distributed.HashStore()
+
+    def arrive(job: Job) -> str:
+        with pytest.raises(UserError) as error:
+            dist._await_all(job, store, timedelta(seconds=20))
+        return str(error.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        lines = list(pool.map(arrive, [rank_of_two(rank, 1) for rank in range(2)]))
+    assert lines[0] == lines[1]
+    assert lines[0].startswith("good runs on a GPU but bad on the CPU") and "device=cpu" in lines[0]
+
+
+def test_ranks_of_torchrun_meet_at_its_agent_each_time_it_starts_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    port = free_port()
+    agent = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        said = meet(rank_of_two(0, port, "torchrun"))
+        assert "ranks 1 did not come" in said
+        jobs = [rank_of_two(rank, port, "torchrun") for rank in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(lambda job: meet(job, patience=20), jobs)) == ["met", "met"]
+    monkeypatch.setattr(dist, "backend", lambda: "nccl")
+    assert "runs on a GPU but" in meet(rank_of_two(0, port, "torchrun"))
+    del agent
+
+
+@pytest.mark.parametrize("minutes", ["10m", "0", "-1", "1.5", "ten", "²", "9" * 5000, "525601"])
+def test_a_wrong_time_to_wait_is_named_with_what_is_legal(minutes: str) -> None:
+    with pytest.raises(UserError, match=r"DEEPSPEED_TIMEOUT=.*whole number of minutes from 1 to"):
+        dist.read_patience({"DEEPSPEED_TIMEOUT": minutes})
+
+
+def test_the_time_to_wait_is_deepspeeds() -> None:
+    for environ in ({}, {"DEEPSPEED_TIMEOUT": ""}):
+        assert dist.read_patience(environ) == timedelta(minutes=10)
+    assert dist.read_patience({"DEEPSPEED_TIMEOUT": "3"}) == timedelta(minutes=3)
+
+
+def test_what_deepspeed_stumbles_over_fails_no_import_and_stays_in_the_environment() -> None:
+    """So that a line can say what is wrong with it."""
+    wrong = {"DEEPSPEED_TIMEOUT": "10m", "DS_ACCELERATOR": "gpu"}
+    script = "import i3dist.engine, os; print(*(os.environ[name] for name in os.sys.argv[1:]))"
+    words = [sys.executable, "-c", script, *wrong]
+    result = subprocess.run(words, env=os.environ | wrong, capture_output=True, text=True)
+    assert result.stdout.split() == list(wrong.values()), result.stderr
 
 
 def test_a_first_rank_that_goes_away_is_told() -> None:

@@ -29,6 +29,7 @@ from i3dist.engine import Engine, Stepped, read_engine_config
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
+from i3dist.saver import Saver
 from i3dist.trainer import Trainer
 from tests.conftest import ROOT
 from tests.known import BOS, CHUNK, PAD, Known, documents, make
@@ -584,3 +585,59 @@ def test_a_line_of_several_steps_is_of_the_last(start: Start, tmp_path: Path) ->
         loss = sum(m.loss for m in step.micros) / step.micros[0].scaled_by
         assert line["loss"] == pytest.approx(loss, rel=1e-6)
         assert line["gradient_norm"] == step.stepped.norm
+
+
+@pytest.mark.parametrize("where", ["validate", "train_step", "export"])
+def test_what_follows_an_error_is_not_watched(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """It may take longer than guard.hang_seconds, and would end before the error is told."""
+    trainer = start(tmp_path / "run", **{"train.steps": 1, "guard.hang_seconds": 1000}).trainer
+    failed = mock.Mock(side_effect=UserError("the true error"))
+    monkeypatch.setattr(trainer, where, failed)
+    watched = []
+
+    def leave(*_: object) -> None:
+        watched.append(not trainer.watchdog._closed.is_set())
+
+    monkeypatch.setattr(Saver, "__exit__", leave)
+    with pytest.raises(UserError, match="the true error"):
+        trainer.fit()
+    assert watched == [False]
+
+
+def test_the_last_save_is_watched_to_its_end(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = start(tmp_path / "run", **{"train.steps": 1, "guard.hang_seconds": 1000}).trainer
+    watched, wait = [], Saver.wait
+
+    def noted(saver: Saver) -> None:
+        if saver._writing is not None:
+            watched.append(not trainer.watchdog._closed.is_set())
+        wait(saver)
+
+    monkeypatch.setattr(Saver, "wait", noted)
+    assert trainer.fit() and watched == [True] and trainer.watchdog._closed.is_set()
+
+
+@pytest.mark.parametrize("way", ["resume", "roll_back"])
+def test_a_checkpoint_that_another_rank_cannot_read_stops_this_one_too(
+    stopped: tuple[Run, Run],
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """It would wait for the other in what the ranks do together next."""
+    trainer = start(tmp_path / "run").trainer
+    found = checkpoint.newest_whole(stopped[0].settings.run.path / "checkpoints", trainer.job)
+    assert found is not None
+    monkeypatch.setattr(checkpoint, "newest_whole", lambda *_: found)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine, _=None: [mine, (None, "not here")])
+    with pytest.raises(UserError, match=r"^not here$"):
+        if way == "resume":
+            trainer.resume(found.path, checkpoint.read_state(found.path))
+        else:
+            trainer.roll_back()
+    assert trainer.progress.step == 0

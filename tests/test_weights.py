@@ -1,6 +1,7 @@
 """A trained model is found wherever its run or checkpoint lies, by whatever name it is reached."""
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from i3dist import checkpoint
 from i3dist.errors import UserError
-from i3dist.weights import load_run
+from i3dist.weights import export_weights, load_run
 from tests.conftest import last_checkpoint, program
 
 CPU = torch.device("cpu")
@@ -95,6 +96,29 @@ def test_latest_means_what_a_run_would_continue_from(run: Path) -> None:
     )
     assert by_latest.equal(by_name) and by_folder.equal(by_name)
     assert not by_name.equal(load_run(run, CPU)[0].head.weight)
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_one_line_and_leave_the_old_ones(
+    whole: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for a full disk."""
+    model, *_ = load_run(whole, CPU)
+    export_weights(tmp_path, model, 1)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(
+            UserError, match=r"cannot be written: .*File too large.*; see to it"
+        ) as error:
+            export_weights(tmp_path, model, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path}/model.safetensors" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    export_weights(tmp_path, model, 2)
+    assert (tmp_path / "model.safetensors").read_bytes() != before
 
 
 def of_an_earlier_version(path: Path) -> Path:

@@ -18,8 +18,18 @@ from i3dist import run
 from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
+from i3dist.dist import Job
 from i3dist.errors import UserError
-from tests.conftest import QUICK, ROOT, deepspeed, error_line, losses, run_ranks
+from tests.conftest import (
+    QUICK,
+    ROOT,
+    deepspeed,
+    environment,
+    error_line,
+    free_port,
+    losses,
+    run_ranks,
+)
 
 ODD = {
     "HOME": "/proc/nohome",  # cannot be written, and does not exist
@@ -65,6 +75,33 @@ def test_ranks_need_no_home_no_compiler_and_no_shared_memory(
     assert done.returncode == 0, done.stderr
     assert set(Path("/dev/shm").glob("deepspeed_*")) <= before
     assert len(losses(folder)) == 2
+
+
+def test_ranks_meet_under_a_path_that_is_no_unicode(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x\udcff"
+    done = run_ranks(*QUICK, f"data.path={data}", f"run.path={folder}", "train.steps=1")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(folder)) == 1 and (folder / "model.safetensors").exists()
+
+
+def test_a_folder_that_the_first_rank_cannot_lay_out_is_the_same_line_on_every_rank(
+    data: Path, tmp_path: Path
+) -> None:
+    """Also where no launcher ends the others."""
+    folder = tmp_path / "run"
+    (folder / ".lock").mkdir(parents=True)
+    words = [*QUICK, f"data.path={data}", f"run.path={folder}", "train.steps=1"]
+    ranks, port = [], free_port()
+    for rank in range(2):
+        environ = environment() | {"TORCHELASTIC_RUN_ID": "tests"}
+        Job(rank, 2, rank, 2, 1, "127.0.0.1", port, "torchrun").export(environ)
+        command = [sys.executable, "launch/train.py", *words]
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environ, stderr=pipe, text=True))
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    line = f"error: run.path={folder} cannot be written: {folder}/.lock: Is a directory\n"
+    assert said == [line, f"[rank 1] {line}"]
 
 
 def test_a_port_in_use_ends_the_launcher_at_once(data: Path, tmp_path: Path) -> None:
