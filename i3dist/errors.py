@@ -35,7 +35,12 @@ class UserError(Exception):
         if len(message) > LONGEST_MESSAGE:
             half = LONGEST_MESSAGE // 2
             message = f"{message[:half]} ... {message[-half:]}"
-        super().__init__("".join(char if char.isprintable() else "?" for char in message))
+        super().__init__(printable(message))
+
+
+def printable(text: object) -> str:
+    """As text, "?" in place of every character that cannot be printed."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
 class ArgumentParser(argparse.ArgumentParser):

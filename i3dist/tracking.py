@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from i3dist.config import Settings
-from i3dist.errors import UserError
+from i3dist.errors import UserError, printable
 from i3dist.files import write_whole
 from i3dist.metrics_log import flatten_chunks
 from i3dist.outbox import Outbox
@@ -99,7 +99,7 @@ class Tracker:
 
     def __init__(self, store: str, open_run: "Callable[[], _OpenRun]", outbox: Outbox) -> None:
         self._store = store
-        self._shown = _without_password(store)
+        self._shown = printable(_without_password(store))
         self._open_run = open_run
         self._outbox = outbox
         self._run: _OpenRun | None = None
@@ -151,7 +151,7 @@ class Tracker:
                     "tracking: %s did not take everything; "
                     "%s keeps it until the run is started again",
                     self._shown,
-                    self._outbox.path,
+                    printable(self._outbox.path),
                 )
 
     def _work(self) -> None:
@@ -452,4 +452,4 @@ def _root_cause(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     message = str(error).partition("\n")[0]
-    return _without_password(f"{type(error).__name__}: {message}")[:ERROR_LENGTH]
+    return printable(_without_password(f"{type(error).__name__}: {message}")[:ERROR_LENGTH])

@@ -215,6 +215,7 @@ def test_a_store_whose_name_is_no_text_costs_a_line_that_says_what_to_do(
     tracker.log(1, {"loss": 1.0}, "train")
     tracker.finish()
     assert "name another in MLFLOW_TRACKING_URI" in caplog.records[0].getMessage()
+    assert all(record.getMessage().isprintable() for record in caplog.records)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert go_on(settings.run.path, 2)[1] == [1, 2]
 
