@@ -432,9 +432,18 @@ def test_blocks_are_compiled_as_chosen(
 def test_the_first_rank_alone_keeps_the_record(
     train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for rank in (0, 1):
-        built = build(train, known, monkeypatch, rank=rank)
-        assert built.recorded.called == (rank == 0)
+    settings = Settings().with_values(**MODEL | {"train.lanes": 8, "train.schedule": 2})
+    corpus = train.Corpus.open(known.folder, settings.model)
+    kept = {name: mock.Mock() for name in ("lay_out", "print_summary")}
+    for name, stand_in in kept.items():
+        monkeypatch.setattr(train, name, stand_in)
+    monkeypatch.setattr(train.tracking, "start", started := mock.Mock())
+    for rank in (1, 0):
+        job = dist.Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
+        tracker = train.begin_record(train.Start(settings), job, corpus)
+        assert (tracker is started.return_value) == (rank == 0)
+        for used in (*kept.values(), started):
+            assert used.called == (rank == 0)
 
 
 def test_a_run_is_resumed_from_its_checkpoint_and_else_from_none(
