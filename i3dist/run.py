@@ -15,6 +15,7 @@ from i3dist import checkpoint, dist, shelf
 from i3dist.checkpoint import RunState
 from i3dist.config import OnDamage, Settings, first_conflict, inherit_decided
 from i3dist.data.corpus import Corpus
+from i3dist.data.schedule import NEWEST
 from i3dist.data.shards import check_shards
 from i3dist.engine_file import numeric_part
 from i3dist.errors import UserError, explain
@@ -22,7 +23,6 @@ from i3dist.files import clear_partials, write_whole
 from i3dist.tokenizer import Tokenizer
 
 LANES_PER_RANK = 4
-SCHEDULE = 2  # of a new run
 WAYS_OUT = "choose another run.path, or start over with --fresh"
 # What file systems say that have no locks: NFS without lockd, Lustre without flock, FUSE.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -47,7 +47,7 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
     steps, warmup = settings.train.steps, settings.optimizer.warmup_steps
     decided = {
         "train.lanes": LANES_PER_RANK * world_size,
-        "train.schedule": SCHEDULE,
+        "train.schedule": NEWEST,
         "optimizer.decay_steps": steps if steps > warmup else 2 * warmup,
         "model.vocab_size": vocab_size,
     }
@@ -240,12 +240,8 @@ def _sign(folder: Path, lock: int) -> None:
     try:
         host, pid, started = json.loads(os.pread(lock, 4096, 0))
         there = psutil.Process(pid).create_time() == started and pid != os.getpid()
-    except (
-        ValueError,
-        TypeError,
-        OverflowError,
-        psutil.Error,
-    ):  # nobody signed it, or who did is gone
+    except (ValueError, TypeError, OverflowError, psutil.Error):
+        # Nobody signed it, or who did is gone.
         host, there = None, False
     if there and host == socket.gethostname():
         raise _held(folder)

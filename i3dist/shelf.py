@@ -108,9 +108,8 @@ def publish(staging: Path, target: Path) -> None:
 
     Each rename comes after what it names is on disk, so that a power cut leaves the old or the new.
     """
-    if os.path.lexists(
-        target
-    ):  # of a future that was given up when the run continued from before it
+    # Of a future that was given up when the run continued from before it.
+    if os.path.lexists(target):
         _remove(target)
     os.replace(staging, target)
     sync(target.parent)

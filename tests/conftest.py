@@ -6,7 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import hypothesis
 import pytest
 import torch
 
-from i3dist.dist import Job
+from i3dist.dist import Job, leave
 from tests.launcher import Launcher
 
 # Tensors are tiny here: threads would only wait for each other.
@@ -121,6 +122,19 @@ def deepspeed_command(
     """The words that start `script` under the launcher, up to its own arguments."""
     launcher = ["deepspeed", "--num_accelerators", ranks, "--master_port", port or free_port()]
     return [*launcher, script, "--deepspeed", "configs/zero2.json"]
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A job of one rank, which leaves nothing in the environment of programs run later."""
+    from i3dist import engine  # with DeepSpeed, which few tests need
+
+    before = dict(os.environ)
+    engine.start(Job.detect({}))
+    yield
+    leave()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def free_port() -> int:

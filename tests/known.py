@@ -12,6 +12,18 @@ from i3dist.tokenizer import Tokenizer
 from tests.data.splits import BOS, EOS, PAD, split_of
 
 CHUNK, PER_SHARD = 8, 4
+# Settings of a tiny model that reads such data.
+MODEL = {
+    "model.vocab_size": 271,
+    "model.d_model": 16,
+    "model.rwkv_layers": 1,
+    "model.attention_layers": 1,
+    "model.heads": 2,
+    "model.chunk_length": CHUNK,
+    "model.latents": 2,
+    "model.records": 2,
+    "model.history_chunks": 2,
+}
 TOKENIZER = train_tokenizer(["ab ab ab"], 300)
 
 

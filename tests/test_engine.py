@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +10,14 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor
 
-from i3dist import dist, engine, engine_file
+from i3dist import engine_file
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.engine import Engine, read_engine_config
 from i3dist.errors import UserError
 from i3dist.fragment import ADAM_STATES
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
-from tests.conftest import ROOT
+from tests.conftest import ROOT, one_rank
 from tests.model.conftest import SMALL
 from tests.model.streams import BOS, depth_of, stream
 
@@ -27,13 +26,8 @@ ZERO2 = ROOT / "configs" / "zero2.json"
 
 @pytest.fixture(scope="module", autouse=True)
 def job() -> Iterator[None]:
-    """A job of one rank, which leaves nothing in the environment of programs run later."""
-    before = dict(os.environ)
-    engine.start(dist.Job.detect({}))
-    yield
-    dist.leave()
-    os.environ.clear()
-    os.environ.update(before)
+    with one_rank():
+        yield
 
 
 def build(micro_batches: int = 1, bf16: bool = True, seed: int = 0) -> Engine:

@@ -1,19 +1,17 @@
 """The engine on a GPU, compiled and replayed as CUDA graphs, against the plain model."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from i3dist import dist, engine
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.engine import Engine, read_engine_config
 from i3dist.model.compress import Compressor
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
-from tests.conftest import ROOT
+from tests.conftest import ROOT, one_rank
 from tests.model.streams import BOS, depth_of, stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -26,12 +24,8 @@ SIZES = ModelSettings(
 
 @pytest.fixture(scope="module", autouse=True)
 def job() -> Iterator[None]:
-    before = dict(os.environ)
-    engine.start(dist.Job.detect({}))
-    yield
-    dist.leave()
-    os.environ.clear()
-    os.environ.update(before)
+    with one_rank():
+        yield
 
 
 def build(compiled: bool, micro_batches: int = 1, sizes: ModelSettings = SIZES) -> Engine:

@@ -30,19 +30,9 @@ from i3dist.model.lm import I3LM
 from i3dist.weights import export_weights
 from tests.conftest import ROOT
 from tests.known import BOS, CHUNK, TOKENIZER, Known, documents, make
+from tests.known import MODEL as TINY
 
-MODEL = {
-    "model.vocab_size": 271,
-    "model.d_model": 16,
-    "model.rwkv_layers": 1,
-    "model.attention_layers": 1,
-    "model.heads": 2,
-    "model.chunk_length": CHUNK,
-    "model.latents": 2,
-    "model.records": 2,
-    "model.history_chunks": 2,
-    "train.window_chunks": 2,
-}
+MODEL = TINY | {"train.window_chunks": 2}
 
 
 def load(name: str) -> ModuleType:

@@ -6,7 +6,6 @@ A real engine on one CPU rank, which writes down all that the trainer hands to i
 import hashlib
 import json
 import math
-import os
 import runpy
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from i3dist import checkpoint, dist, engine, metrics
+from i3dist import checkpoint, dist, metrics
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.engine import Engine, Stepped, read_engine_config
@@ -31,22 +30,16 @@ from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.saver import Saver
 from i3dist.trainer import Trainer
-from tests.conftest import ROOT
-from tests.known import BOS, CHUNK, PAD, Known, documents, make
+from tests.conftest import ROOT, one_rank
+from tests.known import BOS, CHUNK, MODEL, PAD, Known, documents, make
 
 STEPS, LANES, K, WINDOWS, ROWS = 11, 4, 2, 2, 2
 LATENTS, HISTORY = 2, 2
 PEAK, FLOOR, WARMUP, DECAY = 1e-3, 0.2, 3, 9
 OFF, RAMP = 2, 3
 VALUES = {
-    "model.vocab_size": 271,
-    "model.d_model": 16,
-    "model.rwkv_layers": 1,
-    "model.attention_layers": 1,
-    "model.heads": 2,
-    "model.chunk_length": CHUNK,
+    **MODEL,
     "model.latents": LATENTS,
-    "model.records": 2,
     "model.history_chunks": HISTORY,
     "compression.off_steps": OFF,
     "compression.ramp_steps": RAMP,
@@ -203,13 +196,8 @@ def gate(step: int) -> float:
 
 @pytest.fixture(scope="module", autouse=True)
 def job() -> Iterator[None]:
-    """A job of one rank, which leaves nothing in the environment of programs run later."""
-    before = dict(os.environ)
-    engine.start(dist.Job.detect({}))
-    yield
-    dist.leave()
-    os.environ.clear()
-    os.environ.update(before)
+    with one_rank():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,14 @@ from pathlib import Path
 from i3dist.config import ModelSettings
 from i3dist.data.held_out import HeldOut
 from i3dist.data.manifest import Manifest
-from i3dist.data.schedule import EpochSchedule, LaneSchedule, Schedule, Version, fixed_subset
+from i3dist.data.schedule import (
+    NEWEST,
+    EpochSchedule,
+    LaneSchedule,
+    Schedule,
+    Version,
+    fixed_subset,
+)
 from i3dist.errors import UserError
 from i3dist.tokenizer import Tokenizer
 
@@ -23,7 +30,9 @@ class Split:
     folder: Path
     manifest: Manifest
 
-    def schedule(self, lanes: int, window: int, seed: int, version: Version = 2) -> LaneSchedule:
+    def schedule(
+        self, lanes: int, window: int, seed: int, version: Version = NEWEST
+    ) -> LaneSchedule:
         """How `lanes` lanes walk through this split."""
         sizes = tuple(shard.chunks for shard in self.manifest.shards)
         return (EpochSchedule if version == 1 else Schedule)(sizes, lanes, window, seed)

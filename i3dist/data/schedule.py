@@ -23,6 +23,7 @@ from typing import Literal, Protocol
 from i3dist.errors import UserError
 
 Version = Literal[1, 2]
+NEWEST: Version = 2
 # Plans are kept of so many shards in all; lanes are in several rounds at once.
 KEPT_SHARDS, FEWEST_ROUNDS = 1 << 17, 4
 Place = tuple[int, int]
