@@ -130,6 +130,9 @@ def one_rank() -> Iterator[None]:
     from i3dist import engine  # with DeepSpeed, which few tests need
 
     before = dict(os.environ)
+    # DeepSpeed (0.19.8) keeps the groups of a job that has ended; another in this process is new.
+    engine.deepspeed.utils.groups._WORLD_GROUP = None
+    engine.deepspeed.comm.comm.cdb = None
     engine.start(Job.detect({}))
     yield
     leave()
