@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from i3dist.config import OptimizerSettings
+from i3dist.engine.flat_parameters import PackedModel
 from i3dist.model.lm import decayed
-from i3dist.model.packed import PackedModel
-from i3dist.ops.adamw import FlatAdamW
+from i3dist.optim.adamw import FlatAdamW
 
 
 class BareLoop:

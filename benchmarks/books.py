@@ -13,7 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.cli.program import ArgumentParser, one_line_errors
+from i3dist.errors import UserError
 
 
 def place(url: str) -> tuple[str, tuple[int, ...]]:

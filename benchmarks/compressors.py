@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.compress import Compressor, most_salient
+from i3dist.model.compressor import Compressor, most_salient
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.attention import merge_heads, split_heads
 from i3dist.ops.linear import linear

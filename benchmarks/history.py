@@ -31,13 +31,14 @@ from i3_steps import I3Steps, Shape, in_bare_loop, in_engine
 from torch import Tensor
 from unigram import counts
 
-from i3dist import dist
+from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.data.corpus import Split
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.manifest import Manifest
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
-from i3dist.evaluate import chunk_index, token_losses
+from i3dist.distributed import collectives
+from i3dist.errors import UserError
+from i3dist.inference.evaluate import chunk_index, token_losses
 from i3dist.model.lm import I3LM
 from i3dist.ops.cross_entropy import IGNORE
 
@@ -300,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
         history_report.show(history_report.read(options.results), options.plot)
         return
     run(options)
-    dist.leave()
+    collectives.leave()
 
 
 if __name__ == "__main__":

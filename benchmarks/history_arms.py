@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.errors import UserError
 from i3dist.model.attention import CLOSED, Attention, Slots
-from i3dist.model.compress import Compressor
+from i3dist.model.compressor import Compressor
 from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState

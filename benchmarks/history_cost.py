@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from i3dist import dist
+from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, TrainSettings
 from i3dist.data.corpus import Split
 from i3dist.data.manifest import Manifest
-from i3dist.errors import ArgumentParser, one_line_errors
+from i3dist.distributed import collectives
 
 ARMS = ["none", "recipe", "mean", "literal", "ceiling", "carry", "recipe-carry"]
 FIRST = 16  # window that is read first, within long documents; the next ones see all their history
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> list[Cost]:
         if options.json:
             options.json.write_text(json.dumps([asdict(c) for c in costs], indent=1) + "\n")
     show(costs)
-    dist.leave()
+    collectives.leave()
     return costs
 
 

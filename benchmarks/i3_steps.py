@@ -13,17 +13,17 @@ from bare_loop import BareLoop
 from torch import Tensor, nn
 from wkv import scripted_loop
 
-from i3dist import dist
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.data.lanes import Batch
-from i3dist.metrics import count_step
+from i3dist.distributed.job import Job
+from i3dist.engine.flat_parameters import PackedModel
 from i3dist.model import rwkv
 from i3dist.model.lm import I3LM, Below
-from i3dist.model.packed import PackedModel
 from i3dist.model.segments import segment_ids
 from i3dist.model.state import LaneState
 from i3dist.ops.attention import KeysValues
 from i3dist.ops.wkv import empty_state
+from i3dist.tracking.metrics import count_step
 
 ENGINE_CONFIG = Path(__file__).parent.parent / "configs" / "zero2.json"
 
@@ -112,15 +112,15 @@ def in_engine(
     model: I3LM, shape: Shape, device: torch.device, train: TrainSettings | None = None
 ) -> I3Steps:
     """Steps through the engine, compiled as `launch/train.py` does."""
-    from i3dist import engine  # other contestants need no DeepSpeed
+    from i3dist.engine import zero2  # other contestants need no DeepSpeed
 
     if not torch.distributed.is_initialized():
-        engine.start(dist.Job.detect({}))
+        zero2.start(Job.detect({}))
     if device.type == "cuda":
         model.compile_blocks()
-    config = engine.read_engine_config(ENGINE_CONFIG)
+    config = zero2.read_engine_config(ENGINE_CONFIG)
     settings, train = OptimizerSettings(), train or TrainSettings()
-    loop = engine.Engine(model, config, settings, train, shape.micro_batches)
+    loop = zero2.Engine(model, config, settings, train, shape.micro_batches)
     return I3Steps(loop, model, shape, device)
 
 

@@ -33,8 +33,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE

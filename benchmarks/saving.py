@@ -19,12 +19,14 @@ from rich.progress import track
 from rich.table import Table
 from synthetic import BOS, PAD, Data, batches
 
-from i3dist import dist
-from i3dist.checkpoint import RunState
+from i3dist.checkpoint.async_saver import Saver
+from i3dist.checkpoint.run_state import RunState
+from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import CheckpointSettings, Settings
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.distributed import collectives, devices
+from i3dist.distributed.job import Job
+from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
-from i3dist.saver import Saver
 
 KINDS = ("no checkpoint", "saved behind", "waited for")
 
@@ -34,8 +36,8 @@ class Intervals:
 
     def __init__(self, settings: Settings, shape: Shape, folder: Path):
         """Build the model and its data in `folder`."""
-        model, job = settings.model, dist.Job.detect({})
-        device = dist.device(job)
+        model, job = settings.model, Job.detect({})
+        device = devices.device(job)
         (folder / "data").mkdir()
         data = Data.write(folder / "data", model.vocab, model.chunk_length, 2 * shape.lanes, 64)
         self.batches = batches(data.lane_windows(shape.lanes, shape.window), 4, device)
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = measure(intervals, options.interval, options.rounds)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     show(found, f"{options.interval} steps of {shape}, {device}")
-    dist.leave()
+    collectives.leave()
 
 
 if __name__ == "__main__":

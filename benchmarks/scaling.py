@@ -28,10 +28,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.engine.flat_parameters import PackedModel
+from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
-from i3dist.model.packed import PackedModel
 
 ADAMW = 2.3e-3  # of a step on one GPU: AdamW over all states, from its profile
 WORLDS = [2**power for power in range(11)]

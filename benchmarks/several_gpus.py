@@ -33,7 +33,8 @@ from typing import Any
 import psutil
 import torch
 
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.cli.program import ArgumentParser, one_line_errors
+from i3dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 LANES = (4, 16)  # a GPU

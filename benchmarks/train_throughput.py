@@ -44,10 +44,11 @@ from measure import Case, Prepared, free, measure
 from results import Row
 from torch import Tensor
 
-from i3dist import dist
+from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.data.lanes import windows
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.distributed import collectives
+from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.ops.cross_entropy import IGNORE
 
@@ -344,7 +345,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     title = f"Training, {device}, PyTorch {torch.__version__}"
     results.show(rows, results.figures(rows, str(CARD_STEP)), title)
-    dist.leave()
+    collectives.leave()
     return rows
 
 

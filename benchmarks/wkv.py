@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from i3dist import dist
+from i3dist.distributed import host
 from i3dist.ops.wkv import empty_state, wkv
 
 CPU_SHAPES = [(4, 512, 256), (4, 512, 1180)]
@@ -284,7 +284,7 @@ def main() -> None:
             rows += measure(shape, cuda_forms(shape, torch.bfloat16, arguments.rwkv_lm))
     else:
         name = f"CPU, {torch.get_num_threads()} threads"
-        dist.keep_freed_memory()  # as training does
+        host.keep_freed_memory()  # as training does
         for shape in CPU_SHAPES:
             rows += measure(shape, cpu_forms(shape, torch.float32, arguments.seconds))
     show(rows, f"WKV, {name}, PyTorch {torch.__version__}")

@@ -15,8 +15,8 @@ from pathlib import Path
 from data_prep.pack import Packer
 from data_prep.shuffle import HASH_END, PartSummary, Spiller, in_order, summary_path
 from data_prep.sources import Part
+from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-from i3dist.tokenizer import Tokenizer
 
 _POLL_S = 0.25
 _spiller: Spiller | None = None

@@ -33,10 +33,11 @@ from data_prep.tokenizer import (
     sample_texts,
     train_tokenizer,
 )
+from i3dist.cli.paths import typed_path
+from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.manifest import MAX_SHARDS, Manifest
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
-from i3dist.paths import typed_path
-from i3dist.tokenizer import Tokenizer
+from i3dist.data.tokenizer import Tokenizer
+from i3dist.errors import UserError
 
 DEFAULT_VOCABULARY = 32_000
 LARGEST_VOCABULARY = 1 << 16

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_prep.evidence import Piece
 from data_prep.records import Record, Skip, usable_text
 from data_prep.sources import Part
-from i3dist.tokenizer import Tokenizer
+from i3dist.data.tokenizer import Tokenizer
 
 HASH_END = 1 << 62
 """Hashes lie below this, so that they and the bounds of buckets fit into int64."""

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.records import Skip, usable_text
 from data_prep.sources import Part
+from i3dist.data.tokenizer import SPECIAL_TOKENS
 from i3dist.errors import UserError
-from i3dist.tokenizer import SPECIAL_TOKENS
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """Every byte and every special token: what a vocabulary holds before the first merge."""

@@ -24,9 +24,9 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from i3dist.cli.paths import literal_name, literal_path
+from i3dist.cli.settings_file import Literals, Nothing, read_values, write_values
 from i3dist.errors import UserError
-from i3dist.paths import literal_name, literal_path
-from i3dist.yaml_text import Literals, Nothing, read_values, write_values
 
 Auto = Literal["auto"]
 OnDamage = Literal["stop", "quarantine"]

@@ -1,27 +1,10 @@
 """Errors as a user is meant to see them: a line that says what, where, and what to do."""
 
-import argparse
-import os
-import sys
-import tempfile
-import threading
-import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NoReturn
 
-from i3dist import streams
-
-# Ranks but the first wait so long before they speak: most errors strike all ranks alike, and the
-# launcher ends the others once the first has spoken and gone.
-OTHERS_WAIT_SECONDS = 3.0
 LONGEST_MESSAGE = 1000  # characters
 LONGEST_REASON = 300  # characters of a message that was not written for users
-DEBUG = "I3DIST_DEBUG"  # set to 1, tracebacks are printed too
-
-_traceback_folder: Path | None = None
 
 
 class UserError(Exception):
@@ -43,19 +26,6 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line like all others, and which keeps help text as it is."""
-
-    def __init__(self, **options: object) -> None:
-        """As argparse, without abbreviations."""
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing usage and exiting."""
-        raise UserError(f"{message} (see --help)")
-
-
 def explain(error: UserError | OSError) -> str:
     """An error as one line; one of the system's (a full disk, say) with its file and reason."""
     if isinstance(error, UserError):
@@ -75,12 +45,6 @@ def reason(error: BaseException) -> str:
     return str(UserError(text.rstrip(":")))
 
 
-def keep_tracebacks_in(folder: Path) -> None:
-    """Write tracebacks to this folder from now on, while it exists, rather than to a temporary."""
-    global _traceback_folder
-    _traceback_folder = folder
-
-
 @contextmanager
 def warned(what: str) -> Iterator[None]:
     """Do what decides nothing: whatever fails inside costs one line, ``warning: WHAT: reason``."""
@@ -88,78 +52,3 @@ def warned(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         print(f"warning: {what}: {reason(error)}", flush=True)
-
-
-@contextmanager
-def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
-    """Print an error as one line on stderr and leave with status 1, with no traceback.
-
-    The traceback of an error that the program did not foresee is written to a file, which the line
-    names; with I3DIST_DEBUG=1 every traceback is printed too. The exit skips interpreter teardown,
-    so a rank that fails ends at once even where others wait for it. See `streams.prepare` for
-    standard output.
-    """
-    streams.prepare(output_is_result)
-    threading.excepthook = _say_of_thread
-    if os.environ.get(DEBUG) != "1":
-        sys.unraisablehook = lambda _: None  # what a destructor raises is of no consequence
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-        return
-    except SystemExit:
-        raise
-    except KeyboardInterrupt:
-        message = "interrupted"
-    except BaseException as error:  # a panic of a library in Rust is no Exception
-        message = _describe(error)
-    _leave(message)
-
-
-def _leave(message: str) -> NoReturn:
-    rank = _rank()
-    if rank != "0":
-        time.sleep(OTHERS_WAIT_SECONDS)
-    print(
-        f"[rank {rank}] error: {message}" if rank != "0" else f"error: {message}", file=sys.stderr
-    )
-    sys.stderr.flush()
-    os._exit(1)
-
-
-def _rank() -> str:
-    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-
-
-def _describe(error: BaseException) -> str:
-    """An error as one line, with the file of its traceback where that may be wanted."""
-    if os.environ.get(DEBUG) == "1":
-        traceback.print_exception(error)
-    if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename):
-        return reason(error)
-    unforeseen = "" if isinstance(error, OSError) else "unexpected "
-    return f"{unforeseen}{reason(error)}; {_keep(error)}"
-
-
-def _keep(error: BaseException) -> str:
-    """Write a traceback to a file that stays, and say where it is."""
-    text = "".join(traceback.format_exception(error))
-    ours = [_traceback_folder] if _traceback_folder and _traceback_folder.is_dir() else []
-    for folder in (*ours, None):  # None is the folder for temporary files
-        try:
-            number, name = tempfile.mkstemp(".txt", f"i3dist-error-rank{_rank()}-", folder)
-            with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-        except OSError:
-            continue
-        return f"the traceback is in {name}"
-    return f"no folder takes a file with the traceback: {DEBUG}=1 prints it"
-
-
-def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
-    """Say in one line that a thread has failed; what waits for it decides what follows."""
-    if failed.exc_value is not None and failed.exc_type is not SystemExit:
-        name = failed.thread.name if failed.thread else "unknown"
-        print(f"warning: thread {name}: {_describe(failed.exc_value)}", file=sys.stderr, flush=True)

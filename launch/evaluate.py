@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from i3dist import dist, streams
+from i3dist.checkpoint.weights import add_model_arguments, load_run
+from i3dist.cli import streams
+from i3dist.cli.paths import typed_path
+from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import check_shards
-from i3dist.errors import ArgumentParser, one_line_errors
-from i3dist.evaluate import Evaluation, TokenLosses, evaluate
-from i3dist.paths import typed_path
-from i3dist.weights import add_model_arguments, load_run
+from i3dist.distributed import devices
+from i3dist.inference.evaluate import Evaluation, TokenLosses, evaluate
 
 ROWS = 8  # windows computed at once
 ROWS_SHOWN = 12
@@ -75,7 +76,9 @@ def main() -> None:
         arguments.json.touch()  # better an error now than after the work
     else:
         streams.require_output()
-    model, settings, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
+    model, settings, tokenizer = load_run(
+        arguments.checkpoint, devices.pick_device(arguments.device)
+    )
     corpus = Corpus.open(arguments.data, settings.model, trained_with=tokenizer)
     check_shards(corpus.valid.folder, corpus.valid.manifest)
     result = evaluate(

@@ -7,10 +7,12 @@ stays constant however long it runs.
 import argparse
 import sys
 
-from i3dist import dist, streams
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
-from i3dist.generate import Sampling, generate
-from i3dist.weights import add_model_arguments, load_run
+from i3dist.checkpoint.weights import add_model_arguments, load_run
+from i3dist.cli import streams
+from i3dist.cli.program import ArgumentParser, one_line_errors
+from i3dist.distributed import devices
+from i3dist.errors import UserError
+from i3dist.inference.generate import Sampling, generate
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,7 +71,7 @@ def main() -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     streams.require_output()
     prompt = read_prompt(arguments.prompt)
-    model, _, tokenizer = load_run(arguments.checkpoint, dist.pick_device(arguments.device))
+    model, _, tokenizer = load_run(arguments.checkpoint, devices.pick_device(arguments.device))
     sys.stdout.write(prompt)
     for text in generate(
         model, tokenizer, prompt, arguments.tokens, sampling, arguments.seed, arguments.ignore_eos

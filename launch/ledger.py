@@ -9,11 +9,13 @@ unbroken, and equal; 1: not, and one line names the first step where.
 import argparse
 from pathlib import Path
 
+from i3dist.cli.paths import typed_path
+from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import Settings
 from i3dist.data.corpus import Split
 from i3dist.data.manifest import Manifest
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
-from i3dist.ledger import (
+from i3dist.errors import UserError
+from i3dist.training.ledger import (
     LEDGER,
     Entry,
     first_break,
@@ -22,7 +24,6 @@ from i3dist.ledger import (
     read,
     unsaved,
 )
-from i3dist.paths import typed_path
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -17,23 +17,30 @@ from pathlib import Path
 
 import torch
 
-from i3dist import dist, engine, tracking
+from i3dist.cli.paths import typed_path
+from i3dist.cli.program import ArgumentParser, keep_tracebacks_in, one_line_errors
 from i3dist.config import Settings, setting_lines
 from i3dist.data.corpus import Corpus
-from i3dist.errors import (
-    ArgumentParser,
-    UserError,
-    keep_tracebacks_in,
-    one_line_errors,
-    warned,
-)
+from i3dist.distributed import collectives, devices, host
+from i3dist.distributed.job import Job
+from i3dist.distributed.signals import Stop
+from i3dist.engine import zero2
+from i3dist.errors import UserError, warned
 from i3dist.model.lm import I3LM
-from i3dist.paths import typed_path
-from i3dist.revision import git_commit
-from i3dist.run import Start, agree, decide, idle_lanes, lay_out, preflight, resolve, verify
-from i3dist.stop import Stop
-from i3dist.summary import early_history, print_summary, refuse_large
-from i3dist.trainer import Trainer, check_micro_batch
+from i3dist.tracking import mlflow_tracker
+from i3dist.tracking.revision import git_commit
+from i3dist.training.startup import (
+    Start,
+    agree,
+    decide,
+    idle_lanes,
+    lay_out,
+    preflight,
+    resolve,
+    verify,
+)
+from i3dist.training.summary import early_history, print_summary, refuse_large
+from i3dist.training.trainer import Trainer, check_micro_batch
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()  # settings and options in any order
 
 
-def dry_run(settings: Settings, job: dist.Job) -> None:
+def dry_run(settings: Settings, job: Job) -> None:
     """Print settings, parameters, tokens per step and memory; without data, the card's."""
     vocab_size = settings.model.vocab
     if settings.data.path.exists():
@@ -71,33 +78,33 @@ def dry_run(settings: Settings, job: dist.Job) -> None:
         settings = decide(settings, job.world_size, vocab_size)
         print_summary(settings, job.world_size)
         if note := early_history(settings):
-            dist.say(note)
+            collectives.say(note)
 
 
 def build(
-    arguments: argparse.Namespace, settings: Settings, job: dist.Job, corpus: Corpus, stop: Stop
+    arguments: argparse.Namespace, settings: Settings, job: Job, corpus: Corpus, stop: Stop
 ) -> Trainer:
     """Settle the settings, join the job, and put model, engine and tracker together."""
     # All that can be wrong with the input is found before the ranks wait for each other.
-    for_want_of_gpu = engine.choose_device(settings.train.device)
-    engine_config = engine.read_engine_config(arguments.deepspeed)
+    for_want_of_gpu = zero2.choose_device(settings.train.device)
+    engine_config = zero2.read_engine_config(arguments.deepspeed)
     start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
     settings = start.settings
     check_micro_batch(settings, job)
     if for_want_of_gpu:
         refuse_large(settings)
-    dist.share_threads(job)
-    if not dist.uses_cuda():
-        dist.keep_freed_memory()
-    engine.start(job, str(settings.run.path))
+    host.share_threads(job)
+    if not devices.uses_cuda():
+        host.keep_freed_memory()
+    zero2.start(job, str(settings.run.path))
     agree(start)
     preflight(corpus, settings.data.on_damage, job)
     start = verify(start, job)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
-    if settings.train.compile is True or (settings.train.compile == "auto" and dist.uses_cuda()):
+    if settings.train.compile is True or (settings.train.compile == "auto" and devices.uses_cuda()):
         model.compile_blocks()
-    started = engine.Engine(model, engine_config, settings.optimizer, settings.train)
+    started = zero2.Engine(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus)
     with recorded(tracker):
         trainer = Trainer(settings, job, corpus, started, tracker, stop)
@@ -107,14 +114,14 @@ def build(
 
 
 @contextmanager
-def recorded(tracker: tracking.Tracker | tracking.NoTracker) -> Iterator[None]:
+def recorded(tracker: mlflow_tracker.Tracker | mlflow_tracker.NoTracker) -> Iterator[None]:
     """What fails inside is entered in the record, and explained where that can be done."""
     try:
         yield
     except BaseException as error:
         with warned("tracking"):
             tracker.finish("FAILED")
-        if dist.lost_peer(error):
+        if collectives.lost_peer(error):
             raise UserError("another rank of the job ended early; its message says why") from None
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
@@ -125,21 +132,21 @@ def recorded(tracker: tracking.Tracker | tracking.NoTracker) -> Iterator[None]:
 
 
 def begin_record(
-    start: Start, job: dist.Job, corpus: Corpus
-) -> tracking.Tracker | tracking.NoTracker:
+    start: Start, job: Job, corpus: Corpus
+) -> mlflow_tracker.Tracker | mlflow_tracker.NoTracker:
     """On rank 0: prepare the run's folder, say what the run is, and open it in MLflow.
 
     Every rank calls this, and where the folder cannot be prepared all say so.
     """
     settings = start.settings
-    dist.together(lambda: lay_out(start, corpus) if job.rank == 0 else None)
+    collectives.together(lambda: lay_out(start, corpus) if job.rank == 0 else None)
     if job.rank != 0:
-        return tracking.NoTracker()
+        return mlflow_tracker.NoTracker()
     print_summary(settings, job.world_size)
     if start.checkpoint is None:  # later these settings stay
         for note in filter(None, (idle_lanes(settings, corpus), early_history(settings))):
-            dist.say(note)
-    tracker = tracking.start(settings, tags=tags(corpus), fresh=start.checkpoint is None)
+            collectives.say(note)
+    tracker = mlflow_tracker.start(settings, tags=tags(corpus), fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
     return tracker
@@ -160,7 +167,7 @@ def main() -> None:
     arguments = parse_arguments()
     settings = Settings.load(arguments.config, arguments.overrides)
     keep_tracebacks_in(settings.run.path)
-    job = dist.Job.detect()
+    job = Job.detect()
     stop = Stop(job)
     logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
     if arguments.dry_run:
@@ -173,11 +180,15 @@ def main() -> None:
     with warned("tracking"):
         trainer.tracker.finish("FINISHED" if done else "KILLED")
     if not done:
-        dist.say(f"stopped as asked, at step {trainer.progress.step}: the same command goes on")
+        collectives.say(
+            f"stopped as asked, at step {trainer.progress.step}: the same command goes on"
+        )
         stop.leave()
     with warned("after training"):
-        dist.say(f"done: {settings.run.path}; see it with: {tracking.open_command(settings)}")
-        dist.leave()
+        collectives.say(
+            f"done: {settings.run.path}; see it with: {mlflow_tracker.open_command(settings)}"
+        )
+        collectives.leave()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import hypothesis
 import pytest
 import torch
 
-from i3dist.dist import Job, leave
+from i3dist.distributed.collectives import leave
+from i3dist.distributed.job import Job
 from tests.launcher import Launcher
 
 # Tensors are tiny here: threads would only wait for each other.
@@ -127,13 +128,13 @@ def deepspeed_command(
 @contextmanager
 def one_rank() -> Iterator[None]:
     """A job of one rank, which leaves nothing in the environment of programs run later."""
-    from i3dist import engine  # with DeepSpeed, which few tests need
+    from i3dist.engine import zero2  # with DeepSpeed, which few tests need
 
     before = dict(os.environ)
     # DeepSpeed (0.19.8) keeps the groups of a job that has ended; another in this process is new.
-    engine.deepspeed.utils.groups._WORLD_GROUP = None
-    engine.deepspeed.comm.comm.cdb = None
-    engine.start(Job.detect({}))
+    zero2.deepspeed.utils.groups._WORLD_GROUP = None
+    zero2.deepspeed.comm.comm.cdb = None
+    zero2.start(Job.detect({}))
     yield
     leave()
     os.environ.clear()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.tokenizer import train_tokenizer
-from i3dist.tokenizer import Tokenizer
+from i3dist.data.tokenizer import Tokenizer
 from tests.data.splits import BOS, EOS, PAD, split_of
 
 CHUNK, PER_SHARD = 8, 4

@@ -53,7 +53,12 @@ class Launcher:
 
 def main() -> None:
     """Serve until standard input ends. In a fork: be the program that was asked for."""
-    for module in ("i3dist.trainer", "i3dist.plots", "i3dist.tracking", "torch._dynamo"):
+    for module in (
+        "i3dist.training.trainer",
+        "i3dist.tracking.plots",
+        "i3dist.tracking.mlflow_tracker",
+        "torch._dynamo",
+    ):
         __import__(module)
     for line in sys.stdin:
         request = json.loads(line)

@@ -21,8 +21,8 @@ from i3dist.config import (
     setting_lines,
 )
 from i3dist.errors import UserError
-from i3dist.run import decide
-from i3dist.summary import print_summary
+from i3dist.training.startup import decide
+from i3dist.training.summary import print_summary
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

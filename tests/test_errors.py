@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from i3dist import errors, streams
-from i3dist.errors import DEBUG, UserError
+from i3dist import errors
+from i3dist.cli import streams
+from i3dist.cli.program import DEBUG
+from i3dist.errors import UserError
 from tests.conftest import ROOT
 
 HEAD = """
 import os, sys
-from i3dist import errors, streams
-from i3dist.errors import UserError, one_line_errors
+from i3dist import errors
+from i3dist.cli import streams
+from i3dist.cli.program import one_line_errors
+from i3dist.errors import UserError
 """
 
 
@@ -196,8 +200,8 @@ def test_each_rank_has_a_file_of_its_own_in_the_folder_that_was_named(
 ) -> None:
     text = f"""
 import pathlib
-errors.OTHERS_WAIT_SECONDS = 0
-errors.keep_tracebacks_in(pathlib.Path({str(tmp_path)!r}))
+program.OTHERS_WAIT_SECONDS = 0
+program.keep_tracebacks_in(pathlib.Path({str(tmp_path)!r}))
 raise ValueError
 """
     lines = [one_line(run(text, RANK=number)) for _ in range(2)]

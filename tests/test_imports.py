@@ -12,51 +12,15 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and those before it.
 LAYERS = [
-    {
-        "i3dist.engine_file",
-        "i3dist.errors",
-        "i3dist.files",
-        "i3dist.paths",
-        "i3dist.revision",
-        "i3dist.streams",
-        "i3dist.yaml_text",
-    },
-    {
-        "i3dist.config",
-        "i3dist.dist",
-        "i3dist.stop",
-        "i3dist.tokenizer",
-        "i3dist.toolchain",
-        "i3dist.watchdog",
-    },
-    {"i3dist.ops"},
-    {"i3dist.model", "i3dist.data"},
-    {
-        "i3dist.engine",
-        "i3dist.fragment",
-        "i3dist.guard",
-        "i3dist.metrics_log",
-        "i3dist.outbox",
-        "i3dist.plots",
-        "i3dist.shelf",
-        "i3dist.tracking",
-    },
-    {
-        "i3dist.checkpoint",
-        "i3dist.diagnose",
-        "i3dist.evaluate",
-        "i3dist.generate",
-        "i3dist.summary",
-        "i3dist.weights",
-    },
-    {
-        "i3dist.ledger",
-        "i3dist.ledger_writer",
-        "i3dist.metrics",
-        "i3dist.run",
-        "i3dist.saver",
-    },
-    {"i3dist.trainer"},
+    {"i3dist.errors", "i3dist.files"},
+    {"i3dist.cli"},
+    {"i3dist.config"},
+    {"i3dist.distributed", "i3dist.ops"},
+    {"i3dist.model", "i3dist.data", "i3dist.optim"},
+    {"i3dist.checkpoint"},
+    {"i3dist.engine", "i3dist.inference"},
+    {"i3dist.tracking"},
+    {"i3dist.training"},
 ]
 
 
@@ -103,7 +67,8 @@ def test_the_model_never_sees_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "owner"), [("deepspeed", "i3dist/engine.py"), ("mlflow", "i3dist/tracking.py")]
+    ("package", "owner"),
+    [("deepspeed", "i3dist/engine/zero2.py"), ("mlflow", "i3dist/tracking/mlflow_tracker.py")],
 )
 def test_one_file_imports(package: str, owner: str) -> None:
     files = [p for folder in ("i3dist", "launch", "data_prep") for p in modules(folder)]
@@ -117,7 +82,7 @@ def test_one_file_imports(package: str, owner: str) -> None:
 
 def test_data_preparation_needs_no_torch() -> None:
     script = (
-        "import sys, runpy, pkgutil, importlib, data_prep, i3dist.data.manifest, i3dist.tokenizer\n"
+        "import sys, pkgutil, importlib, data_prep, i3dist.data.manifest, i3dist.data.tokenizer\n"
         "[importlib.import_module(f'data_prep.{m.name}') "
         "for m in pkgutil.iter_modules(data_prep.__path__)]\n"
         "sys.exit('torch' in sys.modules)"
@@ -128,11 +93,12 @@ def test_data_preparation_needs_no_torch() -> None:
 def test_training_on_cpu_loads_no_library_for_which_it_has_no_use() -> None:
     """They would cost every rank seconds at its start."""
     script = (
-        "import sys, i3dist.trainer\n"
+        "import sys, i3dist.training.trainer\n"
         "early = {'mlflow', 'matplotlib', 'torch._dynamo'} & set(sys.modules)\n"
-        "from i3dist import dist, engine\n"
-        "from tests.test_engine import build\n"
-        "engine.start(dist.Job.detect({}))\n"
+        "from i3dist.distributed.job import Job\n"
+        "from i3dist.engine import zero2\n"
+        "from tests.engine.test_zero2 import build\n"
+        "zero2.start(Job.detect({}))\n"
         "build()\n"
         "late = {'mlflow', 'torch._inductor.compile_fx'} & set(sys.modules)\n"
         "sys.exit(f'{early | late}' if early | late else 0)"

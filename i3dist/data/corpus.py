@@ -16,8 +16,8 @@ from i3dist.data.schedule import (
     Version,
     fixed_subset,
 )
+from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-from i3dist.tokenizer import Tokenizer
 
 # The validation subset is the same whatever the run's seed: runs are compared on it.
 SUBSET_SEED = 0

@@ -13,9 +13,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from i3dist.cli.paths import path_text
 from i3dist.errors import UserError
 from i3dist.files import write_whole
-from i3dist.paths import path_text
 
 TAR_BLOCK = 512
 """Bytes of a tar block: a member's header is one, and its payload is padded to whole ones."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
 from i3dist.model.attention import AttentionBlock, Slots
-from i3dist.model.compress import Compressor
+from i3dist.model.compressor import Compressor
 from i3dist.model.layers import ALIGNMENT, Channels, LayerNorm, Linear
 from i3dist.model.rwkv import RwkvBlock
 from i3dist.model.segments import (

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep.shard import main
 from i3dist.data.manifest import Manifest
-from i3dist.tokenizer import Tokenizer
+from i3dist.data.tokenizer import Tokenizer
 
 WORDS = [
     "the",

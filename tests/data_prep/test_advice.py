@@ -25,8 +25,8 @@ from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.manifest import MAX_MANIFEST_BYTES, Manifest
 from i3dist.data.shards import check_shards, read_shard
+from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-from i3dist.tokenizer import Tokenizer
 from tests.data_prep import corpus as helpers
 from tests.data_prep.corpus import tree_digest
 

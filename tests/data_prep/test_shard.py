@@ -17,8 +17,8 @@ import webdataset
 from data_prep import sources
 from data_prep.output import Output
 from i3dist.data.manifest import Manifest
+from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-from i3dist.tokenizer import Tokenizer
 from tests.data_prep.corpus import (
     SKIPPED,
     arguments,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from data_prep.tokenizer import LONGEST_WORD, train_tokenizer, without_long_words
-from i3dist.tokenizer import Tokenizer
+from i3dist.data.tokenizer import Tokenizer
 
 SHORT = 12
 KINDS = [

@@ -14,8 +14,10 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from i3dist import dist, engine  # noqa: E402
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings  # noqa: E402
+from i3dist.distributed import collectives  # noqa: E402
+from i3dist.distributed.job import Job  # noqa: E402
+from i3dist.engine import zero2  # noqa: E402
 from i3dist.model.lm import I3LM  # noqa: E402
 from i3dist.model.state import LaneState  # noqa: E402
 from tests.model.conftest import BOS, SMALL  # noqa: E402
@@ -52,17 +54,17 @@ def plain_norm(dtype: torch.dtype) -> float:
     return float(torch.stack([p.grad.float().norm() for p in model.parameters()]).norm())
 
 
-def engine_norms(job: dist.Job, dtype: torch.dtype, bucket: int) -> list[float]:
+def engine_norms(job: Job, dtype: torch.dtype, bucket: int) -> list[float]:
     """Norms of two steps in which nothing is updated, in micro-batches of this rank's lanes.
 
     Two kinds: of the whole, and made up of the norms of the model's parts.
     """
-    config = engine.read_engine_config(ROOT / "configs" / "zero2.json")
+    config = zero2.read_engine_config(ROOT / "configs" / "zero2.json")
     config["zero_optimization"]["reduce_bucket_size"] = bucket
     if dtype == torch.float32:
         config["bf16"] = {"enabled": False}
     train = TrainSettings(clip=1e9)
-    trained = engine.Engine(build(), config, OptimizerSettings(), train, MICRO_BATCHES)
+    trained = zero2.Engine(build(), config, OptimizerSettings(), train, MICRO_BATCHES)
     lanes = torch.arange(LANES).tensor_split(job.world_size)[job.rank]
     whole = batch()
     norms = []
@@ -78,18 +80,18 @@ def engine_norms(job: dist.Job, dtype: torch.dtype, bucket: int) -> list[float]:
 
 
 def main() -> None:
-    job = dist.Job.detect()
+    job = Job.detect()
     torch.set_num_threads(1)
-    engine.start(job)
+    zero2.start(job)
     # 7 elements in parts of 3: the last rank's part ends in padding.
-    part = dist.sum_parts(torch.arange(7.0) * (job.rank + 1), 3, torch.float32)
+    part = collectives.sum_parts(torch.arange(7.0) * (job.rank + 1), 3, torch.float32)
     want = torch.tensor([*(6.0 * torch.arange(7.0)), 0.0, 0.0])
     assert part.equal(want[3 * job.rank :][:3]), part
     for dtype, bucket in itertools.product((torch.bfloat16, torch.float32), (10**6, 5000)):
         plain, norms = plain_norm(dtype), engine_norms(job, dtype, bucket)
         close = 1e-2 if dtype == torch.bfloat16 else 1e-5
         assert all(abs(norm - plain) <= close * plain for norm in norms), (dtype, norms, plain)
-    dist.leave()
+    collectives.leave()
     print(f"rank {job.rank} agrees")
 
 

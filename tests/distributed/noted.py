@@ -8,9 +8,9 @@ import runpy
 import sys
 from pathlib import Path
 
-from i3dist import checkpoint
-from i3dist.checkpoint import RunState
-from i3dist.trainer import Trainer
+from i3dist.checkpoint import format as checkpoint
+from i3dist.checkpoint.run_state import RunState
+from i3dist.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 NOTED = Path(os.environ["NOTED"])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from i3dist import ledger
 from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import read_shard
-from i3dist.tokenizer import Tokenizer
+from i3dist.data.tokenizer import Tokenizer
+from i3dist.training import ledger
 from tests.conftest import QUICK, differences, last_checkpoint, run_ranks, shards_of, texts
 
 STEPS, ACCUMULATION, LANES, WINDOW, CHUNK = 8, 2, 4, 2, 64

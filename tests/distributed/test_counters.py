@@ -8,7 +8,7 @@ import pytest
 
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
-from i3dist.tokenizer import Tokenizer
+from i3dist.data.tokenizer import Tokenizer
 from tests.conftest import run_ranks
 from tests.known import CHUNK, PAD, TOKENIZER, documents, make
 

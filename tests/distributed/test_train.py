@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from i3dist.checkpoint.weights import load_run
 from i3dist.errors import UserError
-from i3dist.weights import load_run
 from tests.conftest import (
     QUICK,
     ROOT,

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from i3dist import ledger
-from i3dist.checkpoint import LANE_TENSORS
+from i3dist.checkpoint.format import LANE_TENSORS
+from i3dist.training import ledger
 from tests.conftest import QUICK, error_line, losses, program, run_ranks
 from tests.faults.test_hostile import renamed, with_tensors
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from i3dist.engine import Engine
+from i3dist.checkpoint.async_saver import Saver
+from i3dist.engine.zero2 import Engine
 from i3dist.model.state import LaneState
-from i3dist.saver import Saver
 
 ROOT = Path(__file__).parents[2]
 KIND, RANK, *STEPS = os.environ["DISTURB"].split()

@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from i3dist.errors import ArgumentParser, UserError, one_line_errors
+from i3dist.cli.program import ArgumentParser, one_line_errors
+from i3dist.distributed.signals import REQUEUE
+from i3dist.errors import UserError
 from i3dist.files import PARTIAL
-from i3dist.stop import REQUEUE
 from tests.conftest import QUICK, differences, last_checkpoint, shards_of, texts
 from tests.faults.running import Running, running
 

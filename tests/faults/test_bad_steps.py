@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from i3dist import ledger
 from i3dist.config import Settings
-from i3dist.ledger_writer import lane_checksums
 from i3dist.model.state import LaneState
+from i3dist.training import ledger
+from i3dist.training.ledger_writer import lane_checksums
 from tests.conftest import QUICK, deepspeed, differences, error_line, losses, run_ranks
 
 SCRIPT = "tests/faults/disturbed.py"

@@ -18,17 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from i3dist import checkpoint
-from i3dist.checkpoint import LANE_TENSORS, OptimizerReader
+from i3dist.checkpoint import format as checkpoint
+from i3dist.checkpoint.format import LANE_TENSORS, OptimizerReader
+from i3dist.checkpoint.fragment import KINDS
 from i3dist.config import Settings
 from i3dist.data.archive import chunks_of, shard_bytes
 from i3dist.data.manifest import MANIFEST_NAME, Manifest, member_name
 from i3dist.data.shards import read_shard
-from i3dist.dist import Job
+from i3dist.distributed.job import Job
 from i3dist.errors import UserError
-from i3dist.fragment import KINDS
+from tests.checkpoint.test_format import random_lanes, save
 from tests.conftest import error_line, program
-from tests.test_checkpoint import random_lanes, save
 
 
 class Harm:

@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
-from i3dist import checkpoint, shelf
-from i3dist.checkpoint import OptimizerReader
+from i3dist.checkpoint import format as checkpoint
+from i3dist.checkpoint import store
+from i3dist.checkpoint.format import OptimizerReader
+from i3dist.checkpoint.fragment import ADAM_STATES, Fragment
 from i3dist.config import CheckpointSettings, ModelSettings
-from i3dist.dist import Job
+from i3dist.distributed.job import Job
 from i3dist.files import clear_partials
-from i3dist.fragment import ADAM_STATES, Fragment
 from i3dist.model.state import LaneState
+from tests.checkpoint.test_format import state_of
 from tests.model.conftest import SMALL
-from tests.test_checkpoint import state_of
 
 KILLS = 12
 ELEMENTS = 400_000  # of a rank: writing and hashing takes as long as meeting does
@@ -80,8 +81,8 @@ def test_the_last_published_checkpoint_is_whole(tmp_path: Path) -> None:
     unfinished = published = 0
     for _ in range(KILLS):
         published = killed_at_random(tmp_path, chance, published + 1)
-        found = shelf.newest_whole(
-            shelf.candidates(tmp_path), lambda path: checkpoint.fault(path, ALONE)
+        found = store.newest_whole(
+            store.candidates(tmp_path), lambda path: checkpoint.fault(path, ALONE)
         )
         assert found is not None and not found.refused, "what latest names is whole"
         step = checkpoint.read_state(found.path).step

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from i3dist.run import _hold
+from i3dist.training.startup import _hold
 from tests.conftest import ROOT, environment
 
 # Holds a run's folder, and is killed while a process that it forked lives on.
 HOLDER = """
 import os, signal, sys, time
 from pathlib import Path
-from i3dist.run import _hold
+from i3dist.training.startup import _hold
 folder = Path(sys.argv[1])
 _hold(folder)
 if (reader := os.fork()) == 0:

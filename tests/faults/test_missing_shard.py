@@ -13,9 +13,9 @@ import pytest
 from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.schedule import lanes_of_rank
-from i3dist.dist import Job
+from i3dist.distributed.job import Job
 from i3dist.errors import UserError
-from i3dist.run import preflight
+from i3dist.training.startup import preflight
 from tests.conftest import QUICK, ROOT, environment, error_line, free_port, program, run_ranks
 
 LANES, K = 4, 2

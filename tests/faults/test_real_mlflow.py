@@ -18,10 +18,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from i3dist import tracking
 from i3dist.config import Settings
-from i3dist.metrics_log import flatten_chunks, read_metrics
-from i3dist.stop import REQUEUE
+from i3dist.distributed.signals import REQUEUE
+from i3dist.tracking import mlflow_tracker
+from i3dist.tracking.metrics_log import flatten_chunks, read_metrics
 from tests.conftest import QUICK, ROOT, environment, free_port
 
 LONGEST_S = 90.0  # that anything here is waited for
@@ -129,7 +129,7 @@ def test_a_server_that_is_killed_and_comes_back(data: Path, server: Server, tmp_
     assert "Traceback" not in said and "did not take everything" not in said
     assert said.count("fails, training goes on") == said.count("works again") == 1
     client = MlflowClient(server.uri)
-    stored = client.get_run((run / tracking.RUN_ID_FILE).read_text().strip())
+    stored = client.get_run((run / mlflow_tracker.RUN_ID_FILE).read_text().strip())
     assert stored.info.status == "KILLED"
     settings = Settings.load(run / "settings.yaml")
     assert stored.data.params == {key: str(value) for key, value in settings.flat().items()}

@@ -30,7 +30,7 @@ SEED = 20
 PROGRAM = """
 import sys
 from data_prep import shard, sources
-from i3dist.errors import one_line_errors
+from i3dist.cli.program import one_line_errors
 sources._SMALLEST_PART = 4000
 if __name__ == "__main__":
     with one_line_errors():

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from i3dist import tracking
 from i3dist.config import Settings
+from i3dist.tracking import mlflow_tracker
 from tests.conftest import ROOT, environment
 from tests.faults.mlflow_server import Behaviour, MlflowServer
 
@@ -27,21 +27,21 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowSe
     monkeypatch.setenv("MLFLOW_TRACKING_URI", made.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    monkeypatch.setattr(tracking, "SHORTEST_PAUSE_S", 0.05)
-    monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr(mlflow_tracker, "SHORTEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(mlflow_tracker, "LONGEST_PAUSE_S", 0.2)
     yield made
     made.behaviour = "good"
     made.down()
 
 
-def begin(run: Path, fresh: bool = False) -> tracking.Tracker:
+def begin(run: Path, fresh: bool = False) -> mlflow_tracker.Tracker:
     settings = Settings().with_values(**{"run.path": str(run), "tracking.system_metrics": False})
-    tracker = tracking.start(settings, tags={}, fresh=fresh)
-    assert isinstance(tracker, tracking.Tracker)
+    tracker = mlflow_tracker.start(settings, tags={}, fresh=fresh)
+    assert isinstance(tracker, mlflow_tracker.Tracker)
     return tracker
 
 
-def log(tracker: tracking.Tracker, steps: range) -> None:
+def log(tracker: mlflow_tracker.Tracker, steps: range) -> None:
     for step in steps:
         start = time.monotonic()
         tracker.log(step, {"loss": step / 10}, "train")
@@ -149,10 +149,10 @@ def test_a_slow_server_is_sent_many_entries_at_once(server: MlflowServer, tmp_pa
 # A process that logs to a server that hangs, and then ends in one way or another.
 PROCESS = """
 import os, sys, time
-from i3dist import tracking
+from i3dist.tracking import mlflow_tracker
 from i3dist.config import Settings
 settings = Settings().with_values(**{"run.path": sys.argv[1], "tracking.system_metrics": False})
-tracker = tracking.start(settings, tags={}, fresh=True)
+tracker = mlflow_tracker.start(settings, tags={}, fresh=True)
 for step in range(25):
     tracker.log(step, {"loss": 1.0}, "train")
 start = time.monotonic()
@@ -181,7 +181,7 @@ def test_a_process_ends_in_time_though_the_server_hangs(
     run = tmp_path / "run"
     done = logging_process(run, 'tracker.finish("FAILED")')
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < tracking.FINISH_WAIT_S["FAILED"] + 3
+    assert float(done.stdout) < mlflow_tracker.FINISH_WAIT_S["FAILED"] + 3
     assert "Traceback" not in done.stderr and "until the run is started again" in done.stderr
     server.behaviour = "good"
     begin(run).finish()

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from i3dist.config import ModelSettings
+from i3dist.engine.flat_parameters import PackedModel
 from i3dist.model.layers import ALIGNMENT, Channels, LayerNorm
 from i3dist.model.lm import I3LM, decayed
-from i3dist.model.packed import PackedModel
 from tests.model.conftest import BOS, SMALL
 from tests.model.streams import depth_of, empty, stream
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i3dist.config import CompressionSettings, ModelSettings
+from i3dist.inference.decoder import Decoder
 from i3dist.model.attention import CLOSED
-from i3dist.model.compress import NEVER
-from i3dist.model.decode import Decoder
+from i3dist.model.compressor import NEVER
 from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM, decayed, parameters_by_part
 from i3dist.model.segments import chunks_seen, segment_ids

@@ -17,18 +17,19 @@ STAND_IN = """
 import json, os, socket, sys
 from dataclasses import asdict
 import torch
-from i3dist import dist
+from i3dist.distributed import collectives, host
+from i3dist.distributed.job import Job
 
-job = dist.Job.detect()
+job = Job.detect()
 seen = {"arguments": sys.argv[1:], "host": socket.gethostname(), "job": asdict(job)}
 seen["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
-seen["threads"] = dist.share_threads(job)
+seen["threads"] = host.share_threads(job)
 job.export()
 torch.distributed.init_process_group("gloo")
-seen["sum"] = dist.all_sum(torch.tensor(float(job.rank + 1))).item()
+seen["sum"] = collectives.all_sum(torch.tensor(float(job.rank + 1))).item()
 with open(f"task-{job.rank}.json", "w") as file:
     json.dump(seen, file)
-dist.barrier()
+collectives.barrier()
 torch.distributed.destroy_process_group()
 """
 

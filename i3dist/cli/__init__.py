@@ -1,0 +1,1 @@
+"""What every program shares: options, paths as typed, standard streams, settings files."""

@@ -1,0 +1,1 @@
+"""The job: its ranks, devices, collectives, signals and watchdog."""

@@ -1,0 +1,171 @@
+"""The job as a launcher describes it: ranks, hosts, rendezvous.
+
+Every launcher tells a process its place through environment variables, each in its own words.
+`Job.detect` reads them and `Job.export` writes them in torch's words.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Literal
+
+from i3dist.errors import UserError
+
+Launcher = Literal["deepspeed", "torchrun", "slurm", "python"]
+
+# Rendezvous ports under Slurm: below Linux's ephemeral range, which begins at 32768.
+FIRST_PORT, PORTS = 10_240, 20_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's place in the job.
+
+    `hosts` counts the machines of the job, `local_world_size` the ranks on this one, and
+    `master_addr:master_port` is where rank 0 listens.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    hosts: int
+    master_addr: str
+    master_port: int
+    launcher: Launcher
+
+    def __post_init__(self) -> None:
+        _check_range("rank", self.rank, self.world_size)
+        _check_range("local rank", self.local_rank, self.local_world_size)
+        if self.local_world_size > self.world_size:
+            raise UserError(
+                f"{self.launcher} environment: {self.local_world_size} ranks on this host but "
+                f"WORLD_SIZE={self.world_size}; start the job again with one launcher"
+            )
+        if not 0 < self.master_port < 65_536:
+            raise UserError(f"MASTER_PORT={self.master_port} is no port; use 1 to 65535")
+
+    @staticmethod
+    def detect(environ: Mapping[str, str] = os.environ) -> "Job":
+        """Read the job from `environ`; raise `UserError` where it is set by halves.
+
+        RANK or WORLD_SIZE mean `deepspeed` or `torchrun`, also inside a Slurm allocation; then a
+        Slurm step (`srun`); otherwise this is one process of its own.
+        """
+        if "RANK" in environ or "WORLD_SIZE" in environ:
+            return _from_torch(environ)
+        # A batch script and its children have SLURM_PROCID too, and are no step: only srun is.
+        if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+            return _from_slurm(environ)
+        return Job(0, 1, 0, 1, 1, "127.0.0.1", _free_port(), "python")
+
+    def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        """Write the job to `environ` in the words that torch and DeepSpeed read.
+
+        LOCAL_SIZE is DeepSpeed's word. On CPU it is how DeepSpeed knows whether all ranks share
+        one host's memory, so it must be there and true.
+        """
+        environ["RANK"] = str(self.rank)
+        environ["WORLD_SIZE"] = str(self.world_size)
+        environ["LOCAL_RANK"] = str(self.local_rank)
+        environ["LOCAL_WORLD_SIZE"] = environ["LOCAL_SIZE"] = str(self.local_world_size)
+        environ["MASTER_ADDR"] = self.master_addr
+        environ["MASTER_PORT"] = str(self.master_port)
+
+
+def _from_torch(environ: Mapping[str, str]) -> Job:
+    launcher: Launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
+    world_size = _integer(environ, "WORLD_SIZE")
+    # The deepspeed launcher says LOCAL_SIZE and CROSS_SIZE, torchrun the other two.
+    local_name = "LOCAL_SIZE" if "LOCAL_SIZE" in environ else "LOCAL_WORLD_SIZE"
+    local_world_size = _integer(environ, local_name)
+    hosts_name = "CROSS_SIZE" if "CROSS_SIZE" in environ else "GROUP_WORLD_SIZE"
+    if hosts_name in environ:
+        hosts = _integer(environ, hosts_name)
+    else:
+        hosts = -(-world_size // max(1, local_world_size))
+    return Job(
+        rank=_integer(environ, "RANK"),
+        world_size=world_size,
+        local_rank=_integer(environ, "LOCAL_RANK"),
+        local_world_size=local_world_size,
+        hosts=hosts,
+        master_addr=_text(environ, "MASTER_ADDR"),
+        master_port=_integer(environ, "MASTER_PORT"),
+        launcher=launcher,
+    )
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Job:
+    node = _integer(environ, "SLURM_NODEID")
+    tasks = tasks_per_node(_text(environ, "SLURM_STEP_TASKS_PER_NODE"))
+    if node >= len(tasks):
+        raise UserError(
+            f"SLURM_NODEID={node} but SLURM_STEP_TASKS_PER_NODE names {len(tasks)} nodes; "
+            "start the job with srun, as slurm/train.sbatch does"
+        )
+    port_seed = _integer(environ, "SLURM_JOB_ID") + _integer(environ, "SLURM_STEP_ID")
+    return Job(
+        rank=_integer(environ, "SLURM_PROCID"),
+        world_size=_integer(environ, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_integer(environ, "SLURM_LOCALID"),
+        local_world_size=tasks[node],
+        hosts=len(tasks),
+        master_addr=environ.get("MASTER_ADDR") or first_host(_text(environ, "SLURM_STEP_NODELIST")),
+        master_port=_integer(environ, "MASTER_PORT")
+        if "MASTER_PORT" in environ
+        else FIRST_PORT + port_seed % PORTS,
+        launcher="slurm",
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[007-010,12],login1` gives `gpu007`."""
+    match = re.match(r"(?:[^\[\],]|\[[^\]]*\])+", nodelist)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} names no host; start the job with srun")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match.group())
+
+
+def tasks_per_node(counts: str) -> list[int]:
+    """Expand Slurm's `2(x3),1` to `[2, 2, 2, 1]`: tasks on each node, in node order."""
+    tasks: list[int] = []
+    for part in counts.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise UserError(
+                f"SLURM_STEP_TASKS_PER_NODE={counts!r} is not Slurm's form, such as 2(x3),1; "
+                "start the job with srun"
+            )
+        tasks += [int(match[1])] * int(match[2] or 1)
+    return tasks
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    if not environ.get(name):
+        raise UserError(
+            f"the environment is set by halves: {name} is missing; "
+            "start with deepspeed, torchrun, srun or plain python, or unset RANK and WORLD_SIZE"
+        )
+    return environ[name]
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    text = _text(environ, name)
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise UserError(f"environment variable {name}={text!r} is not a whole number; correct it")
+    return int(text)
+
+
+def _check_range(what: str, value: int, size: int) -> None:
+    if value >= size:
+        name = what.upper().replace(" ", "_")
+        raise UserError(f"{name}={value} is outside a job of {size} such ranks; correct {name}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

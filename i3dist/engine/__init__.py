@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO-2 behind one interface, and the flat tensors that it trains."""

@@ -1,0 +1,238 @@
+"""Held-out loss by chunk index within the document: with history, with history withheld, and with
+the history of another document, which tells memory from mere presence of latents.
+
+Letters: B rows of a batch, C history chunks, K chunks of a window, T tokens, M latents, D width,
+S stretches.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from i3dist.data.held_out import NONE, HeldOut, Share, Table
+from i3dist.data.lanes import Batch, LaneWindows, windows
+from i3dist.distributed import collectives
+from i3dist.model.lm import I3LM, Below
+from i3dist.model.segments import segment_ids
+from i3dist.model.state import LaneState
+from i3dist.ops.cross_entropy import IGNORE
+
+
+@dataclass(frozen=True)
+class ChunkLoss:
+    """Mean loss in nats per token over all chunks of one index within their document.
+
+    `loss_other_history` is `loss` and what it changes by where another document's history stands in
+    place of the document's own. That is a mean over the tokens for which another document has as
+    many chunks; the figure is None where there is no such token.
+    """
+
+    index: int
+    tokens: int
+    loss: float
+    loss_without_history: float
+    loss_other_history: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out figures. Losses are in nats per token."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    by_chunk: list[ChunkLoss]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+class TokenLosses(NamedTuple):
+    """One batch of an evaluation, and the losses of its tokens, [B, K, T] each."""
+
+    batch: Batch
+    loss: Tensor
+    withheld: Tensor
+    other: Tensor  # where not `exchanged`, the same as `loss`
+    exchanged: Tensor  # bool: `other` is with another document's history, or there is none at all
+
+
+def evaluate(
+    model: I3LM,
+    held_out: HeldOut,
+    token_bytes: np.ndarray,
+    rows: int,
+    window: int,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[Iterator[TokenLosses], int], Iterator[TokenLosses]] = lambda each, _: each,
+) -> Evaluation:
+    """Evaluate on all of `held_out`; every rank calls this, does its share and gets the result.
+
+    Args:
+        model: in any mode, on any device; it has no dropout.
+        held_out: what is read.
+        token_bytes: [V] bytes of text that each token stands for.
+        rows: windows computed at once, at most.
+        window: chunks K of a window.
+        rank: this one.
+        ranks: of the job.
+        progress: wraps the batches, given their number, to show how far it is.
+    """
+    device, most = model.head.weight.device, held_out.manifest.chunks_per_shard
+    bytes_of = torch.from_numpy(token_bytes).to(device)
+    sums = torch.zeros(5, most + 1, dtype=torch.float64, device=device)
+    text_bytes = torch.zeros((), dtype=torch.float64, device=device)
+    share = held_out.share(rank, ranks, window, rows, model.settings.state_carry)
+    batches = token_losses(model, held_out, share, rows)
+    for losses in progress(batches, len(share.table.positions)):
+        targets = losses.batch.targets
+        sums += _by_index(losses, model.bos_id, most)
+        text_bytes += bytes_of[targets[targets != IGNORE]].sum()
+    return _summary(collectives.all_sum(sums).cpu(), float(collectives.all_sum(text_bytes)))
+
+
+@torch.no_grad()
+def token_losses(model: I3LM, held_out: HeldOut, share: Share, rows: int) -> Iterator[TokenLosses]:
+    """The losses of a share's tokens, batch by batch; `rows` windows are computed at once, at most.
+
+    What lies below history is computed once for each batch; the attention blocks run three times
+    over it.
+    """
+    # A compiled model computes all batches in the one shape that it was compiled for.
+    height = rows if model.compiled else 0
+    table = share.table.padded(height)
+    bank = _stretches(model, held_out, share, rows, height)
+    before = None
+    on, off = torch.tensor([1.0, 0.0], device=model.head.weight.device)
+    for number, (batch, below) in enumerate(_windows(model, held_out, table)):
+        if not model.settings.state_carry:
+            below, before = _following(below, before, model.settings.history_chunks)
+        batch.targets[: share.lead_in(number)] = IGNORE
+        loss = model.losses(model.above(below, on), batch.targets)
+        withheld = model.losses(model.above(below, off), batch.targets)
+        stretch_of = held_out.stretches_at(table.positions[number])
+        continues = (below.segments == 0) & (below.depth > 0).unsqueeze(-1)
+        exchanged = ~continues if held_out.stretches else torch.zeros_like(continues)
+        other = loss
+        if bank is not None:
+            numbers = torch.from_numpy(stretch_of).to(loss.device)
+            given = continues & (numbers != NONE).unsqueeze(-1)
+            x = model.above(_exchanged(below, bank[numbers.clamp(min=0)]), on)
+            other = model.losses(x.view_as(below.x), batch.targets).where(given, loss)
+            exchanged = exchanged | given
+        yield TokenLosses(batch, loss, withheld, other, exchanged)
+
+
+def _windows(model: I3LM, held_out: HeldOut, table: Table) -> Iterator[tuple[Batch, Below]]:
+    """A table's batches and what lies below history; each row goes on where it was before."""
+    weight, rows = model.head.weight, range(table.positions.shape[1])
+    reader = LaneWindows(held_out.folder, held_out.manifest, table, rows)
+    state = LaneState.empty(len(rows), model.settings, weight.device, weight.dtype)
+    for batch in windows(reader, 0, len(table.positions), workers=0, device=weight.device):
+        below, state = model.below(batch.tokens, batch.depth, state)
+        yield batch, below
+
+
+def _following(below: Below, before: Tensor | None, chunks: int) -> tuple[Below, Tensor]:
+    """Have rows that follow each other see the latents of those before them.
+
+    Args:
+        below: the rows.
+        before: [C, M, D], latents of the chunks before the first row; None where there are none.
+        chunks: C.
+
+    Returns:
+        The rows with their history, and the latents of the last C chunks.
+    """
+    new = below.latents[:, chunks:]
+    if before is None:
+        before = torch.zeros_like(below.latents[0, :chunks])
+    stream = torch.cat([before, new.flatten(0, 1)])
+    first = torch.arange(len(new), device=stream.device) * new.shape[1]
+    seen = first.unsqueeze(1) + torch.arange(chunks + new.shape[1], device=stream.device)
+    return below._replace(latents=stream[seen]), stream[-chunks:]
+
+
+def _stretches(
+    model: I3LM, held_out: HeldOut, share: Share, rows: int, height: int
+) -> Tensor | None:
+    """Latents of the stretches that a share needs, the newest last: [S, C, M, D].
+
+    What it does not need stays 0; None where it needs none at all.
+    """
+    needed = np.unique(held_out.stretches_at(share.table.positions))
+    needed = needed[needed != NONE]
+    chunks, carries = model.settings.history_chunks, model.settings.state_carry
+    bank: Tensor | None = None
+    for start in range(0, len(needed), rows):
+        numbers = needed[start : start + rows].tolist()
+        table = held_out.stretch_table(numbers, share.table.window, carries).padded(height)
+        read = [below.latents[:, chunks:] for _, below in _windows(model, held_out, table)]
+        latents = torch.cat(read, dim=1)
+        if bank is None:
+            bank = latents.new_zeros(len(held_out.stretches), chunks, *latents.shape[2:])
+        for row, number in zip(latents, numbers, strict=False):
+            stretch = held_out.stretches[number]
+            end = stretch.first + stretch.chunks - (stretch.opened if carries else stretch.first)
+            bank[number, chunks - stretch.chunks :] = row[end - stretch.chunks : end]
+    return bank
+
+
+def _exchanged(below: Below, history: Tensor) -> Below:
+    """Every chunk as a window of its own, with latents [B, K, C, M, D] in place of its history."""
+    latents = history.flatten(0, 1)
+    return Below(
+        below.x.flatten(0, 1).unsqueeze(1),
+        below.segments.flatten(0, 1).unsqueeze(1),
+        below.depth.view(-1, 1),
+        torch.cat([latents, torch.zeros_like(latents[:, :1])], dim=1),  # its own: nobody sees them
+    )
+
+
+def chunk_index(batch: Batch, bos_id: int) -> Tensor:
+    """Each token's chunk within its document, from 0: [B, K, T].
+
+    A document that runs over the end of a shard counts from 0 again, as its history does.
+    """
+    continues = segment_ids(batch.tokens, bos_id) == 0
+    return torch.where(continues, batch.depth.unsqueeze(-1), 0)
+
+
+def _by_index(losses: TokenLosses, bos_id: int, max_index: int) -> Tensor:
+    """Sums by chunk index, [5, max_index + 1] fp64: tokens, loss, loss withheld, tokens with
+    another document's history, and what that changes of their loss."""
+    batch, loss, withheld, other, exchanged = losses
+    index = chunk_index(batch, bos_id)
+    used = batch.targets != IGNORE
+    change = (other - loss).where(exchanged, 0.0)
+    values = torch.stack([used, loss, withheld, exchanged, change]).double()[:, used]
+    sums = torch.zeros(len(values), max_index + 1, dtype=torch.float64, device=values.device)
+    return sums.index_add_(1, index[used], values)
+
+
+def _summary(sums: Tensor, text_bytes: float) -> Evaluation:
+    total = max(1.0, float(sums[0].sum()))
+    loss = float(sums[1].sum()) / total
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=float(sums[1].sum()) / math.log(2) / max(1.0, text_bytes),
+        tokens=int(sums[0].sum()),
+        by_chunk=[_chunk_loss(i, *row) for i, row in enumerate(sums.T.tolist()) if row[0] > 0],
+    )
+
+
+def _chunk_loss(
+    index: int, tokens: float, loss: float, without: float, exchanged: float, more: float
+) -> ChunkLoss:
+    """Means of one index's sums; `exchanged` counts tokens with another document's history."""
+    other = loss / tokens + more / exchanged if exchanged else None
+    return ChunkLoss(index, int(tokens), loss / tokens, without / tokens, other)

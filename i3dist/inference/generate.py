@@ -1,0 +1,111 @@
+"""Text from a trained model, with constant memory however long it runs. Letter: V vocabulary."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from i3dist.data.tokenizer import Tokenizer
+from i3dist.errors import UserError
+from i3dist.inference.decoder import Decoder
+from i3dist.model.lm import I3LM
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Keep only so many of the likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that together reach this probability (Holtzman et al., 2020); 1
+    keeps all."""
+
+    def __post_init__(self) -> None:
+        if self.temperature and not 1e-3 <= self.temperature <= 1e3:
+            raise UserError(f"--temperature {self.temperature} must be 0, or from 0.001 to 1000")
+        if self.top_k < 0:
+            raise UserError(f"--top-k {self.top_k} must be 0 or more; 0 keeps all")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p} must be above 0 and at most 1")
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draw one token id from logits [V] fp32; ids at -inf are never drawn."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    ids, probabilities = distribution(logits, sampling)
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """What a token is drawn from at a temperature above 0.
+
+    Args:
+        logits: [V] fp32.
+        sampling: temperature, then `top_k`, then `top_p` of what that leaves.
+
+    Returns:
+        Ids [k], the likeliest first and of equal ones the lowest, and their weights [k] fp32: the
+        probabilities, but 0 where `top_p` cuts. They sum to what it keeps.
+    """
+    values, ids = torch.sort(logits / sampling.temperature, descending=True, stable=True)
+    if sampling.top_k:
+        values, ids = values[: sampling.top_k], ids[: sampling.top_k]
+    probabilities = values.softmax(-1)
+    if sampling.top_p < 1:  # at 1 rounding would cut what is left when the sum reaches it early
+        # A token stays while those before it have not reached top_p: the first always does.
+        before = F.pad(probabilities[:-1].double().cumsum(-1), (1, 0))
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    return ids, probabilities
+
+
+def generate(
+    model: I3LM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    sampling: Sampling,
+    seed: int,
+    ignore_eos: bool = False,
+) -> Iterator[str]:
+    """Continue `prompt`; yields text as characters are complete.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        prompt: plain text; special tokens written in it stay text.
+        tokens: at most so many new tokens; fewer where the model ends the document.
+        sampling: how tokens are drawn.
+        seed: of the draws.
+        ignore_eos: begin another document after ``<EOS>`` instead of stopping.
+
+    Raises:
+        UserError: the model gives logits that are not finite.
+    """
+    device = model.head.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    # A document consists of text and its end: no other special token can follow.
+    allowed = torch.zeros(tokenizer.vocab_size, device=device)
+    allowed[[i for i in tokenizer.special_ids.values() if i != tokenizer.eos_id]] = float("-inf")
+    decoder, text = Decoder(model), tokenizer.stream_decoder()
+    fed = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    for _ in range(tokens):
+        logits = decoder.feed(torch.tensor(fed, device=device))
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are not finite: choose an earlier checkpoint of it")
+        token = draw(logits + allowed, sampling, generator)
+        if token == tokenizer.eos_id:
+            if not ignore_eos:
+                break
+            yield text.finish() + "\n\n"
+            text = tokenizer.stream_decoder()
+            fed = [token, tokenizer.bos_id]
+            continue
+        yield text.push(token)
+        fed = [token]
+    yield text.finish()

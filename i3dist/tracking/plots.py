@@ -1,0 +1,270 @@
+"""Pictures of a run, drawn from its metrics.jsonl, validation.jsonl and diagnostics.jsonl."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from i3dist.engine.toolchain import variables
+from i3dist.tracking.metrics_log import read_metrics
+
+# Matplotlib looks at the variable as it is imported, and fails where it names no backend that is
+# there, as a notebook's may.
+with variables(MPLBACKEND="agg"):
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import (
+        EngFormatter,
+        Locator,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        NullLocator,
+    )
+
+TRAIN, VALID, WITHOUT, OTHER = "#1f77b4", "#d62728", "#7f7f7f", "#ff7f0e"
+LOSS_UNIT = "loss (nats per token)"
+SMOOTH_FROM = 40  # lines of metrics from which on a running mean is worth drawing
+DPI = 150
+AGE = "attention_age_"  # columns of diagnostics.jsonl, one an age
+
+Lines = Sequence[dict[str, Any]]
+
+
+def plot_run(folder: Path) -> list[Path]:
+    """Write ``loss.png``, ``history.png`` and ``diagnostics.png`` to a run's folder ``plots/``.
+
+    Returns:
+        The files that could be drawn: missing or empty logs leave their picture out.
+    """
+    metrics = read_metrics(folder / "metrics.jsonl")
+    validation = read_metrics(folder / "validation.jsonl")
+    figures = {
+        "loss.png": _loss(metrics, validation),
+        "history.png": _history(validation),
+        "diagnostics.png": _diagnostics(read_metrics(folder / "diagnostics.jsonl")),
+    }
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            path = folder / "plots" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=DPI)
+            written.append(path)
+    return written
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not pyplot: it keeps global state, and may want a display.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _column(lines: Lines, name: str) -> np.ndarray:
+    """One number per line; NaN where a line lacks it or has null."""
+    return np.array([np.nan if line.get(name) is None else line[name] for line in lines], float)
+
+
+def _loss(metrics: Lines, validation: Lines) -> Figure | None:
+    """Training and validation loss against step, tokens seen on top."""
+    loss, held_out = _column(metrics, "loss"), _column(validation, "loss")
+    if not (np.isfinite(loss).any() or np.isfinite(held_out).any()):
+        return None
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    if np.isfinite(loss).any():
+        _draw_training(axes, _steps(metrics), loss)
+    if np.isfinite(held_out).any():
+        axes.plot(_steps(validation), held_out, "o-", color=VALID, ms=3, lw=1, label="validation")
+    _scale_steps(axes, np.concatenate([_steps(metrics), _steps(validation)]))
+    _shade_gate(axes, metrics)
+    _tokens_on_top(axes, metrics)
+    axes.set(xlabel="step", ylabel=LOSS_UNIT)
+    _finish_axes(axes)
+    return figure
+
+
+def _steps(lines: Lines) -> np.ndarray:
+    return np.maximum(_column(lines, "step"), 1.0)  # a log axis has no 0
+
+
+def _draw_training(axes: Axes, steps: np.ndarray, loss: np.ndarray) -> None:
+    if len(loss) < SMOOTH_FROM:
+        axes.plot(steps, loss, ".-", color=TRAIN, label="training")
+        return
+    axes.plot(steps, loss, color=TRAIN, alpha=0.3, lw=0.8, label="training")
+    finite = np.isfinite(loss)
+    axes.plot(
+        steps[finite], _running_mean(loss[finite]), color=TRAIN, label="training, running mean"
+    )
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Centred mean over a twentieth of the points so far, so that the steep start stays steep."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    reach = np.minimum(index // 20, len(values) - 1 - index)
+    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+
+
+def _scale_steps(axes: Axes, steps: np.ndarray) -> None:
+    """Log axis: most of the loss goes early, where the gate opens. Linear below one decade."""
+    first, last = steps.min(), steps.max()
+    if last > 10 * first:
+        margin = (last / first) ** 0.02
+        axes.set(xscale="log", xlim=(first / margin, last * margin))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        margin = max(0.02 * (last - first), 0.5)
+        axes.set_xlim(first - margin, last + margin)
+    axes.xaxis.set_major_locator(_tick_locator(axes))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _tick_locator(axes: Axes) -> Locator:
+    return LogLocator(subs=(1, 2, 5)) if axes.get_xscale() == "log" else MaxNLocator(integer=True)
+
+
+def _shade_gate(axes: Axes, metrics: Lines) -> None:
+    """Shade the steps without history (gate 0) and those where it comes in (gate below 1)."""
+    gate, steps = _column(metrics, "gate"), _steps(metrics)
+    left, right = axes.get_xlim()
+    for inside, label, shade in (
+        (gate == 0, "history off", "0.92"),
+        ((gate > 0) & (gate < 1), "history ramps in", "#fdebcf"),
+    ):
+        if inside.any():
+            first, last = np.flatnonzero(inside)[[0, -1]]
+            start = steps[first] if first > 0 else left
+            # Up to the next line logged: the shades then meet.
+            end = steps[last + 1] if last + 1 < len(steps) else right
+            axes.axvspan(start, end, color=shade, lw=0, zorder=0, label=label)
+
+
+def _tokens_on_top(axes: Axes, metrics: Lines) -> None:
+    """A second axis with round numbers of tokens where the run had seen them."""
+    tokens, steps = _column(metrics, "tokens_seen"), _steps(metrics)
+    known = np.isfinite(tokens) & (tokens > 0)
+    if known.sum() < 2:
+        return
+    steps, tokens = steps[known], tokens[known]
+    ticks = _tick_locator(axes).tick_values(tokens[0], tokens[-1])
+    ticks = ticks[(ticks >= tokens[0]) & (ticks <= tokens[-1])]
+    top = axes.twiny()
+    top.set(xscale=axes.get_xscale(), xlim=axes.get_xlim(), xlabel="tokens seen")
+    top.set_xticks(np.interp(ticks, tokens, steps), [EngFormatter(sep="")(tick) for tick in ticks])
+    top.xaxis.set_minor_locator(NullLocator())
+
+
+def _history(validation: Lines) -> Figure | None:
+    """Loss by chunk index at the last validation, and what history gained over the run."""
+    measured = [line for line in validation if line.get("by_chunk")]
+    if not measured:
+        return None
+    figure = _figure(11, 4.4)
+    left, right = figure.subplots(1, 2)
+    _draw_by_chunk(left, measured[-1])
+    _draw_gain(figure, right, measured)
+    return figure
+
+
+def _draw_by_chunk(axes: Axes, line: dict[str, Any]) -> None:
+    chunks = sorted(line["by_chunk"], key=lambda chunk: chunk["index"])
+    index = _column(chunks, "index")
+    without, with_history = _column(chunks, "loss_without_history"), _column(chunks, "loss")
+    other = _column(chunks, "loss_other_history")
+    axes.plot(index, without, "s--", color=WITHOUT, ms=5, label="history withheld")
+    if np.isfinite(other).any():
+        axes.plot(index, other, "^:", color=OTHER, ms=5, label="another document's history")
+    axes.plot(index, with_history, "o-", color=TRAIN, ms=5, label="with history")
+    axes.fill_between(index, with_history, without, color=TRAIN, alpha=0.12, lw=0)
+    axes.set(xlabel="chunk index in the document", ylabel=LOSS_UNIT)
+    axes.set_title(f"validation at step {line['step']:,}", fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish_axes(axes)
+
+
+def _draw_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
+    curves: dict[int, list[tuple[int, float]]] = {}
+    for line in validation:
+        for chunk in line["by_chunk"]:
+            with_history, without = chunk.get("loss"), chunk.get("loss_without_history")
+            if with_history is not None and without is not None:
+                points = curves.setdefault(chunk["index"], [])
+                points.append((line["step"], without - with_history))
+    axes.axhline(0, color="0.4", lw=0.8)
+    axes.set(xlabel="step", ylabel="gain (nats per token)")
+    axes.set_title("gain: loss with history withheld minus loss with history", fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if curves:
+        colours = _index_colours(0, max(curves))
+        for index, points in sorted(curves.items()):
+            axes.plot(*zip(*points, strict=True), ".-", color=colours.cmap(index))
+        _add_colour_bar(figure, axes, colours, "chunk index")
+    _finish_axes(axes)
+
+
+def _diagnostics(lines: Lines) -> Figure | None:
+    """What was seen inside the model, against step: a panel for each of three figures."""
+    ages = sorted({name for line in lines for name in line if name.startswith(AGE)})
+    ages = [name for name in ages if np.isfinite(_column(lines, name)).any()]
+    others = {
+        "effective_rank": "effective rank of the latents",
+        "compressor_gradient_norm": "gradient norm of the compressor",
+    }
+    if not ages and not any(np.isfinite(_column(lines, name)).any() for name in others):
+        return None
+    figure = _figure(13, 3.8)
+    first, *rest = figure.subplots(1, 3)
+    _draw_attention(figure, first, lines, {int(name.removeprefix(AGE)): name for name in ages})
+    for axes, (name, title) in zip(rest, others.items(), strict=True):
+        axes.plot(_column(lines, "step"), _column(lines, name), ".-", color=TRAIN)
+        axes.set_title(title, fontsize=11)
+        axes.set_ylim(bottom=0)
+    for axes in (first, *rest):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _finish_axes(axes)
+    return figure
+
+
+def _draw_attention(figure: Figure, axes: Axes, lines: Lines, names: dict[int, str]) -> None:
+    """Attention to history against step, a curve an age; `names` are columns by age."""
+    axes.set_title("attention to the chunks before", fontsize=11)
+    axes.set(ylabel="share of a query's attention")
+    if names:
+        colours = _index_colours(min(names), max(names))
+        for age, name in names.items():
+            colour = colours.cmap(age - min(names))
+            axes.plot(_column(lines, "step"), _column(lines, name), ".-", color=colour)
+        _add_colour_bar(figure, axes, colours, "age (chunks)")
+    axes.set_ylim(bottom=0)
+
+
+def _index_colours(first: int, last: int) -> ScalarMappable:
+    """One colour a number, the larger the darker; its ``cmap`` counts from the first."""
+    count = last - first + 1
+    colours = colormaps["viridis_r"].resampled(count)
+    return ScalarMappable(BoundaryNorm(np.arange(first, last + 2) - 0.5, count), colours)
+
+
+def _add_colour_bar(figure: Figure, axes: Axes, colours: ScalarMappable, label: str) -> None:
+    bar = figure.colorbar(colours, ax=axes, label=label)
+    bar.set_ticks(MaxNLocator(9, integer=True))
+    bar.minorticks_off()
+
+
+def _finish_axes(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines["right"].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=True, framealpha=0.9)

@@ -1,0 +1,1 @@
+"""The training loop, how a run starts, and what watches over its steps."""

@@ -1,0 +1,168 @@
+"""Writing the run's ledger (see `ledger`). Letters: B lanes of this rank, G of the job.
+
+A line's figures stay on the device until lines are written, so that no step waits for them.
+"""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from i3dist.data.schedule import LaneSchedule
+from i3dist.distributed import collectives
+from i3dist.engine.zero2 import Stepped
+from i3dist.errors import UserError
+from i3dist.files import sync
+from i3dist.model.state import LaneState
+from i3dist.tracking.metrics_log import MetricsLog
+from i3dist.training.ledger import LEDGER, digest, parse, samples_hash
+
+
+class _Step(NamedTuple):
+    """A step whose line is not written yet; tensors are on the device, so that none waits."""
+
+    step: int
+    windows: int  # read so far
+    targets: Tensor  # scalar
+    checksums: Tensor  # [B]
+    loss_sum: float
+    norm: float
+    skipped: str | None
+
+
+class LedgerWriter:
+    """One rank's part of the ledger; the first rank writes it."""
+
+    def __init__(self, folder: Path, schedule: LaneSchedule, accumulation: int, lanes: range):
+        """`folder` is the run's; `accumulation` windows of the schedule make a step."""
+        self.path = folder / LEDGER
+        self.schedule = schedule
+        self.accumulation = accumulation
+        self.lanes = lanes
+        self._writes = lanes.start == 0
+        self._waiting: list[_Step] = []
+
+    def add(
+        self,
+        step: int,
+        windows: int,
+        targets: Tensor,
+        state: LaneState,
+        stepped: Stepped,
+        skipped: str | None,
+    ) -> None:
+        """Note a step; its line is written by `flush`. Does not wait for the device.
+
+        Args:
+            step: its number; the first is 1.
+            windows: windows of the job that have been read, the step's included.
+            targets: scalar, number of targets in the whole job's step.
+            state: what this rank's lanes carry on.
+            stepped: what the engine says of it, the sum of losses first among its sums.
+            skipped: why nothing was updated, or None.
+        """
+        checksums = lane_checksums(state)
+        self._waiting.append(
+            _Step(step, windows, targets, checksums, stepped.sums[0], stepped.norm, skipped)
+        )
+
+    def flush(self) -> None:
+        """Write the lines that wait; every rank calls this."""
+        if not self._waiting:
+            return
+        steps, self._waiting = self._waiting, []
+        hashes = self._hashes(torch.stack([step.checksums for step in steps]))
+        targets = torch.stack([step.targets for step in steps]).clamp(min=1).tolist()
+        if not self._writes:
+            return
+        lines = [
+            {
+                "step": step.step,
+                "samples": samples_hash(self.schedule, step.windows, self.accumulation),
+                "lanes": lanes,
+                "loss": step.loss_sum / count,
+                "gradient_norm": step.norm,
+                "skipped": step.skipped,
+            }
+            for step, count, lanes in zip(steps, targets, hashes, strict=True)
+        ]
+        MetricsLog(self.path).extend(lines)
+
+    def sync(self) -> None:
+        """Write what waits, to disk: a checkpoint's ledger must reach as far as it does."""
+        self.flush()
+        if self._writes and self.path.exists():
+            sync(self.path)
+            sync(self.path.parent)  # the file may be new
+
+    def resume(self, step: int, state: LaneState) -> None:
+        """Cut off what came after the checkpoint of `step`; every rank calls this.
+
+        Raises:
+            UserError: the lanes' state is not what the ledger says of that step.
+        """
+        (hashed,) = self._hashes(lane_checksums(state).unsqueeze(0))
+        collectives.together(lambda: self._cut(step, hashed) if self._writes else None)
+
+    def _hashes(self, checksums: Tensor) -> list[str]:
+        """[N, B] of every rank -> N hashes over all lanes of the job, the same on every rank."""
+        every = checksums.new_zeros(len(checksums), self.schedule.lanes)
+        every[:, self.lanes.start : self.lanes.stop] = checksums
+        return [digest(",".join(map(str, row))) for row in collectives.all_sum(every).tolist()]
+
+    def _cut(self, step: int, hashed: str) -> None:
+        """Keep the lines up to `step`, the last of which must have this hash of the lanes."""
+        if not self.path.exists():
+            return
+        kept, end, last = 0, 0, None
+        with self.path.open("rb") as file:
+            for line in file:
+                end += len(line)
+                entry = parse(line)
+                if entry is None:
+                    continue  # between whole lines it stays, for the check to find
+                if entry.step > step:
+                    break
+                kept, last = end, entry
+        if last is not None and last.step == step and last.lanes != hashed:
+            raise UserError(
+                f"{self.path} is of another run than its checkpoint: the lanes' state of step "
+                f"{step} differs; restore the one or the other, or start over with --fresh"
+            )
+        os.truncate(self.path, kept)
+
+
+def lane_checksums(state: LaneState) -> Tensor:
+    """[B] int64, a number for each lane that differs where any bit of its state does.
+
+    A sum of the state's words, each multiplied by an odd number of its own, modulo 2^64: exact in
+    whatever order a device adds, and a chance of less than 2^-32 to miss a difference.
+    """
+    total = torch.zeros(len(state.latents), dtype=torch.int64, device=state.latents.device)
+    for salt, tensor in enumerate(state.tensors().values()):
+        kind = torch.int16 if tensor.element_size() == 2 else torch.int32
+        words = tensor.detach().contiguous().flatten(1).view(kind)
+        total += (words * _multipliers(words.shape[1], salt, words.device)).sum(1)
+    return total
+
+
+@lru_cache(maxsize=16)
+def _multipliers(count: int, salt: int, device: torch.device) -> Tensor:
+    """[count] odd int64 that look random: splitmix64 (Steele et al., 2014) of their places."""
+    x = (torch.arange(1, count + 1, device=device) + (salt << 40)) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _shifted(x, shift)) * _signed(factor)
+    return (x ^ _shifted(x, 31)) | 1
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shifted right as if it had no sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of a 64-bit word."""
+    return word - (1 << 64) if word >> 63 else word

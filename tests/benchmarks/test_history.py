@@ -1,0 +1,290 @@
+"""Books, arms and the recall task of benchmarks/, at toy size. Two minutes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from i3dist.config import ModelSettings
+from i3dist.engine.flat_parameters import PackedModel
+from i3dist.errors import UserError
+from i3dist.model.layers import Channels
+from i3dist.model.state import LaneState
+from i3dist.ops.cross_entropy import IGNORE
+from tests.conftest import ROOT
+from tests.model.streams import BOS, depth_of, stream
+
+# As for a program started in that folder.
+sys.path.append(str(ROOT / "benchmarks"))
+
+import books
+import compressors
+import history
+import history_arms
+import history_cost
+import history_report
+import recall
+import synthetic
+
+SIZES = ModelSettings(
+    vocab_size=64, d_model=32, rwkv_layers=1, attention_layers=2, heads=2, chunk_length=32,
+    latents=4,
+)  # fmt: skip
+ARMS = history_arms.ARMS
+TOY = ["--width", "16", "--layers", "1", "--lanes", "2"]
+
+
+def logits(arm: str, tokens: torch.Tensor) -> torch.Tensor:
+    model = history_arms.build(arm, SIZES, BOS, seed=0)
+    state = LaneState.empty(len(tokens), model.settings, tokens.device, torch.float32)
+    return model.head(model.hidden(tokens, depth_of(tokens), state, torch.ones(()))[0])
+
+
+def test_a_book_is_its_pieces_in_order(tmp_path: Path) -> None:
+    pieces = {"A/b#2": "three", "A/b#10.1": "five", "C/d#1": "other", "A/b#1.1": "two"}
+    pieces |= {"A/b#1.0": "one", "A/b#10.0": "four"}
+    rows = {"text": list(pieces.values()), "url": list(pieces)}
+    pq.write_table(pa.table(rows), tmp_path / "in.parquet")
+    books.main([str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet")])
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["url"] for row in found] == ["A/b", "C/d"]
+    assert found[0]["text"].split() == ["one", "two", "three", "four", "five"]
+
+
+def test_a_url_that_names_no_piece_is_one_line() -> None:
+    with pytest.raises(UserError, match="BOOK#CHAPTER"):
+        books.place("A/b#second")
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_mean_pooling_is_means_of_what_is_kept(seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    x, keep = torch.randn(3, 12, 16, generator=random), torch.rand(3, 12, generator=random) < 0.6
+    means = compressors.MeanPool(Channels(16), latents=4)(x, keep)
+    for n in range(3):
+        for m in range(4):
+            kept = [x[n, t] for t in range(3 * m, 3 * m + 3) if keep[n, t]]
+            want = torch.stack(kept).mean(0) if kept else torch.zeros(16)
+            torch.testing.assert_close(means[n, m], torch.nn.functional.layer_norm(want, (16,)))
+
+
+def chosen(arm: str, salience: torch.Tensor) -> list[int]:
+    model = history_arms.build(arm, SIZES.model_copy(update={"records": 2}), BOS, seed=0)
+    found: list[int] = model.compressor.choose(salience).tolist()
+    return found
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_arms_choose_tokens_as_they_say(seed: int) -> None:
+    """8 of 32: every fourth, the best two of each eighth tokens, or the best of all."""
+    salience = torch.randn(32, generator=torch.Generator().manual_seed(seed))
+    assert chosen("records2-even", salience) == list(range(3, 32, 4))
+    best = salience.topk(8).indices.sort().values.tolist()
+    assert chosen("records2", salience) == best
+    in_spans = salience.view(4, 8).topk(2).indices.sort().values + torch.arange(0, 32, 8)[:, None]
+    assert chosen("records2-spans", salience) == in_spans.flatten().tolist()
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_no_arm_sees_the_future(arm: str) -> None:
+    tokens = stream(3, 4, 32, 64, 90)
+    changed = tokens.clone()
+    changed[0, 2, 20:] = torch.randint(4, 64, (12,))
+    before = logits(arm, tokens).flatten(0, 2)[: 2 * 32 + 20]
+    after = logits(arm, changed).flatten(0, 2)[: 2 * 32 + 20]
+    torch.testing.assert_close(before, after, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_no_arm_sees_another_document(arm: str) -> None:
+    """Nor does one of which a chunk holds fewer tokens than there are records."""
+    tokens = torch.randint(4, 64, (1, 3, 32), generator=torch.Generator().manual_seed(0))
+    tokens[0, 0, 0] = tokens[0, 0, 29] = BOS
+    changed = tokens.clone()
+    changed[0, 0, 1:29] = 4 + (changed[0, 0, 1:29] - 3) % 60
+    before, after = (logits(arm, x).flatten(0, 2)[29:] for x in (tokens, changed))
+    torch.testing.assert_close(before, after, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_the_same_on_packed_parameters(arm: str) -> None:
+    tokens = stream(3, 4, 32, 64, 90)
+    model = history_arms.build(arm, SIZES, BOS, seed=0)
+    state = LaneState.empty(1, model.settings, tokens.device, torch.float32)
+    inputs = (tokens, tokens.roll(-1, -1), depth_of(tokens), state, torch.ones(()))
+    plain = model(*inputs)[0]
+    plain.sum().backward()
+    packed = PackedModel(model)
+    losses = packed(*inputs)[0]
+    torch.testing.assert_close(losses, plain, atol=1e-5, rtol=0)
+    losses.sum().backward()
+    for flat in packed.flats:
+        assert flat.parameter.grad is not None
+        for name, slot in zip(flat.names, flat.slots, strict=True):
+            part = flat.parameter.grad.narrow(0, slot.start, slot.size)
+            want = model.get_parameter(name).grad
+            want = torch.zeros(slot.shape) if want is None else want
+            torch.testing.assert_close(slot.stored(part), want, atol=2e-4, rtol=1e-3)
+
+
+def test_arms_of_a_seed_share_what_they_can() -> None:
+    models = {arm: history_arms.build(arm, SIZES, BOS, seed=1) for arm in ARMS}
+    for model in models.values():
+        for name, parameter in model.rwkv.named_parameters():
+            assert parameter.equal(models["none"].rwkv.get_parameter(name))
+
+
+def test_a_detached_compressor_has_no_gradient() -> None:
+    tokens = stream(3, 4, 32, 64, 300)
+    for arm, trained in (("literal", True), ("recipe", True), ("recipe-detached", False)):
+        model = history_arms.build(arm, SIZES, BOS, seed=0)
+        state = LaneState.empty(1, model.settings, tokens.device, torch.float32)
+        model(tokens, tokens.roll(-1, -1), depth_of(tokens), state, torch.ones(()))[
+            0
+        ].sum().backward()
+        assert any(p.grad is not None for p in model.compressor.parameters()) == trained
+
+
+def test_a_match_teaches_what_makes_records_and_nothing_else() -> None:
+    """It learns to err less, also where a token is more than its record has room for."""
+    model = history_arms.build("recipe-match", SIZES, BOS, seed=0)
+    assert isinstance(model, history_arms.Matched)
+    tokens = stream(3, 4, 32, 64, 300)
+    state = LaneState.empty(1, model.settings, tokens.device, torch.float32)
+    x = model.below(tokens, depth_of(tokens), state)[0].x
+    parts = ("record.weight", "norm_out.weight", "norm_out.bias", "token.weight")
+    taught = {f"compressor.{part}" for part in parts}
+    (before := model.missed(x).mean()).backward()
+    moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == taught
+    optimizer = torch.optim.Adam([model.get_parameter(name) for name in taught], 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.missed(x.detach()).mean().backward()
+        optimizer.step()
+    assert 0 < model.missed(x).mean().item() < 0.5 * before.item()
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("recipes", "recipes"),
+        ("recipe-quick", "quick"),
+        ("ceiling-match", "match"),
+        ("none-open", "open"),
+        ("recipe-even-each", "even"),
+    ],
+)
+def test_an_arm_that_there_is_not_is_named(name: str, word: str) -> None:
+    with pytest.raises(UserError, match=f"'{word}'"):
+        history.main(["run", "--data", "x", "--held-out", "y", "--arms", name])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms trained for a few steps on random documents."""
+    folder = tmp_path_factory.mktemp("history")
+    data, held_out = (random_documents(folder / name) for name in ("data", "held-out"))
+    command = ["run", "--data", str(data), "--held-out", str(held_out), *TOY, "--tokens", "1024"]
+    file = folder / "results.jsonl"
+    for arms in (["none"], ["none", "ceiling"]):  # the second time only what is missing
+        history.main([*command, "--arms", *arms, "--results", str(file)])
+    return file
+
+
+def random_documents(folder: Path) -> Path:
+    (folder / "train").mkdir(parents=True)
+    synthetic.Data.write(folder / "train", 64, 16, 4, 16)
+    return folder
+
+
+def test_runs_append_what_is_missing(results: Path) -> None:
+    lines = history_report.read(results)
+    assert [line["arm"] for line in lines] == ["none"] * 2 + ["ceiling"] * 2
+    assert [line["tokens"] for line in lines] == [512, 1024] * 2
+    counts = [line["by_chunk"]["count"] for line in lines]
+    assert all(count == counts[0] for count in counts), "every arm is asked the same"
+
+
+def test_withheld_and_foreign_history_are_nothing_to_a_model_without(results: Path) -> None:
+    for line in history_report.read(results):
+        sums = line["by_chunk"]
+        assert (sums["loss"] == sums["withheld"] == sums["other"]) == (line["arm"] == "none")
+        assert sums["loss"][0] == pytest.approx(sums["withheld"][0], rel=1e-6)
+
+
+def test_arms_are_timed(tmp_path: Path) -> None:
+    file, data = tmp_path / "costs.json", random_documents(tmp_path / "data")
+    words = ["--arms", "none", "recipe-carry", "--warm-up", "1", "--steps", "1"]
+    costs = history_cost.main(["--data", str(data), *TOY, *words, "--json", str(file)])
+    assert [cost["arm"] for cost in json.loads(file.read_text())] == ["none", "recipe-carry"]
+    none, recipe = costs
+    assert all(history_arms.named_arm(arm) for arm in history_cost.ARMS)
+    assert recipe.parameters > none.parameters
+    assert none.tokens_per_s == pytest.approx(2 * 8 * 16 / none.ms * 1e3)
+
+
+def test_the_report_compares_arms_of_a_seed(results: Path, tmp_path: Path) -> None:
+    history.main(["report", str(results), "--plot", str(tmp_path / "gain.png")])
+    assert (tmp_path / "gain.png").stat().st_size > 1000
+    none, full = (
+        {0: history_report.Figures.of(json.loads(line))}
+        for line in results.read_text().splitlines()[1::2]
+    )
+    arms = {"none": none, "ceiling": full}
+    assert history_report.recovered(arms, "ceiling") == "1.00"
+    assert history_report.recovered(arms, "none").lstrip("-") == "0.00"
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), chunks=st.integers(2, 5), pairs=st.integers(1, 7))
+def test_answers_are_what_was_stated(seed: int, chunks: int, pairs: int) -> None:
+    task = recall.Task(chunks, 32, pairs, values=5, distances=chunks - 1)
+    tokens, targets, distance, depth = task.sample(3, torch.Generator().manual_seed(seed))
+    assert not distance[targets == IGNORE].any()
+    for b in range(3):
+        ends = tokens[b].view(chunks, 2, 8, 2)[:, :, 8 - pairs :].flatten(1, 2)
+        stated = [dict(row.tolist()) for row in ends]
+        assert len({key for pairs_of in stated for key in pairs_of}) == chunks * 2 * pairs
+        for k, t in (targets[b] != IGNORE).nonzero().tolist():
+            key, d = int(tokens[b, k, t]), int(distance[b, k, t])
+            assert stated[k - d][key] == int(targets[b, k, t])
+            assert d > 0 or key in tokens[b, k, : t - 1], "of its own chunk, what is stated already"
+        values = (tokens[b] >= recall.FIRST) & (tokens[b] < recall.FIRST + 5)
+        assert values.sum() == chunks * 2 * pairs, "a value is in the text where it is stated, only"
+    assert depth.tolist() == [list(range(chunks))] * 3
+
+
+def test_every_distance_is_as_frequent() -> None:
+    task = recall.Task(chunks=9, length=64, pairs=2, distances=6)
+    _, targets, distance, _ = task.sample(400, torch.Generator().manual_seed(0))
+    found = torch.bincount(distance[distance > 0], minlength=7)[1:]
+    expected = 400 * task.answers
+    assert ((found - expected).abs() < 5 * expected**0.5).all()
+    own = ((distance == 0) & (targets != IGNORE)).sum()
+    expected = 400 * 9 * 3 * task.questions / 2  # all parts but a chunk's first, half of the time
+    assert (own - expected).abs() < 5 * expected**0.5
+
+
+def test_latents_recall_what_was_stated_as_far_as_history_reaches() -> None:
+    """The recall probe, small: a minute or two on two cores."""
+    task = recall.Task(chunks=8, length=32, distances=5)
+    sizes = recall.settings(task, 64, history=3)
+    model = history_arms.build("recipe-open", sizes, recall.BOS, seed=1)
+    found = [0.0]
+    for step, _ in enumerate(recall.train(model, task, steps=1200, documents=16, lr=3e-3)):
+        if step % 50 == 0:
+            found = recall.accuracy(model, task, documents=64)
+            if min(found[:4]) > 0.95:
+                break
+    withheld = recall.accuracy(model, task, documents=64, gate=0.0)
+    assert min(found[:4]) > 0.95
+    assert max(*found[4:], *withheld[1:]) < 2.5 / task.values, "chance is 1 / values"

@@ -1,0 +1,117 @@
+"""Token ids as large as there are: to 65,535 in shards, and above in a tokenizer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer as HFTokenizer
+
+from data_prep import shard
+from data_prep.pack import Framing, Packer
+from data_prep.tokenizer import train_tokenizer
+from i3dist.config import ModelSettings, Settings
+from i3dist.data.corpus import Corpus
+from i3dist.data.lanes import LaneWindows, windows
+from i3dist.data.manifest import Manifest
+from i3dist.data.shards import read_shard
+from i3dist.data.tokenizer import Tokenizer
+from i3dist.errors import UserError
+
+LARGEST = 1 << 16  # entries of a vocabulary whose ids take two bytes
+SPECIALS, BYTES = 13, 256
+
+
+def vocabulary(entries: int, edit: Callable[[dict[str, Any]], object] = lambda _: None) -> bytes:
+    """A tokenizer.json of so many entries: specials, bytes, and pairs of bytes."""
+    spec = json.loads(train_tokenizer(["a"], SPECIALS + BYTES))
+    vocab = spec["model"]["vocab"]
+    single = sorted((name for name, n in vocab.items() if n >= SPECIALS), key=vocab.get)
+    # Pairs of letters come last, so that text has the largest ids.
+    letters = sorted(single, key=lambda c: c.isascii() and c.isalpha())
+    pairs = [[a, b] for a in letters for b in letters][-(entries - SPECIALS - BYTES) :]
+    spec["model"]["merges"] = pairs
+    vocab.update({a + b: SPECIALS + BYTES + n for n, (a, b) in enumerate(pairs)})
+    edit(spec)
+    return json.dumps(spec).encode()
+
+
+@pytest.fixture(scope="module")
+def just() -> Tokenizer:
+    """With the largest id that takes two bytes."""
+    return Tokenizer(vocabulary(LARGEST), Path("just"))
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda _: None, lambda spec: spec["model"].update(ignore_merges=True)]
+)
+def test_ids_above_65535_survive(edit: Callable[[dict[str, Any]], object]) -> None:
+    """By the fast way and by the library's own."""
+    data = vocabulary(LARGEST + 100, edit)
+    big, reference = Tokenizer(data, Path("big")), HFTokenizer.from_str(data.decode())
+    assert big.vocab_size == LARGEST + 100
+    texts = ["zz", "the zebra zzyzx", "", "zy " * 50]
+    wanted = [reference.encode(text).ids for text in texts]
+    assert max(map(max, filter(None, wanted))) > LARGEST
+    batch = big.encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == wanted
+    assert {ids.dtype for ids in batch} == {np.dtype(np.int32)}
+    assert [big.encode(text) for text in texts] == wanted
+    assert [big.decode(ids) for ids in batch] == texts
+    assert [big.token_bytes()[ids].sum() for ids in wanted] == [len(text) for text in texts]
+
+
+def test_a_vocabulary_of_65536_takes_two_bytes_an_id(just: Tokenizer) -> None:
+    (ids,) = just.encode_batch(["zz"])
+    assert ids.dtype == np.uint16 and ids.tolist() == [LARGEST - 1]
+    assert just.decode(ids) == "zz"
+
+
+def test_the_largest_ids_of_a_shard_arrive_as_inputs_and_targets(
+    just: Tokenizer, tmp_path: Path
+) -> None:
+    """From the packer through the archive to the batch; none turns negative or small."""
+    ids = [LARGEST - 1, 1 << 15, (1 << 15) - 1, LARGEST - 2, 300, LARGEST - 1]
+    (tmp_path / "tokenizer.json").write_bytes(just.data)
+    for split in ("train", "valid"):
+        (tmp_path / split).mkdir()
+        packer = Packer(tmp_path / split, Framing(4, 2, just.bos_id, just.eos_id, just.pad_id))
+        packer.add("0", "", ids)
+        packer.close()
+        Manifest(
+            split=split,
+            chunk_length=4,
+            chunks_per_shard=2,
+            vocab_size=just.vocab_size,
+            tokenizer_sha256=just.sha256,
+            bos_id=just.bos_id,
+            eos_id=just.eos_id,
+            pad_id=just.pad_id,
+            source="",
+            seed=0,
+            documents=1,
+            tokens=8,
+            chunks=2,
+            shards=tuple(packer.shards),
+        ).write(tmp_path / split)
+    model = ModelSettings(vocab_size=LARGEST, chunk_length=4, latents=4)
+    train = Corpus.open(tmp_path, model).train
+    stream = [just.bos_id, *ids, just.eos_id]
+    assert read_shard(train.folder, train.manifest, 0).tokens.ravel().tolist() == stream
+    reader = LaneWindows(train.folder, train.manifest, train.schedule(1, 2, 0), range(1))
+    batch = next(windows(reader, 0, 1, 0, torch.device("cpu")))
+    assert batch.tokens.ravel().tolist() == stream
+    assert batch.targets.ravel().tolist() == [*stream[1:], -100]
+
+
+def test_no_larger_vocabulary_gets_into_shards_or_a_model(tmp_path: Path) -> None:
+    (tmp_path / "big.json").write_bytes(vocabulary(LARGEST + 1))
+    (tmp_path / "text.txt").write_text("zz")
+    words = ["--source", tmp_path / "text.txt", "--tokenizer", tmp_path / "big.json"]
+    with pytest.raises(UserError, match=r"vocabulary of 65537, and a token .* 65536 at most"):
+        shard.main([*map(str, words), "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="65536"):
+        Settings.load(None, ["model.vocab_size=65537"])

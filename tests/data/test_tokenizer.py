@@ -1,0 +1,243 @@
+"""The tokenizer: same ids as `tokenizers`, exact round trips, specials never out of text."""
+
+import json
+import random
+import string
+import subprocess
+import sys
+import sysconfig
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import pre_tokenizers
+
+import i3dist.data.tokenizer as module
+from data_prep.tokenizer import train_tokenizer
+from i3dist.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from i3dist.errors import UserError
+
+VOCABULARY = 2000
+STDLIB = Path(sysconfig.get_path("stdlib"))
+REAL_TEXTS = [(STDLIB / f"{n}.py").read_text() for n in ("argparse", "typing", "textwrap", "ast")]
+
+texts = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"])),
+    st.text(
+        st.sampled_from(" \t\n\r\x0b\x1c\x85\xa0\u2003\u200b\u3000'slvtaA1²é界😀\u0301!_<|>[/]\x00")
+    ),
+    st.lists(st.sampled_from([*SPECIAL_TOKENS, " ", "a", "\n", "'ll"])).map("".join),
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_bytes(train_tokenizer(REAL_TEXTS, VOCABULARY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.load(path)
+
+
+@pytest.fixture(scope="module")
+def reference(path: Path) -> Callable[[str], list[int]]:
+    backend = HFTokenizer.from_file(str(path))
+    backend.encode_special_tokens = True
+    return lambda text: backend.encode(text, add_special_tokens=False).ids
+
+
+def edited(path: Path, edit: Callable[[dict[str, Any]], object], to: Path) -> Path:
+    spec = json.loads(path.read_text())
+    edit(spec)
+    to.write_text(json.dumps(spec))
+    return to
+
+
+def test_specials_take_the_first_ids_in_order(tokenizer: Tokenizer) -> None:
+    assert tokenizer.special_ids == {token: i for i, token in enumerate(SPECIAL_TOKENS)}
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (1, 2, 3)
+    assert tokenizer.vocab_size == VOCABULARY
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts)
+@example("<BOS>[INST] <|endoftext|>[/INST]<PAD>")
+@example("a" * 5000 + " " * 5000 + "\n" * 5000 + "\t x")
+def test_ids_are_those_of_tokenizers_and_decode_to_the_text(
+    tokenizer: Tokenizer, reference: Callable[[str], list[int]], text: str
+) -> None:
+    assert tokenizer._fast is not None
+    ids = tokenizer.encode(text)
+    assert ids == reference(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(tokenizer.special_ids.values())
+    assert sum(tokenizer.token_bytes()[ids]) == len(text.encode())
+    decoder = tokenizer.stream_decoder()
+    assert "".join(map(decoder.push, ids)) + decoder.finish() == text
+
+
+def test_ids_are_those_of_tokenizers_on_real_text(
+    tokenizer: Tokenizer, reference: Callable[[str], list[int]]
+) -> None:
+    unseen = [file.read_text() for file in sorted((STDLIB / "email").glob("*.py"))]
+    batch = tokenizer.encode_batch(unseen)
+    assert all(ids.dtype == np.uint16 for ids in batch)
+    assert [ids.tolist() for ids in batch] == [reference(text) for text in unseen]
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t \n"])
+def test_a_million_blanks_do_not_break_it(
+    tokenizer: Tokenizer, reference: Callable[[str], list[int]], blank: str
+) -> None:
+    text = "x" + blank * (1_200_000 // len(blank)) + "y"
+    assert tokenizer.encode(text) == reference(text)
+
+
+def test_both_libraries_class_every_character_alike() -> None:
+    """The proof of equal ids rests on equal splits; a new Unicode table would change them."""
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    every = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    rare = [c for c in every if unicodedata.category(c)[0] in "CZ" and c < "\U000e0000"]
+    sample = random.Random(0).sample(every, 8000) + random.Random(1).sample(rare, 2000)
+    for start in "a1!":
+        pairs = {start + char for char in sample}
+        ranks = {bytes([i]): i for i in range(256)}
+        for pair in sorted(pairs):
+            ranks.setdefault(pair.encode(), len(ranks))
+        fast = tiktoken.Encoding(
+            "pairs", pat_str=module._GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+        # A pair is one token where the pattern keeps it whole, since the whole is looked up first.
+        whole = {pair for pair in pairs if len(fast.encode_ordinary(pair)) == 1}
+        assert whole == {pair for pair in pairs if len(splitter.pre_tokenize_str(pair)) == 1}
+
+
+def test_half_a_character_is_never_given_out(tokenizer: Tokenizer) -> None:
+    decoder = tokenizer.stream_decoder()
+    pieces = [decoder.push(i) for i in tokenizer.encode("\U0001f9ff")]
+    assert len(pieces) == 4 and pieces == ["", "", "", "\U0001f9ff"]
+    cut = tokenizer.stream_decoder()
+    assert cut.push(tokenizer.encode("\U0001f9ff")[0]) + cut.finish() == "\ufffd"
+
+
+def test_specials_decode_to_nothing_and_count_no_bytes(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.bos_id, *tokenizer.encode("hi"), tokenizer.eos_id, tokenizer.pad_id]
+    assert tokenizer.decode(ids) == "hi"
+    assert not tokenizer.token_bytes()[list(tokenizer.special_ids.values())].any()
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer, token: int) -> None:
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tokenizer.decode([token])
+
+
+def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="lone surrogate"):
+        tokenizer.encode("a\ud800")
+
+
+def test_saving_keeps_the_bytes(tokenizer: Tokenizer, path: Path, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "copy.json")
+    assert (tmp_path / "copy.json").read_bytes() == path.read_bytes()
+    assert Tokenizer.load(tmp_path / "copy.json").sha256 == tokenizer.sha256
+
+
+def test_transformers_loads_the_file(tokenizer: Tokenizer, path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    other = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    text = REAL_TEXTS[0] + " , don't  <BOS> ."
+    assert other.encode(text, split_special_tokens=True) == tokenizer.encode(text)
+    assert other.decode(tokenizer.encode(text)) == text
+    assert other.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(len(SPECIAL_TOKENS)))
+
+
+@pytest.mark.parametrize("threads", ["1", "5"])
+def test_training_gives_the_same_bytes_for_any_number_of_threads(path: Path, threads: str) -> None:
+    code = (
+        "import sys; from tests.data.test_tokenizer import *;"
+        "sys.stdout.buffer.write(train_tokenizer(REAL_TEXTS, VOCABULARY))"
+    )
+    env = {"RAYON_NUM_THREADS": threads, "PATH": ""}
+    root = Path(__file__).parents[2]
+    made = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True)
+    assert made.stdout == path.read_bytes(), made.stderr.decode()
+
+
+def test_a_small_text_gives_a_small_vocabulary() -> None:
+    tokenizer = Tokenizer(train_tokenizer(["ab ab ab"], VOCABULARY), Path("x"))
+    assert 256 + len(SPECIAL_TOKENS) <= tokenizer.vocab_size < 300
+    text = string.printable + "界"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def _drop(*names: str) -> Callable[[dict[str, Any]], object]:
+    def edit(spec: dict[str, Any]) -> None:
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in names]
+        for name in names:
+            spec["model"]["vocab"].pop(name)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_drop("<PAD>", "[INST]"), r"lacks the special tokens <PAD> \[INST\]"),
+        (lambda spec: spec.update(decoder=None), "not a byte-level tokenizer"),
+        (lambda spec: spec["model"]["vocab"].update({"ab\u4e00": VOCABULARY}), "neither bytes"),
+        (lambda spec: spec["model"]["vocab"].update({"zz": VOCABULARY + 5}), "do not run from 0"),
+        (lambda spec: [t.update(special=False) for t in spec["added_tokens"]], "out of plain text"),
+        (lambda spec: spec["model"].update(type="Nonsense"), "not a tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_that_does_not_serve_is_refused(
+    path: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer.load(edited(path, edit, tmp_path / "tokenizer.json"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff\xfe", b"[" * 100_000])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "t.json").write_bytes(data)
+    for path in (tmp_path / "t.json", tmp_path, tmp_path / "none.json"):
+        with pytest.raises(UserError) as caught:
+            Tokenizer.load(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _swap_merges(spec: dict[str, Any]) -> None:
+    merges = spec["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _swap_merges,
+        lambda spec: spec["model"].update(ignore_merges=True),
+        lambda spec: spec.update(normalizer={"type": "NFC"}),
+        lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
+        lambda spec: spec["model"]["merges"].pop(),
+    ],
+)
+def test_the_fast_way_is_taken_only_where_ids_are_certain(
+    path: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    changed = edited(path, edit, tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer.load(changed)
+    assert tokenizer._fast is None
+    backend = HFTokenizer.from_file(str(changed))
+    assert tokenizer.encode(REAL_TEXTS[1]) == backend.encode(REAL_TEXTS[1]).ids

@@ -1,0 +1,223 @@
+"""How a run starts: what it decides, what it continues from, and what it refuses."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from i3dist.checkpoint.format import CheckpointManifest, FileDigest
+from i3dist.checkpoint.run_state import RunState
+from i3dist.config import Settings
+from i3dist.data.corpus import Corpus
+from i3dist.distributed import collectives
+from i3dist.distributed.job import Job
+from i3dist.errors import UserError
+from i3dist.training.startup import Start, agree, decide, lay_out, resolve, set_aside
+from i3dist.training.trainer import check_micro_batch
+from tests.known import CHUNK, Known, documents, make
+
+MODEL = {"model.chunk_length": CHUNK, "model.latents": 2}
+ENGINE = {
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "communication_data_type": "fp32",
+    "zero_optimization": {"stage": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    return make(tmp_path_factory.mktemp("known") / "data", documents(0, 6), documents(1, 4))
+
+
+@pytest.fixture(scope="module")
+def corpus(known: Known) -> Corpus:
+    return Corpus.open(known.folder, Settings().with_values(**MODEL).model)
+
+
+@pytest.fixture
+def typed(known: Known, tmp_path: Path) -> Settings:
+    """What the user types, the same at each start."""
+    places = {"run.path": str(tmp_path / "run"), "data.path": str(known.folder)}
+    return Settings().with_values(**MODEL | places)
+
+
+def checkpoint(settings: Settings, corpus: Corpus, step: int, **changes: Any) -> Path:
+    """A checkpoint as far as it is looked at before anything is read."""
+    state = RunState(
+        step=step,
+        windows=step,
+        tokens_seen=1,
+        settings=settings.to_dict(),
+        data=corpus.fingerprint,
+        engine={k: v for k, v in ENGINE.items() if k != "zero_optimization"},
+    ).model_copy(update=changes)
+    folder = settings.run.path / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    data = state.model_dump_json().encode()
+    (folder / "state.json").write_bytes(data)
+    digest = FileDigest(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    listed = CheckpointManifest(files={"state.json": digest})
+    (folder / "manifest.json").write_text(listed.model_dump_json())
+    (folder.parent / "latest").write_text(folder.name)
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "lanes"), [(1, 4), (2, 8), (16, 64)])
+def test_a_run_decides_what_is_left_to_it_and_nothing_else(ranks: int, lanes: int) -> None:
+    settings = Settings().with_values(**{"train.steps": 123})
+    decided = decide(settings, ranks, 4096)
+    wanted = {"train.lanes": lanes, "optimizer.decay_steps": 123, "model.vocab_size": 4096}
+    wanted |= {"train.schedule": 2}
+    assert decided == settings.with_values(**wanted)
+    typed = {"train.lanes": 6, "optimizer.decay_steps": 500, "model.vocab_size": 300}
+    typed |= {"train.schedule": 1}
+    assert decide(settings.with_values(**typed), ranks, 4096) == settings.with_values(**typed)
+
+
+def test_an_empty_folder_starts_at_step_0(typed: Settings, corpus: Corpus) -> None:
+    start = resolve(typed, ENGINE, corpus, 2, fresh=False)
+    assert start == Start(decide(typed, 2, corpus.tokenizer.vocab_size))
+
+
+def test_the_same_words_continue_with_what_was_decided(typed: Settings, corpus: Corpus) -> None:
+    """On another number of ranks, and for more steps: lanes and the curve's length stay."""
+    folder = checkpoint(decide(typed, 2, corpus.tokenizer.vocab_size), corpus, 7)
+    longer = typed.with_values(**{"train.steps": 30_000})
+    start = resolve(longer, ENGINE, corpus, 8, fresh=False)
+    assert start.checkpoint == folder and start.state is not None and start.state.step == 7
+    wanted = {"train.lanes": 8, "optimizer.decay_steps": 20_000, "model.vocab_size": 271}
+    wanted |= {"train.schedule": 2}
+    assert start.settings == longer.with_values(**wanted)
+
+
+def test_fresh_looks_at_nothing_that_is_there(typed: Settings, corpus: Corpus) -> None:
+    checkpoint(decide(typed, 2, 999), corpus, 7, data="other")
+    start = resolve(typed, ENGINE, corpus, 1, fresh=True)
+    assert start == Start(decide(typed, 1, corpus.tokenizer.vocab_size))
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "engine", "says"),
+    [
+        ({"train.seed": 1}, {}, {}, "train.seed is 1 but the saved run has 0"),
+        ({"train.lanes": 16}, {}, {}, "train.lanes is 16 but the saved run has 8"),
+        ({}, {"data": "0" * 64}, {}, "trained on other data"),
+        ({}, {}, {"bf16": {"enabled": False}}, "other engine settings"),
+        ({}, {}, {"communication_data_type": "bf16"}, "other engine settings"),
+        ({}, {}, {"data_types": {}}, "other engine settings"),
+        ({"train.steps": 6}, {}, {}, "beyond train.steps=6: the run has taken 7 steps"),
+    ],
+)
+def test_what_is_of_another_run_is_refused_with_two_ways_out(
+    typed: Settings,
+    corpus: Corpus,
+    words: dict[str, Any],
+    changes: dict[str, Any],
+    engine: dict[str, Any],
+    says: str,
+) -> None:
+    folder = checkpoint(decide(typed, 2, corpus.tokenizer.vocab_size), corpus, 7, **changes)
+    with pytest.raises(UserError) as error:
+        resolve(typed.with_values(**words), ENGINE | engine, corpus, 2, fresh=False)
+    line = str(error.value)
+    assert says in line and str(folder) in line
+    assert "another run.path" in line and "--fresh" in line
+
+
+def test_engine_matters_that_decide_no_number_may_change(typed: Settings, corpus: Corpus) -> None:
+    checkpoint(decide(typed, 2, corpus.tokenizer.vocab_size), corpus, 7)
+    other = ENGINE | {"zero_optimization": {"stage": 2, "reduce_bucket_size": 9}}
+    assert resolve(typed, other, corpus, 2, fresh=False).checkpoint is not None
+
+
+def test_the_last_step_may_be_the_checkpoints_own(typed: Settings, corpus: Corpus) -> None:
+    checkpoint(decide(typed, 2, corpus.tokenizer.vocab_size), corpus, 7)
+    start = resolve(typed.with_values(**{"train.steps": 7}), ENGINE, corpus, 2, fresh=False)
+    assert start.state is not None and start.state.step == 7
+
+
+@pytest.mark.parametrize("differs", ["nothing", "settings", "step"])
+def test_ranks_that_see_other_folders_do_not_start(
+    typed: Settings, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, differs: str
+) -> None:
+    state = RunState(step=7, windows=7, tokens_seen=1, settings={}, data="", engine={})
+    start = Start(typed, Path("x"), state)
+    theirs = {
+        "nothing": (7, typed.to_yaml()),
+        "settings": (7, typed.with_values(**{"train.seed": 1}).to_yaml()),
+        "step": (0, typed.to_yaml()),
+    }
+    monkeypatch.setattr(collectives, "gather_objects", lambda mine: [mine, mine, theirs[differs]])
+    if differs == "nothing":
+        agree(start)
+        return
+    with pytest.raises(UserError, match="not the same folder on every host"):
+        agree(start)
+
+
+def test_an_earlier_run_takes_the_first_free_number(tmp_path: Path) -> None:
+    for number, name in enumerate(("run", "run", "run")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(str(number))
+        set_aside(tmp_path / name)
+    found = {path.name: (path / "which").read_text() for path in tmp_path.iterdir()}
+    assert found == {"run.1": "0", "run.2": "1", "run.3": "2"}
+
+
+@pytest.mark.parametrize("there", ["nothing", "a killed run", "a checkpoint"])
+def test_a_run_from_step_0_begins_in_an_empty_folder(
+    typed: Settings, corpus: Corpus, there: str
+) -> None:
+    """One that continues keeps what is there; either writes its own settings and tokenizer."""
+    folder = typed.run.path
+    settings = decide(typed, 1, corpus.tokenizer.vocab_size)
+    if there != "nothing":
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "settings.yaml").write_text("earlier")
+        (folder / "metrics.jsonl").write_text("earlier\n")
+        (folder / "checkpoints" / ".step-00000009.partial").mkdir()
+    continues = there == "a checkpoint"
+    start = Start(settings, checkpoint(settings, corpus, 7) if continues else None)
+    lay_out(start, corpus)
+    assert Settings.load(folder / "settings.yaml") == settings
+    assert (folder / "tokenizer.json").read_bytes() == corpus.tokenizer.data
+    assert (folder / "metrics.jsonl").exists() == continues
+    aside = folder.with_name("run.1")
+    assert aside.exists() == (there == "a killed run")
+    if aside.exists():
+        assert (aside / "metrics.jsonl").read_text() == "earlier\n"
+    assert not list(folder.glob("checkpoints/.*")), "nothing half done is left"
+
+
+def test_lanes_are_shared_by_ranks_and_micro_batches(typed: Settings) -> None:
+    job = Job(0, 2, 0, 2, 1, "127.0.0.1", 1, "python")
+    for rows, fits in (
+        (1, True),
+        (2, True),
+        (3, True),
+        (6, True),
+        (4, False),
+        (5, False),
+        (12, False),
+    ):
+        settings = typed.with_values(**{"train.lanes": 12, "train.micro_batch": rows})
+        if fits:
+            check_micro_batch(settings, job)
+            continue
+        with pytest.raises(UserError, match=rf"={rows} does not divide the 6 .* 1, 2, 3, 6, auto"):
+            check_micro_batch(settings, job)
+    check_micro_batch(typed.with_values(**{"train.lanes": 12}), job)
+    with pytest.raises(UserError, match=r"train\.lanes=5 cannot be shared by 2 ranks"):
+        check_micro_batch(typed.with_values(**{"train.lanes": 5}), job)
+
+
+def test_settings_in_a_checkpoint_are_plain(typed: Settings, corpus: Corpus) -> None:
+    """Whoever reads state.json finds the names that users type."""
+    settings = decide(typed, 2, corpus.tokenizer.vocab_size)
+    folder = checkpoint(settings, corpus, 7)
+    written = json.loads((folder / "state.json").read_text())["settings"]
+    assert written["validate"]["chunks"] == 1024 and written["train"]["lanes"] == 8
+    assert Settings.build(written) == settings
