@@ -19,6 +19,7 @@ HEAD = """
 import os, sys
 from i3dist import errors
 from i3dist.cli import streams
+from i3dist.cli import program
 from i3dist.cli.program import one_line_errors
 from i3dist.errors import UserError
 """

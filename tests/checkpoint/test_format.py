@@ -201,14 +201,14 @@ def full(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["checkpoint.save_file", "checkpoint.sync", "checkpoint.write_whole", "shelf.write_whole"],
+    ["format.save_file", "format.sync", "format.write_whole", "store.write_whole"],
 )
 def test_a_full_disk_leaves_the_old_state_whole(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, _, _ = save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(f"i3dist.{place}", full)
+        patch.setattr(f"i3dist.checkpoint.{place}", full)
         with pytest.raises(UserError, match="No space left") as error:
             save(tmp_path, 2)
     assert "\n" not in str(error.value)

@@ -92,6 +92,7 @@ def test_a_signal_behind_ranks_that_are_gone(tmp_path: Path, doing: str, status:
 LOST = (
     HEAD
     + """
+from i3dist.distributed import collectives
 def lose():
     raise RuntimeError("gloo: connection closed by peer")
 collectives.barrier = lose

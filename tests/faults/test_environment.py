@@ -100,7 +100,7 @@ def test_a_folder_that_the_first_rank_cannot_lay_out_is_the_same_line_on_every_r
         ranks.append(subprocess.Popen(command, cwd=ROOT, env=environ, stderr=pipe, text=True))
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
-    line = f"error: startup.path={folder} cannot be written: {folder}/.lock: Is a directory\n"
+    line = f"error: run.path={folder} cannot be written: {folder}/.lock: Is a directory\n"
     assert said == [line, f"[rank 1] {line}"]
 
 
@@ -155,7 +155,7 @@ def test_a_file_system_without_locks_costs_a_warning(
 ) -> None:
     hold_without_locks(tmp_path, monkeypatch, number)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"warning: the file system of startup.path={tmp_path} has no locks")
+    assert line.startswith(f"warning: the file system of run.path={tmp_path} has no locks")
     hold_without_locks(tmp_path, monkeypatch, number)  # what this process holds is its own
 
 
@@ -166,7 +166,7 @@ def test_without_locks_a_living_process_of_this_host_holds_the_folder(
     host, other = socket.gethostname(), psutil.Process(os.getppid())
     lock = tmp_path / ".lock"
     lock.write_text(json.dumps([host, other.pid, other.create_time()]))
-    with pytest.raises(UserError, match=f"another process runs in startup.path={tmp_path}"):
+    with pytest.raises(UserError, match=f"another process runs in run.path={tmp_path}"):
         hold_without_locks(tmp_path, monkeypatch, errno.ENOLCK)
     for left in (
         [host, other.pid, 1.5],  # the number is another process's now

@@ -294,7 +294,7 @@ def test_train_starts_as_it_is_told(
 ) -> None:
     monkeypatch.setattr(train, "Stop", mock.Mock())
     read = mock.Mock(return_value={"the": "engine"})
-    monkeypatch.setattr(train.engine, "read_engine_config", read)
+    monkeypatch.setattr(train.zero2, "read_engine_config", read)
     resolved = mock.Mock(side_effect=UserError("far enough"))
     monkeypatch.setattr(train, "resolve", resolved)
     values = MODEL | {"data.path": known.folder}
@@ -325,7 +325,7 @@ def test_train_ends_as_it_went(
     )
     monkeypatch.setattr(train, "Stop", stop)
     monkeypatch.setattr(train, "build", lambda *_: trainer)
-    monkeypatch.setattr(train.dist, "leave", left)
+    monkeypatch.setattr(train.collectives, "leave", left)
     typed(
         monkeypatch, f"data.path={known.folder}", f"model.chunk_length={CHUNK}", "model.latents=2"
     )
@@ -379,9 +379,9 @@ def build(
     }.items():
         monkeypatch.setattr(train, name, stand_in)
     for name in ("read_engine_config", "start", "Engine"):
-        monkeypatch.setattr(train.engine, name, mock.Mock())
+        monkeypatch.setattr(train.zero2, name, mock.Mock())
     for name in ("share_threads", "keep_freed_memory"):
-        monkeypatch.setattr(train.dist, name, mock.Mock())
+        monkeypatch.setattr(train.host, name, mock.Mock())
     arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False)
     job = Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
     assert train.build(arguments, settings, job, corpus, mock.Mock()) is built.trainer
@@ -414,7 +414,7 @@ def test_blocks_are_compiled_as_chosen(
     gpu: bool,
     compiled: bool,
 ) -> None:
-    monkeypatch.setattr(train.dist, "uses_cuda", lambda: gpu)
+    monkeypatch.setattr(train.devices, "uses_cuda", lambda: gpu)
     built = build(train, known, monkeypatch, **{"train.compile": chosen})
     assert built.model.compile_blocks.called == compiled
 
@@ -427,7 +427,7 @@ def test_the_first_rank_alone_keeps_the_record(
     kept = {name: mock.Mock() for name in ("lay_out", "print_summary")}
     for name, stand_in in kept.items():
         monkeypatch.setattr(train, name, stand_in)
-    monkeypatch.setattr(train.tracking, "start", started := mock.Mock())
+    monkeypatch.setattr(train.mlflow_tracker, "start", started := mock.Mock())
     for rank in (1, 0):
         job = Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
         tracker = train.begin_record(train.Start(settings), job, corpus)
@@ -455,7 +455,7 @@ def test_a_run_says_what_it_is_before_it_begins(
     """A new record and a note on an early history are for new runs."""
     monkeypatch.setattr(train, "lay_out", mock.Mock())
     opened = mock.Mock()
-    monkeypatch.setattr(train.tracking, "start", opened)
+    monkeypatch.setattr(train.mlflow_tracker, "start", opened)
     long = {"train.lanes": 4, "train.steps": 10**7, "run.path": "somewhere"}
     settings = Settings().with_values(**MODEL | long)
     corpus = train.Corpus.open(known.folder, settings.model)

@@ -2,7 +2,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from cluster import Cluster, missing, running_cluster
+
+from tests.slurm.cluster import Cluster, missing, running_cluster
 
 
 @pytest.fixture(scope="session")

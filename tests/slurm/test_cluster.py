@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import NODES, Cluster
+
+from tests.slurm.cluster import NODES, Cluster
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
 
 from tests.conftest import QUICK, ROOT, SAVING, STEPS, losses
+from tests.slurm.cluster import Cluster
 
 
 def submit(cluster: Cluster, data: Path, folder: Path) -> tuple[str, Path]:

@@ -477,7 +477,7 @@ tracker.log(1, {"loss": 1.0}, "train")
 tracker.finish()
 """
     environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
-    environment["PYTHONPATH"] = str(Path(mlflow_tracker.__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(mlflow_tracker.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,

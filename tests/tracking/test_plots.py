@@ -209,10 +209,10 @@ def test_a_notebooks_environment_changes_no_picture(tmp_path, backend):
     """Matplotlib refuses to be imported where MPLBACKEND names a backend that is not there."""
     write(tmp_path / "metrics.jsonl", training(10))
     program = (
-        "import os, sys, pathlib; from i3dist import plots\n"
+        "import os, sys, pathlib; from i3dist.tracking import plots\n"
         "print(*plots.plot_run(pathlib.Path(sys.argv[1])), os.environ['MPLBACKEND'])"
     )
-    root = Path(plots.__file__).parents[1]
+    root = Path(plots.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
         cwd=root,
@@ -260,6 +260,6 @@ def test_drawing_needs_neither_torch_nor_a_display():
         "import sys, i3dist.tracking.plots; "
         "print({'torch', 'matplotlib.pyplot'} & set(sys.modules))"
     )
-    root = Path(plots.__file__).parents[1]
+    root = Path(plots.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

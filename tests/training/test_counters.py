@@ -61,7 +61,7 @@ def test_a_steps_counts_are_those_of_its_windows() -> None:
 def test_a_steps_counts_are_summed_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many on two other ranks; counted to the last one above what fp32 holds."""
     batch = Batch(torch.full((1, 1, 3), 7), torch.full((1, 1, 3), 7), torch.tensor([[2]]))
-    monkeypatch.setattr(metrics.dist, "all_sum", lambda part: part + 2**26 + 2 * part)
+    monkeypatch.setattr(metrics.collectives, "all_sum", lambda part: part + 2**26 + 2 * part)
     counts = count_step([batch], PAD, ModelSettings(history_chunks=4, latents=5))
     assert [int(count) - 2**26 for count in counts] == [9, 9, 3, 30]
 
