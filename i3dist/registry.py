@@ -1,0 +1,41 @@
+"""Kinds of things that users choose by name, and add to: layers, schedules, metrics, sources."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from i3dist.errors import UserError
+
+Kind = TypeVar("Kind")
+
+
+class Registry(dict[str, Kind], Generic[Kind]):
+    """Kinds by name. `what` names them in messages: "layer kind"."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def register(self, name: str) -> Callable[[Kind], Kind]:
+        """Decorator that adds a kind under a name.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
+        def add(kind: Kind) -> Kind:
+            if name in self:
+                raise ValueError(f"there already is a {self.what} {name!r}")
+            self[name] = kind
+            return kind
+
+        return add
+
+    def of(self, name: str) -> Kind:
+        """The kind of a name.
+
+        Raises:
+            UserError: there is none; the message lists those there are.
+        """
+        if name not in self:
+            raise UserError(f"unknown {self.what} {name!r}: use {', '.join(sorted(self))}")
+        return self[name]
