@@ -518,7 +518,7 @@ def test_a_look_inside_is_of_its_steps_first_window(
     assert logged == [norm[2] for norm in norms]
 
 
-class Clock:
+class ManualClock:
     """Time that passes only where a test says so."""
 
     def __init__(self) -> None:
@@ -541,7 +541,7 @@ def test_step_time_leaves_out_what_is_no_training(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step takes 2 s and waits 0.5 s for each window; the rest takes long and is not counted."""
-    clock = Clock()
+    clock = ManualClock()
     monkeypatch.setattr(metrics, "time", clock)
     changes = {"train.steps": 6, "log.every": 3, "checkpoint.every": 1, "validate.every": 1}
     run = start(tmp_path / "run", **changes, **{"log.diagnose_every": 1})
