@@ -177,10 +177,10 @@ def main() -> None:
         return
     corpus = Corpus.open(settings.data.path, settings.model)
     trainer = build(arguments, settings, job, corpus, stop)
-    with recorded(trainer.tracker):
+    with recorded(trainer.log.tracker):
         done = trainer.fit()
     with warned("tracking"):
-        trainer.tracker.finish("FINISHED" if done else "KILLED")
+        trainer.log.tracker.finish("FINISHED" if done else "KILLED")
     if not done:
         print_rank_0(f"stopped as asked, at step {trainer.progress.step}: the same command goes on")
         stop.exit_to_requeue()

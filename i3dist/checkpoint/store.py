@@ -27,10 +27,6 @@ class Found(NamedTuple):
     path: Path
     refused: tuple[str, ...]
 
-    def line(self) -> str:
-        """One line that says what was refused, and what is taken instead."""
-        return f"warning: {'; '.join(self.refused)}; {self.path.name} is taken instead"
-
 
 def place(folder: Path, step: int) -> Path:
     """The path of the checkpoint of a step."""

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from i3dist.checkpoint import store
 from i3dist.checkpoint.format import MANIFEST, STATE, FileDigest, read_manifest, read_state
 from i3dist.distributed import collectives
+from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 
@@ -44,10 +45,11 @@ def fault(checkpoint: Path, job: Job) -> str | None:
 
 def newest_whole(
     folder: Path, job: Job, wanted: Callable[[int], bool] = lambda _: True
-) -> store.Found | None:
+) -> Path | None:
     """The newest whole checkpoint whose step is `wanted`; None if there is no such checkpoint.
 
-    Reads all of it. Every rank calls this and gets the same one.
+    Reads all of it, and prints a warning if it refuses newer ones. Every rank calls this and gets
+    the same one.
 
     Raises:
         UserError: on every rank, if there are such checkpoints and none is whole.
@@ -56,9 +58,15 @@ def newest_whole(
     there = [
         step for step in collectives.gather_objects(steps)[0] if step is not None and wanted(step)
     ]
-    return store.first_whole(
+    found = store.first_whole(
         [store.place(folder, step) for step in there], lambda path: fault(path, job)
     )
+    if found is None:
+        return None
+    if found.refused:
+        taken = f"{found.path.name} is taken instead"
+        print_rank_0(f"warning: {'; '.join(found.refused)}; {taken}")
+    return found.path
 
 
 def _first_altered(checkpoint: Path, job: Job) -> str | None:

@@ -9,8 +9,8 @@ from i3dist.data.lanes import Batch
 from i3dist.engine.zero2 import Engine
 from i3dist.model.state import LaneState
 from i3dist.tracking.diagnose import diagnose, diagnosis_line
+from i3dist.tracking.metrics import Interval
 from i3dist.training.progress import Progress
-from i3dist.training.reporter import Reporter
 from i3dist.training.run_log import RunLog
 
 DIAGNOSED_LANES = 4  # of rank 0, or all that it has
@@ -23,7 +23,7 @@ class Diagnoser:
     settings: Settings
     engine: Engine
     progress: Progress
-    reporter: Reporter
+    interval: Interval
     log: RunLog
 
     def diagnose_if_due(self, batch: Batch, state: LaneState, gate: float) -> None:
@@ -40,7 +40,7 @@ class Diagnoser:
         # Every rank takes part in this, and waits for backward: that is training time.
         norm = self.engine.gradient_norm_of("compressor.")
         if self.log.active:
-            with self.reporter.interval.stopped_clock():
+            with self.interval.stopped_clock():
                 self.diagnose(step, batch.rows(0, DIAGNOSED_LANES), state, gate, norm)
 
     def diagnose(self, step: int, batch: Batch, state: LaneState, gate: float, norm: float) -> None:

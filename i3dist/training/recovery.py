@@ -61,13 +61,11 @@ class Recovery:
         self.checkpointer.saver.wait()
         state, now = self.guard.state, self.progress.step
         allowed = partial(state.may_roll_back_to, now=now)
-        found = verify.newest_whole(self.checkpointer.saver.folder, self.job, allowed)
-        if found is None:
+        path = verify.newest_whole(self.checkpointer.saver.folder, self.job, allowed)
+        if path is None:
             return None
-        if found.refused:
-            print_rank_0(found.line())
-        past = read_state(found.path)
-        self.checkpointer.load_weights(found.path, past)
+        past = read_state(path)
+        self.checkpointer.load_weights(path, past)
         self.progress.lane_state = self.empty_lanes()
         print_rank_0(
             f"{state.bad} bad steps in a row: weights and optimizer are those of step {past.step} "

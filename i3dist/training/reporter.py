@@ -1,6 +1,6 @@
 """The training metrics of an interval of steps: logged, tracked and printed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from i3dist.config import Settings
 from i3dist.tracking.metrics import Interval, report_line
@@ -18,8 +18,8 @@ class Reporter:
     progress: Progress
     guard: Guard
     ledger: LedgerWriter
+    interval: Interval
     log: RunLog
-    interval: Interval = field(default_factory=Interval)  # measures the steps since the last report
 
     def report_if_due(self) -> None:
         """At the end of an interval: write the ledger, report, and start the next interval."""
@@ -31,5 +31,5 @@ class Reporter:
         metrics["tokens_seen"] = int(self.progress.tokens_seen)
         metrics["skipped_steps"] = self.guard.state.skipped
         self.ledger.flush()
-        self.interval = Interval()
+        self.interval.restart()
         self.log.log("train", step, metrics, report_line(step, settings.train.steps, metrics))

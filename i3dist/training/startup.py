@@ -14,7 +14,6 @@ from i3dist.data.schedule import NEWEST
 from i3dist.data.shards import check_shards
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.distributed import collectives
-from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
@@ -127,11 +126,9 @@ def verify_checkpoint(start: Start, job: Job) -> Start:
     """
     if start.checkpoint is None:
         return start
-    found = verify.newest_whole(start.settings.run.path / store.CHECKPOINTS, job)
-    assert found is not None
-    if found.refused:
-        print_rank_0(found.line())
-    return replace(start, checkpoint=found.path, state=read_state(found.path))
+    path = verify.newest_whole(start.settings.run.path / store.CHECKPOINTS, job)
+    assert path is not None
+    return replace(start, checkpoint=path, state=read_state(path))
 
 
 def preflight(corpus: Corpus, on_damage: OnDamage, job: Job) -> None:

@@ -30,7 +30,6 @@ from i3dist.training.diagnoser import Diagnoser
 from i3dist.training.guard import Guard
 from i3dist.training.ledger_writer import LedgerWriter
 from i3dist.training.micro_batch import choose_micro_batch, dummy_batch
-from i3dist.training.plotting import plot_run
 from i3dist.training.progress import Progress
 from i3dist.training.recovery import Recovery
 from i3dist.training.reporter import Reporter
@@ -43,7 +42,6 @@ class Trainer:
     """One rank of a run; `build_trainer` puts it together."""
 
     settings: Settings
-    job: Job
     engine: Engine
     data: LaneWindows  # of this rank's lanes
     micro_batch: int  # lanes computed at once
@@ -53,11 +51,12 @@ class Trainer:
     guard: Guard
     recovery: Recovery
     ledger: LedgerWriter
+    interval: Interval
     reporter: Reporter
     validator: Validator
     diagnoser: Diagnoser
     checkpointer: Checkpointer
-    tracker: Tracker | NoTracker
+    log: RunLog
 
     def fit(self) -> bool:
         """Train to `train.steps`; the last step is always reported, validated and saved.
@@ -71,12 +70,12 @@ class Trainer:
             if progress.step == 0:
                 self.validator.validate()
             self.stop.vote_now()  # on requests that came while the run was set up
-            self.reporter.interval = Interval()
+            self.interval.restart()
             with closing(self.batches()) as batches:
                 while not (progress.done or self.stop.agreed()):
                     self.train_step(batches)
                     self.reporter.report_if_due()
-                    with self.reporter.interval.stopped_clock():
+                    with self.interval.stopped_clock():
                         self.validator.validate_if_due()
                         self.checkpointer.save_if_due()
             if progress.done:
@@ -84,8 +83,7 @@ class Trainer:
             else:
                 self.checkpointer.save()
             saver.wait()
-        if self.job.rank == 0:
-            plot_run(self.settings.run.path, self.tracker)
+        self.log.plot()
         return progress.done
 
     def train_step(self, batches: Iterator[Batch]) -> None:
@@ -94,7 +92,7 @@ class Trainer:
         self.watchdog.beat("taking a step")
         gate = settings.compression.gate_at(progress.step)
         lr = settings.optimizer.lr_at(progress.step)
-        with self.reporter.interval.waiting(), signals_blocked():
+        with self.interval.waiting(), signals_blocked():
             step_batches = [next(batches) for _ in range(settings.train.accumulation)]
         counts = count_step(step_batches, self.data.manifest.pad_id, settings.model)
         lanes_before = progress.lane_state
@@ -107,7 +105,7 @@ class Trainer:
         self.count_votes(*stepped.sums[1:])
         skipped = self.recovery.after(stepped)
         self.ledger.add(progress, counts.targets, stepped, skipped)
-        self.reporter.interval.add(stepped.sums[0], counts, stepped.norm)
+        self.interval.add(stepped.sums[0], counts, stepped.norm)
         if self.guard.gives_up():
             self.ledger.flush()
             raise self.recovery.failure()
@@ -195,13 +193,12 @@ def build_trainer(
     )
     log = RunLog(folder, tracker, job.rank)
     ledger = LedgerWriter(folder, schedule, train.accumulation, lanes)
-    reporter = Reporter(settings, progress, guard, ledger, log)
+    interval = Interval()
     checkpointer = Checkpointer(
         settings, corpus.fingerprint, lanes, engine, progress, guard, ledger, watchdog, saver
     )
     return Trainer(
         settings=settings,
-        job=job,
         engine=engine,
         data=data,
         micro_batch=micro_batch,
@@ -211,9 +208,10 @@ def build_trainer(
         guard=guard,
         recovery=Recovery(guard, progress, checkpointer, job, watchdog, empty_lanes),
         ledger=ledger,
-        reporter=reporter,
+        interval=interval,
+        reporter=Reporter(settings, progress, guard, ledger, interval, log),
         validator=Validator(settings, job, corpus, engine, micro_batch, progress, watchdog, log),
-        diagnoser=Diagnoser(settings, engine, progress, reporter, log),
+        diagnoser=Diagnoser(settings, engine, progress, interval, log),
         checkpointer=checkpointer,
-        tracker=tracker,
+        log=log,
     )

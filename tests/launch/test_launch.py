@@ -320,9 +320,7 @@ def test_train_ends_as_it_went(
     """Done: recorded as finished. Asked to stop: as killed, and with the status of a requeue."""
     stop, left = mock.Mock(), mock.Mock()
     stop.return_value.exit_to_requeue.side_effect = SystemExit(75)
-    trainer = SimpleNamespace(
-        tracker=mock.Mock(), fit=lambda: done, progress=SimpleNamespace(step=12)
-    )
+    trainer = SimpleNamespace(log=mock.Mock(), fit=lambda: done, progress=SimpleNamespace(step=12))
     monkeypatch.setattr(train, "StopRequest", stop)
     monkeypatch.setattr(train, "build", lambda *_: trainer)
     monkeypatch.setattr(train.collectives, "leave_group", left)
@@ -334,7 +332,7 @@ def test_train_ends_as_it_went(
     else:
         with pytest.raises(SystemExit):
             train.main()
-    trainer.tracker.finish.assert_called_once_with("FINISHED" if done else "KILLED")
+    trainer.log.tracker.finish.assert_called_once_with("FINISHED" if done else "KILLED")
     said = capsys.readouterr().out
     assert ("stopped as asked, at step 12: the same command goes on" in said) == (not done)
     assert ("done: runs/i3-4096ctx" in said) == done
@@ -430,6 +428,9 @@ def test_the_first_rank_alone_keeps_the_record(
     monkeypatch.setattr(train.mlflow_tracker, "start", started := mock.Mock())
     for rank in (1, 0):
         job = Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(train.collectives, "gather_objects", lambda mine, _=None: [mine])
         tracker = train.begin_record(train.Start(settings), job, corpus)
         assert (tracker is started.return_value) == (rank == 0)
         for used in (*kept.values(), started):

@@ -270,9 +270,9 @@ def stopped(
         file.write(json.dumps(before.lines("ledger")[-1] | {"step": 7}) + "\n")
     after = start(folder)
     after.first = 6
-    found = verify.newest_whole(folder / "checkpoints", after.trainer.job)
-    assert found is not None
-    after.trainer.checkpointer.restore(found.path, read_state(found.path))
+    path = verify.newest_whole(folder / "checkpoints", after.trainer.recovery.job)
+    assert path is not None
+    after.trainer.checkpointer.restore(path, read_state(path))
     after.done = after.trainer.fit()
     return before, after
 
@@ -504,7 +504,7 @@ def test_a_look_inside_is_of_its_steps_first_window(
         or norms[-1][-1]
     )
     monkeypatch.setattr(run.trainer.validator, "validate", lambda: None)
-    monkeypatch.setattr("i3dist.training.trainer.plot_run", lambda *_: None)
+    monkeypatch.setattr(run.trainer.log, "plot", lambda: None)
     run.trainer.fit()
     assert [len(words) for words in seen] == [6, 6]
     for number, (model, *batch, state, opened) in zip((1, 3), seen, strict=True):
@@ -551,7 +551,7 @@ def test_step_time_leaves_out_what_is_no_training(
     monkeypatch.setattr(trainer.checkpointer, "save", clock.passing(50.0))
     monkeypatch.setattr(trainer.diagnoser, "diagnose", clock.passing(30.0))
     monkeypatch.setattr(trainer.checkpointer, "export", clock.passing(70.0))
-    monkeypatch.setattr("i3dist.training.trainer.plot_run", lambda *_: None)
+    monkeypatch.setattr(trainer.log, "plot", lambda: None)
     batches = trainer.batches
 
     def slow() -> Iterator[Any]:
@@ -577,7 +577,7 @@ def test_a_line_of_several_steps_is_of_the_last(
     changes = {"log.every": 4, "validate.every": 0, "log.diagnose_every": 0, "checkpoint.every": 0}
     run = start(tmp_path / "run", **changes)
     monkeypatch.setattr(run.trainer.validator, "validate", lambda: None)
-    monkeypatch.setattr("i3dist.training.trainer.plot_run", lambda *_: None)
+    monkeypatch.setattr(run.trainer.log, "plot", lambda: None)
     run.trainer.fit()
     lines = run.lines("metrics")
     assert [line["step"] for line in lines] == [4, 8, 11]
@@ -635,15 +635,15 @@ def test_a_checkpoint_that_another_rank_cannot_read_stops_this_one_too(
 ) -> None:
     """It would wait for the other in what the ranks do together next."""
     trainer = start(tmp_path / "run").trainer
-    found = verify.newest_whole(stopped[0].settings.run.path / "checkpoints", trainer.job)
-    assert found is not None
-    monkeypatch.setattr(verify, "newest_whole", lambda *_: found)
+    path = verify.newest_whole(stopped[0].settings.run.path / "checkpoints", trainer.recovery.job)
+    assert path is not None
+    monkeypatch.setattr(verify, "newest_whole", lambda *_: path)
     monkeypatch.setattr(
         collectives, "gather_objects", lambda mine, _=None: [mine, (None, "not here")]
     )
     with pytest.raises(UserError, match=r"^not here$"):
         if way == "restore":
-            trainer.checkpointer.restore(found.path, read_state(found.path))
+            trainer.checkpointer.restore(path, read_state(path))
         else:
             trainer.recovery.roll_back()
     assert trainer.progress.step == 0
