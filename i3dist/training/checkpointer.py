@@ -1,9 +1,12 @@
 """Saving a run, restoring it, and writing its final weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from i3dist.checkpoint import verify
 from i3dist.checkpoint.async_saver import AsyncSaver
+from i3dist.checkpoint.format import read_state
 from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.checkpoint.run_state import RunState
 from i3dist.checkpoint.weights import export_weights
@@ -61,7 +64,7 @@ class Checkpointer:
             UserError: on every rank, if tensors are missing or the ledger is of another run.
         """
         progress = self.progress
-        self.load_weights(path, state)
+        self._load_weights(path, state)
         on_all_ranks(lambda: self._load_lanes(path))
         progress.step, progress.windows = state.step, state.windows
         progress.tokens_seen.fill_(state.tokens_seen)
@@ -70,13 +73,27 @@ class Checkpointer:
         self.ledger.resume(state.step, progress.lane_state)
         print_rank_0(f"continued from step {state.step}")
 
-    def load_weights(self, path: Path, state: RunState) -> None:
-        """Load weights and optimizer state of a verified checkpoint; every rank calls this.
+    def load_newest(self, wanted: Callable[[int], bool]) -> RunState | None:
+        """Load weights and optimizer of the newest whole checkpoint whose step is `wanted`.
+
+        The run itself stays where it is. Every rank calls this.
+
+        Returns:
+            Where the run stood at that checkpoint; None if there is none, and nothing changes.
 
         Raises:
-            UserError: on every rank, if some are missing.
+            UserError: on every rank, if none is whole or some of its tensors are missing.
         """
+        self.watchdog.beat("rolling back")
+        self.saver.wait()
+        path = verify.newest_whole(self.saver.folder, self.saver.job, wanted)
+        if path is None:
+            return None
+        state = read_state(path)
+        self._load_weights(path, state)
+        return state
 
+    def _load_weights(self, path: Path, state: RunState) -> None:
         def load() -> None:
             saved = OptimizerReader(path)
             saved.check({name: p.numel() for name, p in self.engine.model.named_parameters()})

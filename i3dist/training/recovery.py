@@ -8,11 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from i3dist.checkpoint import verify
-from i3dist.checkpoint.format import read_state
 from i3dist.distributed.console import print_rank_0
-from i3dist.distributed.job import Job
-from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.zero2 import Stepped
 from i3dist.errors import UserError
 from i3dist.model.state import LaneState
@@ -28,8 +24,6 @@ class Recovery:
     guard: Guard
     progress: Progress
     checkpointer: Checkpointer
-    job: Job
-    watchdog: Watchdog
     empty_lanes: Callable[[], LaneState]  # this rank's lanes before they have read anything
 
     def after(self, stepped: Stepped) -> str | None:
@@ -57,15 +51,10 @@ class Recovery:
         Returns:
             The checkpoint's step.
         """
-        self.watchdog.beat("rolling back")
-        self.checkpointer.saver.wait()
         state, now = self.guard.state, self.progress.step
-        allowed = partial(state.may_roll_back_to, now=now)
-        path = verify.newest_whole(self.checkpointer.saver.folder, self.job, allowed)
-        if path is None:
+        past = self.checkpointer.load_newest(partial(state.may_roll_back_to, now=now))
+        if past is None:
             return None
-        past = read_state(path)
-        self.checkpointer.load_weights(path, past)
         self.progress.lane_state = self.empty_lanes()
         print_rank_0(
             f"{state.bad} bad steps in a row: weights and optimizer are those of step {past.step} "

@@ -23,7 +23,7 @@ from i3dist.distributed.signals import StopRequest, signals_blocked
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.zero2 import Engine
 from i3dist.model.state import LaneState
-from i3dist.tracking.metrics import Interval, count_step
+from i3dist.tracking.metrics import Interval, count_step, report_line
 from i3dist.tracking.mlflow_tracker import NoTracker, Tracker
 from i3dist.training.checkpointer import Checkpointer
 from i3dist.training.diagnoser import Diagnoser
@@ -32,7 +32,6 @@ from i3dist.training.ledger_writer import LedgerWriter
 from i3dist.training.micro_batch import choose_micro_batch, dummy_batch
 from i3dist.training.progress import Progress
 from i3dist.training.recovery import Recovery
-from i3dist.training.reporter import Reporter
 from i3dist.training.run_log import RunLog
 from i3dist.training.validator import Validator
 
@@ -51,8 +50,7 @@ class Trainer:
     guard: Guard
     recovery: Recovery
     ledger: LedgerWriter
-    interval: Interval
-    reporter: Reporter
+    interval: Interval  # measures the steps since the last report
     validator: Validator
     diagnoser: Diagnoser
     checkpointer: Checkpointer
@@ -74,7 +72,7 @@ class Trainer:
             with closing(self.batches()) as batches:
                 while not (progress.done or self.stop.agreed()):
                     self.train_step(batches)
-                    self.reporter.report_if_due()
+                    self.report_if_due()
                     with self.interval.stopped_clock():
                         self.validator.validate_if_due()
                         self.checkpointer.save_if_due()
@@ -148,6 +146,19 @@ class Trainer:
         if failed_to_save:
             self.checkpointer.saver.wait()  # raises the reason on every rank
 
+    def report_if_due(self) -> None:
+        """Every `log.every` steps: write the ledger, and log, track and print the metrics."""
+        step, settings = self.progress.step, self.settings
+        if not self.progress.due(settings.log.every):
+            return
+        metrics = self.interval.metrics(settings.compression.gate_at(step - 1))
+        metrics["learning_rate"] = settings.optimizer.lr_at(step - 1)
+        metrics["tokens_seen"] = int(self.progress.tokens_seen)
+        metrics["skipped_steps"] = self.guard.state.skipped
+        self.ledger.flush()
+        self.interval.restart()
+        self.log.log("train", step, metrics, report_line(step, settings.train.steps, metrics))
+
     def batches(self) -> Generator[Batch, None, None]:
         """Batches of this rank's lanes, from the next window to the last of the run."""
         progress, settings = self.progress, self.settings
@@ -206,10 +217,9 @@ def build_trainer(
         stop=stop,
         watchdog=watchdog,
         guard=guard,
-        recovery=Recovery(guard, progress, checkpointer, job, watchdog, empty_lanes),
+        recovery=Recovery(guard, progress, checkpointer, empty_lanes),
         ledger=ledger,
         interval=interval,
-        reporter=Reporter(settings, progress, guard, ledger, interval, log),
         validator=Validator(settings, job, corpus, engine, micro_batch, progress, watchdog, log),
         diagnoser=Diagnoser(settings, engine, progress, interval, log),
         checkpointer=checkpointer,

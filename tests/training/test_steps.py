@@ -270,7 +270,7 @@ def stopped(
         file.write(json.dumps(before.lines("ledger")[-1] | {"step": 7}) + "\n")
     after = start(folder)
     after.first = 6
-    path = verify.newest_whole(folder / "checkpoints", after.trainer.recovery.job)
+    path = verify.newest_whole(folder / "checkpoints", after.trainer.checkpointer.saver.job)
     assert path is not None
     after.trainer.checkpointer.restore(path, read_state(path))
     after.done = after.trainer.fit()
@@ -635,7 +635,9 @@ def test_a_checkpoint_that_another_rank_cannot_read_stops_this_one_too(
 ) -> None:
     """It would wait for the other in what the ranks do together next."""
     trainer = start(tmp_path / "run").trainer
-    path = verify.newest_whole(stopped[0].settings.run.path / "checkpoints", trainer.recovery.job)
+    path = verify.newest_whole(
+        stopped[0].settings.run.path / "checkpoints", trainer.checkpointer.saver.job
+    )
     assert path is not None
     monkeypatch.setattr(verify, "newest_whole", lambda *_: path)
     monkeypatch.setattr(
