@@ -168,7 +168,7 @@ class Host:
             run.wait_for(" 10/")
             run.rank(self.gpus - 1).send_signal(signal.SIGUSR1)
             run.end()
-            stopped = next(line for _, line in run.lines if "stopped as asked" in line)
+            stopped = next(line for _, line in run.lines if "stopped on request" in line)
         again = self.finish("stopped", self.gpus, *words)
         hashes = [sha256(run / "model.safetensors") for run in (whole, again)]
         return {"stopped": stopped, "same_weights": hashes[0] == hashes[1], "sha256": hashes}

@@ -182,7 +182,9 @@ def main() -> None:
     with warned("tracking"):
         trainer.log.tracker.finish("FINISHED" if done else "KILLED")
     if not done:
-        print_rank_0(f"stopped as asked, at step {trainer.progress.step}: the same command goes on")
+        print_rank_0(
+            f"stopped on request at step {trainer.progress.step}: run the same command to continue"
+        )
         stop.exit_to_requeue()
     with warned("after training"):
         see = mlflow_tracker.open_command(settings)

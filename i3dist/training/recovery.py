@@ -58,7 +58,7 @@ class Recovery:
         self.progress.lane_state = self.empty_lanes()
         print_rank_0(
             f"{state.bad} bad steps in a row: weights and optimizer are those of step {past.step} "
-            f"again, and training goes on behind step {now}"
+            f"again, and training continues after step {now}"
         )
         self.guard.rolled_back(now, past.step, past.taken)
         return past.step
@@ -71,6 +71,7 @@ class Recovery:
         return UserError(
             f"loss or gradient was not finite in {guard.bad} steps in a row, up to step "
             f"{self.progress.step}, so the run stops (guard.bad_steps), rolled back {tried} of "
-            f"{allowed} times (guard.rollbacks){none_left}; to continue behind such steps, raise "
-            "guard.bad_steps; if all steps are so, start over with --fresh and a lower optimizer.lr"
+            f"{allowed} times (guard.rollbacks){none_left}; to continue past such steps, raise "
+            "guard.bad_steps; if every step is like this, start over with --fresh and a lower "
+            "optimizer.lr"
         )

@@ -27,7 +27,7 @@ def set_aside(folder: Path) -> None:
     while (target := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(target)
-    print_rank_0(f"the earlier run now lies in {target}")
+    print_rank_0(f"the earlier run is now in {target}")
 
 
 def lay_out(start: Start, corpus: Corpus) -> None:
@@ -97,5 +97,5 @@ def _lock_by_name(folder: Path, lock: int) -> None:
     os.pwrite(lock, json.dumps(me).encode(), 0)
     print_rank_0(
         f"warning: the file system of run.path={folder} has no locks, so a job of another host "
-        "that writes there too would not be noticed: start none"
+        "that writes there too goes unnoticed: do not start one"
     )

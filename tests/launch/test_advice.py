@@ -286,7 +286,7 @@ def test_steps_that_are_not_finite(
         return run_ranks(*words, *more, ranks=1, script="tests/faults/fault_injection.py")
 
     line = error_line(with_faults("guard.bad_steps=2"))
-    assert "to continue behind such steps, raise guard.bad_steps" in line
+    assert "to continue past such steps, raise guard.bad_steps" in line
     assert "start over with --fresh and a lower optimizer.lr" in line
     continued = with_faults("guard.bad_steps=9")
     assert continued.returncode == 0, continued.stderr

@@ -334,7 +334,7 @@ def test_train_ends_as_it_went(
             train.main()
     trainer.log.tracker.finish.assert_called_once_with("FINISHED" if done else "KILLED")
     said = capsys.readouterr().out
-    assert ("stopped as asked, at step 12: the same command goes on" in said) == (not done)
+    assert ("stopped on request at step 12: run the same command to continue" in said) == (not done)
     assert ("done: runs/i3-4096ctx" in said) == done
     assert left.called == done and stop.return_value.exit_to_requeue.called != done
 
