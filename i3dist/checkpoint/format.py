@@ -29,15 +29,15 @@ from torch import Tensor
 from i3dist.checkpoint.fragment import KINDS, Fragment
 from i3dist.checkpoint.run_state import RunState
 from i3dist.errors import UserError
-from i3dist.model.state import LaneState, RwkvState
+from i3dist.model.state import LaneState
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TOKENIZER = "tokenizer.json"  # missing in checkpoints of earlier versions
-LANE_TENSORS = ("latents", *RwkvState._fields)
-# Names of tensors: a part of a parameter (kind, first element, parameter), and a lane's state.
+# Names of tensors: a part of a parameter (kind, first element, parameter), and a lane's state, where
+# {} stands for the names that the model's `LaneState` has.
 PART = re.compile(rf"({'|'.join(KINDS)})/(0|[1-9][0-9]{{0,17}})/(.+)")
-ROW = re.compile(rf"(0|[1-9][0-9]{{0,17}})/({'|'.join(LANE_TENSORS)})")
+ROW = r"(0|[1-9][0-9]{{0,17}})/({})"
 # A name in the checkpoint's own folder; a path could lead to files elsewhere.
 FileName = Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9.-]*\z")]
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from i3dist.checkpoint.format import LANE_TENSORS, PART, ROW
+from i3dist.checkpoint.format import PART, ROW
 from i3dist.checkpoint.fragment import KINDS
 from i3dist.errors import UserError
 from i3dist.files import utf8_path
@@ -79,9 +79,10 @@ def read_lanes(checkpoint: Path, lanes: range, like: LaneState) -> LaneState:
         UserError: some of it is missing, or has another shape or type.
     """
     rows: dict[tuple[int, str], Tensor] = {}
+    form = re.compile(ROW.format("|".join(map(re.escape, like.tensors()))))
     for path in sorted(checkpoint.glob("lanes-*.safetensors")):
         with _open(path, like.latents.device) as file:
-            for lane, name in _names(path, file, ROW):
+            for lane, name in _names(path, file, form):
                 if int(lane) in lanes:
                     rows[int(lane), name] = file.get_tensor(f"{lane}/{name}")
     for number, (name, wanted) in product(lanes, like.tensors().items()):
@@ -94,7 +95,7 @@ def read_lanes(checkpoint: Path, lanes: range, like: LaneState) -> LaneState:
                 f"{list(wanted.shape[1:])} of {wanted.dtype} should be; {REMEDY}"
             )
     return LaneState.from_tensors(
-        {name: torch.stack([rows[lane, name] for lane in lanes]) for name in LANE_TENSORS}
+        {name: torch.stack([rows[lane, name] for lane in lanes]) for name in like.tensors()}
     )
 
 
