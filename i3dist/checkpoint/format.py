@@ -34,8 +34,8 @@ from i3dist.model.state import LaneState
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TOKENIZER = "tokenizer.json"  # missing in checkpoints of earlier versions
-# Names of tensors: a part of a parameter (kind, first element, parameter), and a lane's state, where
-# {} stands for the names that the model's `LaneState` has.
+# Names of tensors: a part of a parameter (kind, first element, parameter), and a part of a lane's
+# state, where {} stands for the names in `LaneState`.
 PART = re.compile(rf"({'|'.join(KINDS)})/(0|[1-9][0-9]{{0,17}})/(.+)")
 ROW = r"(0|[1-9][0-9]{{0,17}})/({})"
 # A name in the checkpoint's own folder; a path could lead to files elsewhere.
