@@ -129,7 +129,7 @@ class LedgerWriter:
         if last is not None and last.step == step and last.lanes != hashed:
             raise UserError(
                 f"{self.path} is of another run than its checkpoint: the lanes' state of step "
-                f"{step} differs; restore the one or the other, or start over with --fresh"
+                f"{step} differs; restore either of them, or start over with --fresh"
             )
         os.truncate(self.path, kept)
 

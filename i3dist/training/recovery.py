@@ -1,7 +1,7 @@
 """What a run does about a step that went wrong: skip it, roll back, or give up.
 
-`guard` decides; here it is carried out. A skipped step has updated no weights (`Engine.step` sees
-to that), so what is left to do concerns the lanes.
+`guard` decides why a step is skipped, and `Engine.step` has then left the weights as they were. What
+remains is to clean the lanes, to roll back after too many such steps, and to stop after that.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Recovery:
     def roll_back(self) -> int | None:
         """Restore weights and optimizer from the newest checkpoint that the guard allows.
 
-        The data go on from where they are. Lanes lose their history, because it comes from the
+        Data continue from the current position. Lanes lose their history, because it comes from the
         weights that are given up. Without such a checkpoint nothing changes.
 
         Returns:
