@@ -1,7 +1,7 @@
 """What a run does about a step that went wrong: skip it, roll back, or give up.
 
-`guard` decides why a step is skipped, and `Engine.step` has then left the weights as they were. What
-remains is to clean the lanes, to roll back after too many such steps, and to stop after that.
+`guard` says why a step was skipped; `Engine.step` has then left the weights as they were. What
+remains: clean the lanes, roll back after too many such steps, and stop if that did not help.
 """
 
 from collections.abc import Callable

@@ -335,12 +335,12 @@ def test_a_ledger_of_another_run_than_its_checkpoint(
     def resume(with_state: LaneState) -> None:
         LedgerWriter(run, SCHEDULE, 3, range(LANES)).resume(3, with_state)
 
-    with pytest.raises(UserError, match="restore the one or the other, or start over with --fresh"):
+    with pytest.raises(UserError, match="restore either of them, or start over with --fresh"):
         resume(another)
     resume(state)  # the checkpoint's is restored
     lines = own.read_text().splitlines(keepends=True)
     ledger.write_text("".join(lines[:2] + lines[3:4]).replace('"step": 4', '"step": 3'))
-    with pytest.raises(UserError, match="restore the one or the other"):
+    with pytest.raises(UserError, match="restore either of them"):
         resume(state)
     shutil.copy(own, ledger)
     resume(state)
