@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
         history_report.show(history_report.read(options.results), options.plot)
         return
     run(options)
-    collectives.leave()
+    collectives.leave_group()
 
 
 if __name__ == "__main__":

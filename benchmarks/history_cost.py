@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> list[Cost]:
         if options.json:
             options.json.write_text(json.dumps([asdict(c) for c in costs], indent=1) + "\n")
     show(costs)
-    collectives.leave()
+    collectives.leave_group()
     return costs
 
 

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from synthetic import BOS, PAD, Data, batches
 
-from i3dist.checkpoint.async_saver import Saver
+from i3dist.checkpoint.async_saver import AsyncSaver
 from i3dist.checkpoint.run_state import RunState
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import CheckpointSettings, Settings
@@ -43,7 +43,7 @@ class Intervals:
         self.batches = batches(data.lane_windows(shape.lanes, shape.window), 4, device)
         self.steps = in_engine(I3LM(model, BOS).to(device), shape, device)
         self.lanes = range(shape.lanes)
-        self.saver = Saver(folder / "checkpoints", job, CheckpointSettings(keep=1))
+        self.saver = AsyncSaver(folder / "checkpoints", job, CheckpointSettings(keep=1))
         self.settings = settings.to_dict()
 
     def save(self) -> None:
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = measure(intervals, options.interval, options.rounds)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     show(found, f"{options.interval} steps of {shape}, {device}")
-    collectives.leave()
+    collectives.leave_group()
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class Scheme(StrEnum):
 
 
 @dataclass(frozen=True)
-class Job:
+class SimulatedJob:
     """A step of all GPUs."""
 
     world: int
@@ -157,16 +157,18 @@ class Job:
         """Tokens/s."""
         return self.tokens / self.seconds(cost)
 
-    def efficiency(self, cost: Cost, alone: "Job") -> float:
+    def efficiency(self, cost: Cost, alone: "SimulatedJob") -> float:
         """Speed over `world` times that of one GPU, whose step is `alone`."""
         return self.speed(cost) / (self.world * alone.speed(cost))
 
 
-def curves() -> dict[str, list[Job]]:
+def curves() -> dict[str, list[SimulatedJob]]:
     """On more and more GPUs: as many lanes on each, at once, or as many in all, 16 at once."""
-    weak = {f"{lanes} lanes a GPU": [Job(world, lanes) for world in WORLDS] for lanes in LANES}
+    weak = {
+        f"{lanes} lanes a GPU": [SimulatedJob(world, lanes) for world in WORLDS] for lanes in LANES
+    }
     return weak | {
-        name: [Job(w, n // w, math.ceil(n / w / LANES[-1])) for w in WORLDS if w <= n]
+        name: [SimulatedJob(w, n // w, math.ceil(n / w / LANES[-1])) for w in WORLDS if w <= n]
         for name, n in BATCHES.items()
     }
 
@@ -223,7 +225,7 @@ def several_table(cost: Cost, path: Path) -> str:
     for row in json.loads(path.read_text("utf-8"))["speed"]:
         lanes, world = row["lanes_a_gpu"], row["gpus"]
         speed = statistics.median(row["tokens_per_second"])
-        job, one = Job(world, lanes), Job(1, lanes)
+        job, one = SimulatedJob(world, lanes), SimulatedJob(1, lanes)
         alone.setdefault(lanes, speed)  # one GPU comes first
         shares = [job.efficiency(cost, one), speed / world / alone[lanes]]
         rows.append(
@@ -240,7 +242,7 @@ def _markdown(columns: str, rows: Iterable[list[str]]) -> str:
 
 def _fit_rows(cost: Cost, measured: dict[tuple[int, int], float]) -> Iterator[list[str]]:
     for (lanes, at_once), seconds in measured.items():
-        fit = Job(1, lanes, lanes // at_once).seconds(cost)
+        fit = SimulatedJob(1, lanes, lanes // at_once).seconds(cost)
         shown = [f"{1e3 * seconds:,.1f}", f"{1e3 * fit:,.1f}", f"{fit / seconds - 1:+.1%}"]
         yield [f"{lanes}", f"{at_once}", *shown]
 
@@ -259,7 +261,7 @@ def _scaling_rows(cost: Cost) -> Iterator[list[str]]:
 
 def _scheme_rows(cost: Cost) -> Iterator[list[str]]:
     for world, link in [*product((2, 8, 64, 256, 512, 1024), ["InfiniBand"]), (64, "Ethernet")]:
-        dp, zero1, zero2 = (Job(world, 1, 1, scheme, link) for scheme in Scheme)
+        dp, zero1, zero2 = (SimulatedJob(world, 1, 1, scheme, link) for scheme in Scheme)
         jobs = (dp, zero1, zero2, replace(zero2, micro_batches=8))
         shown = [f"{1e3 * job.overhead():,.1f}" for job in jobs]
         for lanes in LANES:

@@ -47,7 +47,7 @@ PATIENCE = 400.0
 
 
 @dataclass
-class Run:
+class LaunchedRun:
     """A command under way, and what it has printed, line by line, and when."""
 
     process: subprocess.Popen[str]
@@ -99,7 +99,7 @@ class Host:
     @contextmanager
     def train(
         self, name: str, gpus: int, *words: str, launcher: str = "deepspeed"
-    ) -> Iterator[Run]:
+    ) -> Iterator[LaunchedRun]:
         """launch/train.py on so many GPUs, with these settings, in the run folder of this name."""
         self.port += 1
         port = str(self.port)
@@ -108,7 +108,7 @@ class Host:
             "torchrun": ["torchrun", "--nproc_per_node", str(gpus), "--master_port", port],
         }[launcher]
         places = [f"data.path={self.data}", f"run.path={self.folder / name}"]
-        run = Run(
+        run = LaunchedRun(
             subprocess.Popen(
                 [*command, "launch/train.py", *SETTINGS, *self.settings, *places, *words],
                 cwd=ROOT,
@@ -130,7 +130,7 @@ class Host:
             reader.join(5)
             print(f"[{name}, {gpus} GPUs, {launcher}] {' '.join(words)}", flush=True)
 
-    def _read(self, run: Run) -> None:
+    def _read(self, run: LaunchedRun) -> None:
         assert run.process.stdout is not None
         for line in run.process.stdout:
             run.lines.append((time.monotonic(), line.rstrip()))
@@ -168,7 +168,7 @@ class Host:
             run.wait_for(" 10/")
             run.rank(self.gpus - 1).send_signal(signal.SIGUSR1)
             run.end()
-            stopped = next(line for _, line in run.lines if "stopped as asked" in line)
+            stopped = next(line for _, line in run.lines if "stopped on request" in line)
         again = self.finish("stopped", self.gpus, *words)
         hashes = [sha256(run / "model.safetensors") for run in (whole, again)]
         return {"stopped": stopped, "same_weights": hashes[0] == hashes[1], "sha256": hashes}

@@ -345,7 +345,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     title = f"Training, {device}, PyTorch {torch.__version__}"
     results.show(rows, results.figures(rows, str(CARD_STEP)), title)
-    collectives.leave()
+    collectives.leave_group()
     return rows
 
 

@@ -54,7 +54,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Row:
+class Timing:
     """One line of the table; times in milliseconds."""
 
     shape: str
@@ -236,7 +236,7 @@ def copy_ms(size: float, form: Form) -> float:
     return form.milliseconds(lambda: target.copy_(source))
 
 
-def measure(shape: Shape, forms: list[Form]) -> list[Row]:
+def measure(shape: Shape, forms: list[Form]) -> list[Timing]:
     """Rows of one shape; the first form is ours."""
     ours = forms[0]
     moved = {what: float(n * ours.y.nbytes) for what, n in TENSORS_MOVED.items()}
@@ -253,11 +253,11 @@ def measure(shape: Shape, forms: list[Form]) -> list[Row]:
         for what, ms in times.items():
             percent, times_ours = 100 * copies[what] / ms, ms / tables[0][what]
             speed = moved[what] / ms / 1e6
-            rows.append(Row(name, dtype, form.name, what, ms, speed, percent, times_ours))
+            rows.append(Timing(name, dtype, form.name, what, ms, speed, percent, times_ours))
     return rows
 
 
-def show(rows: list[Row], title: str) -> None:
+def show(rows: list[Timing], title: str) -> None:
     """Print the table."""
     table = Table(title=title)
     for column in ("B x T x C", "dtype", "form", "pass", "ms", "GB/s", "% copy", "x i3dist"):
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="least per CPU figure")
     parser.add_argument("--rwkv-lm", type=Path, metavar="DIR", help="RWKV-LM's RWKV-v4neo/cuda")
     arguments = parser.parse_args()
-    rows: list[Row] = []
+    rows: list[Timing] = []
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         if not importlib.util.find_spec("fla"):

@@ -3,8 +3,8 @@
 Runs under deepspeed, torchrun, Slurm (see slurm/train.sbatch) or plain python (one rank). Started
 again with the same settings, it continues from the newest checkpoint in run.path.
 
-SIGTERM or SIGUSR1 to any rank, or the launcher's end, stops the job after the step at hand: it
-saves and leaves with status 75, which means: start me again. Status 1 is an error, in one line.
+SIGTERM or SIGUSR1 to any rank, or the launcher's end, stops the job after the current step: it
+saves, and exits with status 75, which asks to be started again. Status 1 is an error, in one line.
 """
 
 import argparse
@@ -22,25 +22,27 @@ from i3dist.cli.program import ArgumentParser, keep_tracebacks_in, one_line_erro
 from i3dist.config import Settings, setting_lines
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
+from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
-from i3dist.distributed.signals import Stop
+from i3dist.distributed.signals import StopRequest
 from i3dist.engine import zero2
 from i3dist.errors import UserError, warned
 from i3dist.model.lm import I3LM
 from i3dist.tracking import mlflow_tracker
 from i3dist.tracking.revision import git_commit
+from i3dist.training.micro_batch import check_micro_batch
+from i3dist.training.run_folder import lay_out
 from i3dist.training.startup import (
     Start,
     agree,
     decide,
     idle_lanes,
-    lay_out,
     preflight,
     resolve,
-    verify,
+    verify_checkpoint,
 )
 from i3dist.training.summary import early_history, print_summary, refuse_large
-from i3dist.training.trainer import Trainer, check_micro_batch
+from i3dist.training.trainer import Trainer, build_trainer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,14 +80,14 @@ def dry_run(settings: Settings, job: Job) -> None:
         settings = decide(settings, job.world_size, vocab_size)
         print_summary(settings, job.world_size)
         if note := early_history(settings):
-            collectives.say(note)
+            print_rank_0(note)
 
 
 def build(
-    arguments: argparse.Namespace, settings: Settings, job: Job, corpus: Corpus, stop: Stop
+    arguments: argparse.Namespace, settings: Settings, job: Job, corpus: Corpus, stop: StopRequest
 ) -> Trainer:
-    """Settle the settings, join the job, and put model, engine and tracker together."""
-    # All that can be wrong with the input is found before the ranks wait for each other.
+    """Decide the settings, join the job, and build model, engine, tracker and trainer."""
+    # Find whatever is wrong with the input before the ranks wait for each other.
     for_want_of_gpu = zero2.choose_device(settings.train.device)
     engine_config = zero2.read_engine_config(arguments.deepspeed)
     start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
@@ -99,7 +101,7 @@ def build(
     zero2.start(job, str(settings.run.path))
     agree(start)
     preflight(corpus, settings.data.on_damage, job)
-    start = verify(start, job)
+    start = verify_checkpoint(start, job)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
     if settings.train.compile is True or (settings.train.compile == "auto" and devices.uses_cuda()):
@@ -107,15 +109,15 @@ def build(
     started = zero2.Engine(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus)
     with recorded(tracker):
-        trainer = Trainer(settings, job, corpus, started, tracker, stop)
+        trainer = build_trainer(settings, job, corpus, started, tracker, stop)
         if start.checkpoint is not None and start.state is not None:
-            trainer.resume(start.checkpoint, start.state)
+            trainer.checkpointer.restore(start.checkpoint, start.state)
     return trainer
 
 
 @contextmanager
 def recorded(tracker: mlflow_tracker.Tracker | mlflow_tracker.NoTracker) -> Iterator[None]:
-    """What fails inside is entered in the record, and explained where that can be done."""
+    """Record a failure inside in the tracker, and explain it if possible."""
     try:
         yield
     except BaseException as error:
@@ -134,18 +136,18 @@ def recorded(tracker: mlflow_tracker.Tracker | mlflow_tracker.NoTracker) -> Iter
 def begin_record(
     start: Start, job: Job, corpus: Corpus
 ) -> mlflow_tracker.Tracker | mlflow_tracker.NoTracker:
-    """On rank 0: prepare the run's folder, say what the run is, and open it in MLflow.
+    """On rank 0: prepare the run's folder, print what the run is, and open it in MLflow.
 
-    Every rank calls this, and where the folder cannot be prepared all say so.
+    Every rank calls this. If the folder cannot be prepared, it fails on every rank.
     """
     settings = start.settings
-    collectives.together(lambda: lay_out(start, corpus) if job.rank == 0 else None)
+    collectives.on_rank_0(lambda: lay_out(start, corpus))
     if job.rank != 0:
         return mlflow_tracker.NoTracker()
     print_summary(settings, job.world_size)
     if start.checkpoint is None:  # later these settings stay
         for note in filter(None, (idle_lanes(settings, corpus), early_history(settings))):
-            collectives.say(note)
+            print_rank_0(note)
     tracker = mlflow_tracker.start(settings, tags=tags(corpus), fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
@@ -153,7 +155,7 @@ def begin_record(
 
 
 def tags(corpus: Corpus) -> dict[str, str]:
-    """What tells one run's origin from another's."""
+    """Tags that tell where a run comes from."""
     return {
         "git_commit": git_commit(),
         "data_fingerprint": corpus.fingerprint,
@@ -162,33 +164,32 @@ def tags(corpus: Corpus) -> dict[str, str]:
 
 
 def main() -> None:
-    """Train, or say in one line why not."""
+    """Train, or print one line that says why not."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = parse_arguments()
     settings = Settings.load(arguments.config, arguments.overrides)
     keep_tracebacks_in(settings.run.path)
     job = Job.detect()
-    stop = Stop(job)
+    stop = StopRequest(job)
     logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
     if arguments.dry_run:
         dry_run(settings, job)
         return
     corpus = Corpus.open(settings.data.path, settings.model)
     trainer = build(arguments, settings, job, corpus, stop)
-    with recorded(trainer.tracker):
+    with recorded(trainer.log.tracker):
         done = trainer.fit()
     with warned("tracking"):
-        trainer.tracker.finish("FINISHED" if done else "KILLED")
+        trainer.log.tracker.finish("FINISHED" if done else "KILLED")
     if not done:
-        collectives.say(
-            f"stopped as asked, at step {trainer.progress.step}: the same command goes on"
+        print_rank_0(
+            f"stopped on request at step {trainer.progress.step}: run the same command to continue"
         )
-        stop.leave()
+        stop.exit_to_requeue()
     with warned("after training"):
-        collectives.say(
-            f"done: {settings.run.path}; see it with: {mlflow_tracker.open_command(settings)}"
-        )
-        collectives.leave()
+        see = mlflow_tracker.open_command(settings)
+        print_rank_0(f"done: {settings.run.path}; see it with: {see}")
+        collectives.leave_group()
 
 
 if __name__ == "__main__":
@@ -196,4 +197,4 @@ if __name__ == "__main__":
         main()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # what libraries do as an interpreter ends does not decide the status
+        os._exit(0)  # skip what libraries do at exit: it must not decide the status

@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 import torch
 
-from i3dist.distributed.collectives import leave
+from i3dist.distributed.collectives import leave_group
 from i3dist.distributed.job import Job
 from tests.launcher import Launcher
 
@@ -136,7 +136,7 @@ def one_rank() -> Iterator[None]:
     zero2.deepspeed.comm.comm.cdb = None
     zero2.start(Job.detect({}))
     yield
-    leave()
+    leave_group()
     os.environ.clear()
     os.environ.update(before)
 

@@ -186,7 +186,7 @@ class Reach:
         return taken
 
 
-class Bench:
+class TestBed:
     """A copy of the last commit in which one mutant after the other is run."""
 
     def __init__(self, folder: Path, python: Path) -> None:
@@ -271,10 +271,10 @@ def _first_failure(said: str) -> str:
 
 
 def spread(
-    benches: Sequence[Bench], work: Iterable[Item], do: Callable[[Bench, Item], Result]
+    benches: Sequence[TestBed], work: Iterable[Item], do: Callable[[TestBed, Item], Result]
 ) -> Iterator[Result]:
     """`do` of every item, one at a time in each bench; results in the order of the work."""
-    free: SimpleQueue[Bench] = SimpleQueue()
+    free: SimpleQueue[TestBed] = SimpleQueue()
     for bench in benches:
         free.put(bench)
 
@@ -289,10 +289,10 @@ def spread(
         yield from pool.map(one, work)
 
 
-def take_times(out: Path, benches: Sequence[Bench], tests: Sequence[str]) -> None:
+def take_times(out: Path, benches: Sequence[TestBed], tests: Sequence[str]) -> None:
     """Run each test file alone, as it is; a file that fails is left out of everything."""
 
-    def timed(bench: Bench, test: str) -> tuple[str, float, int | None, str]:
+    def timed(bench: TestBed, test: str) -> tuple[str, float, int | None, str]:
         started = time.monotonic()
         status, said = bench.run([test], 1200)
         return test, round(time.monotonic() - started, 1), status, said
@@ -309,13 +309,13 @@ def take_times(out: Path, benches: Sequence[Bench], tests: Sequence[str]) -> Non
 
 
 def take_sample(
-    out: Path, benches: Sequence[Bench], mutants: Sequence[Mutant], reach: Reach, again: bool
+    out: Path, benches: Sequence[TestBed], mutants: Sequence[Mutant], reach: Reach, again: bool
 ) -> None:
     """Judge the mutants that are not judged yet; with `again` those that lived."""
     outcomes = {verdict.mutant: verdict.outcome for verdict in read(out)}
     todo = [mutant for mutant in mutants if outcomes.get(mutant) == ("lived" if again else None)]
 
-    def judge(bench: Bench, mutant: Mutant) -> None:
+    def judge(bench: TestBed, mutant: Mutant) -> None:
         verdict = bench.judge(mutant, reach)
         with (out / RESULTS).open("a") as file:
             file.write(json.dumps(asdict(verdict)) + "\n")
@@ -378,7 +378,7 @@ def main() -> None:
         summarise(read(out))
         return
     python = arguments.python.absolute()  # not resolved: a link tells which environment it is of
-    benches = [Bench(out / f"copy-{number}", python) for number in range(arguments.jobs)]
+    benches = [TestBed(out / f"copy-{number}", python) for number in range(arguments.jobs)]
     if arguments.what == "times":
         root = benches[0].root
         every = sorted(str(p.relative_to(root)) for p in (root / "tests").rglob("test_*.py"))

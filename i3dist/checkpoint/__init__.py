@@ -1,1 +1,1 @@
-"""What a run continues from: files of a checkpoint, the folder of checkpoints, final weights."""
+"""Checkpoints that a run continues from, and the final weights."""

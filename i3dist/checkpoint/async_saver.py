@@ -1,4 +1,4 @@
-"""Saving behind training: what is to be saved is copied, and a thread of its own writes it."""
+"""Asynchronous saving: training waits for a copy in host memory, and a thread writes the files."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -6,23 +6,24 @@ from concurrent import futures
 from pathlib import Path
 from types import TracebackType
 
-from i3dist.checkpoint import format as checkpoint
+from i3dist.checkpoint import writer
 from i3dist.checkpoint.fragment import Fragment
 from i3dist.checkpoint.run_state import RunState
 from i3dist.config import CheckpointSettings
 from i3dist.distributed import collectives
+from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
 from i3dist.model.state import LaneState
 
-# What is being written when the run fails for another reason has so long to be finished.
+# When a run fails while a checkpoint is being written, it waits this long for the writer.
 SETTLE_SECONDS = 10.0
 
 
-class Saver:
-    """One rank's part in writing checkpoints, one at a time, while training goes on.
+class AsyncSaver:
+    """One rank's part in writing checkpoints, one at a time, while training continues.
 
-    All ranks call `begin` and `wait` at the same steps. In a `with`, leaving it waits for what is
-    being written.
+    All ranks call `begin` and `wait` at the same steps. Leaving a `with` waits for the checkpoint
+    that is being written.
     """
 
     def __init__(
@@ -32,15 +33,19 @@ class Saver:
         retention: CheckpointSettings,
         tokenizer: bytes | None = None,
     ):
-        """`folder` is RUN/checkpoints; every rank makes its own saver, all at the same time.
+        """Every rank creates one, all at the same time.
 
-        `tokenizer` is the content of the data's tokenizer.json, which goes into every checkpoint.
+        Args:
+            folder: RUN/checkpoints.
+            job: this rank's place.
+            retention: which checkpoints to keep.
+            tokenizer: content of the data's tokenizer.json, which goes into every checkpoint.
         """
         self.folder = folder
         self.job = job
         self.retention = retention
         self.tokenizer = tokenizer
-        self.step = 0  # of the newest checkpoint that was begun
+        self.step = 0  # step of the newest checkpoint that was begun or restored
         self._group = collectives.side_group()
         self._thread = futures.ThreadPoolExecutor(1, "saver")
         self._writing: futures.Future[None] | None = None
@@ -51,20 +56,20 @@ class Saver:
         snapshot: Callable[[], Iterable[Fragment]],
         lanes: tuple[range, LaneState],
     ) -> None:
-        """Copy what is to be saved and return; the files are written behind training.
+        """Copy the state to host memory and return; a thread then writes the files.
 
         Args:
-            state: what to continue from.
-            snapshot: gives a copy of this rank's share of weights and optimizer state, which stays
-                as it is until it is called again.
+            state: where the run stands.
+            snapshot: returns a copy of this rank's share of weights and optimizer state; the copy
+                stays unchanged until the next call.
             lanes: the lane numbers this rank owns, and their state row by row.
 
         Raises:
-            UserError: on every rank, where the checkpoint before this one could not be written.
+            UserError: on every rank, if the checkpoint before this one could not be written.
         """
         started = time.perf_counter()
         self.wait()
-        state = state.model_copy(deep=True)  # it holds dicts, which somebody else may hold too
+        state = state.model_copy(deep=True)  # the caller may change the dicts in it
         numbers, lane_state = lanes
         fragments = snapshot()
         copied = (numbers, lane_state.map(lambda part: part.detach().to("cpu", copy=True)))
@@ -73,7 +78,7 @@ class Saver:
         self._writing = self._thread.submit(self._write, state, fragments, copied, stalled)
 
     def failed(self) -> bool:
-        """Whether it is known here that the last checkpoint could not be written."""
+        """Whether this rank knows that the last checkpoint could not be written."""
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
@@ -81,13 +86,13 @@ class Saver:
         """Wait until the last checkpoint is published; all ranks call this.
 
         Raises:
-            UserError: on every rank, where it could not be written.
+            UserError: on every rank, if it could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "AsyncSaver":
         return self
 
     def __exit__(
@@ -106,7 +111,7 @@ class Saver:
         stalled: float,
     ) -> None:
         started = time.perf_counter()
-        path = checkpoint.save(
+        path = writer.save(
             self.folder,
             self.job,
             state,
@@ -117,6 +122,6 @@ class Saver:
             self.tokenizer,
         )
         written = time.perf_counter() - started
-        collectives.say(
+        print_rank_0(
             f"saved {path} (training waited {stalled:.1f} s, writing took {written:.1f} s)"
         )

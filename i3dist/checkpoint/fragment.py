@@ -1,4 +1,4 @@
-"""The part of a parameter that one rank holds: what engine and checkpoint hand to each other."""
+"""The part of a parameter that one rank holds: what engine and checkpoint exchange."""
 
 from dataclasses import dataclass
 
@@ -14,4 +14,4 @@ class Fragment:
 
     name: str
     start: int  # first element in the flattened parameter
-    tensors: dict[str, Tensor]  # of all `KINDS`: fp32, 1-D, equal lengths
+    tensors: dict[str, Tensor]  # one for each of `KINDS`: fp32, 1-D, equal lengths

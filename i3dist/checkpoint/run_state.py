@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint's state.json holds."""
+"""Where a run stands: the content of a checkpoint's state.json."""
 
 import operator
 from typing import Annotated, Any
@@ -7,34 +7,32 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class GuardState(BaseModel):
-    """What later decisions depend on, as saved in a checkpoint's state.json.
-
-    It never changes: each step makes a new one, so whoever holds one may read it at any later time.
-    """
+    """What the guard's later decisions depend on. Immutable: each step makes a new one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     skipped: int = 0
-    """Steps of the run that updated nothing, or whose updates were given up by rolling back."""
+    """Steps that updated nothing, or whose updates were lost by rolling back."""
     bad: int = 0
-    """Steps in a row, up to the last, whose loss or gradient was not finite."""
+    """Consecutive steps, up to the last, whose loss or gradient was not finite."""
     spikes: int = 0
-    """Steps in a row, up to the last, that were skipped for their norm."""
+    """Consecutive steps, up to the last, that were skipped for a large gradient norm."""
     idle: Annotated[int, Field(exclude_if=operator.not_)] = 0
-    """Steps in a row, up to the last, that updated nothing, for whatever reason; checkpoints of
-    earlier versions do not count them."""
+    """Consecutive steps, up to the last, that updated nothing for either reason; missing in
+    checkpoints of earlier versions."""
     norms: tuple[float, ...] = ()
-    """The newest norms of steps that were taken; only kept where spikes are looked for."""
+    """The newest gradient norms of steps that were taken; only kept with guard.spike_factor."""
     rolled_back_to: tuple[int, ...] = ()
     """Steps of the checkpoints that the run was rolled back to."""
     rolled_back_at: Annotated[tuple[int, ...], Field(exclude_if=operator.not_)] = ()
-    """The last step before each of these; checkpoints of earlier versions do not name it."""
+    """The last step before each rollback; missing in checkpoints of earlier versions."""
 
     def may_roll_back_to(self, step: int, now: int) -> bool:
-        """Whether the checkpoint of `step` is one to roll back to after step `now`.
+        """Whether the run may roll back to the checkpoint of `step` after step `now`.
 
-        It must be from before the steps at hand that updated nothing, since one made among them has
-        the weights of now, and from no future that an earlier rolling back gave up.
+        It must be older than the last consecutive steps that updated nothing, because one saved
+        among them has the current weights. It must not have been used for a rollback, nor be from
+        a future that an earlier rollback gave up.
         """
         given_up = zip(reversed(self.rolled_back_to), reversed(self.rolled_back_at), strict=False)
         return (
@@ -45,24 +43,24 @@ class GuardState(BaseModel):
 
 
 class RunState(BaseModel):
-    """Where a run stands, as saved in a checkpoint's state.json."""
+    """Where a run stands: the content of state.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: int
     """Optimizer steps taken."""
     windows: int
-    """Windows of the job that have been read; the next one has this index."""
+    """Windows that the job has read; the next one has this index."""
     tokens_seen: int
-    """Tokens that were an input, padding and idle lanes left out."""
+    """Input tokens so far, without padding and idle lanes."""
     settings: dict[str, Any]
     """The run's resolved settings."""
     data: str
     """Fingerprint of the data, both splits."""
     engine: dict[str, Any]
-    """What of the engine's file decides numbers."""
+    """The part of the engine's settings that affects numbers."""
     guard: GuardState = GuardState()
-    """Steps that were skipped, and what decides about later ones."""
+    """Which steps were skipped, and what later decisions depend on."""
 
     @property
     def taken(self) -> int:

@@ -1,10 +1,10 @@
-"""The folder of a run's checkpoints: which there are, which is the newest whole one, which stay.
+"""The folder of a run's checkpoints: which there are, which to take, which to keep.
 
     RUN/checkpoints/latest                    name of the newest checkpoint
-    RUN/checkpoints/step-00000100/            a checkpoint, complete since it has this name
-    RUN/checkpoints/.step-00000200.partial/   one that is being written, or removed
+    RUN/checkpoints/step-00000100/            a checkpoint; what has such a name is complete
+    RUN/checkpoints/.step-00000200.partial/   one that is being written or removed
 
-What is inside a checkpoint is told by `checkpoint`.
+`format` shows what is in a checkpoint.
 """
 
 import os
@@ -22,23 +22,19 @@ LATEST = "latest"
 
 
 class Found(NamedTuple):
-    """A whole checkpoint, and what is wrong with those that would have been better."""
+    """A whole checkpoint, and what is wrong with the newer ones."""
 
     path: Path
     refused: tuple[str, ...]
 
-    def line(self) -> str:
-        """What was refused and what is taken instead, in one line."""
-        return f"warning: {'; '.join(self.refused)}; {self.path.name} is taken instead"
-
 
 def place(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The path of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
 def staging(target: Path) -> Path:
-    """Where a checkpoint is written, or removed."""
+    """The path at which a checkpoint is written, before it is published."""
     return target.with_name(f".{target.name}{PARTIAL}")
 
 
@@ -49,18 +45,18 @@ def step_of(path: Path) -> int | None:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints there are, newest first."""
+    """Steps of all checkpoints in the folder, newest first."""
     found = (step_of(path) for path in folder.glob("step-*"))
     return sorted((step for step in found if step is not None), reverse=True)
 
 
 def candidates(folder: Path) -> list[Path]:
-    """What a run may continue from, best first: what `latest` names, then what came before it.
+    """The checkpoints that a run may continue from: what `latest` names, then earlier ones.
 
-    Where `latest` is not there or says nothing, whatever there is.
+    If `latest` is missing or names nothing, all checkpoints, newest first.
 
     Raises:
-        UserError: the folder is a link to nothing: a disk that is not there, say.
+        UserError: the folder is a link to nothing (to a disk that is not mounted, for example).
     """
     if folder.is_symlink() and not folder.exists():
         raise UserError(
@@ -77,11 +73,11 @@ def candidates(folder: Path) -> list[Path]:
     return [place(folder, step) for step in there]
 
 
-def newest_whole(candidates: Sequence[Path], fault: Callable[[Path], str | None]) -> Found | None:
-    """The first whole candidate; None where there are no candidates at all.
+def first_whole(candidates: Sequence[Path], fault: Callable[[Path], str | None]) -> Found | None:
+    """The first candidate without a `fault`; None if there are no candidates.
 
     Raises:
-        UserError: there are some, and `fault` finds something in each.
+        UserError: there are candidates, and each has a fault.
     """
     refused: list[str] = []
     for path in candidates:
@@ -97,18 +93,18 @@ def newest_whole(candidates: Sequence[Path], fault: Callable[[Path], str | None]
 
 
 def stage(staging: Path) -> None:
-    """Make an empty folder to write a checkpoint in."""
+    """Create an empty folder to write a checkpoint in."""
     remove(staging)
     staging.mkdir(parents=True)
-    sync(staging.parent.parent)  # the first checkpoint's folder of checkpoints is new
+    sync(staging.parent.parent)  # RUN/checkpoints may be new
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Rename a finished checkpoint, all of it synced, into place and point `latest` at it.
+    """Rename a finished, synced checkpoint into place, and point `latest` at it.
 
-    Each rename comes after what it names is on disk, so that a power cut leaves the old or the new.
+    Whatever a name leads to is on disk before the name, so a power cut leaves the old or the new.
     """
-    # Of a future that was given up when the run continued from before it.
+    # It may exist from a future that was given up: the run continued from an earlier step.
     if os.path.lexists(target):
         _remove(target)
     os.replace(staging, target)
@@ -119,7 +115,7 @@ def publish(staging: Path, target: Path) -> None:
 def prune(
     folder: Path, newest: int, retention: CheckpointSettings, needed: Callable[[int], bool]
 ) -> None:
-    """Remove the checkpoints that need not stay."""
+    """Remove all checkpoints but those that `kept` names."""
     there = steps(folder)
     for step in set(there) - kept(there, newest, retention, needed):
         _remove(place(folder, step))
@@ -131,11 +127,11 @@ def kept(
     retention: CheckpointSettings,
     needed: Callable[[int], bool] = lambda _: True,
 ) -> set[int]:
-    """Steps whose checkpoints stay when the one of step `newest` has been written.
+    """Steps whose checkpoints are kept after the one of step `newest` has been written.
 
-    The newest `retention.keep` of all, and as many of those that are `needed`, so that others do
-    not push them out. Later ones belong to a future that was given up when the run continued from
-    before them.
+    These are the newest `retention.keep`, the newest `retention.keep` of those that are `needed`,
+    and the multiples of `retention.keep_every`. Later steps than `newest` are from a future that
+    was given up: the run continued from before them.
     """
     past = sorted(step for step in there if step <= newest)
     every = retention.keep_every
@@ -144,9 +140,9 @@ def kept(
 
 
 def _remove(path: Path) -> None:
-    """Take a checkpoint's name from it first, so that half of one is never taken for a whole.
+    """Rename a checkpoint, then remove it, so that half of one never has a checkpoint's name.
 
-    Of a link only the link is removed: what it leads to may be somebody else's.
+    Of a link only the link is removed: its target may be somebody else's.
     """
     aside = path.with_name(f".{path.name}.old{PARTIAL}")
     remove(aside)

@@ -1,4 +1,4 @@
-"""A run's weights: written when it ends, read to evaluate and generate; no DeepSpeed."""
+"""A model's weights: written when a run ends, loaded to evaluate and generate. No DeepSpeed."""
 
 import argparse
 import os
@@ -8,8 +8,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from i3dist.checkpoint import format as checkpoint
 from i3dist.checkpoint import store
+from i3dist.checkpoint.format import TOKENIZER, is_checkpoint, read_state
+from i3dist.checkpoint.reader import OptimizerReader
+from i3dist.checkpoint.verify import quick_fault
+from i3dist.checkpoint.writer import write_tensors
 from i3dist.cli.paths import typed_path
 from i3dist.config import Settings
 from i3dist.data.tokenizer import Tokenizer
@@ -22,15 +25,15 @@ SETTINGS = "settings.yaml"
 
 
 def export_weights(run: Path, model: I3LM, step: int) -> None:
-    """Write RUN/model.safetensors: the weights as the forward pass uses them after `step`.
+    """Write RUN/model.safetensors: the weights after `step`, in the type of the forward pass.
 
     Raises:
-        UserError: it cannot be written; what was there before is untouched.
+        UserError: it cannot be written; an earlier file is untouched.
     """
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
         with written_aside(run / WEIGHTS) as partial:
-            checkpoint.write_tensors(partial, weights, step=str(step))
+            write_tensors(partial, weights, step=str(step))
     except OSError as error:
         raise UserError(
             f"{run / WEIGHTS} cannot be written: {error.strerror}; see to it, then type the same "
@@ -39,7 +42,7 @@ def export_weights(run: Path, model: I3LM, step: int) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What tells a program which trained model to use, and where."""
+    """Add the options `--checkpoint` and `--device`."""
     parser.add_argument(
         "--checkpoint",
         type=typed_path,
@@ -52,61 +55,62 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer]:
-    """A trained model in evaluation mode, its settings and tokenizer; no DeepSpeed.
+    """Load a trained model in evaluation mode, its settings and tokenizer.
 
     On the CPU the model computes in fp32, elsewhere in the type that it was trained in.
 
     Args:
-        path: a finished run's folder, a checkpoint wherever it lies, or a run's folder of them,
-            which means the newest.
-        device: where the model is to be.
+        path: a finished run's folder, a checkpoint anywhere, or RUN/checkpoints, which means the
+            newest one in it.
+        device: the device to put the model on.
 
     Raises:
-        UserError: path is neither, or its files do not belong together.
+        UserError: path is none of these, or its files do not belong together.
     """
     path = _newest_in(path)
-    if checkpoint.is_one(path):
-        if wrong := checkpoint.glance(path):
+    if is_checkpoint(path):
+        if wrong := quick_fault(path):
             raise UserError(f"checkpoint {path}: {wrong}; name another")
-        settings = Settings.build(checkpoint.read_state(path).settings)
-        tokenizer, take = Tokenizer.load(_tokenizer_of(path)), _take_checkpoint
+        settings = Settings.build(read_state(path).settings)
+        tokenizer, load_weights = Tokenizer.load(_tokenizer_of(path)), _load_checkpoint
     else:
-        _see_whether_finished(path)
+        _check_finished(path)
         settings = Settings.load(path / SETTINGS)
-        tokenizer, take = Tokenizer.load(path / checkpoint.TOKENIZER), _take_export
+        tokenizer, load_weights = Tokenizer.load(path / TOKENIZER), _load_export
     if settings.model.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size of {path} "
             f"is {settings.model.vocab_size}; restore the run's own files"
         )
     model = I3LM(settings.model, tokenizer.bos_id)
-    dtype = take(model, path)
+    dtype = load_weights(model, path)
     for parameter in model.parameters():  # buffers stay fp32, as in training
         parameter.data = parameter.data.to(torch.float32 if device.type == "cpu" else dtype)
     return model.to(device).eval().requires_grad_(False), settings, tokenizer
 
 
 def _newest_in(path: Path) -> Path:
-    """The checkpoint that RUN/checkpoints, or `latest` in it, means; any other path as it is."""
+    """The newest checkpoint for RUN/checkpoints or `latest` in it; any other path unchanged."""
     folder = path.resolve().parent if path.name == store.LATEST and path.is_file() else path
     return store.candidates(folder)[0] if store.steps(folder) else path
 
 
 def _tokenizer_of(path: Path) -> Path:
-    """A checkpoint's tokenizer; where it has none of its own, that of the run that it lies in."""
-    if (path / checkpoint.TOKENIZER).exists():
-        return path / checkpoint.TOKENIZER
+    """A checkpoint's own tokenizer.json or, if it has none, that of the run it lies in."""
+    if (path / TOKENIZER).exists():
+        return path / TOKENIZER
     typed = Path(os.path.abspath(path))
     for folder in (typed.parent.parent, path.resolve().parent.parent, typed.parent):
-        if (folder / checkpoint.TOKENIZER).is_file():
-            return folder / checkpoint.TOKENIZER
+        if (folder / TOKENIZER).is_file():
+            return folder / TOKENIZER
     raise UserError(
-        f"checkpoint {path} is of an earlier version and has no {checkpoint.TOKENIZER}: copy that "
+        f"checkpoint {path} is of an earlier version and has no {TOKENIZER}: copy that "
         f"of its run, or of its data, to {typed.parent}"
     )
 
 
-def _see_whether_finished(run: Path) -> None:
+def _check_finished(run: Path) -> None:
+    """Raise `UserError` if there are no final weights in `run`: say what to name instead."""
     if (run / WEIGHTS).is_file():
         return
     if not (run / SETTINGS).is_file():
@@ -124,8 +128,8 @@ def _see_whether_finished(run: Path) -> None:
     )
 
 
-def _take_export(model: I3LM, path: Path) -> torch.dtype:
-    """Take what `export_weights` wrote to a run's folder; returns the type of the weights."""
+def _load_export(model: I3LM, path: Path) -> torch.dtype:
+    """Load what `export_weights` wrote to a run's folder; returns the type of the weights."""
     file = path / WEIGHTS
     try:
         with utf8_path(file) as name:
@@ -133,16 +137,16 @@ def _take_export(model: I3LM, path: Path) -> torch.dtype:
         model.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} does not fit {path / 'settings.yaml'}: {reason}") from None
+        raise UserError(f"{file} does not fit {path / SETTINGS}: {reason}") from None
     return weights["head.weight"].dtype
 
 
 @torch.no_grad()
-def _take_checkpoint(model: I3LM, path: Path) -> torch.dtype:
-    """Take the weights of a checkpoint as the forward pass used them; returns their type."""
-    engine = checkpoint.read_state(path).engine
+def _load_checkpoint(model: I3LM, path: Path) -> torch.dtype:
+    """Load a checkpoint's weights, in the type of the forward pass; returns that type."""
+    engine = read_state(path).engine
     dtype = torch.bfloat16 if engine.get("bf16", {}).get("enabled") else torch.float32
-    reader = checkpoint.OptimizerReader(path)
+    reader = OptimizerReader(path)
     reader.check({name: p.numel() for name, p in model.named_parameters()})
     for name, parameter in model.named_parameters():
         parameter.copy_(reader.one("weight", name).to(dtype).view_as(parameter))

@@ -1,6 +1,5 @@
-"""Exchanges between the ranks of a job. Each of these works alone, without a process group, too."""
+"""Exchanges between the ranks of a job. Without a process group they work for a single rank."""
 
-import os
 import re
 from collections.abc import Callable
 from typing import TypeVar, cast
@@ -11,30 +10,30 @@ import torch.distributed as torch_dist
 from i3dist.distributed.devices import uses_cuda
 from i3dist.errors import UserError, explain
 
-Gathered = TypeVar("Gathered")
+Result = TypeVar("Result")
 Group = torch_dist.ProcessGroup
 
-# What gloo says when the other end of a connection is gone.
+# What gloo reports when the other end of a connection is gone.
 PEER_LOSS = r"gloo.*(closed|reset|refused|broken|timed out)|onnection (closed|reset) by peer"
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all ranks, in place, and return it; alone, return it unchanged."""
+    """Sum `tensor` over all ranks in place, and return it."""
     if torch_dist.is_initialized():
         torch_dist.all_reduce(tensor)
     return tensor
 
 
 def sum_parts(tensor: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Sum `tensor` over all ranks, each of which gets a part of the result.
+    """Sum `tensor` over all ranks and return this rank's part of the sum (a reduce-scatter).
 
     Args:
-        tensor: [N], as long on every rank.
-        size: of a part; all ranks' parts hold N elements or more, zeros beyond N.
-        dtype: what is sent and summed.
+        tensor: [N], of equal length on every rank.
+        size: elements of a part; ranks x size is N or more, and elements beyond N are 0.
+        dtype: the type in which elements are sent and summed.
 
     Returns:
-        [size] in `dtype`, in memory of its own: elements rank x size and on.
+        [size] in `dtype`, in new memory: elements from rank x size on.
     """
     ranks = torch_dist.get_world_size() if torch_dist.is_initialized() else 1
     whole = tensor.new_empty(ranks * size, dtype=dtype)
@@ -48,43 +47,53 @@ def sum_parts(tensor: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tens
 
 
 def side_group() -> Group | None:
-    """A group of all ranks for exchanges beside those of training, from one other thread.
+    """A second group of all ranks, for one other thread; None without a process group.
 
-    Every rank calls this. It is over gloo, as what is exchanged is the host's; alone, None.
+    Every rank calls this. The group uses gloo, because only objects on the host are exchanged.
     """
     return torch_dist.new_group(backend="gloo") if torch_dist.is_initialized() else None
 
 
-def gather_objects(mine: Gathered, group: Group | None = None) -> list[Gathered]:
-    """Every rank's object, by rank, on every rank; alone, a list of one. Small objects only."""
+def gather_objects(mine: Result, group: Group | None = None) -> list[Result]:
+    """Every rank's object, by rank, on every rank. For small objects only."""
     if not torch_dist.is_initialized():
         return [mine]
-    gathered: list[Gathered | None] = [None] * torch_dist.get_world_size()
+    gathered: list[Result | None] = [None] * torch_dist.get_world_size()
     torch_dist.all_gather_object(gathered, mine, group)
-    return cast("list[Gathered]", gathered)
+    return cast("list[Result]", gathered)
 
 
-def together(work: Callable[[], Gathered], group: Group | None = None) -> list[Gathered]:
-    """Do `work` on every rank and wait for all; returns every rank's result, by rank.
+def on_all_ranks(work: Callable[[], Result], group: Group | None = None) -> list[Result]:
+    """Call `work` on every rank, wait for all ranks, and return their results by rank.
 
     Raises:
-        UserError: on every rank, where it failed on any; so none waits for one that is gone.
+        UserError: on every rank, if `work` failed on any; so no rank waits for one that is gone.
     """
     try:
-        outcome: tuple[Gathered | None, str | None] = (work(), None)
+        outcome: tuple[Result | None, str | None] = (work(), None)
     except (UserError, OSError) as error:
         outcome = (None, explain(error))
     outcomes = gather_objects(outcome, group)
     for _, failure in outcomes:
         if failure is not None:
             raise UserError(failure)
-    return cast("list[Gathered]", [result for result, _ in outcomes])
+    return cast("list[Result]", [result for result, _ in outcomes])
+
+
+def on_rank_0(work: Callable[[], object], group: Group | None = None) -> None:
+    """Call `work` on rank 0 while the other ranks wait; every rank calls this.
+
+    Raises:
+        UserError: on every rank, if `work` failed.
+    """
+    first = not torch_dist.is_initialized() or torch_dist.get_rank() == 0
+    on_all_ranks(work if first else lambda: None, group)
 
 
 def barrier() -> None:
-    """Wait for all ranks; alone, return at once."""
+    """Wait for all ranks."""
     if torch_dist.is_initialized():
-        # NCCL warns unless it is told the device that it should use anyway.
+        # NCCL warns unless it is told which device to use.
         torch_dist.barrier(device_ids=[torch.cuda.current_device()] if uses_cuda() else None)
 
 
@@ -95,18 +104,8 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(re.search(PEER_LOSS, str(error)))
 
 
-def leave() -> None:
-    """Meet once more, so that no rank's exit ends another's work, and leave the process group."""
+def leave_group() -> None:
+    """Wait for all ranks, so that no exit interrupts another rank, and leave the process group."""
     if torch_dist.is_initialized():
         barrier()
         torch_dist.destroy_process_group()
-
-
-def say(*parts: object) -> None:
-    """Print on rank 0 only, at once."""
-    if torch_dist.is_initialized():
-        first = torch_dist.get_rank() == 0
-    else:
-        first = os.environ.get("RANK", "0") == "0"
-    if first:
-        print(*parts, flush=True)

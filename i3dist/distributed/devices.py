@@ -1,4 +1,4 @@
-"""What a job runs on: a GPU for each rank, or the CPU."""
+"""The device of a job: a GPU for each rank, or the CPU."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from i3dist.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# First entries of CUDA_VISIBLE_DEVICES that hide all GPUs, on purpose.
+# First entries of CUDA_VISIBLE_DEVICES that hide all GPUs on purpose.
 HIDDEN = ("", "-1", "NoDevFiles")
 DEVICES = Path("/dev")
 ACCELERATOR = "DS_ACCELERATOR"  # DeepSpeed's variable: cpu or cuda
@@ -23,16 +23,16 @@ NO_GPU = "there is no CUDA GPU here"
 
 
 def choose_device(wanted: Device, environ: MutableMapping[str, str] = os.environ) -> bool:
-    """Settle what the job runs on, for `uses_cuda`.
+    """Choose the job's device, and set DS_ACCELERATOR for `uses_cuda`.
 
     DS_ACCELERATOR=cpu in the environment makes "auto" the CPU.
 
     Returns:
-        Whether it is the CPU for want of a GPU: nobody chose it.
+        Whether the job falls back to the CPU: nobody chose it, but there is no GPU.
 
     Raises:
-        UserError: there is no GPU though one is asked for, or though the job was granted some; or
-            DS_ACCELERATOR names neither.
+        UserError: there is no GPU, but the user asks for one or the job was granted some; or
+            DS_ACCELERATOR is neither cpu nor cuda.
     """
     named = _named_device(environ)
     if wanted == "auto" and named == "cpu":
@@ -48,7 +48,7 @@ def choose_device(wanted: Device, environ: MutableMapping[str, str] = os.environ
 
 
 def _named_device(environ: Mapping[str, str]) -> str | None:
-    """What DS_ACCELERATOR names; None where it is not set."""
+    """What DS_ACCELERATOR names; None if it is not set."""
     named = environ.get(ACCELERATOR)
     if named not in (None, "cpu", "cuda"):
         raise UserError(
@@ -59,7 +59,7 @@ def _named_device(environ: Mapping[str, str]) -> str | None:
 
 
 def unseen_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Where this host has GPUs for the job that torch cannot see: what is wrong, and the remedy."""
+    """Why torch cannot see the GPUs that the job has on this host, and what to do; else None."""
     granted = _granted_gpus(environ)
     if granted is None or torch.cuda.is_available():
         return None
@@ -74,8 +74,8 @@ def unseen_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def _granted_gpus(environ: Mapping[str, str]) -> str | None:
-    """What tells that the job has GPUs on this host, or None."""
-    # DeepSpeed's launcher sets the variable on hosts without GPUs too; CROSS_SIZE is a word of its.
+    """The sign that the job has GPUs on this host, or None."""
+    # DeepSpeed's launcher sets it on hosts without GPUs too; CROSS_SIZE is how to tell.
     visible = None if "CROSS_SIZE" in environ else environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         first = visible.split(",")[0].strip()
@@ -88,9 +88,9 @@ def _granted_gpus(environ: Mapping[str, str]) -> str | None:
 
 
 def uses_cuda() -> bool:
-    """Whether the job runs on CUDA: where there is a GPU, unless DS_ACCELERATOR=cpu.
+    """Whether the job runs on GPUs: if there is one, unless DS_ACCELERATOR=cpu.
 
-    `choose_device` sets that variable where train.device says so.
+    `choose_device` sets that variable as train.device says.
     """
     return torch.cuda.is_available() and os.environ.get(ACCELERATOR, "cuda") == "cuda"
 
@@ -101,7 +101,7 @@ def backend() -> Literal["nccl", "gloo"]:
 
 
 def device(job: Job) -> torch.device:
-    """This rank's device: its own GPU where CUDA is available, else the CPU."""
+    """This rank's device: its own GPU if the job runs on GPUs, else the CPU."""
     if not uses_cuda():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
@@ -114,7 +114,7 @@ def device(job: Job) -> torch.device:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device of a single process: "cpu", "cuda", or "auto" for a GPU where there is one."""
+    """The device of a single process: "cpu", "cuda", or "auto" for a GPU if there is one."""
     if wanted == "auto":
         named = _named_device(os.environ)
         wanted = "cuda" if uses_cuda() else "cpu"

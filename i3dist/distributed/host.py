@@ -1,4 +1,4 @@
-"""A rank's share of its host: threads, and memory that is freed."""
+"""A rank's share of its host: CPU threads and freed memory."""
 
 import ctypes
 import os
@@ -13,23 +13,23 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def thread_count(cores: int, local_world_size: int) -> int:
-    """Threads for one of `local_world_size` ranks that share `cores`: at least one."""
+    """Threads for each of `local_world_size` ranks that share `cores`: at least one."""
     return max(1, cores // local_world_size)
 
 
 def share_threads(job: Job, environ: MutableMapping[str, str] = os.environ) -> int:
     """Give this rank its share of the host's cores, and return the number of threads.
 
-    Ranks that each take every core slow each other down by an order of magnitude. A number that
-    the user set in OMP_NUM_THREADS stands, except torchrun's own default of 1.
+    Ranks that each take every core slow each other down tenfold. A number that the user set in
+    OMP_NUM_THREADS stands, except torchrun's own default of 1.
     """
     chosen = environ.get("OMP_NUM_THREADS", "")
     if chosen.isdecimal() and int(chosen) > 0 and (job.launcher, chosen) != ("torchrun", "1"):
         threads = int(chosen)
     else:
         usable = len(os.sched_getaffinity(0))
-        # Slurm may have bound each task to its own cores already, so the share is of the cores
-        # that the step holds on this host, and only capped by those this task may use.
+        # Slurm may have bound each task to cores of its own. So divide the cores that the step has
+        # on this host, and use no more than this task may.
         on_node = environ.get("SLURM_CPUS_ON_NODE", "") if job.launcher == "slurm" else ""
         shared = int(on_node) if on_node.isdecimal() else usable
         threads = min(usable, thread_count(shared, job.local_world_size))
@@ -39,10 +39,10 @@ def share_threads(job: Job, environ: MutableMapping[str, str] = os.environ) -> i
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed; returns whether it does (glibc can).
+    """Make the C library keep freed memory; returns whether it does (glibc can).
 
-    By default each large tensor is mapped from the kernel anew, page by page, and given back: on
-    CPU a third of a training step (docs/performance.md).
+    By default it maps every large tensor anew, page by page, and unmaps it again, which takes a
+    third of a training step on CPU (docs/performance.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

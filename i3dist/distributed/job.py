@@ -1,7 +1,7 @@
-"""The job as a launcher describes it: ranks, hosts, rendezvous.
+"""The job as a launcher describes it: ranks, hosts, and where they meet.
 
-Every launcher tells a process its place through environment variables, each in its own words.
-`Job.detect` reads them and `Job.export` writes them in torch's words.
+Every launcher describes a process's place by environment variables with names of its own.
+`Job.detect` reads them, and `Job.export` writes the ones that torch reads.
 """
 
 import os
@@ -15,7 +15,7 @@ from i3dist.errors import UserError
 
 Launcher = Literal["deepspeed", "torchrun", "slurm", "python"]
 
-# Rendezvous ports under Slurm: below Linux's ephemeral range, which begins at 32768.
+# Ports of rank 0 under Slurm: below Linux's ephemeral range, which begins at 32768.
 FIRST_PORT, PORTS = 10_240, 20_000
 
 
@@ -23,7 +23,7 @@ FIRST_PORT, PORTS = 10_240, 20_000
 class Job:
     """One process's place in the job.
 
-    `hosts` counts the machines of the job, `local_world_size` the ranks on this one, and
+    `hosts` is the number of machines, `local_world_size` the number of ranks on this one, and
     `master_addr:master_port` is where rank 0 listens.
     """
 
@@ -45,27 +45,30 @@ class Job:
                 f"WORLD_SIZE={self.world_size}; start the job again with one launcher"
             )
         if not 0 < self.master_port < 65_536:
-            raise UserError(f"MASTER_PORT={self.master_port} is no port; use 1 to 65535")
+            raise UserError(f"MASTER_PORT={self.master_port} is not a port; use 1 to 65535")
 
     @staticmethod
     def detect(environ: Mapping[str, str] = os.environ) -> "Job":
-        """Read the job from `environ`; raise `UserError` where it is set by halves.
+        """Read the job from `environ`.
 
-        RANK or WORLD_SIZE mean `deepspeed` or `torchrun`, also inside a Slurm allocation; then a
-        Slurm step (`srun`); otherwise this is one process of its own.
+        RANK or WORLD_SIZE mean `deepspeed` or `torchrun`, also inside a Slurm allocation. Without
+        them a Slurm step (`srun`) is looked for. Otherwise this is a job of one process.
+
+        Raises:
+            UserError: some of a launcher's variables are missing or wrong.
         """
         if "RANK" in environ or "WORLD_SIZE" in environ:
             return _from_torch(environ)
-        # A batch script and its children have SLURM_PROCID too, and are no step: only srun is.
+        # A batch script and its children have SLURM_PROCID too, but only srun starts a step.
         if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
             return _from_slurm(environ)
         return Job(0, 1, 0, 1, 1, "127.0.0.1", _free_port(), "python")
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Write the job to `environ` in the words that torch and DeepSpeed read.
+        """Write the job to `environ` under the names that torch and DeepSpeed read.
 
-        LOCAL_SIZE is DeepSpeed's word. On CPU it is how DeepSpeed knows whether all ranks share
-        one host's memory, so it must be there and true.
+        LOCAL_SIZE is DeepSpeed's. On CPU DeepSpeed learns from it whether all ranks share one
+        host's memory, so it must be set, and correct.
         """
         environ["RANK"] = str(self.rank)
         environ["WORLD_SIZE"] = str(self.world_size)
@@ -78,7 +81,7 @@ class Job:
 def _from_torch(environ: Mapping[str, str]) -> Job:
     launcher: Launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
     world_size = _integer(environ, "WORLD_SIZE")
-    # The deepspeed launcher says LOCAL_SIZE and CROSS_SIZE, torchrun the other two.
+    # The deepspeed launcher sets LOCAL_SIZE and CROSS_SIZE, torchrun the other two.
     local_name = "LOCAL_SIZE" if "LOCAL_SIZE" in environ else "LOCAL_WORLD_SIZE"
     local_world_size = _integer(environ, local_name)
     hosts_name = "CROSS_SIZE" if "CROSS_SIZE" in environ else "GROUP_WORLD_SIZE"
@@ -136,7 +139,7 @@ def tasks_per_node(counts: str) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
             raise UserError(
-                f"SLURM_STEP_TASKS_PER_NODE={counts!r} is not Slurm's form, such as 2(x3),1; "
+                f"SLURM_STEP_TASKS_PER_NODE={counts!r} is not in Slurm's form, such as 2(x3),1; "
                 "start the job with srun"
             )
         tasks += [int(match[1])] * int(match[2] or 1)
@@ -146,7 +149,7 @@ def tasks_per_node(counts: str) -> list[int]:
 def _text(environ: Mapping[str, str], name: str) -> str:
     if not environ.get(name):
         raise UserError(
-            f"the environment is set by halves: {name} is missing; "
+            f"environment variable {name} is missing, though others of its launcher are set; "
             "start with deepspeed, torchrun, srun or plain python, or unset RANK and WORLD_SIZE"
         )
     return environ[name]

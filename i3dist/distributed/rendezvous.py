@@ -1,4 +1,4 @@
-"""Where the ranks of a job meet, before torch forms its process group."""
+"""How the ranks of a job find each other before torch forms its process group."""
 
 import os
 import re
@@ -14,19 +14,19 @@ from i3dist.distributed.devices import backend
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 
-# Names of what the ranks say to each other where they meet.
+# Keys under which ranks leave messages for each other in the store.
 JOB_KEY, RANK_KEY, BACKEND_KEY = "i3dist/job", "i3dist/rank/", "i3dist/backend/"
-# The first rank reaches its own port at once, and says at once which job it is of.
+# Rank 0 reaches its own port at once, and names its job at once.
 FIRST_ANSWER = timedelta(seconds=30)
-# Minutes to wait for ranks that start late: DeepSpeed's variable, its default, and a year.
+# Minutes to wait for ranks that start late: DeepSpeed's variable, its default, and one year.
 TIMEOUT, TIMEOUT_DEFAULT, TIMEOUT_LIMIT = "DEEPSPEED_TIMEOUT", 10, 525_600
 
 
-def read_patience(environ: Mapping[str, str] = os.environ) -> timedelta:
-    """How long ranks wait for each other as the job starts: DEEPSPEED_TIMEOUT, or ten minutes.
+def read_timeout(environ: Mapping[str, str] = os.environ) -> timedelta:
+    """How long ranks wait for each other at the start: DEEPSPEED_TIMEOUT, or ten minutes.
 
     Raises:
-        UserError: the variable is no number of minutes.
+        UserError: the variable is not a number of minutes.
     """
     text = environ.get(TIMEOUT) or str(TIMEOUT_DEFAULT)
     try:
@@ -42,41 +42,42 @@ def read_patience(environ: Mapping[str, str] = os.environ) -> timedelta:
 
 
 @contextmanager
-def met(job: Job, name: str, patience: timedelta | None = None) -> Iterator[None]:
-    """See that all ranks of this job, and none of another, find each other; then form the group.
+def meet(job: Job, name: str, timeout: timedelta | None = None) -> Iterator[None]:
+    """Wait until every rank of this job is here, and none of another; form the group inside.
 
-    Inside, torch's own rendezvous finds the first rank listening already. Without this a rank whose
-    first rank found the port taken would join the job that has it, and wait there for ever. Ranks
-    of different backends would wait for each other, too. torchrun's agent listens in place of the
-    first rank, and keeps jobs apart itself.
+    Rank 0 listens until the end of the `with`, so torch's own rendezvous inside succeeds at once.
+    Without this, a rank whose rank 0 found the port taken would join the job that holds the port,
+    and wait there forever; so would ranks that chose different backends. Under torchrun the agent
+    listens in place of rank 0, and keeps jobs apart itself.
 
     Args:
         job: the job.
-        name: the same on all ranks of the job, another for another job that may run beside it.
-        patience: how long to wait for the other ranks; None is `read_patience`.
+        name: identifies the job: equal on all its ranks, different from that of any other job
+            which may run beside it.
+        timeout: how long to wait for the other ranks; None is `read_timeout`.
 
     Raises:
-        UserError: the port is taken, the address is not that of the first rank, ranks are late, or
-            some run on GPUs and others on the CPU.
+        UserError: the port is taken, the address is not rank 0's, ranks are late, or some run on
+            GPUs and others on the CPU.
     """
-    patience = patience or read_patience()
+    timeout = timeout or read_timeout()
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = _open_store(job, patience, listen=job.rank == 0 and not by_agent)
+    store = _open_store(job, timeout, listen=job.rank == 0 and not by_agent)
     try:
-        if by_agent:  # its store stays when it starts the ranks again
+        if by_agent:  # its store survives when it restarts the ranks
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            _await_all(job, torch_dist.PrefixStore(f"i3dist/{attempt}", store), patience)
+            _wait_for_ranks(job, torch_dist.PrefixStore(f"i3dist/{attempt}", store), timeout)
         else:
-            _recognise(job, store, name)
-            _await_all(job, store, patience)
+            _identify(job, store, name)
+            _wait_for_ranks(job, store, timeout)
     except torch_dist.DistError:
-        raise UserError(f"rank 0 at {_place(job)} is gone: its own message says why") from None
+        raise UserError(f"rank 0 at {_address(job)} is gone: its own message says why") from None
     yield
-    del store  # until then the first rank listens
+    del store  # until here rank 0 listens
 
 
-def _open_store(job: Job, patience: timedelta, listen: bool) -> torch_dist.Store:
-    timeout = min(FIRST_ANSWER, patience) if job.rank == 0 else patience
+def _open_store(job: Job, timeout: timedelta, listen: bool) -> torch_dist.Store:
+    patience = min(FIRST_ANSWER, timeout) if job.rank == 0 else timeout
     opened: list[torch_dist.Store | RuntimeError] = []
 
     def connect() -> None:
@@ -84,43 +85,43 @@ def _open_store(job: Job, patience: timedelta, listen: bool) -> torch_dist.Store
         try:
             opened.append(
                 torch_dist.TCPStore(
-                    host, port, None, listen, timeout, wait_for_workers=False, multi_tenant=True
+                    host, port, None, listen, patience, wait_for_workers=False, multi_tenant=True
                 )
             )
         except RuntimeError as error:
             opened.append(error)
 
-    # In a thread, as it waits for ever where something listens that never answers.
+    # In a thread, because it never returns if something listens there but does not answer.
     connecting = threading.Thread(target=connect, name="rendezvous", daemon=True)
     connecting.start()
-    connecting.join(2 * timeout.total_seconds() + 1)  # it tries twice
+    connecting.join(2 * patience.total_seconds() + 1)  # it tries twice
     store = opened[0] if opened else RuntimeError("no answer")
     if isinstance(store, RuntimeError):
-        raise _unmet(job, str(store), patience)
+        raise _unreachable(job, str(store), timeout)
     return store
 
 
-def _unmet(job: Job, why: str, patience: timedelta) -> UserError:
-    """Why the first rank cannot listen, or cannot be reached."""
+def _unreachable(job: Job, why: str, timeout: timedelta) -> UserError:
+    """Why rank 0 cannot listen, or cannot be reached."""
     if "EADDRINUSE" in why:
         return _port_taken(job, "something else listens there")
     if match := re.search(r"failed to listen.*message: ([^,\n]+)", why):
         return _port_taken(job, match[1])
     if job.rank == 0:
         return UserError(
-            f"rank 0 cannot be reached at {_place(job)}: set MASTER_ADDR (deepspeed: "
+            f"rank 0 cannot be reached at {_address(job)}: set MASTER_ADDR (deepspeed: "
             "--master_addr) to the name or address of the host that it runs on"
         )
     return UserError(
-        f"rank 0 did not answer at {_place(job)} within {patience}: its own message says why, if "
+        f"rank 0 did not answer at {_address(job)} within {timeout}: its own message says why, if "
         "it started at all; MASTER_ADDR must be its host, as every rank sees it"
     )
 
 
-def _recognise(job: Job, store: torch_dist.Store, name: str) -> None:
-    """See that what listens is the first rank of this job, and that no other has this rank."""
+def _identify(job: Job, store: torch_dist.Store, name: str) -> None:
+    """Check that rank 0 of this job listens there, and that no other process has this rank."""
     if job.rank == 0:
-        store.set(JOB_KEY, name.encode("unicode_escape").decode())  # it may be no Unicode
+        store.set(JOB_KEY, name.encode("unicode_escape").decode())  # a path may not be Unicode
     try:
         store.wait([JOB_KEY], FIRST_ANSWER)
     except torch_dist.DistStoreError:
@@ -133,16 +134,16 @@ def _recognise(job: Job, store: torch_dist.Store, name: str) -> None:
         raise _port_taken(job, f"a job that has a rank {job.rank} already listens there")
 
 
-def _await_all(job: Job, store: torch_dist.Store, patience: timedelta) -> None:
-    """Wait for every rank, and see that all have the same backend."""
+def _wait_for_ranks(job: Job, store: torch_dist.Store, timeout: timedelta) -> None:
+    """Wait for every rank, and check that all chose the same backend."""
     keys = [f"{BACKEND_KEY}{rank}" for rank in range(job.world_size)]
     store.set(keys[job.rank], f"{backend()} {socket.gethostname()}")
     try:
-        store.wait(keys, patience)
+        store.wait(keys, timeout)
     except torch_dist.DistStoreError:
         late = [key.removeprefix(BACKEND_KEY) for key in keys if not store.check([key])]
         raise UserError(
-            f"ranks {', '.join(late[:8])} did not come to {_place(job)} within {patience}: their "
+            f"ranks {', '.join(late[:8])} did not come to {_address(job)} within {timeout}: their "
             "own messages say why, if they started at all"
         ) from None
     hosts = dict(text.decode().split(" ", 1) for text in store.multi_get(keys))
@@ -153,12 +154,12 @@ def _await_all(job: Job, store: torch_dist.Store, patience: timedelta) -> None:
         )
 
 
-def _place(job: Job) -> str:
+def _address(job: Job) -> str:
     return f"{job.master_addr}:{job.master_port}"
 
 
 def _port_taken(job: Job, why: str) -> UserError:
-    """Names the port, and the way to choose another."""
+    """An error that names the port, and how to choose another."""
     way = {
         "deepspeed": "deepspeed --master_port N",
         "torchrun": "torchrun --master_port N",

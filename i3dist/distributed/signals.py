@@ -1,10 +1,11 @@
-"""Asking the job to stop: a signal to any one rank, or the end of its launcher, ends all of them.
+"""Stop requests: a signal to any rank, or the end of its launcher, stops the whole job.
 
-A rank that is asked votes for it in the exchange that ends the next step, so that all ranks hear of
-it at the same boundary. They then save, meet, and leave with `REQUEUE`.
+A rank that is asked to stop votes for it in the exchange that ends the next step, so all ranks
+learn of it at the same step. Every rank then saves (unless it just did), waits at a barrier, and
+exits with status `REQUEUE`.
 
-Signals are heard in a thread of its own. Python's handlers run in the main thread, which hears
-nothing while it waits for a collective whose other end is gone.
+A thread receives the signals. Python runs handlers in the main thread, which runs none while it
+waits for a collective whose other end is gone.
 """
 
 import os
@@ -23,21 +24,20 @@ import torch
 from i3dist.distributed import collectives, devices
 from i3dist.distributed.job import Job
 
-# EX_TEMPFAIL of sysexits.h: not done, try again.
+# EX_TEMPFAIL of sysexits.h: failed for now, try again.
 REQUEUE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Between looks at whether the launcher still lives.
-LOOK_SECONDS = 1.0
+LAUNCHER_CHECK_SECONDS = 1.0
 
 
-class Stop:
-    """Whether this rank was asked to stop, and whether the job has agreed to."""
+class StopRequest:
+    """Whether this rank was asked to stop, and whether the job has agreed to stop."""
 
     def __init__(self, job: Job):
-        """Take `SIGNALS` from here on; to be made in the main thread."""
-        self.asked: str | None = None  # by what
+        """Receive `SIGNALS` from now on. Call this in the main thread."""
+        self.reason: str | None = None  # why this rank is to stop: a signal's name, for example
         self._agreed = False
-        self._leaving = False
+        self._exiting = False
         self._ranks = job.local_world_size
         self._launchers = _launchers(job)
         reader, writer = os.pipe()
@@ -48,64 +48,67 @@ class Stop:
         threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
 
     def agreed(self) -> bool:
-        """Whether any rank's vote was for it, as all of them know."""
+        """Whether any rank has voted to stop; all ranks give the same answer."""
         return self._agreed
 
     def vote(self) -> float:
-        """1 where this rank was asked to stop, else 0; to be summed over ranks."""
-        return float(self.asked is not None)
+        """1 if this rank was asked to stop, else 0; the caller sums it over all ranks."""
+        return float(self.reason is not None)
 
-    def hear(self, votes: float) -> None:
+    def count(self, votes: float) -> None:
         """Take in the sum of all ranks' votes."""
         self._agreed = self._agreed or votes > 0
 
-    def ask_all(self) -> bool:
-        """Exchange votes where no step does; returns whether to stop."""
+    def vote_now(self) -> bool:
+        """Exchange votes outside of a step; returns whether to stop. Every rank calls this."""
         device = torch.device("cuda") if devices.uses_cuda() else torch.device("cpu")
-        self.hear(float(collectives.all_sum(torch.tensor(self.vote(), device=device))))
+        self.count(float(collectives.all_sum(torch.tensor(self.vote(), device=device))))
         return self.agreed()
 
-    def leave(self) -> NoReturn:
-        """Meet the other ranks, all of which have saved, and end at once with `REQUEUE`.
+    def exit_to_requeue(self) -> NoReturn:
+        """Wait for the other ranks, all of which have saved, and exit at once with `REQUEUE`.
 
-        The first that ends makes a launcher end the others: with `REQUEUE` too, wherever they are.
-        A rank that dies only now changes nothing: all is saved.
+        When the first rank exits, a launcher ends the others; they exit with `REQUEUE` too,
+        wherever they are. A rank that dies only now changes nothing, because all is saved.
         """
-        self._leaving = True
+        self._exiting = True
         sys.stdout.flush()
         with suppress(RuntimeError):
             collectives.barrier()
         os._exit(REQUEUE)
 
     def _watch(self, reader: int) -> None:
-        """Wait for signals, and look after the launcher meanwhile."""
+        """Wait for signals, and check now and then that the launcher is alive."""
         while True:
-            if select.select([reader], [], [], LOOK_SECONDS)[0]:
+            if select.select([reader], [], [], LAUNCHER_CHECK_SECONDS)[0]:
                 number = os.read(reader, 1)[0]
                 if number == signal.SIGTERM and self._another_rank_is_gone():
-                    # The launcher clears up behind a failure, or behind the first that left.
-                    os._exit(REQUEUE if self._leaving else 1)
+                    # The launcher ends the remaining ranks after a failure or the first exit.
+                    os._exit(REQUEUE if self._exiting else 1)
                 if number in SIGNALS:
-                    self.asked = self.asked or signal.Signals(number).name
-            elif self._launchers and not all(_lives(launcher) for launcher in self._launchers):
-                self.asked = self.asked or "the end of its launcher"
+                    self.reason = self.reason or signal.Signals(number).name
+            elif self._launchers and not all(map(_is_alive, self._launchers)):
+                self.reason = self.reason or "the end of its launcher"
                 self._launchers = []
 
     def _another_rank_is_gone(self) -> bool:
-        """Whether the launcher has fewer living ranks on this host than it started."""
+        """Whether the launcher has fewer live ranks on this host than it started."""
         if not self._launchers:
             return False
         try:
             ranks = self._launchers[0].children()
         except psutil.Error:
             return False
-        return sum(map(_lives, ranks)) < self._ranks
+        return sum(map(_is_alive, ranks)) < self._ranks
 
 
 def _launchers(job: Job) -> list[psutil.Process]:
-    """What a rank hangs on: under deepspeed its launcher and, on one host, the command itself.
+    """The processes whose end means "stop": a rank's launcher and the `deepspeed` command.
 
-    The command does not pass a signal on (0.19.8): it dies of it and leaves the ranks behind.
+    This relies on the process trees that launchers make. Under torchrun a rank's parent is the
+    agent. Under deepspeed (0.19.8) it is `deepspeed.launcher.launch`, whose parent on a single host
+    is the `deepspeed` command; the command passes no signal on, and leaves the ranks behind when a
+    signal kills it.
     """
     if job.launcher not in ("deepspeed", "torchrun"):
         return []
@@ -114,7 +117,7 @@ def _launchers(job: Job) -> list[psutil.Process]:
     return parents[:1] + command
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -122,10 +125,10 @@ def _lives(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Signals wait meanwhile; processes that are started here never hear them.
+def signals_blocked() -> Iterator[None]:
+    """Block `SIGNALS` in this thread; processes started inside never receive them.
 
-    Launchers signal a rank's children too, and a reader of data that dies would end the rank.
+    Launchers signal a rank's children too, and a data reader that dies would end its rank.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

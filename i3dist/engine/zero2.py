@@ -401,16 +401,16 @@ def start(job: Job, name: str = "") -> None:
     """Join the process group of the job, which `name` tells from others: NCCL on GPUs, else gloo.
 
     Raises:
-        UserError: ranks do not find each other (`rendezvous.met`); DEEPSPEED_TIMEOUT is wrong.
+        UserError: ranks do not find each other (`rendezvous.meet`); DEEPSPEED_TIMEOUT is wrong.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    patience = rendezvous.read_patience()
+    timeout = rendezvous.read_timeout()
     job.export()
     if devices.uses_cuda():
         torch.cuda.set_device(devices.device(job))
         writable_caches()
-    with rendezvous.met(job, name, patience):
-        deepspeed.init_distributed(dist_backend=devices.backend(), verbose=False, timeout=patience)
+    with rendezvous.meet(job, name, timeout):
+        deepspeed.init_distributed(dist_backend=devices.backend(), verbose=False, timeout=timeout)
 
 
 def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:

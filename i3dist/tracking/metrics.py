@@ -46,6 +46,10 @@ class Interval:
     """The steps since the last report; adding one does not wait for the device."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new interval now."""
         self.started = time.perf_counter()
         self.steps = 0
         self.waited = 0.0  # seconds, for data

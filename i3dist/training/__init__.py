@@ -1,1 +1,1 @@
-"""The training loop, how a run starts, and what watches over its steps."""
+"""The training loop, how a run starts, and what happens when its steps go wrong."""

@@ -1,6 +1,11 @@
-"""What a run does about steps that went wrong: skip them, count them, stop where they do not end.
+"""Why a step is skipped, and when a run rolls back or gives up.
 
-Its decisions follow from figures that all ranks share, so all ranks decide alike.
+- "not finite": the gradient norm or the loss is NaN or infinite on any rank.
+- "spike": the norm is above `guard.spike_factor` times the median of the last
+  `guard.spike_window` norms; at most `guard.spike_steps` in a row are skipped for this.
+
+`Engine.step` skips the update on the device by the same rules; `recovery` does the rest. All inputs
+are the same on every rank, so all ranks decide alike.
 """
 
 import math
@@ -15,22 +20,22 @@ SPIKE = "spike"
 
 
 class Guard:
-    """Says which steps are skipped, and when it is enough."""
+    """Decides by settings and by the steps so far (`state`, which checkpoints save)."""
 
     def __init__(self, settings: GuardSettings, state: GuardState | None = None):
         self.settings = settings
         self.state = state or GuardState()
 
     def limit(self) -> float:
-        """The norm above which the next step is to be skipped."""
+        """The gradient norm above which the next step is skipped."""
         settings, state = self.settings, self.state
-        seen = len(state.norms) == settings.spike_window
-        if not settings.spike_factor or not seen or state.spikes >= settings.spike_steps:
+        enough = len(state.norms) == settings.spike_window
+        if not settings.spike_factor or not enough or state.spikes >= settings.spike_steps:
             return math.inf
         return settings.spike_factor * statistics.median(state.norms)
 
     def judge(self, stepped: Stepped) -> str | None:
-        """Take in a step; returns why it was skipped, or None."""
+        """Record a step; returns why it was skipped, or None."""
         state = self.state
         if stepped.taken:
             norms = state.norms
@@ -46,20 +51,20 @@ class Guard:
         return NOT_FINITE
 
     def gives_up(self) -> bool:
-        """Whether so many steps in a row were not finite that it cannot go on like this."""
+        """Whether too many consecutive steps were not finite (`guard.bad_steps`)."""
         return self.state.bad >= self.settings.bad_steps
 
     def rolls_back(self) -> bool:
-        """Whether that is answered by rolling back; else the run is to stop."""
+        """Whether the answer to that is to roll back; otherwise the run stops."""
         return self.gives_up() and len(self.state.rolled_back_to) < self.settings.rollbacks
 
     def rolled_back(self, now: int, to: int, taken: int) -> None:
-        """Take in that weights and optimizer are an earlier step's.
+        """Record that weights and optimizer were restored from an earlier step.
 
         Args:
             now: the last step.
-            to: step of the checkpoint.
-            taken: steps up to that one that updated the weights.
+            to: the checkpoint's step.
+            taken: how many steps up to the checkpoint updated the weights.
         """
         state = self.state
         self._change(

@@ -1,11 +1,12 @@
-"""The run's ledger, RUN/ledger.jsonl: one line for every optimizer step, by which a run is checked.
+"""The run's ledger, RUN/ledger.jsonl: one line per optimizer step, to check and compare runs.
 
     {"step": 7, "samples": "5f...", "lanes": "c1...", "loss": 5.1, "gradient_norm": 0.3,
      "skipped": null}
 
-`samples` is a hash of the (shard, chunk) that each lane read, `lanes` of what each lane then
-carries on. Both are by lane, so they do not depend on the number of ranks. Steps after the
-checkpoint that a run continues from are cut off and written again. `ledger_writer` writes it.
+`samples` is a hash of the (shard, chunk) that each lane read, and `lanes` is a hash of the state
+that each lane then carries on. Both are by lane, so they do not depend on the number of ranks. A
+continued run cuts off the steps after its checkpoint and writes them again. `ledger_writer` writes
+the file.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ LEDGER = "ledger.jsonl"
 
 
 class Entry(BaseModel):
-    """One line of a ledger; figures that were not finite are None."""
+    """One line of a ledger; a figure that was not finite is None."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,10 +39,10 @@ class Entry(BaseModel):
 
 
 def read(run: Path) -> list[Entry]:
-    """Every line of a run's ledger.
+    """All entries of a run's ledger.
 
     Raises:
-        UserError: there is none, or a line is torn or no entry.
+        UserError: it cannot be read, or a line is torn or not an entry.
     """
     path = run / LEDGER
     try:
@@ -52,7 +53,7 @@ def read(run: Path) -> list[Entry]:
     for number, line in enumerate(lines, start=1):
         entry = parse(line)
         if entry is None:
-            what = "is no entry" if line.endswith("\n") else "is torn"
+            what = "is not an entry" if line.endswith("\n") else "is torn"
             after = f"after step {entries[-1].step}" if entries else "at its start"
             raise UserError(f"{path} is broken {after}: line {number} {what}")
         entries.append(entry)
@@ -60,7 +61,7 @@ def read(run: Path) -> list[Entry]:
 
 
 def parse(line: str | bytes) -> Entry | None:
-    """The entry in a line, or None where it holds none."""
+    """The entry in a line, or None if there is none."""
     try:
         return Entry.model_validate_json(line)
     except ValidationError:
@@ -68,7 +69,7 @@ def parse(line: str | bytes) -> Entry | None:
 
 
 def first_break(entries: Sequence[Entry]) -> str | None:
-    """Where steps do not follow on each other from 1, or None."""
+    """The first place where steps do not count up from 1, or None."""
     if not entries:
         return "it holds no step"
     for wanted, entry in enumerate(entries, start=1):
@@ -80,7 +81,7 @@ def first_break(entries: Sequence[Entry]) -> str | None:
 
 
 def unsaved(entries: Sequence[Entry], run: Path) -> str | None:
-    """Whether the run's checkpoint is of a step that the ledger does not reach, or None."""
+    """What is wrong if the run's newest checkpoint is of a later step than the ledger, or None."""
     for path in store.candidates(run / "checkpoints")[:1]:
         step = store.step_of(path) or 0
         if step > entries[-1].step:
@@ -91,7 +92,7 @@ def unsaved(entries: Sequence[Entry], run: Path) -> str | None:
 def first_misread(
     entries: Sequence[Entry], schedule: LaneSchedule, accumulation: int
 ) -> str | None:
-    """The first step whose samples are not those that the schedule gives it, or None."""
+    """The first step that read other samples than the schedule gives it, or None."""
     for entry in entries:
         if entry.samples != samples_hash(schedule, entry.step * accumulation, accumulation):
             return f"step {entry.step} read other samples than the schedule gives it"
@@ -106,8 +107,8 @@ def first_difference(
     Args:
         one: a ledger.
         other: another.
-        tolerance: None compares every bit; else losses and norms may differ by this share of the
-            larger, and the lanes' state, which then differs too, is left out.
+        tolerance: relative tolerance for losses and norms; the lanes' state is then not compared,
+            as it differs too. None compares every bit.
     """
     for step, (a, b) in enumerate(zip_longest(one, other), start=1):
         if a is None or b is None:
@@ -134,9 +135,9 @@ def samples_hash(schedule: LaneSchedule, windows: int, accumulation: int) -> str
     """Hash of the (shard, chunk) that every lane reads in a step, lane by lane.
 
     Args:
-        schedule: what the windows are of.
-        windows: how many have been read after the step.
-        accumulation: how many of them, the last ones, in the step.
+        schedule: of the lanes.
+        windows: how many windows have been read after the step.
+        accumulation: how many windows the step reads, the last of these.
     """
     step = range(windows - accumulation, windows)
     places = [schedule.chunks(index, lane) for index in step for lane in range(schedule.lanes)]
@@ -144,5 +145,5 @@ def samples_hash(schedule: LaneSchedule, windows: int, accumulation: int) -> str
 
 
 def digest(text: str) -> str:
-    """A short hash of a text."""
+    """A short hash of `text`."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,6 +1,6 @@
-"""Writing the run's ledger (see `ledger`). Letters: B lanes of this rank, G of the job.
+"""Writing the run's ledger (see `ledger`). Letters: B lanes of this rank, N steps.
 
-A line's figures stay on the device until lines are written, so that no step waits for them.
+Figures stay on the device until lines are written, so that no step waits for them.
 """
 
 import os
@@ -19,17 +19,17 @@ from i3dist.files import sync
 from i3dist.model.state import LaneState
 from i3dist.tracking.metrics_log import MetricsLog
 from i3dist.training.ledger import LEDGER, digest, parse, samples_hash
+from i3dist.training.progress import Progress
 
 
 class _Step(NamedTuple):
-    """A step whose line is not written yet; tensors are on the device, so that none waits."""
+    """A step whose line is not written yet; tensors are on the device."""
 
     step: int
     windows: int  # read so far
     targets: Tensor  # scalar
-    checksums: Tensor  # [B]
-    loss_sum: float
-    norm: float
+    checksums: Tensor  # [B] int64
+    stepped: Stepped
     skipped: str | None
 
 
@@ -37,7 +37,14 @@ class LedgerWriter:
     """One rank's part of the ledger; the first rank writes it."""
 
     def __init__(self, folder: Path, schedule: LaneSchedule, accumulation: int, lanes: range):
-        """`folder` is the run's; `accumulation` windows of the schedule make a step."""
+        """Write the ledger in the run's folder.
+
+        Args:
+            folder: the run's.
+            schedule: of the lanes.
+            accumulation: windows of a step.
+            lanes: those of this rank.
+        """
         self.path = folder / LEDGER
         self.schedule = schedule
         self.accumulation = accumulation
@@ -46,31 +53,23 @@ class LedgerWriter:
         self._waiting: list[_Step] = []
 
     def add(
-        self,
-        step: int,
-        windows: int,
-        targets: Tensor,
-        state: LaneState,
-        stepped: Stepped,
-        skipped: str | None,
+        self, progress: Progress, targets: Tensor, stepped: Stepped, skipped: str | None
     ) -> None:
-        """Note a step; its line is written by `flush`. Does not wait for the device.
+        """Add a step; `flush` writes its line. Does not wait for the device.
 
         Args:
-            step: its number; the first is 1.
-            windows: windows of the job that have been read, the step's included.
+            progress: where the run stands after the step.
             targets: scalar, number of targets in the whole job's step.
-            state: what this rank's lanes carry on.
-            stepped: what the engine says of it, the sum of losses first among its sums.
+            stepped: the engine's result; the first of its sums is the loss sum.
             skipped: why nothing was updated, or None.
         """
-        checksums = lane_checksums(state)
+        checksums = lane_checksums(progress.lane_state)
         self._waiting.append(
-            _Step(step, windows, targets, checksums, stepped.sums[0], stepped.norm, skipped)
+            _Step(progress.step, progress.windows, targets, checksums, stepped, skipped)
         )
 
     def flush(self) -> None:
-        """Write the lines that wait; every rank calls this."""
+        """Write the lines of all steps added; every rank calls this."""
         if not self._waiting:
             return
         steps, self._waiting = self._waiting, []
@@ -83,8 +82,8 @@ class LedgerWriter:
                 "step": step.step,
                 "samples": samples_hash(self.schedule, step.windows, self.accumulation),
                 "lanes": lanes,
-                "loss": step.loss_sum / count,
-                "gradient_norm": step.norm,
+                "loss": step.stepped.sums[0] / count,
+                "gradient_norm": step.stepped.norm,
                 "skipped": step.skipped,
             }
             for step, count, lanes in zip(steps, targets, hashes, strict=True)
@@ -92,29 +91,29 @@ class LedgerWriter:
         MetricsLog(self.path).extend(lines)
 
     def sync(self) -> None:
-        """Write what waits, to disk: a checkpoint's ledger must reach as far as it does."""
+        """Flush to disk, so that the ledger reaches as far as the checkpoint that follows."""
         self.flush()
         if self._writes and self.path.exists():
             sync(self.path)
             sync(self.path.parent)  # the file may be new
 
     def resume(self, step: int, state: LaneState) -> None:
-        """Cut off what came after the checkpoint of `step`; every rank calls this.
+        """Cut off the lines after the checkpoint of `step`; every rank calls this.
 
         Raises:
-            UserError: the lanes' state is not what the ledger says of that step.
+            UserError: the lanes' state differs from what the ledger has for that step.
         """
         (hashed,) = self._hashes(lane_checksums(state).unsqueeze(0))
-        collectives.together(lambda: self._cut(step, hashed) if self._writes else None)
+        collectives.on_rank_0(lambda: self._cut(step, hashed))
 
     def _hashes(self, checksums: Tensor) -> list[str]:
-        """[N, B] of every rank -> N hashes over all lanes of the job, the same on every rank."""
+        """[N, B] of every rank -> N hashes over all lanes of the job, equal on every rank."""
         every = checksums.new_zeros(len(checksums), self.schedule.lanes)
         every[:, self.lanes.start : self.lanes.stop] = checksums
         return [digest(",".join(map(str, row))) for row in collectives.all_sum(every).tolist()]
 
     def _cut(self, step: int, hashed: str) -> None:
-        """Keep the lines up to `step`, the last of which must have this hash of the lanes."""
+        """Keep the lines up to `step`, and check the lanes' hash of the last one."""
         if not self.path.exists():
             return
         kept, end, last = 0, 0, None
@@ -123,23 +122,23 @@ class LedgerWriter:
                 end += len(line)
                 entry = parse(line)
                 if entry is None:
-                    continue  # between whole lines it stays, for the check to find
+                    continue  # a broken line between whole ones stays, for launch/ledger.py to find
                 if entry.step > step:
                     break
                 kept, last = end, entry
         if last is not None and last.step == step and last.lanes != hashed:
             raise UserError(
                 f"{self.path} is of another run than its checkpoint: the lanes' state of step "
-                f"{step} differs; restore the one or the other, or start over with --fresh"
+                f"{step} differs; restore either of them, or start over with --fresh"
             )
         os.truncate(self.path, kept)
 
 
 def lane_checksums(state: LaneState) -> Tensor:
-    """[B] int64, a number for each lane that differs where any bit of its state does.
+    """[B] int64: a checksum of each lane's state.
 
-    A sum of the state's words, each multiplied by an odd number of its own, modulo 2^64: exact in
-    whatever order a device adds, and a chance of less than 2^-32 to miss a difference.
+    It is the sum of the state's words, each multiplied by an odd number of its own, modulo 2^64:
+    the same in whatever order a device adds. It misses a difference with a chance below 2^-32.
     """
     total = torch.zeros(len(state.latents), dtype=torch.int64, device=state.latents.device)
     for salt, tensor in enumerate(state.tensors().values()):
@@ -151,7 +150,7 @@ def lane_checksums(state: LaneState) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _multipliers(count: int, salt: int, device: torch.device) -> Tensor:
-    """[count] odd int64 that look random: splitmix64 (Steele et al., 2014) of their places."""
+    """[count] odd int64 that look random: splitmix64 (Steele et al., 2014) of 1, 2, ..."""
     x = (torch.arange(1, count + 1, device=device) + (salt << 40)) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shifted(x, shift)) * _signed(factor)
@@ -159,10 +158,10 @@ def _multipliers(count: int, salt: int, device: torch.device) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shifted right as if it had no sign."""
+    """`x` shifted right as an unsigned integer."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(word: int) -> int:
-    """The int64 with the bits of a 64-bit word."""
+    """The int64 with the same bits as the unsigned `word`."""
     return word - (1 << 64) if word >> 63 else word

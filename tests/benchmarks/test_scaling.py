@@ -15,7 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import results
 import scaling
-from scaling import Cost, Job, Scheme, all_reduce, ring
+from scaling import Cost, Scheme, SimulatedJob, all_reduce, ring
 
 COST = Cost.fit({(4, 4): 70e-3, (16, 16): 250e-3})
 LINKS = pytest.mark.parametrize("link", scaling.LINKS)
@@ -42,9 +42,9 @@ def test_the_flat_tensors_are_the_model_and_little_padding() -> None:
 @pytest.mark.parametrize("scheme", Scheme)
 @LINKS
 def test_one_gpu_sends_nothing(scheme: Scheme, link: str) -> None:
-    job = Job(1, 4, 2, scheme, link)
+    job = SimulatedJob(1, 4, 2, scheme, link)
     assert job.communication() == 0
-    assert job.efficiency(COST, Job(1, 4, 2)) == 1
+    assert job.efficiency(COST, SimulatedJob(1, 4, 2)) == 1
     assert scaling.memory(scheme, 1) == scaling.memory(Scheme.DP, 1)
 
 
@@ -84,7 +84,7 @@ def test_trees_are_for_small_sizes_and_many_nodes(link: str) -> None:
 @SEVERAL
 @LINKS
 def test_what_schemes_send(world: int, link: str) -> None:
-    dp, one, two = (Job(world, 16, 1, scheme, link) for scheme in Scheme)
+    dp, one, two = (SimulatedJob(world, 16, 1, scheme, link) for scheme in Scheme)
     gradient = sum(ring(4 * size, world, link) for size in scaling.flats())
     weights = sum(ring(2 * size, world, link) for size in scaling.flats())
     reduced = sum(all_reduce(4 * size, world, link) for size in scaling.flats())
@@ -100,7 +100,7 @@ def test_what_schemes_send(world: int, link: str) -> None:
 
 @SEVERAL
 def test_gradients_in_bf16_take_as_long_as_weights(world: int) -> None:
-    fp32 = Job(world, 4, micro_batches=3)
+    fp32 = SimulatedJob(world, 4, micro_batches=3)
     saved = fp32.communication() - replace(fp32, gradient_bytes=2).communication()
     halves = [
         ring(4 * n, world, "InfiniBand") - ring(2 * n, world, "InfiniBand") for n in scaling.flats()
@@ -110,7 +110,7 @@ def test_gradients_in_bf16_take_as_long_as_weights(world: int) -> None:
 
 @SEVERAL
 def test_zero_shares_adamw_and_memory(world: int) -> None:
-    dp, one = Job(world, 4, scheme=Scheme.DP), Job(world, 4, scheme=Scheme.ZERO1)
+    dp, one = SimulatedJob(world, 4, scheme=Scheme.DP), SimulatedJob(world, 4, scheme=Scheme.ZERO1)
     assert dp.overhead() - dp.communication() == pytest.approx(scaling.ADAMW)
     assert one.overhead() - one.communication() == pytest.approx(scaling.ADAMW / world)
     elements = sum(scaling.flats())
@@ -122,9 +122,9 @@ def test_zero_shares_adamw_and_memory(world: int) -> None:
 @pytest.mark.parametrize(("four", "sixteen"), [(0.0736, 0.2596), (0.05, 0.1), (0.3, 1.1)])
 def test_the_fit_passes_through_its_points(four: float, sixteen: float) -> None:
     cost = Cost.fit({(4, 4): four, (16, 16): sixteen, (32, 16): 9.0, (16, 4): 9.0})
-    assert Job(1, 4).seconds(cost) == pytest.approx(four)
-    assert Job(1, 16).seconds(cost) == pytest.approx(sixteen)
-    halved = Job(1, 16, micro_batches=2).seconds(cost)
+    assert SimulatedJob(1, 4).seconds(cost) == pytest.approx(four)
+    assert SimulatedJob(1, 16).seconds(cost) == pytest.approx(sixteen)
+    halved = SimulatedJob(1, 16, micro_batches=2).seconds(cost)
     assert halved - sixteen == pytest.approx(cost.micro_batch)
 
 

@@ -12,18 +12,20 @@ from typing import cast
 import pytest
 import torch
 
-from i3dist.checkpoint import format as checkpoint
-from i3dist.checkpoint import store
-from i3dist.checkpoint.async_saver import Saver
-from i3dist.checkpoint.format import OptimizerReader
+from i3dist.checkpoint import store, writer
+from i3dist.checkpoint.async_saver import AsyncSaver
+from i3dist.checkpoint.format import read_state
 from i3dist.checkpoint.fragment import Fragment
+from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.config import CheckpointSettings, GuardSettings, Settings
 from i3dist.data.schedule import Schedule
-from i3dist.engine.zero2 import Stepped
+from i3dist.distributed.watchdog import Watchdog
+from i3dist.engine.zero2 import Engine, Stepped
 from i3dist.errors import UserError
+from i3dist.training.checkpointer import Checkpointer
 from i3dist.training.guard import Guard
 from i3dist.training.ledger_writer import LedgerWriter
-from i3dist.training.trainer import Progress, Trainer
+from i3dist.training.progress import Progress
 from tests.checkpoint.test_format import JOB, fragment, random_lanes, state_of
 from tests.conftest import program
 
@@ -39,7 +41,7 @@ class Training:
         self.fragment = fragment("w", 0, 5)
         self.snapshots = 0
 
-    def begin(self, saver: Saver, step: int) -> None:
+    def begin(self, saver: AsyncSaver, step: int) -> None:
         saver.begin(state_of(step), self.snapshot, (range(2), self.lanes))
 
     def snapshot(self) -> Iterator[Fragment]:
@@ -59,8 +61,8 @@ def training() -> Iterator[Training]:
     training.go_on.set()  # so that a thread that waits ends
 
 
-def saver(folder: Path) -> Saver:
-    return Saver(folder, JOB, CheckpointSettings(keep=1))
+def saver(folder: Path) -> AsyncSaver:
+    return AsyncSaver(folder, JOB, CheckpointSettings(keep=1))
 
 
 def test_training_goes_on_meanwhile_and_what_is_saved_stays(
@@ -75,7 +77,7 @@ def test_training_goes_on_meanwhile_and_what_is_saved_stays(
     training.go_on.set()
     saving.wait()
     (path,) = store.candidates(tmp_path)
-    read = checkpoint.read_lanes(path, range(2), kept)
+    read = read_lanes(path, range(2), kept)
     for name, part in read.tensors().items():
         assert part.equal(kept.tensors()[name]), name
     assert OptimizerReader(path)["w"]["weight"].equal(training.fragment.tensors["weight"])
@@ -98,7 +100,7 @@ def test_nothing_that_is_changed_later_is_saved(tmp_path: Path, training: Traini
     saving.wait()
     (path,) = store.candidates(tmp_path)
     assert json.loads((path / "state.json").read_text()) == was
-    assert checkpoint.read_state(path).taken == 2
+    assert read_state(path).taken == 2
 
 
 def test_one_is_written_at_a_time(tmp_path: Path, training: Training) -> None:
@@ -123,7 +125,7 @@ def test_a_failure_is_known_and_raised(
     def full(_: object, __: object) -> None:
         raise OSError(28, "No space left on device", "optimizer")
 
-    monkeypatch.setattr(checkpoint, "_write_share", full)
+    monkeypatch.setattr(writer, "write_files", full)
     training.go_on.set()
     saving = saver(tmp_path)
     training.begin(saving, 1)
@@ -177,24 +179,24 @@ def test_the_ledger_is_on_disk_before_a_checkpoint_begins(
 
     monkeypatch.setattr(os, "fsync", sync)
     lanes = random_lanes(2)
-    writer = LedgerWriter(tmp_path, Schedule((4, 4), 2, 2, seed=0), 1, range(2))
+    saver = SimpleNamespace(step=0, begin=lambda state, *_: done.append(f"begin {state.step}"))
+    ledger = LedgerWriter(tmp_path, Schedule((4, 4), 2, 2, seed=0), 1, range(2))
     for step in (1, 2, 3):
         stepped = Stepped(True, 1.0, [1.0])
-        writer.add(step, step, torch.tensor(9), lanes, stepped, None)
-    trainer = SimpleNamespace(
-        progress=Progress(3, 3),
-        saver=SimpleNamespace(step=0, begin=lambda state, *_: done.append(f"begin {state.step}")),
-        watchdog=SimpleNamespace(beat=lambda doing: None),
-        ledger=writer,
-        tokens_seen=torch.tensor(7),
+        progress = Progress(9, lanes, torch.tensor(7), step, step)
+        ledger.add(progress, torch.tensor(9), stepped, None)
+    checkpointer = Checkpointer(
         settings=Settings(),
-        corpus=SimpleNamespace(fingerprint="x"),
-        engine=SimpleNamespace(numeric={}, snapshot=None),
-        guard=Guard(GuardSettings()),
+        data="x",
         lanes=range(2),
-        lane_state=lanes,
+        engine=cast(Engine, SimpleNamespace(numeric={}, snapshot=None)),
+        progress=progress,
+        guard=Guard(GuardSettings()),
+        ledger=ledger,
+        watchdog=Watchdog(0, JOB),
+        saver=cast(AsyncSaver, saver),
     )
-    Trainer.save(cast(Trainer, trainer))
+    checkpointer.save()
     assert done == ["ledger.jsonl 3", f"{tmp_path.name} folder", "begin 3"]
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from i3dist.checkpoint import format as checkpoint
-from i3dist.checkpoint import store
-from i3dist.checkpoint.format import OptimizerReader
+from i3dist.checkpoint import store, verify, writer
+from i3dist.checkpoint.format import read_state, tensors_of_rank
 from i3dist.checkpoint.fragment import ADAM_STATES, Fragment
+from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.checkpoint.run_state import GuardState, RunState
 from i3dist.config import CheckpointSettings, ModelSettings, Settings
 from i3dist.distributed.job import Job
@@ -53,29 +53,29 @@ def save(
     parts = [fragment("a.weight", 0, 5), fragment("b", 0, 3)]
     lanes = random_lanes(2)
     retention = CheckpointSettings(keep=keep)
-    path = checkpoint.save(folder, JOB, state_of(step, guard), parts, (range(2), lanes), retention)
+    path = writer.save(folder, JOB, state_of(step, guard), parts, (range(2), lanes), retention)
     return path, parts, lanes
 
 
 def whole(path: Path) -> bool:
-    return checkpoint.fault(path, JOB) is None
+    return verify.fault(path, JOB) is None
 
 
 def taken(folder: Path) -> Path | None:
-    found = store.newest_whole(store.candidates(folder), checkpoint.glance)
+    found = store.first_whole(store.candidates(folder), verify.quick_fault)
     return found and found.path
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     path, parts, lanes = save(tmp_path, 7)
     assert taken(tmp_path) == path
-    assert checkpoint.read_state(path).step == 7
+    assert read_state(path).step == 7
     assert whole(path)
     reader = OptimizerReader(path)
     assert set(reader) == {"a.weight", "b"}
     for part in parts:
         assert all(reader[part.name][key].equal(t) for key, t in part.tensors.items())
-    back = checkpoint.read_lanes(path, range(2), lanes)
+    back = read_lanes(path, range(2), lanes)
     for name, tensor in lanes.tensors().items():
         assert back.tensors()[name].equal(tensor) and back.tensors()[name].dtype == tensor.dtype
 
@@ -89,11 +89,11 @@ def test_parts_of_several_ranks_join_by_name_and_lane(tmp_path: Path) -> None:
         part = Fragment("w", cut.start, {k: t[cut] for k, t in whole.items()})
         numbers = range(2 * rank, 2 * rank + 2)
         rows = lanes.rows(numbers.start, numbers.stop)
-        checkpoint._write_share(path, checkpoint._share(rank, [part], (numbers, rows)))
+        writer.write_files(path, tensors_of_rank(rank, [part], (numbers, rows)))
     reader = OptimizerReader(path)
     reader.check({"w": 9})
     assert all(reader["w"][key].equal(t) for key, t in whole.items())
-    middle = checkpoint.read_lanes(path, range(1, 3), lanes)
+    middle = read_lanes(path, range(1, 3), lanes)
     assert middle.latents.equal(lanes.latents[1:3])
 
 
@@ -151,7 +151,9 @@ FILES = ["manifest.json", "state.json", "optimizer-00000.safetensors", "lanes-00
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["missing", "flipped", "cut", "longer"])
-def test_damage_is_found_and_the_one_before_taken(tmp_path: Path, file: str, damage: str) -> None:
+def test_damage_is_found_and_the_one_before_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, damage: str
+) -> None:
     before, _, _ = save(tmp_path, 1)
     path, _, _ = save(tmp_path, 2)
     target = path / file
@@ -163,10 +165,9 @@ def test_damage_is_found_and_the_one_before_taken(tmp_path: Path, file: str, dam
         target.write_bytes(content)
     else:
         target.write_bytes(content[:-1] if damage == "cut" else content + b"}")
-    found = store.newest_whole(store.candidates(tmp_path), lambda path: checkpoint.fault(path, JOB))
-    assert found is not None and found.path == before
-    line = found.line()
-    assert "\n" not in line and f"{path} is refused" in line and f"{before.name} is taken" in line
+    assert verify.newest_whole(tmp_path, JOB) == before
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{path} is refused" in line and f"{before.name} is taken" in line
     assert file in line or "is altered" in line  # a flipped manifest may blame another file
 
 
@@ -191,7 +192,7 @@ def test_a_strange_state_is_one_line(tmp_path: Path) -> None:
     path, _, _ = save(tmp_path, 1)
     (path / "state.json").write_text(json.dumps({"step": "many"}))
     with pytest.raises(UserError, match=r"state\.json") as error:
-        checkpoint.read_state(path)
+        read_state(path)
     assert "\n" not in str(error.value)
 
 
@@ -201,7 +202,7 @@ def full(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["format.save_file", "format.sync", "format.write_whole", "store.write_whole"],
+    ["writer.save_file", "writer.sync", "writer.write_whole", "store.write_whole"],
 )
 def test_a_full_disk_leaves_the_old_state_whole(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from i3dist.checkpoint import format as checkpoint
+from i3dist.checkpoint.format import TOKENIZER
 from i3dist.checkpoint.weights import export_weights, load_run
 from i3dist.errors import UserError
 from tests.conftest import last_checkpoint, program
@@ -123,9 +123,9 @@ def test_weights_that_do_not_fit_on_the_disk_are_one_line_and_leave_the_old_ones
 
 def of_an_earlier_version(path: Path) -> Path:
     """Make a checkpoint as one that has no tokenizer of its own."""
-    (path / checkpoint.TOKENIZER).unlink()
+    (path / TOKENIZER).unlink()
     listed = json.loads((path / "manifest.json").read_text())
-    del listed["files"][checkpoint.TOKENIZER]
+    del listed["files"][TOKENIZER]
     (path / "manifest.json").write_text(json.dumps(listed))
     return path
 

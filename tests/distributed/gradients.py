@@ -91,7 +91,7 @@ def main() -> None:
         plain, norms = plain_norm(dtype), engine_norms(job, dtype, bucket)
         close = 1e-2 if dtype == torch.bfloat16 else 1e-5
         assert all(abs(norm - plain) <= close * plain for norm in norms), (dtype, norms, plain)
-    collectives.leave()
+    collectives.leave_group()
     print(f"rank {job.rank} agrees")
 
 

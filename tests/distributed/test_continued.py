@@ -79,8 +79,8 @@ def test_killed_inside_an_accumulation(
     """Rank 1 alone, when it has the gradient of the step's first window and not of its second."""
     killed, run = 5, tmp_path / "run"
     words = [*SETTINGS, "checkpoint.every=2", f"data.path={fitting}", f"run.path={run}"]
-    monkeypatch.setenv("DISTURB", f"kill 1 {killed}")
-    assert run_ranks(*words, script="tests/faults/disturbed.py").returncode != 0
+    monkeypatch.setenv("INJECT_FAULT", f"kill 1 {killed}")
+    assert run_ranks(*words, script="tests/faults/fault_injection.py").returncode != 0
     assert [entry.step for entry in ledger.read(run)] == list(range(1, killed))
     saved = int(last_checkpoint(run).removeprefix("step-"))
     result = run_ranks(*words)

@@ -10,16 +10,16 @@ import psutil
 import pytest
 
 from i3dist.distributed.job import Job
-from i3dist.distributed.signals import REQUEUE, Stop
+from i3dist.distributed.signals import REQUEUE, StopRequest
 from tests.conftest import ROOT, deepspeed, deepspeed_command, environment
 
 HEAD = """
 import os, sys, time
 sys.path.insert(0, os.getcwd())
 from i3dist.distributed.job import Job
-from i3dist.distributed.signals import REQUEUE, Stop, held_back
+from i3dist.distributed.signals import REQUEUE, StopRequest, signals_blocked
 job = Job.detect()
-stop = Stop(job)
+stop = StopRequest(job)
 print(f"rank {job.rank} is {os.getpid()}", flush=True)
 """
 # Rank 1 fails; rank 0 waits as in a collective, where Python's handlers change nothing.
@@ -37,9 +37,9 @@ sys.exit(3)
 WAITING = (
     HEAD
     + """
-while stop.asked is None:
+while stop.reason is None:
     time.sleep(0.01)
-open(f"{sys.argv[-1]}.{job.rank}", "w").write(stop.asked)
+open(f"{sys.argv[-1]}.{job.rank}", "w").write(stop.reason)
 time.sleep(5)
 os._exit(REQUEUE)
 """
@@ -51,7 +51,7 @@ ALONE = (
 from i3dist.distributed import collectives
 collectives.barrier = lambda: time.sleep(30)
 if sys.argv[-1] == "leaving":
-    stop.leave()
+    stop.exit_to_requeue()
 collectives.barrier()
 """
 )
@@ -96,7 +96,7 @@ from i3dist.distributed import collectives
 def lose():
     raise RuntimeError("gloo: connection closed by peer")
 collectives.barrier = lose
-stop.leave()
+stop.exit_to_requeue()
 """
 )
 
@@ -145,7 +145,7 @@ def test_a_single_process_is_asked_by_a_signal(tmp_path: Path, number: int) -> N
     assert (tmp_path / "asked.0").read_text() == signal.Signals(number).name
 
 
-def test_what_is_started_while_signals_are_held_back_never_hears_them(tmp_path: Path) -> None:
+def test_what_starts_while_signals_are_blocked_never_receives_them(tmp_path: Path) -> None:
     text = (
         HEAD
         + """
@@ -155,7 +155,7 @@ def read():  # as torch's readers of data do, which end on a signal that is not 
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     print(os.getpid(), flush=True)
     time.sleep(600)
-with held_back():
+with signals_blocked():
     multiprocessing.get_context("fork").Process(target=read, daemon=True).start()
 time.sleep(600)
 """
@@ -179,10 +179,10 @@ time.sleep(600)
 def test_one_vote_of_any_rank_stops_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(signal, "set_wakeup_fd", lambda *_, **__: None)
-    stop = Stop(Job.detect({}))
-    assert not stop.ask_all()
-    stop.hear(0.0)
+    stop = StopRequest(Job.detect({}))
+    assert not stop.vote_now()
+    stop.count(0.0)
     assert not stop.agreed()
-    stop.hear(1.0)
-    stop.hear(0.0)  # once agreed it stays
+    stop.count(1.0)
+    stop.count(0.0)  # once agreed it stays
     assert stop.agreed() and stop.vote() == 0

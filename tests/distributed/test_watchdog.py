@@ -42,7 +42,7 @@ def test_what_sleeps_is_ended_in_time_and_says_where() -> None:
     result = run(SLEEP, 2)
     assert result.returncode == 1
     first, *stacks = result.stderr.splitlines()
-    assert first.startswith("error: rank 0 is taking a step for ")
+    assert first.startswith("error: rank 0 has been taking a step for ")
     assert any('File "<string>"' in line for line in stacks)
 
 
@@ -86,7 +86,7 @@ class Simulation:
             patch.setattr(watchdog, name, self)
         fakes = SimpleNamespace(Thread=lambda **_: self, Event=lambda: self, Lock=threading.Lock)
         patch.setattr(watchdog, "threading", fakes)
-        patch.setattr(Watchdog, "_speak", lambda *_: self.spoke.append(self.now))
+        patch.setattr(Watchdog, "_report", lambda *_: self.spoke.append(self.now))
         self.dog = Watchdog(seconds, Job.detect({}))
         self.dog.beat("taking a step")  # at time 0
 

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from i3dist.checkpoint.format import LANE_TENSORS
 from i3dist.training import ledger
 from tests.conftest import QUICK, error_line, losses, program, run_ranks
 from tests.faults.test_hostile import renamed, with_tensors
@@ -23,7 +22,7 @@ LOSS_TOLERANCE = 2e-3  # nats, in every step
 FIGURES_TOLERANCE = 0.01  # of losses and gradient norms, relative
 
 
-class Part(NamedTuple):
+class Stretch(NamedTuple):
     """So many ranks from a step to a step."""
 
     ranks: int
@@ -32,8 +31,8 @@ class Part(NamedTuple):
     micro_batch: int  # lanes at once; there are 4 in all
 
 
-FIRST = Part(ranks=4, start=0, stop=2, micro_batch=1)
-CHANGED = [Part(2, 2, 4, 1), Part(1, 4, 6, 2), Part(4, 6, 8, 1)]
+FIRST = Stretch(ranks=4, start=0, stop=2, micro_batch=1)
+CHANGED = [Stretch(2, 2, 4, 1), Stretch(1, 4, 6, 2), Stretch(4, 6, 8, 1)]
 STEPS = CHANGED[-1].stop
 
 
@@ -42,31 +41,31 @@ class Runs(NamedTuple):
 
     whole: Path
     changing: Path
-    noted: dict[Part, Path]
+    recorded: dict[Stretch, Path]
 
 
-Train = Callable[[Part, Path], Path]
+Train = Callable[[Stretch, Path], Path]
 
 
 @pytest.fixture(scope="module")
 def train(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Trains one part of a run; returns the folder of what it held when it continued."""
-    notes = tmp_path_factory.mktemp("notes")
+    recordings = tmp_path_factory.mktemp("recordings")
 
-    def train(part: Part, run: Path) -> Path:
+    def train(part: Stretch, run: Path) -> Path:
         words = [*QUICK, f"data.path={data}", f"run.path={run}", f"train.steps={part.stop}"]
         words += ["checkpoint.every=2", "checkpoint.keep=9"]
         words += [f"train.micro_batch={part.micro_batch}"]
-        noted, script = notes / str(part.start), "tests/distributed/noted.py"
+        recorded, script = recordings / str(part.start), "tests/distributed/recording.py"
         with pytest.MonkeyPatch.context() as environ:
-            environ.setenv("NOTED", str(noted))
+            environ.setenv("RECORDING", str(recorded))
             if part.ranks == 1:
                 result = program(script, *words)
             else:
                 result = run_ranks(*words, ranks=part.ranks, script=script)
         assert result.returncode == 0, result.stderr
         assert (f"continued from step {part.start}\n" in result.stdout) == (part.start > 0)
-        return noted
+        return recorded
 
     return train
 
@@ -105,11 +104,11 @@ def joined(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("part", CHANGED, ids=lambda part: f"{part.ranks} ranks")
-def test_what_was_saved_is_what_is_carried_on(runs: Runs, part: Part) -> None:
+def test_what_was_saved_is_what_is_carried_on(runs: Runs, part: Stretch) -> None:
     """Weights, optimizer and lanes of all ranks together, bit for bit."""
-    noted = runs.noted[part]
-    assert len(list(noted.glob("lanes-*"))) == part.ranks
-    held = joined(noted)
+    recorded = runs.recorded[part]
+    assert len(list(recorded.glob("lanes-*"))) == part.ranks
+    held = joined(recorded)
     saved = joined(runs.changing / "checkpoints" / f"step-{part.start:08d}")
     assert {key.split(" of ")[0] for key in saved} > {"weight", "exp_avg", "exp_avg_sq"}
     assert held.keys() == saved.keys()
@@ -148,6 +147,9 @@ def test_lanes_that_change_places_are_refused(runs: Runs, data: Path, tmp_path: 
 def exchange_lanes(checkpoint: Path, one: int, other: int) -> None:
     """Give two lanes, each of a rank of its own, each other's state, and make the hashes agree."""
     for old, new in ((one, other), (other, one)):
-        for name in LANE_TENSORS:
-            change = renamed(f"{old}/{name}", f"{new}/{name}")
-            with_tensors(checkpoint, f"lanes-{old:05d}.safetensors", change)
+        file = f"lanes-{old:05d}.safetensors"
+        names = list(load_file(checkpoint / file))
+        assert len(names) > 1 and all(name.startswith(f"{old}/") for name in names)
+        for name in names:
+            change = renamed(name, name.replace(f"{old}/", f"{new}/", 1))
+            with_tensors(checkpoint, file, change)

@@ -1,4 +1,4 @@
-"""A job of two ranks that is under way, and its processes: to be disturbed."""
+"""A running job of two ranks, and its processes, for tests that break something."""
 
 import os
 import subprocess

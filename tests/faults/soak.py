@@ -197,7 +197,7 @@ def misbehaviour(said: str, saved: int, now: int) -> str | None:
         return f"the checkpoint of step {saved} is gone, {now} is the newest"
     if took(said) and (f"continued from step {saved}\n" in said) != (saved > 0):
         return f"the job did not go on from step {saved}"
-    stopped = re.search(r"stopped as asked, at step (\d+)", said)
+    stopped = re.search(r"stopped on request at step (\d+)", said)
     if stopped is not None and int(stopped[1]) != now:
         return f"the job stopped at step {stopped[1]} and had saved step {now}"
     return None

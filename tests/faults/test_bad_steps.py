@@ -16,7 +16,7 @@ from i3dist.training import ledger
 from i3dist.training.ledger_writer import lane_checksums
 from tests.conftest import QUICK, deepspeed, differences, error_line, losses, run_ranks
 
-SCRIPT = "tests/faults/disturbed.py"
+SCRIPT = "tests/faults/fault_injection.py"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
@@ -24,7 +24,7 @@ def test_a_loss_that_is_not_finite_is_skipped_by_all(
     value: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 2 and 3 of rank 1; the fifth is as it would be after two steps less of training."""
-    monkeypatch.setenv("DISTURB", f"{value} 1 2 3")
+    monkeypatch.setenv("INJECT_FAULT", f"{value} 1 2 3")
     run = tmp_path / "run"
     words = [*QUICK, "train.steps=5", "guard.bad_steps=3", f"data.path={data}", f"run.path={run}"]
     result = run_ranks(*words, script=SCRIPT)
@@ -46,7 +46,7 @@ def test_too_many_in_a_row_end_the_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What its message then says to do can be done."""
-    monkeypatch.setenv("DISTURB", "nan 1 2 3 4 5")
+    monkeypatch.setenv("INJECT_FAULT", "nan 1 2 3 4 5")
     run = tmp_path / "run"
     words = [*QUICK, "train.steps=9", "guard.bad_steps=3", f"data.path={data}", f"run.path={run}"]
     result = deepspeed(*words, script=SCRIPT)
@@ -58,14 +58,14 @@ def test_too_many_in_a_row_end_the_run(
     assert run_ranks(*words, ranks=1).returncode == 0
 
 
-def disturbed(
+def with_faults(
     run: Path, data: Path, faults: str, steps: int, *words: str
 ) -> subprocess.CompletedProcess[str]:
     """Train on one rank with checkpoints of every step, the newest of which alone is kept."""
     always = [*QUICK, "checkpoint.every=1", "checkpoint.keep=1", f"train.steps={steps}"]
     places = [f"data.path={data}", f"run.path={run}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DISTURB", faults)
+        patch.setenv("INJECT_FAULT", faults)
         return run_ranks(*always, *places, *words, script=SCRIPT, ranks=1)
 
 
@@ -76,7 +76,7 @@ def test_what_is_rolled_back_to_is_from_before_the_bad_steps(data: Path, tmp_pat
     """
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     guard = ["guard.bad_steps=4", "guard.rollbacks=1"]
-    result = disturbed(whole, data, "nan 0 3 4 5 6", 8, *guard)
+    result = with_faults(whole, data, "nan 0 3 4 5 6", 8, *guard)
     assert result.returncode == 0, result.stderr
     entries = ledger.read(whole)
     assert entries[5].skipped == "not finite, rolled back to step 2"
@@ -84,10 +84,10 @@ def test_what_is_rolled_back_to_is_from_before_the_bad_steps(data: Path, tmp_pat
     model = Settings.load(Path("configs/tiny.yaml"), ["model.d_model=32"]).model
     nothing = LaneState.empty(4, model, torch.device("cpu"), torch.bfloat16)
     assert entries[5].lanes == ledger.digest(",".join(map(str, lane_checksums(nothing).tolist())))
-    assert disturbed(cut, data, "nan 0 3 4 5 6", 5, *guard).returncode == 0
+    assert with_faults(cut, data, "nan 0 3 4 5 6", 5, *guard).returncode == 0
     there = sorted(path.name for path in (cut / "checkpoints").glob("step-*"))
     assert there == ["step-00000002", "step-00000005"]
-    assert disturbed(cut, data, "nan 0 1", 8, *guard).returncode == 0
+    assert with_faults(cut, data, "nan 0 1", 8, *guard).returncode == 0
     assert not differences(whole, cut)
 
 
@@ -95,7 +95,7 @@ def test_where_no_checkpoint_is_from_before_the_bad_steps_the_run_stops(
     data: Path, tmp_path: Path
 ) -> None:
     guard = ["guard.bad_steps=3", "guard.rollbacks=2"]
-    line = error_line(disturbed(tmp_path / "run", data, "nan 0 1 2 3", 8, *guard))
+    line = error_line(with_faults(tmp_path / "run", data, "nan 0 1 2 3", 8, *guard))
     assert "up to step 3, so the run stops" in line
     assert "rolled back 0 of 2 times" in line
     assert "no checkpoint from before them is left" in line
@@ -116,7 +116,7 @@ def test_what_is_written_late_is_what_was(
     monkeypatch.setenv("WRITE_LATE", "3")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     words = [*guard, "checkpoint.every=4", "checkpoint.keep=9"]
-    result = disturbed(whole, data, faults, 11, *words)
+    result = with_faults(whole, data, faults, 11, *words)
     assert result.returncode == 0, result.stderr
     assert {entry.step for entry in ledger.read(whole) if entry.skipped} & {5, 6, 7}
     shutil.copytree(whole, killed)
@@ -124,7 +124,7 @@ def test_what_is_written_late_is_what_was(
         shutil.rmtree(killed / "checkpoints" / f"step-{step:08d}")
     (killed / "checkpoints" / "latest").write_text("step-00000004")
     (killed / "model.safetensors").unlink()
-    assert disturbed(killed, data, faults.replace("5 6 7", "1 2 3"), 11, *words).returncode == 0
+    assert with_faults(killed, data, faults.replace("5 6 7", "1 2 3"), 11, *words).returncode == 0
     assert not differences(whole, killed)
 
 
@@ -135,7 +135,7 @@ def test_too_many_in_a_row_roll_the_run_back(
     run = tmp_path / "run"
     words = [*QUICK, "guard.bad_steps=2", "guard.rollbacks=1", "checkpoint.every=3"]
     words += ["checkpoint.keep=9", "train.steps=8", f"data.path={data}", f"run.path={run}"]
-    monkeypatch.setenv("DISTURB", "nan 1 5 6")
+    monkeypatch.setenv("INJECT_FAULT", "nan 1 5 6")
     result = run_ranks(*words, script=SCRIPT)
     assert result.returncode == 0, result.stderr
     assert "2 bad steps in a row: weights and optimizer are those of step 3 again" in result.stdout
@@ -146,7 +146,7 @@ def test_too_many_in_a_row_roll_the_run_back(
     assert state["guard"]["skipped"] == 3, "the fourth step is given up too"
     first = losses(run), (run / "model.safetensors").read_bytes()
     (run / "checkpoints" / "latest").write_text("step-00000003")
-    monkeypatch.setenv("DISTURB", "nan 1 2 3")  # the fifth and sixth of the run
+    monkeypatch.setenv("INJECT_FAULT", "nan 1 2 3")  # the fifth and sixth of the run
     assert run_ranks(*words, script=SCRIPT).returncode == 0
     assert (losses(run), (run / "model.safetensors").read_bytes()) == first
 
@@ -154,7 +154,7 @@ def test_too_many_in_a_row_roll_the_run_back(
 def test_a_rank_that_hangs_ends_the_job_with_every_ranks_stack(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DISTURB", "hang 1 2")
+    monkeypatch.setenv("INJECT_FAULT", "hang 1 2")
     words = [*QUICK, "train.steps=9", "guard.hang_seconds=10", f"data.path={data}"]
     result = deepspeed(*words, f"run.path={tmp_path / 'run'}", script=SCRIPT)
     ended = time.time()
@@ -163,6 +163,6 @@ def test_a_rank_that_hangs_ends_the_job_with_every_ranks_stack(
     assert ended - metrics.stat().st_mtime < 10 + 15, "the launcher takes some seconds as well"
     said = result.stderr
     for rank in (0, 1):
-        assert f"error: rank {rank} is taking a step for " in said
+        assert f"error: rank {rank} has been taking a step for " in said
     assert said.count("in hang_here") == 1
     assert said.count("in train_step") == 2

@@ -19,7 +19,8 @@ from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
-from i3dist.training import startup
+from i3dist.training import run_folder
+from i3dist.training.startup import Start
 from tests.conftest import (
     QUICK,
     ROOT,
@@ -142,11 +143,11 @@ def hold_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch, number: in
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(startup.fcntl, "lockf", refuse)
-    startup._hold(folder)
+    monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
+    run_folder.lock_folder(folder)
 
 
-@pytest.mark.parametrize("number", sorted(set(startup.NO_LOCKS)))
+@pytest.mark.parametrize("number", sorted(set(run_folder.NO_LOCKS)))
 def test_a_file_system_without_locks_costs_a_warning(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -202,7 +203,7 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(
     make(folder)
     corpus = Corpus.open(data, ModelSettings())
     with pytest.raises(UserError, match=f"run.path={folder} cannot be written: .*{says}") as error:
-        startup.lay_out(startup.Start(Settings.load(None, [f"run.path={folder}"])), corpus)
+        run_folder.lay_out(Start(Settings.load(None, [f"run.path={folder}"])), corpus)
     assert "\n" not in str(error.value)
 
 

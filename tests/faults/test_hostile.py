@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from i3dist.checkpoint import format as checkpoint
-from i3dist.checkpoint.format import LANE_TENSORS, OptimizerReader
 from i3dist.checkpoint.fragment import KINDS
+from i3dist.checkpoint.reader import OptimizerReader, read_lanes
+from i3dist.checkpoint.verify import fault
 from i3dist.config import Settings
 from i3dist.data.archive import chunks_of, shard_bytes
 from i3dist.data.manifest import MANIFEST_NAME, Manifest, member_name
@@ -168,7 +168,7 @@ def let_manifest_agree(path: Path, name: str) -> None:
     digest = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     listed["files"][name] = digest
     (path / "manifest.json").write_text(json.dumps(listed))
-    assert checkpoint.fault(path, Job.detect({})) is None
+    assert fault(path, Job.detect({})) is None
 
 
 @pytest.mark.parametrize("kind", ["optimizer", "lanes"])
@@ -180,7 +180,7 @@ def test_a_pickle_in_a_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
     before = listing(tmp_path)
     with pytest.raises(UserError, match=f"{kind}-00000.safetensors is not a safetensors") as error:
         OptimizerReader(path)
-        checkpoint.read_lanes(path, range(2), random_lanes(2))
+        read_lanes(path, range(2), random_lanes(2))
     assert "\n" not in str(error.value)
     assert listing(tmp_path) == before
 
@@ -228,7 +228,11 @@ MALFORMED = {
     "huge": ("optimizer", renamed(B[0], f"weight/{'9' * 5000}/b"), "no tensor named 'weight/99"),
     "other kind": ("optimizer", renamed(B[0], "momentum/0/b"), "no tensor named 'momentum/0/b'"),
     "one word": ("optimizer", renamed(B[0], "weight"), "no tensor named 'weight'"),
-    "no lane": ("lanes", without(*(f"1/{name}" for name in LANE_TENSORS)), "no latents of lane 1"),
+    "no lane": (
+        "lanes",
+        without(*(f"1/{name}" for name in random_lanes(1).tensors())),
+        "no latents of lane 1",
+    ),
     "half a lane": ("lanes", without("0/wkv"), "has no wkv of lane 0"),
     "lane x": ("lanes", renamed("1/latents", "x/latents"), "no tensor named 'x/latents'"),
     "lane 01": ("lanes", renamed("1/latents", "01/latents"), "no tensor named '01/latents'"),
@@ -246,7 +250,7 @@ def test_malformed_tensors_of_a_checkpoint_are_one_line(tmp_path: Path, case: st
     with_tensors(path, f"{kind}-00000.safetensors", change)
     with pytest.raises(UserError, match=says) as error:
         OptimizerReader(path).check({part.name: len(part.tensors["weight"]) for part in parts})
-        checkpoint.read_lanes(path, range(2), random_lanes(2))
+        read_lanes(path, range(2), random_lanes(2))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert "remove its folder" in str(error.value)
 
@@ -257,14 +261,14 @@ def test_a_checkpoint_lists_files_of_its_own_folder_only(tmp_path: Path, name: s
     listed = json.loads((path / "manifest.json").read_text())
     listed["files"][name] = {"size": 1, "sha256": "0" * 64}
     (path / "manifest.json").write_text(json.dumps(listed))
-    assert checkpoint.fault(path, Job.detect({})) == "manifest.json cannot be read"
+    assert fault(path, Job.detect({})) == "manifest.json cannot be read"
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json"])
 def test_a_pickle_for_a_checkpoints_json_is_refused(tmp_path: Path, name: str) -> None:
     path, _, _ = save(tmp_path / "checkpoints", 1)
     (path / name).write_bytes(harmful_pickle(tmp_path / "mark"))
-    assert checkpoint.fault(path, Job.detect({})) == f"{name} cannot be read"
+    assert fault(path, Job.detect({})) == f"{name} cannot be read"
     assert not (tmp_path / "mark").exists()
 
 

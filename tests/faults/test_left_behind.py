@@ -6,16 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from i3dist.training.startup import _hold
+from i3dist.training.run_folder import lock_folder
 from tests.conftest import ROOT, environment
 
 # Holds a run's folder, and is killed while a process that it forked lives on.
 HOLDER = """
 import os, signal, sys, time
 from pathlib import Path
-from i3dist.training.startup import _hold
+from i3dist.training.run_folder import lock_folder
 folder = Path(sys.argv[1])
-_hold(folder)
+lock_folder(folder)
 if (reader := os.fork()) == 0:
     time.sleep(60)
     os._exit(0)
@@ -32,13 +32,13 @@ def test_readers_that_outlive_a_killed_rank_hold_no_folder(tmp_path: Path) -> No
     reader = int((tmp_path / "reader").read_text())
     try:
         os.kill(reader, 0)  # it lives
-        _hold(tmp_path)
+        lock_folder(tmp_path)
     finally:
         os.kill(reader, signal.SIGKILL)
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
-    _hold(tmp_path)
+    lock_folder(tmp_path)
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     refused = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert f"another process runs in run.path={tmp_path}" in refused.stderr

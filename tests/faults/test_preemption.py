@@ -63,7 +63,7 @@ def test_asked_to_stop(
         assert job.command.wait(60) == status, job.output.read_text()
         said = job.output.read_text()
     assert "Traceback" not in said and "error:" not in said
-    step = int(said.split("stopped as asked, at step ")[1].split(":")[0])
+    step = int(said.split("stopped on request at step ")[1].split(":")[0])
     if ask is early:
         assert step == 0 and not (run / "checkpoints").exists()
         return

@@ -31,9 +31,10 @@ from i3dist.model.state import LaneState
 from i3dist.tracking.metrics_log import MetricsLog
 from i3dist.training.ledger import LEDGER
 from i3dist.training.ledger_writer import LedgerWriter
-from i3dist.training.startup import Start, _hold, agree, idle_lanes, lay_out, resolve
+from i3dist.training.micro_batch import check_micro_batch
+from i3dist.training.run_folder import lay_out, lock_folder
+from i3dist.training.startup import Start, agree, idle_lanes, resolve
 from i3dist.training.summary import early_history
-from i3dist.training.trainer import check_micro_batch
 from tests.conftest import (
     QUICK,
     ROOT,
@@ -244,8 +245,8 @@ def test_a_run_without_weights_or_with_anothers_tokenizer(
 def test_a_folder_that_another_process_holds(tmp_path: Path) -> None:
     (tmp_path / "another").mkdir()
     script = (
-        "import sys, pathlib; from i3dist.training.startup import _hold\n"
-        "_hold(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+        "import sys, pathlib; from i3dist.training.run_folder import lock_folder\n"
+        "lock_folder(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     words = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(
@@ -258,10 +259,10 @@ def test_a_folder_that_another_process_holds(tmp_path: Path) -> None:
         assert holder.stdout is not None
         holder.stdout.readline()
         with pytest.raises(UserError, match=r"end it first, or choose another run\.path"):
-            _hold(tmp_path)
-        _hold(tmp_path / "another")
+            lock_folder(tmp_path)
+        lock_folder(tmp_path / "another")
         holder.kill()
-    _hold(tmp_path)
+    lock_folder(tmp_path)
 
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
@@ -280,14 +281,14 @@ def test_steps_that_are_not_finite(
     run = tmp_path / "run"
     words = [*QUICK, "checkpoint.every=1", "train.steps=6", f"data.path={data}", f"run.path={run}"]
 
-    def disturbed(*more: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setenv("DISTURB", "nan 0 2 3")
-        return run_ranks(*words, *more, ranks=1, script="tests/faults/disturbed.py")
+    def with_faults(*more: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setenv("INJECT_FAULT", "nan 0 2 3")
+        return run_ranks(*words, *more, ranks=1, script="tests/faults/fault_injection.py")
 
-    line = error_line(disturbed("guard.bad_steps=2"))
-    assert "to continue behind such steps, raise guard.bad_steps" in line
+    line = error_line(with_faults("guard.bad_steps=2"))
+    assert "to continue past such steps, raise guard.bad_steps" in line
     assert "start over with --fresh and a lower optimizer.lr" in line
-    continued = disturbed("guard.bad_steps=9")
+    continued = with_faults("guard.bad_steps=9")
     assert continued.returncode == 0, continued.stderr
     assert "continued from step" in continued.stdout
     again = run_ranks(*words, "--fresh", "optimizer.lr=1e-5", ranks=1)
@@ -334,12 +335,12 @@ def test_a_ledger_of_another_run_than_its_checkpoint(
     def resume(with_state: LaneState) -> None:
         LedgerWriter(run, SCHEDULE, 3, range(LANES)).resume(3, with_state)
 
-    with pytest.raises(UserError, match="restore the one or the other, or start over with --fresh"):
+    with pytest.raises(UserError, match="restore either of them, or start over with --fresh"):
         resume(another)
     resume(state)  # the checkpoint's is restored
     lines = own.read_text().splitlines(keepends=True)
     ledger.write_text("".join(lines[:2] + lines[3:4]).replace('"step": 4', '"step": 3'))
-    with pytest.raises(UserError, match="restore the one or the other"):
+    with pytest.raises(UserError, match="restore either of them"):
         resume(state)
     shutil.copy(own, ledger)
     resume(state)
@@ -369,7 +370,7 @@ def test_a_first_rank_that_cannot_be_reached(launcher: dict[str, str]) -> None:
     """MASTER_ADDR is set to the address of its host; deepspeed sets it to its --master_addr."""
 
     def meet(seconds: float, **environ: str) -> None:
-        with rendezvous.met(Job.detect(launcher | environ), "runs/a", timedelta(seconds=seconds)):
+        with rendezvous.meet(Job.detect(launcher | environ), "runs/a", timedelta(seconds=seconds)):
             pass
 
     port = str(free_port())

@@ -258,7 +258,7 @@ def test_words_win_over_the_file_and_the_file_over_the_card(
     seen: list[Settings] = []
     monkeypatch.setattr(train, "dry_run", lambda settings, job: seen.append(settings))
     typed(monkeypatch, "train.seed=7", "--dry-run", "--config", file, "log.every=9")
-    monkeypatch.setattr(train, "Stop", mock.Mock())
+    monkeypatch.setattr(train, "StopRequest", mock.Mock())
     train.main()
     (settings,) = seen
     values = settings.train.steps, settings.train.seed, settings.log.every, settings.run.path
@@ -292,7 +292,7 @@ def test_a_dry_run_prints_what_the_run_would_decide(
 def test_train_starts_as_it_is_told(
     train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
-    monkeypatch.setattr(train, "Stop", mock.Mock())
+    monkeypatch.setattr(train, "StopRequest", mock.Mock())
     read = mock.Mock(return_value={"the": "engine"})
     monkeypatch.setattr(train.zero2, "read_engine_config", read)
     resolved = mock.Mock(side_effect=UserError("far enough"))
@@ -319,13 +319,11 @@ def test_train_ends_as_it_went(
 ) -> None:
     """Done: recorded as finished. Asked to stop: as killed, and with the status of a requeue."""
     stop, left = mock.Mock(), mock.Mock()
-    stop.return_value.leave.side_effect = SystemExit(75)
-    trainer = SimpleNamespace(
-        tracker=mock.Mock(), fit=lambda: done, progress=SimpleNamespace(step=12)
-    )
-    monkeypatch.setattr(train, "Stop", stop)
+    stop.return_value.exit_to_requeue.side_effect = SystemExit(75)
+    trainer = SimpleNamespace(log=mock.Mock(), fit=lambda: done, progress=SimpleNamespace(step=12))
+    monkeypatch.setattr(train, "StopRequest", stop)
     monkeypatch.setattr(train, "build", lambda *_: trainer)
-    monkeypatch.setattr(train.collectives, "leave", left)
+    monkeypatch.setattr(train.collectives, "leave_group", left)
     typed(
         monkeypatch, f"data.path={known.folder}", f"model.chunk_length={CHUNK}", "model.latents=2"
     )
@@ -334,11 +332,11 @@ def test_train_ends_as_it_went(
     else:
         with pytest.raises(SystemExit):
             train.main()
-    trainer.tracker.finish.assert_called_once_with("FINISHED" if done else "KILLED")
+    trainer.log.tracker.finish.assert_called_once_with("FINISHED" if done else "KILLED")
     said = capsys.readouterr().out
-    assert ("stopped as asked, at step 12: the same command goes on" in said) == (not done)
+    assert ("stopped on request at step 12: run the same command to continue" in said) == (not done)
     assert ("done: runs/i3-4096ctx" in said) == done
-    assert left.called == done and stop.return_value.leave.called != done
+    assert left.called == done and stop.return_value.exit_to_requeue.called != done
 
 
 @dataclass
@@ -372,9 +370,9 @@ def build(
     for name, stand_in in {
         "resolve": lambda *_: start,
         "agree": mock.Mock(),
-        "verify": lambda start, job: start,
+        "verify_checkpoint": lambda start, job: start,
         "I3LM": model,
-        "Trainer": mock.Mock(return_value=built.trainer),
+        "build_trainer": mock.Mock(return_value=built.trainer),
         "begin_record": built.recorded,
     }.items():
         monkeypatch.setattr(train, name, stand_in)
@@ -430,6 +428,9 @@ def test_the_first_rank_alone_keeps_the_record(
     monkeypatch.setattr(train.mlflow_tracker, "start", started := mock.Mock())
     for rank in (1, 0):
         job = Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(train.collectives, "gather_objects", lambda mine, _=None: [mine])
         tracker = train.begin_record(train.Start(settings), job, corpus)
         assert (tracker is started.return_value) == (rank == 0)
         for used in (*kept.values(), started):
@@ -439,9 +440,9 @@ def test_the_first_rank_alone_keeps_the_record(
 def test_a_run_is_resumed_from_its_checkpoint_and_else_from_none(
     train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not build(train, known, monkeypatch).trainer.resume.called
+    assert not build(train, known, monkeypatch).trainer.checkpointer.restore.called
     built = build(train, known, monkeypatch, checkpoint=Path("step-00000003"))
-    assert built.trainer.resume.call_args.args[0] == Path("step-00000003")
+    assert built.trainer.checkpointer.restore.call_args.args[0] == Path("step-00000003")
 
 
 @pytest.mark.parametrize("continues", [False, True])

@@ -45,6 +45,6 @@ def test_a_job_told_to_stop_is_requeued_and_loses_nothing(
     said = output.read_text()
     assert said.count(f"requeueing job {job}\n") == 1
     assert "Restarts=1 " in cluster.command("scontrol", "show", "job", job)
-    stopped = re.search(r"stopped as asked, at step (\d+)", said)
+    stopped = re.search(r"stopped on request at step (\d+)", said)
     assert stopped is not None and f"continued from step {stopped[1]}\n" in said
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)

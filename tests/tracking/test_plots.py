@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,12 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex, to_rgba
 
-from i3dist.config import Settings
-from i3dist.distributed.job import Job
 from i3dist.errors import reason
 from i3dist.tracking import plots
 from i3dist.tracking.metrics_log import MetricsLog
-from i3dist.training import trainer
+from i3dist.tracking.mlflow_tracker import NoTracker
+from i3dist.training import run_log
 
 NUMBER = st.none() | st.floats(0, 20)
 TRAIN_LINE = st.fixed_dictionaries(
@@ -243,16 +241,14 @@ def test_lines_of_a_log_that_are_no_numbers_cost_a_line(capsys, tmp_path):
 
 def test_plots_that_never_end_do_not_hold_the_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(plots, "plot_run", lambda folder: threading.Event().wait(5))
-    monkeypatch.setattr(trainer, "DRAWING_SECONDS", 0.1)
+    monkeypatch.setattr(run_log, "PLOT_SECONDS", 0.1)
     draw(tmp_path)
     assert "warning: no plots: they take over" in capsys.readouterr().out
 
 
 def draw(folder):
     """What a run does when it has trained."""
-    done = mock.Mock(job=Job.detect({}), settings=Settings.load(None, [f"run.path={folder}"]))
-    done._draw = lambda: trainer.Trainer._draw(done)
-    trainer.Trainer.draw(done)
+    run_log.RunLog(folder, NoTracker(), rank=0).plot()
 
 
 def test_drawing_needs_neither_torch_nor_a_display():

@@ -18,6 +18,7 @@ from i3dist.model.state import LaneState
 from i3dist.training import ledger
 from i3dist.training.ledger import Entry, first_break, first_difference, samples_hash
 from i3dist.training.ledger_writer import LedgerWriter, lane_checksums
+from i3dist.training.progress import Progress
 from tests.conftest import error_line, program
 from tests.model.conftest import SMALL
 
@@ -69,6 +70,11 @@ def test_checksums_are_the_same_everywhere() -> None:
     assert int(lane_checksums(state)[0]) % (1 << 64) == total % (1 << 64)
 
 
+def at(step: int, windows: int, lanes: LaneState) -> Progress:
+    """A run that stands after `step`."""
+    return Progress(99, lanes, torch.tensor(0), step, windows)
+
+
 def step_of(number: int) -> Stepped:
     return Stepped(True, 0.5 / number, [3.0 * number, 0.0])
 
@@ -90,7 +96,7 @@ def write(folder: Path, ranks: int, steps: range, monkeypatch: pytest.MonkeyPatc
             for number in steps:
                 rows = random_lanes(number).rows(writer.lanes.start, writer.lanes.stop)
                 targets = torch.tensor(2.0 * number)
-                writer.add(number, 3 * number, targets, rows, step_of(number), None)
+                writer.add(at(number, 3 * number, rows), targets, step_of(number), None)
             writer.flush()
     return folder / ledger.LEDGER
 
@@ -115,7 +121,7 @@ def test_it_is_the_same_for_every_number_of_ranks(
 def test_a_skipped_step_is_told_from_one_that_was_not(tmp_path: Path) -> None:
     writer = LedgerWriter(tmp_path, SCHEDULE, 3, range(LANES))
     stepped = Stepped(False, float("inf"), [float("nan"), 0.0])
-    writer.add(1, 3, torch.tensor(0), random_lanes(1), stepped, "not finite")
+    writer.add(at(1, 3, random_lanes(1)), torch.tensor(0), stepped, "not finite")
     writer.flush()
     (entry,) = ledger.read(tmp_path)
     assert (entry.loss, entry.gradient_norm, entry.skipped) == (None, None, "not finite")
@@ -125,7 +131,8 @@ def test_a_window_that_was_left_out_is_found(tmp_path: Path) -> None:
     """Of windows that were read, not of those that should have been."""
     writer = LedgerWriter(tmp_path, SCHEDULE, 3, range(LANES))
     for step, windows in ((1, 3), (2, 6), (3, 10), (4, 13)):
-        writer.add(step, windows, torch.tensor(2.0), random_lanes(step), step_of(step), None)
+        progress = at(step, windows, random_lanes(step))
+        writer.add(progress, torch.tensor(2.0), step_of(step), None)
     writer.flush()
     fault = ledger.first_misread(ledger.read(tmp_path), SCHEDULE, 3)
     assert fault is not None and fault.startswith("step 3 read other samples")
@@ -154,7 +161,7 @@ def test_a_broken_line_stays_for_the_check_to_find(
     path.write_bytes(b"".join(lines))
     LedgerWriter(tmp_path, SCHEDULE, 3, range(LANES)).resume(4, random_lanes(4))
     assert path.read_bytes() == b"".join(lines[:4])
-    with pytest.raises(UserError, match="after step 1: line 2 is no entry"):
+    with pytest.raises(UserError, match="after step 1: line 2 is not an entry"):
         ledger.read(tmp_path)
 
 

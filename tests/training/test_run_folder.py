@@ -8,7 +8,8 @@ import pytest
 
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
-from i3dist.training.startup import Start, lay_out
+from i3dist.training.run_folder import lay_out
+from i3dist.training.startup import Start
 
 CORPUS = cast("Corpus", SimpleNamespace(tokenizer=SimpleNamespace(data=b"{}")))
 

@@ -14,8 +14,9 @@ from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
-from i3dist.training.startup import Start, agree, decide, lay_out, resolve, set_aside
-from i3dist.training.trainer import check_micro_batch
+from i3dist.training.micro_batch import check_micro_batch
+from i3dist.training.run_folder import lay_out, set_aside
+from i3dist.training.startup import Start, agree, decide, resolve
 from tests.known import CHUNK, Known, documents, make
 
 MODEL = {"model.chunk_length": CHUNK, "model.latents": 2}

@@ -21,8 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from i3dist.checkpoint import format as checkpoint
-from i3dist.checkpoint.async_saver import Saver
+from i3dist.checkpoint import verify
+from i3dist.checkpoint.async_saver import AsyncSaver
+from i3dist.checkpoint.format import read_state
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives
@@ -32,7 +33,7 @@ from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.tracking import metrics
-from i3dist.training.trainer import Trainer
+from i3dist.training.trainer import Trainer, build_trainer
 from tests.conftest import ROOT, one_rank
 from tests.known import BOS, CHUNK, MODEL, PAD, Known, documents, make
 
@@ -129,7 +130,7 @@ class Recorder(Engine):
 
 
 class Asked:
-    """Stands in for `Stop`: asked to stop in step `at`."""
+    """Stands in for `StopRequest`: asked to stop in step `at`."""
 
     def __init__(self, at: int | None = None) -> None:
         self.at, self.votes, self.heard = at, 0, 0.0
@@ -138,18 +139,18 @@ class Asked:
         self.votes += 1
         return float(self.votes == self.at)
 
-    def hear(self, votes: float) -> None:
+    def count(self, votes: float) -> None:
         self.heard += votes
 
     def agreed(self) -> bool:
         return self.heard > 0
 
-    def ask_all(self) -> bool:
+    def vote_now(self) -> bool:
         return self.agreed()
 
 
 @dataclass
-class Run:
+class TrainedRun:
     """A trainer, and all that came of it."""
 
     trainer: Trainer
@@ -167,7 +168,7 @@ class Run:
     def places(self, step: int, window: int) -> list[list[tuple[int, int] | None]]:
         """The (shard, chunk) of every lane in a window of a step, the first of which is 0."""
         index = step * WINDOWS + window
-        return [self.trainer.schedule.chunks(index, lane) for lane in range(LANES)]
+        return [self.trainer.data.schedule.chunks(index, lane) for lane in range(LANES)]
 
     def wanted(self, step: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, targets [LANES, K, CHUNK] and depth [LANES, K] of a window, from the data."""
@@ -212,7 +213,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     return data
 
 
-Start = Callable[..., Run]
+Start = Callable[..., TrainedRun]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def start(known: Known) -> Iterator[Start]:
 
     def put_together(
         folder: Path, stop: Asked | None = None, bad: set[int] | None = None, **changes: Any
-    ) -> Run:
+    ) -> TrainedRun:
         settings = Settings().with_values(
             **VALUES, **{"data.path": str(known.folder), "run.path": str(folder)}
         )
@@ -240,8 +241,8 @@ def start(known: Known) -> Iterator[Start]:
         made.append(recorder)
         tracker = mock.Mock()
         job = Job.detect({})
-        trainer = Trainer(settings, job, corpus, recorder, tracker, stop or Asked())  # type: ignore[arg-type]
-        return Run(trainer, recorder, tracker, known, settings=settings)
+        trainer = build_trainer(settings, job, corpus, recorder, tracker, stop or Asked())  # type: ignore[arg-type]
+        return TrainedRun(trainer, recorder, tracker, known, settings=settings)
 
     yield put_together
     for recorder in made:
@@ -249,7 +250,7 @@ def start(known: Known) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def run(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(start: Start, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """An undisturbed run."""
     run = start(tmp_path_factory.mktemp("whole") / "run")
     run.done = run.trainer.fit()
@@ -257,7 +258,9 @@ def run(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+def stopped(
+    start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainedRun, TrainedRun]:
     """A run whose third step is skipped and which is asked to stop in its sixth; the one that goes
     on from there, and finds a line of a seventh step, as a run leaves it that is killed."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
@@ -267,15 +270,15 @@ def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
         file.write(json.dumps(before.lines("ledger")[-1] | {"step": 7}) + "\n")
     after = start(folder)
     after.first = 6
-    found = checkpoint.newest_whole(folder / "checkpoints", after.trainer.job)
-    assert found is not None
-    after.trainer.resume(found.path, checkpoint.read_state(found.path))
+    path = verify.newest_whole(folder / "checkpoints", after.trainer.checkpointer.saver.job)
+    assert path is not None
+    after.trainer.checkpointer.restore(path, read_state(path))
     after.done = after.trainer.fit()
     return before, after
 
 
 @pytest.fixture(scope="module")
-def skipping(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def skipping(start: Start, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """A run whose fourth and seventh steps' losses are not finite."""
     run = start(tmp_path_factory.mktemp("skipping") / "run", bad={3, 6})
     run.done = run.trainer.fit()
@@ -283,20 +286,20 @@ def skipping(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module", params=["whole", "continued", "skipping"])
-def any_run(request: pytest.FixtureRequest) -> Run:
+def any_run(request: pytest.FixtureRequest) -> TrainedRun:
     if request.param == "continued":
         return request.getfixturevalue("stopped")[1]
     return request.getfixturevalue("run" if request.param == "whole" else "skipping")
 
 
-def test_step_s_uses_the_rate_and_the_gate_of_step_s(any_run: Run) -> None:
+def test_step_s_uses_the_rate_and_the_gate_of_step_s(any_run: TrainedRun) -> None:
     steps = any_run.engine.steps
     assert [s.lr for s in steps] == pytest.approx([rate(n) for n in range(any_run.first, STEPS)])
     for number, step in enumerate(steps, start=any_run.first):
         assert [m.gate for m in step.micros] == pytest.approx([gate(number)] * len(step.micros))
 
 
-def test_step_s_reads_the_windows_of_step_s_from_every_lane(any_run: Run) -> None:
+def test_step_s_reads_the_windows_of_step_s_from_every_lane(any_run: TrainedRun) -> None:
     """Window by window, in micro-batches of lanes, in order."""
     for number, step in enumerate(any_run.engine.steps, start=any_run.first):
         assert len(step.micros) == WINDOWS * LANES // ROWS
@@ -309,7 +312,7 @@ def test_step_s_reads_the_windows_of_step_s_from_every_lane(any_run: Run) -> Non
                 assert torch.cat(given).equal(part), (number, window, name)
 
 
-def test_a_lane_reads_a_shard_from_its_first_chunk_to_its_last(run: Run) -> None:
+def test_a_lane_reads_a_shard_from_its_first_chunk_to_its_last(run: TrainedRun) -> None:
     sizes = [len(shard) for shard in run.data.shards["train"]]
     windows = [run.places(step, window) for step in range(STEPS) for window in range(WINDOWS)]
     for lane in range(LANES):
@@ -320,7 +323,7 @@ def test_a_lane_reads_a_shard_from_its_first_chunk_to_its_last(run: Run) -> None
             assert following[1] == 0 if ends else following == (shard, chunk + 1)
 
 
-def test_a_lane_carries_on_what_its_last_window_left(any_run: Run) -> None:
+def test_a_lane_carries_on_what_its_last_window_left(any_run: TrainedRun) -> None:
     """From micro-batch to micro-batch of the same lanes, over steps and a cut; from nothing."""
     micros = [micro for step in any_run.engine.steps for micro in step.micros]
     if not any_run.first:
@@ -331,7 +334,7 @@ def test_a_lane_carries_on_what_its_last_window_left(any_run: Run) -> None:
 
 
 def test_the_continued_run_has_the_lanes_of_the_one_that_stopped(
-    stopped: tuple[Run, Run],
+    stopped: tuple[TrainedRun, TrainedRun],
 ) -> None:
     last, first = stopped[0].engine.steps[-1], stopped[1].engine.steps[0]
     for lanes in range(LANES // ROWS):
@@ -339,7 +342,7 @@ def test_the_continued_run_has_the_lanes_of_the_one_that_stopped(
         assert first.micros[lanes].before.latents.equal(left)
 
 
-def test_each_micro_batch_counts_by_the_targets_of_the_whole_step(any_run: Run) -> None:
+def test_each_micro_batch_counts_by_the_targets_of_the_whole_step(any_run: TrainedRun) -> None:
     for number, step in enumerate(any_run.engine.steps, start=any_run.first):
         targets = sum(int((any_run.wanted(number, w)[1] >= 0).sum()) for w in range(WINDOWS))
         assert [m.scaled_by for m in step.micros] == [targets] * len(step.micros)
@@ -349,7 +352,7 @@ def test_each_micro_batch_counts_by_the_targets_of_the_whole_step(any_run: Run) 
         assert step.limit == math.inf
 
 
-def test_a_line_of_metrics_is_of_its_step(any_run: Run) -> None:
+def test_a_line_of_metrics_is_of_its_step(any_run: TrainedRun) -> None:
     lines = any_run.lines("metrics")[-len(any_run.engine.steps) :]
     assert [line["step"] for line in lines] == list(range(any_run.first + 1, STEPS + 1))
     for line, step in zip(lines, any_run.engine.steps, strict=True):
@@ -369,7 +372,7 @@ def test_a_line_of_metrics_is_of_its_step(any_run: Run) -> None:
             assert line["gradient_norm"] == step.stepped.norm > 0
 
 
-def active_latents(run: Run, step: int) -> float:
+def active_latents(run: TrainedRun, step: int) -> float:
     """What a chunk may see, mean over the step's chunks that are no padding; 0 behind the gate."""
     seen = []
     for window in range(WINDOWS):
@@ -381,7 +384,7 @@ def active_latents(run: Run, step: int) -> float:
     return sum(seen) / len(seen) if gate(step) else 0.0
 
 
-def test_tokens_seen_are_the_inputs_but_padding(any_run: Run) -> None:
+def test_tokens_seen_are_the_inputs_but_padding(any_run: TrainedRun) -> None:
     """Of all steps, those before a cut and those that were skipped as well."""
     each = [
         sum(int((any_run.wanted(step, window)[0] != PAD).sum()) for window in range(WINDOWS))
@@ -392,25 +395,27 @@ def test_tokens_seen_are_the_inputs_but_padding(any_run: Run) -> None:
     assert totals == {n: sum(each[:n]) for n in range(1, STEPS + 1)}
 
 
-def test_skipped_steps_are_counted_named_and_change_no_later_one(skipping: Run) -> None:
+def test_skipped_steps_are_counted_named_and_change_no_later_one(skipping: TrainedRun) -> None:
     counts = [line["skipped_steps"] for line in skipping.lines("metrics")]
     assert counts == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
     named = {entry["step"]: entry["skipped"] for entry in skipping.lines("ledger")}
     assert {step for step, reason in named.items() if reason} == {4, 7}
     assert named[4] == named[7] == "not finite"
-    last = checkpoint.read_state(skipping.settings.run.path / "checkpoints" / "step-00000011")
+    last = read_state(skipping.settings.run.path / "checkpoints" / "step-00000011")
     assert (last.step, last.taken, last.guard.skipped) == (11, 9, 2)
 
 
-def test_steps_skipped_before_a_cut_are_counted_behind_it(stopped: tuple[Run, Run]) -> None:
+def test_steps_skipped_before_a_cut_are_counted_behind_it(
+    stopped: tuple[TrainedRun, TrainedRun],
+) -> None:
     folder = stopped[1].settings.run.path
     assert [line["skipped_steps"] for line in stopped[1].lines("metrics")] == [0, 0] + [1] * 9
     for step, taken in ((6, 5), (11, 10)):
-        state = checkpoint.read_state(folder / "checkpoints" / f"step-{step:08d}")
+        state = read_state(folder / "checkpoints" / f"step-{step:08d}")
         assert (state.step, state.taken) == (step, taken)
 
 
-def test_the_ledger_has_each_steps_samples_loss_and_norm(any_run: Run) -> None:
+def test_the_ledger_has_each_steps_samples_loss_and_norm(any_run: TrainedRun) -> None:
     """One window after the other, in each lane by lane."""
     entries = any_run.lines("ledger")
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
@@ -426,7 +431,7 @@ def test_the_ledger_has_each_steps_samples_loss_and_norm(any_run: Run) -> None:
             assert entry["loss"] is None
 
 
-def test_the_ledgers_program_knows_what_each_step_read(any_run: Run, tmp_path: Path) -> None:
+def test_the_ledgers_program_knows_what_each_step_read(any_run: TrainedRun, tmp_path: Path) -> None:
     """From the data and the run's settings; with another seed it would have been other shards."""
     checked = runpy.run_path(str(ROOT / "launch" / "ledger.py"))["checked"]
     folder = tmp_path / "run"
@@ -440,25 +445,25 @@ def test_the_ledgers_program_knows_what_each_step_read(any_run: Run, tmp_path: P
     assert len(checked(folder, None)) == STEPS
 
 
-def test_intervals_end_where_they_say_and_with_the_run(run: Run) -> None:
+def test_intervals_end_where_they_say_and_with_the_run(run: TrainedRun) -> None:
     saved = sorted(path.name for path in (run.settings.run.path / "checkpoints").glob("step-*"))
     assert saved == [f"step-{step:08d}" for step in (4, 8, 11)]
     assert [line["step"] for line in run.lines("validation")] == [0, 4, 8, 11]
     assert [line["step"] for line in run.lines("diagnostics")] == [3, 6, 9, 11]
 
 
-def test_a_checkpoint_says_where_the_run_stood(run: Run) -> None:
+def test_a_checkpoint_says_where_the_run_stood(run: TrainedRun) -> None:
     seen = {line["step"]: line["tokens_seen"] for line in run.lines("metrics")}
     for step in (4, 8, 11):
         path = run.settings.run.path / "checkpoints" / f"step-{step:08d}"
-        state = checkpoint.read_state(path)
+        state = read_state(path)
         assert (state.step, state.windows, state.taken) == (step, step * WINDOWS, step)
         assert state.tokens_seen == seen[step]
-        assert state.data == run.trainer.corpus.fingerprint
+        assert state.data == run.trainer.validator.corpus.fingerprint
         assert Settings.build(state.settings) == run.settings
 
 
-def test_what_is_tracked_is_what_is_logged(run: Run) -> None:
+def test_what_is_tracked_is_what_is_logged(run: TrainedRun) -> None:
     calls = [(c.args[0], c.kwargs["prefix"], c.args[1]) for c in run.tracker.log.call_args_list]
     kinds = {"train": "metrics", "valid": "validation", "diagnostics": "diagnostics"}
     for prefix, name in kinds.items():
@@ -468,7 +473,9 @@ def test_what_is_tracked_is_what_is_logged(run: Run) -> None:
     assert drawn >= {("loss.png", "plots"), ("history.png", "plots")}
 
 
-def test_a_run_is_done_at_its_last_step_only(run: Run, stopped: tuple[Run, Run]) -> None:
+def test_a_run_is_done_at_its_last_step_only(
+    run: TrainedRun, stopped: tuple[TrainedRun, TrainedRun]
+) -> None:
     before, after = stopped
     assert (run.done, before.done, after.done) == (True, False, True)
     assert len(before.engine.steps) == 6, "the step in which it was asked is the last"
@@ -485,7 +492,7 @@ def test_a_look_inside_is_of_its_steps_first_window(
     seen: list[tuple[Any, ...]] = []
     figures = SimpleNamespace(to_dict=lambda: {"attention_age_01": 0.5, "effective_rank": 2.0})
     monkeypatch.setattr(
-        "i3dist.training.trainer.diagnose", lambda *words: seen.append(words) or figures
+        "i3dist.training.diagnoser.diagnose", lambda *words: seen.append(words) or figures
     )
     run = start(tmp_path / "run", **{"train.steps": 4, "log.diagnose_every": 2})
     norms = []
@@ -496,8 +503,8 @@ def test_a_look_inside_is_of_its_steps_first_window(
         )
         or norms[-1][-1]
     )
-    monkeypatch.setattr(run.trainer, "validate", lambda: None)
-    monkeypatch.setattr(run.trainer, "draw", lambda: None)
+    monkeypatch.setattr(run.trainer.validator, "validate", lambda: None)
+    monkeypatch.setattr(run.trainer.log, "plot", lambda: None)
     run.trainer.fit()
     assert [len(words) for words in seen] == [6, 6]
     for number, (model, *batch, state, opened) in zip((1, 3), seen, strict=True):
@@ -511,7 +518,7 @@ def test_a_look_inside_is_of_its_steps_first_window(
     assert logged == [norm[2] for norm in norms]
 
 
-class Clock:
+class ManualClock:
     """Time that passes only where a test says so."""
 
     def __init__(self) -> None:
@@ -534,25 +541,25 @@ def test_step_time_leaves_out_what_is_no_training(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step takes 2 s and waits 0.5 s for each window; the rest takes long and is not counted."""
-    clock = Clock()
+    clock = ManualClock()
     monkeypatch.setattr(metrics, "time", clock)
     changes = {"train.steps": 6, "log.every": 3, "checkpoint.every": 1, "validate.every": 1}
     run = start(tmp_path / "run", **changes, **{"log.diagnose_every": 1})
     trainer, recorder = run.trainer, run.engine
     monkeypatch.setattr(recorder, "step", clock.passing(2.0, recorder.step))
-    monkeypatch.setattr(trainer, "validate", clock.passing(100.0))
-    monkeypatch.setattr(trainer, "save", clock.passing(50.0))
-    monkeypatch.setattr(trainer, "_diagnose", clock.passing(30.0))
-    monkeypatch.setattr(trainer, "export", clock.passing(70.0))
-    monkeypatch.setattr(trainer, "draw", lambda: None)
-    batches = trainer._batches
+    monkeypatch.setattr(trainer.validator, "validate", clock.passing(100.0))
+    monkeypatch.setattr(trainer.checkpointer, "save", clock.passing(50.0))
+    monkeypatch.setattr(trainer.diagnoser, "diagnose", clock.passing(30.0))
+    monkeypatch.setattr(trainer.checkpointer, "export", clock.passing(70.0))
+    monkeypatch.setattr(trainer.log, "plot", lambda: None)
+    batches = trainer.batches
 
     def slow() -> Iterator[Any]:
         for batch in batches():
             clock.now += 0.5
             yield batch
 
-    monkeypatch.setattr(trainer, "_batches", slow)
+    monkeypatch.setattr(trainer, "batches", slow)
     trainer.fit()
     lines = run.lines("metrics")
     assert [line["step"] for line in lines] == [3, 6]
@@ -564,10 +571,13 @@ def test_step_time_leaves_out_what_is_no_training(
         assert line["tokens_per_second"] == pytest.approx(tokens / 9.0)
 
 
-def test_a_line_of_several_steps_is_of_the_last(start: Start, tmp_path: Path) -> None:
+def test_a_line_of_several_steps_is_of_the_last(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = {"log.every": 4, "validate.every": 0, "log.diagnose_every": 0, "checkpoint.every": 0}
     run = start(tmp_path / "run", **changes)
-    run.trainer.validate = run.trainer.draw = lambda: None  # type: ignore[method-assign]
+    monkeypatch.setattr(run.trainer.validator, "validate", lambda: None)
+    monkeypatch.setattr(run.trainer.log, "plot", lambda: None)
     run.trainer.fit()
     lines = run.lines("metrics")
     assert [line["step"] for line in lines] == [4, 8, 11]
@@ -580,20 +590,21 @@ def test_a_line_of_several_steps_is_of_the_last(start: Start, tmp_path: Path) ->
         assert line["gradient_norm"] == step.stepped.norm
 
 
-@pytest.mark.parametrize("where", ["validate", "train_step", "export"])
+@pytest.mark.parametrize("where", ["validator.validate", "train_step", "checkpointer.export"])
 def test_what_follows_an_error_is_not_watched(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """It may take longer than guard.hang_seconds, and would end before the error is told."""
     trainer = start(tmp_path / "run", **{"train.steps": 1, "guard.hang_seconds": 1000}).trainer
     failed = mock.Mock(side_effect=UserError("the true error"))
-    monkeypatch.setattr(trainer, where, failed)
+    *part, name = where.split(".")
+    monkeypatch.setattr(getattr(trainer, *part) if part else trainer, name, failed)
     watched = []
 
     def leave(*_: object) -> None:
         watched.append(not trainer.watchdog._closed.is_set())
 
-    monkeypatch.setattr(Saver, "__exit__", leave)
+    monkeypatch.setattr(AsyncSaver, "__exit__", leave)
     with pytest.raises(UserError, match="the true error"):
         trainer.fit()
     assert watched == [False]
@@ -603,20 +614,20 @@ def test_the_last_save_is_watched_to_its_end(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = start(tmp_path / "run", **{"train.steps": 1, "guard.hang_seconds": 1000}).trainer
-    watched, wait = [], Saver.wait
+    watched, wait = [], AsyncSaver.wait
 
-    def noted(saver: Saver) -> None:
+    def observed(saver: AsyncSaver) -> None:
         if saver._writing is not None:
             watched.append(not trainer.watchdog._closed.is_set())
         wait(saver)
 
-    monkeypatch.setattr(Saver, "wait", noted)
+    monkeypatch.setattr(AsyncSaver, "wait", observed)
     assert trainer.fit() and watched == [True] and trainer.watchdog._closed.is_set()
 
 
-@pytest.mark.parametrize("way", ["resume", "roll_back"])
+@pytest.mark.parametrize("way", ["restore", "roll_back"])
 def test_a_checkpoint_that_another_rank_cannot_read_stops_this_one_too(
-    stopped: tuple[Run, Run],
+    stopped: tuple[TrainedRun, TrainedRun],
     start: Start,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -624,15 +635,17 @@ def test_a_checkpoint_that_another_rank_cannot_read_stops_this_one_too(
 ) -> None:
     """It would wait for the other in what the ranks do together next."""
     trainer = start(tmp_path / "run").trainer
-    found = checkpoint.newest_whole(stopped[0].settings.run.path / "checkpoints", trainer.job)
-    assert found is not None
-    monkeypatch.setattr(checkpoint, "newest_whole", lambda *_: found)
+    path = verify.newest_whole(
+        stopped[0].settings.run.path / "checkpoints", trainer.checkpointer.saver.job
+    )
+    assert path is not None
+    monkeypatch.setattr(verify, "newest_whole", lambda *_: path)
     monkeypatch.setattr(
         collectives, "gather_objects", lambda mine, _=None: [mine, (None, "not here")]
     )
     with pytest.raises(UserError, match=r"^not here$"):
-        if way == "resume":
-            trainer.resume(found.path, checkpoint.read_state(found.path))
+        if way == "restore":
+            trainer.checkpointer.restore(path, read_state(path))
         else:
-            trainer.roll_back()
+            trainer.recovery.roll_back()
     assert trainer.progress.step == 0

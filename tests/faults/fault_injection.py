@@ -1,6 +1,6 @@
-"""launch/train.py with a fault: DISTURB="KIND RANK STEP..." names what goes wrong where.
+"""launch/train.py with a fault: INJECT_FAULT="KIND RANK STEP..." says what goes wrong, and where.
 
-With WRITE_LATE=N checkpoints are written as to a slow disk, N steps after they were begun.
+With WRITE_LATE=N the disk is slow: checkpoints are written N steps after they were begun.
 """
 
 import os
@@ -13,22 +13,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from i3dist.checkpoint.async_saver import Saver
+from i3dist.checkpoint.async_saver import AsyncSaver
 from i3dist.engine.zero2 import Engine
 from i3dist.model.state import LaneState
 
 ROOT = Path(__file__).parents[2]
-KIND, RANK, *STEPS = os.environ["DISTURB"].split()
+KIND, RANK, *STEPS = os.environ["INJECT_FAULT"].split()
 
 LATE = int(os.environ.get("WRITE_LATE", "0"))
 
 forward, step = Engine.__call__, Engine.step
-write, wait = Saver._write, Saver.wait
-waited_for = threading.Event()  # as long as training does nothing but wait for a checkpoint
-taken = micro_batches = 0  # steps so far, and forwards of the step at hand
+write, wait = AsyncSaver._write, AsyncSaver.wait
+waited_for = threading.Event()  # set while training only waits for a checkpoint
+taken = micro_batches = 0  # steps so far, and forward passes of the current step
 
 
-def disturbed_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
+def faulty_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
     global micro_batches
     micro_batches += 1
     losses, state = forward(self, *inputs)
@@ -45,20 +45,20 @@ def disturbed_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]
     return losses, state
 
 
-def disturbed_step(self: Engine, *inputs: object) -> object:
+def counted_step(self: Engine, *inputs: object) -> object:
     global taken, micro_batches
     taken, micro_batches = taken + 1, 0
     return step(self, *inputs)
 
 
-def late_write(self: Saver, *what: object) -> None:
+def late_write(self: AsyncSaver, *what: object) -> None:
     until = taken + LATE
     while taken < until and not waited_for.is_set():
         time.sleep(0.005)
     write(self, *what)
 
 
-def noted_wait(self: Saver) -> None:
+def observed_wait(self: AsyncSaver) -> None:
     waited_for.set()
     try:
         wait(self)
@@ -70,7 +70,7 @@ def hang_here() -> None:
     time.sleep(3600)
 
 
-Engine.__call__, Engine.step = disturbed_forward, disturbed_step
-Saver._write, Saver.wait = late_write, noted_wait
+Engine.__call__, Engine.step = faulty_forward, counted_step
+AsyncSaver._write, AsyncSaver.wait = late_write, observed_wait
 sys.path.insert(0, str(ROOT))
 runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")

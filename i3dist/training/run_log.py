@@ -1,0 +1,54 @@
+"""Where a run's figures go: files in its folder, the tracker, the terminal, and plots."""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from i3dist.errors import warned
+from i3dist.tracking.metrics_log import MetricsLog
+from i3dist.tracking.mlflow_tracker import NoTracker, Tracker
+
+FILES = {
+    "train": "metrics.jsonl",
+    "valid": "validation.jsonl",
+    "diagnostics": "diagnostics.jsonl",
+}
+PLOT_SECONDS = 60  # at most: a job that is to be requeued has two minutes
+
+
+class RunLog:
+    """Writes and plots figures on rank 0; on other ranks it does nothing."""
+
+    def __init__(self, folder: Path, tracker: Tracker | NoTracker, rank: int):
+        """`folder` is the run's."""
+        self.folder = folder
+        self.tracker = tracker
+        self.active = rank == 0
+        self._files = {kind: MetricsLog(folder / name) for kind, name in FILES.items()}
+
+    def log(self, kind: str, step: int, figures: Mapping[str, Any], line: str) -> None:
+        """Append `figures` to the file of their kind (see `FILES`), track them, print `line`."""
+        if self.active:
+            self._files[kind].append(step, figures)
+            self.tracker.log(step, figures, prefix=kind)
+            print(line, flush=True)
+
+    def plot(self) -> None:
+        """Plot the run, and give the plots to the tracker.
+
+        The run's results are written before this, so whatever fails here costs only a warning.
+        """
+        if self.active:
+            thread = threading.Thread(target=self._plot, name="plots", daemon=True)
+            thread.start()
+            thread.join(PLOT_SECONDS)
+            if thread.is_alive():
+                print(f"warning: no plots: they take over {PLOT_SECONDS} s", flush=True)
+
+    def _plot(self) -> None:
+        with warned("no plots"):
+            from i3dist.tracking import plots  # imports matplotlib, which other ranks do not need
+
+            for plot in plots.plot_run(self.folder):
+                self.tracker.artifact(plot, "plots")

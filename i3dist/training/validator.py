@@ -1,0 +1,58 @@
+"""Validation while a run trains."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from i3dist.config import Settings
+from i3dist.data.corpus import Corpus
+from i3dist.data.held_out import HeldOut
+from i3dist.distributed.job import Job
+from i3dist.distributed.watchdog import Watchdog
+from i3dist.engine.zero2 import Engine
+from i3dist.inference.evaluate import evaluate
+from i3dist.tracking.metrics import history_warning, validation_line
+from i3dist.training.progress import Progress
+from i3dist.training.run_log import RunLog
+
+
+@dataclass
+class Validator:
+    """Measures the loss on a fixed subset of the validation split, which the ranks share."""
+
+    settings: Settings
+    job: Job
+    corpus: Corpus
+    engine: Engine
+    micro_batch: int
+    progress: Progress
+    watchdog: Watchdog
+    log: RunLog
+
+    def validate_if_due(self) -> None:
+        """Validate every `validate.every` steps."""
+        if self.progress.due(self.settings.validate_.every):
+            self.validate()
+
+    def validate(self) -> None:
+        """Evaluate the model as it is now; training lanes do not change."""
+        self.watchdog.beat("validating")
+        settings, step = self.settings, self.progress.step
+        result = evaluate(
+            self.engine.model,
+            self.held_out,
+            self.corpus.tokenizer.token_bytes(),
+            self.micro_batch,
+            settings.train.window_chunks,
+            self.job.rank,
+            self.job.world_size,
+        )
+        self.log.log("valid", step, result.to_dict(), validation_line(step, result))
+        trained_with_history = step > 0 and settings.compression.gate_at(step - 1) == 1.0
+        if self.log.active and trained_with_history and (warning := history_warning(result)):
+            print(warning, flush=True)
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The fixed subset: `validate.chunks` chunks."""
+        settings = self.settings
+        return self.corpus.valid.held_out(settings.model.history_chunks, settings.validate_.chunks)

@@ -1,0 +1,48 @@
+"""Exchanges between ranks, without a process group and with ranks that fail."""
+
+import pytest
+import torch
+
+from i3dist.distributed import collectives
+from i3dist.distributed.console import print_rank_0
+from i3dist.errors import UserError
+
+
+def test_alone_the_collectives_do_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = torch.tensor([2.0])
+    assert collectives.all_sum(tensor) is tensor and tensor.item() == 2.0
+    collectives.barrier()
+    monkeypatch.delenv("RANK", raising=False)
+    print_rank_0("step", 1)
+    monkeypatch.setenv("RANK", "1")
+    print_rank_0("unheard")
+    assert capsys.readouterr().out == "step 1\n"
+
+
+def test_work_of_rank_0_is_done_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    for rank in (1, 0):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(collectives, "gather_objects", lambda mine, _=None: [mine])
+        collectives.on_rank_0(lambda rank=rank: done.append(rank))
+    assert done == [0]
+
+
+@pytest.mark.parametrize("on", ["on_rank_0", "on_all_ranks"])
+@pytest.mark.parametrize("error", [UserError("a fault"), OSError(28, "a fault")])
+def test_what_fails_on_one_rank_fails_on_all_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, on: str, error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    gathered: list[object] = []
+    gather = lambda mine, _=None: gathered.append(mine) or gathered  # noqa: E731
+    monkeypatch.setattr(collectives, "gather_objects", gather)
+    with pytest.raises(UserError, match=r"^a fault$"):
+        getattr(collectives, on)(fail)
+    with pytest.raises(UserError, match=r"^a fault$"):  # the other rank's work was done
+        collectives.on_all_ranks(lambda: "done")

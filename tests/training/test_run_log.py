@@ -1,0 +1,30 @@
+"""Figures are written, tracked, printed and plotted by the first rank alone."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from i3dist.training.run_log import FILES, RunLog
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    tracker = mock.Mock()
+    log = RunLog(tmp_path, tracker, rank)
+    for kind in FILES:
+        log.log(kind, 3, {"loss": 1.5}, f"a line of {kind}")
+    log.plot()
+    if rank:
+        assert not list(tmp_path.iterdir()) and not tracker.mock_calls
+        assert capsys.readouterr().out == ""
+        return
+    for kind, name in FILES.items():
+        assert json.loads((tmp_path / name).read_text()) == {"step": 3, "loss": 1.5}
+        tracker.log.assert_any_call(3, {"loss": 1.5}, prefix=kind)
+    plotted = [call.args for call in tracker.artifact.call_args_list]
+    assert plotted and all(path.exists() and folder == "plots" for path, folder in plotted)
+    assert "a line of train\na line of valid\n" in capsys.readouterr().out
