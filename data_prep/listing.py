@@ -17,14 +17,13 @@ from pathlib import Path
 
 from data_prep.output import is_output
 from data_prep.readers import SUFFIXES
+from data_prep.sources import NamedFile
 from i3dist.errors import UserError
 
 _HIDDEN = (".", "~$")
 _ENDINGS_NAMED = 6
 
 _Identity = tuple[int, int]
-NamedFile = tuple[Path, str]
-"""A file, and its path below the root of its source."""
 
 
 class Listing:

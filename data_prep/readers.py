@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
-from data_prep.records import Record, clean_file_name, clean_name
+from data_prep.sources import Record, clean_file_name, clean_name
 from data_prep.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
 from i3dist.errors import UserError
 

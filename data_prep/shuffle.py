@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.evidence import Piece
-from data_prep.records import Record, Skip, usable_text
-from data_prep.sources import Part
+from data_prep.sources import Part, Record, Skip, usable_text
 from i3dist.data.tokenizer import Tokenizer
 
 HASH_END = 1 << 62
@@ -126,11 +125,11 @@ class _Records:
     """The records of a part, and once they are read, the pieces of files that they came from."""
 
     def __init__(self, part: Part) -> None:
-        self._part = part
+        self._records: Any = part.records()
         self.pieces: tuple[Piece, ...] = ()
 
     def __iter__(self) -> Iterator[Record]:
-        self.pieces = (yield from self._part.records()) or ()
+        self.pieces = (yield from self._records) or ()
 
 
 @dataclass(frozen=True)
