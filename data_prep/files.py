@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data_prep.evidence import Piece, State, state_of
-from data_prep.listing import Listing
+from data_prep.listing import Listing, named, walk
 from data_prep.readers import SUFFIXES, SUFFIXES_IN_WORDS, SourceFile, Span, naming, spans_of
 from data_prep.sources import SOURCES, NamedFile, Part, Record, Source, clean_file_name
 from i3dist.errors import UserError
@@ -37,7 +37,7 @@ class FilePart(Part):
     spans: tuple[Span, ...]
 
     def records(self) -> Generator[Record, None, tuple[Piece, ...]]:
-        """Read the documents in order; returns the pieces that were read, one for each span."""
+        """Read the documents in order; returns the piece that was read of each span."""
         pieces = []
         for span in self.spans:
             pieces.append((yield from span.records()))
@@ -59,7 +59,7 @@ class FilePart(Part):
 
 @dataclass(frozen=True)
 class FileSource(Source):
-    """Files, given as (path, name below the root), in the order of their names."""
+    """Files in the order of their names below the root."""
 
     name: str
     files: tuple[NamedFile, ...]
@@ -173,20 +173,9 @@ def file_source(spec: str | Path) -> FileSource:
 def stdlib_source() -> FileSource:
     """The modules and texts of the running Python's standard library, without its tests."""
     folder = Path(sysconfig.get_path("stdlib"))
-    files = _library_files(folder)
+    walked = walk(folder, lambda path: path.name not in _LEFT_OUT and not path.is_symlink())
+    modules = (path for _, paths in walked for path in paths if path.suffix in (".py", ".txt"))
+    files = named(modules, folder)
     if not files:
         raise UserError(f"this Python keeps no library sources in {folder}: name a --source")
     return FileSource(f"{STDLIB} of Python {platform.python_version()}", files, "stdlib:")
-
-
-def _library_files(root: Path) -> tuple[NamedFile, ...]:
-    files = []
-    for folder, subfolders, names in os.walk(root, onerror=_refuse):
-        subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
-        files += [Path(folder, name) for name in names if name.endswith((".py", ".txt"))]
-    named = ((path, path.relative_to(root).as_posix()) for path in files)
-    return tuple(sorted(named, key=lambda pair: pair[1]))
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"cannot read {error.filename}: {error.strerror}")

@@ -1,10 +1,10 @@
-"""A global shuffle in bounded memory: sorted runs on disk, then a sort bucket by bucket.
+"""A global shuffle in bounded memory: an external sort by hash.
 
 Pass 1 (`Spiller`, in any number of processes) tokenizes a part of the source and writes *runs*:
-Arrow files of documents sorted by key, the key being a hash of seed, place and text. Pass 2
-(`in_order`) divides the range of keys into buckets, gathers each bucket from all runs and sorts it.
-So the order depends on the seed and the source alone. Memory is one run per process, then one
-bucket; 10 billion tokens take 20 GB of runs beside the 30 GB of shards, and some 300 buckets.
+Arrow files of documents sorted by a key, which is a hash of seed, position and text. Pass 2
+(`in_order`) divides the range of keys into buckets, gathers each bucket from all runs, and sorts
+it. So the order depends only on the seed and the source. Memory holds one run per process in pass
+1, and one bucket in pass 2. 10 billion tokens take 20 GB of runs and about 300 buckets.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ from data_prep.sources import Part, Record, Skip, usable_text
 from i3dist.data.tokenizer import Tokenizer
 
 HASH_END = 1 << 62
-"""Hashes lie below this, so that they and the bounds of buckets fit into int64."""
+"""Hashes are smaller than this, so that they and the bounds of buckets fit into int64."""
 
 RUN_TOKENS = 1 << 25
 BUCKET_TOKENS = 1 << 25
@@ -42,9 +42,8 @@ _SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Hashes:
-    """A document's key (`high`, `low`) for the order, and `split` for the choice of the split."""
+class Hashes(NamedTuple):
+    """A document's key (`high`, `low`) decides its place, and `split` decides its split."""
 
     high: int
     low: int
@@ -61,9 +60,9 @@ class Document:
 
 
 class PartSummary(BaseModel):
-    """What pass 1 made of a part; `tokens` are without <BOS> and <EOS>.
+    """The result of pass 1 for a part; `tokens` does not count <BOS> and <EOS>.
 
-    `pieces` are the pieces of files that were read: none of a part that is not made of files.
+    `pieces` are the pieces of files that were read; a part that is not made of files has none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,7 +77,7 @@ class PartSummary(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
-        """Read a summary; None where there is none that is whole."""
+        """Read a summary; None if it is missing or damaged."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except (FileNotFoundError, ValidationError):
@@ -86,7 +85,7 @@ class PartSummary(BaseModel):
 
 
 def hashes(text: str, position: str, seed: int) -> Hashes:
-    """Hash a document. `split` depends on its text and the seed alone: duplicates stay together."""
+    """Hash a document. Equal texts get an equal `split`, so duplicates stay in one split."""
     salt = seed.to_bytes(8, "little")
     digest = hashlib.blake2b(text.encode(), digest_size=16, key=salt).digest()
     key = hashlib.blake2b(digest + position.encode(), digest_size=16, key=salt).digest()
@@ -110,7 +109,7 @@ class _Run:
 
     def table(self) -> pa.Table:
         """The run sorted by key, as one chunk."""
-        rows = np.array([(h.high, h.low, h.split) for h in self.hashes], dtype=np.int64)
+        rows = np.array(self.hashes, dtype=np.int64)
         order = np.lexsort((rows[:, 1], rows[:, 0]))
         documents = [self.documents[i] for i in order]
         offsets = np.cumsum([0, *(len(d.tokens) for d in documents)], dtype=np.int64)
@@ -134,7 +133,7 @@ class _Records:
 
 @dataclass(frozen=True)
 class Spiller:
-    """Pass 1: writes the runs of a part into `folder`; `report` hears of tokens as they come."""
+    """Pass 1: writes the runs of a part into `folder`, and calls `report` with counts of tokens."""
 
     tokenizer: Tokenizer
     folder: Path
@@ -187,14 +186,14 @@ class Spiller:
 
 
 def summary_path(folder: Path, number: int) -> Path:
-    """Where the summary of part `number` lies, once the part is finished."""
+    """Path of the summary of part `number`, which exists once the part is finished."""
     return folder / f"part-{number:06d}.json"
 
 
 def in_order(runs: Sequence[Path], tokens: int, splits: range) -> Iterator[Document]:
     """All documents of `runs` whose split hash lies in `splits`, sorted by key.
 
-    `tokens` is about how many the runs hold, and decides the number of buckets.
+    `tokens` is about the number of tokens in the runs. It decides the number of buckets.
     """
     buckets = max(1, -(-tokens // BUCKET_TOKENS))
     for bucket in range(buckets):
