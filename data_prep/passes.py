@@ -15,6 +15,7 @@ from pathlib import Path
 from data_prep.pack import Packer
 from data_prep.shuffle import HASH_END, PartSummary, Spiller, in_order, summary_path
 from data_prep.sources import Part
+from i3dist.cli.extend import LOADED, load_extension
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
@@ -80,7 +81,7 @@ def _spill_in_processes(plan: SpillPlan, todo: Sequence[int], workers: int, repo
     # Spawned, not forked: the parent has threads (progress bar, Arrow) that a fork would not copy.
     context = multiprocessing.get_context("spawn")
     tokens = context.Value("Q", 0)
-    setup = (plan.tokenizer, plan.folder, plan.seed, tokens)
+    setup = (tuple(LOADED), plan.tokenizer, plan.folder, plan.seed, tokens)
     pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, setup)
     seen = 0
     try:
@@ -107,10 +108,18 @@ def _raise_failure(future: "Future[None]") -> None:
         ) from None
 
 
-def _start_worker(tokenizer: Path, folder: Path, seed: int, tokens: "Synchronized[int]") -> None:
+def _start_worker(
+    extensions: Sequence[Path],
+    tokenizer: Path,
+    folder: Path,
+    seed: int,
+    tokens: "Synchronized[int]",
+) -> None:
     global _spiller
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    for path in extensions:  # before parts arrive whose classes are in them
+        load_extension(path)
 
     def count(more: int) -> None:
         with tokens.get_lock():

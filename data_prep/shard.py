@@ -59,6 +59,7 @@ from data_prep.tokenizer import (
     sample_texts,
     train_tokenizer,
 )
+from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.manifest import MAX_SHARDS, Manifest
@@ -98,8 +99,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="shard.py", description=description, epilog=more)
     add_text_options(parser)
     add_shard_options(parser)
+    add_extend_option(parser)
     options = parser.parse_args(arguments)
-    if options.source not in SOURCES:  # then it is a path; ./NAME is a path even if NAME is not
+    if options.source not in SOURCES:  # after all options, as --extend adds names
         options.source = typed_path(options.source)
     return options
 

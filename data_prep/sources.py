@@ -2,7 +2,13 @@
 
 A source is a fixed sequence of parts. A part reads documents in a fixed order and independently of
 the other parts, so worker processes share the parts out and the output has the same bytes for any
-number of them. To add a source, register a `Source` under a name:
+number of them. To add a source, register a `Source` under a name in a file of your own, and run
+shard.py with `--extend FILE.py --source NAME`:
+
+    from collections.abc import Iterator
+    from dataclasses import dataclass
+
+    from data_prep.sources import SOURCES, Part, Record, Source
 
     @dataclass(frozen=True)
     class Hundred(Part):

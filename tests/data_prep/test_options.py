@@ -26,6 +26,7 @@ WHOLE = {
     "seed": (0, 2**63 - 1),
 }
 DEFAULTS = {
+    "extend": None,
     "source": DATASET,
     "out": Path("data/fineweb-edu"),
     "tokenizer": None,
