@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
@@ -34,6 +34,10 @@ class SpillPlan:
     tokenizer: Path
     folder: Path
     seed: int
+
+    def spiller(self, report: Callable[[int], None]) -> Spiller:
+        """A spiller of these parts; `report` is called with numbers of tokens."""
+        return Spiller(Tokenizer.load(self.tokenizer), self.folder, self.seed, report)
 
 
 def spill_all(plan: SpillPlan, workers: int, report: Report) -> list[PartSummary]:
@@ -70,8 +74,7 @@ def forget_parts_of(plan: SpillPlan, touched: frozenset[int]) -> frozenset[int]:
 
 
 def _spill_here(plan: SpillPlan, todo: Sequence[int], workers: int, report: Report) -> None:
-    tokenizer = Tokenizer.load(plan.tokenizer)
-    spiller = Spiller(tokenizer, plan.folder, plan.seed, lambda tokens: report(0, tokens))
+    spiller = plan.spiller(lambda tokens: report(0, tokens))
     for number in todo:
         spiller.spill(plan.parts[number], number)
         report(1, 0)
@@ -81,7 +84,7 @@ def _spill_in_processes(plan: SpillPlan, todo: Sequence[int], workers: int, repo
     # Spawned, not forked: the parent has threads (progress bar, Arrow) that a fork would not copy.
     context = multiprocessing.get_context("spawn")
     tokens = context.Value("Q", 0)
-    setup = (tuple(LOADED), plan.tokenizer, plan.folder, plan.seed, tokens)
+    setup = (replace(plan, parts=()), tuple(LOADED), tokens)
     pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, setup)
     seen = 0
     try:
@@ -108,24 +111,18 @@ def _raise_failure(future: "Future[None]") -> None:
         ) from None
 
 
-def _start_worker(
-    extensions: Sequence[Path],
-    tokenizer: Path,
-    folder: Path,
-    seed: int,
-    tokens: "Synchronized[int]",
-) -> None:
+def _start_worker(plan: SpillPlan, extensions: Sequence[Path], tokens: "Synchronized[int]") -> None:
     global _spiller
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    for path in extensions:  # before parts arrive whose classes are in them
+    for path in extensions:  # before the parts arrive, whose classes may be in these files
         load_extension(path)
 
     def count(more: int) -> None:
         with tokens.get_lock():
             tokens.value += more
 
-    _spiller = Spiller(Tokenizer.load(tokenizer), folder, seed, count)
+    _spiller = plan.spiller(count)
 
 
 def _end_with_parent() -> None:

@@ -25,7 +25,7 @@ from i3dist.errors import UserError
 PARQUET = ".parquet"
 _JSON_LINES = tuple(kind + packing for kind in (".jsonl", ".ndjson") for packing in PACKINGS)
 SUFFIXES = (PARQUET, *_JSON_LINES, *(".txt" + packing for packing in PACKINGS))
-SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (but the first also with " + (
+SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (all but {PARQUET} also with " + (
     f"{', '.join(PACKINGS[1:-1])} or {PACKINGS[-1]} after it)"
 )
 _LABELS = ("id", "url")

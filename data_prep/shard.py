@@ -37,7 +37,7 @@ from rich.console import Console
 
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
-from data_prep.options import add_shard_options, add_text_options
+from data_prep.options import add_options
 from data_prep.output import OTHER_CONTENT, TRAIN, VALID, Output, Settings
 from data_prep.pack import Framing, Packer
 from data_prep.passes import (
@@ -97,8 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; a value that makes no sense is a `UserError`."""
     description, _, more = __doc__.partition("\n\n")
     parser = ArgumentParser(prog="shard.py", description=description, epilog=more)
-    add_text_options(parser)
-    add_shard_options(parser)
+    add_options(parser)
     add_extend_option(parser)
     options = parser.parse_args(arguments)
     if options.source not in SOURCES:  # after all options, as --extend adds names

@@ -9,6 +9,7 @@ import pytest
 
 from data_prep import sources
 from data_prep.shard import parse
+from i3dist.cli.extend import LOADED
 from i3dist.errors import UserError
 from tests.data_prep.corpus import build, tree_digest
 
@@ -16,13 +17,14 @@ from tests.data_prep.corpus import build, tree_digest
 @pytest.fixture
 def example(tmp_path: Path) -> Iterator[Path]:
     """A file with the example's code; what it registers is gone again afterwards."""
-    known = dict(sources.SOURCES)
+    known, loaded = dict(sources.SOURCES), len(LOADED)
     text = sources.__doc__ or ""
     code = textwrap.dedent(text[text.index("    from ") :])
     assert len(code.splitlines()) < 30
     path = tmp_path / "numbers.py"
     path.write_text(code)
     yield path
+    del LOADED[loaded:]
     sources.SOURCES.clear()
     sources.SOURCES.update(known)
 
