@@ -158,12 +158,12 @@ class Job:
         return self.tokens / self.seconds(cost)
 
     def efficiency(self, cost: Cost, alone: "Job") -> float:
-        """Speed relative to `world` times that of one GPU, whose step is `alone`."""
+        """Speed over `world` times that of one GPU, whose step is `alone`."""
         return self.speed(cost) / (self.world * alone.speed(cost))
 
 
 def curves() -> dict[str, list[Job]]:
-    """Jobs on more and more GPUs: equal lanes per GPU, or equal lanes in total, 16 at once."""
+    """On more and more GPUs: as many lanes on each, at once, or as many in all, 16 at once."""
     weak = {f"{lanes} lanes a GPU": [Job(world, lanes) for world in WORLDS] for lanes in LANES}
     return weak | {
         name: [Job(w, n // w, math.ceil(n / w / LANES[-1])) for w in WORLDS if w <= n]

@@ -47,7 +47,7 @@ PATIENCE = 400.0
 
 @dataclass
 class Run:
-    """A running command, and each line that it has printed with its time."""
+    """A command under way, and what it has printed, line by line, and when."""
 
     process: subprocess.Popen[str]
     started: float
@@ -99,7 +99,7 @@ class Host:
     def train(
         self, name: str, gpus: int, *words: str, launcher: str = "deepspeed"
     ) -> Iterator[Run]:
-        """Run launch/train.py on `gpus` GPUs with settings `words`, in the run folder `name`."""
+        """launch/train.py on so many GPUs, with these settings, in the run folder of this name."""
         self.port += 1
         port = str(self.port)
         command = {
