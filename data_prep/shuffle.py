@@ -144,22 +144,23 @@ class Spiller:
         """Tokenize part `number` into runs, and write its summary last."""
         skipped: Counter[str] = Counter()
         names: list[str] = []
-        totals = np.zeros(2, dtype=np.int64)
-        splits = [HASH_END, -1]
+        documents = tokens = 0
+        smallest, largest = HASH_END, -1
         records = _Records(part)
         for run in self._runs(records, skipped):
             names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
             _write_table(run.table(), self.folder / names[-1])
-            totals += len(run.documents), run.tokens
+            documents += len(run.documents)
+            tokens += run.tokens
             found = [h.split for h in run.hashes]
-            splits = [min(splits[0], *found), max(splits[1], *found)]
+            smallest, largest = min(smallest, *found), max(largest, *found)
         summary = PartSummary(
             runs=tuple(names),
-            documents=int(totals[0]),
-            tokens=int(totals[1]),
+            documents=documents,
+            tokens=tokens,
             skipped=dict(skipped),
-            smallest_split=splits[0],
-            largest_split=splits[1],
+            smallest_split=smallest,
+            largest_split=largest,
             pieces=records.pieces,
         )
         _write_bytes(summary.model_dump_json().encode(), summary_path(self.folder, number))
