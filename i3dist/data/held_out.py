@@ -128,14 +128,11 @@ class HeldOut:
     def _last_documents(self, shard: int, read: ShardTokens) -> list[Place]:
         """The document that each chunk ends in, given as the place of the chunk it begins in."""
         begins = (read.tokens == self.manifest.bos_id).any(axis=1)
+        document = (shard, 0) if begins[0] else self._document_before(shard)
         documents: list[Place] = []
         for n, opens in enumerate(begins):
-            if opens:
-                documents.append((shard, n))
-            elif n:
-                documents.append(documents[-1])
-            else:
-                documents.append(self._document_before(shard))
+            document = (shard, n) if opens else document
+            documents.append(document)
         return documents
 
     def _document_before(self, shard: int) -> Place:
@@ -254,13 +251,9 @@ def _runs(
 
 def _longest(stretches: dict[Place, Stretch]) -> list[Place]:
     """The documents with the longest stretches, longest first; two or more, if there are two."""
-    counts = sorted({stretch.chunks for stretch in stretches.values()}, reverse=True)
-    pool: list[Place] = []
-    for count in counts:
-        pool += [document for document, stretch in stretches.items() if stretch.chunks == count]
-        if len(pool) > 1:
-            break
-    return pool
+    order = sorted(stretches, key=lambda document: -stretches[document].chunks)
+    least = min((stretches[document].chunks for document in order[:2]), default=0)
+    return [document for document in order if stretches[document].chunks >= least]
 
 
 def _batches(lanes: Sequence[Sequence[int]], window: int) -> Ints:

@@ -42,15 +42,6 @@ class Windows(Protocol):
         ...
 
 
-class LaneSchedule(Windows, Protocol):
-    """The windows of all lanes of a job."""
-
-    @property
-    def lanes(self) -> int:
-        """Lanes G of the job."""
-        ...
-
-
 def permutation(seed: int, epoch: int, count: int) -> list[int]:
     """A uniformly random order of range(count), the same on every machine and library version."""
 
@@ -87,14 +78,21 @@ class LanePlan:
 
 
 @dataclass(frozen=True)
-class _Rounds:
-    """The plans of all lanes, round by round. A round is one epoch or several."""
+class LaneSchedule:
+    """The windows of all lanes of a job.
+
+    Lanes are planned round by round. A round is one epoch or several.
+    """
 
     shard_chunks: tuple[int, ...]
     lanes: int
     window: int
     seed: int
     _kept: dict[int, list[LanePlan]] = field(default_factory=dict, init=False, compare=False)
+
+    def chunks(self, index: int, lane: int) -> list[Place | None]:
+        """The K (shard, chunk) that `lane` reads in window `index`; None where it idles."""
+        raise NotImplementedError
 
     @property
     def epochs(self) -> int:
@@ -123,7 +121,7 @@ class _Rounds:
 
 
 @dataclass(frozen=True)
-class Schedule(_Rounds):
+class Schedule(LaneSchedule):
     """Version 2: lanes walk through one endless sequence of shards and never idle.
 
     Every chunk is read exactly once in each epoch's stretch of the sequence. Lanes enter an epoch
@@ -161,7 +159,7 @@ class Schedule(_Rounds):
 
 
 @dataclass(frozen=True)
-class EpochSchedule(_Rounds):
+class EpochSchedule(LaneSchedule):
     """Version 1: lanes that run out of shards idle until the epoch ends. A round is an epoch."""
 
     # First window of each known epoch.
