@@ -52,7 +52,7 @@ def without_long_words(texts: Iterable[str], longest: int = LONGEST_WORD) -> Ite
 
     The time of training grows with the square of a word's length.
     """
-    # A longer word fills a window of half that length which starts at a multiple of half of it.
+    # A longer word covers a whole window of `half` characters that starts at a multiple of `half`.
     half = longest // 2
     window = regex.compile("|".join(rf"{kind}{{{half}}}" for kind in _KINDS))
     word = regex.compile("|".join(rf"(?<!{kind}){kind}{{{longest + 1},}}" for kind in _KINDS))
