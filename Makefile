@@ -1,4 +1,4 @@
-# Everything a checkout needs, in one command each. `make` alone lists the targets.
+# One command for each thing that a checkout needs. `make` alone lists the targets.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ DATA := data/quickstart
 DATA_READY := $(DATA)/train/manifest.json
 RUN := runs/quickstart
 
-# Programs of the virtual environment (deepspeed, torchrun) find each other through PATH.
+# The programs of the virtual environment (deepspeed, torchrun) find each other through PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -18,7 +18,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## virtual environment with the pinned dependencies, in .venv
+setup: $(READY)  ## make the virtual environment .venv with the pinned dependencies
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -33,7 +33,7 @@ $(DATA_READY): | $(READY)
 	  --valid-fraction 0.02 --out $(DATA)
 
 quickstart: $(READY) $(DATA_READY)  ## prepare data, train, evaluate and generate, from nothing
-	@# The tiny model has 4 lanes: as many ranks as there are GPUs, but 1, 2 or 4; without GPUs 2.
+	@# One rank per GPU, but 1, 2 or 4 of them because the tiny model has 4 lanes; 2 without GPUs.
 	deepspeed --num_accelerators $$(python -c \
 	  'import torch; n = torch.cuda.device_count(); print(4 if n > 3 else 2 if n != 1 else 1)') \
 	  launch/train.py --deepspeed configs/zero2.json --config configs/tiny.yaml --fresh \
@@ -43,11 +43,11 @@ quickstart: $(READY) $(DATA_READY)  ## prepare data, train, evaluate and generat
 	@echo "curves:  $(RUN)/plots/loss.png and $(RUN)/plots/history.png"
 	@echo "mlflow:  $(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(dir $(RUN))mlflow.db}"
 
-test: $(READY)  ## the tests
-	@# Two files at a time: many tests wait for what they have started.
+test: $(READY)  ## run the tests
+	@# Two files at a time, because many tests wait for the processes that they start.
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: $(READY)  ## ruff and mypy
+check: $(READY)  ## run ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy

@@ -1,9 +1,9 @@
-"""Long documents: the pieces of a book, joined again in their order.
+"""Makes long documents: joins the pieces of each book in their order.
 
     python benchmarks/books.py SOURCE... OUT.parquet
 
-Reads parquet files with `text` and `url` columns, where the url of a piece is BOOK#CHAPTER or
-BOOK#CHAPTER.PIECE, and writes one row for each book: the longest documents first.
+It reads parquet files with columns `text` and `url`, where the url of a piece is BOOK#CHAPTER or
+BOOK#CHAPTER.PIECE, and writes one row for each book, longest first.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from i3dist.errors import UserError
 
 
 def place(url: str) -> tuple[str, tuple[int, ...]]:
-    """A piece's book, and where in it the piece stands."""
+    """A piece's book, and its place in the book."""
     book, _, numbers = url.rpartition("#")
     try:
         return book, tuple(int(number) for number in numbers.split("."))
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     for path in options.source:
         if not path.is_file():
-            raise UserError(f"{path} is not there")
+            raise UserError(f"there is no file {path}")
     books = join(options.source)
     rows = {"text": list(books.values()), "id": list(books), "url": list(books)}
     pq.write_table(pa.table(rows), options.out, compression="zstd", row_group_size=64)

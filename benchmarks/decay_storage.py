@@ -1,10 +1,10 @@
-"""How should decays be stored when the engine casts parameters to bf16?
+"""Measures the error of two ways to store decays when the engine casts parameters to bf16.
 
     python benchmarks/decay_storage.py [--json FILE]
 
-Compares WKV with time_decay (a) rounded to bf16 and (b) kept as an fp32 initial curve plus an
-offset rounded to bf16, against fp32: relative error of the decay per step, of the decay over 256
-steps, and of WKV's output. The learned offsets are drawn at several sizes.
+time_decay is (a) rounded to bf16, or (b) kept as an fp32 initial curve plus an offset rounded to
+bf16. Each is compared with fp32 by its relative errors: of the decay per step, of the decay over
+256 steps, and of WKV's output. The learned offsets are random, of several sizes.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Does compressed history earn its place? The same model with and without it, on whole books.
+"""Measures what compressed history is worth: the same model with and without it, on whole books.
 
     python benchmarks/history.py run --data DIR --held-out DIR --arms none recipe --seeds 0 1
     python benchmarks/history.py report RESULTS.jsonl [--plot FILE]
 
-`run` trains every arm with every seed on the same windows in the same order, and appends one line
-to --results for each evaluation, so that an experiment can be gathered in parts: what is there
-already is not run again. Evaluation is on authors that no arm was trained on: losses by chunk index
-within the document with history, with history withheld, and with another document's; and of rare
-tokens. `report` compares arms that share seeds. The arms are those of benchmarks/history_arms.py.
+`run` trains every arm with every seed on the same windows in the same order, and appends a line to
+--results for each evaluation. An experiment can be run in parts: results that exist are not
+measured again. Evaluation is on authors that no arm was trained on. It gives the loss by chunk
+index in the document, with history, without it, and with another document's history; and the loss
+of rare tokens. `report` compares arms that share seeds. The arms are in benchmarks/history_arms.py.
 
-Data are two outputs of data_prep/shard.py with one tokenizer, made of documents that run over many
-chunks (benchmarks/books.py); of --held-out the train split is read, which is nearly all of it.
+The data are two outputs of data_prep/shard.py with one tokenizer, of documents that span many
+chunks (see benchmarks/books.py). Of --held-out the train split is read, which is nearly all of it.
 """
 
 import argparse
@@ -43,9 +43,9 @@ from i3dist.model.lm import I3LM
 from i3dist.ops.cross_entropy import IGNORE
 
 WINDOW = 8  # chunks
-DROPPED = 0.1  # share of chunks without history in arms that drop some
-RARE = 0.1  # share of the training targets that rare tokens make up
-LOSSES = ("loss", "withheld", "other")  # what evaluation measures
+DROPPED = 0.1  # share of chunks without history in the arms with -drop
+RARE = 0.1  # share of rare tokens among the training targets
+LOSSES = ("loss", "withheld", "other")  # with history, without it, with another document's
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ class Plan:
     seed: int
     model: ModelSettings
     lanes: int
-    steps: int  # that the learning rate's curve spans
-    marks: tuple[int, ...]  # steps after which it is evaluated; it ends at the last
+    steps: int  # length of the learning rate's schedule
+    marks: tuple[int, ...]  # steps after which it is evaluated; the run ends at the last
     lr: float
     clip: float
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens of a step."""
         return self.lanes * WINDOW * self.model.chunk_length
 
 
 class Curve:
-    """Training loss and gradient norm, over every `STEPS` steps: means, and the largest norm."""
+    """Means of training loss and gradient norm, and the largest norm, of every `STEPS` steps."""
 
     STEPS = 50
 
@@ -77,12 +77,12 @@ class Curve:
         self.norms: list[Tensor | float] = []
 
     def add(self, loss: Tensor, norm: Tensor | float) -> None:
-        """Take in a step, without waiting for the device."""
+        """Add a step, without waiting for the device."""
         self.losses.append(loss)
         self.norms.append(norm)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """Whole intervals, as JSON values."""
+        """The values of whole intervals, for JSON."""
         whole = len(self.losses) // self.STEPS * self.STEPS
         loss, norm = (
             torch.tensor([float(x) for x in values[:whole]]).view(-1, self.STEPS)
@@ -93,7 +93,7 @@ class Curve:
 
 
 class Experiment:
-    """The data, and what runs on it."""
+    """Trains and evaluates on two data folders."""
 
     def __init__(self, data: Path, held_out: Path):
         self.train = Split(data / "train", Manifest.load(data / "train"))
@@ -104,7 +104,7 @@ class Experiment:
         self.rare = rare_tokens(data / "train").to(self.device)
 
     def run(self, plan: Plan) -> Iterator[dict[str, Any]]:
-        """Train; yields what is measured at each mark."""
+        """Train; yields the results at each mark."""
         with self.device:
             model = build(plan.arm, plan.model, self.train.manifest.bos_id, plan.seed)
         steps = steps_of(model, plan.lanes, self.device, plan.clip)
@@ -132,17 +132,18 @@ class Experiment:
 
     @torch.no_grad()
     def evaluate(self, model: I3LM, plan: Plan) -> dict[str, Any]:
-        """Sums of losses over the held-out split: by chunk index, and in chunks 1 and later by
-        position and of rare tokens.
+        """Sums of losses over the held-out split.
 
-        Tokens without another document's history are taken to change as the others do in the mean.
+        They are given by chunk index; and for chunks 1 and later by position, and for rare tokens.
+        A token for which no other document has enough history counts with the mean change of the
+        tokens that have one.
         """
         manifest = self.held_out.manifest
         by_chunk, by_position, rare = (
             torch.zeros(5, n, dtype=torch.float64, device=self.device)
             for n in (manifest.chunks_per_shard, plan.model.chunk_length, 1)
         )
-        # Not compiled: a few windows in a shape that nothing else has.
+        # Not compiled: these are a few windows of a shape that occurs nowhere else.
         with torch.compiler.set_stance("force_eager"), mock.patch.object(model, "compiled", False):
             held_out = self.held_out.held_out(model.settings.history_chunks)
             share = held_out.share(0, 1, WINDOW, plan.lanes, model.settings.state_carry)
@@ -167,8 +168,12 @@ class Experiment:
 
 
 def named(sums: Tensor) -> dict[str, list[float]]:
-    """[5, n] sums of ones, loss, loss withheld, change with another document's history, and tokens
-    that had that -> the sums of `LOSSES` and the count, by name."""
+    """The sums of `LOSSES` and the count of tokens, by name.
+
+    Args:
+        sums: [5, n] sums of 1, the loss, the loss without history, its change with another
+            document's history, and 1 for each token that had such a history.
+    """
     count, loss, withheld, change, exchanged = sums
     other = loss + change * count / exchanged.clamp(min=1)
     parts = zip(("count", *LOSSES), (count, loss, withheld, other), strict=True)
@@ -176,13 +181,13 @@ def named(sums: Tensor) -> dict[str, list[float]]:
 
 
 def steps_of(model: I3LM, lanes: int, device: torch.device, clip: float) -> I3Steps:
-    """Its training steps: through the engine on a GPU, else in a plain loop."""
+    """The model's training steps: through the engine on a GPU, else in a plain loop."""
     loop = in_engine if device.type == "cuda" else partial(in_bare_loop, compiled=False)
     return loop(model, Shape(lanes, lanes, WINDOW), device, TrainSettings(clip=clip))
 
 
 def read(split: Split, lanes: int, seed: int, span: range, device: torch.device) -> Iterator[Batch]:
-    """These windows of a split's stream, in order: those that the published runs read."""
+    """Windows `span` of a split's stream, as the published runs read them."""
     schedule = split.schedule(lanes, WINDOW, seed, version=1)
     reader = LaneWindows(split.folder, split.manifest, schedule, range(lanes))
     workers = 2 if device.type == "cuda" else 0
@@ -190,14 +195,14 @@ def read(split: Split, lanes: int, seed: int, span: range, device: torch.device)
 
 
 def without_some(batch: Batch, seed: int, step: int) -> Batch:
-    """The batch, a tenth of its chunks without history."""
+    """The batch with a random tenth of its chunks cut off from their history."""
     random = np.random.default_rng((seed, step)).random(tuple(batch.depth.shape))
     kept = torch.from_numpy(random >= DROPPED).to(batch.depth.device)
     return batch._replace(depth=batch.depth * kept)
 
 
 def rare_tokens(folder: Path) -> Tensor:
-    """The least frequent tokens, which together make up `RARE` of the targets: [V] bool."""
+    """The least frequent tokens, which together are `RARE` of the targets: bool [V]."""
     frequency = torch.from_numpy(counts(folder)).double()
     order = frequency.argsort()
     rare = torch.zeros(len(frequency), dtype=torch.bool)
@@ -210,39 +215,41 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train and evaluate arms")
-    run.add_argument("--data", type=Path, required=True, help="what is trained on")
-    run.add_argument("--held-out", type=Path, required=True, help="what is evaluated")
+    run.add_argument("--data", type=Path, required=True, help="data to train on")
+    run.add_argument("--held-out", type=Path, required=True, help="data to evaluate")
     run.add_argument("--arms", nargs="+", type=named_arm, default=ARMS, metavar="ARM")
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
-    run.add_argument("--tokens", type=float, default=150e6, help="of a run (default: 150e6)")
+    run.add_argument("--tokens", type=float, default=150e6, help="tokens of a run (default: 150e6)")
     run.add_argument(
         "--marks",
         type=float,
         nargs="+",
         default=[0.5, 1.0],
-        help="parts of the run to evaluate it after; it ends at the last (default: 0.5 1)",
+        help="evaluate after these parts of the run; it ends at the last (default: 0.5 1)",
     )
     add_sizes(run)
     run.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
-    run.add_argument("--clip", type=float, default=1.0, help="norm of the gradient (default: 1)")
+    run.add_argument(
+        "--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)"
+    )
     run.add_argument("--results", type=Path, default=Path("history.jsonl"))
     report = commands.add_parser("report", help="compare arms")
     report.add_argument("results", type=Path)
     report.add_argument(
-        "--plot", type=Path, help="draw gain by chunk index and by position in the chunk here"
+        "--plot", type=Path, help="plot gain by chunk index and by position in the chunk"
     )
     return parser.parse_args(arguments)
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """Have it take the sizes of a model and its step."""
+    """Add options for the sizes of the model and its step."""
     parser.add_argument("--lanes", type=int, default=8, help="(default: 8)")
     parser.add_argument("--width", type=int, default=512, help="of the model (default: 512)")
     parser.add_argument("--layers", type=int, default=6, help="RWKV blocks (default: 6)")
 
 
 def model_settings(options: argparse.Namespace, manifest: Manifest) -> ModelSettings:
-    """The card's, but for the sizes that options and data give; 16 tokens a latent."""
+    """The model card's settings with the sizes of options and data; a latent per 16 tokens."""
     return ModelSettings(
         vocab_size=manifest.vocab_size,
         d_model=options.width,
@@ -253,7 +260,7 @@ def model_settings(options: argparse.Namespace, manifest: Manifest) -> ModelSett
 
 
 def plans(options: argparse.Namespace, manifest: Manifest) -> Iterator[Plan]:
-    """Every run that is asked for."""
+    """Every run that the options ask for."""
     model = model_settings(options, manifest)
     per_step = options.lanes * WINDOW * manifest.chunk_length
     steps = max(2, round(options.tokens / per_step))
@@ -272,7 +279,7 @@ def plans(options: argparse.Namespace, manifest: Manifest) -> Iterator[Plan]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train what is not there yet, and append what is measured."""
+    """Do the runs that have no results yet; append their results."""
     experiment = Experiment(options.data, options.held_out)
     lines = history_report.read(options.results)
     done = {(line["arm"], line["seed"], line["tokens"]) for line in lines}

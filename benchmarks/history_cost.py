@@ -1,10 +1,10 @@
-"""What the arms of benchmarks/history.py cost in time and memory, each alone on the device.
+"""Measures the time and memory of the arms of benchmarks/history.py, each alone on the device.
 
     python benchmarks/history_cost.py --data DIR [--arms ARM ...] [--json FILE]
 
-Full optimizer steps of the experiment's models on its data, with history on from the first (so
-that -soon and -drop change nothing): the median of their times, and what they reserve of the GPU's
-memory.
+It takes full optimizer steps of the experiment's models on its data, and reports their median time
+and the GPU memory that they reserve. History is on from the first step, so -soon and -drop change
+nothing.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from history import WINDOW, add_sizes, model_settings, read, steps_of
 from history_arms import build, named_arm
 from measure import free, time_steps
 from rich.console import Console
-from rich.table import Table
+from tables import table
 from torch import Tensor
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
@@ -28,13 +28,13 @@ from i3dist.data.manifest import Manifest
 from i3dist.distributed import collectives
 
 ARMS = ["none", "recipe", "mean", "literal", "ceiling", "carry", "recipe-carry"]
-FIRST = 16  # window that is read first, within long documents; the next ones see all their history
+FIRST = 16  # first window to read: inside long documents, so that histories are full
 LR = 1e-4
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one arm."""
+    """Time and memory of one arm."""
 
     arm: str
     parameters: int
@@ -64,30 +64,27 @@ def measure(arm: str, settings: ModelSettings, split: Split, options: argparse.N
 
 
 def show(costs: list[Cost]) -> None:
-    """Print them beside the first."""
-    table = Table(title="an optimizer step of each arm")
-    for heading in ("arm", "parameters", "ms", "tokens/s", f"ms, {costs[0].arm} = 1", "GiB"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    """Print a table; times are also shown relative to the first arm's."""
+    headings = ("arm", "parameters", "ms", "tokens/s", f"ms, {costs[0].arm} = 1", "GiB")
+    rows = []
     for c in costs:
         gib = "" if c.gib is None else f"{c.gib:.1f}"
-        ratio = f"{c.ms / costs[0].ms:.3f}"
-        table.add_row(
-            c.arm, f"{c.parameters:,}", f"{c.ms:.1f}", f"{c.tokens_per_s:,.0f}", ratio, gib
-        )
-    Console(width=100).print(table)
+        times = (f"{c.ms:.1f}", f"{c.tokens_per_s:,.0f}", f"{c.ms / costs[0].ms:.3f}")
+        rows.append((c.arm, f"{c.parameters:,}", *times, gib))
+    Console(width=100).print(table("an optimizer step of each arm", headings, rows))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="what is trained on")
+    parser.add_argument("--data", type=Path, required=True, help="data to train on")
     parser.add_argument(
         "--arms", nargs="+", type=named_arm, default=ARMS, help=f"(default: {' '.join(ARMS)})"
     )
     add_sizes(parser)
     parser.add_argument("--warm-up", type=int, default=10, help="steps (default: 10)")
-    parser.add_argument("--steps", type=int, default=40, help="that are timed (default: 40)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--steps", type=int, default=40, help="steps to time (default: 40)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     return parser.parse_args(arguments)
 
 

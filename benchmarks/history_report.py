@@ -1,4 +1,4 @@
-"""What benchmarks/history.py measured: tables of arms, and gain by place in the text."""
+"""Reports the results of benchmarks/history.py: tables of arms, and gain by place in the text."""
 
 import json
 import statistics
@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from tables import table
 
 from i3dist.errors import UserError
 
@@ -55,7 +56,7 @@ Results = dict[int, dict[str, dict[int, Figures]]]  # tokens -> arm -> seed
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results file; none where there is no file."""
+    """The lines of a results file; none if there is no file."""
     if not path.exists():
         return []
     try:
@@ -65,7 +66,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def show(lines: list[dict[str, Any]], plot: Path | None) -> None:
-    """Print a table for each number of tokens, and draw the last."""
+    """Print a table for each number of tokens, and plot the last."""
     if not lines:
         raise UserError("there are no results yet")
     grouped: Results = defaultdict(lambda: defaultdict(dict))
@@ -74,41 +75,41 @@ def show(lines: list[dict[str, Any]], plot: Path | None) -> None:
     for tokens in sorted(grouped):
         Console(width=150).print(_table(tokens, grouped[tokens]))
     if plot is not None:
-        _draw(max(grouped), grouped[max(grouped)], plot)
+        _plot(max(grouped), grouped[max(grouped)], plot)
 
 
 def _table(tokens: int, arms: dict[str, dict[int, Figures]]) -> Table:
-    table = Table(title=f"after {tokens:,} tokens: held-out nats per token, mean ± spread of seeds")
     headings = ("arm", "seeds", "chunk 0", "chunks 1+", "gain", "recovered", "withheld costs")
-    for heading in (*headings, "other's costs", "rare gain"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    rows = []
     for arm, seeds in arms.items():
         gain = paired(arms, arm, lambda f: f.later)
-        row = [
-            arm,
-            str(len(seeds)),
-            spread([f.first for f in seeds.values()]),
-            spread([f.later for f in seeds.values()]),
-            spread(gain),
-            recovered(arms, arm),
-            spread([f.withheld - f.later for f in seeds.values()]),
-            spread([f.other - f.later for f in seeds.values()]),
-            spread(paired(arms, arm, lambda f: f.rare)),
-        ]
-        table.add_row(*row)
-    return table
+        rows.append(
+            (
+                arm,
+                str(len(seeds)),
+                spread([f.first for f in seeds.values()]),
+                spread([f.later for f in seeds.values()]),
+                spread(gain),
+                recovered(arms, arm),
+                spread([f.withheld - f.later for f in seeds.values()]),
+                spread([f.other - f.later for f in seeds.values()]),
+                spread(paired(arms, arm, lambda f: f.rare)),
+            )
+        )
+    title = f"after {tokens:,} tokens: held-out nats per token, mean ± spread of seeds"
+    return table(title, (*headings, "other's costs", "rare gain"), rows)
 
 
 def paired(
     arms: dict[str, dict[int, Figures]], arm: str, figure: Callable[[Figures], Value]
 ) -> list[Value]:
-    """What an arm gains over none in a figure, by common seed."""
+    """The gain of an arm over the arm without history in a figure, for each common seed."""
     base = arms.get(NONE, {})
     return [figure(base[seed]) - figure(f) for seed, f in arms[arm].items() if seed in base]
 
 
 def recovered(arms: dict[str, dict[int, Figures]], arm: str) -> str:
-    """Share of the ceiling's gain over chunks 1 and later, means over seeds."""
+    """Share of the ceiling's gain in chunks 1 and later, by means over seeds."""
     gain = paired(arms, arm, lambda f: f.later)
     most = paired(arms, CEILING, lambda f: f.later) if CEILING in arms else []
     if not gain or not most:
@@ -117,23 +118,23 @@ def recovered(arms: dict[str, dict[int, Figures]], arm: str) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation where there are several."""
+    """The mean, with the standard deviation of several values."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):.4f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
-def _draw(tokens: int, arms: dict[str, dict[int, Figures]], path: Path) -> None:
-    """Gain over none by chunk index and by position in the chunk, with the spread over seeds."""
+def _plot(tokens: int, arms: dict[str, dict[int, Figures]], path: Path) -> None:
+    """Plot the gain over no history by chunk index and by position in the chunk."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     FigureCanvasAgg(figure)
     by_chunk, by_position = figure.subplots(1, 2)
     for arm in arms:
         if arm == NONE:
             continue
-        _draw_gain(by_chunk, arm, paired(arms, arm, lambda f: f.by_chunk[:SHOWN_CHUNKS]))
-        _draw_gain(by_position, arm, paired(arms, arm, lambda f: doubling_means(f.by_position)))
+        _plot_gain(by_chunk, arm, paired(arms, arm, lambda f: f.by_chunk[:SHOWN_CHUNKS]))
+        _plot_gain(by_position, arm, paired(arms, arm, lambda f: doubling_means(f.by_position)))
     by_chunk.axvline(8.5, color="gray", lw=0.5, ls=":")
     by_chunk.set_xlabel("chunk index within the document (history holds 8 chunks)")
     by_position.set_xlabel("position in the chunk (chunks 1 and later)")
@@ -149,8 +150,8 @@ def _draw(tokens: int, arms: dict[str, dict[int, Figures]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_gain(axes: Axes, arm: str, of_seeds: list[np.ndarray]) -> None:
-    """One arm's gains: the mean as a line, the range over seeds behind it."""
+def _plot_gain(axes: Axes, arm: str, of_seeds: list[np.ndarray]) -> None:
+    """Plot one arm's gains: the mean as a line, and the range over seeds behind it."""
     gains = np.array(of_seeds)
     if not len(gains):
         return

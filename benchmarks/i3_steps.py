@@ -1,4 +1,7 @@
-"""Optimizer steps of the i3, through the engine or bare, and the i3 with one thing changed."""
+"""Optimizer steps of i3 for the benchmarks: through the engine or in a plain PyTorch loop.
+
+Also i3 with one thing changed: without history, or with WKV as a scripted loop.
+"""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -39,7 +42,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """Read "16", 16 lanes at once, or "32x16", 32 lanes in micro-batches of 16."""
+        """Read "16" (16 lanes in one micro-batch) or "32x16" (32 lanes in micro-batches of 16)."""
         lanes, _, micro_batch = text.partition("x")
         try:
             shape = cls(int(lanes), int(micro_batch or lanes))
@@ -101,7 +104,7 @@ class I3Steps:
         return loss_sum / counts.targets
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Free the model."""
         self.loop.close()
 
 

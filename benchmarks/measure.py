@@ -1,4 +1,4 @@
-"""Timing of a contestant's optimizer steps."""
+"""Times the optimizer steps of a contestant of benchmarks/train_throughput.py."""
 
 import gc
 import itertools
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from i3dist.errors import UserError
 
-FEW = (2, 4)  # steps of warm-up and timed ones of a contestant that takes seconds for each
+FEW = (2, 4)  # warm-up and timed steps of a contestant that takes seconds for each
 
 
 class Prepared(NamedTuple):
@@ -27,7 +27,7 @@ class Prepared(NamedTuple):
     tokens: int  # of a step
     flops_per_token: float
     waits: list[float] | None = None  # seconds that each step waited for data
-    close: Callable[[], None] = lambda: None  # gives back what it holds
+    close: Callable[[], None] = lambda: None  # frees what it holds
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,22 @@ class Case:
     contestant: str
     shape: str
     prepare: Callable[[], Prepared]
-    few: bool = False  # it is too slow for as many steps as the others take
+    few: bool = False  # too slow for as many steps as the others take
 
 
 def measure(case: Case, warm_up: int, timed: int, peak: float, profiled: bool = False) -> Row:
-    """Time a contestant, and see that it learns.
+    """Time a contestant, and check that it learns.
 
     Args:
         case: the contestant.
         warm_up: steps before the clock starts.
-        timed: steps after that.
+        timed: steps that are timed.
         peak: FLOP/s that its MFU is a share of.
-        profiled: whether to print afterwards where the GPU's time goes.
+        profiled: whether to print its GPU kernels and their times afterwards.
 
     Raises:
-        UserError: its loss is not finite, or does not fall over one and the same batch.
-        torch.OutOfMemoryError: it does not fit.
+        UserError: its loss is not finite, or does not fall on a batch that is used again and again.
+        torch.OutOfMemoryError: it does not fit into memory.
     """
     ready = case.prepare()
     if case.few:
@@ -84,9 +84,9 @@ def measure(case: Case, warm_up: int, timed: int, peak: float, profiled: bool = 
 def time_steps(
     step: Callable[[], Tensor], warm_up: int, timed: int
 ) -> tuple[list[float], list[float], float | None]:
-    """Losses and milliseconds of the timed steps, and the GPU memory they held, in GiB.
+    """Losses and milliseconds of the timed steps, and the GPU memory that they reserved, in GiB.
 
-    What is reserved: the memory of a recorded graph counts as free between replays.
+    Reserved, not allocated, because the memory of a recorded graph counts as free between replays.
     """
     cuda = torch.cuda.is_available()
     for _ in range(warm_up):
@@ -104,7 +104,7 @@ def time_steps(
 
 
 def mark() -> Any:
-    """A moment: on the GPU's clock where there is a GPU."""
+    """The present time; on a GPU, an event on its clock."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -113,12 +113,12 @@ def mark() -> Any:
 
 
 def milliseconds(first: Any, second: Any) -> float:
-    """From one mark to another that has passed."""
+    """Time between two marks; both must have passed."""
     return 1e3 * (second - first) if isinstance(first, float) else first.elapsed_time(second)
 
 
 def free() -> None:
-    """Give back what the last contestant held."""
+    """Free the memory of the last contestant."""
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():

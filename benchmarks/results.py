@@ -1,4 +1,4 @@
-"""What was measured: a table, the targets it is held to, and one JSON object."""
+"""The results of benchmarks/train_throughput.py: tables, figures with targets, and a JSON file."""
 
 import json
 from collections.abc import Iterable
@@ -8,10 +8,11 @@ from pathlib import Path
 from flops import FORMULA
 from rich.console import Console
 from rich.table import Table
+from tables import table
 
 from i3dist.errors import UserError
 
-# Opponents that a ratio takes the fastest of.
+# A ratio compares with the fastest of these.
 GPT_SHORT, GPT_LONG = ("gpt-512",), ("gpt-4096", "gpt-4096-masks")
 
 
@@ -44,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of merit; it has a target, or none."""
+    """A figure of merit, with or without a target."""
 
     name: str
     value: float
@@ -54,20 +55,20 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is reached; None without one."""
+        """Whether the target is reached; None if there is no target."""
         if self.least is not None:
             return self.value >= self.least
         return self.value <= self.most if self.most is not None else None
 
 
 def fastest(rows: Iterable[Row], *contestants: str) -> Row | None:
-    """The fastest row of some contestants, if there is any."""
+    """The fastest row of these contestants; None if there is none."""
     found = [row for row in rows if row.contestant in contestants]
     return max(found, key=lambda row: row.tokens_per_s, default=None)
 
 
 def figures(rows: list[Row], card_step: str) -> list[Figure]:
-    """Every figure whose rows are there."""
+    """Every figure whose rows were measured."""
     engine = fastest(rows, "engine")
     if engine is None:
         return []
@@ -107,12 +108,10 @@ def show(rows: list[Row], merits: list[Figure], title: str) -> None:
 
 
 def _row_table(rows: list[Row], title: str) -> Table:
-    table = Table(title=title, caption=f"{FORMULA}; MFU against the run's best matrix product")
+    caption = f"{FORMULA}; MFU against the run's best matrix product"
     numbers = ("weights", "tokens", "ms", "tokens/s", "MFU", "peak TFLOP/s", "GiB")
-    for heading in ("contestant", "step", *numbers):
-        table.add_column(heading, justify="right" if heading in numbers else "left")
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             row.contestant,
             row.shape,
             f"{row.parameters / 1e6:,.1f}M",
@@ -123,27 +122,27 @@ def _row_table(rows: list[Row], title: str) -> Table:
             f"{row.peak / 1e12:,.1f}",
             "" if row.memory_gib is None else f"{row.memory_gib:.1f}",
         )
-    return table
+        for row in rows
+    ]
+    return table(title, ("contestant", "step", *numbers), cells, left=2, caption=caption)
 
 
 def _figure_table(merits: list[Figure]) -> Table:
-    table = Table(title="figures and their targets")
-    for heading in ("figure", "value", "target", "met"):
-        table.add_column(heading, justify="right" if heading in ("value", "target") else "left")
+    rows = []
     for f in merits:
         bound = f.least if f.least is not None else f.most
         sign = ">=" if f.least is not None else "<="
         target = "" if bound is None else f"{sign} {bound:{f.form}}"
         met = {None: "", True: "yes", False: "no"}[f.met]
-        table.add_row(f.name, f"{f.value:{f.form}}", target, met)
-    return table
+        rows.append((f.name, f"{f.value:{f.form}}", target, met))
+    return table("figures and their targets", ("figure", "value", "target", "met"), rows)
 
 
 def load(path: Path | None) -> list[Row]:
-    """Rows of an earlier run; none where there is no file.
+    """Rows of an earlier run; none if there is no file.
 
     Raises:
-        UserError: the file is something else.
+        UserError: the file is not one of this program.
     """
     if path is None or not path.exists():
         return []
@@ -155,7 +154,7 @@ def load(path: Path | None) -> list[Row]:
 
 
 def merge(rows: list[Row], new: Row) -> list[Row]:
-    """The rows with one more, in the place of an earlier one of the same contestant and shape."""
+    """The rows and a new one, which replaces that of the same contestant and shape."""
     kept = [row for row in rows if (row.contestant, row.shape) != (new.contestant, new.shape)]
     return [*kept, new]
 

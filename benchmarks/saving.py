@@ -1,9 +1,11 @@
-"""What checkpoints cost training: steps with one saved behind them, in line, and none.
+"""Measures the time that checkpoints cost training.
 
-Takes intervals of optimizer steps through the engine, as training does, by turns: without a
-checkpoint, with one that is begun before the first step and written meanwhile, and with one that
-training waits for. Every interval ends when its steps and its checkpoint are done. The cost is the
-time beyond that of an interval without one.
+    python benchmarks/saving.py [--config FILE] [--interval N] [--rounds N]
+
+It takes intervals of optimizer steps through the engine, as training does. Three kinds of interval
+take turns: without a checkpoint; with one that is begun before the first step and written during
+the steps; and with one that training waits for. An interval ends when its steps and its checkpoint
+are done. The cost of a checkpoint is the time beyond that of an interval without one.
 """
 
 import argparse
@@ -16,8 +18,8 @@ import torch
 from i3_steps import Shape, in_engine
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from synthetic import BOS, PAD, Data, batches
+from tables import table
 
 from i3dist.checkpoint.async_saver import AsyncSaver
 from i3dist.checkpoint.run_state import RunState
@@ -55,14 +57,14 @@ class Intervals:
         self.saver.begin(state, self.steps.loop.snapshot, (self.lanes, self.steps.state))
 
     def take(self, count: int) -> None:
-        """So many steps, until the device has done them."""
+        """Take `count` steps and wait for the device."""
         for index in range(count):
             self.steps([self.batches[index % len(self.batches)]], lr=1e-4, pad_id=PAD)
         if self.steps.gate.is_cuda:
             torch.cuda.synchronize()
 
     def interval(self, kind: str, count: int) -> tuple[float, float]:
-        """Seconds of an interval, and those before its first step."""
+        """Seconds of an interval, and the seconds before its first step."""
         started = time.perf_counter()
         if kind != KINDS[0]:
             self.save()
@@ -75,7 +77,7 @@ class Intervals:
 
 
 def measure(intervals: Intervals, count: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Every kind of interval, by turns; what comes first only warms up."""
+    """Measure every kind of interval in turn, after a warm-up."""
     intervals.take(3)
     intervals.interval(KINDS[1], 1)
     turns = [kind for _ in range(rounds) for kind in KINDS]
@@ -87,15 +89,13 @@ def measure(intervals: Intervals, count: int, rounds: int) -> dict[str, list[tup
 
 def show(found: dict[str, list[tuple[float, float]]], title: str) -> None:
     """Print a table of medians."""
-    table = Table(title=title)
-    for column in ("interval", "seconds", "training waited", "cost"):
-        table.add_column(column, justify="left" if column == "interval" else "right")
+    rows = []
     plain = statistics.median(seconds for seconds, _ in found[KINDS[0]])
     for kind, times in found.items():
         seconds, stalled = (statistics.median(column) for column in zip(*times, strict=True))
         cost = "" if kind == KINDS[0] else f"{100 * (seconds / plain - 1):+.1f}%"
-        table.add_row(kind, f"{seconds:.2f}", f"{100 * stalled / plain:.2f}%", cost)
-    Console().print(table)
+        rows.append((kind, f"{seconds:.2f}", f"{100 * stalled / plain:.2f}%", cost))
+    Console().print(table(title, ("interval", "seconds", "training waited", "cost"), rows))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,11 +1,11 @@
-"""Tokens/s of i3-4096ctx on 1 to 1,024 GPUs, derived from steps measured on one: docs/scaling.md.
+"""Derives tokens/s of i3-4096ctx on 1 to 1,024 GPUs from steps on one GPU: docs/scaling.md.
 
     python benchmarks/scaling.py [--measured FILE] [--plot FILE] [--document FILE] [--json FILE]
 
-Nothing runs on a GPU here. Step times of one GPU are those of a FILE that train_throughput.py
---json wrote, by default the results in docs/: its rows "engine" of 4 and of 16 lanes x 8 chunks
-make the fit, the engine's others check it. Tables are in Markdown; --document puts them into
-docs/scaling.md.
+Nothing runs on a GPU here. The step times of one GPU come from a FILE of train_throughput.py
+--json, by default from the results in docs/. The model is fitted to the rows "engine" of 4 and of
+16 lanes x 8 chunks; the other rows of the engine check it. Tables are printed in Markdown;
+--document writes them into docs/scaling.md.
 
 Units: seconds, bytes, bytes/s, tokens. A lane is 8 chunks of 512 tokens.
 """
@@ -34,19 +34,19 @@ from i3dist.engine.flat_parameters import PackedModel
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 
-ADAMW = 2.3e-3  # of a step on one GPU: AdamW over all states, from its profile
+ADAMW = 2.3e-3  # of a step on one GPU: AdamW over all states, from a profile
 WORLDS = [2**power for power in range(11)]
 SHOWN = (1, 8, 64, 256, 1024)  # of them, in tables
 LANE_TOKENS = 8 * 512
-LANES = (4, 16)  # of a GPU: the default, and the most at once that the fit goes through
+LANES = (4, 16)  # of a GPU: the default, and the largest micro-batch of the fit
 BATCHES = {"1M tokens": 256, "4M tokens": 1024}  # lanes of a step
-SCALARS = 3  # sums of a step over ranks: targets, loss, gradient norm
+SCALARS = 3  # numbers that a step adds up over ranks: targets, loss, gradient norm
 FP32, BF16 = 4, 2
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 MEASURED = RESULTS / "train_throughput.json"
 SEVERAL = RESULTS / "several_gpus.json"
 
-# Assumed, as docs/scaling.md explains: bandwidths one way, as NCCL achieves them.
+# Assumptions, explained in docs/scaling.md: one-way bandwidths, as NCCL achieves them.
 NODE, NVLINK = 8, 360e9  # GPUs of a node, the bandwidth of each
 LINKS = {"InfiniBand": 340e9, "Ethernet": 11e9}  # bandwidth of a node
 RING_HOPS, TREE_HOPS = (1.9e-6, 4e-6), (1.25e-6, 8.5e-6)  # inside a node, between nodes
@@ -55,7 +55,7 @@ WIRES = list(product(LINKS, (FP32, BF16)))  # link, bytes of a gradient's elemen
 
 
 def ring(size: float, world: int, link: str) -> float:
-    """Reduce-scatter, or all-gather, of `size` bytes in all along one ring through all GPUs."""
+    """Reduce-scatter, or all-gather, of `size` bytes in total along one ring through all GPUs."""
     nodes, bandwidth = _layout(world, link)
     inside, between = RING_HOPS
     hops = (world - nodes) * inside + (nodes - 1) * between
@@ -63,7 +63,7 @@ def ring(size: float, world: int, link: str) -> float:
 
 
 def all_reduce(size: float, world: int, link: str) -> float:
-    """Reduce-scatter and all-gather, or where that is faster up and down trees of nodes."""
+    """Reduce-scatter and all-gather; or up and down trees of nodes, if that is faster."""
     nodes, bandwidth = _layout(world, link)
     inside, between = TREE_HOPS
     hops = (world // nodes - 1) * inside + math.log2(nodes) * between
@@ -71,7 +71,7 @@ def all_reduce(size: float, world: int, link: str) -> float:
 
 
 def _layout(world: int, link: str) -> tuple[int, float]:
-    """Nodes, which are full if there are several, and the bandwidth of a ring through them."""
+    """Number of nodes, all full if there are several, and the bandwidth of a ring through them."""
     return max(1, world // NODE), NVLINK if world <= NODE else LINKS[link]
 
 
@@ -84,17 +84,17 @@ def flats() -> tuple[int, ...]:
 
 
 class Cost(NamedTuple):
-    """Seconds that computing takes one GPU, without AdamW."""
+    """Seconds that one GPU computes, without AdamW."""
 
     token: float
-    micro_batch: float  # handling its gradient above all
+    micro_batch: float  # mostly for its gradient
 
     @classmethod
     def fit(cls, measured: dict[tuple[int, int], float]) -> "Cost":
         """The line through the steps of `LANES`, each one micro-batch.
 
         Raises:
-            UserError: a step is missing, or the line leaves no time for AdamW.
+            UserError: a step is missing, or no time is left for AdamW.
         """
         few, many = LANES
         try:
@@ -130,11 +130,11 @@ class SimulatedJob:
 
     @property
     def tokens(self) -> int:
-        """Of the whole step."""
+        """Tokens of the whole step."""
         return self.world * self.lanes * LANE_TOKENS
 
     def communication(self) -> float:
-        """Seconds of the step; none of them overlap with computing."""
+        """Seconds of communication in the step, none of which overlaps with computing."""
         wire = (self.world, self.link)
         gradients = [self.gradient_bytes * n for n in flats()]
         scalars = SCALARS * all_reduce(8, *wire)
@@ -145,11 +145,11 @@ class SimulatedJob:
         return scalars + scattering + sum(ring(BF16 * n, *wire) for n in flats())
 
     def overhead(self) -> float:
-        """Seconds of communication and AdamW: all that depends on the scheme."""
+        """Seconds of communication and AdamW: everything that depends on the scheme."""
         return self.communication() + ADAMW / (1 if self.scheme is Scheme.DP else self.world)
 
     def seconds(self, cost: Cost) -> float:
-        """Of the whole step."""
+        """Seconds of the whole step."""
         computing = self.lanes * LANE_TOKENS * cost.token + self.micro_batches * cost.micro_batch
         return computing + self.overhead()
 
@@ -174,10 +174,10 @@ def curves() -> dict[str, list[SimulatedJob]]:
 
 
 def memory(scheme: Scheme, world: int) -> float:
-    """Most bytes on each GPU, without activations.
+    """Peak bytes on each GPU, without activations.
 
-    Weights and backward's gradient in bf16; in fp32 the gradient, master weights and two moments.
-    While it is reduced, ZeRO's gradient is there whole and as the GPU's own part.
+    In bf16: weights, and the gradient of backward. In fp32: gradient, master weights, two moments.
+    During its reduction ZeRO holds the gradient both whole and as the GPU's own part.
     """
     if scheme is Scheme.DP or world == 1:
         return sum(flats()) * (2 * BF16 + 4 * FP32)
@@ -185,11 +185,13 @@ def memory(scheme: Scheme, world: int) -> float:
 
 
 def load(path: Path) -> dict[tuple[int, int], float]:
-    """The engine's steps in a file of train_throughput.py, windows of 8 chunks: seconds by lanes
-    and lanes at once.
+    """Seconds of the engine's steps of 8 chunks in a file of train_throughput.py.
+
+    Returns:
+        seconds by (lanes, lanes at once).
 
     Raises:
-        UserError: there is no such file, or it is something else.
+        UserError: there is no such file, or it is not one of that program.
     """
     if not path.exists():
         raise UserError(f"there is no file {path}")
@@ -197,13 +199,13 @@ def load(path: Path) -> dict[tuple[int, int], float]:
     for row in results.load(path):
         if row.contestant == "engine" and (match := shape.fullmatch(row.shape)):
             lanes, at_once = int(match[1]), int(match[2] or match[1])
-            if row.tokens == lanes * LANE_TOKENS:  # else of the toy model
+            if row.tokens == lanes * LANE_TOKENS:  # otherwise it is of the toy model
                 found[lanes, at_once] = row.ms / 1e3
     return found
 
 
 def tables(cost: Cost, measured: dict[tuple[int, int], float]) -> dict[str, str]:
-    """What the document shows, in Markdown, by the name that it has there."""
+    """The document's tables in Markdown, by their names in the document."""
     fit = "lanes | at once | measured, ms | fit, ms | off"
     scaling = "alike | GPUs | lanes a GPU | micro-batches | tokens a step | step, ms"
     scaling += " | communication | tokens/s | efficiency | bf16 | Ethernet | Ethernet, bf16"
@@ -218,7 +220,7 @@ def tables(cost: Cost, measured: dict[tuple[int, int], float]) -> dict[str, str]
 
 
 def several_table(cost: Cost, path: Path) -> str:
-    """Speeds that several_gpus.py measured, and the same derived, in Markdown."""
+    """Speeds measured by several_gpus.py beside the derived ones, in Markdown."""
     columns = "lanes a GPU | GPUs | derived, tokens/s | measured | derived, efficiency | measured"
     alone: dict[int, float] = {}
     rows = []
@@ -273,7 +275,7 @@ def _scheme_rows(cost: Cost) -> Iterator[list[str]]:
 
 
 def fill(document: Path, contents: dict[str, str]) -> None:
-    """Put tables into a document, each after the comment with its name, for the one there.
+    """Replace the tables of a document; each follows a comment with its name.
 
     Raises:
         UserError: there is no such comment, or more than one.
@@ -286,8 +288,8 @@ def fill(document: Path, contents: dict[str, str]) -> None:
     document.write_text(text, "utf-8")
 
 
-def draw(cost: Cost, path: Path) -> None:
-    """Efficiency with as many lanes on every GPU; speed with as many tokens a step. PNG."""
+def plot(cost: Cost, path: Path) -> None:
+    """Plot efficiency at equal lanes per GPU, and speed at equal tokens per step, as PNG."""
     figure = Figure(figsize=(11, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -312,7 +314,7 @@ def draw(cost: Cost, path: Path) -> None:
 
 
 def record(cost: Cost) -> list[dict[str, Any]]:
-    """Every point, under every scheme and wire."""
+    """Every point with every scheme and wire."""
     points = [job for jobs in curves().values() for job in jobs]
     jobs = [
         replace(job, scheme=scheme, link=link, gradient_bytes=size)
@@ -322,20 +324,20 @@ def record(cost: Cost) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables; draw, fill the document and write JSON where asked."""
+    """Print the tables; if asked, plot, fill the document and write JSON."""
     parser = ArgumentParser(description=__doc__)
     add = partial(parser.add_argument, metavar="FILE", type=Path)
-    add("--measured", default=MEASURED, help="read steps of one GPU here (default: in docs/)")
-    add("--plot", help="draw the curves here, as PNG")
+    add("--measured", default=MEASURED, help="steps of one GPU (default: those in docs/)")
+    add("--plot", help="plot the curves into this PNG file")
     add("--document", help="replace the tables of this document")
-    add("--json", help="write every point here")
+    add("--json", help="write every point to this file")
     options = parser.parse_args(arguments)
     measured = load(options.measured)
     cost = Cost.fit(measured)
     contents = tables(cost, measured)
     print("\n".join(f"{name}\n\n{table}" for name, table in contents.items()))
     if options.plot:
-        draw(cost, options.plot)
+        plot(cost, options.plot)
     if options.document:
         fill(options.document, contents)
     if options.json:

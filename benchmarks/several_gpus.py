@@ -1,19 +1,18 @@
-"""The model card on several GPUs of one host, through launch/train.py and its launchers.
+"""Measures the model card on several GPUs of one host, through launch/train.py.
 
     python benchmarks/several_gpus.py --data DIR --json FILE [--only speed start continued ...]
 
-Parts, each of runs of its own:
+Each part starts runs of its own:
 
-  speed      tokens a second on one GPU and on all, at 4 and at 16 lanes a GPU, after warm-up
-  start      seconds from the command to the first steps, in the order in which the runs came
-  continued  a run that is told to stop and continued, against one that is not: its weights
-  ranks      a run on all GPUs, then on one, then on all, against one on all: its ledger
-  ended      seconds until a job is over, one of whose ranks is killed or stopped
+  speed      tokens per second on one GPU and on all, at 4 and at 16 lanes per GPU, after warm-up
+  start      seconds from the command to the first steps, for every run so far
+  continued  compares the weights of a run that was stopped and continued with one that was not
+  ranks      compares the ledger of a run on all GPUs, then one, then all, with one on all GPUs
+  ended      seconds until a job has ended after one of its ranks was killed or stopped
 
-DIR is made by data_prep/shard.py with the card's 32,000 entries and chunks of 512 tokens.
+DIR is made by data_prep/shard.py with 32,000 entries and chunks of 512 tokens.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -55,7 +54,7 @@ class LaunchedRun:
     lines: list[tuple[float, str]] = field(default_factory=list)
 
     def wait_for(self, text: str) -> float:
-        """Seconds from the start to the first line that holds a text."""
+        """Seconds from the start to the first line that contains a text."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             for when, line in list(self.lines):
@@ -71,7 +70,7 @@ class LaunchedRun:
         return self.process.wait(PATIENCE)
 
     def output(self) -> str:
-        """All of it."""
+        """Everything it has printed."""
         return "\n".join(line for _, line in self.lines)
 
     def rank(self, number: int) -> psutil.Process:
@@ -86,7 +85,7 @@ class LaunchedRun:
 
 
 class Host:
-    """Starts runs on the GPUs of this host, and keeps what they leave in a folder."""
+    """Starts runs on the GPUs of this host, in run folders below `folder`."""
 
     def __init__(self, data: Path, folder: Path, gpus: int, settings: Sequence[str]):
         self.data = data
@@ -145,7 +144,7 @@ class Host:
         return self.folder / name
 
     def speed(self) -> list[dict[str, Any]]:
-        """Tokens a second at each number of lanes, on one GPU and on all."""
+        """Tokens per second at each number of lanes, on one GPU and on all."""
         rows = []
         for lanes in LANES:
             for gpus in (1, self.gpus):
@@ -157,11 +156,11 @@ class Host:
         return rows
 
     def start(self) -> list[dict[str, Any]]:
-        """Seconds to the first steps of every run so far."""
+        """Seconds until the first steps of every run so far."""
         return self.starts
 
     def continued(self) -> dict[str, Any]:
-        """Whether a run that was told to stop, and continued, ends with the same weights."""
+        """Whether a run that is stopped and continued ends with the same weights."""
         words = (f"train.lanes={4 * self.gpus}", f"train.steps={STEPS}")
         whole = self.finish("whole", self.gpus, *words)
         with self.train("stopped", self.gpus, *words) as run:
@@ -193,7 +192,7 @@ class Host:
         return {"status": checked.returncode, "says": checked.stdout, "largest_difference": largest}
 
     def ended(self) -> list[dict[str, Any]]:
-        """Seconds until a job is over when its last rank is killed, or stopped."""
+        """Seconds until a job has ended after its last rank was killed or stopped."""
         limit = f"guard.hang_seconds={HANG_SECONDS}"
         cases = [
             ("deepspeed", signal.SIGKILL, ()),
@@ -222,7 +221,7 @@ class Host:
 
 
 def left_of(pid: int) -> list[psutil.Process]:
-    """What a process has started and is still there."""
+    """The descendants of a process that are still running."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -235,7 +234,7 @@ def sha256(path: Path) -> str:
 
 
 def show_speed(rows: list[dict[str, Any]]) -> None:
-    """Print a line for each, with the efficiency against one GPU."""
+    """Print a line for each row, with its efficiency relative to one GPU."""
     alone = {r["lanes_a_gpu"]: statistics.median(r["tokens_per_second"]) for r in rows[::2]}
     for row in rows:
         speed, gpus = statistics.median(row["tokens_per_second"]), row["gpus"]
@@ -244,16 +243,16 @@ def show_speed(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run the parts and write what they say after each."""
+    """Run the parts; write the results after each."""
     parts = ("speed", "continued", "ranks", "ended", "start")
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="written to")
+    parser.add_argument(
+        "--json", type=Path, required=True, metavar="FILE", help="write the results to this file"
+    )
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--settings", nargs="+", default=[], help="for every run")
+    parser.add_argument("--settings", nargs="+", default=[], help="settings of every run")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     found: dict[str, Any] = {"gpus": options.gpus, "device": device, "torch": torch.__version__}

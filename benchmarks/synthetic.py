@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.tar import write_shard
+from data_prep.pack import write_shard
 from i3dist.data.lanes import Batch, LaneWindows, Window
 from i3dist.data.manifest import Manifest
 from i3dist.data.schedule import Schedule

@@ -1,9 +1,9 @@
-"""The loss of a unigram model: what a language model must beat to have learned anything.
+"""Measures the loss of a unigram model, which every language model should beat.
 
     python benchmarks/unigram.py DATA
 
-Counts the tokens of DATA's train split (add-one smoothing) and prints the mean loss of its valid
-split under those frequencies, over the same targets that launch/evaluate.py uses.
+It counts the tokens of DATA's train split (with add-one smoothing) and prints the mean loss of its
+valid split under those frequencies, over the same targets as launch/evaluate.py.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What was read of a source, so that a later run can tell whether the source is still the same.
 
-Files are hashed as they are read. A later run compares sizes and times, and hashes again only what
-has other times: a source that was copied, moved or touched is still the same.
+Files are hashed while they are read. A later run compares their sizes and times, and hashes only
+the files whose times have changed. So a source that was copied, moved or touched is still the same.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict
 _BLOCK = 1 << 20
 
 State = tuple[int, int, int]
-"""A file's size in bytes, and when its content and its entry last changed, in ns."""
+"""A file's size in bytes, and the times when its content and its inode last changed, in ns."""
 
 
 class Piece(BaseModel):
-    """Bytes `start` to `stop` of the source's file number `file`, and their SHA-256 as read."""
+    """Bytes `start` to `stop` of the source's file number `file`, and the SHA-256 they had."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,7 +29,7 @@ class Piece(BaseModel):
     sha256: str
 
     def is_in(self, path: Path) -> bool:
-        """Whether the file holds the same bytes there now."""
+        """Whether the file still holds these bytes."""
         with path.open("rb") as file:
             return sha256_between(file, self.start, self.stop) == self.sha256
 
@@ -43,7 +43,7 @@ class Evidence(BaseModel):
     pieces: tuple[Piece, ...] = ()
 
     def touched(self, states: Sequence[State]) -> frozenset[int]:
-        """Numbers of the files that are in another state now."""
+        """Numbers of the files whose state has changed."""
         pairs = enumerate(zip(self.states, states, strict=True))
         return frozenset(number for number, (then, now) in pairs if then != now)
 

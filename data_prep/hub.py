@@ -1,14 +1,12 @@
-"""FineWeb-Edu from the Hugging Face hub, streamed: nothing is downloaded as a whole."""
+"""FineWeb-Edu, streamed from the Hugging Face hub: nothing is downloaded as a whole."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from data_prep.evidence import Piece, State
-from data_prep.listing import NamedFile
-from data_prep.records import Record, clean_name
+from data_prep.sources import SOURCES, Part, Record, Source, clean_name
 from i3dist.errors import UserError
 
 DATASET = "HuggingFaceFW/fineweb-edu"
@@ -18,14 +16,14 @@ _TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True)
-class HubPart:
+class HubPart(Part):
     """One of the dataset's `of` files, at one revision."""
 
     revision: str
     number: int
     of: int
 
-    def records(self) -> Generator[Record, None, None]:
+    def records(self) -> Iterator[Record]:
         """Stream the documents in order."""
         with _network():
             dataset = _stream(self.revision).select_columns(["text", "id", "url"])
@@ -35,39 +33,22 @@ class HubPart:
                 identifier, url = (clean_name(fields.get(k) or position) for k in ("id", "url"))
                 yield Record(position, identifier, url, fields["text"])
 
-    @property
-    def files(self) -> frozenset[int]:
-        """None that could change."""
-        return frozenset()
 
-    def is_made_of(self, pieces: Sequence[Piece]) -> bool:
-        """Always: it is at a fixed revision."""
-        return True
-
-
-class HubSource:
-    """The dataset at a revision: the one that a former run has pinned, else the newest."""
+@SOURCES.register(DATASET)
+class HubSource(Source):
+    """The dataset at one commit. A run that continues keeps the commit that it began with."""
 
     name = HUB_NAME
-    files: Sequence[NamedFile] = ()
-    states: tuple[State, ...] = ()
-    left_out = ""
-
-    def __init__(self, pinned: str | None = None) -> None:
-        self._pinned = pinned
-
-    @property
-    def outline(self) -> str:
-        """The commit to read: it tells the content."""
-        return self.revision
 
     @cached_property
     def revision(self) -> str:
-        """The commit to read, so that a run that is continued never mixes two versions."""
-        if self._pinned:
-            return self._pinned
+        """The commit to read: the newest unless one is pinned."""
         with _network():
             return _check_reachable(None)
+
+    def pin(self, revision: str) -> None:
+        """Read this commit."""
+        self.revision = revision
 
     def parts(self) -> Sequence[HubPart]:
         """One part per file of the dataset."""

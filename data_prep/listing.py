@@ -1,8 +1,8 @@
-"""Which files a folder or a glob stands for, and what is left out.
+"""Lists the files of a folder or a glob, and counts what is left out.
 
-A folder is read as `find -L` walks it, without what programs keep there for themselves: names that
-begin with a dot (or `~$`), folders that begin with `_`, and the folders that this tool has written.
-A glob finds what Python's `glob` finds. No link leads in circles.
+A folder is walked as by `find -L`. Left out are names that begin with a dot or `~$`, folders whose
+names begin with `_`, and the output of this tool. A glob finds what Python's `glob` finds. A link
+is not followed back to a folder that it lies in.
 """
 
 import fnmatch
@@ -11,20 +11,19 @@ import itertools
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 from data_prep.output import is_output
 from data_prep.readers import SUFFIXES
+from data_prep.sources import NamedFile
 from i3dist.errors import UserError
 
 _HIDDEN = (".", "~$")
 _ENDINGS_NAMED = 6
 
 _Identity = tuple[int, int]
-NamedFile = tuple[Path, str]
-"""A file, and its path below the root of its source."""
 
 
 class Listing:
@@ -33,13 +32,13 @@ class Listing:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.left_out: Counter[str] = Counter()
-        """How many files and folders were left out, by reason."""
+        """Number of files and folders that were left out, by reason."""
         self._endings: Counter[str] = Counter()
         self._files: set[Path] = set()
         self._is_ours = _recogniser(root)
 
     def add_folder(self) -> None:
-        """Take all files below the root."""
+        """Add all files below the root."""
         for _, files in walk(self.root, self._enters):
             for path in files:
                 if not path.name.startswith(_HIDDEN):
@@ -48,7 +47,7 @@ class Listing:
                     self.left_out["hidden files"] += 1
 
     def add_matches(self, parts: Sequence[str]) -> None:
-        """Take the files below the root that match a glob, given component by component."""
+        """Add the files below the root that match a glob, given component by component."""
         for path in set(self._matches(self.root, parts)):
             if not os.path.isdir(path):
                 self._add(path)
@@ -57,11 +56,10 @@ class Listing:
 
     def files(self) -> tuple[NamedFile, ...]:
         """The files, in the order of their names."""
-        named = ((path, path.relative_to(self.root).as_posix()) for path in self._files)
-        return tuple(sorted(named, key=lambda pair: pair[1]))
+        return named(self._files, self.root)
 
     def report(self) -> str:
-        """What was left out, in words; empty where nothing was."""
+        """What was left out, in words; empty if nothing was."""
         counts = [f"{reason} ({count:,})" for reason, count in sorted(self.left_out.items())]
         if self._endings:
             names = [name for name, _ in self._endings.most_common(_ENDINGS_NAMED + 1)]
@@ -83,7 +81,7 @@ class Listing:
             self.left_out["pipes, sockets or devices"] += 1
 
     def _matches(self, folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-        """As `glob` does it, without circles of links; a folder that cannot be read is an error."""
+        """As `glob`, but without circles of links, and an unreadable folder is an error."""
         if not parts:
             yield folder
         elif not os.path.isdir(folder):
@@ -112,11 +110,17 @@ class Listing:
         return False
 
 
-def walk(root: Path, enters: Callable[[Path], bool]) -> Iterator[tuple[Path, list[Path]]]:
-    """Every folder from `root` down with what is in it that is no folder.
+def named(files: Iterable[Path], root: Path) -> tuple[NamedFile, ...]:
+    """Files with their names below `root`, in the order of their names."""
+    pairs = ((path, path.relative_to(root).as_posix()) for path in files)
+    return tuple(sorted(pairs, key=lambda pair: pair[1]))
 
-    Links are followed, but not back to a folder that they lie in. `enters` says which folders to go
-    into.
+
+def walk(root: Path, enters: Callable[[Path], bool]) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder from `root` down, with everything in it that is not a folder.
+
+    Links are followed, but not back to a folder that they lie in. `enters` tells which folders to
+    walk into.
     """
     pending: list[tuple[Path, tuple[_Identity, ...]]] = [(root, (_identity(root),))]
     while pending:
@@ -156,7 +160,7 @@ def _mode(path: Path) -> int:
 
 
 def _recogniser(root: Path) -> Callable[[Path], bool]:
-    """Tells whether a path below `root`, or a link's target, lies in an output of this tool."""
+    """A function that tells whether a path below `root`, or its target, lies in our output."""
     top = Path(os.path.realpath(root))
     is_known_output = cache(is_output)
 

@@ -1,9 +1,10 @@
-"""The output folder: who may write into it, with what settings, and when it is complete.
+"""The output folder: its lock, the settings it was made with, and when it is complete.
 
-`shard.json` says what the folder is made from. All work goes on in `.work`; at the end the splits
-are moved into place and `source.json`, which says what was read, and their manifests are written.
-With them the folder counts as complete. Until the first split is in place, what only packing needs
-(chunk length, chunks per shard, share of validation) may change: no work depends on it.
+`shard.json` holds the settings. The work is done in `.work`. At the end `source.json` is written,
+which says what was read, the splits are moved into place, and their manifests are written last:
+they make the folder complete. Settings that only packing uses (chunk length, chunks per shard,
+share of validation) may change until the first split is in place, because no other work depends on
+them.
 """
 
 import fcntl
@@ -13,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,12 +22,15 @@ from data_prep.evidence import Evidence
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.errors import UserError
 
+Model = TypeVar("Model", bound=BaseModel)
+
 TRAIN, VALID = "train", "valid"
 OTHER_CONTENT = "from other content of the same source"
 _SETTINGS_NAME = "shard.json"
 _TOKENIZER_NAME = "tokenizer.json"
 _EVIDENCE_NAME = "source.json"
 _WORK_NAME = ".work"
+_BEGUN_NAME = f"{_WORK_NAME}/{_EVIDENCE_NAME}"
 _OF_PACKING = frozenset(("chunk_length", "chunks_per_shard", "valid_fraction"))
 
 
@@ -33,7 +38,7 @@ class Settings(BaseModel):
     """Everything that decides the bytes of the output.
 
     `revision` is the source's outline: the hub's commit, or a digest of the files' names and sizes.
-    Older versions of this tool wrote a digest of what the files hold.
+    Older versions of this tool wrote a digest of the files' content.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,11 +61,11 @@ class Settings(BaseModel):
 
     @property
     def has_content_digest(self) -> bool:
-        """Whether `revision` is what older versions wrote for files."""
+        """Whether `revision` is the digest that older versions wrote for files."""
         return re.fullmatch("[0-9a-f]{64}", self.revision) is not None
 
     def difference(self, other: "Settings", free: Set[str] = frozenset()) -> str | None:
-        """The first setting that differs from `other` and is not `free` to, in words."""
+        """The first setting that differs from `other`'s, in words; `free` ones may differ."""
         for name, value in self.model_dump(exclude=set(free)).items():
             theirs = getattr(other, name)
             if name == "revision" and theirs != value:
@@ -78,35 +83,29 @@ class Output:
         self.runs = folder / _WORK_NAME / "runs"
         self.staging = folder / _WORK_NAME / "splits"
         self.tokenizer = folder / _TOKENIZER_NAME
-        self._evidence = folder / _EVIDENCE_NAME
-        self._begun = folder / _WORK_NAME / _EVIDENCE_NAME
 
     def settings(self) -> Settings | None:
-        """What the folder is being made from, or None where it is new."""
-        path = self.folder / _SETTINGS_NAME
+        """The settings that the folder was begun with; None where it is new."""
+        return self._read(Settings, _SETTINGS_NAME)
+
+    def evidence(self) -> Evidence | None:
+        """What was read of the source; before the work is done, the state of its files."""
+        return self._read(Evidence, _EVIDENCE_NAME) or self._read(Evidence, _BEGUN_NAME)
+
+    def _read(self, model: type[Model], name: str) -> Model | None:
+        path = self.folder / name
         try:
-            return Settings.model_validate_json(path.read_bytes())
+            return model.model_validate_json(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValidationError:
             advice = f"choose another --out, or delete {self.folder}"
             raise UserError(f"{path} is damaged: {advice}") from None
 
-    def evidence(self) -> Evidence | None:
-        """What was read of the source, or where the work goes on, what was found at its start."""
-        for path in (self._evidence, self._begun):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                try:
-                    return Evidence.model_validate_json(path.read_bytes())
-                except ValidationError:
-                    advice = f"choose another --out, or delete {self.folder}"
-                    raise UserError(f"{path} is damaged: {advice}") from None
-        return None
-
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and keep other runs out; a folder left empty is removed again."""
-        folder = Path(os.path.realpath(self.folder))  # of a link, what it leads to
+        """Create the folder and lock out other runs; a folder left empty is removed again."""
+        folder = Path(os.path.realpath(self.folder))  # the target of a link
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -132,7 +131,11 @@ class Output:
             ) from None
 
     def is_complete(self, settings: Settings) -> bool:
-        """Whether all is done. Other settings than `settings`, or damage, are a `UserError`."""
+        """Whether all work is done.
+
+        Raises:
+            UserError: the folder was made with other settings, is damaged, or is not ours.
+        """
         former = self.settings()
         if former is None:
             if any(entry.name != _WORK_NAME for entry in self.folder.iterdir()):
@@ -150,15 +153,15 @@ class Output:
         return True
 
     def refusal(self, difference: str) -> UserError:
-        """The error for a folder that was made in another way, in the words of `difference`."""
+        """The error for a folder that was made in another way: `difference` says in which."""
         return UserError(f"{self.folder} was made {difference}: choose another --out, or delete it")
 
     def begin(self, settings: Settings, tokenizer: bytes, evidence: Evidence | None) -> None:
-        """Write down what the folder is made from, again where a run is continued."""
+        """Write down what the folder is made from; a run that continues does it again."""
         self.runs.mkdir(parents=True, exist_ok=True)
         _write(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode(), self.runs)
         if evidence:
-            _write(self._begun, evidence.model_dump_json().encode(), self.runs)
+            _write(self.folder / _BEGUN_NAME, evidence.model_dump_json().encode(), self.runs)
         _write(self.tokenizer, tokenizer, self.runs)
 
     def stage(self, split: str) -> Path:
@@ -171,7 +174,7 @@ class Output:
     def publish(self, manifests: Mapping[str, Manifest], evidence: Evidence | None) -> None:
         """Move the staged splits into place, and write their manifests last."""
         if evidence:
-            _write(self._evidence, evidence.model_dump_json().encode(), self.runs)
+            _write(self.folder / _EVIDENCE_NAME, evidence.model_dump_json().encode(), self.runs)
         for split in manifests:
             final = self.folder / split
             (final / MANIFEST_NAME).unlink(missing_ok=True)
@@ -182,17 +185,17 @@ class Output:
         self._discard_work()
 
     def abandon(self) -> None:
-        """Remove what was begun, where nothing of it is of use."""
+        """Remove everything that was begun."""
         self.tokenizer.unlink(missing_ok=True)
         self._discard_work()
-        (self.folder / _SETTINGS_NAME).unlink(missing_ok=True)  # last: it tells whose the rest is
+        (self.folder / _SETTINGS_NAME).unlink(missing_ok=True)  # last: it marks the folder as ours
 
     def _discard_work(self) -> None:
         shutil.rmtree(self.folder / _WORK_NAME, ignore_errors=True)
 
 
 def is_output(folder: Path) -> bool:
-    """Whether a folder is one that this tool has made."""
+    """Whether this tool has made a folder."""
     path = folder / _SETTINGS_NAME
     try:
         Settings.model_validate_json(path.read_bytes() if path.is_file() else b"")

@@ -1,21 +1,23 @@
-"""Packs documents into one stream, cuts it into chunks and shards, and keeps the index.
+"""Pass 2: packs documents into one stream, cuts it into chunks and shards, and writes the index.
 
 The stream of a split is `<BOS> document <EOS> <BOS> document <EOS> ...`, cut every `chunk_length`
 tokens; the last chunk alone is filled with <PAD>. A shard is a contiguous piece of the stream.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_prep.tar import write_shard
-from i3dist.data.manifest import Shard
+from i3dist.data.archive import shard_bytes
+from i3dist.data.manifest import Manifest, Shard, shard_name
 
 INDEX_NAME = "index.parquet"
 INDEX_SCHEMA = pa.schema(
@@ -38,7 +40,7 @@ _ROWS_AT_A_TIME = 1 << 16
 
 @dataclass(frozen=True)
 class Framing:
-    """How a stream is cut, and the ids around each document."""
+    """How a stream is cut, and the ids around each document: these names are the manifest's."""
 
     chunk_length: int
     chunks_per_shard: int
@@ -62,7 +64,7 @@ class IndexWriter:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left and the file's footer."""
+        """Write the remaining rows and the footer of the file."""
         self._flush()
         self._writer.close()
         self._file.close()
@@ -91,7 +93,7 @@ class Packer:
         self._filled = 0
 
     def add(self, identifier: str, url: str, ids: NDArray[np.uint16] | Sequence[int]) -> None:
-        """Append one document: its tokens `ids` without <BOS> and <EOS>, which are put around."""
+        """Append one document, whose tokens `ids` have no <BOS> and <EOS> yet."""
         framing = self.framing
         rest = np.concatenate(([framing.bos_id], ids, [framing.eos_id])).astype(np.uint16)
         self.tokens += len(rest)
@@ -115,6 +117,17 @@ class Packer:
             self._write(self._shard[:end])
         self._index.close()
 
+    def manifest(self, **origin: Any) -> Manifest:
+        """The manifest of the closed split; `origin` holds the fields that say what it is of."""
+        return Manifest(
+            documents=self.documents,
+            tokens=self.tokens,
+            chunks=sum(shard.chunks for shard in self.shards),
+            shards=tuple(self.shards),
+            **vars(self.framing),
+            **origin,
+        )
+
     def _append(self, ids: NDArray[np.uint16]) -> None:
         self._shard[self._filled : self._filled + len(ids)] = ids
         self._filled += len(ids)
@@ -125,3 +138,12 @@ class Packer:
     def _write(self, stream: NDArray[np.uint16]) -> None:
         chunks = stream.reshape(-1, self.framing.chunk_length)
         self.shards.append(write_shard(self.folder, len(self.shards), chunks))
+
+
+def write_shard(folder: Path, number: int, chunks: NDArray[np.uint16]) -> Shard:
+    """Write `chunks`, shape [chunks, chunk_length], as shard `number` into `folder`."""
+    data = shard_bytes(number, chunks)
+    name = shard_name(number)
+    (folder / name).write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    return Shard(name=name, chunks=len(chunks), size=len(data), sha256=digest)

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 from data_prep.pack import Packer
 from data_prep.shuffle import HASH_END, PartSummary, Spiller, in_order, summary_path
 from data_prep.sources import Part
+from i3dist.cli.extend import LOADED, load_extension
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
@@ -22,21 +23,25 @@ _POLL_S = 0.25
 _spiller: Spiller | None = None
 
 Report = Callable[[int, int], None]
-"""Called with how many (units, tokens) were done since the last call."""
+"""Called with the number of (units, tokens) done since the last call."""
 
 
 @dataclass(frozen=True)
 class SpillPlan:
-    """Pass 1 as a whole."""
+    """What pass 1 is to do."""
 
     parts: Sequence[Part]
     tokenizer: Path
     folder: Path
     seed: int
 
+    def spiller(self, report: Callable[[int], None]) -> Spiller:
+        """A spiller of these parts; `report` is called with numbers of tokens."""
+        return Spiller(Tokenizer.load(self.tokenizer), self.folder, self.seed, report)
+
 
 def spill_all(plan: SpillPlan, workers: int, report: Report) -> list[PartSummary]:
-    """Spill the parts that are not finished yet, and return the summaries of all of them."""
+    """Spill the parts that are not finished yet; returns the summaries of all parts."""
     todo = [number for number, summary in enumerate(finished(plan)) if not summary]
     report(len(plan.parts) - len(todo), 0)
     spill = _spill_here if min(workers, len(todo)) <= 1 else _spill_in_processes
@@ -45,7 +50,7 @@ def spill_all(plan: SpillPlan, workers: int, report: Report) -> list[PartSummary
 
 
 def finished(plan: SpillPlan) -> list[PartSummary | None]:
-    """The summary of each part, or None where it is not finished."""
+    """The summary of each part; None if the part is not finished."""
     summaries: list[PartSummary | None] = []
     for number, part in enumerate(plan.parts):
         summary = PartSummary.load(summary_path(plan.folder, number))
@@ -54,9 +59,9 @@ def finished(plan: SpillPlan) -> list[PartSummary | None]:
 
 
 def forget_parts_of(plan: SpillPlan, touched: frozenset[int]) -> frozenset[int]:
-    """Have each of the touched files that was read in part only read again as a whole.
+    """Forget the parts of touched files that were read only in part, so that all is read again.
 
-    Returns those that are still to be read.
+    Returns the touched files that are to be read.
     """
     parts = list(zip(plan.parts, finished(plan), strict=True))
     done = {number: part for number, (part, summary) in enumerate(parts) if summary}
@@ -69,8 +74,7 @@ def forget_parts_of(plan: SpillPlan, touched: frozenset[int]) -> frozenset[int]:
 
 
 def _spill_here(plan: SpillPlan, todo: Sequence[int], workers: int, report: Report) -> None:
-    tokenizer = Tokenizer.load(plan.tokenizer)
-    spiller = Spiller(tokenizer, plan.folder, plan.seed, lambda tokens: report(0, tokens))
+    spiller = plan.spiller(lambda tokens: report(0, tokens))
     for number in todo:
         spiller.spill(plan.parts[number], number)
         report(1, 0)
@@ -80,7 +84,7 @@ def _spill_in_processes(plan: SpillPlan, todo: Sequence[int], workers: int, repo
     # Spawned, not forked: the parent has threads (progress bar, Arrow) that a fork would not copy.
     context = multiprocessing.get_context("spawn")
     tokens = context.Value("Q", 0)
-    setup = (plan.tokenizer, plan.folder, plan.seed, tokens)
+    setup = (replace(plan, parts=()), tuple(LOADED), tokens)
     pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, setup)
     seen = 0
     try:
@@ -93,7 +97,7 @@ def _spill_in_processes(plan: SpillPlan, todo: Sequence[int], workers: int, repo
             report(len(finished), now - seen)
             seen = now
     finally:
-        # After a failure nobody waits for the parts under way: the workers end with this process.
+        # After a failure do not wait for the running parts: the workers end with this process.
         pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
 
 
@@ -107,20 +111,22 @@ def _raise_failure(future: "Future[None]") -> None:
         ) from None
 
 
-def _start_worker(tokenizer: Path, folder: Path, seed: int, tokens: "Synchronized[int]") -> None:
+def _start_worker(plan: SpillPlan, extensions: Sequence[Path], tokens: "Synchronized[int]") -> None:
     global _spiller
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    for path in extensions:  # before the parts arrive, whose classes may be in these files
+        load_extension(path)
 
     def count(more: int) -> None:
         with tokens.get_lock():
             tokens.value += more
 
-    _spiller = Spiller(Tokenizer.load(tokenizer), folder, seed, count)
+    _spiller = plan.spiller(count)
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is gone, even by SIGKILL, instead of waiting for ever."""
+    """End this worker when its parent has died, even by SIGKILL. It would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -133,10 +139,12 @@ def _spill(part: Part, number: int) -> None:
 
 
 def split_ranges(summaries: Sequence[PartSummary], valid_fraction: float) -> tuple[range, range]:
-    """Split hashes that make (train, valid), such that neither is without a document.
+    """The ranges of split hashes of (train, valid), each of which gets a document.
 
-    Where the fraction alone would leave one empty, the text with the smallest hash is in valid
-    and the one with the largest in train. A corpus of a single text cannot be split: `UserError`.
+    The smallest hash is always in valid and the largest in train, whatever the fraction.
+
+    Raises:
+        UserError: the corpus has only one text, which cannot be split.
     """
     if not valid_fraction:
         return range(HASH_END), range(0)

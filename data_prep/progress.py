@@ -1,4 +1,4 @@
-"""The progress bar of a pass, and the table at the end."""
+"""The progress bar of a pass, and the table that a run ends with."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ _REDRAW_S = 0.1
 
 @contextmanager
 def pass_bar(console: Console, title: str, unit: str, total: int) -> Iterator[Report]:
-    """Show a bar over `total` units, and the tokens per second since it started."""
+    """Show a bar over `total` units, with the mean tokens per second since its start."""
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(),
@@ -45,7 +45,7 @@ def pass_bar(console: Console, title: str, unit: str, total: int) -> Iterator[Re
 def closing_table(
     manifests: Mapping[str, Manifest], skipped: Mapping[str, int], seconds: float
 ) -> Table:
-    """What was made of how much, in what time, and what was left out for what reason."""
+    """A row for each split, then the time, the speed, and the skipped documents by reason."""
     table = Table(title="Shards", caption=_caption(manifests, skipped, seconds))
     for heading in ("split", "documents", "tokens", "chunks", "shards", "MB"):
         table.add_column(heading, justify="left" if heading == "split" else "right")

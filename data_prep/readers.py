@@ -1,4 +1,4 @@
-"""Readers of the file formats. A broken file is a `UserError` that names it and the place."""
+"""Readers of parquet, jsonl and txt. A broken file is a `UserError` that names file and place."""
 
 import codecs
 import itertools
@@ -18,19 +18,21 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
-from data_prep.records import Record, clean_file_name, clean_name
+from data_prep.sources import Record, clean_file_name, clean_name
 from data_prep.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
 from i3dist.errors import UserError
 
 PARQUET = ".parquet"
 _JSON_LINES = tuple(kind + packing for kind in (".jsonl", ".ndjson") for packing in PACKINGS)
 SUFFIXES = (PARQUET, *_JSON_LINES, *(".txt" + packing for packing in PACKINGS))
-SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (but the first also with " + (
+SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (all but {PARQUET} also with " + (
     f"{', '.join(PACKINGS[1:-1])} or {PACKINGS[-1]} after it)"
 )
 _LABELS = ("id", "url")
 _ROWS_AT_A_TIME = 128
 _MARK = codecs.BOM_UTF8.decode()
+_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+_BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
 _NO_VALUE = ValueError, OverflowError, LookupError, pa.ArrowException
 
 
@@ -38,8 +40,8 @@ _NO_VALUE = ValueError, OverflowError, LookupError, pa.ArrowException
 class SourceFile:
     """A file of a source.
 
-    `name` is its path below the source's root, `number` its place in the order of names, `scheme`
-    goes before the name in the url of a text file.
+    `name` is its path below the source's root, and `number` its place in the order of names. The
+    url of a txt file is `scheme` and `name`.
     """
 
     path: Path
@@ -49,34 +51,34 @@ class SourceFile:
     scheme: str = ""
 
     def is_a(self, *suffixes: str) -> bool:
-        """Whether the name ends so, in whatever case."""
+        """Whether the name ends in one of these, in upper or lower case."""
         return self.name.lower().endswith(suffixes)
 
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a file that is read at one go: whole, or some row groups of a parquet file.
+    """What is read of a file in one go: all of it, or one row group of a parquet file.
 
-    `size` estimates the bytes of text. `start` and `stop` bound the bytes that the span hashes: of
-    a parquet file a share, about where its row groups lie.
+    `size` estimates the bytes of text. `start` and `stop` bound the bytes that the span hashes. The
+    row groups of a parquet file share its bytes out, each about where it lies.
     """
 
     file: SourceFile
     size: int
     start: int
     stop: int
-    row_groups: tuple[int, ...] = ()
+    row_group: int | None = None
     first_row: int = 0
 
     def records(self) -> Generator[Record, None, Piece]:
         """Read the documents in order; returns what was read."""
         path = self.file.path
-        groups = f", row group {self.row_groups[0]}" if self.row_groups else ""
-        with naming(f"{path}{groups}"), path.open("rb") as file:
+        group = "" if self.row_group is None else f", row group {self.row_group}"
+        with naming(f"{path}{group}"), path.open("rb") as file:
             self._check_state(file)
             try:
                 sha256 = yield from self._read(file)
-            except Exception:  # half a change may look like damage
+            except Exception:  # a change that is under way may look like damage
                 self._check_state(file)
                 raise
             self._check_state(file)
@@ -84,28 +86,28 @@ class Span:
 
     def _read(self, file: BinaryIO) -> Generator[Record, None, str]:
         if self.file.is_a(PARQUET):
-            # Row groups are not read in one go, but what was just hashed is still in memory.
+            # A row group is not read in order, but its bytes are in memory once they are hashed.
             sha256 = sha256_between(file, self.start, self.stop)
             yield from _read_parquet(self, file)
             return sha256
         if not self.file.state[0] and self.file.is_a(*PACKINGS[1:]):
-            raise EOFError("it is empty")  # gzip's command says so too, its module reads nothing
+            raise EOFError("it is empty")  # as the gzip command says; Python's module says nothing
         hashed = HashedFile(file)
         yield from _read_text(self.file, hashed, encoding_of(self.file.path))
         return hashed.sha256()
 
     def _check_state(self, file: BinaryIO) -> None:
-        # Not the time of the file's entry: it also changes where permissions or other links do.
+        # The inode's time does not count: it also changes with permissions and links.
         if state_of(file.fileno())[:2] != self.file.state[:2]:
             raise UserError(
-                f"{self.file.path} changed while it was read: run the same command again when "
+                f"{self.file.path} changed while it was read: run the same command again once "
                 "nothing writes to it"
             )
 
 
 @contextmanager
 def naming(place: Path | str) -> Iterator[None]:
-    """Turn whatever a library raises while it reads at `place` into a `UserError` that names it."""
+    """Turn every error of the libraries that read `place` into a `UserError` that names it."""
     try:
         yield
     except (
@@ -124,7 +126,11 @@ def naming(place: Path | str) -> Iterator[None]:
 
 
 def spans_of(file: SourceFile) -> list[Span]:
-    """The spans of a file; a parquet file without exactly one column `text` is a `UserError`."""
+    """The spans of a file.
+
+    Raises:
+        UserError: a parquet file is damaged, or does not have exactly one column `text`.
+    """
     size = file.state[0]
     if not file.is_a(PARQUET):
         return [Span(file, size, 0, size)]
@@ -139,17 +145,17 @@ def spans_of(file: SourceFile) -> list[Span]:
             raise ValueError("its footer contradicts itself on the number of rows")
     if not groups:
         return [Span(file, 0, 0, size)]
-    # A group's own offsets are not asked for: pyarrow aborts where a damaged footer holds them.
+    # Not at the groups' own offsets: pyarrow aborts where a damaged footer holds wrong ones.
     cuts = [size * number // len(groups) for number in range(len(groups) + 1)]
     first_rows = itertools.accumulate((group.num_rows for group in groups), initial=0)
     return [
-        Span(file, group.total_byte_size, cuts[n], cuts[n + 1], (n,), row)
+        Span(file, group.total_byte_size, cuts[n], cuts[n + 1], n, row)
         for n, (group, row) in enumerate(zip(groups, first_rows, strict=False))
     ]
 
 
 def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:
-    if not span.row_groups:
+    if span.row_group is None:
         return
     name = clean_file_name(span.file.name)
     row = span.first_row
@@ -161,8 +167,8 @@ def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:
 
 
 def _text(parquet: pq.ParquetFile, span: Span) -> Iterator[Any]:
-    """The values of the column `text`; pyarrow passes over a damaged page without a word."""
-    expected = sum(parquet.metadata.row_group(number).num_rows for number in span.row_groups)
+    """The values of the column `text`, which are counted: pyarrow skips a damaged page silently."""
+    expected = parquet.metadata.row_group(span.row_group).num_rows
     rows = 0
     for value in _column(parquet, span, "text"):
         yield value
@@ -172,9 +178,9 @@ def _text(parquet: pq.ParquetFile, span: Span) -> Iterator[Any]:
 
 
 def _labels(parquet: pq.ParquetFile, span: Span, key: str) -> Iterator[Any]:
-    """The values of a column, and None without end after them, or after what is no value.
+    """The values of a column, then None without end; values end where one cannot be read.
 
-    A column of its own, since one that cannot be read must not cost the text.
+    Labels are not read together with the text, because an unreadable label must not cost the text.
     """
     if key in parquet.schema_arrow.names:
         with suppress(*_NO_VALUE):
@@ -183,17 +189,17 @@ def _labels(parquet: pq.ParquetFile, span: Span, key: str) -> Iterator[Any]:
 
 
 def _column(parquet: pq.ParquetFile, span: Span, key: str) -> Iterator[Any]:
-    batches = parquet.iter_batches(_ROWS_AT_A_TIME, span.row_groups, [key], use_threads=False)
+    batches = parquet.iter_batches(_ROWS_AT_A_TIME, [span.row_group], [key], use_threads=False)
     for batch in batches:
-        # `id` may be there twice: the first counts.
+        # There may be two columns `id`: the first counts.
         yield from _values(batch.column(batch.schema.names.index(key)), key == "text")
 
 
 def _open_parquet(file: BinaryIO) -> pq.ParquetFile:
-    """The file with its dictionaries as plain columns.
+    """The file with its dictionary columns as plain ones.
 
-    Of a column that pyarrow was told to make a dictionary, it refuses all for one value of bad
-    UTF-8. It is told so in the footer, under a key that is hidden from it here.
+    pyarrow refuses a whole dictionary column for one value of bad UTF-8. The footer asks for
+    dictionaries under the key `ARROW:schema`, which is hidden from pyarrow here.
     """
     parquet = pq.ParquetFile(file)
     fields = [field for field in parquet.schema_arrow if field.name in ("text", *_LABELS)]
@@ -207,33 +213,22 @@ def _open_parquet(file: BinaryIO) -> pq.ParquetFile:
 
 
 def _values(column: pa.Array, is_text: bool) -> list[Any]:
-    """Python values; text as bytes, because one value of bad UTF-8 must not cost its neighbours.
+    """Python values. Strings come as bytes, so that bad UTF-8 in one does not cost the others.
 
-    Of other types, what can be no text is True where `is_text`, else what the type can be read as,
-    or None.
+    A value that can be no text becomes True in the column of text. In a column of labels it becomes
+    any Python value that pyarrow makes of it, else None.
     """
     plain = column.storage if isinstance(column.type, pa.BaseExtensionType) else column
-    if _is_string(plain.type):
+    if plain.type in _STRINGS:
         return plain.cast(pa.large_binary()).to_pylist()
-    if is_text and not _is_binary(column.type):
+    if is_text and column.type not in _BINARY and not pa.types.is_fixed_size_binary(column.type):
         return [True if valid else None for valid in column.is_valid().to_pylist()]
     with suppress(*_NO_VALUE):
         return column.to_pylist()
-    for kind in (pa.string(), pa.int64()):  # times beyond Python's, and of unknown time zones
+    for kind in (pa.string(), pa.int64()):  # of times beyond Python's, or of unknown time zones
         with suppress(*_NO_VALUE):
             return column.cast(kind).to_pylist()
     return [None] * len(column)
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    tests = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
-    return any(test(kind) for test in tests)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    types = pa.types
-    tests = types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary
-    return any(test(kind) for test in tests)
 
 
 def _read_text(file: SourceFile, stream: HashedFile, encoding: str | None) -> Iterator[Record]:
@@ -242,7 +237,7 @@ def _read_text(file: SourceFile, stream: HashedFile, encoding: str | None) -> It
         yield Record(name, name, file.scheme + name, read_text(stream, file.name, encoding))
         return
     for row, line in enumerate(read_lines(stream, file.name, encoding)):
-        # Bad bytes become lone surrogates: bad UTF-8 in the text is found as theirs are.
+        # Bad bytes become lone surrogates, which `usable_text` finds.
         text = line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
         if text and not text.isspace():
             yield _record(f"{name}#{row}", _parse_line(text, f"{file.path}, line {row + 1}"))
@@ -264,7 +259,7 @@ def _loads(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # a whole number of more digits than `int` takes
+    except ValueError:  # a whole number with more digits than `int` takes
         fields = json.loads(line, parse_int=Decimal)
         if isinstance(fields, dict) and "text" in fields:
             return fields

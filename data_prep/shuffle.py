@@ -1,10 +1,10 @@
-"""A global shuffle in bounded memory: sorted runs on disk, then a sort bucket by bucket.
+"""A global shuffle in bounded memory: an external sort by hash.
 
 Pass 1 (`Spiller`, in any number of processes) tokenizes a part of the source and writes *runs*:
-Arrow files of documents sorted by key, the key being a hash of seed, place and text. Pass 2
-(`in_order`) divides the range of keys into buckets, gathers each bucket from all runs and sorts it.
-So the order depends on the seed and the source alone. Memory is one run per process, then one
-bucket; 10 billion tokens take 20 GB of runs beside the 30 GB of shards, and some 300 buckets.
+Arrow files of documents sorted by a key, which is a hash of seed, position and text. Pass 2
+(`in_order`) divides the range of keys into buckets, gathers each bucket from all runs, and sorts
+it. So the order depends only on the seed and the source. Memory holds one run per process in pass
+1, and one bucket in pass 2. 10 billion tokens take 20 GB of runs and about 300 buckets.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.evidence import Piece
-from data_prep.records import Record, Skip, usable_text
-from data_prep.sources import Part
+from data_prep.sources import Part, Record, Skip, usable_text
 from i3dist.data.tokenizer import Tokenizer
 
 HASH_END = 1 << 62
-"""Hashes lie below this, so that they and the bounds of buckets fit into int64."""
+"""Hashes are smaller than this, so that they and the bounds of buckets fit into int64."""
 
 RUN_TOKENS = 1 << 25
 BUCKET_TOKENS = 1 << 25
@@ -43,9 +42,8 @@ _SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Hashes:
-    """A document's key (`high`, `low`) for the order, and `split` for the choice of the split."""
+class Hashes(NamedTuple):
+    """A document's key (`high`, `low`) decides its place, and `split` decides its split."""
 
     high: int
     low: int
@@ -62,9 +60,9 @@ class Document:
 
 
 class PartSummary(BaseModel):
-    """What pass 1 made of a part; `tokens` are without <BOS> and <EOS>.
+    """The result of pass 1 for a part; `tokens` does not count <BOS> and <EOS>.
 
-    `pieces` are the pieces of files that were read: none of a part that is not made of files.
+    `pieces` are the pieces of files that were read; a part that is not made of files has none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,7 +77,7 @@ class PartSummary(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
-        """Read a summary; None where there is none that is whole."""
+        """Read a summary; None if it is missing or damaged."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except (FileNotFoundError, ValidationError):
@@ -87,7 +85,7 @@ class PartSummary(BaseModel):
 
 
 def hashes(text: str, position: str, seed: int) -> Hashes:
-    """Hash a document. `split` depends on its text and the seed alone: duplicates stay together."""
+    """Hash a document. Equal texts get an equal `split`, so duplicates stay in one split."""
     salt = seed.to_bytes(8, "little")
     digest = hashlib.blake2b(text.encode(), digest_size=16, key=salt).digest()
     key = hashlib.blake2b(digest + position.encode(), digest_size=16, key=salt).digest()
@@ -111,7 +109,7 @@ class _Run:
 
     def table(self) -> pa.Table:
         """The run sorted by key, as one chunk."""
-        rows = np.array([(h.high, h.low, h.split) for h in self.hashes], dtype=np.int64)
+        rows = np.array(self.hashes, dtype=np.int64)
         order = np.lexsort((rows[:, 1], rows[:, 0]))
         documents = [self.documents[i] for i in order]
         offsets = np.cumsum([0, *(len(d.tokens) for d in documents)], dtype=np.int64)
@@ -126,16 +124,16 @@ class _Records:
     """The records of a part, and once they are read, the pieces of files that they came from."""
 
     def __init__(self, part: Part) -> None:
-        self._part = part
+        self._records: Any = part.records()
         self.pieces: tuple[Piece, ...] = ()
 
     def __iter__(self) -> Iterator[Record]:
-        self.pieces = (yield from self._part.records()) or ()
+        self.pieces = (yield from self._records) or ()
 
 
 @dataclass(frozen=True)
 class Spiller:
-    """Pass 1: writes the runs of a part into `folder`; `report` hears of tokens as they come."""
+    """Pass 1: writes the runs of a part into `folder`, and calls `report` with counts of tokens."""
 
     tokenizer: Tokenizer
     folder: Path
@@ -146,22 +144,23 @@ class Spiller:
         """Tokenize part `number` into runs, and write its summary last."""
         skipped: Counter[str] = Counter()
         names: list[str] = []
-        totals = np.zeros(2, dtype=np.int64)
-        splits = [HASH_END, -1]
+        documents = tokens = 0
+        smallest, largest = HASH_END, -1
         records = _Records(part)
         for run in self._runs(records, skipped):
             names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
             _write_table(run.table(), self.folder / names[-1])
-            totals += len(run.documents), run.tokens
+            documents += len(run.documents)
+            tokens += run.tokens
             found = [h.split for h in run.hashes]
-            splits = [min(splits[0], *found), max(splits[1], *found)]
+            smallest, largest = min(smallest, *found), max(largest, *found)
         summary = PartSummary(
             runs=tuple(names),
-            documents=int(totals[0]),
-            tokens=int(totals[1]),
+            documents=documents,
+            tokens=tokens,
             skipped=dict(skipped),
-            smallest_split=splits[0],
-            largest_split=splits[1],
+            smallest_split=smallest,
+            largest_split=largest,
             pieces=records.pieces,
         )
         _write_bytes(summary.model_dump_json().encode(), summary_path(self.folder, number))
@@ -188,14 +187,14 @@ class Spiller:
 
 
 def summary_path(folder: Path, number: int) -> Path:
-    """Where the summary of part `number` lies, once the part is finished."""
+    """Path of the summary of part `number`, which exists once the part is finished."""
     return folder / f"part-{number:06d}.json"
 
 
 def in_order(runs: Sequence[Path], tokens: int, splits: range) -> Iterator[Document]:
     """All documents of `runs` whose split hash lies in `splits`, sorted by key.
 
-    `tokens` is about how many the runs hold, and decides the number of buckets.
+    `tokens` is about the number of tokens in the runs. It decides the number of buckets.
     """
     buckets = max(1, -(-tokens // BUCKET_TOKENS))
     for bucket in range(buckets):

@@ -1,247 +1,142 @@
-"""Where documents come from: files, this Python's standard library, or the hub.
+"""What a data source is, and the sources that `--source NAME` finds.
 
-A source is a fixed sequence of parts that can be read independently of one another, so that
-workers share them out. Where the parts are cut does not show in the output.
+A source is a fixed sequence of parts. A part reads documents in a fixed order and independently of
+the other parts, so worker processes share the parts out and the output has the same bytes for any
+number of them. To add a source, register a `Source` under a name in a file of your own, and run
+shard.py with `--extend FILE.py --source NAME`:
+
+    from collections.abc import Iterator
+    from dataclasses import dataclass
+
+    from data_prep.sources import SOURCES, Part, Record, Source
+
+    @dataclass(frozen=True)
+    class Hundred(Part):
+        first: int
+
+        def records(self) -> Iterator[Record]:
+            for number in range(self.first, self.first + 100):
+                yield Record(f"number {number}", str(number), "", f"{number} is a number")
+
+    @SOURCES.register("numbers")
+    class Numbers(Source):
+        name, revision = "numbers", "1"
+
+        def parts(self) -> list[Hundred]:
+            return [Hundred(first) for first in range(0, 1000, 100)]
 """
 
-import glob
-import hashlib
-import os
-import platform
-import sysconfig
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+import enum
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
-from data_prep.evidence import Piece, State, state_of
-from data_prep.listing import Listing, NamedFile
-from data_prep.readers import SUFFIXES, SUFFIXES_IN_WORDS, SourceFile, Span, naming, spans_of
-from data_prep.records import Record, clean_file_name
-from i3dist.errors import UserError
+from data_prep.evidence import Piece, State
+from i3dist.registry import Registry
 
-STDLIB = "stdlib"
-_LEFT_OUT = frozenset(
-    ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
-)
-_SMALLEST_PART, _LARGEST_PART = 1 << 22, 1 << 26
-_PARTS_WANTED = 64
-_HASHED_WHOLE, _HASHED_END = 1 << 26, 1 << 23
-
-
-class Part(Protocol):
-    """A piece of a source; it can be sent to another process."""
-
-    def records(self) -> Generator[Record, None, tuple[Piece, ...] | None]:
-        """Read the documents in order; returns the pieces of files that were read."""
-        ...
-
-    @property
-    def files(self) -> frozenset[int]:
-        """Numbers of the files that it reads, if any."""
-        ...
-
-    def is_made_of(self, pieces: Sequence[Piece]) -> bool:
-        """Whether this is the part that was read when these pieces were."""
-        ...
-
-
-class Source(Protocol):
-    """A corpus."""
-
-    @property
-    def name(self) -> str:
-        """What the manifest calls it."""
-        ...
-
-    @property
-    def outline(self) -> str:
-        """Differs where it can be seen without reading that the content differs."""
-        ...
-
-    @property
-    def revision(self) -> str:
-        """Differs where the content differs; takes reading it."""
-        ...
-
-    @property
-    def files(self) -> Sequence[NamedFile]:
-        """The files, in the order of their names; none where the outline tells all."""
-        ...
-
-    @property
-    def states(self) -> tuple[State, ...]:
-        """Their states when they were first asked for."""
-        ...
-
-    @property
-    def left_out(self) -> str:
-        """What of the place that was named is not read, in words; often nothing."""
-        ...
-
-    def parts(self) -> Sequence[Part]:
-        """The pieces, in order."""
-        ...
+NamedFile = tuple[Path, str]
+"""A file, and its path below the root of its source."""
 
 
 @dataclass(frozen=True)
-class FilePart:
-    """Some consecutive files or row groups."""
+class Record:
+    """A document as a source gives it.
 
-    spans: tuple[Span, ...]
+    `position` is its place in the source. It decides the document's place in the shuffled order,
+    so it differs for every document. `text` is a str or UTF-8 bytes; a document with anything else
+    is skipped, and counted by reason.
+    """
 
-    def records(self) -> Generator[Record, None, tuple[Piece, ...]]:
-        """Read the documents in order; returns the pieces that were read, one for each span."""
-        pieces = []
-        for span in self.spans:
-            pieces.append((yield from span.records()))
-        return tuple(pieces)
+    position: str
+    id: str
+    url: str
+    text: object
+
+
+class Part:
+    """A part of a source. It is pickled and sent to a worker process."""
+
+    def records(self) -> Iterable[Record]:
+        """Read the documents in order. A generator may return the pieces of files that it read."""
+        raise NotImplementedError
 
     @property
     def files(self) -> frozenset[int]:
-        """Numbers of the files that it reads."""
-        return frozenset(span.file.number for span in self.spans)
+        """Which of the source's files it reads, by their numbers."""
+        return frozenset()
 
     def is_made_of(self, pieces: Sequence[Piece]) -> bool:
-        """Whether this is the part that was read when these pieces were.
-
-        Older versions of this tool kept no pieces: theirs are taken for the same.
-        """
-        places = [(span.file.number, span.start, span.stop) for span in self.spans]
-        return not pieces or places == [(p.file, p.start, p.stop) for p in pieces]
+        """Whether these are the pieces of files that this part reads."""
+        return True
 
 
-@dataclass(frozen=True)
-class FileSource:
-    """Files, given as (path, name below the root), in the order of their names."""
+class Source:
+    """A corpus. Only `name`, `revision` and `parts` have no default."""
 
     name: str
-    files: tuple[NamedFile, ...]
-    scheme: str = ""
+    """What the manifest calls it."""
+    files: Sequence[NamedFile] = ()
+    """The files in the order of their names, where the content is that of files."""
     left_out: str = ""
-
-    @cached_property
-    def states(self) -> tuple[State, ...]:
-        """The states of the files when they were first asked for."""
-        return tuple(_state(path) for path, _ in self.files)
-
-    @cached_property
-    def outline(self) -> str:
-        """A digest of every file's name and size."""
-        digest = hashlib.sha256()
-        for (_, name), (size, _, _) in zip(self.files, self.states, strict=True):
-            digest.update(f"{os.fsencode(name).hex()} {size}\n".encode())
-        return f"names and sizes {digest.hexdigest()}"
+    """What `--source` covers and the source does not read, in words."""
 
     @property
     def revision(self) -> str:
-        """A digest of every file's name, size and content."""
-        digest = hashlib.sha256()
-        for path, name in self.files:
-            with naming(path):
-                line = f"{os.fsencode(name).hex()} {_content_digest(path)}\n"
-            digest.update(line.encode())
-        return digest.hexdigest()
+        """Text that differs where the content differs. Finding it may mean reading everything."""
+        raise NotImplementedError
 
-    def parts(self) -> Sequence[FilePart]:
-        """Parts of about equal size, small enough that every worker has some."""
-        files = enumerate(zip(self.files, self.states, strict=True))
-        spans = [
-            span
-            for number, ((path, name), state) in files
-            for span in spans_of(SourceFile(path, name, number, state, self.scheme))
-        ]
-        total = sum(span.size for span in spans)
-        limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
-        return [FilePart(group) for group in _grouped(spans, limit)]
+    @property
+    def outline(self) -> str:
+        """The revision as far as it can be told without reading."""
+        return self.revision
 
+    @property
+    def states(self) -> tuple[State, ...]:
+        """Size and times of each file when they were first asked for."""
+        return ()
 
-def _state(path: Path) -> State:
-    with naming(path):
-        return state_of(path)
+    def pin(self, revision: str) -> None:
+        """Stay at this revision, from which the output was begun."""
+
+    def parts(self) -> Sequence[Part]:
+        """The parts, in order."""
+        raise NotImplementedError
 
 
-def _content_digest(path: Path) -> str:
-    """Digest of the size and the content; of a large file, of its two ends only, to be quick."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{size} ".encode())
-    with path.open("rb") as file:
-        if size <= _HASHED_WHOLE:
-            digest.update(file.read())
+SOURCES: Registry[Callable[[], Source]] = Registry("data source")
+
+
+class Skip(enum.Enum):
+    """Why a document is skipped."""
+
+    NULL = "null"
+    EMPTY = "empty"
+    NOT_TEXT = "not text"
+    UNDECODABLE = "undecodable"
+
+
+def usable_text(raw: object) -> str | Skip:
+    """The text of `raw` (a str, or UTF-8 bytes), or the reason to skip it."""
+    if raw is None:
+        return Skip.NULL
+    try:
+        if isinstance(raw, bytes):
+            text = raw.decode()
+        elif isinstance(raw, str):
+            raw.encode()
+            text = raw
         else:
-            digest.update(file.read(_HASHED_END))
-            file.seek(size - _HASHED_END)
-            digest.update(file.read())
-    return digest.hexdigest()
+            return Skip.NOT_TEXT
+    except UnicodeError:
+        return Skip.UNDECODABLE
+    return text if text.strip() else Skip.EMPTY
 
 
-def _grouped(spans: Iterable[Span], limit: int) -> Iterator[tuple[Span, ...]]:
-    group: list[Span] = []
-    size = 0
-    for span in spans:
-        if group and size + span.size > limit:
-            yield tuple(group)
-            group, size = [], 0
-        group.append(span)
-        size += span.size
-    if group:
-        yield tuple(group)
+def clean_name(value: object) -> str:
+    """`value` as valid Unicode: a lone surrogate becomes a question mark."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
-def file_source(spec: str | Path) -> FileSource:
-    """The source that `--source spec` names: a file, a folder or a glob; or a `UserError`.
-
-    What lies in a folder that this tool has made is left out.
-    """
-    path = Path(spec)
-    with naming(path), suppress(FileNotFoundError, NotADirectoryError):
-        path.stat()
-    if os.path.isfile(path):
-        if not path.name.lower().endswith(SUFFIXES):
-            raise UserError(f"cannot tell what {path} is: a source ends in {SUFFIXES_IN_WORDS}")
-        return FileSource(clean_file_name(path.name), ((path, path.name),))
-    if os.path.isdir(path):
-        listing = Listing(path)
-        listing.add_folder()
-        name = path.resolve().name
-    elif os.path.lexists(path):
-        raise UserError(f"{path} is no file or folder, or leads to none: name another --source")
-    elif glob.has_magic(str(path)):
-        root = next(parent for parent in path.parents if os.path.isdir(parent))
-        listing = Listing(root)
-        listing.add_matches(path.relative_to(root).parts)
-        name = path.name
-    else:
-        raise UserError(f"no file or folder {path}: name an existing one with --source, or stdlib")
-    left_out = listing.report()
-    files = listing.files()
-    if not files:
-        besides = f" (left out: {left_out})" if left_out else ""
-        raise UserError(
-            f"nothing in {path} ends in {SUFFIXES_IN_WORDS}{besides}: name another --source"
-        )
-    return FileSource(clean_file_name(name), files, left_out=left_out)
-
-
-def stdlib_source() -> FileSource:
-    """The sources and texts of the running Python's standard library, without its tests."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = _library_files(folder)
-    if not files:
-        raise UserError(f"this Python keeps no library sources in {folder}: name a --source")
-    return FileSource(f"{STDLIB} of Python {platform.python_version()}", files, "stdlib:")
-
-
-def _library_files(root: Path) -> tuple[NamedFile, ...]:
-    files = []
-    for folder, subfolders, names in os.walk(root, onerror=_refuse):
-        subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
-        files += [Path(folder, name) for name in names if name.endswith((".py", ".txt"))]
-    named = ((path, path.relative_to(root).as_posix()) for path in files)
-    return tuple(sorted(named, key=lambda pair: pair[1]))
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"cannot read {error.filename}: {error.strerror}")
+def clean_file_name(name: str) -> str:
+    """A file's name as valid Unicode, still different from other files' names."""
+    return name.encode("utf-8", "backslashreplace").decode()

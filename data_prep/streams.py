@@ -1,7 +1,8 @@
-"""The bytes of a text file: hashed as they are read, decompressed, and as UTF-8.
+"""The bytes of a text file: hashed as they are read, decompressed, and turned into UTF-8.
 
-A packed file may consist of several members, one after the other. All are read, and one that is
-damaged, or anything else between them, is an error: most libraries' own readers end there silently.
+A compressed file may consist of several members, one after the other. All are read. A damaged
+member, or anything else between members, is an error: the readers of most libraries end there
+silently.
 """
 
 import bz2
@@ -18,10 +19,10 @@ import zstandard
 
 PACKINGS = ("", ".gz", ".zst", ".bz2", ".xz")
 _BUFFER = 1 << 17
-# A few bytes of zstd may stand for 128 KiB, so little is decompressed at a time.
+# Bytes decompressed at a time: few, because a few bytes of zstd may stand for 128 KiB.
 _INPUT = 1 << 13
 _ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` makes
-# UTF-32 first: its mark begins with that of UTF-16.
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -49,14 +50,14 @@ class HashedFile(io.RawIOBase):
         return len(data)
 
     def sha256(self) -> str:
-        """SHA-256 of the whole file; reads what nobody has read."""
+        """SHA-256 of the whole file; reads what is left of it."""
         while self.read(_BUFFER):
             pass
         return self._digest.hexdigest()
 
 
 class _Parts(io.RawIOBase):
-    """A file of what an iterator gives."""
+    """A file of the bytes that an iterator yields."""
 
     def __init__(self, parts: Iterator[bytes]) -> None:
         self._parts = parts
@@ -82,12 +83,12 @@ class _Parts(io.RawIOBase):
 def _members(file: BinaryIO, begin: Callable[[], Any], *limit: int) -> Iterator[bytes]:
     """Decompress all members of a file, a little at a time.
 
-    `begin` makes the decompressor of one member; `limit` is how many bytes it may return at once,
-    where it takes a limit.
+    `begin` makes the decompressor of one member. `limit` is the most bytes that it may return at
+    once; a decompressor of zstd takes no limit.
     """
     packed = file.read(_INPUT)
     while packed:
-        if packed.startswith(b"\0"):  # lzma takes enough zeros for a member of its oldest format
+        if packed.startswith(b"\0"):  # lzma takes many zeros for a member of its oldest format
             raise EOFError("there are zeros where a member should begin")
         member = begin()
         while not member.eof:
@@ -104,7 +105,7 @@ def _members(file: BinaryIO, begin: Callable[[], Any], *limit: int) -> Iterator[
 
 
 def _after_padding(file: BinaryIO, packed: bytes) -> bytes:
-    """What comes after the zeros that may follow a member of xz, in fours; surplus ones stay."""
+    """What follows the zeros after a member of xz. Zeros beyond a multiple of 4 stay: an error."""
     zeros = 0
     while packed := packed or file.read(_INPUT):
         rest = packed.lstrip(b"\0")
@@ -116,8 +117,10 @@ def _after_padding(file: BinaryIO, packed: bytes) -> bytes:
 
 
 def read_text(file: HashedFile, name: str, encoding: str | None) -> bytes:
-    """All of a text file in UTF-8, without its byte-order mark; `encoding` is what `encoding_of`
-    says. What cannot be decoded stays as it is."""
+    """All of a text file in UTF-8, without its byte-order mark.
+
+    `encoding` is that of `encoding_of`. Bytes that cannot be decoded stay as they are.
+    """
     data = decompressed(file, name).read().removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode(encoding).encode() if encoding else data
@@ -126,7 +129,7 @@ def read_text(file: HashedFile, name: str, encoding: str | None) -> bytes:
 
 
 def read_lines(file: HashedFile, name: str, encoding: str | None) -> Iterator[bytes]:
-    """The lines of a text file in UTF-8, ended by LF; `encoding` is what `encoding_of` says."""
+    """The lines of a text file in UTF-8; only LF ends a line. See `encoding_of` for `encoding`."""
     stream = decompressed(file, name)
     if encoding is None:
         yield from stream
@@ -136,10 +139,10 @@ def read_lines(file: HashedFile, name: str, encoding: str | None) -> Iterator[by
 
 
 def encoding_of(path: Path) -> str | None:
-    """The encoding that a mark at the start of a text names; None for UTF-8, marked or not."""
+    """The encoding named by a byte-order mark at the start; None for UTF-8, marked or not."""
     with path.open("rb") as file:
         start = decompressed(file, path.name).read(4)
-    # A mark with nothing after it tells nothing: two such bytes are no text in any encoding.
+    # A mark with nothing after it does not count: two such bytes are no text in any encoding.
     return next((code for mark, code in _MARKS if start.startswith(mark) and len(start) == 4), None)
 
 
@@ -150,7 +153,7 @@ def decompressed(file: BinaryIO | HashedFile, name: str) -> io.BufferedReader:
     if kind.endswith(".gz"):
         raw = gzip.GzipFile(fileobj=raw)
     elif kind.endswith(".zst"):
-        # zstandard's own reader takes a file that was cut for a whole one.
+        # The reader of zstandard takes a truncated file for a whole one.
         frames = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
         raw = _Parts(_members(raw, frames.decompressobj))
     elif kind.endswith(".bz2"):

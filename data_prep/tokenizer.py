@@ -2,32 +2,37 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import regex
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data_prep.records import Skip, usable_text
-from data_prep.sources import Part
-from i3dist.data.tokenizer import SPECIAL_TOKENS
+from data_prep.sources import Part, Skip, usable_text
+from i3dist.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from i3dist.errors import UserError
 
+DEFAULT_VOCABULARY = 32_000
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
-"""Every byte and every special token: what a vocabulary holds before the first merge."""
+"""Every byte and every special token: the vocabulary before the first merge."""
+LARGEST_VOCABULARY = 1 << 16
+"""Ids in shards are uint16."""
 
 LONGEST_WORD = 10_000
-"""Characters that training takes for one word at most."""
+"""Characters of the longest word in training."""
 
-# Characters that the split pattern keeps together.
+# Kinds of characters; the split pattern keeps a run of one kind together.
 _KINDS = (r"\p{L}", r"\p{N}", r"\p{White_Space}", r"[^\p{L}\p{N}\p{White_Space}]")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a byte-level BPE and return its `tokenizer.json`.
 
-    Special tokens take the first ids, in the order of `SPECIAL_TOKENS`. Same texts, same bytes:
-    the trainer counts pairs in parallel, but breaks ties by id.
+    Special tokens take the first ids, in the order of `SPECIAL_TOKENS`. The same texts give the
+    same bytes: the trainer counts pairs in parallel, but breaks ties by id. A vocabulary smaller
+    than `vocab_size`, for lack of text, is reported.
     """
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = HFTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -37,15 +42,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         show_progress=False,
     )
     tokenizer.train_from_iterator(without_long_words(texts), trainer)
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
+        print(f"the text is too small for {vocab_size} vocabulary entries: there are {size}")
     return tokenizer.to_str(pretty=True).encode()
 
 
 def without_long_words(texts: Iterable[str], longest: int = LONGEST_WORD) -> Iterator[str]:
     """The texts, cut where the split pattern would find a word of more than `longest` characters.
 
-    Training takes time with the square of a word's length.
+    The time of training grows with the square of a word's length.
     """
-    # Such a word fills a window of half its length at some multiple of that length.
+    # A longer word covers a whole window of `half` characters that starts at a multiple of `half`.
     half = longest // 2
     window = regex.compile("|".join(rf"{kind}{{{half}}}" for kind in _KINDS))
     word = regex.compile("|".join(rf"(?<!{kind}){kind}{{{longest + 1},}}" for kind in _KINDS))
@@ -59,26 +66,43 @@ def without_long_words(texts: Iterable[str], longest: int = LONGEST_WORD) -> Ite
         yield text[start:]
 
 
-def sample_texts(parts: Iterable[Part], source: str, limit: int) -> Iterator[str]:
-    """Usable texts from the start of the source, about `limit` bytes; none at all is an error."""
+def sample_texts(parts: Iterable[Part], source: str, megabytes: int) -> Iterator[str]:
+    """Usable texts from the start of the source, about so many megabytes.
+
+    Raises:
+        UserError: there are none.
+    """
     skipped: Counter[str] = Counter()
     taken = 0
-    for part in parts:
-        for record in part.records():
-            text = usable_text(record.text)
-            if isinstance(text, Skip):
-                skipped[text.value] += 1
-                continue
-            yield text
-            taken += len(text.encode())
-            if taken >= limit:
-                return
+    for record in chain.from_iterable(part.records() for part in parts):
+        text = usable_text(record.text)
+        if isinstance(text, Skip):
+            skipped[text.value] += 1
+            continue
+        yield text
+        taken += len(text.encode())
+        if taken >= megabytes * 1_000_000:
+            return
     if not taken:
         raise no_usable_document(source, skipped)
 
 
 def no_usable_document(source: str, skipped: Counter[str]) -> UserError:
-    """The error for a source without text, with the count of what it does hold."""
+    """The error for a source without text; it counts by reason what was skipped."""
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     found = f"it holds {counts}" if counts else "it is empty"
     return UserError(f"{source} has no usable document ({found}): name another --source")
+
+
+def check_vocabulary(tokenizer: Tokenizer, wanted: int | None) -> None:
+    """Refuse a given tokenizer whose vocabulary is not the one asked for, or does not fit."""
+    if wanted is not None and tokenizer.vocab_size != wanted:
+        raise UserError(
+            f"{tokenizer.path} has a vocabulary of {tokenizer.vocab_size}, not of --vocab-size "
+            f"{wanted}: omit --vocab-size, or name another --tokenizer"
+        )
+    if tokenizer.vocab_size > LARGEST_VOCABULARY:
+        raise UserError(
+            f"{tokenizer.path} has a vocabulary of {tokenizer.vocab_size}, and a token in a shard "
+            f"can be one of {LARGEST_VOCABULARY} at most: name another --tokenizer"
+        )

@@ -1,4 +1,4 @@
-"""The output of data_prep/shard.py as the trainer sees it: two splits and a tokenizer."""
+"""An output of data_prep/shard.py, opened for training: two splits and a tokenizer."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from i3dist.data.schedule import (
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
-# The validation subset is the same whatever the run's seed: runs are compared on it.
+# The validation subset does not depend on the run's seed, so that runs can be compared.
 SUBSET_SEED = 0
 
 
@@ -33,12 +33,12 @@ class Split:
     def schedule(
         self, lanes: int, window: int, seed: int, version: Version = NEWEST
     ) -> LaneSchedule:
-        """How `lanes` lanes walk through this split."""
+        """The order in which `lanes` lanes read this split, in windows of `window` chunks."""
         sizes = tuple(shard.chunks for shard in self.manifest.shards)
         return (EpochSchedule if version == 1 else Schedule)(sizes, lanes, window, seed)
 
     def held_out(self, history_chunks: int, chunks: int | None = None) -> HeldOut:
-        """All chunks, or those of a fixed choice of whole shards with so many chunks or more."""
+        """The split for evaluation: all of it, or whole shards with `chunks` chunks or more."""
         sizes = [shard.chunks for shard in self.manifest.shards]
         shards = range(len(sizes)) if chunks is None else fixed_subset(sizes, chunks, SUBSET_SEED)
         return HeldOut(self.folder, self.manifest, shards, history_chunks)
@@ -56,15 +56,16 @@ class Corpus:
     def open(
         cls, path: Path, model: ModelSettings, trained_with: Tokenizer | None = None
     ) -> "Corpus":
-        """Open a data folder and see that its parts, and the model's settings, belong together.
+        """Open a data folder, and check that its parts and the model's settings fit together.
 
         Args:
             path: output folder of data_prep/shard.py.
             model: settings of the model that is to read it.
-            trained_with: the tokenizer of a model that is trained already; the data's must equal.
+            trained_with: the tokenizer of a trained model, which the data must have too.
 
         Raises:
-            UserError: missing or mixed parts; chunk length or vocabulary differ from the model's.
+            UserError: a part is missing or of other data; the chunk length or the vocabulary is not
+                the model's.
         """
         if (path / "train").is_dir() and not (path / "valid").exists():
             raise UserError(f"{path} has no valid split: make data with a --valid-fraction above 0")
@@ -89,12 +90,12 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over both splits' manifests, which hold the hash of every shard."""
+        """SHA-256 of both splits' manifests, which hold the hash of every shard."""
         both = self.train.manifest.fingerprint + self.valid.manifest.fingerprint
         return hashlib.sha256(both.encode()).hexdigest()
 
     def check(self, model: ModelSettings) -> None:
-        """See that a model of these settings can read the data."""
+        """Check that a model of these settings can read the data."""
         for split in (self.train, self.valid):
             length = split.manifest.chunk_length
             if length != model.chunk_length:

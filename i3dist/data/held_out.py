@@ -1,14 +1,15 @@
-"""What an evaluation reads: some shards, chunk by chunk, shared out among ranks.
+"""The chunks that an evaluation reads, shared out among ranks.
 
-A chunk's latents do not depend on history, so a document may be read in pieces: the chunks of all
-shards stand in one row, are cut into windows of K, and each rank takes consecutive windows. Where
-RWKV state is carried a document must be read by one lane from its start: then whole documents are
-dealt out. Either way ranks read about the same number of chunks, and none reads one that another
-reads, but for the few whose latents its first chunk sees.
+A chunk's latents do not depend on history, so a document can be read in pieces: the chunks of all
+shards form one sequence, which is cut into windows of K, and each rank reads consecutive windows.
+With carried RWKV state, one lane must read a document from its start, so whole documents are dealt
+out instead. Either way ranks read about the same number of chunks, and each chunk is read by one
+rank, except the few before a rank's first window whose latents that window sees.
 
-Every chunk with history also gets a *stretch*: real chunks of one other document, which take the
-place of its history to tell what history says from merely having one. All of this follows from the
-shards alone, so the figures are the same for any number of ranks.
+Every chunk with history is also given a *stretch*: consecutive chunks of another document, which
+replace its history. The loss with them tells what the history's content is worth, as opposed to
+having any history. All choices depend only on the shards, so the figures are the same for any
+number of ranks.
 
 Letters: M chunks of the evaluation, C history chunks, K chunks of a window, T tokens of a chunk.
 """
@@ -28,7 +29,7 @@ from i3dist.data.manifest import Manifest
 from i3dist.data.schedule import Place
 from i3dist.data.shards import ShardTokens, read_shard
 
-# So many consecutive chunks share their stretches, whose latents are computed besides.
+# Number of consecutive chunks that share their stretches, whose latents are computed in addition.
 BLOCK = 128
 NONE = -1
 
@@ -40,7 +41,7 @@ class Table:
     """(batch, row) -> K chunks of the evaluation. A `data.schedule.Windows`."""
 
     places: Sequence[Place]
-    positions: Ints  # [batches, rows, K], each a place's index, or NONE
+    positions: Ints  # [batches, rows, K] indices of `places`, or NONE
 
     @property
     def window(self) -> int:
@@ -48,11 +49,11 @@ class Table:
         return self.positions.shape[2]
 
     def chunks(self, index: int, lane: int) -> list[Place | None]:
-        """The K chunks that a row reads in batch `index`; None where there is none."""
+        """The K chunks that a row reads in batch `index`; None where it reads none."""
         return [None if p == NONE else self.places[p] for p in self.positions[index, lane]]
 
     def padded(self, rows: int) -> "Table":
-        """The same with so many rows at least, the new ones empty."""
+        """The same table with at least `rows` rows; new rows are empty."""
         more = max(0, rows - self.positions.shape[1])
         positions = np.pad(self.positions, ((0, 0), (0, more), (0, 0)), constant_values=NONE)
         return Table(self.places, positions)
@@ -62,10 +63,10 @@ class Share(NamedTuple):
     """What one rank reads."""
 
     table: Table
-    lead: int  # first rows that are read for their latents only; they count nowhere
+    lead: int  # number of first rows that are read only for their latents, and not scored
 
     def lead_in(self, batch: int) -> int:
-        """How many of a batch's rows are among them."""
+        """The number of a batch's rows that belong to the lead."""
         return max(0, self.lead - batch * self.table.positions.shape[1])
 
 
@@ -78,12 +79,12 @@ class Stretch(NamedTuple):
 
 
 class HeldOut:
-    """The chunks of some shards of a split in order, and which stretch takes whose place.
+    """The chunks of some shards of a split in order, and the stretch of each chunk.
 
     Attributes:
         places: [M] (shard, chunk).
-        depth: [M] chunks before each that belong to the document it continues.
-        stretch_of: [M] index into `stretches`; NONE where a chunk has no history, or no other
+        depth: [M] number of chunks before each in the document that it continues.
+        stretch_of: [M] index into `stretches`; NONE if a chunk has no history, or if no other
             document has as many chunks.
         stretches: see `Stretch`.
     """
@@ -96,7 +97,7 @@ class HeldOut:
         Args:
             folder: the split's.
             manifest: the split's.
-            shards: which, in order.
+            shards: their numbers, in order.
             history_chunks: C.
 
         Raises:
@@ -125,20 +126,17 @@ class HeldOut:
         self._choose(continued, stretches)
 
     def _last_documents(self, shard: int, read: ShardTokens) -> list[Place]:
-        """The document that each chunk ends in, named by the place of the chunk it begins in."""
+        """The document that each chunk ends in, given as the place of the chunk it begins in."""
         begins = (read.tokens == self.manifest.bos_id).any(axis=1)
+        document = (shard, 0) if begins[0] else self._document_before(shard)
         documents: list[Place] = []
         for n, opens in enumerate(begins):
-            if opens:
-                documents.append((shard, n))
-            elif n:
-                documents.append(documents[-1])
-            else:
-                documents.append(self._document_before(shard))
+            document = (shard, n) if opens else document
+            documents.append(document)
         return documents
 
     def _document_before(self, shard: int) -> Place:
-        """The document that runs on into a shard from the one before it."""
+        """The document that continues into a shard from the shards before it."""
         passed = []
         for before in range(shard - 1, -1, -1):
             if before not in self._ends:
@@ -153,15 +151,15 @@ class HeldOut:
         return shard, 0
 
     def _stretch(self, opened: int, count: int) -> Stretch:
-        """Up to C chunks of a document, a little behind its beginning where it is long enough."""
+        """Up to C chunks of a document, up to C chunks after its beginning if it is long enough."""
         size = self.history_chunks
         return Stretch(opened, opened + min(size, max(0, count - size)), min(count, size))
 
     def _choose(self, continued: Sequence[Place | None], stretches: dict[Place, Stretch]) -> None:
-        """Give every chunk with history a stretch: of the longest, the nearest before its block.
+        """Give every chunk with history a stretch: the nearest of the longest before its block.
 
-        Two to choose from are enough, as at most one is of the chunk's own document; but where one
-        document alone has the longest, it may be the only one that will do.
+        Two candidates are enough, because at most one is of the chunk's own document. But if only
+        one document has the longest stretch, it may be the only one that is long enough.
         """
         self.stretches: list[Stretch] = []
         self.stretch_of = np.full(len(self.places), NONE)
@@ -184,18 +182,18 @@ class HeldOut:
                     break
 
     def share(self, rank: int, ranks: int, window: int, rows: int, whole_documents: bool) -> Share:
-        """What `rank` of `ranks` reads, in batches of at most `rows` windows of K chunks.
+        """The share of `rank` of `ranks`, in batches of at most `rows` windows of K chunks.
 
         Args:
             rank: from 0.
-            ranks: of the job.
+            ranks: the number of ranks of the job.
             window: K.
-            rows: at most in a batch.
-            whole_documents: each row reads documents from start to end, batch after batch; else
-                rows follow each other, in a batch and from batch to batch.
+            rows: most windows in a batch.
+            whole_documents: whether each row reads documents from start to end, batch after batch.
+                Otherwise the rows of a batch, and successive batches, are consecutive.
         """
         if whole_documents:
-            return Share(self._table(self._dealt(rank, ranks, window, rows)), 0)
+            return Share(Table(self.places, self._dealt(rank, ranks, window, rows)), 0)
         count = -(-len(self.places) // window)
         begin, end = (count * r // ranks for r in (rank, rank + 1))
         seen = min(self.depth[begin * window], self.history_chunks) if begin < end else 0
@@ -207,16 +205,16 @@ class HeldOut:
         batches = -(-len(mine) // rows)
         table = np.full((batches * rows, window), NONE)
         table[: len(mine)] = mine
-        return Share(self._table(table.reshape(batches, rows, window)), lead)
+        return Share(Table(self.places, table.reshape(batches, rows, window)), lead)
 
     def _dealt(self, rank: int, ranks: int, window: int, rows: int) -> Ints:
-        """Whole documents dealt to rows of about the same length: [batches, rows, K]."""
+        """Whole documents dealt out to rows of about equal length: [batches, rows, K]."""
         starts = np.flatnonzero(self.depth == 0)
         lengths = np.diff(np.append(starts, len(self.places)))
         count = max(1, min(ranks * rows, len(self.places) // int(lengths.max())))
         loads = [(0, row) for row in range(count)]
         lanes: list[list[int]] = [[] for _ in range(count)]
-        for unit in np.lexsort((starts, -lengths)):  # the longest first
+        for unit in np.lexsort((starts, -lengths)):  # longest first
             load, row = heapq.heappop(loads)
             lanes[row] += range(starts[unit], starts[unit] + lengths[unit])
             heapq.heappush(loads, (load + int(lengths[unit]), row))
@@ -227,25 +225,22 @@ class HeldOut:
         return np.where(positions == NONE, NONE, self.stretch_of[positions])
 
     def stretch_table(self, numbers: Sequence[int], window: int, whole_documents: bool) -> Table:
-        """The chunks of stretches, a row each; from their documents' beginning where asked."""
+        """A row for each stretch; with `whole_documents` from its document's beginning."""
         chosen = [self.stretches[number] for number in numbers]
         begins = [s.opened if whole_documents else s.first for s in chosen]
         lanes = [list(range(b, s.first + s.chunks)) for b, s in zip(begins, chosen, strict=True)]
-        return self._table(_batches(lanes, window))
-
-    def _table(self, positions: Ints) -> Table:
-        return Table(self.places, positions)
+        return Table(self.places, _batches(lanes, window))
 
 
 def _runs(
     shard: int, documents: Sequence[Place], full: npt.NDArray[np.bool_]
 ) -> Iterator[tuple[int, int]]:
-    """(first chunk, chunks) of every document that begins in a shard, up to one with padding.
+    """(first chunk, number of chunks) of every document that begins in a shard.
 
     Args:
         shard: its number.
         documents: the document that each chunk ends in.
-        full: whether each chunk has no padding.
+        full: whether each chunk has no padding; a chunk with padding does not count.
     """
     for document, chunks in groupby(range(len(documents)), key=documents.__getitem__):
         run = list(chunks)
@@ -255,18 +250,14 @@ def _runs(
 
 
 def _longest(stretches: dict[Place, Stretch]) -> list[Place]:
-    """The documents with the longest stretches, these first: two or more, if there are so many."""
-    counts = sorted({stretch.chunks for stretch in stretches.values()}, reverse=True)
-    pool: list[Place] = []
-    for count in counts:
-        pool += [document for document, stretch in stretches.items() if stretch.chunks == count]
-        if len(pool) > 1:
-            break
-    return pool
+    """The documents with the longest stretches, longest first; two or more, if there are two."""
+    order = sorted(stretches, key=lambda document: -stretches[document].chunks)
+    least = min((stretches[document].chunks for document in order[:2]), default=0)
+    return [document for document in order if stretches[document].chunks >= least]
 
 
 def _batches(lanes: Sequence[Sequence[int]], window: int) -> Ints:
-    """Positions of rows, each cut into windows: [batches, rows, K]."""
+    """The positions of each row, cut into windows: [batches, rows, K]."""
     batches = -(-max(map(len, lanes), default=0) // window)
     positions = np.full((len(lanes), batches * window), NONE)
     for row, lane in zip(positions, lanes, strict=True):

@@ -1,7 +1,7 @@
 """Batches of lanes. Letters: B lanes, K chunks of a window, T tokens.
 
-A window of the job is a pure function of its index (see `schedule`), so workers need no order
-among themselves and a continued run needs no replay: it asks for the next index.
+A window is a pure function of its index (see `schedule`). So worker processes can read windows in
+any order, and a run that continues asks for the next index instead of replaying the stream.
 """
 
 import logging
@@ -27,7 +27,7 @@ from i3dist.ops.cross_entropy import IGNORE
 
 log = logging.getLogger(__name__)
 
-# What torch says of a process of a DataLoader that is gone.
+# What torch says when a process of a DataLoader has died.
 DEATH = r"DataLoader worker \(pid|Pin memory thread exited"
 
 
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # [B, K, T] int64
     targets: Tensor  # [B, K, T] int64, IGNORE where nothing is predicted
-    depth: Tensor  # [B, K] int64, chunks before each that belong to the document it continues
+    depth: Tensor  # [B, K] int64, number of chunks before each in the document that it continues
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Lanes [start, stop)."""
@@ -48,17 +48,17 @@ class Batch(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A batch, and what the quarantined shards in it have lost, in words."""
+    """A batch, and a line for each quarantined shard in it."""
 
     batch: Batch
-    losses: list[str]
+    damage: list[str]
 
 
 class LaneWindows(Dataset["Window | UserError"]):
     """Window index -> the batch of a range of lanes.
 
-    A `UserError` is returned, not raised: raised in a worker process it would arrive wrapped in
-    that process's traceback.
+    A `UserError` is returned, not raised: an error raised in a worker process would arrive wrapped
+    in that process's traceback.
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class LaneWindows(Dataset["Window | UserError"]):
         self.shards = ShardCache(folder, manifest, capacity=2 * len(lanes), on_damage=on_damage)
 
     def __getitem__(self, index: int) -> "Window | UserError":
-        losses: list[str] = []
+        damage: list[str] = []
         try:
-            rows = [self._row(index, lane, losses) for lane in self.lanes]
+            rows = [self._row(index, lane, damage) for lane in self.lanes]
         except UserError as error:
             return error
         parts = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-        return Window(Batch(*parts), losses)
+        return Window(Batch(*parts), damage)
 
     def _row(
-        self, index: int, lane: int, losses: list[str]
+        self, index: int, lane: int, damage: list[str]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [K, T], targets [K, T] and depth [K] of one lane; losses are added to `losses`."""
+        """Tokens [K, T], targets [K, T] and depth [K] of one lane; adds lines to `damage`."""
         m = self.manifest
         shape = (self.schedule.window, m.chunk_length)
         tokens = np.full(shape, m.pad_id, np.int64)
@@ -95,10 +95,10 @@ class LaneWindows(Dataset["Window | UserError"]):
         depth = np.zeros(shape[0], np.int64)
         for k, place in enumerate(self.schedule.chunks(index, lane)):
             if place is None:
-                continue  # the lane idles: padding without targets, on the same graph
+                continue  # the lane idles: padding without targets
             shard, chunk = self.shards[place[0]], place[1]
-            if shard.loss:
-                losses.append(shard.loss)
+            if shard.damage:
+                damage.append(shard.damage)
             tokens[k] = shard.tokens[chunk]
             targets[k, :-1] = shard.tokens[chunk, 1:]
             if chunk + 1 < len(shard.tokens):
@@ -113,8 +113,8 @@ def windows(
 ) -> Iterator[Batch]:
     """Batches of windows [start, stop) in order, on the device, read ahead by `workers` processes.
 
-    What is lost with a quarantined shard is logged once, before its first batch, as an error: any
-    rank may be the one that knows, and all but the first log only those.
+    A quarantined shard is logged once, before its first batch. It is logged as an error because
+    ranks other than 0 log only errors, and any rank may be the one that reads the shard.
 
     Raises:
         UserError: a shard is missing, or altered and not to be quarantined; a process has died.
@@ -132,17 +132,17 @@ def windows(
     for window in _read(loader):
         if isinstance(window, UserError):
             raise window
-        for loss in window.losses:
-            if loss not in told:
-                told.add(loss)
-                log.error("%s", loss)
+        for line in window.damage:
+            if line not in told:
+                told.add(line)
+                log.error("%s", line)
         yield window.batch.to(device)
 
 
 def _die_of_lost_windows(_: int) -> None:
-    """In a process that reads: end where a window cannot be handed over, as /dev/shm is full.
+    """End this reading process if a window cannot be handed over, for example if /dev/shm is full.
 
-    Python would print a traceback and go on, and the rank would wait for that window for ever.
+    Python would print a traceback and continue, and the rank would wait for that window for ever.
     """
 
     def die(*_: object) -> NoReturn:
@@ -152,17 +152,17 @@ def _die_of_lost_windows(_: int) -> None:
 
 
 def _read(loader: "DataLoader[Window | UserError]") -> Iterator[Window | UserError]:
-    """What a loader gives; that one of its processes has died is a `UserError`, and raised here.
+    """The items of a loader; if one of its processes dies, a `UserError` is raised here.
 
-    torch would raise it in a signal's handler, so wherever the main thread is, in a save too.
-    Without that handler it looks after its processes while it waits for data, every 5 s.
+    torch would raise in its signal handler, wherever the main thread happens to be, even in a save.
+    Without that handler it checks its processes every 5 s while it waits for data.
     """
     try:
         parts = iter(loader)
     except OSError as error:  # no semaphores, or no more processes
         raise UserError(
-            f"processes that read data cannot be started ({error.strerror}): see that /dev/shm can "
-            "be written and more processes are allowed, or set data.workers=0"
+            f"cannot start processes that read data ({error.strerror}): check that /dev/shm is "
+            "writable and that more processes are allowed, or set data.workers=0"
         ) from None
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

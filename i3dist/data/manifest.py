@@ -1,8 +1,8 @@
-"""What a folder of shards holds: the contract between `data_prep/shard.py` and the trainer.
+"""The manifest of a split: the contract between `data_prep/shard.py` and the trainer.
 
-A split is a folder with `manifest.json`, `index.parquet` and the shards. A shard is a POSIX ustar
-archive with one member per chunk, and every member takes the same number of bytes, so the k-th
-chunk's tokens stand at `k * member_stride(chunk_length) + TAR_BLOCK`.
+A split is a folder with `manifest.json`, `index.parquet` and the shards; docs/data-format.md
+describes them. A shard is a POSIX ustar archive with one member per chunk. All members have the
+same size, so the tokens of chunk k begin at byte `k * member_stride(chunk_length) + TAR_BLOCK`.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from i3dist.errors import UserError
 from i3dist.files import write_whole
 
 TAR_BLOCK = 512
-"""Bytes of a tar block: a member's header is one, and its payload is padded to whole ones."""
+"""Bytes of a tar block. A member's header is one block, and its payload is padded to blocks."""
 
 TAR_RECORD = 10_240
-"""Bytes that an archive's length is a multiple of."""
+"""Bytes of a tar record. An archive's length is a multiple of it."""
 
 MANIFEST_NAME = "manifest.json"
 TOKEN_BYTES = 2
@@ -34,7 +34,7 @@ Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 
 
 def member_name(shard: int, chunk: int) -> str:
-    """Name of the member that holds chunk `chunk` (counted within the shard) of shard `shard`."""
+    """Name of the member that holds chunk number `chunk` of shard number `shard`."""
     return f"{shard:06d}-{chunk:06d}.u16"
 
 
@@ -44,7 +44,7 @@ def shard_name(shard: int) -> str:
 
 
 def member_stride(chunk_length: int) -> int:
-    """Bytes from one member to the next, where chunks have `chunk_length` tokens."""
+    """Bytes from one member to the next."""
     payload = chunk_length * TOKEN_BYTES
     return TAR_BLOCK + -(-payload // TAR_BLOCK) * TAR_BLOCK
 
@@ -128,7 +128,11 @@ class Manifest(_Frozen):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read and check `folder/manifest.json`; a `UserError` says what is missing or wrong."""
+        """Read and check `folder/manifest.json`.
+
+        Raises:
+            UserError: it is missing, unreadable or wrong; the message says in what.
+        """
         path = Path(folder) / MANIFEST_NAME
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -143,7 +147,7 @@ class Manifest(_Frozen):
             raise UserError(f"{path} is not a valid manifest: {problem}") from None
 
     def write(self, folder: Path) -> None:
-        """Write `folder/manifest.json`; a reader sees the whole file or none."""
+        """Write `folder/manifest.json`; a reader sees either the whole file or none."""
         path = Path(folder) / MANIFEST_NAME
         write_whole(path, self.model_dump_json(indent=1).encode() + b"\n")
 
@@ -154,7 +158,7 @@ class Manifest(_Frozen):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON: equal where, and only where, the contents are equal."""
+        """SHA-256 of the canonical JSON: equal if and only if the contents are equal."""
         canonical = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -168,7 +172,7 @@ def _missing(path: Path) -> str:
 
 
 def _remedy(path: Path) -> str:
-    # shard.py itself takes what is there for complete.
+    # Delete it, because shard.py takes the folder for complete.
     return f"restore it, or delete {path.parent.parent} and make it again"
 
 

@@ -1,22 +1,21 @@
 """Which chunks each lane reads when: a pure function of seed, lanes, window and shard sizes.
 
-A lane is one row of the whole job's batch. It reads a whole shard from first chunk to last, then
-takes its next one. A window is its next K chunks. Ranks appear nowhere here: the stream is the same
-for any number of them.
+A lane is one row of the whole job's batch. It reads a shard from its first chunk to its last, then
+takes its next shard. A window is the lane's next K chunks. Ranks do not appear here, so the stream
+is the same for any number of ranks.
 
 There are two schedules. A run keeps the one that it began with (`train.schedule`).
 
-- `Schedule`, version 2: the epochs' permutations of the shards follow each other in one endless
-  sequence, of which lane g of G takes shards g, g + G, ... No lane ever waits.
-- `EpochSchedule`, version 1: lane g takes shards g, g + G, ... of each epoch's permutation, and
-  lanes that run out of shards before the others idle until the epoch ends.
+- `Schedule`, version 2: the epochs' permutations of the shards form one endless sequence. Lane g of
+  G takes shards g, g + G, ... of it. No lane ever waits.
+- `EpochSchedule`, version 1: lane g of G takes shards g, g + G, ... of each epoch's permutation.
+  Lanes that run out of shards before others idle until the epoch ends.
 """
 
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 from typing import Literal, Protocol
 
@@ -24,7 +23,7 @@ from i3dist.errors import UserError
 
 Version = Literal[1, 2]
 NEWEST: Version = 2
-# Plans are kept of so many shards in all; lanes are in several rounds at once.
+# Number of shards whose plans are kept. Lanes are in several rounds at once.
 KEPT_SHARDS, FEWEST_ROUNDS = 1 << 17, 4
 Place = tuple[int, int]
 """A shard, and a chunk in it."""
@@ -43,15 +42,6 @@ class Windows(Protocol):
         ...
 
 
-class LaneSchedule(Windows, Protocol):
-    """The windows of all lanes of a job."""
-
-    @property
-    def lanes(self) -> int:
-        """Lanes G of the job."""
-        ...
-
-
 def permutation(seed: int, epoch: int, count: int) -> list[int]:
     """A uniformly random order of range(count), the same on every machine and library version."""
 
@@ -63,23 +53,23 @@ def permutation(seed: int, epoch: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class LanePlan:
-    """What one lane reads in one epoch: whole shards, one after the other."""
+    """The whole shards that one lane reads in a round, one after the other."""
 
     shards: tuple[int, ...]
     ends: tuple[int, ...]  # chunks of the lane up to and including each shard
 
     @classmethod
     def of(cls, shards: Sequence[int], shard_chunks: Sequence[int]) -> "LanePlan":
-        """The plan of these shards, given the sizes of all."""
+        """The plan for these shards, given the sizes of all shards."""
         return cls(tuple(shards), tuple(accumulate(shard_chunks[i] for i in shards)))
 
     @property
     def chunks(self) -> int:
-        """Chunks that the lane reads in the epoch."""
+        """Chunks that the lane reads in the round."""
         return self.ends[-1] if self.ends else 0
 
     def chunk(self, position: int) -> Place | None:
-        """(shard, chunk in it) at the lane's `position` in the epoch; None beyond its end."""
+        """(shard, chunk in it) at the lane's `position` in the round; None beyond its end."""
         if position >= self.chunks:
             return None
         which = bisect_right(self.ends, position)
@@ -88,150 +78,134 @@ class LanePlan:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LaneSchedule:
+    """The windows of all lanes of a job.
+
+    Lanes are planned round by round. A round is one epoch or several.
+    """
+
+    shard_chunks: tuple[int, ...]
+    lanes: int
+    window: int
+    seed: int
+    _kept: dict[int, list[LanePlan]] = field(default_factory=dict, init=False, compare=False)
+
+    def chunks(self, index: int, lane: int) -> list[Place | None]:
+        """The K (shard, chunk) that `lane` reads in window `index`; None where it idles."""
+        raise NotImplementedError
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of a round."""
+        return 1
+
+    def plans(self, number: int) -> list[LanePlan]:
+        """The plan of each lane in one round. Recent rounds are kept."""
+        if number not in self._kept:
+            most = KEPT_SHARDS // (self.epochs * len(self.shard_chunks))
+            while len(self._kept) >= max(FEWEST_ROUNDS, most):
+                del self._kept[min(self._kept)]
+            self._kept[number] = self._plan(number)
+        return self._kept[number]
+
+    def _plan(self, number: int) -> list[LanePlan]:
+        count, first = len(self.shard_chunks), number * self.epochs
+        epochs = range(first, first + self.epochs)
+        order = [shard for epoch in epochs for shard in permutation(self.seed, epoch, count)]
+        offsets = (self._offset(lane, first * count) for lane in range(self.lanes))
+        return [LanePlan.of(order[offset :: self.lanes], self.shard_chunks) for offset in offsets]
+
+    def _offset(self, lane: int, before: int) -> int:
+        """Where the lane's first shard stands in a round with `before` shards before it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Schedule(LaneSchedule):
     """Version 2: lanes walk through one endless sequence of shards and never idle.
 
     Every chunk is read exactly once in each epoch's stretch of the sequence. Lanes enter an epoch
     at different steps, as shards differ in size.
     """
 
-    shard_chunks: tuple[int, ...]
-    lanes: int
-    window: int
-    seed: int
+    # For each known round, the chunks that each lane has read before it.
+    _starts: list[list[int]] = field(default_factory=list, init=False, compare=False)
 
-    @cached_property
-    def _sequence(self) -> "_Sequence":
-        return _Sequence(self.shard_chunks, self.lanes, self.seed)
+    def __post_init__(self) -> None:
+        self._starts.append([0] * self.lanes)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of a round: as many as have a shard for every lane."""
+        return -(-self.lanes // len(self.shard_chunks))
 
     def chunks(self, index: int, lane: int) -> list[Place | None]:
         """The K (shard, chunk) that `lane` reads in window `index`."""
         first = index * self.window
-        return [self._sequence.chunk(first + k, lane) for k in range(self.window)]
+        return [self._chunk(first + k, lane) for k in range(self.window)]
 
-
-@dataclass
-class _Sequence:
-    """The endless sequence of shards, as it is asked for, round by round.
-
-    A round is as many epochs as have a shard for every lane: one, or more with fewer shards.
-    """
-
-    shard_chunks: tuple[int, ...]
-    lanes: int
-    seed: int
-    # For each known round, how many chunks each lane has read before it.
-    starts: list[list[int]] = field(default_factory=list)
-    plans: dict[int, list[LanePlan]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.epochs = -(-self.lanes // len(self.shard_chunks))  # of a round
-        self.starts.append([0] * self.lanes)
-
-    def chunk(self, position: int, lane: int) -> Place:
+    def _chunk(self, position: int, lane: int) -> Place | None:
         """The chunk at a lane's `position`, counted from the start of the run."""
-        while self.starts[-1][lane] <= position:
-            before, plans = self.starts[-1], self._round(len(self.starts) - 1)
-            self.starts.append([n + p.chunks for n, p in zip(before, plans, strict=True)])
-        number = bisect_right(self.starts, position, key=lambda starts: starts[lane]) - 1
-        place = self._round(number)[lane].chunk(position - self.starts[number][lane])
-        assert place is not None
-        return place
+        starts = self._starts
+        while starts[-1][lane] <= position:
+            plans = self.plans(len(starts) - 1)
+            starts.append([n + p.chunks for n, p in zip(starts[-1], plans, strict=True)])
+        number = bisect_right(starts, position, key=lambda counts: counts[lane]) - 1
+        return self.plans(number)[lane].chunk(position - starts[number][lane])
 
-    def _round(self, number: int) -> list[LanePlan]:
-        """Every lane's plan in one round."""
-        if number not in self.plans:
-            # Lanes drift apart, as the last shard is short.
-            most = KEPT_SHARDS // (self.epochs * len(self.shard_chunks))
-            while len(self.plans) >= max(FEWEST_ROUNDS, most):
-                del self.plans[min(self.plans)]
-            self.plans[number] = self._make(number)
-        return self.plans[number]
-
-    def _make(self, number: int) -> list[LanePlan]:
-        count, first = len(self.shard_chunks), number * self.epochs
-        epochs = range(first, first + self.epochs)
-        order = [shard for epoch in epochs for shard in permutation(self.seed, epoch, count)]
-        # Lane g's places in the sequence are g, g + G, ...; the round's begin at first * count.
-        offsets = ((lane - first * count) % self.lanes for lane in range(self.lanes))
-        return [LanePlan.of(order[offset :: self.lanes], self.shard_chunks) for offset in offsets]
+    def _offset(self, lane: int, before: int) -> int:
+        # Lane g's places in the sequence are g, g + G, ...
+        return (lane - before) % self.lanes
 
 
 @dataclass(frozen=True)
-class EpochSchedule:
-    """Version 1: lanes that run out of shards idle until the epoch ends."""
+class EpochSchedule(LaneSchedule):
+    """Version 1: lanes that run out of shards idle until the epoch ends. A round is an epoch."""
 
-    shard_chunks: tuple[int, ...]
-    lanes: int
-    window: int
-    seed: int
-
-    @cached_property
-    def _epochs(self) -> "_Epochs":
-        return _Epochs(self)
+    # First window of each known epoch.
+    _starts: list[int] = field(default_factory=lambda: [0], init=False, compare=False)
 
     def windows_in_epoch(self, epoch: int) -> int:
-        """Windows until the longest lane is through."""
-        longest = max(plan.chunks for plan in self._epochs.plans_of(epoch))
+        """Windows until the longest lane has ended."""
+        longest = max(plan.chunks for plan in self.plans(epoch))
         return -(-longest // self.window)
 
     def chunks(self, index: int, lane: int) -> list[Place | None]:
         """The K (shard, chunk) that `lane` reads in window `index`; None where it idles."""
-        epoch, window = self._epochs.locate(index)
-        plan = self._epochs.plans_of(epoch)[lane]
-        return [plan.chunk(window * self.window + k) for k in range(self.window)]
+        while self._starts[-1] <= index:
+            epoch = len(self._starts) - 1
+            self._starts.append(self._starts[-1] + self.windows_in_epoch(epoch))
+        epoch = bisect_right(self._starts, index) - 1
+        first = (index - self._starts[epoch]) * self.window
+        plan = self.plans(epoch)[lane]
+        return [plan.chunk(first + k) for k in range(self.window)]
 
-
-@dataclass
-class _Epochs:
-    """The epochs' plans, made when first asked for."""
-
-    schedule: EpochSchedule
-    starts: list[int] = field(default_factory=lambda: [0])  # first window of each known epoch
-    plans: dict[int, list[LanePlan]] = field(default_factory=dict)
-
-    def plans_of(self, epoch: int) -> list[LanePlan]:
-        if epoch not in self.plans:
-            if len(self.plans) > 4:  # training looks at one epoch and the next
-                self.plans.clear()
-            s = self.schedule
-            order = permutation(s.seed, epoch, len(s.shard_chunks))
-            self.plans[epoch] = [
-                LanePlan.of(order[lane :: s.lanes], s.shard_chunks) for lane in range(s.lanes)
-            ]
-        return self.plans[epoch]
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """(epoch, window in the epoch) of the job's window number `index`."""
-        while self.starts[-1] <= index:
-            epoch = len(self.starts) - 1
-            self.starts.append(self.starts[-1] + self.schedule.windows_in_epoch(epoch))
-        epoch = bisect_right(self.starts, index) - 1
-        return epoch, index - self.starts[epoch]
+    def _offset(self, lane: int, before: int) -> int:
+        return lane
 
 
 def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
     """The lanes that `rank` owns: an equal, contiguous share.
 
     Raises:
-        UserError: the number of lanes is not divisible by the number of ranks.
+        UserError: the number of ranks does not divide the number of lanes.
     """
     if lanes % world_size:
         raise UserError(
             f"train.lanes={lanes} cannot be shared by {world_size} ranks; "
-            f"start a number of ranks that divides it: {', '.join(map(str, divisors(lanes)))}"
+            f"start one of these numbers of ranks: {', '.join(map(str, divisors(lanes)))}"
         )
     share = lanes // world_size
     return range(rank * share, (rank + 1) * share)
 
 
 def divisors(lanes: int) -> list[int]:
-    """The numbers that divide `lanes`, in order."""
+    """The numbers that divide `lanes`, ascending."""
     return [n for n in range(1, lanes + 1) if lanes % n == 0]
 
 
 def fixed_subset(shard_chunks: Sequence[int], chunks: int, seed: int) -> tuple[int, ...]:
-    """Shards holding at least `chunks` chunks (or all there are), the same ones for a seed."""
+    """A choice of whole shards with `chunks` chunks or more, or all; it depends on the seed."""
     chosen: list[int] = []
     held = 0
     for shard in permutation(seed, 0, len(shard_chunks)):

@@ -1,4 +1,4 @@
-"""Reading shards: verified against the manifest, then served from memory.
+"""Reads shards: checks them against the manifest, then serves them from memory.
 
 Letters: N chunks of a shard, T tokens of a chunk.
 """
@@ -25,23 +25,23 @@ class ShardTokens(NamedTuple):
 
     tokens: npt.NDArray[np.uint16]  # [N, T]
     depth: npt.NDArray[np.int64]  # [N] chunks before each that belong to the document it continues
-    loss: str = ""  # what is lost, in words, where the shard is quarantined
+    damage: str = ""  # of a quarantined shard, what is not trained on, in words
 
 
-# Where files lie on a network each size takes a while, so that many are asked for at once.
+# On a network file system each size takes a while, so many are asked for at once.
 STAT_THREADS = 16
 
 
 class DamagedShardError(UserError):
-    """A shard that can be read and is not what its manifest says."""
+    """A shard that can be read but is not the manifest's."""
 
 
 def check_shards(folder: Path, manifest: Manifest, on_damage: OnDamage = "stop") -> None:
-    """See from one listing that every shard of a split is there, with its size. None is opened.
+    """Check that every shard of a split exists and has its size, without opening any.
 
     Raises:
-        UserError: a shard is missing, or has another size and `on_damage` is to stop. The line
-            names the first and counts the others.
+        UserError: a shard is missing, or has another size and `on_damage` is "stop". The message
+            names the first such shard and counts the others.
     """
     sizes = _sizes(folder, {shard.name for shard in manifest.shards})
     wrong = [s for s in manifest.shards if sizes.get(s.name) != s.size]
@@ -61,7 +61,7 @@ def check_shards(folder: Path, manifest: Manifest, on_damage: OnDamage = "stop")
 
 
 def _sizes(folder: Path, names: Set[str]) -> dict[str, int]:
-    """Sizes in bytes of those of the named files that are in a folder; links are followed."""
+    """Sizes in bytes of the named files, as far as they are in a folder; links are followed."""
 
     def measure(entries: list[os.DirEntry[str]]) -> dict[str, int]:
         return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
@@ -77,9 +77,9 @@ def _sizes(folder: Path, names: Set[str]) -> dict[str, int]:
 
 
 def _remedy(manifest: Manifest, can_go_on: bool = True, first: str = "") -> str:
-    """What to do about a shard; those of validation are never quarantined.
+    """What to do about a shard. Shards of validation cannot be quarantined.
 
-    `first` is for damage that shard.py does not see: it takes such data for complete.
+    `first` is what to do before making data again whose damage shard.py does not notice.
     """
     again = f"make the data again{first}"
     if can_go_on and manifest.split == "train":
@@ -90,13 +90,13 @@ def _remedy(manifest: Manifest, can_go_on: bool = True, first: str = "") -> str:
 def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
     """Read one shard of a split.
 
-    Nothing in the file is interpreted before its size and SHA-256 are those of the manifest, so a
-    cut, altered or exchanged shard is never trained on. Tokens then stand at fixed offsets, and
-    whatever else the file holds must be as `shard_bytes` writes it: no archive is ever parsed.
+    The file's size and SHA-256 are compared with the manifest before anything in it is used, so a
+    truncated, altered or exchanged shard is never trained on. Tokens are read at fixed offsets, and
+    the rest of the file must be what `shard_bytes` writes: no archive is ever parsed.
 
     Raises:
-        DamagedShardError: the shard is cut, altered or another one.
-        UserError: it is missing or unreadable, or the manifest is of something else.
+        DamagedShardError: the shard is truncated, altered or another one.
+        UserError: it is missing or unreadable, or the manifest is of other data.
     """
     shard = manifest.shards[index]
     path = folder / shard.name
@@ -121,36 +121,43 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
 
 
 def quarantined(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
-    """What takes a damaged shard's place: as many chunks of padding, which have no targets.
+    """A stand-in for a damaged shard: as many chunks of padding, which have no targets.
 
-    Its lane idles and no other chunk moves, so the stream still depends on seed, epoch, lanes and
-    data alone.
+    The lane idles meanwhile and no other chunk moves, so the stream still depends only on seed,
+    epoch, lanes and data.
     """
     shard = manifest.shards[index]
     tokens = np.full((shard.chunks, manifest.chunk_length), manifest.pad_id, np.uint16)
-    loss = (
+    damage = (
         f"{folder / shard.name} is damaged and quarantined: its {shard.chunks} chunks of "
         f"{manifest.tokens_in(index):,} tokens are not trained on"
     )
-    return ShardTokens(tokens, np.zeros(shard.chunks, np.int64), loss)
+    return ShardTokens(tokens, np.zeros(shard.chunks, np.int64), damage)
 
 
 def document_depth(tokens: npt.NDArray[np.uint16], bos_id: int) -> npt.NDArray[np.int64]:
-    """How many chunks before each one belong to the document that it continues: [N, T] -> [N].
+    """The number of chunks before each one that belong to the document it continues.
 
-    0 for the first chunk of a shard, whose history lies elsewhere, and for one that begins with
-    ``<BOS>``.
+    0 for the first chunk of a shard, whose history is in another shard, and for a chunk that begins
+    with ``<BOS>``.
+
+    Args:
+        tokens: [N, T].
+        bos_id: the id of ``<BOS>``.
+
+    Returns:
+        int64 [N].
     """
     begins = tokens == bos_id
     position = np.arange(len(tokens))
-    # The newest chunk up to each one in which a document begins; without any, the shard's start.
+    # The last chunk up to each one in which a document begins; if there is none, the first chunk.
     opened = np.maximum.accumulate(np.where(begins.any(axis=1), position, 0))
     before = np.concatenate([[0], opened[:-1]])
     return np.where(begins[:, 0], 0, position - before)
 
 
 class ShardCache:
-    """The shards that a reader is in the middle of; the least recently used leaves first."""
+    """Keeps the shards that lanes are reading; drops the least recently used one."""
 
     def __init__(self, folder: Path, manifest: Manifest, capacity: int, on_damage: OnDamage):
         self.folder = folder

@@ -1,7 +1,7 @@
-"""The tokenizer: byte-level BPE, kept in the `tokenizers` library's own `tokenizer.json`.
+"""The tokenizer: byte-level BPE, stored as the `tokenizer.json` of the `tokenizers` library.
 
-Ids are those of `tokenizers`. Where the file is a plain byte-level BPE with GPT-2's split pattern,
-`tiktoken` computes the same ids several times faster; `_fast_encoder` says when that is certain.
+Ids are those of `tokenizers`. For a plain byte-level BPE with GPT-2's split pattern, `tiktoken`
+computes the same ids several times faster; `_fast_encoder` checks that they are the same.
 """
 
 import codecs
@@ -36,8 +36,8 @@ SPECIAL_TOKENS: tuple[str, ...] = (
 )
 
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# tiktoken's regex engine aborts on about a million blanks in a row. No text under this many
-# characters can hold so many; longer ones are looked through first.
+# tiktoken's regex engine aborts on about a million blanks in a row. A shorter text cannot hold so
+# many; a longer one is searched for them first.
 _SAFE_CHARACTERS = 500_000
 _MAX_FILE_BYTES = 1 << 28
 _LARGEST_ID = 1 << 24
@@ -47,7 +47,7 @@ class Tokenizer:
     """Text to token ids and back. Text never makes special ids: "<BOS>" in a text stays text."""
 
     def __init__(self, data: bytes, path: Path) -> None:
-        """Build from the bytes of a `tokenizer.json`; `path` is where they stand."""
+        """Build from the bytes of the `tokenizer.json` at `path`."""
         self.path = path
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.data = data
@@ -62,7 +62,7 @@ class Tokenizer:
         _check_vocab(vocab, spec, path)
         self.bos_id, self.eos_id, self.pad_id = (vocab[t] for t in ("<BOS>", "<EOS>", "<PAD>"))
         self.special_ids: dict[str, int] = {token: vocab[token] for token in SPECIAL_TOKENS}
-        """Id of each special token: the explicit path by which chat tokens are made."""
+        """Id of each special token. Chat tokens are made only from here, never from text."""
         self._bytes = _bytes_of_ids(vocab, spec, path)
         self._fast = _fast_encoder(self._backend, spec, self._bytes)
         specials = set(self.special_ids.values())
@@ -85,56 +85,52 @@ class Tokenizer:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         return cls(data, path)
 
-    def save(self, path: Path | str) -> None:
-        """Write to `path` the very bytes that were loaded."""
-        Path(path).write_bytes(self.data)
-
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; never special ids. A lone surrogate in it is a `UserError`."""
+        """Ids of plain text, never special ids. A lone surrogate in the text is a `UserError`."""
         return self._encode_one(text).tolist()
 
     def encode_batch(self, texts: Iterable[str]) -> list[NDArray[np.integer]]:
-        """Ids of each text: uint16 arrays, or int32 where the vocabulary exceeds 65,536."""
+        """Ids of each text, uint16 [T]; int32 if the vocabulary has more than 65,536 entries."""
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
         return [self._encode_one(text).astype(dtype) for text in texts]
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
-        """Text of `ids`. Specials give nothing; bytes that are not UTF-8 give U+FFFD."""
-        return self._join(ids).decode("utf-8", errors="replace")
+        """Text of `ids`. Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
+        data = b"".join(self._bytes[_checked(int(i), len(self._bytes))] for i in ids)
+        return data.decode("utf-8", errors="replace")
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """Number of UTF-8 bytes that each id stands for, shape [vocab_size]; specials 0."""
+        """Number of UTF-8 bytes of each id, int32 [vocab_size]; 0 for special tokens."""
         return np.array([len(token) for token in self._bytes], dtype=np.int32)
 
     def stream_decoder(self) -> "StreamDecoder":
-        """A decoder to push ids into one by one, as they are generated."""
+        """A decoder that takes ids one by one, as they are generated."""
         return StreamDecoder(self._bytes)
 
     def _encode_one(self, text: str) -> NDArray[np.integer]:
-        if not _is_unicode(text):
-            raise UserError("the text holds a lone surrogate, so it is no valid Unicode")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text is not valid Unicode: it has a lone surrogate") from None
         if self._fast is not None and _is_safe(text):
             return self._fast.encode_to_numpy(text, disallowed_special=())
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return np.array(ids, dtype=np.uint32)
 
-    def _join(self, ids: Sequence[int] | NDArray[np.integer]) -> bytes:
-        return b"".join(self._bytes[_checked(int(i), len(self._bytes))] for i in ids)
-
 
 class StreamDecoder:
-    """Decodes ids one by one and never gives out half a character."""
+    """Decodes ids one by one and returns whole characters only."""
 
     def __init__(self, bytes_of_ids: Sequence[bytes]) -> None:
         self._bytes = bytes_of_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Text that `token` completes; empty while a character is still unfinished."""
+        """The text that `token` completes; empty while a character is incomplete."""
         return self._decoder.decode(self._bytes[_checked(token, len(self._bytes))])
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD where the ids stop inside a character."""
+        """The text of the incomplete character at the end, U+FFFD, if there is one."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -142,14 +138,6 @@ def _checked(token: int, vocab_size: int) -> int:
     if not 0 <= token < vocab_size:
         raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")
     return token
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_safe(text: str) -> bool:
@@ -188,9 +176,9 @@ def _check_vocab(vocab: dict[str, int], spec: dict[str, Any], path: Path) -> Non
 
 
 def _byte_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for.
+    """The byte of each character of a byte-level vocabulary.
 
-    Printable Latin-1 bytes stand for themselves, the others for U+0100 and on, in order.
+    Printable Latin-1 characters stand for their own bytes; U+0100 and on stand for the other bytes.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -202,7 +190,7 @@ _BYTE_OF_CHARACTER = _byte_characters()
 
 
 def _bytes_of_ids(vocab: dict[str, int], spec: dict[str, Any], path: Path) -> list[bytes]:
-    """Bytes that each id stands for, by id; specials give none, other added tokens their text."""
+    """The bytes of each id: none for special tokens, the text of other added tokens."""
     added = {token["id"]: token for token in spec["added_tokens"]}
     table = [b""] * len(vocab)
     for token, number in vocab.items():
@@ -218,18 +206,19 @@ def _bytes_of_ids(vocab: dict[str, int], spec: dict[str, Any], path: Path) -> li
 def _fast_encoder(
     backend: HFTokenizer, spec: dict[str, Any], bytes_of_ids: list[bytes]
 ) -> tiktoken.Encoding | None:
-    """A tiktoken encoding with the same ids, or None where that is not certain.
+    """A tiktoken encoding with the same ids, or None if they may differ.
 
-    `tokenizers` merges the pair whose *merge* comes first, tiktoken the pair whose *joined bytes*
-    have the lowest id. The two agree if merges are numbered in order and each token's text alone
-    encodes to that token: then two neighbours that join to a token are always the pair of its
-    merge, because BPE did inside their span just what it does on that text alone.
+    `tokenizers` merges the pair whose *merge* comes first; tiktoken merges the pair whose *joined
+    bytes* have the lowest id. The two agree if merges are numbered in order and the text of each
+    token, alone, encodes to that token. For then two neighbours that join to a token are always the
+    pair of its merge: inside their span BPE did what it does on that text alone.
     """
     if not _is_plain_gpt2(spec):
         return None
     special = {token["id"] for token in spec["added_tokens"]}
     vocab = backend.get_vocab(with_added_tokens=False)
-    merged = [vocab["".join(_pair(merge))] for merge in spec["model"]["merges"]]
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"])
+    merged = [vocab["".join(pair)] for pair in pairs]
     if merged != sorted(set(merged)) or len(merged) + 256 + len(special) != len(bytes_of_ids):
         return None
     texts = ((token, number) for token, number in vocab.items() if number not in special)
@@ -239,10 +228,6 @@ def _fast_encoder(
     return tiktoken.Encoding(
         "i3dist", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
-
-
-def _pair(merge: str | list[str]) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _is_plain_gpt2(spec: dict[str, Any]) -> bool:

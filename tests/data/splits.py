@@ -7,7 +7,6 @@ import numpy as np
 
 from data_prep.pack import Framing, Packer
 from i3dist.data.corpus import Split
-from i3dist.data.manifest import Manifest
 
 BOS, EOS, PAD = 2, 3, 1
 
@@ -32,21 +31,12 @@ def split_of(
     for number, ids in enumerate(documents):
         packer.add(str(number), "", ids)
     packer.close()
-    manifest = Manifest(
+    manifest = packer.manifest(
         split=folder.name,
-        chunk_length=length,
-        chunks_per_shard=per_shard,
         vocab_size=vocab,
         tokenizer_sha256=tokenizer_sha256,
-        bos_id=BOS,
-        eos_id=EOS,
-        pad_id=PAD,
         source="known",
         seed=0,
-        documents=packer.documents,
-        tokens=packer.tokens,
-        chunks=sum(shard.chunks for shard in packer.shards),
-        shards=tuple(packer.shards),
     )
     manifest.write(folder)
     return Split(folder, manifest)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import sources
+from data_prep import files
 from tests.data_prep.corpus import build, write_corpus
 
 
 @pytest.fixture(autouse=True)
 def _many_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_SMALLEST_PART", 4000)
+    monkeypatch.setattr(files, "_SMALLEST_PART", 4000)
 
 
 @pytest.fixture(scope="session")

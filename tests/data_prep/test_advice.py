@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import hub, passes, shard, sources
+import data_prep.tokenizer
+from data_prep import files, hub, passes, shard
 from data_prep.output import Output
+from data_prep.tokenizer import check_vocabulary
 from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.manifest import MAX_MANIFEST_BYTES, Manifest
@@ -224,15 +226,15 @@ def test_a_tokenizer_of_another_size(
 ) -> None:
     out = tmp_path / "out"
     line = refusal(texts, out, "--tokenizer", tokenizer)
-    assert line.endswith("leave that option away, or name another --tokenizer")
+    assert line.endswith("omit --vocab-size, or name another --tokenizer")
     helpers.build(texts, out, "--tokenizer", tokenizer)  # without --vocab-size
     build(texts, tmp_path / "trained")
     build(texts, tmp_path / "other", "--tokenizer", tmp_path / "trained" / "tokenizer.json")
     with monkeypatch.context() as patched:
-        patched.setattr(shard, "LARGEST_VOCABULARY", 350)
+        patched.setattr(data_prep.tokenizer, "LARGEST_VOCABULARY", 350)
         with pytest.raises(UserError, match="at most: name another --tokenizer"):
-            shard.check_vocabulary(Tokenizer.load(tokenizer), None)
-        shard.check_vocabulary(Tokenizer.load(tmp_path / "trained" / "tokenizer.json"), None)
+            check_vocabulary(Tokenizer.load(tokenizer), None)
+        check_vocabulary(Tokenizer.load(tmp_path / "trained" / "tokenizer.json"), None)
 
 
 def test_a_tokenizer_that_makes_special_ids_of_text(
@@ -263,7 +265,7 @@ class BrokenPool:
 
 
 def test_a_worker_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_SMALLEST_PART", 100)
+    monkeypatch.setattr(files, "_SMALLEST_PART", 100)
     for number in range(4):
         write(tmp_path / "in" / f"{number}.jsonl", TEXTS[number::4])
     words = [tmp_path / "in", tmp_path / "out"]
@@ -283,7 +285,7 @@ def little_library(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     library.mkdir()
     for number, text in enumerate(TEXTS):
         (library / f"m{number}.py").write_text(text)
-    monkeypatch.setattr("data_prep.sources.sysconfig.get_path", lambda _: str(library))
+    monkeypatch.setattr("data_prep.files.sysconfig.get_path", lambda _: str(library))
 
 
 @pytest.mark.parametrize("kind", ["missing", "pipe", "empty folder", "glob of nothing", "stdlib"])
@@ -302,7 +304,7 @@ def test_a_source_that_gives_no_file(
     elif kind == "stdlib":
         place.mkdir()
         with monkeypatch.context() as patched:
-            patched.setattr("data_prep.sources.sysconfig.get_path", lambda _: str(place))
+            patched.setattr("data_prep.files.sysconfig.get_path", lambda _: str(place))
             line = refusal("stdlib", out)
         assert line.endswith("name a --source")
         build(texts, out)
@@ -348,7 +350,7 @@ def test_a_file_that_breaks_begun_work(
     texts: Path, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, remedy: str
 ) -> None:
     """A file of the same size is one that was restored: then the work goes on."""
-    monkeypatch.setattr(sources, "_SMALLEST_PART", 100)
+    monkeypatch.setattr(files, "_SMALLEST_PART", 100)
     path = write(texts / "b.jsonl", TEXTS[:3])
     good = path.read_bytes()
     path.write_bytes(good[:-3] + b"}}\n" if remedy == "restore" else good[:-3])
@@ -407,7 +409,7 @@ def test_the_hub_out_of_reach(texts: Path, tmp_path: Path, monkeypatch: pytest.M
         library.mkdir()
         for number, text in enumerate(TEXTS):
             (library / f"m{number}.py").write_text(text)
-        patched.setattr("data_prep.sources.sysconfig.get_path", lambda _: str(library))
+        patched.setattr("data_prep.files.sysconfig.get_path", lambda _: str(library))
         words = re.findall(r"`(.*?)`", str(error.value))
         run(tmp_path / "stdlib", *shlex.split(words[0]))
         run(tmp_path / "own", "--source", texts)

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import evidence, shuffle, sources
+from data_prep import evidence, files, shuffle
+from data_prep.files import file_source
 from data_prep.output import Output
-from data_prep.sources import file_source
 from i3dist.errors import UserError
 from tests.data_prep import corpus
 from tests.data_prep.corpus import tree_digest
@@ -132,7 +132,7 @@ def test_a_source_is_read_once_and_hashed_again_only_where_times_differ(
         return real(file, start, stop)
 
     monkeypatch.setattr(evidence, "sha256_between", between)
-    monkeypatch.setattr(sources, "_content_digest", lambda path: pytest.fail("read beforehand"))
+    monkeypatch.setattr(files, "_content_digest", lambda path: pytest.fail("read beforehand"))
     for _ in range(2):
         build(source, tmp_path / "out")
     assert hashed == []

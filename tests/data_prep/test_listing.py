@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.files import FileSource, file_source
 from data_prep.shard import main, parse
-from data_prep.sources import FileSource, file_source
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep.corpus import arguments, build, text_of

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_prep import progress
-from data_prep.hub import HUB_NAME
+from data_prep.hub import DATASET, HUB_NAME
 from data_prep.output import Settings
-from data_prep.shard import check_vocabulary, parse, settings_of
+from data_prep.shard import parse, settings_of
+from data_prep.tokenizer import check_vocabulary
 from i3dist.errors import UserError
 
 WHOLE = {
@@ -25,7 +26,8 @@ WHOLE = {
     "seed": (0, 2**63 - 1),
 }
 DEFAULTS = {
-    "source": None,
+    "extend": None,
+    "source": DATASET,
     "out": Path("data/fineweb-edu"),
     "tokenizer": None,
     "vocab_size": None,

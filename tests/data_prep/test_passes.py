@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from data_prep.passes import SpillPlan, spill_all
-from data_prep.records import Record
+from data_prep.sources import Record
 from i3dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.records import Record, Skip, usable_text
-from data_prep.sources import file_source
+from data_prep.files import file_source
+from data_prep.sources import Record, Skip, usable_text
 from i3dist.errors import UserError
 from tests.data_prep.test_streams import ENCODED, PACKERS
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from data_prep import sources
+from data_prep import files
 from data_prep.output import Output
 from i3dist.data.manifest import Manifest
 from i3dist.data.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ def test_webdataset_reads_the_shards(built: Path) -> None:
 
 
 def test_workers_and_parts_change_no_byte(corpus: Corpus, built: Path, tmp_path: Path) -> None:
-    parts = sources.file_source(str(corpus[0])).parts()
+    parts = files.file_source(str(corpus[0])).parts()
     assert len(parts) > 4
     build(corpus[0], tmp_path / "out", "--workers", 3)
     assert tree_digest(tmp_path / "out") == tree_digest(built)
@@ -120,7 +120,7 @@ def test_a_second_run_does_nothing(
 # Each of these ends the process by SIGKILL at a chosen place.
 KILLS = {
     "in pass 1": ("shuffle.Spiller", "spill", 4),
-    "in pass 2": ("tar", "shard_bytes", 5),
+    "in pass 2": ("pack", "shard_bytes", 5),
     "between the manifests": ("output.Manifest", "write", 2),
 }
 
@@ -132,9 +132,9 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
     target, attribute, call = KILLS[place]
     code = f"""
 import os, sys
-import data_prep.shard, data_prep.sources
-from data_prep import output, shuffle, tar
-data_prep.sources._SMALLEST_PART = 4000
+import data_prep.shard, data_prep.files
+from data_prep import output, pack, shuffle
+data_prep.files._SMALLEST_PART = 4000
 calls = 0
 def deadly(*args, then={target}.{attribute}):
     global calls

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from data_prep import shuffle
 from data_prep.passes import split_ranges
-from data_prep.records import Record
 from data_prep.shuffle import HASH_END, Hashes, PartSummary, Spiller, hashes, in_order
+from data_prep.sources import Record
 from i3dist.errors import UserError
 
 

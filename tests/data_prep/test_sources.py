@@ -11,9 +11,9 @@ import pytest
 import zstandard
 
 from data_prep import hub
-from data_prep.records import Record
+from data_prep.files import file_source, stdlib_source
 from data_prep.shard import main
-from data_prep.sources import Source, file_source, stdlib_source
+from data_prep.sources import Record, Source
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep.corpus import build
@@ -157,7 +157,9 @@ def test_the_hub_is_streamed_file_by_file_at_one_revision(
     found = records(source)
     assert [record.id for record in found] == [f"{n}-{i}" for n in range(3) for i in range(4)]
     assert found[5].url == "u" and found[5].text == "text 1 1"
-    assert hub.HubSource(pinned="old").parts()[0].revision == "old"
+    pinned = hub.HubSource()
+    pinned.pin("old")
+    assert pinned.parts()[0].revision == "old"
 
 
 def test_a_finished_output_from_the_hub_needs_no_network(

@@ -18,8 +18,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.records import usable_text
-from data_prep.sources import file_source
+from data_prep.files import file_source
+from data_prep.sources import usable_text
 from data_prep.streams import decompressed
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError

@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 
-from data_prep import sources
+from data_prep import files
 from data_prep.shard import main
 from i3dist.errors import UserError
 from i3dist.files import write_whole
@@ -29,9 +29,9 @@ SEED = 20
 # The tool, but with a part for each file, small as these are.
 PROGRAM = """
 import sys
-from data_prep import shard, sources
+from data_prep import files, shard
 from i3dist.cli.program import one_line_errors
-sources._SMALLEST_PART = 4000
+files._SMALLEST_PART = 4000
 if __name__ == "__main__":
     with one_line_errors():
         shard.main(sys.argv[1:])
@@ -179,8 +179,8 @@ WRITES = [
     ("data_prep.pack.write_shard", 9),
     ("data_prep.pack.IndexWriter.close", 1),
     ("data_prep.output._write", 4),  # what was read of the source
-    ("data_prep.shard.Manifest.write", 1),  # of the validation split
-    ("data_prep.shard.Manifest.write", 2),  # of the other
+    ("data_prep.output.Manifest.write", 1),  # of the validation split
+    ("data_prep.output.Manifest.write", 2),  # of the other
 ]
 
 
@@ -211,7 +211,7 @@ def finished(out: Path) -> dict[str, str]:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `PROGRAM` does, in this process."""
-    monkeypatch.setattr(sources, "_SMALLEST_PART", 4000)
+    monkeypatch.setattr(files, "_SMALLEST_PART", 4000)
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -1,0 +1,181 @@
+"""Files as a source: a file, a folder, a glob, or this Python's standard library.
+
+Files are grouped into parts of about equal size, and a large parquet file is cut between its row
+groups. The output does not depend on where parts are cut.
+"""
+
+import glob
+import hashlib
+import os
+import platform
+import sysconfig
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from data_prep.evidence import Piece, State, state_of
+from data_prep.listing import Listing, named, walk
+from data_prep.readers import SUFFIXES, SUFFIXES_IN_WORDS, SourceFile, Span, naming, spans_of
+from data_prep.sources import SOURCES, NamedFile, Part, Record, Source, clean_file_name
+from i3dist.errors import UserError
+
+STDLIB = "stdlib"
+_LEFT_OUT = frozenset(
+    ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
+)
+_SMALLEST_PART, _LARGEST_PART = 1 << 22, 1 << 26
+_PARTS_WANTED = 64
+_HASHED_WHOLE, _HASHED_END = 1 << 26, 1 << 23
+
+
+@dataclass(frozen=True)
+class FilePart(Part):
+    """Some consecutive files or row groups."""
+
+    spans: tuple[Span, ...]
+
+    def records(self) -> Generator[Record, None, tuple[Piece, ...]]:
+        """Read the documents in order; returns the piece that was read of each span."""
+        pieces = []
+        for span in self.spans:
+            pieces.append((yield from span.records()))
+        return tuple(pieces)
+
+    @property
+    def files(self) -> frozenset[int]:
+        """Numbers of the files that it reads."""
+        return frozenset(span.file.number for span in self.spans)
+
+    def is_made_of(self, pieces: Sequence[Piece]) -> bool:
+        """Whether these are the pieces of files that this part reads.
+
+        Older versions of this tool kept no pieces. Their parts count as the same.
+        """
+        places = [(span.file.number, span.start, span.stop) for span in self.spans]
+        return not pieces or places == [(p.file, p.start, p.stop) for p in pieces]
+
+
+@dataclass(frozen=True)
+class FileSource(Source):
+    """Files in the order of their names below the root."""
+
+    name: str
+    files: tuple[NamedFile, ...]
+    scheme: str = ""
+    left_out: str = ""
+
+    @cached_property
+    def states(self) -> tuple[State, ...]:
+        """The states of the files when they were first asked for."""
+        states = []
+        for path, _ in self.files:
+            with naming(path):
+                states.append(state_of(path))
+        return tuple(states)
+
+    @cached_property
+    def outline(self) -> str:
+        """A digest of every file's name and size."""
+        digest = hashlib.sha256()
+        for (_, name), (size, _, _) in zip(self.files, self.states, strict=True):
+            digest.update(f"{os.fsencode(name).hex()} {size}\n".encode())
+        return f"names and sizes {digest.hexdigest()}"
+
+    @property
+    def revision(self) -> str:
+        """A digest of every file's name, size and content."""
+        digest = hashlib.sha256()
+        for path, name in self.files:
+            with naming(path):
+                line = f"{os.fsencode(name).hex()} {_content_digest(path)}\n"
+            digest.update(line.encode())
+        return digest.hexdigest()
+
+    def parts(self) -> Sequence[FilePart]:
+        """Parts of about equal size, small enough that every worker has some."""
+        files = enumerate(zip(self.files, self.states, strict=True))
+        spans = [
+            span
+            for number, ((path, name), state) in files
+            for span in spans_of(SourceFile(path, name, number, state, self.scheme))
+        ]
+        total = sum(span.size for span in spans)
+        limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
+        return [FilePart(group) for group in _grouped(spans, limit)]
+
+
+def _content_digest(path: Path) -> str:
+    """Digest of a file's size and content. Of a large file only the two ends count, for speed."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{size} ".encode())
+    with path.open("rb") as file:
+        if size <= _HASHED_WHOLE:
+            digest.update(file.read())
+        else:
+            digest.update(file.read(_HASHED_END))
+            file.seek(size - _HASHED_END)
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _grouped(spans: Iterable[Span], limit: int) -> Iterator[tuple[Span, ...]]:
+    group: list[Span] = []
+    size = 0
+    for span in spans:
+        if group and size + span.size > limit:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(span)
+        size += span.size
+    if group:
+        yield tuple(group)
+
+
+def file_source(spec: str | Path) -> FileSource:
+    """The files that `--source spec` names: a file, a folder or a glob.
+
+    Raises:
+        UserError: there is no such file, or nothing there is a file of text.
+    """
+    path = Path(spec)
+    with naming(path), suppress(FileNotFoundError, NotADirectoryError):
+        path.stat()
+    if os.path.isfile(path):
+        if not path.name.lower().endswith(SUFFIXES):
+            raise UserError(f"cannot tell what {path} is: a source ends in {SUFFIXES_IN_WORDS}")
+        return FileSource(clean_file_name(path.name), ((path, path.name),))
+    if os.path.isdir(path):
+        listing = Listing(path)
+        listing.add_folder()
+        name = path.resolve().name
+    elif os.path.lexists(path):
+        raise UserError(f"{path} is no file or folder, or leads to none: name another --source")
+    elif glob.has_magic(str(path)):
+        root = next(parent for parent in path.parents if os.path.isdir(parent))
+        listing = Listing(root)
+        listing.add_matches(path.relative_to(root).parts)
+        name = path.name
+    else:
+        raise UserError(f"no file or folder {path}: name an existing one with --source, or stdlib")
+    left_out = listing.report()
+    files = listing.files()
+    if not files:
+        besides = f" (left out: {left_out})" if left_out else ""
+        raise UserError(
+            f"nothing in {path} ends in {SUFFIXES_IN_WORDS}{besides}: name another --source"
+        )
+    return FileSource(clean_file_name(name), files, left_out=left_out)
+
+
+@SOURCES.register(STDLIB)
+def stdlib_source() -> FileSource:
+    """The modules and texts of the running Python's standard library, without its tests."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    walked = walk(folder, lambda path: path.name not in _LEFT_OUT and not path.is_symlink())
+    modules = (path for _, paths in walked for path in paths if path.suffix in (".py", ".txt"))
+    files = named(modules, folder)
+    if not files:
+        raise UserError(f"this Python keeps no library sources in {folder}: name a --source")
+    return FileSource(f"{STDLIB} of Python {platform.python_version()}", files, "stdlib:")

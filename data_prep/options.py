@@ -1,0 +1,71 @@
+"""The command line of shard.py."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from data_prep.hub import DATASET, HUB_NAME
+from data_prep.readers import SUFFIXES_IN_WORDS
+from data_prep.tokenizer import DEFAULT_VOCABULARY, LARGEST_VOCABULARY, SMALLEST_VOCABULARY
+from i3dist.cli.paths import typed_path
+from i3dist.cli.program import ArgumentParser
+
+CORES = len(os.sched_getaffinity(0))
+
+# name, kind, least, most, default, help
+NUMBERS = (
+    ("vocab-size", int, SMALLEST_VOCABULARY, LARGEST_VOCABULARY, None, "entries of the vocabulary"),
+    ("tokenizer-sample-mb", int, 1, 10_000, 200, "train the tokenizer on the first N MB of text"),
+    ("workers", int, 1, 1024, CORES, "processes that tokenize; the default is one per core"),
+    ("chunk-length", int, 2, 1 << 16, 512, "tokens per chunk"),
+    ("chunks-per-shard", int, 1, 1_000_000, 256, "fewer give every lane shards of a small corpus"),
+    ("valid-fraction", float, 0.0, 0.9, 0.005, "share of documents for validation; 0: no split"),
+    ("seed", int, 0, (1 << 63) - 1, 0, "of the shuffle and the split"),
+)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add all options."""
+    parser.add_argument(
+        "--source",
+        type=_source,
+        default=DATASET,
+        help=f"a file, a folder or a glob of {SUFFIXES_IN_WORDS}; `stdlib`, the text of this "
+        "Python's standard library; or a name that --extend adds (default: "
+        f"{HUB_NAME}, streamed from the hub)",
+    )
+    out = Path("data/fineweb-edu")
+    parser.add_argument("--out", type=typed_path, default=out, help=f"folder (default: {out})")
+    parser.add_argument("--tokenizer", type=typed_path, help="a tokenizer.json (default: train it)")
+    for name, kind, least, most, default, text in NUMBERS:
+        shown = f"--tokenizer's, else {DEFAULT_VOCABULARY}" if default is None else default
+        parser.add_argument(
+            f"--{name}",
+            type=_number(kind, least, most),
+            default=default,
+            metavar="N",
+            help=f"{text} (default: {shown})",
+        )
+
+
+def _source(text: str) -> str:
+    """The name or path of a source. Which of the two it is depends on the registered names."""
+    typed_path(text)
+    return text
+
+
+def _number(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
+    """A parser of numbers from `least` to `most`, both included."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {least:,} to {most:,}")
+        return value
+
+    return parse
