@@ -22,9 +22,10 @@ each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.r
 FOLDERS = "benchmarks|configs|data_prep|docs|i3dist|launch|slurm|tests"
 NAMES = {p.name for folder in FOLDERS.split("|") for p in (ROOT / folder).rglob("*.*")}
 FENCE = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMANDS = re.compile(r"^```(?:sh|text)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FILE = re.compile(rf"(?:(?:{FOLDERS})/)?[\w./-]+\.(?:py|md|sbatch|yaml|toml|svg|png|jsonl?)")
-# Files of a run or of prepared data, named in documents.
-OF_RUNS = re.compile(r"(?:RUN/)?[\w.]+\.(?:jsonl?|yaml)|train/manifest\.json")
+# Files of a run, of prepared data and of users, named in documents.
+OF_USERS = re.compile(r"(?:RUN/)?[\w.]+\.(?:jsonl?|yaml)|train/manifest\.json|[A-Z]+\.py")
 # Words of the project's own past that a stranger would not know, and terms with a better name.
 PRIVATE = [
     "shelf",
@@ -39,9 +40,9 @@ PRIVATE = [
 
 
 def code(text: str) -> list[str]:
-    """Everything in backticks, and the lines of code blocks."""
-    blocks = FENCE.findall(text)
-    return [*re.findall(r"`([^`\n]+)`", FENCE.sub("", text)), *"".join(blocks).splitlines()]
+    """Everything in backticks, and the lines of commands."""
+    commands = "".join(COMMANDS.findall(text)).splitlines()
+    return [*re.findall(r"`([^`\n]+)`", FENCE.sub("", text)), *commands]
 
 
 def anchors(path: Path) -> set[str]:
@@ -86,17 +87,19 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_named_files_and_tests_exist(path: Path) -> None:
     if path == CHANGELOG:
         return
-    for words in code(path.read_text()):
+    text = path.read_text()
+    examples = re.findall(r"^# ([\w.]+)$", "".join(FENCE.findall(text)), re.MULTILINE)
+    for words in code(text):
         for file in FILE.findall(words):
             if words.startswith(("python", "deepspeed", "sbatch")) and not re.match(FOLDERS, file):
                 continue  # the user's own
-            if OF_RUNS.fullmatch(file) or "*" in words:
+            if OF_USERS.fullmatch(file) or file in examples or "*" in words:
                 continue
             here = [base / file for base in (ROOT, path.parent)]
             assert any(p.exists() for p in here) or file in NAMES, file
         if re.fullmatch(rf"(?:{FOLDERS})/[\w./-]*", words):
             assert (ROOT / words).exists(), words
-    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)", path.read_text()):
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)", text):
         assert f"def {test}(" in (ROOT / file).read_text(), test
 
 
