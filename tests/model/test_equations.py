@@ -1,0 +1,150 @@
+"""docs/model.md, written out line by line: one chunk and one head at a time, no masks, no kernels.
+
+It uses nothing of the model but its parameters, by their names in checkpoints, which never change.
+"""
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm
+
+from tests.model.conftest import BOS, SMALL, build
+from tests.model.streams import depth_of, logits, stream
+
+T, D, C, M, H = (
+    SMALL[name] for name in ("chunk_length", "d_model", "history_chunks", "latents", "heads")
+)
+
+
+class Written:
+    """The equations with the weights of a model."""
+
+    def __init__(self, weights: dict[str, Tensor]):
+        self.weights = weights
+        self.width = len(weights["compressor.key.weight"])  # D/R
+        self.count = M * D // self.width  # S
+
+    def of(self, block: str, name: str) -> Tensor:
+        return self.weights[f"{block}.{name}"]
+
+    def times(self, x: Tensor, block: str, name: str) -> Tensor:
+        return x @ self.of(block, f"{name}.weight").T
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        scale, offset = self.of(name, "weight"), self.of(name, "bias")
+        return layer_norm(x, x.shape[-1:], scale, offset)
+
+    def blocks(self, kind: str) -> list[str]:
+        numbers = {name.split(".")[1] for name in self.weights if name.startswith(f"{kind}.")}
+        return [f"{kind}.{number}" for number in sorted(numbers, key=int)]
+
+    def mixed(self, n: Tensor, share: Tensor, restart: Tensor) -> Tensor:
+        before = torch.cat([torch.zeros_like(n[:1]), n[:-1]])
+        before[restart] = 0.0
+        return before + (n - before) * share
+
+    def time_mix(self, x: Tensor, block: str, restart: Tensor) -> Tensor:
+        n, part = self.norm(x, f"{block}.norm_time"), f"{block}.time_mix"
+        k, v, r = (
+            self.times(self.mixed(n, self.of(part, f"mix_{name}"), restart), part, name)
+            for name in ("key", "value", "receptance")
+        )
+        w = -torch.exp(self.of(part, "decay_base") + self.of(part, "decay_offset"))
+        u = self.of(part, "bonus_base") + self.of(part, "bonus_offset")
+        a, b, y = torch.zeros_like(w), torch.zeros_like(w), torch.empty_like(v)
+        for t in range(T):
+            if restart[t]:
+                a, b = torch.zeros_like(w), torch.zeros_like(w)
+            y[t] = (a + torch.exp(u + k[t]) * v[t]) / (b + torch.exp(u + k[t]))
+            a = torch.exp(w) * a + torch.exp(k[t]) * v[t]
+            b = torch.exp(w) * b + torch.exp(k[t])
+        return x + self.times(torch.sigmoid(r) * y, part, "output")
+
+    def channel_mix(self, x: Tensor, block: str, restart: Tensor) -> Tensor:
+        n, part = self.norm(x, f"{block}.norm_channel"), f"{block}.channel_mix"
+        k, r = (
+            self.times(self.mixed(n, self.of(part, f"mix_{name}"), restart), part, name)
+            for name in ("key", "receptance")
+        )
+        return x + torch.sigmoid(r) * self.times(torch.relu(k) ** 2, part, "value")
+
+    def feed_forward(self, x: Tensor, norm: str, part: str) -> Tensor:
+        return x + self.times(gelu(self.times(self.norm(x, norm), part, "up")), part, "down")
+
+    def compress(self, h: Tensor, keep: Tensor) -> Tensor:
+        part = "compressor"
+        n = self.norm(h, f"{part}.norm_in")
+        s = self.times(n, part, "salience")[:, 0].masked_fill(~keep, -10_000)
+        tau = s.sort(descending=True, stable=True).indices[: self.count].sort().values
+        q, k, v = (self.times(n, part, name) * keep[:, None] for name in ("query", "key", "record"))
+        queries = self.of(part, "queries")
+        d = (torch.arange(T) - tau[:, None]).abs()
+        p = 0.94 * (d == 0) + 0.05 / 17 * (d <= 8) + 0.01 / T
+        asked = (q[tau] + queries.reshape(self.count, -1)) @ k.T / math.sqrt(self.width)
+        a = torch.exp(asked) * p * keep
+        c = a / a.sum(-1, keepdim=True) @ v
+        latents = self.feed_forward(c.reshape(M, D) + queries, f"{part}.norm_ff", f"{part}.ff")
+        parts = self.norm(latents.reshape(self.count, -1), f"{part}.norm_out")
+        return 2 * torch.sigmoid(s[tau])[:, None] * parts
+
+    def attend(
+        self, x: Tensor, block: str, segments: Tensor, history: list[Tensor], gate: float
+    ) -> Tensor:
+        """`history`: sub-latents of the chunks that may be seen, the newest first."""
+        n, part = self.norm(x, f"{block}.norm_attention"), f"{block}.attention"
+        queries = self.of(part, "query.weight").unflatten(0, (H, -1))
+        keys, values = self.of(part, "key_value.weight").unflatten(0, (2, H, -1))
+        betas = self.of(part, "age_bias").unflatten(0, (H, C))
+        heads = []
+        for h in range(H):
+            q, ages = (n @ queries[h].T).tensor_split([D // H], dim=-1)
+            ages = (ages + betas[h]).flip(-1)  # stored with the oldest first
+            read = torch.empty(T, D // H, dtype=x.dtype)
+            for t in range(T):
+                own = [u for u in range(t + 1) if segments[u] == segments[t]]
+                scores, read_from = [n[own] @ keys[h].T @ q[t]], [n[own] @ values[h].T]
+                for age, latents in enumerate(history if segments[t] == 0 else [], 1):
+                    e = self.times(latents, "compressor", "token") + self.of("slots", "slot")
+                    log_gate = (ages[t, age - 1] + math.log(gate)) * math.sqrt(D // H)
+                    scores.append(e @ keys[h].T @ q[t] + log_gate)
+                    read_from.append(e @ values[h].T)
+                shares = (torch.cat(scores) / math.sqrt(D // H)).softmax(-1)
+                read[t] = shares @ torch.cat(read_from)
+            heads.append(read)
+        x = x + self.times(torch.cat(heads, dim=-1), part, "output")
+        return self.feed_forward(x, f"{block}.norm_ff", f"{block}.ff")
+
+    def logits(self, tokens: Tensor, depth: Tensor, gate: float) -> Tensor:
+        """One lane: tokens [K, T], depth [K] -> [K, T, V]."""
+        compressed: list[Tensor] = []
+        found = []
+        for chunk, reach in zip(tokens, depth.tolist(), strict=True):
+            segments = (chunk == BOS).cumsum(0)
+            restart = chunk == BOS
+            restart[0] = True
+            x = self.norm(self.of("embedding", "weight")[chunk], "norm_in")
+            for block in self.blocks("rwkv"):
+                x = self.channel_mix(self.time_mix(x, block, restart), block, restart)
+            history = compressed[::-1][: min(reach, C)]
+            compressed.append(self.compress(x, segments == segments[-1]))
+            for block in self.blocks("attention"):
+                x = self.attend(x, block, segments, history, gate)
+            found.append(self.norm(x, "norm_out") @ self.of("head", "weight").T)
+        return torch.stack(found)
+
+
+@given(seed=st.integers(0, 2**31), gate=st.sampled_from([1.0, 0.3]))
+@settings(max_examples=3, deadline=None)
+@torch.no_grad()
+def test_the_model_is_what_its_document_says(seed: int, gate: float) -> None:
+    model = build()
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))  # the vectors, too
+    tokens = stream(seed, 5, T, SMALL["vocab_size"], mean_document=25)
+    written = Written({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    wanted = written.logits(tokens[0], depth_of(tokens)[0], gate)
+    torch.testing.assert_close(logits(model, tokens, gate)[0], wanted, rtol=1e-5, atol=1e-5)
