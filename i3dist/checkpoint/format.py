@@ -36,16 +36,15 @@ from i3dist.distributed.collectives import Group
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 from i3dist.files import sync, utf8_path, write_whole
-from i3dist.model.state import LaneState, RwkvState
+from i3dist.model.state import LaneState
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TOKENIZER = "tokenizer.json"  # not in checkpoints of earlier versions
 CPU = torch.device("cpu")
-LANE_TENSORS = ("latents", *RwkvState._fields)
 # What tensors are called: the part of a parameter from an element on, and a lane's row.
 PART = re.compile(rf"({'|'.join(KINDS)})/(0|[1-9][0-9]{{0,17}})/(.+)")
-ROW = re.compile(rf"(0|[1-9][0-9]{{0,17}})/({'|'.join(LANE_TENSORS)})")
+ROW = r"(0|[1-9][0-9]{{0,17}})/({})"
 REMEDY = "restore it, or remove its folder to continue from the checkpoint before it"
 # Of one folder: a path would have another folder's files read.
 FileName = Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9.-]*\z")]
@@ -308,9 +307,10 @@ def read_lanes(checkpoint: Path, lanes: range, like: LaneState) -> LaneState:
         UserError: some of it is missing, or has another shape.
     """
     rows: dict[tuple[int, str], Tensor] = {}
+    row_name = re.compile(ROW.format("|".join(map(re.escape, like.tensors()))))
     for path in sorted(checkpoint.glob("lanes-*.safetensors")):
         with _open(path, like.latents.device) as file:
-            for lane, name in _names(path, file, ROW):
+            for lane, name in _names(path, file, row_name):
                 if int(lane) in lanes:
                     rows[int(lane), name] = file.get_tensor(f"{lane}/{name}")
     for number, (name, wanted) in product(lanes, like.tensors().items()):
@@ -323,7 +323,7 @@ def read_lanes(checkpoint: Path, lanes: range, like: LaneState) -> LaneState:
                 f"{list(wanted.shape[1:])} of {wanted.dtype} should be; {REMEDY}"
             )
     return LaneState.from_tensors(
-        {name: torch.stack([rows[lane, name] for lane in lanes]) for name in LANE_TENSORS}
+        {name: torch.stack([rows[lane, name] for lane in lanes]) for name in like.tensors()}
     )
 
 

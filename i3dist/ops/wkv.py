@@ -44,6 +44,7 @@ def wkv(inputs: WkvInputs) -> tuple[Tensor, Tensor]:
 
 def _check(inputs: WkvInputs) -> None:
     decay, bonus, k, v, restart, state, receptance = inputs
+    assert state is not None
     if k.ndim != 3 or k.shape[1] == 0:
         raise ValueError(f"wkv: k must be [B, T, C] with T >= 1, got {list(k.shape)}")
     rows, length, channels = k.shape

@@ -303,6 +303,7 @@ def _wkv_backward_kernel(
 def forward(inputs: WkvInputs) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, C] in k's dtype, the final state [B, 3, C], and each tile's first [B, N, 3, C]."""
     decay, bonus, k, v, restart, state, receptance = inputs
+    assert state is not None
     rows, length, channels = k.shape
     k, v = k.contiguous(), v.contiguous()
     y, final = torch.empty_like(k), k.new_empty(rows, 3, channels, dtype=torch.float32)

@@ -181,7 +181,7 @@ class Trainer:
         """
         collectives.say(f"step {self.progress.step} is skipped: {reason} (norm {norm:.4g})")
         if reason == NOT_FINITE:
-            self.lane_state = self.lane_state.finite()
+            self.lane_state = self.lane_state.finite(self._empty_lanes())
         to = self.roll_back() if self.guard.rolls_back() else None
         return reason if to is None else f"{reason}, rolled back to step {to}"
 
