@@ -1,7 +1,7 @@
 """The arms of benchmarks/history.py: i3-4096ctx, and variants of its history.
 
   none        no history
-  recipe      the default: latents of four sub-latents, for the tokens with the highest router scores
+  recipe      the default: latents of four sub-latents, for the tokens with the highest scores
   recordsR    with R sub-latents in a latent
   literal     the card read literally: learned queries read the whole chunk
   mean        means of the spans, normalised: no compressor

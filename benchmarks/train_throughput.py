@@ -39,11 +39,12 @@ import results
 import synthetic
 import torch
 from bare_loop import BareLoop
-from gpt import GPT, KERNELS, attention_kernel, document_mask
+from gpt import GPT, document_mask
 from i3_steps import I3Steps, Loop, Shape, WithoutHistory, in_bare_loop, in_engine, scripted_wkv
 from measure import Case, Prepared, free, measure
 from results import Row
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
@@ -59,7 +60,6 @@ CONTESTANTS = [
     *("engine", "letter", "no-history", "data", "bare", "gpt-512", "gpt-4096", "gpt-4096-masks"),
     *("one-chunk", "scripted"),
 ]
-GPT_VARIANTS = [f"{kernel}/{unit}" for kernel in KERNELS for unit in ("blocks", "model")]
 
 
 @dataclass(frozen=True)
@@ -197,33 +197,27 @@ class Bench:
     ) -> Iterator[Case]:
         """Rows of `chunks` chunks; each number of rows in each variant."""
         length = self.sizes.tokens(chunks)
-        variants = dict.fromkeys(
-            ("flex" if masks else kernel, unit)
-            for kernel, unit in (variant.split("/") for variant in self.options.gpt_variants)
-        )
+        kernel = "flex" if masks else "flash"
         sizes = {f", ff {ff}": self.sizes.gpt | {"feed_forward": ff} for ff in self.options.gpt_ff}
         for rows, (name, size) in product(counts, (sizes or {"": self.sizes.gpt}).items()):
-            for kernel, unit in variants:
-                prepare = partial(self.prepare_gpt, size, rows, length, kernel, unit == "model")
-                yield Case(contestant, f"{rows} rows, {kernel}, {unit}{name}", prepare)
+            prepare = partial(self.prepare_gpt, size, rows, length, masks)
+            yield Case(contestant, f"{rows} rows, {kernel}, blocks{name}", prepare)
 
-    def prepare_gpt(
-        self, size: dict[str, int], rows: int, length: int, kernel: str, whole: bool
-    ) -> Prepared:
+    def prepare_gpt(self, size: dict[str, int], rows: int, length: int, masks: bool) -> Prepared:
         """Steps of the GPT in the bare loop over one and the same batch."""
         torch.manual_seed(0)
         with self.device:
             model = GPT(length, **size)
         if self.device.type == "cuda":
-            model.compile_parts(whole)
+            model.compile_blocks()
         loop = BareLoop(model, OptimizerSettings(), TrainSettings().clip)
         tokens, targets = (part.to(self.device) for part in self.data.rows(rows, length))
-        masks = kernel == "flex"
+        flash = self.device.type == "cuda" and not masks
 
         def step() -> Tensor:
             count = (targets != IGNORE).sum()
             mask = document_mask(tokens, synthetic.BOS) if masks else None
-            with attention_kernel(kernel):
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else nullcontext():
                 losses = loop(tokens, targets, mask)
                 loop.backward(losses.sum(), count)
             loop.step(LR)
@@ -237,9 +231,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     add = partial(parser.add_argument, metavar="N", type=int)
-    names = {"nargs": "+", "metavar": "NAME", "type": str}
-    only = "measure these contestants (default: all)"
-    add("--only", **names, choices=CONTESTANTS, default=CONTESTANTS, help=only)
+    names, only = {"metavar": "NAME", "type": str}, "measure these contestants (default: all)"
+    add("--only", nargs="+", **names, choices=CONTESTANTS, default=CONTESTANTS, help=only)
     add(
         "--shapes",
         metavar="LIST",
@@ -255,14 +248,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         help="channels of its feed-forward (targets are for the default, which gives it i3's size)",
-    )
-    add(
-        "--gpt-variants",
-        **names | {"metavar": "KERNEL/UNIT"},
-        choices=GPT_VARIANTS,
-        default=["flash/blocks"],
-        help="attention kernel / what is compiled as one; of "
-        f"{', '.join(GPT_VARIANTS)} (default: flash/blocks)",
     )
     parts = CARD.model.sub_latents
     add("--sub-latents", default=parts, help=f"of each of i3's latents (default: {parts})")

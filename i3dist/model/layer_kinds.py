@@ -48,7 +48,7 @@ class Stack(NamedTuple):
             try:
                 above = LAYER_KINDS.of(kind).sees_history
             except UserError as error:
-                raise UserError(f"{setting}: {error}") from None
+                raise UserError(f"{setting}: {error}, or --extend with the file of yours") from None
             if stack.upper and not above:
                 raise UserError(
                     f"{setting}: {kind} stands above {kinds[place - 1]}, which sees history; the "

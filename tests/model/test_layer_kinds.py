@@ -14,6 +14,7 @@ from i3dist.model.layer_kinds import LAYER_KINDS, Stack
 from i3dist.model.lm import I3LM, parameters_by_part
 from i3dist.model.state import LaneState
 from tests.checkpoint.test_format import JOB, state_of
+from tests.conftest import program
 from tests.model.conftest import BOS, SMALL, build
 from tests.model.kinds import Conv, Forgetful, Mlp
 from tests.model.streams import depth_of, empty, logits, stream
@@ -120,7 +121,7 @@ def test_the_state_of_every_kind_is_saved(tmp_path: Path) -> None:
     read = checkpoint.read_lanes(written, range(2), nothing)
     assert all(read.tensors()[name].equal(tensor) for name, tensor in lanes.tensors().items())
     assert list(read.tensors()) == list(lanes.tensors())
-    with pytest.raises(UserError, match="no tensor named '[01]/(conv|wkv|time|channel)"):
+    with pytest.raises(UserError, match=r"no tensor named '[01]/(conv|wkv|time|channel)"):
         checkpoint.read_lanes(written, range(2), LaneState(nothing.latents, {}))
 
 
@@ -140,6 +141,15 @@ def test_a_stack_that_cannot_be_is_refused_in_one_line(layers: str, says: str) -
         with pytest.raises(UserError, match=says) as refused:
             build_it(settings)
         assert "\n" not in str(refused.value)
+
+
+def test_training_refuses_such_a_stack_before_it_makes_anything(data: Path, tmp_path: Path) -> None:
+    run, words = tmp_path / "run", ["--config", "configs/tiny.yaml", "tracking.enabled=false"]
+    words += ["model.layers=1xattention,1xrwkv", f"data.path={data}", f"run.path={run}"]
+    result = program("launch/train.py", *words)
+    assert result.returncode == 1 and not run.exists()
+    assert result.stderr.strip().splitlines()[-1].startswith("error: setting model.layers=1xatt")
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("name", ["compressor", "head", "forward", "lower", "norms", "embedding"])
