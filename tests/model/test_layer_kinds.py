@@ -8,13 +8,14 @@ import torch
 
 from i3dist.checkpoint import format as checkpoint
 from i3dist.config import CheckpointSettings, ModelSettings, Settings
+from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 from i3dist.inference.decoder import Decoder
 from i3dist.model.layer_kinds import LAYER_KINDS, Stack
 from i3dist.model.lm import I3LM, parameters_by_part
 from i3dist.model.state import LaneState
 from tests.checkpoint.test_format import JOB, state_of
-from tests.conftest import program
+from tests.conftest import environment, free_port, launcher
 from tests.model.conftest import BOS, SMALL, build
 from tests.model.kinds import Conv, Forgetful, Mlp
 from tests.model.streams import depth_of, empty, logits, stream
@@ -143,10 +144,13 @@ def test_a_stack_that_cannot_be_is_refused_in_one_line(layers: str, says: str) -
         assert "\n" not in str(refused.value)
 
 
-def test_training_refuses_such_a_stack_before_it_makes_anything(data: Path, tmp_path: Path) -> None:
-    run, words = tmp_path / "run", ["--config", "configs/tiny.yaml", "tracking.enabled=false"]
+def test_training_refuses_such_a_stack_before_ranks_wait(data: Path, tmp_path: Path) -> None:
+    """One rank of two, whose peer never comes."""
+    environ = environment() | {"TORCHELASTIC_RUN_ID": "tests"}
+    Job(0, 2, 0, 2, 1, "127.0.0.1", free_port(), "torchrun").export(environ)
+    run, words = tmp_path / "run", ["--config", "configs/tiny.yaml", "train.device=cpu"]
     words += ["model.layers=1xattention,1xrwkv", f"data.path={data}", f"run.path={run}"]
-    result = program("launch/train.py", *words)
+    result = launcher().run(["launch/train.py", *words], [environ], 60)
     assert result.returncode == 1 and not run.exists()
     assert result.stderr.strip().splitlines()[-1].startswith("error: setting model.layers=1xatt")
     assert "Traceback" not in result.stderr
