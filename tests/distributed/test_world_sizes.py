@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from i3dist.checkpoint.format import LANE_TENSORS
 from i3dist.training import ledger
 from tests.conftest import QUICK, error_line, losses, program, run_ranks
 from tests.faults.test_hostile import renamed, with_tensors
@@ -148,6 +147,6 @@ def test_lanes_that_change_places_are_refused(runs: Runs, data: Path, tmp_path: 
 def exchange_lanes(checkpoint: Path, one: int, other: int) -> None:
     """Give two lanes, each of a rank of its own, each other's state, and make the hashes agree."""
     for old, new in ((one, other), (other, one)):
-        for name in LANE_TENSORS:
+        for name in ("latents", "wkv", "time_shift", "channel_shift"):
             change = renamed(f"{old}/{name}", f"{new}/{name}")
             with_tensors(checkpoint, f"lanes-{old:05d}.safetensors", change)

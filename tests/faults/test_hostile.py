@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from i3dist.checkpoint import format as checkpoint
-from i3dist.checkpoint.format import LANE_TENSORS, OptimizerReader
+from i3dist.checkpoint.format import OptimizerReader
 from i3dist.checkpoint.fragment import KINDS
 from i3dist.config import Settings
 from i3dist.data.archive import chunks_of, shard_bytes
@@ -228,7 +228,11 @@ MALFORMED = {
     "huge": ("optimizer", renamed(B[0], f"weight/{'9' * 5000}/b"), "no tensor named 'weight/99"),
     "other kind": ("optimizer", renamed(B[0], "momentum/0/b"), "no tensor named 'momentum/0/b'"),
     "one word": ("optimizer", renamed(B[0], "weight"), "no tensor named 'weight'"),
-    "no lane": ("lanes", without(*(f"1/{name}" for name in LANE_TENSORS)), "no latents of lane 1"),
+    "no lane": (
+        "lanes",
+        without(*(f"1/{name}" for name in random_lanes(2).tensors())),
+        "no latents of lane 1",
+    ),
     "half a lane": ("lanes", without("0/wkv"), "has no wkv of lane 0"),
     "lane x": ("lanes", renamed("1/latents", "x/latents"), "no tensor named 'x/latents'"),
     "lane 01": ("lanes", renamed("1/latents", "01/latents"), "no tensor named '01/latents'"),
