@@ -1,16 +1,16 @@
-"""What may stand in place of i3-4096ctx's compressor, for benchmarks/history_arms.py.
+"""Alternatives to i3-4096ctx's compressor, for benchmarks/history_arms.py.
 
-Letters: N chunks, T tokens, M latents, R records of a latent, S = M R records of a chunk, D width,
-H heads. Each takes hidden [N, T, D] and keep [N, T] bool, and returns latents [N, M, D]; `project`
-gives what a projection makes of the S keys that attention sees; `begin`, where there is one, is
-called once weights have been drawn.
+Letters: N chunks, T tokens, M latents, R sub-latents of a latent, S = M R sub-latents of a chunk,
+D width, H heads. Each takes hidden [N, T, D] and keep [N, T] bool, and returns latents [N, M, D];
+`project` applies a projection to the S keys that attention sees; `reset_parameters` is called once
+all matrices have been initialized.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.compressor import Compressor, most_salient
+from i3dist.model.compressor import Compressor, highest
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.attention import merge_heads, split_heads
 from i3dist.ops.linear import linear
@@ -19,7 +19,10 @@ from i3dist.ops.linear import linear
 class AsTheyAre(nn.Module):
     """Attention sees latents as they are."""
 
-    records = 1
+    sub_latents = 1
+
+    def reset_parameters(self) -> None:
+        """Nothing differs from the model's rule."""
 
     def tokens(self, latents: Tensor) -> Tensor:
         """[..., M, D] -> the same."""
@@ -90,11 +93,12 @@ class Literal(AsTheyAre):
 
 
 class Detached(nn.Module):
-    """A compressor left as it began."""
+    """A compressor that is not trained."""
 
     def __init__(self, compressor: nn.Module):
         super().__init__()
-        self.inner, self.records = compressor, compressor.records
+        self.inner, self.sub_latents = compressor, compressor.sub_latents
+        self.reset_parameters = compressor.reset_parameters
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
         """As the compressor's, without gradient."""
@@ -106,28 +110,28 @@ class Detached(nn.Module):
 
 
 class Even(Compressor):
-    """The last token of each equal part of the chunk has the record, whatever its salience."""
+    """The last token of each equal part of the chunk has the sub-latent, whatever its score."""
 
-    def choose(self, salience: Tensor) -> Tensor:
+    def choose(self, scores: Tensor) -> Tensor:
         """As `Compressor.choose`."""
-        records = len(self.queries) * self.records
-        step = salience.shape[-1] // records
-        last = torch.arange(records, device=salience.device) * step + step - 1
-        return last.expand(*salience.shape[:-1], -1)
+        parts = len(self.queries) * self.sub_latents
+        step = scores.shape[-1] // parts
+        last = torch.arange(parts, device=scores.device) * step + step - 1
+        return last.expand(*scores.shape[:-1], -1)
 
 
 class Spans(Compressor):
-    """The most salient tokens of each latent's span of the chunk have its records."""
+    """The highest scores of each latent's span of the chunk have its sub-latents."""
 
-    def choose(self, salience: Tensor) -> Tensor:
+    def choose(self, scores: Tensor) -> Tensor:
         """As `Compressor.choose`."""
-        spans = salience.unflatten(-1, (len(self.queries), -1))
-        first = torch.arange(len(self.queries), device=salience.device) * spans.shape[-1]
-        return (most_salient(spans, self.records) + first.unsqueeze(-1)).flatten(-2)
+        spans = scores.unflatten(-1, (len(self.queries), -1))
+        first = torch.arange(len(self.queries), device=scores.device) * spans.shape[-1]
+        return (highest(spans, self.sub_latents) + first.unsqueeze(-1)).flatten(-2)
 
 
 class Alone(Compressor):
-    """A record holds its token and nothing else."""
+    """A sub-latent holds its token and nothing else."""
 
     def shares(self, chosen: Tensor, query: Tensor, key: Tensor, keep: Tensor) -> Tensor:
         """As `Compressor.shares`."""
@@ -135,23 +139,23 @@ class Alone(Compressor):
 
 
 class Each(Compressor):
-    """Records are refined each by itself, all by one feed-forward."""
+    """One feed-forward refines sub-latents one by one."""
 
-    def __init__(self, width: Channels, mult: int, latents: int, records: int, length: int):
-        super().__init__(width, mult, latents, records, length)
+    def __init__(self, width: Channels, mult: int, latents: int, sub_latents: int, length: int):
+        super().__init__(width, mult, latents, sub_latents, length)
         self.norm_ff, self.ff = LayerNorm(self.part), FeedForward(self.part, mult)
 
     def refine(self, latents: Tensor) -> Tensor:
         """As `Compressor.refine`."""
-        normed, records = self.norm_ff.of_sum(self.split(latents))
-        return self.norm_out(records + self.ff(normed))
+        normed, parts = self.norm_ff.of_sum(self.split(latents))
+        return self.norm_out(parts + self.ff(normed))
 
 
 class Joint(Compressor):
-    """One norm for all records of a latent."""
+    """One norm for all sub-latents of a latent."""
 
-    def __init__(self, width: Channels, mult: int, latents: int, records: int, length: int):
-        super().__init__(width, mult, latents, records, length)
+    def __init__(self, width: Channels, mult: int, latents: int, sub_latents: int, length: int):
+        super().__init__(width, mult, latents, sub_latents, length)
         self.norm_out = LayerNorm(width)
 
     def refine(self, latents: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from i3dist.model.layers import Channels
 from i3dist.model.rwkv import TimeMix
-from i3dist.ops.wkv import wkv
+from i3dist.ops.wkv import WkvInputs, wkv
 
 WIDTH, LENGTH, LAYERS = 1180, 512, 12
 
@@ -32,8 +33,8 @@ def errors(stored: Tensor, exact: Tensor) -> dict[str, float]:
     w, w_exact = -stored.exp(), -exact.exp()
     k, v = torch.randn(2, 2, LENGTH, WIDTH).unbind(0)
     bonus, restart = torch.zeros(WIDTH), torch.zeros(2, LENGTH, dtype=torch.bool)
-    y, _ = wkv(w, bonus, k, v, restart)
-    y_exact, _ = wkv(w_exact, bonus, k, v, restart)
+    y, _ = wkv(WkvInputs(w, bonus, k, v, restart))
+    y_exact, _ = wkv(WkvInputs(w_exact, bonus, k, v, restart))
     return {
         "decay": relative(w, w_exact),
         "after 256 steps": relative((256 * w).exp(), (256 * w_exact).exp()),
@@ -44,7 +45,9 @@ def errors(stored: Tensor, exact: Tensor) -> dict[str, float]:
 def measure() -> list[dict[str, object]]:
     """One row per size of offset and way of storing."""
     torch.manual_seed(0)
-    base = torch.cat([TimeMix(WIDTH, i, LAYERS).decay_base[None] for i in range(LAYERS)])[6]
+    base = torch.cat([TimeMix(Channels(WIDTH), i, LAYERS).decay_base[None] for i in range(LAYERS)])[
+        6
+    ]
     rows: list[dict[str, object]] = []
     for size in (0.03, 0.1, 0.3, 1.0):
         offset = size * torch.randn(WIDTH)

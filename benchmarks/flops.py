@@ -3,13 +3,13 @@
     FLOPs per token = 6 x N + 12 x A
 
 N is the number of weights that a token is multiplied with: each projection's stored weights, times
-how often it is applied per token. Tables, norms and elementwise work (WKV among it) count nothing,
-nor does padding. A is the sum over attention layers of width x keys that a token sees on average,
-seen keys only, whatever a kernel computes. Forward is one third, backward two; a multiplication and
-an addition are two operations (Kaplan et al., 2020, arXiv:2001.08361).
+how often it is applied per token. Tables, norms, padding and elementwise work (WKV too) count as 0.
+A is the sum over attention layers of width x keys that a token sees on average, whatever else a
+kernel computes. Forward is one third, backward two; a multiplication and an addition are two
+operations (Kaplan et al., 2020, arXiv:2001.08361).
 
-MFU, model FLOPs utilisation (Chowdhery et al., 2022, arXiv:2204.02311), is taken here as a share of
-the best rate that a bf16 matrix product reaches on the same device in the same run.
+MFU, model FLOPs utilisation (Chowdhery et al., 2022, arXiv:2204.02311), is here the share of the
+best rate that a bf16 matrix product reaches on the same device in the same run.
 """
 
 import time
@@ -44,9 +44,9 @@ class PerToken(NamedTuple):
 def of_i3(model: I3LM, batch: Batch) -> PerToken:
     """A window of the i3, with the library's compressor or without compressor and history.
 
-    Per chunk, the compressor's feed-forward refines M latents, whose records read the kept tokens;
-    the records of C + K chunks are projected for a window of K chunks, R of them as much as a
-    token. Saliences, picking queries, and what is once per window whatever its lanes are left out.
+    Per chunk, the compressor's feed-forward refines M latents, whose sub-latents read the kept
+    tokens. A window of K chunks projects the sub-latents of C + K chunks; R of them cost as much as
+    a token. Left out: router scores, picking queries, and work that does not grow with the lanes.
     """
     s, (_, window, length) = model.settings, batch.tokens.shape
     with_history = model.keys_per_chunk > 0
@@ -69,9 +69,9 @@ def of_i3(model: I3LM, batch: Batch) -> PerToken:
     if with_history:
         past = history_mask(segments, batch.depth.flatten(), s.history_chunks)
         keys += model.keys_per_chunk * _mean_seen(past)
-        # R records of a latent, each an R-th as wide.
+        # R sub-latents of a latent, each an R-th as wide.
         read = latents * float(last_segment(segments).sum(-1).float().mean())
-    return PerToken(weights, s.d_model * (s.attention_layers * keys + read))
+    return PerToken(weights, s.d_model * (len(model.upper) * keys + read))
 
 
 def of_gpt(model: GPT, tokens: Tensor, bos_id: int | None) -> PerToken:

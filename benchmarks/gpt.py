@@ -1,4 +1,4 @@
-"""A GPT of i3-4096ctx's size, as an opponent: pre-norm blocks, GELU, an untied head.
+"""A GPT of i3-4096ctx's size, to compare with: pre-norm blocks, GELU, an untied head.
 
 Letters: B rows, T tokens, D width, F width of the feed-forward, H heads, V vocabulary.
 
@@ -10,19 +10,15 @@ channels. Four times the width, as is usual, would be 0.9% more. Positions are f
 import functools
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from i3dist.model.segments import causal_mask, segment_ids
 from i3dist.ops.attention import merge_heads, split_heads
 from i3dist.ops.cross_entropy import token_losses
-
-KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 Mask = BlockMask | Tensor
 
@@ -80,11 +76,8 @@ class GPT(nn.Module):
                     parameter, std=0.02 / math.sqrt(2 * layers) if ends_branch else 0.02
                 )
 
-    def compile_parts(self, whole: bool) -> None:
-        """Compile the model as one graph, or block by block with one compilation for all."""
-        if whole:
-            self.compile(dynamic=False)
-            return
+    def compile_blocks(self) -> None:
+        """Compile block by block, with one compilation for all."""
         for block in self.blocks:
             block.compile(dynamic=False)
         self.losses = torch.compile(self.losses, dynamic=False)  # type: ignore[method-assign]
@@ -133,9 +126,3 @@ def document_mask(tokens: Tensor, bos_id: int) -> Mask:
 def _create_mask() -> Callable[..., BlockMask]:
     """Compiled, as it would otherwise run a kernel for each term of the rule."""
     return torch.compile(create_block_mask, dynamic=False)
-
-
-def attention_kernel(name: str) -> AbstractContextManager[None]:
-    """Inside, attention runs on this kernel; on the CPU, and for flex attention, as it likes."""
-    given = torch.cuda.is_available() and name in KERNELS
-    return sdpa_kernel(KERNELS[name]) if given else nullcontext()

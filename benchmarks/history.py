@@ -253,7 +253,7 @@ def model_settings(options: argparse.Namespace, manifest: Manifest) -> ModelSett
     return ModelSettings(
         vocab_size=manifest.vocab_size,
         d_model=options.width,
-        rwkv_layers=options.layers,
+        layers=f"{options.layers}xrwkv,2xattention",
         chunk_length=manifest.chunk_length,
         latents=manifest.chunk_length // 16,
     )

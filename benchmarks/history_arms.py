@@ -1,33 +1,33 @@
-"""The arms of benchmarks/history.py: i3-4096ctx, or with something else for its history.
+"""The arms of benchmarks/history.py: i3-4096ctx, and variants of its history.
 
   none        no history
-  recipe      the library's default: latents of four records, each of one of the most salient tokens
-  recordsR    with R records in a latent
+  recipe      the default: latents of four sub-latents, for the tokens with the highest scores
+  recordsR    with R sub-latents in a latent
   literal     the card read literally: learned queries read the whole chunk
   mean        means of the spans, normalised: no compressor
-  picks       4:1, tokens of full width: the most salient fourth of the chunk's
-  every       4:1, a record of D/4 for every token
+  picks       4:1, tokens of full width: the fourth of the chunk's with the highest scores
+  every       4:1, a sub-latent of D/4 for every token
   ceiling     no compression: every token of the last 4,096
   carry       no history, RWKV state carried from chunk to chunk
 
-and added to these
+Additions to these:
 
   -soon       history is on from step 100, as on the card, instead of 1,000
-  -open       the logit of history begins at 0, open, instead of low
-  -even       the last of every four tokens has a record, whatever its salience
-  -spans      the most salient tokens of each latent's span have its records
-  -alone      a record holds its token and nothing else: no cross-attention
-  -each       one feed-forward refines records, each by itself
-  -joint      one norm for all records of a latent
+  -open       the logit of history starts at 0 instead of low
+  -even       the last of every four tokens has a sub-latent, whatever its score
+  -spans      the highest scores of each latent's span have its sub-latents
+  -alone      a sub-latent holds its token and nothing else: no cross-attention
+  -each       one feed-forward refines sub-latents one by one
+  -joint      one norm for all sub-latents of a latent
   -own        history has key and value projections of its own in every attention block
   -drop       a tenth of the chunks is trained without history
   -carry      RWKV state carried
   -early      the compressor reads half of the RWKV blocks only
-  -lower      the lower attention block alone sees history
-  -upper      the upper one alone does
-  -match      records are trained besides to give keys and values as tokens do
-  -still      the compressor learns, and hands no gradient down to the RWKV stack
-  -detached   what makes latents is left as it began
+  -lower      only the lower attention block sees history
+  -upper      only the upper one does
+  -match      sub-latents are also trained to give the keys and values that their tokens give
+  -still      the compressor learns, but passes no gradient down to the RWKV blocks
+  -detached   the compressor is not trained
 """
 
 import re
@@ -61,7 +61,7 @@ from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.linear import linear
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
-WITHOUT_RECORDS = ("none", "literal", "mean", "ceiling", "carry")
+WITHOUT_SUB_LATENTS = ("none", "literal", "mean", "ceiling", "carry")
 COMPRESSORS = {"even": Even, "spans": Spans, "alone": Alone, "each": Each, "joint": Joint}
 BLOCKS = ("lower", "upper")  # of attention
 ALTERNATIVES = (
@@ -70,27 +70,27 @@ ALTERNATIVES = (
     *(("match", other) for other in ("detached", "early", "own", "joint")),
     *(("early", other) for other in ("still", "carry")),
 )
-OF_RECORDS = ("match", *COMPRESSORS)
-OF_HISTORY = ("open", "own", "drop", "early", "still", "detached", *BLOCKS, *OF_RECORDS)
+OF_SUB_LATENTS = ("match", *COMPRESSORS)
+OF_HISTORY = ("open", "own", "drop", "early", "still", "detached", *BLOCKS, *OF_SUB_LATENTS)
 ADDED = ("soon", "carry", *OF_HISTORY)
 ARMS = [
     *("none", "recipe", "literal", "mean", "ceiling", "carry"),
     *(f"recipe-{added}" for added in ADDED),
     *("records1", "records2", "records8", "picks", "every", "ceiling-open", "literal-open"),
 ]
-SHUT = -1e4  # a logit of history with which no query sees it, and which gets no gradient
+SHUT = -1e4  # an initial logit of history with which no query sees it; it gets no gradient
 
 
 class OwnProjections(Attention):
-    """Attention that projects history by matrices of their own, which begin as those of tokens."""
+    """Attention with separate projections of history, which start equal to those of tokens."""
 
     def __init__(self, width: Channels, heads: int, chunks: int):
         super().__init__(width, heads, chunks)
         self.of_history = Linear(width, self.key_value.d_out)
 
-    def begin(self) -> None:
-        """Begin with the tokens' projections."""
-        super().begin()
+    def reset_parameters(self) -> None:
+        """Start with the tokens' projections."""
+        super().reset_parameters()
         self.of_history.weight.copy_(self.key_value.weight)
 
     def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
@@ -117,8 +117,8 @@ class Arm:
             raise UserError(f"there is no arm {base!r}; there are {', '.join(PLAIN)}, recordsR")
         if wrong := [more for more in added if more not in ADDED]:
             raise UserError(f"{name}: {wrong[0]!r} is none of {', '.join(ADDED)}")
-        lacking = {"none": OF_HISTORY, "carry": OF_HISTORY}.get(base, OF_RECORDS)
-        if base in WITHOUT_RECORDS and (wrong := [more for more in added if more in lacking]):
+        lacking = {"none": OF_HISTORY, "carry": OF_HISTORY}.get(base, OF_SUB_LATENTS)
+        if base in WITHOUT_SUB_LATENTS and (wrong := [more for more in added if more in lacking]):
             raise UserError(f"{name}: {base} has nothing for {wrong[0]!r} to change")
         for group in ALTERNATIVES:
             if len(both := [more for more in added if more in group]) > 1:
@@ -136,7 +136,7 @@ class Arm:
         return CompressionSettings(off_steps=100 if "soon" in self.added else 1000)
 
     def bias(self, block: str) -> float:
-        """What the logits of history begin at in one of `BLOCKS`."""
+        """The initial logit of history in one of `BLOCKS`."""
         if block not in (self.added.intersection(BLOCKS) or BLOCKS):
             return SHUT
         return 0.0 if "open" in self.added else CLOSED
@@ -149,11 +149,11 @@ class Arm:
             case "ceiling":
                 changes["latents"] = length
             case "picks":
-                changes |= {"latents": length // 4, "records": 1}
+                changes |= {"latents": length // 4, "sub_latents": 1}
             case "every":
-                changes |= {"latents": length // 4, "records": 4}
+                changes |= {"latents": length // 4, "sub_latents": 4}
             case base if base.startswith("records"):
-                changes["records"] = int(base.removeprefix("records"))
+                changes["sub_latents"] = int(base.removeprefix("records"))
         return card.model_copy(update=changes)
 
     def compressor(self, width: Channels, s: ModelSettings) -> nn.Module:
@@ -167,17 +167,17 @@ class Arm:
                 made = Literal(width, s.heads, s.ff_mult, s.latents)
             case _:
                 kind = next((COMPRESSORS[n] for n in self.added & COMPRESSORS.keys()), Compressor)
-                made = kind(width, s.ff_mult, s.latents, s.records, s.chunk_length)
+                made = kind(width, s.ff_mult, s.latents, s.sub_latents, s.chunk_length)
         if "still" in self.added:
             made.register_forward_pre_hook(lambda _, given: (given[0].detach(), given[1]))
         return Detached(made) if "detached" in self.added else made
 
 
 class Matched(I3LM):
-    """Trained besides to have a token's record give the keys and values that the token gives.
+    """Also trained so that a token's sub-latent gives the keys and values that the token gives.
 
-    The error is a share of their size, over all attention blocks. It teaches what makes a record of
-    a token and a token of a record, and nothing else.
+    The error is relative to their size, over all attention blocks. It trains only the projections
+    from tokens to sub-latents and back.
     """
 
     weight = 0.1  # against the loss of the language model
@@ -186,19 +186,19 @@ class Matched(I3LM):
     def forward(
         self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
     ) -> tuple[Tensor, LaneState]:
-        """As `I3LM.forward`; losses are larger by that of the match."""
+        """As `I3LM.forward`; losses include that of the match."""
         below, after = self.below(tokens, depth, state)
         losses = self.losses(self.above(below, gate), targets)
         missed = self.weight * self.missed(below.x)
         return losses + missed * (targets != IGNORE), after
 
     def missed(self, x: Tensor) -> Tensor:
-        """Error of chunks as a share: x [B, K, T, D] -> [B, K, 1] fp32."""
+        """Relative error of chunks: x [B, K, T, D] -> [B, K, 1] fp32."""
         c = self.compressor
         normed = c.norm_in(x[..., self.every - 1 :: self.every, :].detach()).detach()
         token = c.token(c.norm_out(c.record(normed)))
         weights = [
-            p.computed(p.weight.detach()) for p in (b.attention.key_value for b in self.attention)
+            p.computed(p.weight.detach()) for p in (b.attention.key_value for b in self.upper)
         ]
         errors, sizes = (
             sum(linear(y, weight).float().square().mean((-2, -1)) for weight in weights)
@@ -220,26 +220,28 @@ def read_halfway(model: I3LM) -> None:
     def keep(_: nn.Module, given: object, out: tuple[Tensor, object]) -> None:
         halfway[:] = [out[0]]
 
-    model.rwkv[len(model.rwkv) // 2 - 1].register_forward_hook(keep)
+    model.lower[len(model.lower) // 2 - 1].register_forward_hook(keep)
     model.compressor.register_forward_pre_hook(lambda _, given: (halfway.pop(), given[1]))
 
 
 def replace_history(model: I3LM, arm: Arm) -> None:
-    """Have history made and read as the arm does."""
+    """Replace compressor and attention by those of the arm."""
     settings = model.settings
     model.compressor = arm.compressor(model.width, settings)  # type: ignore[assignment]
     model.slots = Slots(model.width, model.keys_per_chunk)
     if "early" in arm.added:
         read_halfway(model)
-    for place, block in zip(BLOCKS, model.attention, strict=True):
+    for place, block in zip(BLOCKS, model.upper, strict=True):
         if "own" in arm.added:
             block.attention = OwnProjections(model.width, settings.heads, settings.history_chunks)
         nn.init.constant_(block.attention.age_bias, arm.bias(place))
 
 
 def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
-    """The model of an arm. What arms of a seed have in common begins with the same weights, up to
-    the first part that differs in shape."""
+    """The model of an arm.
+
+    With one seed, arms have the same initial weights up to the first part that differs in shape.
+    """
     arm = Arm.parse(name)
     settings = arm.settings(settings)
     matched = Matched if "match" in arm.added else I3LM
@@ -247,5 +249,5 @@ def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
     if arm.has_history:
         replace_history(model, arm)
     torch.manual_seed(seed)
-    model.draw()
+    model.reset_parameters()
     return model

@@ -25,7 +25,7 @@ from i3dist.model.lm import I3LM, Below
 from i3dist.model.segments import segment_ids
 from i3dist.model.state import LaneState
 from i3dist.ops.attention import KeysValues
-from i3dist.ops.wkv import empty_state
+from i3dist.ops.wkv import WkvInputs
 from i3dist.tracking.metrics import count_step
 
 ENGINE_CONFIG = Path(__file__).parent.parent / "configs" / "zero2.json"
@@ -146,17 +146,24 @@ def in_bare_loop(
     return I3Steps(loop, model, shape, device)
 
 
+class Nothing(nn.Identity):
+    """In place of a part that is left out."""
+
+    def reset_parameters(self) -> None:
+        """It has none."""
+
+
 class WithoutHistory(I3LM):
     """i3 without compressor and history, and without their parameters."""
 
     def __init__(self, settings: ModelSettings, bos_id: int):
         super().__init__(settings, bos_id)
-        self.compressor = self.slots = nn.Identity()  # type: ignore[assignment]
+        self.compressor = self.slots = Nothing()  # type: ignore[assignment]
 
     def below(self, tokens: Tensor, depth: Tensor, state: LaneState) -> tuple[Below, LaneState]:
         """As `I3LM.below`; the state's latents, which nobody reads, stay as they are."""
         segments = segment_ids(tokens, self.bos_id)
-        x, carried = self._recur(tokens, depth, state.rwkv)
+        x, carried = self.run_window(tokens, depth, state.layers)
         after = LaneState(state.latents, carried).detach()
         # As many as there should be, which nobody reads either: a view of one.
         chunks = self.settings.history_chunks + tokens.shape[1]
@@ -169,25 +176,16 @@ class WithoutHistory(I3LM):
 
     def history(self, latents: Tensor, seen: Tensor) -> list[KeysValues]:
         """As `I3LM.history`."""
-        none = latents.new_empty(len(latents), 0, self.attention[0].attention.inner.computed)
-        return [KeysValues(none, none)] * len(self.attention)
+        none = latents.new_empty(len(latents), 0, self.upper[0].attention.inner.computed)
+        return [KeysValues(none, none)] * len(self.upper)
 
 
 @contextmanager
 def scripted_wkv() -> Iterator[None]:
     """Inside, RWKV blocks run WKV as a TorchScript loop over time, in fp32."""
 
-    def loop(
-        decay: Tensor,
-        bonus: Tensor,
-        k: Tensor,
-        v: Tensor,
-        restart: Tensor,
-        state: Tensor | None = None,
-        receptance: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        if state is None:
-            state = empty_state(k.shape[0], k.shape[2], k.device)
+    def loop(inputs: WkvInputs) -> tuple[Tensor, Tensor]:
+        decay, bonus, k, v, restart, state, receptance = inputs
         y, final = scripted_loop(decay, bonus, k.float(), v.float(), restart, state)
         y = y.to(k.dtype)
         return y if receptance is None else torch.sigmoid(receptance) * y, final

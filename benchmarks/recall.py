@@ -90,11 +90,11 @@ class Task:
         return asked / (2 * self.distances)
 
     def sample(self, documents: int, random: torch.Generator) -> Documents:
-        """Draw documents."""
+        """A random batch of documents."""
         b, k, p, q = documents, self.chunks, self.parts, self.questions
         keys = torch.rand(b, k * self.stated, generator=random, device=random.device).argsort(1)
         keys = FIRST + self.values + keys
-        values = FIRST + self._draw(self.values, keys.shape, random)
+        values = FIRST + self._random(self.values, keys.shape, random)
         tokens = torch.zeros(b, k, p, SLOTS, 2, dtype=torch.long, device=random.device)
         tokens[..., q:, 0], tokens[..., q:, 1] = (x.view(b, k, p, -1) for x in (keys, values))
 
@@ -119,7 +119,7 @@ class Task:
         shape = (documents, k, p, self.questions)
         chunk = torch.arange(k, device=device).view(k, 1, 1)
         part = torch.arange(p, device=device).view(p, 1)
-        back = (1 + self._draw(self.distances, shape, random)) * self._draw(2, shape, random)
+        back = (1 + self._random(self.distances, shape, random)) * self._random(2, shape, random)
         # K - d chunks can ask over a distance of d: the shorter ones are left out more often.
         drawn = torch.rand(shape, generator=random, device=device) * (k - back)
         often = (back == 0) | (drawn < k - self.distances)
@@ -130,7 +130,7 @@ class Task:
         return back, which.flatten(1), asked
 
     @staticmethod
-    def _draw(below: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    def _random(below: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
         return torch.randint(below, shape, generator=random, device=random.device)
 
 
@@ -184,8 +184,7 @@ def settings(task: Task, width: int, history: int) -> ModelSettings:
     return ModelSettings(
         vocab_size=task.vocab,
         d_model=width,
-        rwkv_layers=2,
-        attention_layers=2,
+        layers="2xrwkv,2xattention",
         heads=max(1, width // 16),
         chunk_length=task.length,
         latents=task.parts,
@@ -248,7 +247,7 @@ def show(results: list[Result], chance: float) -> None:
     Console(width=150).print(table)
 
 
-def draw(results: list[Result], history: int, chance: float, path: Path) -> None:
+def plot(results: list[Result], history: int, chance: float, path: Path) -> None:
     """Accuracy by distance, and against pairs of a latent where those differ."""
     several = len({r.pairs for r in results}) > 1
     figure = Figure(figsize=(11, 4.5) if several else (6, 4), layout="constrained")
@@ -296,7 +295,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
     add("--seed", type=int, default=0, help="(default: 0)")
     add("--json", type=Path, metavar="FILE", help="write the results here")
-    add("--plot", type=Path, metavar="FILE", help="draw them here")
+    add("--plot", type=Path, metavar="FILE", help="plot them here")
     options = parser.parse_args(arguments)
     if options.chunks <= options.history + 3:
         raise UserError(f"--chunks must be more than --history + 3, which is {options.history + 3}")
@@ -323,7 +322,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
                 options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     show(results, 1 / options.values)
     if options.plot:
-        draw(results, options.history, 1 / options.values, options.plot)
+        plot(results, options.history, 1 / options.values, options.plot)
     return results
 
 

@@ -18,15 +18,16 @@ gradient clipping, AdamW in fp32 on bf16 parameters. Contestants:
   one-chunk       engine, 4 lanes, windows of 1 chunk
   scripted        bare, not compiled, with WKV as a TorchScript loop over time: same shape
 
-"Best" is the engine's fastest of --shapes in this run or in --json FILE. Times are medians. But for
-`data` the batch stays the same, and a loss that does not fall ends the program. MFU is against the
-best bf16 matrix product measured in the same run; benchmarks/flops.py states the formula.
+"Best" is the engine's fastest of --shapes in this run or in --json FILE. Times are medians. Except
+in `data` the batch stays the same, and a loss that does not fall ends the program. MFU is relative
+to the best bf16 matrix product of the same run; benchmarks/flops.py states the formula.
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -38,11 +39,12 @@ import results
 import synthetic
 import torch
 from bare_loop import BareLoop
-from gpt import GPT, KERNELS, attention_kernel, document_mask
+from gpt import GPT, document_mask
 from i3_steps import I3Steps, Loop, Shape, WithoutHistory, in_bare_loop, in_engine, scripted_wkv
 from measure import Case, Prepared, free, measure
 from results import Row
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
@@ -58,7 +60,6 @@ CONTESTANTS = [
     *("engine", "letter", "no-history", "data", "bare", "gpt-512", "gpt-4096", "gpt-4096-masks"),
     *("one-chunk", "scripted"),
 ]
-GPT_VARIANTS = [f"{kernel}/{unit}" for kernel in KERNELS for unit in ("blocks", "model")]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ class Sizes:
 
 CARD = Sizes(ModelSettings(vocab_size=32_000), {}, 8192, 64, 256)
 TOY = Sizes(
-    ModelSettings(vocab_size=64, d_model=24, rwkv_layers=2, heads=4, chunk_length=16, latents=4),
+    ModelSettings(
+        vocab_size=64, d_model=24, layers="2xrwkv,2xattention", heads=4, chunk_length=16, latents=4
+    ),
     {"vocab": 64, "layers": 2, "width": 64, "heads": 4, "feed_forward": 256},
     cube=64,
     shards=8,
@@ -93,7 +96,7 @@ class Bench:
         self.options = options
         self.rows = rows
         sizes = TOY if options.toy else CARD
-        model = sizes.model.model_copy(update={"records": options.records})
+        model = sizes.model.model_copy(update={"sub_latents": options.sub_latents})
         self.sizes = s = replace(sizes, model=model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vocab, length = s.model.vocab, s.model.chunk_length
@@ -158,10 +161,8 @@ class Bench:
         batches = synthetic.batches(reader, shape.accumulation, self.device)
 
         def step() -> Tensor:
-            if scripted:
-                with scripted_wkv():
-                    return steps(batches, LR, synthetic.PAD)
-            return steps(batches, LR, synthetic.PAD)
+            with scripted_wkv() if scripted else nullcontext():
+                return steps(batches, LR, synthetic.PAD)
 
         needed = flops.of_i3(steps.model, batches[0]).flops
         tokens = self.sizes.tokens(shape.chunks)
@@ -196,33 +197,27 @@ class Bench:
     ) -> Iterator[Case]:
         """Rows of `chunks` chunks; each number of rows in each variant."""
         length = self.sizes.tokens(chunks)
-        variants = dict.fromkeys(
-            ("flex" if masks else kernel, unit)
-            for kernel, unit in (variant.split("/") for variant in self.options.gpt_variants)
-        )
+        kernel = "flex" if masks else "flash"
         sizes = {f", ff {ff}": self.sizes.gpt | {"feed_forward": ff} for ff in self.options.gpt_ff}
         for rows, (name, size) in product(counts, (sizes or {"": self.sizes.gpt}).items()):
-            for kernel, unit in variants:
-                prepare = partial(self.prepare_gpt, size, rows, length, kernel, unit == "model")
-                yield Case(contestant, f"{rows} rows, {kernel}, {unit}{name}", prepare)
+            prepare = partial(self.prepare_gpt, size, rows, length, masks)
+            yield Case(contestant, f"{rows} rows, {kernel}, blocks{name}", prepare)
 
-    def prepare_gpt(
-        self, size: dict[str, int], rows: int, length: int, kernel: str, whole: bool
-    ) -> Prepared:
+    def prepare_gpt(self, size: dict[str, int], rows: int, length: int, masks: bool) -> Prepared:
         """Steps of the GPT in the bare loop over one and the same batch."""
         torch.manual_seed(0)
         with self.device:
             model = GPT(length, **size)
         if self.device.type == "cuda":
-            model.compile_parts(whole)
+            model.compile_blocks()
         loop = BareLoop(model, OptimizerSettings(), TrainSettings().clip)
         tokens, targets = (part.to(self.device) for part in self.data.rows(rows, length))
-        masks = kernel == "flex"
+        flash = self.device.type == "cuda" and not masks
 
         def step() -> Tensor:
             count = (targets != IGNORE).sum()
             mask = document_mask(tokens, synthetic.BOS) if masks else None
-            with attention_kernel(kernel):
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else nullcontext():
                 losses = loop(tokens, targets, mask)
                 loop.backward(losses.sum(), count)
             loop.step(LR)
@@ -236,15 +231,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     add = partial(parser.add_argument, metavar="N", type=int)
-    add(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        type=str,
-        choices=CONTESTANTS,
-        default=CONTESTANTS,
-        help="measure these contestants (default: all)",
-    )
+    names, only = {"metavar": "NAME", "type": str}, "measure these contestants (default: all)"
+    add("--only", nargs="+", **names, choices=CONTESTANTS, default=CONTESTANTS, help=only)
     add(
         "--shapes",
         metavar="LIST",
@@ -261,36 +249,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=[],
         help="channels of its feed-forward (targets are for the default, which gives it i3's size)",
     )
-    add(
-        "--gpt-variants",
-        nargs="+",
-        metavar="KERNEL/UNIT",
-        type=str,
-        choices=GPT_VARIANTS,
-        default=["flash/blocks"],
-        help="attention kernel / what is compiled as one; of "
-        f"{', '.join(GPT_VARIANTS)} (default: flash/blocks)",
-    )
-    records = CARD.model.records
-    add("--records", default=records, help=f"records of i3's latents (default: {records})")
+    parts = CARD.model.sub_latents
+    add("--sub-latents", default=parts, help=f"of each of i3's latents (default: {parts})")
     add("--warm-up", default=5, help="steps before the clock starts (default: %(default)s)")
     add("--steps", default=20, help="steps that are timed (default: %(default)s)")
     add(
         "--json",
         metavar="FILE",
         type=Path,
-        help="write the results here; rows of contestants that are not measured now stay",
+        help="write the results here; rows of contestants not measured now stay",
     )
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help="print afterwards where the GPU's time goes, by kernel",
-    )
-    parser.add_argument(
-        "--toy",
-        action="store_true",
-        help="models of a few thousand parameters, to see that everything runs",
-    )
+    flag = partial(parser.add_argument, action="store_true")
+    flag("--profile", help="print afterwards where the GPU's time goes, by kernel")
+    flag("--toy", help="models of a few thousand parameters, to check that everything runs")
     options = parser.parse_args(arguments)
     if min(options.warm_up, options.steps) < 1:
         raise UserError("--warm-up and --steps must be 1 or more")
@@ -304,13 +275,15 @@ def shapes(text: str) -> list[Shape]:
     return list(dict.fromkeys([CARD_STEP, *map(Shape.parse, text.split(","))]))
 
 
+def machine() -> dict[str, str]:
+    """What the results depend on besides the code."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": device, "torch": torch.__version__}
+
+
 def run(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Measure what is asked for; results are written as they arrive."""
     bench = Bench(options, folder, results.load(options.json))
-    machine = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "torch": torch.__version__,
-    }
     rows = bench.sizes.tokens(CARD_STEP.chunks)
     products = flops.products(bench.sizes.cube, rows, bench.sizes.model)
     peak = flops.matrix_product_rate(products, bench.device)
@@ -333,7 +306,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[Row]:
             )
             if options.json:
                 merits = results.figures(bench.rows, str(CARD_STEP))
-                results.store(options.json, bench.rows, merits, machine)
+                results.store(options.json, bench.rows, merits, machine())
     return bench.rows
 
 
@@ -342,8 +315,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     options = parse_arguments(arguments)
     with tempfile.TemporaryDirectory() as folder:
         rows = run(options, Path(folder))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    title = f"Training, {device}, PyTorch {torch.__version__}"
+    title = "Training, {device}, PyTorch {torch}".format(**machine())
     results.show(rows, results.figures(rows, str(CARD_STEP)), title)
     collectives.leave_group()
     return rows

@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,6 +25,8 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from i3dist.cli.former_settings import translate
+from i3dist.cli.layer_pattern import CARD_LAYERS, plain_layers, read_layers
 from i3dist.cli.paths import literal_name, literal_path
 from i3dist.cli.settings_file import Literals, Nothing, read_values, write_values
 from i3dist.errors import UserError
@@ -81,16 +84,15 @@ class DataSettings(Section):
 
 
 class ModelSettings(Section):
-    """The architecture. Defaults: i3-4096ctx, about 340M parameters."""
+    """The architecture. The defaults are i3-4096ctx, about 340M parameters."""
 
     vocab_size: Annotated[int, Field(ge=16, le=65_536)] | Auto = "auto"
-    """Vocabulary; auto follows the data's tokenizer (32,000 where there is no data)."""
+    """Size of the vocabulary; auto is that of the data's tokenizer (32,000 without data)."""
     d_model: Annotated[int, Field(ge=8, le=65_536)] = 1180
     """Width D of the residual stream."""
-    rwkv_layers: Annotated[int, Field(ge=1, le=1024)] = 12
-    """RWKV-4 blocks, at the bottom of the stack."""
-    attention_layers: Annotated[int, Field(ge=1, le=1024)] = 2
-    """Causal attention blocks above them; only these see the compressed history."""
+    layers: Annotated[str, AfterValidator(plain_layers)] = CARD_LAYERS
+    """The stack of layers from the bottom, as COUNTxKIND joined by commas. Kinds that see the
+    compressed history (attention) stand above all others (rwkv)."""
     heads: Annotated[int, Field(ge=1, le=4096)] = 8
     """Attention heads asked for; adjusts to the nearest divisor of d_model."""
     ff_mult: Annotated[int, Field(ge=1, le=64)] = 4
@@ -98,17 +100,17 @@ class ModelSettings(Section):
     chunk_length: Annotated[int, Field(ge=2, le=65_536)] = 512
     """Tokens T of a chunk; must equal the data's."""
     latents: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Latent tokens M that a chunk is compressed to, at most its tokens."""
-    records: Annotated[int, Field(ge=1, le=4096)] = 4
-    """Records R in a latent, each of one token and D / R channels wide, which attention sees one by
-    one. Adjusts as heads do, to no more than the chunk has tokens."""
+    """Latents M that a chunk is compressed to, at most its number of tokens."""
+    sub_latents: Annotated[int, Field(ge=1, le=4096)] = 4
+    """Sub-latents R of a latent, each made for one token and D / R channels wide; attention sees
+    each as a key. Adjusts as heads do; a chunk has no more of them than tokens."""
     history_chunks: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Compressed chunks a new chunk attends to; older ones are dropped. The age of each takes a
-    channel of every head: with more than 10 the card's heads are 144 channels wide, not 128."""
+    """Compressed chunks that a chunk attends to; older ones are dropped. Each takes a channel of
+    every head for its age: with more than 10 the card's heads are 144 channels wide, not 128."""
     state_carry: bool = False
-    """Carry RWKV state over chunk ends within a document. Beyond the card: gives up the exact
-    reach of history_chunks + 1 chunks, and chunks of a window side by side. Beside history it
-    gained 0.017 nats more than history alone, which gains 0.120 (docs/history.md)."""
+    """Carry recurrent state over chunk ends within a document. Beyond the card: the reach is then
+    no longer history_chunks + 1 chunks, and a window's chunks are read one after the other. With
+    history it gained 0.017 nats more than history alone, which gains 0.120 (docs/history.md)."""
 
     @field_validator("latents")
     @classmethod
@@ -119,8 +121,13 @@ class ModelSettings(Section):
         return latents
 
     @property
+    def stack(self) -> list[str]:
+        """The kind of each layer, from the bottom."""
+        return read_layers(self.layers)
+
+    @property
     def vocab(self) -> int:
-        """The vocabulary as a number: the card's where it is still "auto"."""
+        """The vocabulary as a number: the card's while it is "auto"."""
         return CARD_VOCAB_SIZE if self.vocab_size == "auto" else self.vocab_size
 
 
@@ -329,10 +336,11 @@ class Settings(Section):
         Raises:
             UserError: unknown key or illegal value.
         """
+        values, places = translate(values, places or {})
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(_explain(error, places or {})) from None
+            raise UserError(_explain(error, places)) from None
 
     def of_saved_run(self) -> "Settings":
         """These, read from what a run has saved: a newer setting has what the run did before it."""

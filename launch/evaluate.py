@@ -1,7 +1,7 @@
 """Evaluate a trained model on held-out data: `launch/evaluate.py --checkpoint RUN --data DIR`.
 
-Prints loss, perplexity, bits per byte, and the loss by chunk index within the document, with
-history, with history withheld and with another document's, on the whole valid split of DIR.
+Prints loss, perplexity and bits per byte on the whole valid split of DIR, and the loss by chunk
+index within the document: with history, without, and with another document's.
 """
 
 import argparse
@@ -33,19 +33,19 @@ def parse_arguments() -> argparse.Namespace:
         "--data", type=typed_path, required=True, metavar="DIR", help="shard.py's output"
     )
     parser.add_argument(
-        "--json", type=typed_path, metavar="FILE", help="write the figures here too"
+        "--json", type=typed_path, metavar="FILE", help="also write the results here"
     )
     return parser.parse_args()
 
 
 def with_progress(batches: Iterator[TokenLosses], total: int) -> Iterator[TokenLosses]:
-    """Show a bar on standard error while batches are used up."""
+    """Show a progress bar on standard error."""
     console = Console(stderr=True)
     yield from track(batches, "evaluating", total, console=console, transient=True)
 
 
 def print_tables(result: Evaluation) -> None:
-    """Print the figures for people."""
+    """Print the results."""
     console = Console(width=100)
     console.print(
         f"loss {result.loss:.4f} nats/token   perplexity {result.perplexity:.2f}   "
@@ -73,7 +73,7 @@ def main() -> None:
     """Evaluate and print."""
     arguments = parse_arguments()
     if arguments.json:
-        arguments.json.touch()  # better an error now than after the work
+        arguments.json.touch()  # fails now rather than after the evaluation
     else:
         streams.require_output()
     model, settings, tokenizer = load_run(
@@ -89,7 +89,7 @@ def main() -> None:
         settings.train.window_chunks,
         progress=with_progress,
     )
-    if arguments.json:  # before the tables, whose reader may be gone
+    if arguments.json:  # first: printing fails where the reader of the output has gone
         arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
     print_tables(result)
 

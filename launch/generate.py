@@ -1,7 +1,7 @@
 """Continue a prompt with a trained model: `launch/generate.py --checkpoint RUN --prompt TEXT`.
 
-Text streams out as it is drawn. Every 512 tokens the model compresses what it has read, so memory
-stays constant however long it runs.
+Text is printed as it is sampled. Every 512 tokens the model compresses what it has read, so memory
+stays constant whatever the length.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     default = Sampling()
     add_model_arguments(parser)
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
-    parser.add_argument("--tokens", type=int, default=256, help="new tokens at most (256)")
+    parser.add_argument("--tokens", type=int, default=256, help="most new tokens (256)")
     parser.add_argument(
         "--temperature",
         type=float,
@@ -29,14 +29,14 @@ def parse_arguments() -> argparse.Namespace:
         help=f"divides the logits; 0 takes the likeliest token ({default.temperature})",
     )
     parser.add_argument(
-        "--top-k", type=int, default=default.top_k, help="likeliest tokens to keep; 0 is all (0)"
+        "--top-k", type=int, default=default.top_k, help="likeliest tokens to keep; 0 keeps all (0)"
     )
     parser.add_argument(
         "--top-p", type=float, default=default.top_p, help="probability mass to keep (1.0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
     parser.add_argument(
-        "--ignore-eos", action="store_true", help="begin another document instead of stopping"
+        "--ignore-eos", action="store_true", help="start another document instead of stopping"
     )
     return parser.parse_args()
 
@@ -45,12 +45,12 @@ def read_prompt(given: str | None) -> str:
     """The text to continue, as given or from standard input.
 
     Raises:
-        UserError: there is none, or it is not text.
+        UserError: there is none, or it is not UTF-8.
     """
     if given is None and sys.stdin is None:
         raise UserError("standard input is closed: give a --prompt")
     try:
-        # A locale that is not set reads any bytes: those that are no text are seen here.
+        # Without a locale any bytes are read: those that are not text fail here.
         prompt = sys.stdin.read() if given is None else given
         prompt.encode()
     except UnicodeError:

@@ -27,6 +27,7 @@ from i3dist.distributed.job import Job
 from i3dist.distributed.signals import StopRequest
 from i3dist.engine import zero2
 from i3dist.errors import UserError, warned
+from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
 from i3dist.tracking import mlflow_tracker
 from i3dist.tracking.revision import git_commit
@@ -93,6 +94,7 @@ def build(
     start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
     settings = start.settings
     check_micro_batch(settings, job)
+    Stack.of(settings.model)  # raises where the layers cannot be built
     if for_want_of_gpu:
         refuse_large(settings)
     host.share_threads(job)

@@ -16,12 +16,11 @@ CHUNK, PER_SHARD = 8, 4
 MODEL = {
     "model.vocab_size": 271,
     "model.d_model": 16,
-    "model.rwkv_layers": 1,
-    "model.attention_layers": 1,
+    "model.layers": "1xrwkv,1xattention",
     "model.heads": 2,
     "model.chunk_length": CHUNK,
     "model.latents": 2,
-    "model.records": 2,
+    "model.sub_latents": 2,
     "model.history_chunks": 2,
 }
 TOKENIZER = train_tokenizer(["ab ab ab"], 300)

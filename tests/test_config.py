@@ -127,6 +127,7 @@ def test_paths_and_names_are_literal_by_their_type() -> None:
         "data.path",
         "tracking.experiment",
         "tracking.run_name",
+        "model.layers",
     }
 
 

@@ -16,11 +16,9 @@ WHOLE = {
     "data.workers": (0, 256),
     "model.vocab_size": (16, 65_536),
     "model.d_model": (8, 65_536),
-    "model.rwkv_layers": (1, 1024),
-    "model.attention_layers": (1, 1024),
     "model.heads": (1, 4096),
     "model.ff_mult": (1, 64),
-    "model.records": (1, 4096),
+    "model.sub_latents": (1, 4096),
     "model.history_chunks": (1, 1024),
     "compression.off_steps": COUNT_OR_ZERO,
     "compression.ramp_steps": COUNT_OR_ZERO,
@@ -74,6 +72,21 @@ WORDS = {
     "tracking.system_metrics": (True, False),
 }
 NAMES = ("run.path", "data.path", "tracking.experiment", "tracking.run_name")
+LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1024xof_mine2")
+NO_LAYERS = (
+    *("", "rwkv", "0xrwkv", "1025xrwkv", "1024xrwkv,1xrwkv", "-1xrwkv", "1.5xrwkv", "1xrwkv,"),
+    *(
+        "1 rwkv",
+        "2xRwkv",
+        "2x",
+        "x",
+        "2xrwkv;1xattention",
+        "1x2xrwkv",
+        "9" * 99 + "xrwkv",
+        12,
+        None,
+    ),
+)
 # Whose ends depend on each other.
 PAIR = ("model.chunk_length", "model.latents")
 
@@ -90,7 +103,7 @@ def takes(**values: Any) -> bool:
 
 
 def test_every_setting_has_its_range_here() -> None:
-    assert {*WHOLE, *REAL, *WORDS, *NAMES, *PAIR} == set(Settings().flat())
+    assert {*WHOLE, *REAL, *WORDS, *NAMES, *PAIR, "model.layers"} == set(Settings().flat())
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -137,3 +150,14 @@ def test_names_are_taken_as_they_are() -> None:
     for name in NAMES:
         assert takes(**{name: "a b#c"})
     assert takes(**{"tracking.run_name": None})
+
+
+def test_layers_are_counts_and_kinds() -> None:
+    """Their order, and which kinds there are, the model knows (tests/model/test_layer_kinds.py)."""
+    for legal in LAYERS:
+        assert takes(**{"model.layers": legal})
+    for wrong in NO_LAYERS:
+        assert not takes(**{"model.layers": wrong}), wrong
+    settings = Settings().with_values(**{"model.layers": " 1xrwkv, 2xrwkv,1xattention,1xattention"})
+    assert settings.model.layers == "3xrwkv,2xattention"
+    assert settings.model.stack == ["rwkv"] * 3 + ["attention"] * 2

@@ -3,42 +3,44 @@
 Letters: n new tokens, T chunk length, C history chunks, H heads, D width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from i3dist.model.block import LayerState
 from i3dist.model.lm import I3LM
 from i3dist.model.segments import chunks_seen, history_mask, last_segment, segment_ids
-from i3dist.model.state import LaneState, RwkvState
 from i3dist.ops.attention import KeysValues, attention_bias
 
 
 @dataclass
 class _Chunk:
-    """The chunk being read: everything attention and the compressor need of it."""
+    """The chunk being read: all that layers and compressor need of it."""
 
     tokens: Tensor  # [1, t]
-    hidden: Tensor  # [1, t, D] output of the RWKV stack
-    rwkv: RwkvState
-    own: list[KeysValues | None]  # per attention block, [1, 1, t, D]
-    past: list[KeysValues]  # per attention block, [1, C * keys_per_chunk, D]; empty at first
+    hidden: Tensor  # [1, t, D], output of the lower layers
+    states: list[LayerState] | None  # of the lower layers; None before the first token
+    own: list[KeysValues | None]  # of each upper layer, [1, 1, t, D]
+    past: list[KeysValues] = field(default_factory=list)  # the same, [1, C * keys_per_chunk, D]
 
 
 class Decoder:
-    """Reads one stream, chunk by chunk, and predicts what follows each token.
+    """Reads one stream and predicts what follows its last token.
 
-    Holds at most one chunk of tokens and C chunks of latents, however long the stream. The stream
-    is cut every T tokens from its first, exactly as in training; it may hold several documents.
+    Holds at most one chunk of tokens and C chunks of latents, however long the stream. As in
+    training the stream is cut every T tokens, and may hold several documents. Layers run the same
+    `forward` as in training, from the state or the keys and values of the tokens before.
     """
 
     def __init__(self, model: I3LM, gate: float = 1.0):
         self.model = model
         weight = model.head.weight
         self.gate = torch.tensor(gate, device=weight.device)
-        self.state = LaneState.empty(1, model.settings, weight.device, weight.dtype)
+        sizes = model.settings
+        self.latents = weight.new_zeros(1, sizes.history_chunks, sizes.latents, sizes.d_model)
         self.depth = 0  # chunks before this one that belong to the document it continues
-        self.chunk = self._open_chunk(model.empty_rwkv(1, weight))
+        self.chunk = self._open_chunk(None)
 
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> Tensor:
@@ -59,17 +61,17 @@ class Decoder:
         if not chunk.tokens.shape[1]:
             begins[:, 0] |= self.depth == 0 or not model.settings.state_carry
             chunk.past = self._history(tokens)
-        x, chunk.rwkv = model.run_rwkv(model.embed(tokens), begins, chunk.rwkv)
+        x, chunk.states = model.run_lower(model.embed(tokens), begins, chunk.states)
         chunk.tokens = torch.cat([chunk.tokens, tokens], dim=1)
         chunk.hidden = torch.cat([chunk.hidden, x], dim=1)
         bias, x = self._bias(tokens.shape[1]), x.unsqueeze(1)
-        for i, block in enumerate(model.attention):
+        for i, block in enumerate(model.upper):
             x, chunk.own[i] = block(x, chunk.past[i], chunk.own[i], bias)
         return x.squeeze(1)
 
     def _history(self, tokens: Tensor) -> list[KeysValues]:
-        """What is seen of earlier chunks in a chunk that begins with tokens [1, n]."""
-        model, latents = self.model, self.state.latents
+        """What each upper layer sees of history in a chunk that begins with tokens [1, n]."""
+        model, latents = self.model, self.latents
         segments = segment_ids(tokens, model.bos_id).unsqueeze(1)
         depth = torch.tensor([[self.depth]], device=latents.device)
         seen = chunks_seen(segments, depth, latents.shape[1], self.gate)[:, : latents.shape[1]]
@@ -90,17 +92,11 @@ class Decoder:
         model, chunk = self.model, self.chunk
         segments = segment_ids(chunk.tokens, model.bos_id)
         latents = model.compressor(chunk.hidden, last_segment(segments)).unsqueeze(1)
-        newest = torch.cat([self.state.latents[:, 1:], model.width.trim(latents)], dim=1)
-        self.state = LaneState(newest, self.state.rwkv)
+        self.latents = torch.cat([self.latents[:, 1:], model.width.trim(latents)], dim=1)
         self.depth = 1 if (chunk.tokens == model.bos_id).any() else self.depth + 1
-        self.chunk = self._open_chunk(chunk.rwkv)
+        self.chunk = self._open_chunk(chunk.states)
 
-    def _open_chunk(self, rwkv: RwkvState) -> _Chunk:
-        model, latents = self.model, self.state.latents
-        return _Chunk(
-            tokens=torch.empty(1, 0, dtype=torch.long, device=latents.device),
-            hidden=latents.new_empty(1, 0, model.width.computed),
-            rwkv=rwkv,
-            own=[None] * len(model.attention),
-            past=[],
-        )
+    def _open_chunk(self, states: list[LayerState] | None) -> _Chunk:
+        tokens = torch.empty(1, 0, dtype=torch.long, device=self.latents.device)
+        hidden = self.latents.new_empty(1, 0, self.model.width.computed)
+        return _Chunk(tokens, hidden, states, [None] * len(self.model.upper))

@@ -1,5 +1,5 @@
-"""Held-out loss by chunk index within the document: with history, with history withheld, and with
-the history of another document, which tells memory from mere presence of latents.
+"""Held-out loss by chunk index within the document: with history, without, and with the history of
+another document. The last shows whether the gain comes from what history says.
 
 Letters: B rows of a batch, C history chunks, K chunks of a window, T tokens, M latents, D width,
 S stretches.
@@ -27,9 +27,9 @@ from i3dist.ops.cross_entropy import IGNORE
 class ChunkLoss:
     """Mean loss in nats per token over all chunks of one index within their document.
 
-    `loss_other_history` is `loss` and what it changes by where another document's history stands in
-    place of the document's own. That is a mean over the tokens for which another document has as
-    many chunks; the figure is None where there is no such token.
+    `loss_other_history` is the loss with another document's history in place of the own one: `loss`
+    plus the mean change over the tokens for which some other document has as many chunks. None
+    where there is no such token.
     """
 
     index: int
@@ -41,7 +41,7 @@ class ChunkLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out figures. Losses are in nats per token."""
+    """Held-out results. Losses are in nats per token."""
 
     loss: float
     perplexity: float
@@ -55,13 +55,13 @@ class Evaluation:
 
 
 class TokenLosses(NamedTuple):
-    """One batch of an evaluation, and the losses of its tokens, [B, K, T] each."""
+    """One batch of an evaluation, and its token losses, [B, K, T] each."""
 
     batch: Batch
     loss: Tensor
     withheld: Tensor
     other: Tensor  # where not `exchanged`, the same as `loss`
-    exchanged: Tensor  # bool: `other` is with another document's history, or there is none at all
+    exchanged: Tensor  # bool: `other` has another document's history, or the token has none
 
 
 def evaluate(
@@ -74,17 +74,17 @@ def evaluate(
     ranks: int = 1,
     progress: Callable[[Iterator[TokenLosses], int], Iterator[TokenLosses]] = lambda each, _: each,
 ) -> Evaluation:
-    """Evaluate on all of `held_out`; every rank calls this, does its share and gets the result.
+    """Evaluate on all of `held_out`. Every rank calls this, computes its share and gets the result.
 
     Args:
         model: in any mode, on any device; it has no dropout.
-        held_out: what is read.
+        held_out: the data.
         token_bytes: [V] bytes of text that each token stands for.
-        rows: windows computed at once, at most.
+        rows: most windows computed at once.
         window: chunks K of a window.
-        rank: this one.
+        rank: of this process.
         ranks: of the job.
-        progress: wraps the batches, given their number, to show how far it is.
+        progress: wraps the batches, given their number, to show progress.
     """
     device, most = model.head.weight.device, held_out.manifest.chunks_per_shard
     bytes_of = torch.from_numpy(token_bytes).to(device)
@@ -101,12 +101,11 @@ def evaluate(
 
 @torch.no_grad()
 def token_losses(model: I3LM, held_out: HeldOut, share: Share, rows: int) -> Iterator[TokenLosses]:
-    """The losses of a share's tokens, batch by batch; `rows` windows are computed at once, at most.
+    """The token losses of a share, batch by batch, at most `rows` windows at once.
 
-    What lies below history is computed once for each batch; the attention blocks run three times
-    over it.
+    The part below history is computed once for each batch; the layers above run three times on it.
     """
-    # A compiled model computes all batches in the one shape that it was compiled for.
+    # A compiled model is compiled for one shape: all batches are padded to it.
     height = rows if model.compiled else 0
     table = share.table.padded(height)
     bank = _stretches(model, held_out, share, rows, height)
@@ -132,7 +131,7 @@ def token_losses(model: I3LM, held_out: HeldOut, share: Share, rows: int) -> Ite
 
 
 def _windows(model: I3LM, held_out: HeldOut, table: Table) -> Iterator[tuple[Batch, Below]]:
-    """A table's batches and what lies below history; each row goes on where it was before."""
+    """A table's batches and their part below history; each row continues its lane's state."""
     weight, rows = model.head.weight, range(table.positions.shape[1])
     reader = LaneWindows(held_out.folder, held_out.manifest, table, rows)
     state = LaneState.empty(len(rows), model.settings, weight.device, weight.dtype)
@@ -142,11 +141,11 @@ def _windows(model: I3LM, held_out: HeldOut, table: Table) -> Iterator[tuple[Bat
 
 
 def _following(below: Below, before: Tensor | None, chunks: int) -> tuple[Below, Tensor]:
-    """Have rows that follow each other see the latents of those before them.
+    """Give rows that follow each other in the stream the latents of the rows before.
 
     Args:
         below: the rows.
-        before: [C, M, D], latents of the chunks before the first row; None where there are none.
+        before: [C, M, D], latents of the chunks before the first row, or None.
         chunks: C.
 
     Returns:
@@ -164,9 +163,9 @@ def _following(below: Below, before: Tensor | None, chunks: int) -> tuple[Below,
 def _stretches(
     model: I3LM, held_out: HeldOut, share: Share, rows: int, height: int
 ) -> Tensor | None:
-    """Latents of the stretches that a share needs, the newest last: [S, C, M, D].
+    """Latents of the stretches that a share needs, newest last: [S, C, M, D], or None if none.
 
-    What it does not need stays 0; None where it needs none at all.
+    Stretches that it does not need stay 0.
     """
     needed = np.unique(held_out.stretches_at(share.table.positions))
     needed = needed[needed != NONE]
@@ -187,20 +186,20 @@ def _stretches(
 
 
 def _exchanged(below: Below, history: Tensor) -> Below:
-    """Every chunk as a window of its own, with latents [B, K, C, M, D] in place of its history."""
+    """Every chunk as its own window, with latents [B, K, C, M, D] in place of its history."""
     latents = history.flatten(0, 1)
     return Below(
         below.x.flatten(0, 1).unsqueeze(1),
         below.segments.flatten(0, 1).unsqueeze(1),
         below.depth.view(-1, 1),
-        torch.cat([latents, torch.zeros_like(latents[:, :1])], dim=1),  # its own: nobody sees them
+        torch.cat([latents, torch.zeros_like(latents[:, :1])], dim=1),  # its own: never seen
     )
 
 
 def chunk_index(batch: Batch, bos_id: int) -> Tensor:
     """Each token's chunk within its document, from 0: [B, K, T].
 
-    A document that runs over the end of a shard counts from 0 again, as its history does.
+    The count restarts where a document continues in a new shard, as its history does.
     """
     continues = segment_ids(batch.tokens, bos_id) == 0
     return torch.where(continues, batch.depth.unsqueeze(-1), 0)
@@ -233,6 +232,6 @@ def _summary(sums: Tensor, text_bytes: float) -> Evaluation:
 def _chunk_loss(
     index: int, tokens: float, loss: float, without: float, exchanged: float, more: float
 ) -> ChunkLoss:
-    """Means of one index's sums; `exchanged` counts tokens with another document's history."""
+    """The means of one index; `exchanged` counts tokens with another document's history."""
     other = loss / tokens + more / exchanged if exchanged else None
     return ChunkLoss(index, int(tokens), loss / tokens, without / tokens, other)

@@ -1,4 +1,4 @@
-"""Text from a trained model, with constant memory however long it runs. Letter: V vocabulary."""
+"""Text from a trained model, in constant memory whatever its length. Letter: V vocabulary."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from i3dist.model.lm import I3LM
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn."""
+    """How the next token is sampled."""
 
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = 0
-    """Keep only so many of the likeliest tokens; 0 keeps all."""
+    """Number of likeliest tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the likeliest tokens that together reach this probability (Holtzman et al., 2020); 1
-    keeps all."""
+    """Probability that the likeliest tokens kept reach together (nucleus sampling: Holtzman et al.,
+    2020, arXiv:1904.09751); 1 keeps all."""
 
     def __post_init__(self) -> None:
         if self.temperature and not 1e-3 <= self.temperature <= 1e3:
@@ -34,8 +34,8 @@ class Sampling:
             raise UserError(f"--top-p {self.top_p} must be above 0 and at most 1")
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw one token id from logits [V] fp32; ids at -inf are never drawn."""
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Sample one token id from logits [V] fp32; never one at -inf."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     ids, probabilities = distribution(logits, sampling)
@@ -43,22 +43,22 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """What a token is drawn from at a temperature above 0.
+    """What a token is sampled from at a temperature above 0.
 
     Args:
         logits: [V] fp32.
-        sampling: temperature, then `top_k`, then `top_p` of what that leaves.
+        sampling: temperature, then `top_k`, then `top_p` of what `top_k` leaves.
 
     Returns:
-        Ids [k], the likeliest first and of equal ones the lowest, and their weights [k] fp32: the
-        probabilities, but 0 where `top_p` cuts. They sum to what it keeps.
+        Ids [k], likeliest first and equal ones by number, and their weights [k] fp32: the
+        probabilities, or 0 where `top_p` cuts. They need not sum to 1.
     """
     values, ids = torch.sort(logits / sampling.temperature, descending=True, stable=True)
     if sampling.top_k:
         values, ids = values[: sampling.top_k], ids[: sampling.top_k]
     probabilities = values.softmax(-1)
-    if sampling.top_p < 1:  # at 1 rounding would cut what is left when the sum reaches it early
-        # A token stays while those before it have not reached top_p: the first always does.
+    if sampling.top_p < 1:  # at 1 a rounded sum could cut the last tokens
+        # A token stays if those before it have not reached top_p. So the first always stays.
         before = F.pad(probabilities[:-1].double().cumsum(-1), (1, 0))
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     return ids, probabilities
@@ -73,23 +73,23 @@ def generate(
     seed: int,
     ignore_eos: bool = False,
 ) -> Iterator[str]:
-    """Continue `prompt`; yields text as characters are complete.
+    """Continue `prompt`; yields text as soon as its characters are complete.
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
         prompt: plain text; special tokens written in it stay text.
-        tokens: at most so many new tokens; fewer where the model ends the document.
-        sampling: how tokens are drawn.
-        seed: of the draws.
-        ignore_eos: begin another document after ``<EOS>`` instead of stopping.
+        tokens: number of new tokens; fewer where the model ends the document.
+        sampling: how tokens are sampled.
+        seed: of the random numbers.
+        ignore_eos: start another document after ``<EOS>`` instead of stopping.
 
     Raises:
-        UserError: the model gives logits that are not finite.
+        UserError: the model's logits are not finite.
     """
     device = model.head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    # A document consists of text and its end: no other special token can follow.
+    # A document is text and its end: no other special token may follow.
     allowed = torch.zeros(tokenizer.vocab_size, device=device)
     allowed[[i for i in tokenizer.special_ids.values() if i != tokenizer.eos_id]] = float("-inf")
     decoder, text = Decoder(model), tokenizer.stream_decoder()
@@ -98,7 +98,7 @@ def generate(
         logits = decoder.feed(torch.tensor(fed, device=device))
         if not logits.isfinite().all():
             raise UserError("the model's logits are not finite: choose an earlier checkpoint of it")
-        token = draw(logits + allowed, sampling, generator)
+        token = sample(logits + allowed, sampling, generator)
         if token == tokenizer.eos_id:
             if not ignore_eos:
                 break

@@ -3,11 +3,11 @@
 Letters: B lanes, K chunks of a window, H heads, T query tokens, S keys, C history chunks, M keys of
 an earlier chunk, D width.
 
-Tokens carry no positions: the RWKV blocks below give order (as in Jamba, Lieber et al., 2024,
-arXiv:2403.19887). Keys of history carry a learned slot, 0 to M - 1, and their age, 1 to C chunks,
-is a logit b_ha(x) that a query x gives to all keys so old, as in relative attention (Shaw et al.,
-2018, arXiv:1803.02155). It begins low: while history holds nothing of use yet, its keys outnumber
-the chunk's own, and would take attention from them.
+Tokens carry no positions: the layers below give order (as in Jamba, Lieber et al., 2024,
+arXiv:2403.19887). Keys of history carry a learned slot, 0 to M - 1. Their age is 1 to C chunks:
+head h of a query x adds a logit b_ha(x) to all keys of age a, as in relative attention (Shaw et
+al., 2018, arXiv:1803.02155). This logit starts low: untrained history holds nothing of use, but has
+more keys than the chunk itself and would draw attention from it.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from i3dist.model.block import HistoryBlock, Place
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
-from i3dist.ops.attention import KeysValues, Visibility, attend
+from i3dist.model.segments import causal_mask, history_mask
+from i3dist.ops.attention import (
+    KeysValues,
+    Visibility,
+    Window,
+    attend,
+    attention_bias,
+    block_visibility,
+)
 from i3dist.ops.linear import linear
 
-CLOSED = -4.0  # what the logits of ages begin at
+CLOSED = -4.0  # initial logit of every age
+
+
+def visibility(window: Window, gate: Tensor, fused: bool) -> Visibility:
+    """What the tokens of a window see, for the fused kernel or as a matrix.
+
+    Args:
+        window: the chunks, and their history.
+        gate: scalar g in [0, 1] of history.
+        fused: whether blocks are compiled and on a GPU.
+    """
+    if fused:
+        return block_visibility(window, gate)
+    segments, depth = window.segments.flatten(0, 1), window.depth.flatten()
+    history = history_mask(segments, depth, window.chunks)
+    return attention_bias(causal_mask(segments), history, gate, window.keys_per_chunk)
 
 
 class Slots(nn.Module):
-    """What tells the keys of a chunk of history apart. M D parameters."""
+    """A learned vector for each key of a history chunk, which tells them apart. M D parameters."""
 
     def __init__(self, width: Channels, keys: int):
         super().__init__()
@@ -40,10 +64,9 @@ class Slots(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention over earlier chunks, then tokens. (4 D + H C) D parameters.
 
-    The logits of ages are C channels more of a query. The chunks of a lane take turns in them:
-    chunk i's keys of history hold 1 in channel i mod C, and keys of tokens hold 0 in all. So keys
-    are the same for every query that sees them. The channels take the place of padding, if there is
-    any.
+    A query has C extra channels per head for the logits of ages. The history keys of a lane's chunk
+    i hold 1 in channel i mod C and 0 in the others; keys of tokens hold 0 in all. So a key is the
+    same for every query that sees it. These channels replace padding where there is some.
     """
 
     def __init__(self, width: Channels, heads: int, chunks: int):
@@ -58,8 +81,8 @@ class Attention(nn.Module):
         self.output = Linear(inner, width)
         self.age_bias = nn.Parameter(torch.full((self.heads * chunks,), CLOSED))
 
-    def begin(self) -> None:
-        """The logits of ages begin the same for every query."""
+    def reset_parameters(self) -> None:
+        """Start with logits of ages that are the same for every query."""
         rows = self.query.weight.unflatten(0, (self.heads, -1))
         nn.init.zeros_(rows[:, self.inner.per_head :])
 
@@ -67,10 +90,10 @@ class Attention(nn.Module):
         """x [B, K, T, D] -> the same, with the logits of ages in their channels."""
         query = self.query(x).unflatten(-1, (self.heads, -1))  # [B, K, T, H, D/H]
         count = self.heads * self.chunks
-        bias = self.age_bias[:count].view(self.heads, self.chunks)  # packed, it may be longer
+        bias = self.age_bias[:count].view(self.heads, self.chunks)  # longer where it is packed
         content, ages, padding = query.tensor_split(self._channels, dim=-1)
         ages = (ages + bias) / self.scale  # the oldest first
-        # To chunk k of the window its oldest chunk of history is number k.
+        # The oldest chunk that chunk k of the window sees is number k.
         turned = torch.stack([ages[:, k].roll(k, -1) for k in range(x.shape[1])], dim=1)
         return torch.cat([content, turned, padding], dim=-1).flatten(-2)
 
@@ -79,12 +102,7 @@ class Attention(nn.Module):
         return KeysValues(*self.key_value(x).chunk(2, dim=-1))
 
     def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
-        """Keys and values of all chunks that a window sees: [B, (C + K) * M, D] each.
-
-        Args:
-            project: multiplies what is seen of these chunks with a matrix: [out, D] ->
-                [B, C + K, M, out], oldest first.
-        """
+        """See `HistoryBlock.history`."""
         both = project(self.key_value.computed(self.key_value.weight))
         keys, values = both.chunk(2, dim=-1)
         count = torch.arange(both.shape[1], device=both.device)
@@ -96,7 +114,7 @@ class Attention(nn.Module):
 
     @property
     def _channels(self) -> tuple[int, int]:
-        """Where a head's logits of ages begin, and where they end."""
+        """First channel of a head's logits of ages, and the one after the last."""
         return self.inner.per_head, self.inner.per_head + self.chunks
 
     def forward(self, x: Tensor, past: KeysValues, own: KeysValues, visible: Visibility) -> Tensor:
@@ -104,28 +122,29 @@ class Attention(nn.Module):
         return self.output(attend(self.queries(x), past, own, visible, self.heads, self.scale))
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(HistoryBlock):
     """Pre-norm attention and feed-forward, each with a residual connection. 12 D^2 parameters."""
 
-    def __init__(self, width: Channels, heads: int, mult: int, chunks: int):
-        super().__init__()
+    def __init__(self, place: Place):
+        super().__init__(place)
+        settings, width, _, _ = place
         self.norm_attention = LayerNorm(width)
         self.norm_ff = LayerNorm(width)
-        self.attention = Attention(width, heads, chunks)
-        self.ff = FeedForward(width, mult)
+        self.attention = Attention(width, settings.heads, settings.history_chunks)
+        self.ff = FeedForward(width, settings.ff_mult)
+
+    def reset_parameters(self) -> None:
+        """See `Block.reset_parameters`."""
+        self.attention.reset_parameters()
+
+    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
+        """See `HistoryBlock.history`."""
+        return self.attention.history(project)
 
     def forward(
         self, x: Tensor, past: KeysValues, own: KeysValues | None, visible: Visibility
     ) -> tuple[Tensor, KeysValues]:
-        """x [B, K, T, D] -> the same, and keys and values of all the chunk's tokens so far,
-        detached.
-
-        Args:
-            x: the residual stream.
-            past: keys and values of history, [B, (C + K) * M, D] each.
-            own: keys and values of tokens of this chunk before x, or None.
-            visible: what each token sees of history and of its chunk.
-        """
+        """See `HistoryBlock.forward`."""
         normed, x = self.norm_attention.of_sum(x)
         now = self.attention.keys_values(normed)
         if own is not None:

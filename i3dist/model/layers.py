@@ -1,9 +1,9 @@
 """Small parts shared by the blocks. Letters: T tokens, D width, H heads.
 
-Parameters are stored at the width that the settings name; computation runs on channels padded to a
-multiple of `ALIGNMENT`, because matrix units read rows that start at such a boundary several times
-faster (docs/performance.md). What is padded is zero in every activation and in every weight, so it
-adds nothing to any sum and its gradient falls away with it.
+Parameters are stored at the width of the settings. Computation runs on channels padded to a
+multiple of `ALIGNMENT`: matrix units read rows that start at such a boundary several times faster
+(docs/performance.md). Padding is zero in every activation and weight, so it adds nothing to any
+sum, and its gradient is dropped with it.
 """
 
 import logging
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from i3dist.ops.layer_norm import add_and_norm
 from i3dist.ops.linear import linear
+from i3dist.ops.shift_mix import Norm
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +24,13 @@ ALIGNMENT = 16  # elements: 32 bytes of bf16
 
 @dataclass(frozen=True)
 class Channels:
-    """A number of channels as stored and as computed with; heads are padded one by one.
+    """A number of channels as stored, and as padded for computation head by head.
 
     Attributes:
         stored: channels of parameters and of saved state.
-        heads: equal groups that they fall into.
-        alignment: what a group is padded to a multiple of; 1 pads nothing.
-        spare: channels that a group is padded with at least.
+        heads: equal groups of them.
+        alignment: a group is padded to a multiple of it; 1 pads nothing.
+        spare: least number of channels that a group is padded with.
     """
 
     stored: int
@@ -49,7 +50,7 @@ class Channels:
         return self.stored // self.heads
 
     def times(self, factor: int) -> "Channels":
-        """As many channels `factor` times over."""
+        """`factor` times as many channels."""
         return replace(self, stored=factor * self.stored)
 
     def split(self, heads: int, spare: int = 0) -> "Channels":
@@ -57,7 +58,7 @@ class Channels:
         return replace(self, heads=heads, spare=spare)
 
     def pad(self, x: Tensor, dim: int = -1) -> Tensor:
-        """Stored -> computed channels along `dim`, with zeros; what is padded already stays."""
+        """Stored -> computed channels along `dim`, with zeros; a padded tensor stays as it is."""
         if x.shape[dim] == self.computed:
             return x
         extra = self.computed // self.heads - self.per_head
@@ -76,8 +77,10 @@ class Channels:
 def adjust_heads(
     width: int, requested: int, what: str = "heads", at_most: int | None = None
 ) -> int:
-    """The divisor of `width` nearest to `requested`, the larger on a tie, of those that are at most
-    `at_most`; says so once."""
+    """The divisor of `width` nearest to `requested` and at most `at_most`, the larger on a tie.
+
+    Logs once where it is not the requested number.
+    """
     divisors = [n for n in range(1, min(width, at_most or width) + 1) if width % n == 0]
     heads = min(divisors, key=lambda n: (abs(n - requested), -n))
     if heads != requested:
@@ -111,16 +114,17 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., computed] -> the same."""
-        return self._of_sum(x, None, goes_on=False)[0]
+        return add_and_norm(x, self.padded(), goes_on=False)[0]
 
     def of_sum(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """A residual stream [..., computed] and what a branch adds to it, None being 0 -> the
-        stream, normalised, and the stream from which to go on."""
-        return self._of_sum(x, branch, goes_on=True)
+        """The norm of a residual stream [..., computed] plus a branch (None is 0), and the sum,
+        from which the stream goes on."""
+        return add_and_norm(x, self.padded(), branch)
 
-    def _of_sum(self, x: Tensor, branch: Tensor | None, goes_on: bool) -> tuple[Tensor, Tensor]:
-        weight, bias = self.channels.pad(self.weight), self.channels.pad(self.bias)
-        return add_and_norm(x, weight, bias, self.channels.stored, self.eps, branch, goes_on)
+    def padded(self) -> Norm:
+        """Its parameters on padded channels."""
+        pad = self.channels.pad
+        return Norm(pad(self.weight), pad(self.bias), self.channels.stored, self.eps)
 
 
 class FeedForward(nn.Module):

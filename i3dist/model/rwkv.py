@@ -1,7 +1,7 @@
 """RWKV-4 blocks (Peng et al., 2023, arXiv:2305.13048). Letters: N rows, T tokens, D width.
 
-Initial decay, bonus and mix curves are those of the reference implementation that accompanies the
-paper. Token shift and WKV state restart wherever `restart` is true.
+Initial decay, bonus and mix curves are those of the paper's reference implementation. Token shift
+and WKV state restart wherever `restart` is true.
 """
 
 import math
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from i3dist.model.block import LayerState, LowerBlock, Place
 from i3dist.model.layers import Channels, LayerNorm, Linear
-from i3dist.ops.shift_mix import norm_shift_mix
-from i3dist.ops.wkv import wkv
+from i3dist.ops.shift_mix import Mixed, MixInputs, norm_shift_mix
+from i3dist.ops.wkv import WkvInputs, empty_state, wkv
 
 
 def norm_and_mix(
@@ -23,8 +24,8 @@ def norm_and_mix(
     restart: Tensor,
     shift: Tensor,
     branch: Tensor | None = None,
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Normalised x, mixed with the previous position's; a branch's inputs.
+) -> Mixed:
+    """The inputs of a branch: normalised x, mixed with the previous position's.
 
     Args:
         norm: of the branch.
@@ -32,18 +33,15 @@ def norm_and_mix(
         x: [N, T, D], the residual stream.
         restart: [N, T] bool, where nothing stands before a position.
         shift: [N, D], normalised, what stands before position 0.
-        branch: [N, T, D], the output of an earlier branch, not yet added to x; None if there
-            is none.
+        branch: [N, T, D], the output of an earlier branch that is still to be added to x, or None.
 
     Returns:
-        One tensor [N, T, D] for each of `mixes`, the shift of what follows [N, D], and the residual
+        One input [N, T, D] for each of `mixes`, the shift of what follows [N, D], and the residual
         stream with the earlier branch added.
     """
-    pad = norm.channels.pad
-    shares = torch.stack([pad(mix) for mix in mixes])
-    weight, bias = pad(norm.weight), pad(norm.bias)
-    channels = norm.channels.stored
-    return norm_shift_mix(x, weight, bias, shares, restart, shift, channels, norm.eps, branch)
+    shares = torch.stack([norm.channels.pad(mix) for mix in mixes])
+    weight, bias, channels, eps = norm.padded()
+    return norm_shift_mix(MixInputs(x, weight, bias, shares, restart, shift, channels, eps, branch))
 
 
 def _mix_curve(width: int, power: float, offset: float = 0.0) -> nn.Parameter:
@@ -54,8 +52,8 @@ def _mix_curve(width: int, power: float, offset: float = 0.0) -> nn.Parameter:
 class TimeMix(nn.Module):
     """Receptance-gated WKV of mixed inputs. 4 D^2 parameters.
 
-    The decay and bonus reach the kernel in fp32. Each is an fp32 buffer (its initial curve) plus a
-    learned offset that starts at zero: an engine that casts parameters to bf16 then rounds only
+    The kernel takes decay and bonus in fp32. Each is the sum of an fp32 buffer, its initial curve,
+    and a learned offset that starts at zero: an engine that casts parameters to bf16 rounds only
     the small offset (docs/decisions.md has the measurement).
     """
 
@@ -83,7 +81,7 @@ class TimeMix(nn.Module):
 
     @property
     def mixes(self) -> tuple[Tensor, ...]:
-        """[D] each: of the key's, the value's and the receptance's input."""
+        """[D] each, for the inputs of key, value and receptance."""
         return self.mix_key, self.mix_value, self.mix_receptance
 
     def forward(
@@ -96,7 +94,7 @@ class TimeMix(nn.Module):
         # An fp32 buffer plus a bf16 parameter is fp32.
         decay = -torch.exp(pad(self.decay_base) + pad(self.decay_offset))
         bonus = pad(self.bonus_base) + pad(self.bonus_offset)
-        y, state = wkv(decay, bonus, k, v, restart, state, receptance=r)
+        y, state = wkv(WkvInputs(decay, bonus, k, v, restart, state, r))
         return self.output(y), state
 
 
@@ -115,7 +113,7 @@ class ChannelMix(nn.Module):
 
     @property
     def mixes(self) -> tuple[Tensor, ...]:
-        """[D] each: of the key's and the receptance's input."""
+        """[D] each, for the inputs of key and receptance."""
         return self.mix_key, self.mix_receptance
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -125,23 +123,32 @@ class ChannelMix(nn.Module):
         return torch.sigmoid(self.receptance(for_receptance)) * self.value(hidden)
 
 
-class RwkvBlock(nn.Module):
-    """Pre-norm time-mix and channel-mix, each with a residual connection."""
+class RwkvBlock(LowerBlock):
+    """Pre-norm time-mix and channel-mix, each with a residual connection.
 
-    def __init__(self, width: Channels, mult: int, layer: int, layers: int):
-        super().__init__()
+    The state is that of WKV [N, 3, D] fp32 (numerator, denominator, running maximum), and the
+    normalised inputs of the last position's time-mix and channel-mix, [N, D] each.
+    """
+
+    state_parts = ("wkv", "time_shift", "channel_shift")
+    kept_values = 22
+
+    def __init__(self, place: Place):
+        super().__init__(place)
+        settings, width, layer, layers = place
         self.norm_time = LayerNorm(width)
         self.norm_channel = LayerNorm(width)
         self.time_mix = TimeMix(width, layer, layers)
-        self.channel_mix = ChannelMix(width, mult, layer, layers)
+        self.channel_mix = ChannelMix(width, settings.ff_mult, layer, layers)
 
-    def forward(
-        self, x: Tensor, restart: Tensor, state: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """x [N, T, D]; state (wkv [N, 3, D] fp32, time shift [N, D], channel shift [N, D]).
+    @classmethod
+    def empty_state(cls, rows: int, width: int, like: Tensor) -> LayerState:
+        """See `LowerBlock.empty_state`."""
+        shifts = (like.new_zeros(rows, width) for _ in range(2))
+        return empty_state(rows, width, like.device), *shifts
 
-        The state after x has no gradient: it begins another window.
-        """
+    def forward(self, x: Tensor, restart: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """See `LowerBlock.forward`."""
         wkv_state, time_shift, channel_shift = state
         time, channel = self.time_mix, self.channel_mix
         inputs, time_shift, x = norm_and_mix(self.norm_time, time.mixes, x, restart, time_shift)

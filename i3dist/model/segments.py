@@ -1,8 +1,8 @@
 """Documents inside a chunk. Letters: B rows, K chunks of a window, T tokens.
 
-A chunk is a cut out of the stream ``<BOS> document <EOS> <BOS> document <EOS> ...``. Each ``<BOS>``
-opens a segment; segment 0 is what continues from the chunk before, and is empty where the chunk
-begins with ``<BOS>``. Documents never see each other: every mask here follows from segment ids.
+A chunk is a piece of the stream ``<BOS> document <EOS> <BOS> document <EOS> ...``. Each ``<BOS>``
+opens a segment. Segment 0 continues the chunk before; it is empty where the chunk begins with
+``<BOS>``. Documents never see each other: every mask here follows from segment ids.
 """
 
 import torch
@@ -22,14 +22,14 @@ def causal_mask(segments: Tensor) -> Tensor:
 
 
 def last_segment(segments: Tensor) -> Tensor:
-    """Positions of the segment that may go on in the next chunk: [..., T] -> [..., T] bool."""
+    """Positions of the segment that may continue in the next chunk: [..., T] -> [..., T] bool."""
     return segments == segments[..., -1:]
 
 
 def history_mask(segments: Tensor, depth: Tensor, chunks: int) -> Tensor:
     """Who may attend to which earlier chunk: [..., T, chunks] bool, oldest chunk first.
 
-    Only segment 0 continues a document, and only `depth` chunks before this one hold parts of it.
+    Only segment 0 continues a document, and only the `depth` chunks before hold parts of it.
 
     Args:
         segments: [..., T] from `segment_ids`.
@@ -62,7 +62,8 @@ def chunks_seen(segments: Tensor, depth: Tensor, chunks: int, gate: Tensor) -> T
 def restarts(tokens: Tensor, depth: Tensor, bos_id: int, carry: bool) -> Tensor:
     """Where recurrent state is emptied before the token: [B, K, T] bool.
 
-    At each ``<BOS>``, and at a chunk's start unless state is carried into a continued document.
+    That is at each ``<BOS>``, and at a chunk's start unless state is carried into a continued
+    document.
     """
     begins = tokens == bos_id
     chunk_start = (depth == 0) if carry else torch.ones_like(depth, dtype=torch.bool)

@@ -1,97 +1,109 @@
-"""What a lane carries from window to window. Letters: B rows, M latents, D width.
+"""What a lane carries from window to window. Letters: B rows, M latents, D width, R layers.
 
-State is functional: it goes into the model and comes out; nothing is changed in place, so that
-activation recomputation cannot append twice. Every tensor is row-first, so that a lane is a row.
+State is functional: it goes into the model and comes out, and nothing is changed in place, so
+recomputing activations cannot append twice. A lane is a row of every tensor.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from i3dist.config import ModelSettings
-from i3dist.ops.wkv import empty_state
+from i3dist.model.block import LayerState
+from i3dist.model.layer_kinds import Layer, Stack, lower_kind
 
 
-class RwkvState(NamedTuple):
-    """Recurrent state of the RWKV blocks; R is their number, or 0 where nothing is carried."""
+def empty_states(layers: Sequence[Layer], rows: int, width: int, like: Tensor) -> list[LayerState]:
+    """The state of each layer before a document's first token; layers of a kind share memory."""
+    kinds = {layer.kind: lower_kind(layer).empty_state(rows, width, like) for layer in layers}
+    return [kinds[layer.kind] for layer in layers]
 
-    wkv: Tensor  # [B, R, 3, D] fp32: numerator, denominator, running maximum
-    time_shift: Tensor  # [B, R, D] input of the last position's time-mix
-    channel_shift: Tensor  # [B, R, D] input of the last position's channel-mix
 
-    @classmethod
-    def empty(
-        cls, rows: int, layers: int, width: int, device: torch.device, dtype: torch.dtype
-    ) -> "RwkvState":
-        """The state before a document's first token, one in memory for all layers."""
-        wkv = empty_state(rows, width, device).unsqueeze(1).expand(-1, layers, -1, -1)
-        shifts = (torch.zeros(rows, 1, width, device=device, dtype=dtype) for _ in range(2))
-        return cls(wkv, *(shift.expand(-1, layers, -1) for shift in shifts))
+def state_names(layer: Layer) -> list[str]:
+    """What the parts of a layer's state are called in lane states and checkpoints."""
+    # RWKV's have no prefix: they are older than layer kinds.
+    prefix = "" if layer.kind == "rwkv" else f"{layer.kind}."
+    return [prefix + part for part in lower_kind(layer).state_parts]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "RwkvState":
-        """Every tensor changed alike."""
-        return RwkvState(*(change(part) for part in self))
+
+def stack_states(layers: Sequence[Layer], states: Sequence[LayerState]) -> dict[str, Tensor]:
+    """The states of layers by name: [B, ...] each -> [B, R, ...] with R layers of a kind."""
+    parts: dict[str, list[Tensor]] = {}
+    for layer, state in zip(layers, states, strict=True):
+        for name, part in zip(state_names(layer), state, strict=True):
+            parts.setdefault(name, []).append(part)
+    return {name: torch.stack(tensors, dim=1) for name, tensors in parts.items()}
+
+
+def unstack_states(layers: Sequence[Layer], stacked: Mapping[str, Tensor]) -> list[LayerState]:
+    """The inverse of `stack_states`."""
+    return [tuple(stacked[name][:, layer.nth] for name in state_names(layer)) for layer in layers]
 
 
 class LaneState(NamedTuple):
-    """The memory of B lanes: the newest compressed chunks, oldest first, and carried RWKV state.
+    """The memory of B lanes: the newest compressed chunks, and the carried state of layers.
 
     Which of the latents are visible is not stored: it follows from the data (`Batch.depth`).
     """
 
-    latents: Tensor  # [B, history_chunks, M, D]
-    rwkv: RwkvState
+    latents: Tensor  # [B, history_chunks, M, D], oldest first
+    layers: dict[str, Tensor]  # from `stack_states`, with R = 0 where state is not carried
 
     @classmethod
     def empty(
         cls, rows: int, model: ModelSettings, device: torch.device, dtype: torch.dtype
     ) -> "LaneState":
         """The state of lanes that have read nothing yet."""
-        latents = torch.zeros(
-            rows, model.history_chunks, model.latents, model.d_model, device=device, dtype=dtype
-        )
-        carried = model.rwkv_layers if model.state_carry else 0
-        return cls(latents, RwkvState.empty(rows, carried, model.d_model, device, dtype))
+        like, width = torch.empty(0, device=device, dtype=dtype), model.d_model
+        latents = like.new_zeros(rows, model.history_chunks, model.latents, width)
+        lower = Stack.of(model).lower
+        layers = {}
+        for layer, state in zip(lower, empty_states(lower, rows, width, like), strict=True):
+            for name, part in zip(state_names(layer), state, strict=True):
+                count = layer.total if model.state_carry else 0
+                layers[name] = part.unsqueeze(1).expand(-1, count, *part.shape[1:])
+        return cls(latents, layers)
 
     def rows(self, start: int, stop: int) -> "LaneState":
         """Lanes [start, stop)."""
         return self.map(lambda x: x[start:stop])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "LaneState":
-        """Every tensor changed alike."""
-        return LaneState(change(self.latents), self.rwkv.map(change))
+        """The state with `change` applied to every tensor."""
+        return LaneState(change(self.latents), {n: change(x) for n, x in self.layers.items()})
 
     def detach(self) -> "LaneState":
-        """The same values without their past: gradient ends at the window's start."""
+        """The same values without gradient: it ends at the window's start."""
         return self.map(Tensor.detach)
 
-    def finite(self) -> "LaneState":
-        """The same, but as nothing had been read where something is not finite.
+    def finite(self, empty: "LaneState") -> "LaneState":
+        """The same with what is not finite replaced by `empty`, the state of as many new lanes.
 
-        Latents are emptied chunk by chunk, so that the others keep their age; RWKV state by lane.
+        Latents are emptied chunk by chunk, so that the others keep their age; the state of layers
+        lane by lane.
         """
         chunks = self.latents.isfinite().all(-1).all(-1)  # [B, history_chunks]
-        latents = self.latents.where(chunks[..., None, None], 0)
-        rows, layers = self.rwkv.time_shift.shape[:2]
-        width, kept = self.latents.shape[-1], self.rwkv.time_shift
-        empty = RwkvState.empty(rows, layers, width, kept.device, kept.dtype)
-        whole = torch.stack([part.flatten(1).isfinite().all(1) for part in self.rwkv]).all(0)
-        parts = (
-            part.where(whole.view(-1, *[1] * (part.dim() - 1)), other)
-            for part, other in zip(self.rwkv, empty, strict=True)
-        )
-        return LaneState(latents, RwkvState(*parts))
+        latents = self.latents.where(chunks[..., None, None], empty.latents)
+        whole = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
+        for part in self.layers.values():
+            whole = whole & part.flatten(1).isfinite().all(1)
+        layers = {
+            name: part.where(whole.view(-1, *[1] * (part.dim() - 1)), empty.layers[name])
+            for name, part in self.layers.items()
+        }
+        return LaneState(latents, layers)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, for saving; each has lanes as its first dimension."""
-        return {"latents": self.latents, **self.rwkv._asdict()}
+        return {"latents": self.latents, **self.layers}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> "LaneState":
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "LaneState":
         """The inverse of `tensors`."""
-        return cls(tensors["latents"], RwkvState(*(tensors[name] for name in RwkvState._fields)))
+        layers = dict(tensors)
+        return cls(layers.pop("latents"), layers)
 
     @classmethod
     def concatenate(cls, parts: Sequence["LaneState"]) -> "LaneState":

@@ -3,11 +3,11 @@
 Letters: B lanes, K chunks of a window, N = B x K, H heads, T query tokens, S own keys, C history
 chunks, M keys of an earlier chunk, D channels of all heads.
 
-What a query sees is decided once for all blocks and heads. `attention_bias` writes it out as a
-matrix that is added to the logits: it reads like the rule, serves any device and any part of a
-chunk, and is the oracle. `block_visibility` says the same as a rule over positions of a whole lane,
-from which a fused kernel computes only the tiles where something is seen: so the history of a
-chunk, most of which the next chunk sees too, is never copied.
+What a query sees is decided once for all blocks and heads, in one of two forms. `attention_bias`
+is a matrix that is added to the logits: it works on any device and for any part of a chunk, and is
+the oracle. `block_visibility` is a rule over the positions of a whole lane: a fused kernel computes
+only the tiles where the rule sees something. A chunk and the next share most of their history; the
+fused form never copies it.
 """
 
 import functools
@@ -22,12 +22,21 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 TILE = 128  # queries, and keys, of a tile of the fused kernel
 
 
+class Window(NamedTuple):
+    """Whole chunks of some lanes, and the size of what they see of the past."""
+
+    segments: Tensor  # [B, K, T] from `segment_ids`
+    depth: Tensor  # [B, K] int, how many chunks before each belong to segment 0's document
+    chunks: int  # C
+    keys_per_chunk: int  # M; 0 without history
+
+
 class BlockVisibility(NamedTuple):
-    """Who sees what, for the fused kernel."""
+    """What each query sees, for the fused kernel."""
 
     mask: BlockMask
     log_gate: Tensor  # scalar fp32, added to the logits of history
-    history: int  # how many of a lane's first keys are history
+    history: int  # number of history keys; they precede a lane's own keys
 
 
 Visibility = Tensor | BlockVisibility
@@ -57,20 +66,11 @@ def attention_bias(own: Tensor, history: Tensor, gate: Tensor, keys_per_chunk: i
     return torch.cat([past, torch.where(own, 0.0, never)], dim=-1).unsqueeze(1)
 
 
-def block_visibility(
-    segments: Tensor, depth: Tensor, gate: Tensor, chunks: int, keys_per_chunk: int
-) -> BlockVisibility:
-    """The same for windows of whole chunks, as a rule over a lane's positions.
-
-    Args:
-        segments: [B, K, T] from `segment_ids`.
-        depth: [B, K] int, how many chunks before each belong to segment 0's document.
-        gate: scalar g in [0, 1].
-        chunks: C.
-        keys_per_chunk: M; 0 without history.
-    """
-    window, length = segments.shape[1:]
-    history, per_chunk = (chunks + window) * keys_per_chunk, max(1, keys_per_chunk)
+def block_visibility(window: Window, gate: Tensor) -> BlockVisibility:
+    """The same as a rule over the positions of whole lanes; gate is a scalar g in [0, 1]."""
+    segments, depth, chunks, keys_per_chunk = window
+    count, length = segments.shape[1:]
+    history, per_chunk = (chunks + count) * keys_per_chunk, max(1, keys_per_chunk)
     segment, reach = segments.flatten(1), depth.clamp(max=chunks)
 
     def sees(lane: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -82,26 +82,26 @@ def block_visibility(
         own = own & (segment[lane, position] == segment[lane, query])
         return torch.where(key < history, past, own)
 
-    mask = _maker(segments.is_cuda)(sees, segments, depth, chunks, keys_per_chunk)
+    mask = _maker(segments.is_cuda)(sees, window)
     return BlockVisibility(mask, gate.float().log(), history)
 
 
-def keys_seen(segments: Tensor, depth: Tensor, chunks: int, keys_per_chunk: int) -> Tensor:
+def keys_seen(window: Window) -> Tensor:
     """How many keys of each tile a query sees: [B, K * T, tiles of keys].
 
-    What a query sees are two runs of keys, so that no key need be asked whether it is seen: of
-    history those that end before its chunk, and of its chunk those from its document's start to
-    itself. Arguments are those of `block_visibility`.
+    A query sees two runs of keys, so no single key needs testing: the history keys just before its
+    chunk, and in its chunk the keys from its document's start up to itself.
     """
-    window, length = segments.shape[1:]
-    history = (chunks + window) * keys_per_chunk
-    chunk = torch.arange(window, device=segments.device).unsqueeze(-1)  # [K, 1]
+    segments, depth, chunks, keys_per_chunk = window
+    count, length = segments.shape[1:]
+    history = (chunks + count) * keys_per_chunk
+    chunk = torch.arange(count, device=segments.device).unsqueeze(-1)  # [K, 1]
     reach = depth.clamp(max=chunks).unsqueeze(-1) * (segments == 0)  # [B, K, T]
     past = (chunks + chunk) * keys_per_chunk
     own = history + chunk * length
     place = torch.arange(length, device=segments.device)
     document = torch.searchsorted(segments, segments)  # ids rise, so this is where each begins
-    first = torch.arange(0, history + window * length, TILE, device=segments.device)
+    first = torch.arange(0, history + count * length, TILE, device=segments.device)
     seen = torch.zeros((), dtype=torch.int64, device=segments.device)
     for start, end in ((past - reach * keys_per_chunk, past), (own + document, own + place + 1)):
         start, end = (x.expand(segments.shape).flatten(1).unsqueeze(-1) for x in (start, end))
@@ -109,21 +109,16 @@ def keys_seen(segments: Tensor, depth: Tensor, chunks: int, keys_per_chunk: int)
     return seen
 
 
-def block_mask(
-    rule: Callable[..., Tensor], segments: Tensor, depth: Tensor, chunks: int, keys_per_chunk: int
-) -> BlockMask:
-    """The tiles in which something is seen, and `rule` for those in which not everything is.
+def block_mask(rule: Callable[..., Tensor], window: Window) -> BlockMask:
+    """The tiles in which something is seen, with `rule` for those that are seen in part.
 
-    The same as PyTorch's `create_block_mask` of the rule, which asks for every query and key.
+    Equals PyTorch's `create_block_mask` of the rule, which evaluates it for every query and key.
 
     Args:
-        rule: whether (lane, head, query, key) is seen; says what `keys_seen` counts.
-        segments: as all others, those of `block_visibility`.
-        depth: see there.
-        chunks: see there.
-        keys_per_chunk: see there.
+        rule: whether (lane, head, query, key) is seen; must agree with `keys_seen`.
+        window: what the rule is about.
     """
-    seen = keys_seen(segments, depth, chunks, keys_per_chunk)
+    seen = keys_seen(window)
     queries = seen.shape[1]
     tiles = F.pad(seen, (0, 0, 0, -queries % TILE)).unflatten(1, (-1, TILE))
     whole = tiles.amin(2) == TILE
@@ -133,13 +128,16 @@ def block_mask(
         *_listed(whole),
         BLOCK_SIZE=TILE,
         mask_mod=rule,
-        seq_lengths=(queries, (chunks + segments.shape[1]) * keys_per_chunk + queries),
+        seq_lengths=(
+            queries,
+            (window.chunks + window.segments.shape[1]) * window.keys_per_chunk + queries,
+        ),
     )
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, rows, columns] bool -> how many of each row are true [B, 1, rows], and the columns, true
-    ones first [B, 1, rows, columns]; int32."""
+    """[B, rows, columns] bool -> the number of true columns of each row [B, 1, rows], and the
+    columns, true ones first [B, 1, rows, columns]; int32."""
     numbers = tiles.unsqueeze(1).to(torch.int32)
     columns = numbers.argsort(dim=-1, descending=True, stable=True)
     return numbers.sum(-1, dtype=torch.int32), columns.to(torch.int32)
@@ -186,7 +184,7 @@ def attend(
 
 
 def seen_by_chunk(past: Tensor, own: Tensor, visible: Tensor) -> Tensor:
-    """What each chunk of a window may see, its history first.
+    """What each chunk of a window may see, history first.
 
     past [B, (C + K) * M, D], own [B, K, S, D], visible [..., C * M + S] -> [B, K, C * M + S, D].
     """
@@ -199,7 +197,7 @@ def seen_by_chunk(past: Tensor, own: Tensor, visible: Tensor) -> Tensor:
 
 def _biased(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
     """[N, H, T, D/H] of each chunk by itself."""
-    # On a CPU PyTorch's backward is faster in fp32 than in bf16.
+    # On a CPU the backward pass is faster in fp32 than in bf16.
     low = query.dtype == torch.bfloat16 and not query.is_cuda
     dtype = torch.float32 if low else query.dtype
     q, k, v, bias = (x.to(dtype) for x in (query, keys, values, bias))
@@ -228,5 +226,5 @@ def _fused(
 
 @functools.cache
 def _maker(fused: bool) -> Callable[..., BlockMask]:
-    """`block_mask`, compiled where a GPU would otherwise run a kernel for each term."""
+    """`block_mask`; compiled on a GPU, which would otherwise run one kernel for each term."""
     return torch.compile(block_mask, dynamic=False) if fused else block_mask

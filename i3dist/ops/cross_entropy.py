@@ -1,9 +1,9 @@
 """Token losses from hidden states. Letters: N tokens, D width, V vocabulary.
 
-Logits are the largest tensor of a step: N x V, in fp32 ten times a block's activations at the
-card's size. `token_losses_naive` is the definition, and what a compiler fuses by itself;
-`token_losses` otherwise goes through the tokens in slices, and computes the logits of each once
-more in backward: that is cheaper than to keep them.
+Logits are the largest tensor of a step: N x V in fp32, ten times a block's activations at the
+default size. `token_losses_naive` is the definition; a compiler fuses it by itself. Without a
+compiler `token_losses` works on slices of the tokens and recomputes their logits in the backward
+pass, which is cheaper than keeping them.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Projections.
 
-The weight gradient of a small projection, [D, N] x [N, D], has few tiles of output for its work: at
-D = 1184 50 of 128 x 256, on a GPU of 132 processors. `linear` makes it of two products that run
-side by side, one of each half of the rows, and adds them.
+The weight gradient of a small projection, [D, N] x [N, D], has few output tiles for its work: 50 of
+128 x 256 at D = 1184, on a GPU with 132 multiprocessors. `linear` computes it as two products, one
+for each half of the rows, which run side by side, and adds them.
 """
 
 from typing import Any
@@ -13,13 +13,12 @@ from torch import Tensor
 
 from i3dist.ops.precision import multipliable
 
-HALVED = range(
-    2**20, 2**21
-)  # elements of a weight: a quarter to half of the processors have a tile
+# Elements of a weight for which a quarter to half of the multiprocessors have a tile.
+HALVED = range(2**20, 2**21)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] times weight [out, in], transposed: [..., out], of x's type."""
+    """x [..., in] times the transpose of weight [out, in]: [..., out] in x's dtype."""
     rows, matrix = multipliable(x), multipliable(weight)
     if x.is_cuda and matrix.numel() in HALVED and (x.numel() // x.shape[-1]) % 2 == 0:
         return halved(rows, matrix)
@@ -27,7 +26,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def halved(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear of an even number of rows; its weight gradient is made of two halves."""
+    """F.linear of an even number of rows; its weight gradient is the sum of two halves."""
     return _Halved.apply(x, weight)
 
 

@@ -1,4 +1,4 @@
-"""What operators compute in."""
+"""The dtypes that operators compute in."""
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ def widen(x: Tensor) -> Tensor:
 
 
 def multipliable(x: Tensor) -> Tensor:
-    """x as its device multiplies matrices fastest: fp32 instead of bf16 on CPUs without AVX-512."""
+    """x in the dtype in which its device multiplies matrices fastest.
+
+    That is x's own, but fp32 instead of bf16 on CPUs without AVX-512.
+    """
     slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _FAST_BF16_ON_CPU
     return x.float() if slow else x

@@ -1,21 +1,21 @@
 """Residual, LayerNorm, token shift and learned mixes: what an RWKV-4 layer does to its input.
 
-Letters: N sequences, T tokens, D channels, P channels with padding, M mixes. With
-weight g and bias b, per token:
+Letters: N sequences, T tokens, D channels, P channels with padding, M mixes. With scale g and
+offset b of the LayerNorm (Ba et al., 2016, arXiv:1607.06450), per token:
 
     normed_t = LayerNorm(x_t) = g (x_t - mean_t) / sqrt(variance_t + eps) + b
     before_t = normed_{t-1};  the carried shift at t = 0;  0 where the token restarts
     mixed_i,t = before_t + (normed_t - before_t) mix_i
 
-`norm_shift_mix_naive` says the same in PyTorch's own operators: it serves the CPU and is the
-oracle. On CUDA it would read and write every intermediate; there the work is a pair of Triton
-kernels, one operator to PyTorch, which `torch.compile` holds without a graph break.
+`norm_shift_mix_naive` writes this in PyTorch's own operators: it runs on the CPU and is the oracle.
+On CUDA it would read and write every intermediate, so there a pair of Triton kernels does the work.
+They are one operator to PyTorch: `torch.compile` has no graph break here.
 """
 
 import functools
 import importlib.util
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,54 +24,58 @@ from torch import Tensor
 _TRITON = importlib.util.find_spec("triton") is not None  # PyTorch's CPU wheel comes without it
 
 
-def norm_shift_mix(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mixes: Tensor,
-    restart: Tensor,
-    shift: Tensor,
-    channels: int,
-    eps: float,
-    branch: Tensor | None = None,
-    goes_on: bool = True,
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Normalised x, mixed with the previous token's in as many ways as there are mixes.
+class Norm(NamedTuple):
+    """A LayerNorm of padded channels."""
 
-    Where there is a branch, x stands for x + branch throughout, rounded to x's dtype.
+    weight: Tensor  # [P], scale
+    bias: Tensor  # [P], offset
+    channels: int  # D <= P; statistics are over the first D, results are 0 in the others
+    eps: float  # added to the variance
 
+
+class MixInputs(NamedTuple):
+    """The inputs of `norm_shift_mix`. x, parameters, shift and branch are 0 in padded channels."""
+
+    x: Tensor  # [N, T, P] bf16, fp32 or fp64; T >= 1
+    weight: Tensor  # [P], LayerNorm's scale
+    bias: Tensor  # [P], LayerNorm's offset
+    mixes: Tensor  # [M, P], the share of the present token in each result; M >= 1
+    restart: Tensor  # [N, T] bool, true where nothing came before the token
+    shift: Tensor  # [N, P] in x's dtype, the normed token before the first: zeros, or a result
+    channels: int  # D <= P; LayerNorm's statistics are over the first D channels
+    eps: float  # added to the variance
+    branch: Tensor | None = None  # [N, T, P] in x's dtype, is added to x first; None is 0
+
+
+class Mixed(NamedTuple):
+    """The results of `norm_shift_mix`, in x's dtype."""
+
+    mixed: tuple[Tensor, ...]  # M of [N, T, P]
+    last: Tensor  # [N, P], the last token's normed: the shift of what follows
+    total: Tensor  # [N, T, P], x + branch, from which the residual stream goes on
+
+
+def norm_shift_mix(inputs: MixInputs, goes_on: bool = True) -> Mixed:
+    """Normalised x + branch, mixed with the previous token's once for each row of `mixes`.
+
+    x + branch is rounded to x's dtype first. The CUDA kernels compute in fp32 and round once.
     Differentiable in all floating-point tensors. Nothing before a restart reaches what follows it,
     in values or in gradients, bit for bit. Results and gradients are 0 in padded channels.
 
     Args:
-        x: [N, T, P] bf16, fp32 or fp64; T >= 1.
-        weight: [P], LayerNorm's scale.
-        bias: [P], LayerNorm's offset.
-        mixes: [M, P], the share of the present token in each result; M >= 1.
-        restart: [N, T] bool, true where nothing came before the token.
-        shift: [N, P] in x's dtype, the normalised token before the first: zeros, or an earlier
-            call's second result.
-        channels: D <= P. Statistics are over the first D channels; the parameters, x, shift and
-            branch are 0 in the others.
-        eps: added to the variance.
-        branch: [N, T, P] in x's dtype: what a residual connection adds to x first; None is 0.
-        goes_on: whether the third result is used, and so has a gradient.
-
-    Returns:
-        M tensors [N, T, P], the last token's normed [N, P], and x + branch [N, T, P] or, without a
-        branch, x; in x's dtype. The CUDA kernels compute in fp32 and round once. The stream is to
-        go on from the third result, not from x: gradients are then added in the kernel.
+        inputs: what is read.
+        goes_on: whether `total` is used and so has a gradient. The residual stream must go on from
+            `total`, not from x: the kernel then adds both gradients.
 
     Raises:
         ValueError: a shape or dtype is wrong, or T = 0.
     """
-    _check(x, weight, bias, mixes, restart, shift, channels, branch)
-    inputs = x, weight, bias, mixes, restart, shift, channels, eps, branch
-    if has_kernels(x):
+    _check(inputs)
+    if has_kernels(inputs.x):
         total, last, *mixed = _NormShiftMix.apply(goes_on, *inputs)
     else:
-        mixed, last, total = norm_shift_mix_naive(*inputs)
-    return tuple(mixed), last, total if goes_on else total.detach()
+        mixed, last, total = norm_shift_mix_naive(inputs)
+    return Mixed(tuple(mixed), last, total if goes_on else total.detach())
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -79,18 +83,9 @@ def has_kernels(x: Tensor) -> bool:
     return _TRITON and x.is_cuda and x.dtype != torch.float64
 
 
-def norm_shift_mix_naive(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mixes: Tensor,
-    restart: Tensor,
-    shift: Tensor,
-    channels: int,
-    eps: float,
-    branch: Tensor | None = None,
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+def norm_shift_mix_naive(inputs: MixInputs) -> Mixed:
     """The equations; arguments and results are those of `norm_shift_mix`."""
+    x, weight, bias, mixes, restart, shift, channels, eps, branch = inputs
     weight, bias, mixes = (p[..., :channels].to(x.dtype) for p in (weight, bias, mixes))
     padding = x.shape[-1] - channels
 
@@ -104,19 +99,11 @@ def norm_shift_mix_naive(
     before = torch.cat([shift.unsqueeze(1), normed[:, :-1]], dim=1)
     before = before.masked_fill(restart.unsqueeze(-1), 0.0)
     mixed = tuple(torch.lerp(before, normed, mix) for mix in pad(mixes))
-    return mixed, normed[:, -1], x
+    return Mixed(mixed, normed[:, -1], x)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mixes: Tensor,
-    restart: Tensor,
-    shift: Tensor,
-    channels: int,
-    branch: Tensor | None,
-) -> None:
+def _check(inputs: MixInputs) -> None:
+    x, weight, bias, mixes, restart, shift, channels, _, branch = inputs
     if x.ndim != 3 or x.shape[1] == 0:
         raise ValueError(f"norm_shift_mix: x must be [N, T, P] with T >= 1, got {list(x.shape)}")
     rows, length, width = x.shape
@@ -155,60 +142,57 @@ def _kernels() -> ModuleType:
     return shift_mix_triton
 
 
-@torch.library.custom_op("i3dist::norm_shift_mix", mutates_args=())
-def _norm_shift_mix(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mixes: Tensor,
-    restart: Tensor,
-    shift: Tensor,
-    channels: int,
-    eps: float,
-    branch: Tensor | None,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+class Saved(NamedTuple):
+    """What the backward kernel reads besides gradients."""
+
+    x: Tensor  # with its branch, if any
+    weight: Tensor
+    bias: Tensor
+    mixes: Tensor
+    restart: Tensor
+    shift: Tensor
+    statistics: Tensor  # [2, N, T] fp32, each token's mean and reciprocal deviation
+    channels: int
+
+
+_READ = "Tensor x, Tensor weight, Tensor bias, Tensor mixes, Tensor restart, Tensor shift"
+
+
+@torch.library.custom_op(
+    "i3dist::norm_shift_mix",
+    mutates_args=(),
+    schema=f"({_READ}, SymInt channels, float eps, Tensor? branch)"
+    " -> (Tensor[], Tensor, Tensor, Tensor)",
+)
+def _norm_shift_mix(*inputs: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """The mixed, the last normed, each token's mean and reciprocal deviation [2, N, T] fp32, and
     x + branch (no elements if there is no branch).
 
-    One tensor a mix, not a stack: their gradients then come as they are, uncopied.
+    One tensor per mix, not a stack: then their gradients need no copy.
     """
-    return _kernels().forward(x, weight, bias, mixes, restart, shift, channels, eps, branch)
+    return _kernels().forward(MixInputs(*inputs))
 
 
-@torch.library.custom_op("i3dist::norm_shift_mix_backward", mutates_args=())
+@torch.library.custom_op(
+    "i3dist::norm_shift_mix_backward",
+    mutates_args=(),
+    schema=f"(Tensor[] grad_mixed, Tensor grad_last, {_READ}, Tensor statistics, SymInt channels, "
+    "Tensor? grad_total) -> (Tensor, Tensor, Tensor)",
+)
 def _norm_shift_mix_backward(
-    grad_mixed: list[Tensor],
-    grad_last: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mixes: Tensor,
-    restart: Tensor,
-    shift: Tensor,
-    statistics: Tensor,
-    channels: int,
-    grad_total: Tensor | None,
+    grad_mixed: list[Tensor], grad_last: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and shift, and summands [:, 2 + M, P] fp32 of weight's, bias's and mixes'.
 
-    x is with its branch, if any; then so is its gradient, and includes `grad_total`.
+    The gradient of x is that of x + branch, and includes `grad_total`, the last argument.
     """
-    forward = x, weight, bias, mixes, restart, shift, statistics, channels
-    return _kernels().backward(grad_mixed, grad_last, *forward, grad_total)
+    *saved, grad_total = rest
+    return _kernels().backward(grad_mixed, grad_last, Saved(*saved), grad_total)
 
 
 @_norm_shift_mix.register_fake
-def _norm_shift_mix_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mixes: Tensor,
-    restart: Tensor,
-    shift: Tensor,
-    channels: int,
-    eps: float,
-    branch: Tensor | None,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+def _norm_shift_mix_fake(*inputs: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    x, _, _, mixes, restart, shift, _, _, branch = inputs
     mixed = [x.new_empty(x.shape) for _ in range(mixes.shape[0])]
     statistics = x.new_empty(2, *restart.shape, dtype=torch.float32)
     total = x.new_empty(0 if branch is None else x.shape)
@@ -217,18 +201,9 @@ def _norm_shift_mix_fake(
 
 @_norm_shift_mix_backward.register_fake
 def _norm_shift_mix_backward_fake(
-    grad_mixed: list[Tensor],
-    grad_last: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mixes: Tensor,
-    restart: Tensor,
-    shift: Tensor,
-    statistics: Tensor,
-    channels: int,
-    grad_total: Tensor | None,
+    grad_mixed: list[Tensor], grad_last: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x, _, _, mixes, _, shift, *_ = rest
     rows, length, width = x.shape
     programs = _kernels().backward_programs(rows * length)
     summands = x.new_empty(programs, 2 + mixes.shape[0], width, dtype=torch.float32)
@@ -236,8 +211,11 @@ def _norm_shift_mix_backward_fake(
 
 
 class _NormShiftMix(torch.autograd.Function):
-    """The kernels and their gradients. Not registered with the operator: an operator cannot return
-    x itself, which is the total where there is no branch."""
+    """The kernels and their gradients.
+
+    They are not registered with the operator: an operator cannot return x itself, and without a
+    branch x is the total.
+    """
 
     @staticmethod
     def forward(ctx: Any, goes_on: bool, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -253,7 +231,7 @@ class _NormShiftMix(torch.autograd.Function):
         ctx: Any, grad_total: Tensor, grad_last: Tensor, *grad_mixed: Tensor
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        # Where the total ends here, its gradient is a tensor of zeros.
+        # Where the total is not used, its gradient is a tensor of zeros.
         x, shift, summands = _norm_shift_mix_backward(
             list(grad_mixed), grad_last, *saved, ctx.channels, grad_total if ctx.goes_on else None
         )

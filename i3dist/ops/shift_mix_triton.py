@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from i3dist.ops.shift_mix import MixInputs, Saved
+
 
 class Plan(NamedTuple):
     """How a kernel is spread over the device."""
@@ -320,19 +322,10 @@ def _shift_mix_backward_kernel(
         _store(summands + (2 + i) * P, sum_mixes[i], P, W)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mixes: Tensor,
-    restart: Tensor,
-    shift: Tensor,
-    channels: int,
-    eps: float,
-    branch: Tensor | None,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+def forward(inputs: MixInputs) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """M mixed [N, T, P], the last normed [N, P], each token's mean and scale [2, N, T], and
     x + branch [N, T, P] (no elements if there is no branch)."""
+    x, weight, bias, mixes, restart, shift, channels, eps, branch = inputs
     x, weight, bias, mixes, shift = _contiguous(x, weight, bias, mixes, shift)
     rows, length, width = x.shape
     mixed = [torch.empty_like(x) for _ in mixes]
@@ -372,19 +365,10 @@ def backward_programs(tokens: int) -> int:
 
 
 def backward(
-    grad_mixed: list[Tensor],
-    grad_last: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mixes: Tensor,
-    restart: Tensor,
-    shift: Tensor,
-    statistics: Tensor,
-    channels: int,
-    grad_total: Tensor | None,
+    grad_mixed: list[Tensor], grad_last: Tensor, saved: Saved, grad_total: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and shift, and summands [:, 2 + M, P] fp32 of weight's, bias's and mixes'."""
+    x, weight, bias, mixes, restart, shift, statistics, channels = saved
     x, weight, bias, mixes, shift = _contiguous(x, weight, bias, mixes, shift)
     rows, length, width = x.shape
     grad_x, grad_shift = torch.empty_like(x), torch.empty_like(shift)

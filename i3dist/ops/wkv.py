@@ -1,8 +1,9 @@
 """WKV, the recurrence of RWKV-4 (Peng et al., 2023, arXiv:2305.13048), in the device's form.
 
-Letters: B rows, T tokens, C channels. The equations, and the meaning of the state and its gradient,
-stand in `i3dist.ops.wkv_naive`, the oracle. On the CPU the work is a blocked scan, on CUDA a pair
-of Triton kernels. Both are one operator to PyTorch: `torch.compile` holds it without a graph break.
+Letters: B rows, T tokens, C channels, N blocks of tokens. `i3dist.ops.wkv_naive` states the
+equations and the meaning of the state and its gradient; it is the oracle. The CPU runs a blocked
+scan, CUDA a pair of Triton kernels. Both are one operator to PyTorch, so `torch.compile` has no
+graph break here.
 """
 
 import functools
@@ -15,56 +16,35 @@ from torch import Tensor
 
 from i3dist.ops import wkv_blocked
 from i3dist.ops.precision import compute_dtype
-from i3dist.ops.wkv_naive import empty_state
+from i3dist.ops.wkv_naive import Gradients, WkvInputs, WkvSaved, empty_state
 
-__all__ = ["empty_state", "wkv"]
+__all__ = ["WkvInputs", "empty_state", "wkv"]
 
 
-def wkv(
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    state: Tensor | None = None,
-    receptance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Decayed, exponentially weighted mean of the values so far, per channel; gated, if asked.
+def wkv(inputs: WkvInputs) -> tuple[Tensor, Tensor]:
+    """Exponentially weighted mean of the values so far, per channel, with decay; optionally gated.
 
-    Differentiable in all floating-point arguments; of the state in a and b, m being a constant.
+    Differentiable in all floating-point inputs; in the state's a and b, with m as a constant.
     Nothing before a restart reaches what follows it, in values or in gradients, bit for bit.
 
-    Args:
-        decay: [C] fp32, negative: w, the log decay of a step.
-        bonus: [C] fp32: u, added to the present token's key.
-        k: [B, T, C] fp32 or bf16, any finite values; T >= 1.
-        v: [B, T, C] in k's dtype.
-        restart: [B, T] bool, true where the state is emptied before the token.
-        state: [B, 3, C] fp32 (a, b, m), from `empty_state` or an earlier call; None is empty.
-        receptance: [B, T, C] in k's dtype: y is multiplied by its sigmoid; None is no gate.
-
     Returns:
-        y [B, T, C] in k's dtype, and the final state [B, 3, C] fp32. Inside, all is fp32.
+        y [B, T, C] in k's dtype, and the final state [B, 3, C] fp32. Computed in fp32.
 
     Raises:
         ValueError: a shape or dtype is wrong, or T = 0.
     """
+    decay, bonus, k, v, restart, state, receptance = inputs
     if state is None:
         state = empty_state(k.shape[0], k.shape[-1], k.device, compute_dtype(k))
-    _check(decay, bonus, k, v, restart, state, receptance)
-    y, final, _ = _wkv(decay, bonus, k, v, restart, state, receptance)
+    inputs = WkvInputs(decay, bonus, k, v, restart, state, receptance)
+    _check(inputs)
+    y, final, _ = _wkv(*inputs)
     return y, final
 
 
-def _check(
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    state: Tensor,
-    receptance: Tensor | None,
-) -> None:
+def _check(inputs: WkvInputs) -> None:
+    decay, bonus, k, v, restart, state, receptance = inputs
+    assert state is not None
     if k.ndim != 3 or k.shape[1] == 0:
         raise ValueError(f"wkv: k must be [B, T, C] with T >= 1, got {list(k.shape)}")
     rows, length, channels = k.shape
@@ -100,50 +80,35 @@ def _form(device: str) -> ModuleType:
     return wkv_blocked
 
 
-@torch.library.custom_op("i3dist::wkv", mutates_args=())
-def _wkv(
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    state: Tensor,
-    receptance: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+_READ = "Tensor decay, Tensor bonus, Tensor k, Tensor v, Tensor restart"
+
+
+@torch.library.custom_op(
+    "i3dist::wkv",
+    mutates_args=(),
+    schema=f"({_READ}, Tensor state, Tensor? receptance) -> (Tensor, Tensor, Tensor)",
+)
+def _wkv(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, final state, and the state that enters each block of tokens [B, N, 3, C]."""
-    return _form(k.device.type).forward(decay, bonus, k, v, restart, state, receptance)
+    given = WkvInputs(*inputs)
+    return _form(given.k.device.type).forward(given)
 
 
-@torch.library.custom_op("i3dist::wkv_backward", mutates_args=())
-def _wkv_backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    entries: Tensor,
-    final: Tensor,
-    receptance: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "i3dist::wkv_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, Tensor grad_final, {_READ}, Tensor entries, Tensor final, "
+    "Tensor? receptance) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _wkv_backward(grad_y: Tensor, grad_final: Tensor, *saved: Any) -> Gradients:
     """Gradients of decay, bonus, k, v, the initial state, and receptance (no elements if None)."""
-    form = _form(k.device.type)
-    return form.backward(
-        grad_y, grad_final, decay, bonus, k, v, restart, entries, final, receptance
-    )
+    given = WkvSaved(*saved)
+    return _form(given.k.device.type).backward(grad_y, grad_final, given)
 
 
 @_wkv.register_fake
-def _wkv_fake(
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    state: Tensor,
-    receptance: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _wkv_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    k = WkvInputs(*inputs).k
     rows, length, channels = k.shape
     final = k.new_empty(rows, 3, channels, dtype=compute_dtype(k))
     block = _form(k.device.type).BLOCK
@@ -152,18 +117,9 @@ def _wkv_fake(
 
 
 @_wkv_backward.register_fake
-def _wkv_backward_fake(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    entries: Tensor,
-    final: Tensor,
-    receptance: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _wkv_backward_fake(grad_y: Tensor, grad_final: Tensor, *saved: Any) -> Gradients:
+    given = WkvSaved(*saved)
+    decay, bonus, k, v, _, _, final, receptance = given
     like = [x.new_empty(x.shape) for x in (decay, bonus, k, v, final)]
     grad_receptance = k.new_empty(0 if receptance is None else receptance.shape)
     return like[0], like[1], like[2], like[3], like[4], grad_receptance

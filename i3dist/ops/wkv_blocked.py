@@ -1,11 +1,11 @@
-"""WKV as a blocked scan in plain PyTorch: the CPU form, right on any device.
+"""WKV as a blocked scan in plain PyTorch: the CPU form; it is correct on any device.
 
 Letters: B rows, T tokens, C channels, N blocks of L tokens (T = N L after padding).
 
 The running maximum m and then (a, b) are first-order recurrences. Each is solved inside all blocks
 at once (L steps), then across blocks (N steps), then filled in (L steps); the rest is elementwise
-over the whole tensor. Kept for the backward pass is the state that enters each block: it fills in
-the others anew and runs one more such recurrence, reversed.
+over the whole tensor. The forward pass keeps the state that enters each block. The backward pass
+recomputes the other states from these and runs one more such recurrence, reversed.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from i3dist.ops.precision import compute_dtype, widen
-from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, MAX_SLIP
+from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, MAX_SLIP, Gradients, WkvInputs, WkvSaved
 
 DROWNS = 40.0  # e^-40 of what it is added to is lost in rounding, in fp64 too
 BLOCK = 32  # L, by measurement at 4 x 512 x 256; shorter sequences are one block
@@ -73,17 +73,11 @@ class _Mixed(NamedTuple):
     present: Tensor
 
 
-def forward(
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    state: Tensor,
-    receptance: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(given: WkvInputs) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, C] in k's dtype, the final state [B, 3, C], and each block's first [B, N, 3, C]."""
+    decay, bonus, k, v, restart, state, receptance = given
     inputs = _prepare(decay, bonus, k, v, restart)
+    assert state is not None
     solved, final, entries = _solve(inputs, state.to(inputs.k.dtype))
     y = _mix(inputs, solved).y
     if receptance is not None:
@@ -91,19 +85,9 @@ def forward(
     return _trim(y, k), final, entries
 
 
-def backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    entries: Tensor,
-    final: Tensor,
-    receptance: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(grad_y: Tensor, grad_final: Tensor, saved: WkvSaved) -> Gradients:
     """Gradients of decay, bonus, k, v, the initial state, and receptance (no elements if None)."""
+    decay, bonus, k, v, restart, entries, final, receptance = saved
     inputs = _prepare(decay, bonus, k, v, restart)
     solved, _, _ = _solve(inputs, entries[:, 0], entries)
     mixed = _mix(inputs, solved)

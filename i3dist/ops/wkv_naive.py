@@ -1,29 +1,60 @@
-"""RWKV-4's WKV as its equations read: a loop over time, plain autograd. The fast forms' oracle.
+"""RWKV-4's WKV as its equations: a loop over time with plain autograd; the oracle of fast forms.
 
-Letters: B rows, T tokens, C channels. Per channel, with decay w < 0 and bonus u:
+Source: Peng et al., 2023, arXiv:2305.13048. Letters: B rows, T tokens, C channels. Per channel,
+with decay w < 0 and bonus u:
 
     y_t = (a_{t-1} + e^{u+k_t} v_t) / (b_{t-1} + e^{u+k_t})
     a_t = e^w a_{t-1} + e^{k_t} v_t
     b_t = e^w b_{t-1} + e^{k_t}
 
-Given a receptance r, what is returned is sigmoid(r_t) y_t.
+With a receptance r the result is sigmoid(r_t) y_t.
 
-State is [B, 3, C]: a and b divided by e^m, and m, the running maximum of the exponents. m only
-fixes the unit in which a and b are written, so it is a constant to differentiation: the gradient of
-a and b is taken at fixed m, and m has none. That is exact for whatever depends on the state by
-a e^m and b e^m alone, as a later call does.
+The state is [B, 3, C]: a and b divided by e^m, and m, the running maximum of the exponents. m only
+sets the unit of a and b, so differentiation treats it as a constant: gradients of a and b are taken
+at fixed m, and m has none. This is exact for anything that depends on the state through a e^m and
+b e^m alone, as a later call does.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from i3dist.ops.precision import compute_dtype
 
-# Below every exponent, yet finite: no difference of two exponents is NaN.
+# Below every exponent, but finite: then no difference of two exponents is NaN.
 EMPTY_MAXIMUM = torch.finfo(torch.float32).min
-# w + m is rounded, and the same way step after step, so a and b take up the difference. Where m is
-# so large that it exceeds this (|m| > 8192), they would drift out of range: the rounding stands.
+# w + m is rounded the same way at every step, so a and b are corrected by the difference. A larger
+# difference than this (|m| > 8192) stays uncorrected: a and b would drift out of range.
 MAX_SLIP = 2.0**-11
+
+
+class WkvInputs(NamedTuple):
+    """The inputs of WKV, in every form."""
+
+    decay: Tensor  # [C] fp32, negative: w, the log decay of a step
+    bonus: Tensor  # [C] fp32: u, added to the present token's key
+    k: Tensor  # [B, T, C] fp32 or bf16, any finite values; T >= 1
+    v: Tensor  # [B, T, C] in k's dtype
+    restart: Tensor  # [B, T] bool, true where the state is emptied before the token
+    state: Tensor | None = None  # [B, 3, C] fp32 (a, b, m); None is `empty_state`
+    receptance: Tensor | None = None  # [B, T, C] in k's dtype: gates y; None is no gate
+
+
+class WkvSaved(NamedTuple):
+    """What the backward pass of a fast form reads: `WkvInputs`, and the states it went through."""
+
+    decay: Tensor
+    bonus: Tensor
+    k: Tensor
+    v: Tensor
+    restart: Tensor
+    entries: Tensor  # [B, N, 3, C], the state that enters each block of tokens
+    final: Tensor  # [B, 3, C]
+    receptance: Tensor | None
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def empty_state(
@@ -38,16 +69,9 @@ def empty_state(
     return state
 
 
-def wkv_naive(
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    state: Tensor | None = None,
-    receptance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def wkv_naive(inputs: WkvInputs) -> tuple[Tensor, Tensor]:
     """WKV one token after another; arguments and results are those of `i3dist.ops.wkv.wkv`."""
+    decay, bonus, k, v, restart, state, receptance = inputs
     wide = compute_dtype(k)
     rows, length, channels = k.shape
     if state is None:

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from i3dist.ops import wkv_naive
+from i3dist.ops.wkv_naive import Gradients, WkvInputs, WkvSaved
 
 BLOCK = 16  # L, of both kernels
 _CHANNELS = 32  # per program
@@ -299,23 +300,15 @@ def _wkv_backward_kernel(
     _store_state(at, adjoint_a, adjoint_b, tl.zeros_like(w), inside, C)
 
 
-def forward(
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    state: Tensor,
-    receptance: Tensor | None = None,
-    block: int = BLOCK,
-    channels_per_program: int = _CHANNELS,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: WkvInputs) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, C] in k's dtype, the final state [B, 3, C], and each tile's first [B, N, 3, C]."""
+    decay, bonus, k, v, restart, state, receptance = inputs
+    assert state is not None
     rows, length, channels = k.shape
     k, v = k.contiguous(), v.contiguous()
     y, final = torch.empty_like(k), k.new_empty(rows, 3, channels, dtype=torch.float32)
-    entries = final.new_empty(rows, triton.cdiv(length, block), 3, channels)
-    grid, options = _launch(rows, length, channels, block, channels_per_program)
+    entries = final.new_empty(rows, triton.cdiv(length, BLOCK), 3, channels)
+    grid, options = _launch(rows, length, channels)
     _wkv_forward_kernel[grid](
         *_fp32(decay, bonus),
         k,
@@ -332,27 +325,15 @@ def forward(
     return y, final, entries
 
 
-def backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    decay: Tensor,
-    bonus: Tensor,
-    k: Tensor,
-    v: Tensor,
-    restart: Tensor,
-    entries: Tensor,
-    final: Tensor,
-    receptance: Tensor | None = None,
-    block: int = BLOCK,
-    channels_per_program: int = _CHANNELS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(grad_y: Tensor, grad_final: Tensor, saved: WkvSaved) -> Gradients:
     """Gradients of decay, bonus, k, v, the initial state, and receptance (no elements if None)."""
+    decay, bonus, k, v, restart, entries, final, receptance = saved
     rows, length, channels = k.shape
     k, v = k.contiguous(), v.contiguous()
     grad_k, grad_v, grad_state = torch.empty_like(k), torch.empty_like(v), torch.empty_like(final)
     grad_receptance = k.new_empty(0 if receptance is None else k.shape)
     partial = final.new_empty(rows, 2, channels)
-    grid, options = _launch(rows, length, channels, block, channels_per_program)
+    grid, options = _launch(rows, length, channels)
     _wkv_backward_kernel[grid](
         grad_y.contiguous(),
         *_fp32(grad_final, decay, bonus),
@@ -376,13 +357,11 @@ def backward(
     return *parameters, grad_k, grad_v, grad_state, grad_receptance
 
 
-def _launch(
-    rows: int, length: int, channels: int, block: int, width: int
-) -> tuple[tuple[int, int], dict[str, Any]]:
+def _launch(rows: int, length: int, channels: int) -> tuple[tuple[int, int], dict[str, Any]]:
     """A kernel's grid and constants."""
-    grid = (triton.cdiv(channels, width), rows)
-    even = length % block == 0
-    return grid, {"C": channels, "L": block, "W": width, "EVEN": even, "num_warps": 1}
+    grid = (triton.cdiv(channels, _CHANNELS), rows)
+    even = length % BLOCK == 0
+    return grid, {"C": channels, "L": BLOCK, "W": _CHANNELS, "EVEN": even, "num_warps": 1}
 
 
 def _fp32(*tensors: Tensor) -> list[Tensor]:

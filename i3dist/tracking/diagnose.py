@@ -7,18 +7,16 @@ D width.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from i3dist.model.attention import Attention, AttentionBlock
+from i3dist.model.attention import Attention, AttentionBlock, visibility
 from i3dist.model.lm import I3LM, Below
-from i3dist.model.segments import causal_mask, chunks_seen, history_mask
+from i3dist.model.segments import chunks_seen, history_mask
 from i3dist.model.state import LaneState
-from i3dist.ops.attention import attention_bias, seen_by_chunk, split_heads
+from i3dist.ops.attention import Window, seen_by_chunk, split_heads
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.precision import widen
 
@@ -71,21 +69,27 @@ def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> T
     """
     segments, chunks = below.segments.flatten(0, 1), model.settings.history_chunks
     seen = history_mask(segments, below.depth.flatten(), chunks)
-    bias = attention_bias(causal_mask(segments), seen, gate, model.keys_per_chunk)
+    window = Window(below.segments, below.depth, chunks, model.keys_per_chunk)
+    bias = visibility(window, gate, fused=False)
+    assert isinstance(bias, Tensor)
     counted = seen & used.flatten(0, 1).unsqueeze(-1)  # [N, T, C]
     total = torch.zeros(chunks, dtype=torch.float64, device=bias.device)
-    x, blocks = below.x, cast("Iterable[AttentionBlock]", model.attention)
+    x, looked_at = below.x, 0
     shown = chunks_seen(below.segments, below.depth, chunks, gate)
     history = model.history(below.latents, shown)
-    for block, past in zip(blocks, history, strict=True):
-        queries = block.attention.queries(block.norm_attention(x)).flatten(0, 1)
+    for block, past in zip(model.upper, history, strict=True):
+        before = x
         x, own = block(x, past, None, bias)
+        if not isinstance(block, AttentionBlock):
+            continue
+        looked_at += 1
+        queries = block.attention.queries(block.norm_attention(before)).flatten(0, 1)
         keys = seen_by_chunk(past.keys, own.keys, bias).flatten(0, 1)
         # Chunk by chunk: a window's logits would be the largest tensor of all.
         for n, mask in enumerate(bias):
             mass = attention_mass(block.attention, queries[n], keys[n], mask, chunks)
             total += (mass[:, :chunks] * counted[n]).sum(0)
-    return (total / (counted.sum((0, 1)) * len(history))).flip(0)
+    return (total / (counted.sum((0, 1)) * looked_at)).flip(0)
 
 
 def attention_mass(

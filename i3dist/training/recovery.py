@@ -38,7 +38,7 @@ class Recovery:
         progress = self.progress
         print_rank_0(f"step {progress.step} is skipped: {reason} (norm {stepped.norm:.4g})")
         if reason == NOT_FINITE:
-            progress.lane_state = progress.lane_state.finite()
+            progress.lane_state = progress.lane_state.finite(self.empty_lanes())
         to = self.roll_back() if self.guard.rolls_back() else None
         return reason if to is None else f"{reason}, rolled back to step {to}"
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from i3dist.config import Settings
 from i3dist.errors import UserError
+from i3dist.model.layer_kinds import LAYER_KINDS
 from i3dist.model.lm import I3LM, parameters_by_part
 
 GIB = 2**30
@@ -33,15 +34,15 @@ def memory_estimate(settings: Settings, parameters: int, world_size: int) -> dic
 
     Every rank keeps bf16 weights and gradients (4 bytes a parameter) and, while they are reduced,
     the fp32 gradients (4 bytes); ZeRO shares out fp32 weights and two AdamW moments (12 bytes).
-    Activations are those that compiled blocks keep for backward: about 22 D values per token in an
-    RWKV block, 20 D in an attention block (with 4x feed-forward) and 7 D elsewhere, in bf16, and
-    the logits with their gradients. One H200 holds 19.5 GiB with the card's 4 lanes.
+    Activations are those that compiled blocks keep for backward: about `kept_values` x D per token
+    in a layer (with 4x feed-forward) and 7 D elsewhere, in bf16, and the logits with their
+    gradients. One H200 holds 19.5 GiB with the card's 4 lanes.
     """
     model, train = settings.model, settings.train
     lanes = train.lane_count // world_size
     rows = lanes if train.micro_batch == "auto" else train.micro_batch
     tokens = rows * train.window_chunks * model.chunk_length
-    values = model.d_model * (22 * model.rwkv_layers + 20 * model.attention_layers + 7)
+    values = model.d_model * (sum(LAYER_KINDS.of(kind).kept_values for kind in model.stack) + 7)
     return {
         "weights and gradients, bf16": 4.0 * parameters,
         "gradients, fp32": 4.0 * parameters,

@@ -33,7 +33,7 @@ import recall
 import synthetic
 
 SIZES = ModelSettings(
-    vocab_size=64, d_model=32, rwkv_layers=1, attention_layers=2, heads=2, chunk_length=32,
+    vocab_size=64, d_model=32, layers="1xrwkv,2xattention", heads=2, chunk_length=32,
     latents=4,
 )  # fmt: skip
 ARMS = history_arms.ARMS
@@ -75,9 +75,9 @@ def test_mean_pooling_is_means_of_what_is_kept(seed: int) -> None:
             torch.testing.assert_close(means[n, m], torch.nn.functional.layer_norm(want, (16,)))
 
 
-def chosen(arm: str, salience: torch.Tensor) -> list[int]:
-    model = history_arms.build(arm, SIZES.model_copy(update={"records": 2}), BOS, seed=0)
-    found: list[int] = model.compressor.choose(salience).tolist()
+def chosen(arm: str, scores: torch.Tensor) -> list[int]:
+    model = history_arms.build(arm, SIZES.model_copy(update={"sub_latents": 2}), BOS, seed=0)
+    found: list[int] = model.compressor.choose(scores).tolist()
     return found
 
 
@@ -85,12 +85,12 @@ def chosen(arm: str, salience: torch.Tensor) -> list[int]:
 @given(seed=st.integers(0, 10**6))
 def test_arms_choose_tokens_as_they_say(seed: int) -> None:
     """8 of 32: every fourth, the best two of each eighth tokens, or the best of all."""
-    salience = torch.randn(32, generator=torch.Generator().manual_seed(seed))
-    assert chosen("records2-even", salience) == list(range(3, 32, 4))
-    best = salience.topk(8).indices.sort().values.tolist()
-    assert chosen("records2", salience) == best
-    in_spans = salience.view(4, 8).topk(2).indices.sort().values + torch.arange(0, 32, 8)[:, None]
-    assert chosen("records2-spans", salience) == in_spans.flatten().tolist()
+    scores = torch.randn(32, generator=torch.Generator().manual_seed(seed))
+    assert chosen("records2-even", scores) == list(range(3, 32, 4))
+    best = scores.topk(8).indices.sort().values.tolist()
+    assert chosen("records2", scores) == best
+    in_spans = scores.view(4, 8).topk(2).indices.sort().values + torch.arange(0, 32, 8)[:, None]
+    assert chosen("records2-spans", scores) == in_spans.flatten().tolist()
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -14,8 +14,7 @@ from tests.known import CHUNK, PAD, TOKENIZER, documents, make
 
 WORDS = {
     "model.d_model": 16,
-    "model.rwkv_layers": 1,
-    "model.attention_layers": 1,
+    "model.layers": "1xrwkv,1xattention",
     "model.heads": 2,
     "model.chunk_length": CHUNK,
     "model.latents": 2,

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 # The card's head size, chunk and history; two lanes of four chunks.
 SIZES = ModelSettings(
-    vocab_size=1000, d_model=236, heads=2, rwkv_layers=2, attention_layers=2, chunk_length=512
+    vocab_size=1000, d_model=236, heads=2, layers="2xrwkv,2xattention", chunk_length=512
 )
 
 
@@ -35,7 +35,7 @@ def build(compiled: bool, micro_batches: int = 1, sizes: ModelSettings = SIZES) 
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(2.0)
-        for block in model.attention:  # a logit for each age, from each query
+        for block in model.upper:  # a logit for each age, from each query
             block.attention.age_bias.normal_()
             block.attention.query.weight.normal_(std=2 * (0.4 / sizes.d_model) ** 0.5)
     if compiled:
@@ -71,12 +71,12 @@ def train(
     return losses, norms
 
 
-def evenly(compressor: Compressor, salience: Tensor) -> Tensor:
-    """As many tokens as there are records, evenly spread: in place of `Compressor.choose`."""
-    count = len(compressor.queries) * compressor.records
-    step = salience.shape[-1] // count
-    chosen = torch.arange(step - 1, salience.shape[-1], step, device=salience.device)
-    return chosen.expand(*salience.shape[:-1], count)
+def evenly(compressor: Compressor, scores: Tensor) -> Tensor:
+    """As many tokens as there are sub-latents, evenly spread: in place of `Compressor.choose`."""
+    count = len(compressor.queries) * compressor.sub_latents
+    step = scores.shape[-1] // count
+    chosen = torch.arange(step - 1, scores.shape[-1], step, device=scores.device)
+    return chosen.expand(*scores.shape[:-1], count)
 
 
 def validate(trained: Engine, sizes: ModelSettings) -> Tensor:
@@ -89,15 +89,20 @@ def validate(trained: Engine, sizes: ModelSettings) -> Tensor:
 
 @pytest.mark.parametrize(
     ("micro_batches", "changes"),
-    [(1, {}), (2, {}), (1, {"records": 1}), (1, {"history_chunks": 2})],  # fewer than a window's
+    [
+        (1, {}),
+        (2, {}),
+        (1, {"sub_latents": 1}),
+        (1, {"history_chunks": 2}),  # fewer than a window's
+    ],
 )
 def test_compiled_and_replayed_equals_plain(
     micro_batches: int, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To bf16's rounding: losses of every window and of validation, and norms of every gradient.
 
-    The tokens that have records are given: rounding changes which are the most salient, and one
-    that is other moves all records after it.
+    The tokens that have sub-latents are given: rounding changes which have the highest scores, and
+    another choice moves all sub-latents after it.
     """
     monkeypatch.setattr(Compressor, "choose", evenly)
     sizes = SIZES.model_copy(update=changes)
@@ -113,10 +118,10 @@ def test_compiled_and_replayed_equals_plain(
 def test_compiled_chooses_as_plain() -> None:
     """Of equal ones the first; most are equal to others."""
     compressor = I3LM(SIZES, BOS).cuda().compressor
-    salience = (torch.randn(64, 512, device="cuda") * 4).round() / 4
+    scores = (torch.randn(64, 512, device="cuda") * 4).round() / 4
     compiled = torch.compile(compressor.choose, fullgraph=True)
-    assert compiled(salience).equal(compressor.choose(salience))
-    assert compressor.choose(salience).cpu().equal(compressor.cpu().choose(salience.cpu()))
+    assert compiled(scores).equal(compressor.choose(scores))
+    assert compressor.choose(scores).cpu().equal(compressor.cpu().choose(scores.cpu()))
 
 
 def test_two_runs_agree_bit_for_bit() -> None:

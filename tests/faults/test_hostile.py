@@ -230,7 +230,7 @@ MALFORMED = {
     "one word": ("optimizer", renamed(B[0], "weight"), "no tensor named 'weight'"),
     "no lane": (
         "lanes",
-        without(*(f"1/{name}" for name in random_lanes(1).tensors())),
+        without(*(f"1/{name}" for name in random_lanes(2).tensors())),
         "no latents of lane 1",
     ),
     "half a lane": ("lanes", without("0/wkv"), "has no wkv of lane 0"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from i3dist.config import ModelSettings
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-from i3dist.inference.generate import Sampling, distribution, draw, generate
+from i3dist.inference.generate import Sampling, distribution, generate, sample
 from i3dist.model.lm import I3LM
 from tests.model.conftest import SMALL
 
@@ -28,13 +28,13 @@ def rng(seed: int = 0) -> torch.Generator:
 @given(values=logit_lists)
 def test_temperature_zero_takes_the_likeliest(values: list[float]) -> None:
     logits = torch.tensor(values)
-    assert logits[draw(logits, Sampling(temperature=0), rng())] == logits.max()
+    assert logits[sample(logits, Sampling(temperature=0), rng())] == logits.max()
 
 
 @given(values=logit_lists, k=st.integers(1, 12), seed=st.integers(0, 99))
 def test_top_k_keeps_k(values: list[float], k: int, seed: int) -> None:
     logits = torch.tensor(values)
-    drawn = draw(logits, Sampling(temperature=1, top_k=k), rng(seed))
+    drawn = sample(logits, Sampling(temperature=1, top_k=k), rng(seed))
     assert (logits > logits[drawn]).sum() < k
 
 
@@ -43,7 +43,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(
     values: list[float], p: float, seed: int
 ) -> None:
     logits = torch.tensor(values)
-    drawn = draw(logits, Sampling(temperature=1, top_p=p), rng(seed))
+    drawn = sample(logits, Sampling(temperature=1, top_p=p), rng(seed))
     likelier = logits.softmax(-1)[logits > logits[drawn]].sum()
     assert likelier < p + 1e-5
 
@@ -130,7 +130,7 @@ def test_top_p_keeps_no_token_more_than_it_needs(
 def test_frequencies_are_those_of_the_distribution() -> None:
     logits, sampling = torch.tensor([0.0, 1.0, 2.0, 3.0]), Sampling(temperature=2.0, top_p=0.8)
     generator, draws = rng(), 4000
-    counts = Counter(draw(logits, sampling, generator) for _ in range(draws))
+    counts = Counter(sample(logits, sampling, generator) for _ in range(draws))
     want = wanted(logits.tolist(), sampling)
     assert set(counts) == set(want) == {1, 2, 3}
     for token, share in want.items():
@@ -141,7 +141,7 @@ def test_frequencies_are_those_of_the_distribution() -> None:
 def test_the_forbidden_is_never_drawn(values: list[float], seed: int) -> None:
     logits = torch.tensor(values)
     logits[::2] = float("-inf")
-    assert draw(logits, Sampling(temperature=1), rng(seed)) % 2 == 1
+    assert sample(logits, Sampling(temperature=1), rng(seed)) % 2 == 1
 
 
 @pytest.mark.parametrize(

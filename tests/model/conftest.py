@@ -10,12 +10,11 @@ BOS = 2
 SMALL = {
     "vocab_size": 40,
     "d_model": 24,
-    "rwkv_layers": 2,
-    "attention_layers": 2,
+    "layers": "2xrwkv,2xattention",
     "heads": 4,
     "chunk_length": 12,
     "latents": 3,
-    "records": 2,
+    "sub_latents": 2,
     "history_chunks": 3,
 }
 

@@ -15,7 +15,7 @@ WIDTH, LAYERS = 60, 3
 def model() -> I3LM:
     torch.manual_seed(0)
     settings = ModelSettings(
-        vocab_size=500, d_model=WIDTH, rwkv_layers=LAYERS, attention_layers=1, heads=4, latents=8
+        vocab_size=500, d_model=WIDTH, layers=f"{LAYERS}xrwkv,1xattention", heads=4, latents=8
     )
     return I3LM(settings, bos_id=2)
 
@@ -50,7 +50,9 @@ def test_decays_bonuses_and_mixes_are_those_of_the_reference(model: I3LM, layer:
 
 
 def test_one_layer_begins_as_the_first_of_many() -> None:
-    one = I3LM(ModelSettings(vocab_size=20, d_model=8, rwkv_layers=1, latents=2), bos_id=2)
+    one = I3LM(
+        ModelSettings(vocab_size=20, d_model=8, layers="1xrwkv,2xattention", latents=2), bos_id=2
+    )
     decay = one.rwkv[0].time_mix.decay_base.tolist()
     assert decay == pytest.approx([-5 + 8 * (i / 7) ** 0.7 for i in range(8)], abs=1e-5)
 

@@ -203,10 +203,10 @@ def test_decoding_does_not_read_latents_that_no_token_may_see(
     for place, token in enumerate(flat):
         if place % T == 0 and place:
             spoiled._close_chunk()
-            latents = spoiled.state.latents.clone()
+            latents = spoiled.latents.clone()
             ends = token == BOS or gate == 0
             latents[:, : C if ends else max(0, C - spoiled.depth)] = float("nan")
-            spoiled.state = spoiled.state._replace(latents=latents)
+            spoiled.latents = latents
         torch.testing.assert_close(spoiled.feed(token[None]), plain.feed(token[None]), **EXACT)
 
 
@@ -218,12 +218,14 @@ def test_carried_state_does_not_reach_a_document_that_begins(seed: int) -> None:
     tokens[1, 0, 0] = BOS
     depth[:2, 0] = 0  # lane 0 begins a shard, lane 1 a document
     tokens, depth, nothing = tokens[:2], depth[:2], empty(model, 2)
-    spoiled = nothing._replace(rwkv=nothing.rwkv.map(lambda x: torch.full_like(x, float("nan"))))
+    spoiled = nothing._replace(
+        layers={name: torch.full_like(x, float("nan")) for name, x in nothing.layers.items()}
+    )
     found = []
     for state in (nothing, spoiled):
         losses, after = model(tokens, tokens, depth, state, torch.tensor(1.0))
         gradients = torch.autograd.grad(losses.sum(), list(model.parameters()), allow_unused=True)
-        found.append([losses, *after.rwkv, *(x for x in gradients if x is not None)])
+        found.append([losses, *after.layers.values(), *(x for x in gradients if x is not None)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, **EXACT)
 
@@ -310,7 +312,7 @@ def test_decoding_holds_constant_memory(model: I3LM) -> None:
     for token in random_stream(3, chunks=12, mean_document=40).flatten():
         decoder.feed(token[None])
         sizes.append(decoder.chunk.tokens.shape[1])
-        assert decoder.state.latents.shape[1] == C
+        assert decoder.latents.shape[1] == C
     assert max(sizes) == T
 
 
@@ -350,7 +352,7 @@ def test_the_card_has_340_million_parameters() -> None:
 
 def test_only_projections_that_end_a_branch_begin_smaller() -> None:
     torch.manual_seed(0)
-    model = I3LM(ModelSettings(d_model=64, rwkv_layers=3, attention_layers=2, vocab_size=500), 2)
+    model = I3LM(ModelSettings(d_model=64, layers="3xrwkv,2xattention", vocab_size=500), 2)
     ends = ("time_mix.output", "channel_mix.value", "attention.output", "ff.down")
     own_ways = ("compressor.record", "compressor.token", "salience")
     for name, parameter in model.named_parameters():
@@ -364,14 +366,14 @@ def test_only_projections_that_end_a_branch_begin_smaller() -> None:
 
 
 def test_history_begins_low_and_unfolds_what_was_read() -> None:
-    """A record that holds a token is unfolded to the R-th of it, R^0.5 times as large."""
-    settings = ModelSettings(d_model=64, rwkv_layers=1, vocab_size=500, records=4)
+    """A sub-latent of a token is unfolded to the R-th of it, R^0.5 times as large."""
+    settings = ModelSettings(d_model=64, layers="1xrwkv,2xattention", vocab_size=500, sub_latents=4)
     compressor = (model := I3LM(settings, BOS)).compressor
     token, record = compressor.token.weight, compressor.record.weight
     torch.testing.assert_close(record @ record.T, torch.eye(16))
     torch.testing.assert_close(record @ token, 2 * torch.eye(16))
     x = torch.randn(1, 2, 3, 64)
-    for block in model.attention:
+    for block in model.upper:
         attention = block.attention
         query = attention.queries(x).unflatten(-1, (attention.heads, -1))
         begins = attention.inner.per_head
@@ -387,9 +389,9 @@ def test_the_logits_of_ages_move_history_and_nothing_else(seed: int) -> None:
     tokens = random_stream(seed, mean_document=100)
     model, low = build(), build()
     with torch.no_grad():
-        for block in (*model.attention, *low.attention):
-            block.attention.begin()
-        for block in low.attention:
+        for block in (*model.upper, *low.upper):
+            block.reset_parameters()
+        for block in low.upper:
             block.attention.age_bias.add_(torch.tensor(0.3).log())
     torch.testing.assert_close(logits(low, tokens), logits(model, tokens, gate=0.3), **CLOSE)
     none = logits(low, tokens, gate=0.0)
@@ -401,7 +403,7 @@ def test_the_logits_of_ages_move_history_and_nothing_else(seed: int) -> None:
 def test_attention_is_the_softmax_of_its_equation(seed: int, window: int) -> None:
     """Of q_h(x) k_h / sqrt(d) + b_ha(x) over the C chunks before, and the token itself."""
     model = build()
-    attention = model.attention[0].attention
+    attention = model.upper[0].attention
     torch.manual_seed(seed)
     torch.nn.init.normal_(attention.age_bias)
     x = torch.randn(2, window, 1, model.width.computed).double()
@@ -425,18 +427,19 @@ def test_attention_is_the_softmax_of_its_equation(seed: int, window: int) -> Non
 
 @given(seed=seeds, kept=st.integers(1, T))
 @settings(max_examples=30, deadline=None)
-def test_records_are_of_the_most_salient_tokens_in_order(model: I3LM, seed: int, kept: int) -> None:
+def test_sub_latents_are_of_the_highest_scores_in_order(model: I3LM, seed: int, kept: int) -> None:
     """As many as there are, of equal ones the first; none is of a token that is not kept."""
     compressor, count = model.compressor, model.keys_per_chunk
     random = torch.Generator().manual_seed(seed)
-    salience = torch.randint(0, 6, (2, T), generator=random).double()  # many are equal
-    salience[:, kept:] = NEVER
-    for row, chosen in zip(salience.tolist(), compressor.choose(salience).tolist(), strict=True):
+    scores = torch.randint(0, 6, (2, T), generator=random).double()  # many are equal
+    scores[:, kept:] = NEVER
+    for row, chosen in zip(scores.tolist(), compressor.choose(scores).tolist(), strict=True):
         assert chosen == sorted(sorted(range(T), key=lambda t: (-row[t], t))[:count])
     hidden = torch.randn(2, T, model.width.computed, generator=random).double()
-    keep = salience > NEVER
-    records = model.width.trim(compressor(hidden, keep)).unflatten(-1, (compressor.records, -1))
-    filled = records.flatten(1, 2).abs().sum(-1) > 0
+    keep = scores > NEVER
+    latents = model.width.trim(compressor(hidden, keep))
+    parts = latents.unflatten(-1, (compressor.sub_latents, -1))
+    filled = parts.flatten(1, 2).abs().sum(-1) > 0
     assert filled.sum(-1).tolist() == [min(kept, count)] * 2
     for anything in (7.0, float("inf"), float("nan")):
         other = hidden.masked_fill(~keep.unsqueeze(-1), anything)
@@ -445,7 +448,7 @@ def test_records_are_of_the_most_salient_tokens_in_order(model: I3LM, seed: int,
 
 @given(seed=seeds)
 @settings(max_examples=20, deadline=None)
-def test_a_record_begins_by_reading_its_own_token(model: I3LM, seed: int) -> None:
+def test_a_sub_latent_begins_by_reading_its_own_token(model: I3LM, seed: int) -> None:
     """Nearly; what it reads is kept, and sums to 1."""
     torch.manual_seed(seed)
     normed = torch.randn(2, T, model.width.computed).double()
@@ -463,7 +466,7 @@ def test_a_record_begins_by_reading_its_own_token(model: I3LM, seed: int) -> Non
     assert shares.shape == (2, count, T)
 
 
-def test_projecting_records_equals_projecting_what_they_unfold_to(model: I3LM) -> None:
+def test_projecting_sub_latents_equals_projecting_what_they_unfold_to(model: I3LM) -> None:
     torch.manual_seed(0)
     latents = torch.randn(2, 3, SMALL["latents"], model.width.computed).double()
     weight = torch.randn(5, model.width.computed).double()
@@ -475,7 +478,7 @@ def test_projecting_records_equals_projecting_what_they_unfold_to(model: I3LM) -
 @settings(max_examples=20, deadline=None)
 @torch.no_grad()
 def test_the_compressor_is_what_its_words_say(model: I3LM, seed: int) -> None:
-    """Record by record: choose, ask, read; then refine, normalise and size."""
+    """One sub-latent after the other: choose, ask, read; then refine, normalise and size."""
     c, count = model.compressor, model.keys_per_chunk
     each = c.part.stored
     torch.manual_seed(seed)
@@ -484,8 +487,8 @@ def test_the_compressor_is_what_its_words_say(model: I3LM, seed: int) -> None:
     found = model.width.trim(c(hidden, keep))[0].reshape(count, each)
     normed, kept = c.norm_in(hidden)[0], keep[0].nonzero().flatten().tolist()
     query, key, value = (c.part.trim(p(normed)) for p in (c.query, c.key, c.record))
-    salience = model.width.trim(normed) @ c.salience.weight[0]
-    best = sorted(sorted(kept, key=lambda t: -salience[t].item())[:count])
+    scores = model.width.trim(normed) @ c.salience.weight[0]
+    best = sorted(sorted(kept, key=lambda t: -scores[t].item())[:count])
     empty = count - len(best)
     assert not found[:empty].any()
     latents = c.queries.reshape(count, each).clone()
@@ -494,28 +497,28 @@ def test_the_compressor_is_what_its_words_say(model: I3LM, seed: int) -> None:
         begins = [0.94 * (t == own) + 0.05 / 17 * (abs(t - own) <= 8) + 0.01 / T for t in kept]
         shares = (asked + torch.tensor(begins).double().log()).softmax(0)
         latents[i] += shares @ value[kept]
-    whole = range(-(-empty // c.records) * c.records, count)  # of latents without empty records
-    x = model.width.pad(latents.reshape(-1, c.records * each))
+    whole = range(-(-empty // c.sub_latents) * c.sub_latents, count)  # of latents that are full
+    x = model.width.pad(latents.reshape(-1, c.sub_latents * each))
     x = model.width.trim(x + c.ff(c.norm_ff(x))).reshape(count, each)
     for i in whole:
         wanted = c.part.trim(c.norm_out(c.part.pad(x[i])))
-        wanted = wanted * 2 * salience[best[i - empty]].sigmoid()
+        wanted = wanted * 2 * scores[best[i - empty]].sigmoid()
         torch.testing.assert_close(found[i], wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_salience_learns_from_what_records_are_of_use_for(model: I3LM) -> None:
-    """A token whose record lowers the loss becomes more salient with a step down the gradient."""
+def test_the_router_learns_from_what_sub_latents_are_of_use_for(model: I3LM) -> None:
+    """A token whose sub-latent lowers the loss gets a higher score by a step down the gradient."""
     compressor = model.compressor
     torch.manual_seed(0)
     hidden, keep = torch.randn(1, T, model.width.computed).double(), torch.ones(1, T).bool()
-    chosen = compressor.choose(compressor.saliences(compressor.norm_in(hidden)))[0]
+    chosen = compressor.choose(compressor.router_scores(compressor.norm_in(hidden)))[0]
     wanted = compressor(hidden, keep).detach()
-    wanted[:, 1:] = 0  # the first latent's records should be larger, the others smaller
+    wanted[:, 1:] = 0  # the first latent's sub-latents should be larger, the others smaller
     loss = (compressor(hidden, keep) - 3 * wanted).square().sum()
     weight = compressor.salience.weight
     (gradient,) = torch.autograd.grad(loss, weight)
     moved = compressor.norm_in(hidden)[..., : weight.shape[1]] @ -gradient[0]
-    first = compressor.records
+    first = compressor.sub_latents
     assert (moved[0, chosen[:first]].mean() > moved[0, chosen[first:]].mean()).item()
 
 

@@ -9,7 +9,7 @@ from transformers import RwkvConfig, RwkvModel
 
 from i3dist.config import ModelSettings
 from i3dist.model.lm import I3LM
-from i3dist.model.state import LaneState, RwkvState
+from i3dist.model.state import LaneState
 from tests.model.conftest import BOS, SMALL
 from tests.model.streams import depth_of, empty, stream
 
@@ -60,7 +60,7 @@ def weights_for_theirs(model: I3LM) -> dict[str, Tensor]:
 @torch.no_grad()
 def pair(seed: int) -> tuple[I3LM, RwkvModel]:
     """Both models with the same random weights, none of which is left as it begins."""
-    sizes = SMALL | {"rwkv_layers": LAYERS, "state_carry": True}
+    sizes = SMALL | {"layers": f"{LAYERS}xrwkv,2xattention", "state_carry": True}
     torch.manual_seed(seed)
     ours = I3LM(ModelSettings.model_validate(sizes), BOS).eval()
     for name, parameter in ours.named_parameters():
@@ -88,16 +88,17 @@ def read(model: I3LM, tokens: Tensor, depth: Tensor, state: LaneState) -> tuple[
     return model.width.trim(model.norm_out(below.x)).flatten(1, 2), state
 
 
-def to_theirs(state: RwkvState) -> list[Tensor]:
+def to_theirs(state: dict[str, Tensor]) -> list[Tensor]:
     """Our state in their form: both shifts, then a, b and m, [B, D, R] each."""
-    parts = (state.channel_shift, state.time_shift, *state.wkv.unbind(2))
+    parts = (state["channel_shift"], state["time_shift"], *state["wkv"].unbind(2))
     return [part.transpose(1, 2).clone() for part in parts]
 
 
-def to_ours(state: list[Tensor]) -> RwkvState:
+def to_ours(state: list[Tensor]) -> dict[str, Tensor]:
     """The inverse."""
     channel_shift, time_shift, *wkv = (part.transpose(1, 2) for part in state)
-    return RwkvState(torch.stack(wkv, dim=2), time_shift, channel_shift)
+    parts = (torch.stack(wkv, dim=2), time_shift, channel_shift)
+    return dict(zip(("wkv", "time_shift", "channel_shift"), parts, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -128,7 +129,7 @@ def test_either_goes_on_from_the_others_state(seed: int) -> None:
     wanted = theirs(flat).last_hidden_state[:, 3 * LENGTH :]
 
     _, state = read(ours, tokens[:, :3], depth[:, :3], empty(ours))
-    after_ours = theirs(flat[:, 3 * LENGTH :], state=to_theirs(state.rwkv)).last_hidden_state
+    after_ours = theirs(flat[:, 3 * LENGTH :], state=to_theirs(state.layers)).last_hidden_state
     assert (after_ours - wanted).abs().max() <= CLOSE
 
     left = theirs(flat[:, : 3 * LENGTH], use_cache=True).state

@@ -6,9 +6,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from i3dist.ops import shift_mix
+from i3dist.ops.shift_mix import MixInputs
 from tests.ops.wkv_cases import assert_close
 
 Form = Callable[..., tuple[tuple[Tensor, ...], Tensor, Tensor]]
+
+
+def norm_shift_mix(*inputs, goes_on: bool = True) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The operator as a `Form`, which takes its inputs one by one."""
+    return shift_mix.norm_shift_mix(MixInputs(*inputs), goes_on)
+
+
+def norm_shift_mix_naive(*inputs) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The oracle as a `Form`."""
+    return shift_mix.norm_shift_mix_naive(MixInputs(*inputs))
 
 
 class Case(NamedTuple):

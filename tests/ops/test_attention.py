@@ -14,6 +14,7 @@ from i3dist.ops.attention import (
     BlockVisibility,
     KeysValues,
     Visibility,
+    Window,
     attend,
     attention_bias,
     block_visibility,
@@ -35,7 +36,7 @@ def both_forms(segments: Tensor, depth: Tensor, gate: float) -> tuple[Visibility
     history = history_mask(rows, depths, CHUNKS)
     return (
         attention_bias(causal_mask(rows), history, strength, LATENTS),
-        block_visibility(segments, depth, strength, CHUNKS, LATENTS),
+        block_visibility(Window(segments, depth, CHUNKS, LATENTS), strength),
     )
 
 
@@ -79,7 +80,7 @@ def test_tiles_are_those_in_which_the_rule_sees_something(
     often = (1, 0.1, 0.01, 0)[seed % 4]  # documents of 1, 10, 100 tokens; one
     segments = (torch.rand(LANES, window, length, generator=random) < often).cumsum(-1)
     depth = torch.randint(0, CHUNKS + 2, (LANES, window), generator=random)
-    visible = block_visibility(segments, depth, torch.tensor(1.0), CHUNKS, latents)
+    visible = block_visibility(Window(segments, depth, CHUNKS, latents), torch.tensor(1.0))
     assert isinstance(visible, BlockVisibility)
     queries, keys = window * length, visible.history + window * length
     wanted = create_block_mask(visible.mask.mask_mod, LANES, None, queries, keys, device="cpu")

@@ -6,10 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from i3dist.ops.layer_norm import add_and_norm, add_and_norm_naive
+from i3dist.ops import layer_norm
+from i3dist.ops.layer_norm import Norm
 from tests.ops.wkv_cases import TOLERANCE, assert_close
 
 EPS = 1e-5
+
+
+def add_and_norm(x, weight, bias, channels, eps, branch=None):
+    return layer_norm.add_and_norm(x, Norm(weight, bias, channels, eps), branch)
+
+
+def add_and_norm_naive(x, weight, bias, channels, eps, branch=None):
+    return layer_norm.add_and_norm_naive(x, Norm(weight, bias, channels, eps), branch)
 
 
 def inputs(

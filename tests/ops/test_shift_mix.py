@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from i3dist.ops.shift_mix import norm_shift_mix
 from tests.ops.shift_mix_cases import (
     Case,
     add_outside,
@@ -14,6 +13,7 @@ from tests.ops.shift_mix_cases import (
     assert_same_run,
     loss_of,
     make_case,
+    norm_shift_mix,
     overwrite_before,
     results_of,
     run,

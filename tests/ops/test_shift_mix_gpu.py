@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from i3dist.ops import shift_mix as shift_mix_module
-from i3dist.ops.shift_mix import norm_shift_mix, norm_shift_mix_naive
 from tests.ops.shift_mix_cases import (
     Case,
     add_outside,
     assert_equal_run,
     assert_same_run,
     make_case,
+    norm_shift_mix,
+    norm_shift_mix_naive,
     overwrite_before,
     run,
     since,

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from i3dist.ops import wkv as wkv_module
-from i3dist.ops.wkv import empty_state, wkv
-from i3dist.ops.wkv_naive import wkv_naive
+from i3dist.ops.wkv import empty_state
 from tests.ops.wkv_cases import (
     TOLERANCE,
     Case,
@@ -20,6 +19,8 @@ from tests.ops.wkv_cases import (
     gradients,
     loss_of,
     make_case,
+    wkv,
+    wkv_naive,
 )
 
 

@@ -5,8 +5,6 @@ import torch
 from torch import Tensor
 
 from i3dist.ops import wkv as wkv_module
-from i3dist.ops.wkv import wkv
-from i3dist.ops.wkv_naive import wkv_naive
 from tests.ops.wkv_cases import (
     TOLERANCE,
     Case,
@@ -17,6 +15,8 @@ from tests.ops.wkv_cases import (
     gradients,
     loss_of,
     make_case,
+    wkv,
+    wkv_naive,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,10 +6,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from i3dist.ops import wkv as fast
+from i3dist.ops import wkv_naive as equations
+from i3dist.ops.wkv import WkvInputs
+
 Form = Callable[..., tuple[Tensor, Tensor]]
 Run = tuple[Tensor, Tensor, list[Tensor]]  # y, final state, gradients
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
+
+def wkv(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The operator as a `Form`, which takes its inputs one by one."""
+    return fast.wkv(WkvInputs(*inputs))
+
+
+def wkv_naive(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The oracle as a `Form`."""
+    return equations.wkv_naive(WkvInputs(*inputs))
 
 
 class Case(NamedTuple):

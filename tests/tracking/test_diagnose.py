@@ -25,7 +25,7 @@ from tests.model.conftest import BOS, SMALL, build
 from tests.model.streams import depth_of, empty, stream
 
 T, C = SMALL["chunk_length"], SMALL["history_chunks"]
-M = SMALL["records"] * SMALL["latents"]  # keys of an earlier chunk
+M = SMALL["sub_latents"] * SMALL["latents"]  # keys of an earlier chunk
 ON = torch.tensor(1.0)
 
 
@@ -51,7 +51,7 @@ def test_attention_mass_is_a_share(model: I3LM, seed: int, gate: float) -> None:
     segments, depth = segment_ids(tokens[None], BOS), torch.tensor([seed % (C + 2)])
     seen = history_mask(segments, depth, C)
     bias = attention_bias(causal_mask(segments), seen, torch.tensor(gate), M)
-    attention = model.attention[0].attention
+    attention = model.upper[0].attention
     x = torch.randn(1, 1, T, model.width.computed, dtype=torch.float64)
     keys = attention.keys_values(torch.randn(C * M + T, model.width.computed).double()).keys
     mass = attention_mass(attention, attention.queries(x)[0, 0], keys, bias[0], C)
@@ -76,7 +76,7 @@ def test_shares_are_those_of_the_models_own_attention(model: I3LM) -> None:
     depth = depth_of(tokens)
     with torch.no_grad(), mock.patch("i3dist.model.attention.attend", record):
         model(tokens, tokens, depth, empty(model, 2), torch.tensor(0.3))
-    assert len(weights) == SMALL["attention_layers"] > 1
+    assert len(weights) == len(model.upper) > 1
     shares = torch.stack(weights)[..., : C * M].unflatten(-1, (C, M)).sum(-1).mean((0, 2))
     seen = history_mask(segment_ids(tokens, BOS), depth, C).flatten(0, 1)
     wanted = [float(shares[..., C - age][seen[..., C - age]].mean()) for age in range(1, C + 1)]

@@ -21,13 +21,12 @@ SMALL = Settings().with_values(
     **{
         "model.vocab_size": 50,
         "model.d_model": 24,
-        "model.rwkv_layers": 3,
-        "model.attention_layers": 1,
+        "model.layers": "3xrwkv,1xattention",
         "model.heads": 4,
         "model.ff_mult": 3,
         "model.chunk_length": 16,
         "model.latents": 4,
-        "model.records": 2,
+        "model.sub_latents": 2,
         "model.history_chunks": 5,
         "train.lanes": 12,
         "train.accumulation": 5,
@@ -164,15 +163,16 @@ def by_hand(model: ModelSettings, heads: int, records: int) -> dict[str, int]:
     ages = heads * model.history_chunks
     return {
         "embedding": vocab * d,
-        "rwkv": model.rwkv_layers * (time_mix + channel_mix + 2 * norm),
+        "rwkv": model.stack.count("rwkv") * (time_mix + channel_mix + 2 * norm),
         "compressor": 2 * mult * d * d
         + 4 * d * part  # query, key, record and back
         + model.latents * d
-        + d  # salience
+        + d  # router
         + 2 * norm
         + 2 * part,
         "slots": keys * d,
-        "attention": model.attention_layers * ((4 + 2 * mult) * d * d + ages * d + ages + 2 * norm),
+        "attention": model.stack.count("attention")
+        * ((4 + 2 * mult) * d * d + ages * d + ages + 2 * norm),
         "head": vocab * d,
         "norms": 2 * norm,
     }

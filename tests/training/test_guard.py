@@ -124,23 +124,23 @@ def test_only_what_is_not_finite_is_emptied(bad: float) -> None:
     state = empty.map(lambda part: torch.randn(part.shape).to(part.dtype))
     hurt = state.map(torch.clone)
     hurt.latents[1, -2, 0, 3] = bad
-    hurt.rwkv.channel_shift[2, 0, 1] = bad
-    healed = hurt.finite()
+    hurt.layers["channel_shift"][2, 0, 1] = bad
+    healed = hurt.finite(empty)
     wanted = state.map(torch.clone)
     wanted.latents[1, -2] = 0
-    for part, nothing in zip(wanted.rwkv, empty.rwkv, strict=True):
-        part[2] = nothing[2]
+    for name, part in wanted.layers.items():
+        part[2] = empty.layers[name][2]
     for name, tensor in healed.tensors().items():
         assert tensor.equal(wanted.tensors()[name]), name
         assert tensor.dtype == state.tensors()[name].dtype
-    assert all(a.equal(b) for a, b in zip(state.finite().rwkv, state.rwkv, strict=True))
+    assert all(part.equal(state.layers[n]) for n, part in state.finite(empty).layers.items())
 
 
 def test_lanes_that_carry_no_rwkv_state_are_emptied_too() -> None:
     model = ModelSettings.model_validate(SMALL)
-    state = LaneState.empty(2, model, torch.device("cpu"), torch.float32)
+    state, empty = (LaneState.empty(2, model, torch.device("cpu"), torch.float32) for _ in range(2))
     state.latents.fill_(math.nan)
-    assert state.finite().latents.eq(0).all()
+    assert state.finite(empty).latents.eq(0).all()
 
 
 @given(

@@ -1,0 +1,98 @@
+"""What a layer of the stack is: the contract of layer kinds. Letters: N rows, T tokens, D width."""
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from i3dist.config import ModelSettings
+from i3dist.model.layers import Channels
+from i3dist.ops.attention import KeysValues, Visibility
+
+LayerState = tuple[Tensor, ...]  # the parts of one layer's state
+
+
+class Place(NamedTuple):
+    """What a block is built for, and where it stands among the blocks of its kind."""
+
+    settings: ModelSettings
+    width: Channels  # D
+    nth: int  # from the bottom, 0 first
+    total: int  # number of them
+
+
+class Block(nn.Module):
+    """A layer of any kind. It is built from its `Place` alone."""
+
+    sees_history: ClassVar[bool]
+    kept_values: ClassVar[int] = 20
+    """Values per token and channel that the backward pass needs; for the memory estimate."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+
+    def reset_parameters(self) -> None:
+        """Initialize what differs from the model's rule for matrices, which has been applied."""
+
+
+class LowerBlock(Block):
+    """A layer below the compressor, which sees no history.
+
+    Decoding calls the same `forward` on the newest tokens with the state of those before. So a
+    call over T tokens must equal T calls over one token each.
+    """
+
+    sees_history = False
+    state_parts: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors that the layer carries from one token to the next."""
+
+    @classmethod
+    def empty_state(cls, rows: int, width: int, like: Tensor) -> LayerState:
+        """The state before the first token: a tensor [rows, ..., width] for each state part.
+
+        By default zeros [rows, width] of the device and dtype of `like`.
+        """
+        return tuple(like.new_zeros(rows, width) for _ in cls.state_parts)
+
+    def forward(self, x: Tensor, restart: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """x [N, T, D] -> the same, and the detached state after it.
+
+        Args:
+            x: the residual stream; padded channels are 0 and must stay so.
+            restart: [N, T] bool; nothing from before such a token may reach it or what follows.
+            state: what stands before x.
+        """
+        raise NotImplementedError
+
+
+class HistoryBlock(Block):
+    """A layer above the compressor, which sees compressed history.
+
+    Decoding calls the same `forward` on the newest tokens with the keys and values of the chunk's
+    tokens before, `own`. So the results must not depend on how a chunk is cut into calls.
+    """
+
+    sees_history = True
+
+    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
+        """Keys and values of all chunks that a window sees: [B, (C + K) * M, D] each.
+
+        Args:
+            project: multiplies what is seen of these chunks by a matrix: [out, D] ->
+                [B, C + K, M, out], oldest first.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, past: KeysValues, own: KeysValues | None, visible: Visibility
+    ) -> tuple[Tensor, KeysValues]:
+        """x [B, K, T, D] -> the same, and keys and values of all the chunk's tokens so far,
+        detached.
+
+        Args:
+            x: the residual stream.
+            past: keys and values of history, [B, (C + K) * M, D] each.
+            own: keys and values of the chunk's tokens before x, or None.
+            visible: what each token sees of history and of its chunk.
+        """
+        raise NotImplementedError

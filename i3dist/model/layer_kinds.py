@@ -1,0 +1,73 @@
+"""The layer kinds that `model.layers` can name, and the stack that it describes.
+
+To add a kind, derive a class from `LowerBlock` or `HistoryBlock` and register it
+(docs/extending.md).
+"""
+
+from typing import NamedTuple
+
+from i3dist.config import ModelSettings
+from i3dist.errors import UserError
+from i3dist.model.attention import AttentionBlock
+from i3dist.model.block import Block, HistoryBlock, LowerBlock
+from i3dist.model.rwkv import RwkvBlock
+from i3dist.registry import Registry
+
+LAYER_KINDS: Registry[type[Block]] = Registry("layer kind")
+LAYER_KINDS.register("rwkv")(RwkvBlock)
+LAYER_KINDS.register("attention")(AttentionBlock)
+
+
+class Layer(NamedTuple):
+    """One layer of a stack."""
+
+    kind: str
+    nth: int  # among the layers of its kind, from the bottom, 0 first
+    total: int  # number of them
+
+
+class Stack(NamedTuple):
+    """The layers of a model from the bottom: those below the compressor, and those above."""
+
+    lower: list[Layer]
+    upper: list[Layer]
+
+    @classmethod
+    def of(cls, settings: ModelSettings) -> "Stack":
+        """The stack of `model.layers`.
+
+        The compressor reads the residual stream below the lowest layer that sees history. Then no
+        latent depends on history, and the chunks of a window can be trained side by side.
+
+        Raises:
+            UserError: it names an unknown kind, or has a layer on the wrong side of the compressor.
+        """
+        stack, kinds = cls([], []), settings.stack
+        setting = f"setting model.layers={settings.layers}"
+        for place, kind in enumerate(kinds):
+            try:
+                above = LAYER_KINDS.of(kind).sees_history
+            except UserError as error:
+                raise UserError(f"{setting}: {error}, or --extend with the file of yours") from None
+            if stack.upper and not above:
+                raise UserError(
+                    f"{setting}: {kind} stands above {kinds[place - 1]}, which sees history; the "
+                    f"compressor reads all {kind} layers, so move them below"
+                )
+            layer = Layer(kind, kinds[:place].count(kind), kinds.count(kind))
+            (stack.upper if above else stack.lower).append(layer)
+        if not stack.lower:
+            raise UserError(f"{setting} has no layer for the compressor to read: add rwkv below")
+        if not stack.upper:
+            raise UserError(f"{setting} has no layer that sees history: add attention on top")
+        return stack
+
+
+def lower_kind(layer: Layer) -> type[LowerBlock]:
+    """The class of a layer below the compressor."""
+    kind = LAYER_KINDS.of(layer.kind)
+    assert issubclass(kind, LowerBlock)
+    return kind
+
+
+__all__ = ["LAYER_KINDS", "HistoryBlock", "Layer", "LowerBlock", "Stack", "lower_kind"]

@@ -1,0 +1,93 @@
+"""Former names of settings: still taken from saved runs, files and words, and never ambiguous."""
+
+from pathlib import Path
+
+import pytest
+
+from i3dist.config import Settings, first_conflict
+from i3dist.errors import UserError
+
+DEFAULTS = Settings()
+RWKV, ATTENTION, RECORDS = "model.rwkv_layers", "model.attention_layers", "model.records"
+
+
+def load(tmp_path: Path, text: str, *words: str) -> Settings:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    return Settings.load(file, words)
+
+
+def former(settings: Settings) -> dict[str, dict[str, object]]:
+    """What a run has saved that was made under the former names."""
+    values = settings.to_dict()
+    stack, model = settings.model.stack, values["model"]
+    del model["layers"]
+    model["rwkv_layers"], model["attention_layers"] = (
+        stack.count(kind) for kind in ("rwkv", "attention")
+    )
+    model["records"] = model.pop("sub_latents")
+    return values
+
+
+@pytest.mark.parametrize("layers", ["12xrwkv,2xattention", "3xrwkv,1xattention"])
+def test_a_saved_run_has_the_settings_of_today(layers: str) -> None:
+    settings = DEFAULTS.with_values(**{"model.layers": layers, "model.sub_latents": 8})
+    saved = former(settings)
+    untouched = {section: dict(values) for section, values in saved.items()}
+    assert Settings.build(saved) == settings
+    assert first_conflict(Settings.build(saved), settings) is None
+    assert saved == untouched, "what was read stays as it was"
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "layers", "parts"),
+    [
+        ("model: {rwkv_layers: 3, attention_layers: 1}", [], "3xrwkv,1xattention", 4),
+        ("model: {records: 2}", [f"{RWKV}=5"], "5xrwkv,2xattention", 2),
+        ("", [f"{ATTENTION}=1", f"{RWKV}=2", f"{RECORDS}=8"], "2xrwkv,1xattention", 8),
+        ("model: {layers: '3xrwkv,1xattention'}", [f"{RWKV}=2"], "2xrwkv,1xattention", 4),
+        ("model: {layers: '3xrwkv,1xattention'}", [f"{RWKV}=2", f"{ATTENTION}=4"],
+         "2xrwkv,4xattention", 4),
+        ("model: {rwkv_layers: 3, records: 2}", ["model.layers=1xrwkv,1xattention"],
+         "1xrwkv,1xattention", 2),
+        ("model: {records: 2}", ["model.sub_latents=8"], "12xrwkv,2xattention", 8),
+        ("model: {sub_latents: 8}", [f"{RECORDS}=2"], "12xrwkv,2xattention", 2),
+        ("model: {layers: '2xconv,3xrwkv,1xattention'}", [f"{RWKV}=1"],
+         "2xconv,1xrwkv,1xattention", 4),
+    ],
+)  # fmt: skip
+def test_words_win_over_files_whichever_names_they_use(
+    tmp_path: Path, text: str, words: list[str], layers: str, parts: int
+) -> None:
+    model = load(tmp_path, text, *words).model
+    assert (model.layers, model.sub_latents) == (layers, parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "says"),
+    [
+        ("model:\n  layers: 1xrwkv,1xattention\n  rwkv_layers: 2", [],
+         r"settings.yaml, line 3: model.layers and its former name model.rwkv_layers are both"),
+        ("model:\n  sub_latents: 2\n  records: 2", [], "line 3: model.sub_latents and its former"),
+        ("", [f"{RECORDS}=2", "model.sub_latents=2"], "^model.sub_latents and its former name"),
+        ("", [f"{RWKV}=2", "model.layers=1xrwkv,1xattention"], "^model.layers and its former"),
+        ("model:\n  rwkv_layers: 0", [], "line 2: setting model.rwkv_layers=0 .* 1 to 1024"),
+        ("", [f"{ATTENTION}=1025"], "^setting model.attention_layers=1025 should"),
+        ("", [f"{RWKV}=1.5"], "^setting model.rwkv_layers=1.5 should"),
+        ("", [f"{RWKV}=some"], "^setting model.rwkv_layers='some' should"),
+        ("model:\n  records: 0", [], "line 2: setting model.sub_latents=0 should"),
+        ("model: {layers: '1xrwkv,1xconv,1xrwkv,1xattention'}", [f"{RWKV}=2"],
+         "model.rwkv_layers cannot change .* 2 groups"),
+        ("model: {layers: 'none'}", [f"{RWKV}=2"], "setting model.layers='none'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(tmp_path: Path, text: str, words: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says) as refused:
+        load(tmp_path, text, *words)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_no_tree_of_settings_is_left_to_validation() -> None:
+    for values in ([], "model", {"model": 3}, {"model": None, "train": {}}):
+        with pytest.raises(UserError):
+            Settings.build(values)
