@@ -33,6 +33,7 @@ from data_prep.tokenizer import (
     sample_texts,
     train_tokenizer,
 )
+from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.manifest import MAX_SHARDS, Manifest
@@ -96,6 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_text_options(parser)
     _add_shard_options(parser)
+    add_extend_option(parser)
     return parser.parse_args(arguments)
 
 

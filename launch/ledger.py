@@ -9,12 +9,14 @@ unbroken, and equal; 1: not, and one line names the first step where.
 import argparse
 from pathlib import Path
 
+from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import Settings
 from i3dist.data.corpus import Split
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
+from i3dist.training.continuing import of_saved_run
 from i3dist.training.ledger import (
     LEDGER,
     Entry,
@@ -46,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         help="compare losses and norms to this relative difference, and leave out the lanes' "
         "state (runs of other numbers of ranks; default: every bit)",
     )
+    add_extend_option(parser)
     return parser.parse_args()
 
 
@@ -58,7 +61,7 @@ def checked(run: Path, data: Path | None) -> list[Entry]:
     entries = read(run)
     fault = first_break(entries) or unsaved(entries, run)
     if fault is None and data is not None:
-        train = Settings.load(run / "settings.yaml").of_saved_run().train
+        train = of_saved_run(Settings.load(run / "settings.yaml")).train
         split = Split(data / "train", Manifest.load(data / "train"))
         schedule = split.schedule(
             train.lane_count, train.window_chunks, train.seed, train.schedule_version

@@ -11,16 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from i3dist.config import (
-    FREE_TO_CHANGE,
-    OptimizerSettings,
-    Settings,
-    first_conflict,
-    inherit_decided,
-    literal_settings,
-    setting_lines,
-)
+from i3dist.cli.settings_text import all_settings, literal_settings
+from i3dist.config import OptimizerSettings, Settings
 from i3dist.errors import UserError
+from i3dist.training.continuing import FREE_TO_CHANGE, first_conflict, inherit_decided
 from i3dist.training.startup import decide
 from i3dist.training.summary import print_summary
 
@@ -46,7 +40,7 @@ def test_yaml_round_trips(tmp_path: Path) -> None:
 
 
 def test_names_that_stay() -> None:
-    names = {name for name, _, _ in setting_lines()}
+    names = {setting.name for setting in all_settings(Settings)}
     assert names >= {
         "data.path",
         "run.path",
@@ -56,7 +50,7 @@ def test_names_that_stay() -> None:
         "validate.every",
     }
     assert names >= set(FREE_TO_CHANGE)
-    assert all(text for _, _, text in setting_lines())
+    assert all(setting.description for setting in all_settings(Settings))
 
 
 @pytest.mark.parametrize(
@@ -120,13 +114,15 @@ TYPED = st.one_of(
 
 
 def test_paths_and_names_are_literal_by_their_type() -> None:
-    names = {name for name, _, _ in setting_lines()}
-    assert set(literal_settings()) <= names
-    assert set(literal_settings()) == {
+    names = {setting.name for setting in all_settings(Settings)}
+    assert set(literal_settings(Settings)) <= names
+    assert set(literal_settings(Settings)) == {
         "run.path",
         "data.path",
         "tracking.experiment",
         "tracking.run_name",
+        "compression.schedule",
+        "optimizer.schedule",
     }
 
 
@@ -202,7 +198,7 @@ def test_what_a_run_saved_is_not_judged_as_typed() -> None:
     assert Settings.build(saved).run.path == Path("~nobody_here/x")
 
 
-@pytest.mark.parametrize("name", sorted(literal_settings()))
+@pytest.mark.parametrize("name", sorted(literal_settings(Settings)))
 @pytest.mark.parametrize("text", ["", "\0", "a\0b"])
 def test_an_empty_path_or_name_is_one_line(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(UserError, match=rf"^setting {name}='.*': .*(name|give) \w+") as error:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from i3dist.cli import streams
 from i3dist.errors import UserError, reason
@@ -18,18 +18,31 @@ from i3dist.errors import UserError, reason
 # Ranks but the first wait so long before they speak: most errors strike all ranks alike, and the
 # launcher ends the others once the first has spoken and gone.
 OTHERS_WAIT_SECONDS = 3.0
+HELP_WIDTH = 80
 DEBUG = "I3DIST_DEBUG"  # set to 1, tracebacks are printed too
 
 _traceback_folder: Path | None = None
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line like all others, and which keeps help text as it is."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wraps help at 80 columns; a paragraph with indented lines is printed as it is."""
 
-    def __init__(self, **options: object) -> None:
-        """As argparse, without abbreviations."""
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=HELP_WIDTH)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(
+            part if "\n " in f"\n{part}" else fill(part, width, indent)
+            for part in text.strip().split("\n\n")
+        )
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser without abbreviations, whose errors are one line like all others."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing usage and exiting."""

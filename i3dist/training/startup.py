@@ -14,7 +14,7 @@ import psutil
 from i3dist.checkpoint import format as checkpoint
 from i3dist.checkpoint import store
 from i3dist.checkpoint.run_state import RunState
-from i3dist.config import OnDamage, Settings, first_conflict, inherit_decided
+from i3dist.config import OnDamage, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.schedule import NEWEST
 from i3dist.data.shards import check_shards
@@ -24,6 +24,7 @@ from i3dist.distributed.job import Job
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError, explain
 from i3dist.files import clear_partials, write_whole
+from i3dist.training.continuing import first_conflict, inherit_decided, of_saved_run
 
 LANES_PER_RANK = 4
 WAYS_OUT = "choose another run.path, or start over with --fresh"
@@ -46,7 +47,7 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
     Raises:
         UserError: the learning rate's curve is no longer than its warm-up.
     """
-    settings.optimizer.check_curve()
+    settings.optimizer.check_curve(settings.place_of("optimizer.decay_steps"))
     steps, warmup = settings.train.steps, settings.optimizer.warmup_steps
     decided = {
         "train.lanes": LANES_PER_RANK * world_size,
@@ -79,7 +80,7 @@ def resolve(
         return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
     path = found.path
     state = checkpoint.read_state(path)
-    saved = Settings.build(state.settings).of_saved_run()
+    saved = of_saved_run(Settings.build(state.settings))
     settings = inherit_decided(settings, saved)
     if conflict := first_conflict(settings, saved):
         raise UserError(f"{path} is of other settings: {conflict}; {WAYS_OUT}")

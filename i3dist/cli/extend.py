@@ -1,0 +1,54 @@
+"""The option --extend FILE.py: import a user's own file, which adds kinds to registries."""
+
+import argparse
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from i3dist.cli.paths import typed_path
+from i3dist.errors import UserError, reason
+
+_loaded: set[Path] = set()
+
+
+def add_extend_option(parser: argparse.ArgumentParser) -> None:
+    """Add --extend, which imports its file as soon as it is parsed."""
+    parser.add_argument(
+        "--extend",
+        action=_Extend,
+        type=typed_path,
+        metavar="FILE.py",
+        help="import this file first; it may add kinds (docs/extending.md); repeatable",
+    )
+
+
+class _Extend(argparse.Action):
+    def __call__(self, _parser: object, _namespace: object, path: Any, _: object = None) -> None:
+        load_extension(path)
+
+
+def load_extension(path: Path) -> None:
+    """Import a user's file, once.
+
+    Raises:
+        UserError: there is no such Python file, or an error inside it; the line names its place.
+    """
+    path = path.resolve()
+    if path in _loaded:
+        return
+    name = f"extension_{len(_loaded)}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"--extend {path} is no Python file: name one that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # pickle finds its classes by this name
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"--extend {path}{where}: {reason(error)}") from error
+    _loaded.add(path)

@@ -1,0 +1,132 @@
+"""A tree of settings as text: its names, --help, a commented file, errors.
+
+A tree is a pydantic model whose fields are sections, which are models whose fields are settings.
+Docstrings of sections and settings are their descriptions.
+"""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from i3dist.cli.paths import literal_name, literal_path
+from i3dist.cli.settings_file import Literals, Nothing, write_values
+from i3dist.cli.suggest import hint
+
+Tree = type[BaseModel]
+WIDTH = 80
+
+
+class Setting(NamedTuple):
+    """One setting of a tree."""
+
+    section: str
+    key: str
+    field: FieldInfo
+
+    @property
+    def name(self) -> str:
+        """As users type it: "train.steps"."""
+        return f"{self.section}.{self.key}"
+
+    @property
+    def description(self) -> str:
+        """Its docstring as one line."""
+        return " ".join((self.field.description or "").split())
+
+
+def sections(tree: Tree) -> Iterator[tuple[str, Tree]]:
+    """(name, type) of every section."""
+    for name, field in tree.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        yield field.alias or name, field.annotation
+
+
+def all_settings(tree: Tree) -> list[Setting]:
+    """Every setting, in order."""
+    return [
+        Setting(section, key, field)
+        for section, group in sections(tree)
+        for key, field in group.model_fields.items()
+    ]
+
+
+def literal_settings(tree: Tree) -> Literals:
+    """How a typed text becomes the value of each setting that is a path or a name."""
+    readers = {Path: literal_path, str: literal_name}
+    return {
+        setting.name: reader
+        for setting in all_settings(tree)
+        for kind, reader in readers.items()
+        if _kinds(setting.field.annotation) - {type(None)} == {kind}
+    }
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation allows."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    return {annotation}
+
+
+def help_text(tree: Tree) -> str:
+    """Every setting with its default and description, for --help."""
+    defaults = tree().model_dump(mode="json", by_alias=True)
+    lines = ["settings (section.key=value) and their defaults:"]
+    for section, group in sections(tree):
+        lines += ["", _wrapped(group.__doc__, f"{section}: ", "  ")]
+        for key, field in group.model_fields.items():
+            lines.append(f"  {section}.{key}={defaults[section][key]}")
+            lines.append(_wrapped(field.description, " " * 6, " " * 6))
+    return "\n".join(lines)
+
+
+def commented_yaml(tree: Tree) -> str:
+    """A settings file that holds every setting at its default, each under its description."""
+    defaults = tree().model_dump(by_alias=True)
+    lines = []
+    for section, group in sections(tree):
+        lines += ["", _wrapped(group.__doc__, "# ", "# "), f"{section}:"]
+        for key, field in group.model_fields.items():
+            lines.append(_wrapped(field.description, "  # ", "  # "))
+            lines.append(f"  {write_values({key: defaults[section][key]})}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str | None, first: str, rest: str) -> str:
+    text = " ".join((text or "").split())
+    return textwrap.fill(
+        text, WIDTH - 2, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+    )
+
+
+def explain(error: ValidationError, tree: Tree, places: Mapping[str, str]) -> str:
+    """The first fault of a validation as one line: place, key, value, legal range, remedy."""
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    # Tagged unions put their branch into the location; only setting names are wanted.
+    names = [str(part) for part in fault["loc"]][:2]
+    key = ".".join(names) or "the settings"
+    place, value = places.get(key, ""), fault["input"]
+    meanings = {setting.name: setting.description for setting in all_settings(tree)}
+    if fault["type"] == "extra_forbidden":
+        inner = next(iter(value), None) if len(names) == 1 and isinstance(value, dict) else None
+        full = f"{key}.{inner}" if inner else key
+        return f"{place}unknown setting {key if place else full}{hint(full, meanings)}"
+    legal = "; ".join(
+        dict.fromkeys(
+            other["msg"].removeprefix("Input ").removeprefix("Value error, ")
+            for other in faults
+            if [str(part) for part in other["loc"]][:2] == names
+        )
+    )
+    if value is None or isinstance(value, Nothing):
+        legal = "has no value: give one, or leave the setting out"
+    meaning = f" ({meanings[key]})" if key in meanings else ""
+    return f"{place}setting {key}={repr(value)[:80]} {legal}{meaning}"
