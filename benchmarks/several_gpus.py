@@ -13,7 +13,6 @@ Parts, each of runs of its own:
 DIR is made by data_prep/shard.py with the card's 32,000 entries and chunks of 512 tokens.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -246,9 +245,7 @@ def show_speed(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run the parts and write what they say after each."""
     parts = ("speed", "continued", "ranks", "ended", "start")
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="written to")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")

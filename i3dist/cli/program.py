@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -25,24 +26,32 @@ _traceback_folder: Path | None = None
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Wraps help at 80 columns; a paragraph with indented lines is printed as it is."""
+    """Wraps help at 80 columns; a paragraph with indented lines keeps its line breaks."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=HELP_WIDTH)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        fill = super()._fill_text
-        return "\n\n".join(
-            part if "\n " in f"\n{part}" else fill(part, width, indent)
-            for part in text.strip().split("\n\n")
-        )
+        lines = []
+        for part in text.strip().split("\n\n"):
+            lines += part.splitlines() if "\n " in f"\n{part}" else [" ".join(part.split())]
+            lines.append("")
+        return "\n".join(
+            textwrap.fill(line, width, subsequent_indent=" " * _indent(line)) for line in lines
+        ).strip()
+
+
+def _indent(line: str) -> int:
+    """Where a line that is continued goes on: deeper than it begins, if that is indented."""
+    blanks = len(line) - len(line.lstrip())
+    return blanks + 4 if blanks else 0
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """A parser without abbreviations, whose errors are one line like all others."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _HelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing usage and exiting."""
