@@ -37,7 +37,7 @@ class Registry(dict[str, Kind], Generic[Kind]):
             UserError: there is none; the message lists those there are.
         """
         if name not in self:
-            raise UserError(f"unknown {self.what} {name!r}: {self.choices()}")
+            raise UserError(f"unknown {self.what} {name!r}: use {self.choices()}")
         return self[name]
 
     def checked(self, name: str) -> str:
@@ -47,10 +47,9 @@ class Registry(dict[str, Kind], Generic[Kind]):
             ValueError: there is none; the message lists those there are.
         """
         if name not in self:
-            raise ValueError(self.choices())
+            raise ValueError(f"should be {self.choices()}")
         return name
 
     def choices(self) -> str:
         """What can be chosen, as a message says it."""
-        names = ", ".join(sorted(self))
-        return f"should be one of {names} (a {self.what} of your own needs --extend FILE.py)"
+        return f"{', '.join(sorted(self))}, or one of your own with --extend FILE.py"

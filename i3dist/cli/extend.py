@@ -10,7 +10,8 @@ from typing import Any
 from i3dist.cli.paths import typed_path
 from i3dist.errors import UserError, reason
 
-_loaded: set[Path] = set()
+LOADED: list[Path] = []
+"""The files that were imported, in order: a process that is spawned imports them again."""
 
 
 def add_extend_option(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +37,9 @@ def load_extension(path: Path) -> None:
         UserError: there is no such Python file, or an error inside it; the line names its place.
     """
     path = path.resolve()
-    if path in _loaded:
+    if path in LOADED:
         return
-    name = f"extension_{len(_loaded)}_{path.stem}"
+    name = f"extension_{len(LOADED)}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise UserError(f"--extend {path} is no Python file: name one that ends in .py")
@@ -51,4 +52,4 @@ def load_extension(path: Path) -> None:
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f", line {lines[-1]}" if lines else ""
         raise UserError(f"--extend {path}{where}: {reason(error)}") from error
-    _loaded.add(path)
+    LOADED.append(path)

@@ -157,7 +157,9 @@ def test_a_continued_run_keeps_its_curve_however_long_it_is_made(name: str) -> N
 
 def test_an_unknown_schedule_is_one_line_that_lists_those_there_are() -> None:
     for name in ("optimizer.schedule", "compression.schedule"):
-        with pytest.raises(UserError, match=rf"^setting {name}='steps' should be one of") as error:
+        with pytest.raises(
+            UserError, match=rf"^setting {name}='steps' should be cosine, "
+        ) as error:
             Settings.load(None, [f"{name}=steps"])
         assert all(known in str(error.value) for known in (*NAMES, "--extend FILE.py"))
 
