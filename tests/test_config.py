@@ -4,10 +4,13 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -21,8 +24,21 @@ from i3dist.training.summary import print_summary
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def test_the_cards_file_is_the_defaults() -> None:
-    assert Settings.load(CONFIGS / "i3-4096ctx.yaml") == Settings()
+def test_the_cards_file_has_every_setting_at_its_default() -> None:
+    """And is what its first lines say that it is made by, comments included."""
+    file = CONFIGS / "i3-4096ctx.yaml"
+    text, defaults = file.read_text(encoding="utf-8"), Settings().to_dict()
+    held = yaml.safe_load(text)
+    names = {f"{section}.{key}" for section in held for key in held[section]}
+    missing, unknown = set(Settings().flat()) - names, names - set(Settings().flat())
+    remedy = "python -m i3dist.config > configs/i3-4096ctx.yaml"
+    assert not missing and not unknown, f"missing {missing}, unknown {unknown}: run {remedy}"
+    assert held == defaults, f"run {remedy}"
+    assert Settings.load(file) == Settings()
+    made = subprocess.run(
+        [sys.executable, "-m", "i3dist.config"], cwd=CONFIGS.parent, capture_output=True, text=True
+    )
+    assert text == made.stdout, f"run {remedy}"
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults() -> None:
@@ -416,6 +432,15 @@ def test_a_curve_shorter_than_its_warm_up_is_refused_where_a_run_begins() -> Non
             decide(Settings.load(None, words), 1, 500)
     words[0] = "optimizer.decay_steps=101"
     assert decide(Settings.load(None, words), 1, 500).optimizer.decay_steps == 101
+
+
+def test_a_curve_that_is_too_short_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("optimizer:\n  warmup_steps: 100\n  decay_steps: 50\n")
+    with pytest.raises(UserError, match=rf"^{file}, line 3: setting optimizer.decay_steps=50 "):
+        decide(Settings.load(file), 1, 500)
+    with pytest.raises(UserError, match=r"^setting optimizer.decay_steps=60 "):
+        decide(Settings.load(file, ["optimizer.decay_steps=60"]), 1, 500)
 
 
 def test_a_saved_run_keeps_the_curve_it_has() -> None:
