@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments, unknown = parser.parse_known_intermixed_args()  # settings and options in any order
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        meant = hint(name, [setting.name for setting in all_settings(Settings)])
+        meant = hint(name, all_settings(Settings))
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     return arguments
 

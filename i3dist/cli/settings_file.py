@@ -20,7 +20,6 @@ from i3dist.errors import UserError
 
 MAX_LENGTH, MAX_VALUE_LENGTH, MAX_DEPTH = 1 << 16, 1 << 12, 4
 NULLS = ("", "~", "null", "Null", "NULL")
-TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "seq")}
 # How the text of a path or a name is read, by setting; a `ValueError` says what is wrong with it.
 Literals = Mapping[str, Callable[[str], Any]]
 
@@ -89,8 +88,12 @@ _Dumper.add_representer(str, _Dumper.text)
 _Dumper.add_multi_representer(Path, lambda dumper, path: dumper.text(path_text(path)))
 
 
-class _Refused(yaml.MarkedYAMLError):
-    """It is YAML, but not for settings; the problem is said in full."""
+class _NotSettingsError(ValueError):
+    """What is wrong with a text, and the line of the text."""
+
+    def __init__(self, problem: str, line: int = 1) -> None:
+        super().__init__(problem)
+        self.line = line
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,14 @@ class _Reader:
                 return self.literals[name](text)
             node = _compose(text)
             return Nothing(text) if node is None else self._value(name, node)
-        except (ValueError, yaml.YAMLError) as error:
-            reason = _explain(error, text)[1] if isinstance(error, yaml.YAMLError) else error
-            raise UserError(f"setting {name}={text[:80]!r}: {reason}") from None
+        except ValueError as error:
+            raise UserError(f"setting {name}={text[:80]!r}: {error}") from None
 
     def file(self, config: Path) -> Said:
         """All settings of a file; raises `UserError`, with the line where there is one."""
-        said, text = Said({}, {}), ""
+        said = Said({}, {})
         try:
-            text = config.read_text(encoding="utf-8")
-            for section, line, group in self._items("", _compose(text)):
+            for section, line, group in self._items("", _compose(_text_of(config))):
                 said.places[section] = f"{config}, line {line}: "
                 values = said.values[section] = {}
                 for key, line, node in self._items(f"{section}.", group):
@@ -122,12 +123,8 @@ class _Reader:
                     values[key] = self._value(f"{section}.{key}", node)
         except OSError as error:
             raise UserError(f"cannot read settings {config}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            raise UserError(f"{config}, line {line}: cannot be parsed: not UTF-8 text") from None
-        except yaml.YAMLError as error:
-            line, reason = _explain(error, text)
-            raise UserError(f"{config}, line {line}: {reason}") from None
+        except _NotSettingsError as error:
+            raise UserError(f"{config}, line {error.line}: {error}") from None
         return said
 
     def _items(self, prefix: str, node: yaml.Node | None) -> Iterator[tuple[str, int, yaml.Node]]:
@@ -136,16 +133,13 @@ class _Reader:
             return
         if not isinstance(node, yaml.MappingNode):
             name = prefix.rstrip(".")
-            meant = [setting.split(".") for setting in suggest(name, self.known)]
-            section, key = meant[0] if meant else ("train", "steps")
-            value = str(node.value)[:80] if meant else "300"
-            what = f"{name or 'the file'} has no settings in it"
-            _refuse(node, f"{what}: write them as {section}: {{{key}: {value}}}")
+            meant = suggest(name, self.known)
+            section, key = (meant or ["train.steps"])[0].split(".")
+            entry = f"{section}: {{{key}: {str(node.value)[:80] if meant else 300}}}"
+            _refuse(node, f"{name or 'the file'} has no settings in it: write them as {entry}")
         seen = set()
         for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            if not isinstance(key, yaml.ScalarNode) or key.tag not in TAGS:
-                _refuse(key, f"{prefix or 'a section'} is not followed by a name")
+            name = prefix + _plain(key, f"{prefix or 'a section'} is not followed by a name")
             if name in seen:
                 _refuse(key, f"{name} is there twice: keep one")
             seen.add(name)
@@ -153,19 +147,32 @@ class _Reader:
 
     def _value(self, name: str, node: yaml.Node) -> Any:
         """What a setting's text means: nothing, a number, a path, or the text."""
-        if not isinstance(node, yaml.ScalarNode) or node.tag not in TAGS:
-            _refuse(node, f"{name} is not one plain value")
-        literal = self.literals.get(name)
-        if _is_null(node) and not (node.value == "~" and literal is literal_path):
-            return Nothing(node.value)
+        text, literal = _plain(node, f"{name} is not one plain value"), self.literals.get(name)
+        if _is_null(node) and not (text == "~" and literal is literal_path):
+            return Nothing(text)
         if literal:
             try:
-                return literal(node.value)
+                return literal(text)
             except ValueError as error:
-                _refuse(node, f"setting {name}={node.value[:80]!r}: {error}")
-        if "${" in node.value:
+                _refuse(node, f"setting {name}={text[:80]!r}: {error}")
+        if "${" in text:
             _refuse(node, f"{name} cannot be parsed: ${{...}} is no value, write the value itself")
-        return _number(node.value)
+        return _number(text)
+
+
+def _text_of(config: Path) -> str:
+    try:
+        return config.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise _NotSettingsError("cannot be parsed: not UTF-8 text", line) from None
+
+
+def _plain(node: yaml.Node, problem: str) -> str:
+    """The text of a key or value that is one; refuses others, and explicit types (!!int 3)."""
+    if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
+        _refuse(node, problem)
+    return str(node.value)
 
 
 def _is_null(node: yaml.Node) -> bool:
@@ -187,36 +194,32 @@ def _compose(text: str) -> yaml.Node | None:
     bound.
 
     Raises:
-        YAMLError: the text is not for settings, or not YAML.
+        _NotSettingsError: the text is not for settings, or not YAML.
     """
     if len(text) > MAX_LENGTH:
-        raise _Refused(problem=f"longer than {MAX_LENGTH:,} characters")
+        raise _NotSettingsError(f"longer than {MAX_LENGTH:,} characters")
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.BaseLoader):
-        if isinstance(event, yaml.AliasEvent):
-            _refuse(event, f"settings have no aliases (*{event.anchor})")
-        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_VALUE_LENGTH:
-            _refuse(event, f"a key or value longer than {MAX_VALUE_LENGTH:,} characters")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            _refuse(event, "nested deeper than section.key=value")
-    return yaml.compose(text, yaml.BaseLoader)
+    try:
+        for event in yaml.parse(text, Loader=yaml.BaseLoader):
+            if isinstance(event, yaml.AliasEvent):
+                _refuse(event, f"settings have no aliases (*{event.anchor})")
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_VALUE_LENGTH:
+                _refuse(event, f"a key or value longer than {MAX_VALUE_LENGTH:,} characters")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                _refuse(event, "nested deeper than section.key=value")
+        return yaml.compose(text, yaml.BaseLoader)
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _NotSettingsError("cannot be parsed: an unprintable character", line) from None
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark or error.context_mark, str(error.problem)
+        remedy = "; indent with spaces" if "'\\t'" in problem else ""
+        line = mark.line + 1 if mark else 1
+        raise _NotSettingsError(f"cannot be parsed: {problem}{remedy}", line) from None
 
 
 def _refuse(at: yaml.Node | yaml.Event, problem: str) -> NoReturn:
     mark: Any = at.start_mark
-    raise _Refused(problem=problem, problem_mark=mark)
-
-
-def _explain(error: yaml.YAMLError, text: str) -> tuple[int, str]:
-    """(line, reason) of what is wrong with a text."""
-    if isinstance(error, ReaderError):
-        line = text.count("\n", 0, error.position) + 1
-        return line, "cannot be parsed: it has a character that cannot be printed"
-    assert isinstance(error, yaml.MarkedYAMLError)
-    mark, problem = error.problem_mark or error.context_mark, str(error.problem)
-    if not isinstance(error, _Refused):
-        remedy = "; indent with spaces" if "'\\t'" in problem else ""
-        problem = f"cannot be parsed: {problem}{remedy}"
-    return (mark.line + 1 if mark else 1), problem
+    raise _NotSettingsError(problem, mark.line + 1)

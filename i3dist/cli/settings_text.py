@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -21,24 +21,6 @@ Tree = type[BaseModel]
 WIDTH = 80
 
 
-class Setting(NamedTuple):
-    """One setting of a tree."""
-
-    section: str
-    key: str
-    field: FieldInfo
-
-    @property
-    def name(self) -> str:
-        """As users type it: "train.steps"."""
-        return f"{self.section}.{self.key}"
-
-    @property
-    def description(self) -> str:
-        """Its docstring as one line."""
-        return " ".join((self.field.description or "").split())
-
-
 def sections(tree: Tree) -> Iterator[tuple[str, Tree]]:
     """(name, type) of every section."""
     for name, field in tree.model_fields.items():
@@ -46,24 +28,29 @@ def sections(tree: Tree) -> Iterator[tuple[str, Tree]]:
         yield field.alias or name, field.annotation
 
 
-def all_settings(tree: Tree) -> list[Setting]:
-    """Every setting, in order."""
-    return [
-        Setting(section, key, field)
+def all_settings(tree: Tree) -> dict[str, FieldInfo]:
+    """Every setting by its name ("train.steps"), in order."""
+    return {
+        f"{section}.{key}": field
         for section, group in sections(tree)
         for key, field in group.model_fields.items()
-    ]
+    }
 
 
 def literal_settings(tree: Tree) -> Literals:
     """How a typed text becomes the value of each setting that is a path or a name."""
     readers = {Path: literal_path, str: literal_name}
     return {
-        setting.name: reader
-        for setting in all_settings(tree)
+        name: reader
+        for name, field in all_settings(tree).items()
         for kind, reader in readers.items()
-        if _kinds(setting.field.annotation) - {type(None)} == {kind}
+        if _kinds(field.annotation) - {type(None)} == {kind}
     }
+
+
+def description(field: FieldInfo) -> str:
+    """The docstring of a setting as one line."""
+    return " ".join((field.description or "").split())
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -114,11 +101,11 @@ def explain(error: ValidationError, tree: Tree, places: Mapping[str, str]) -> st
     names = [str(part) for part in fault["loc"]][:2]
     key = ".".join(names) or "the settings"
     place, value = places.get(key, ""), fault["input"]
-    meanings = {setting.name: setting.description for setting in all_settings(tree)}
+    known = all_settings(tree)
     if fault["type"] == "extra_forbidden":
         inner = next(iter(value), None) if len(names) == 1 and isinstance(value, dict) else None
         full = f"{key}.{inner}" if inner else key
-        return f"{place}unknown setting {key if place else full}{hint(full, meanings)}"
+        return f"{place}unknown setting {key if place else full}{hint(full, known)}"
     legal = "; ".join(
         dict.fromkeys(
             other["msg"].removeprefix("Input ").removeprefix("Value error, ")
@@ -128,5 +115,5 @@ def explain(error: ValidationError, tree: Tree, places: Mapping[str, str]) -> st
     )
     if value is None or isinstance(value, Nothing):
         legal = "has no value: give one, or leave the setting out"
-    meaning = f" ({meanings[key]})" if key in meanings else ""
+    meaning = f" ({description(known[key])})" if key in known else ""
     return f"{place}setting {key}={repr(value)[:80]} {legal}{meaning}"

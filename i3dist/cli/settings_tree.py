@@ -35,8 +35,7 @@ class SettingsTree(Section):
             UserError: unreadable file, unknown key or illegal value. The line names the setting,
                 and file and line where it is in the file.
         """
-        names = [setting.name for setting in all_settings(cls)]
-        said = read_values(config, overrides, names, literal_settings(cls))
+        said = read_values(config, overrides, all_settings(cls), literal_settings(cls))
         tree = cls.build(said.values, said.places)
         tree._places = said.places
         return tree

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from i3dist.cli.settings_text import all_settings
+from i3dist.cli.settings_text import all_settings, description
 from i3dist.config import Settings
 from tests.conftest import ROOT, environment, program
 
@@ -51,6 +51,6 @@ def test_help_of_shard_and_benchmarks_fits_80_columns() -> None:
 def test_help_of_train_has_every_setting_with_its_default_and_all_of_its_description() -> None:
     text = program("launch/train.py", "--help").stdout
     defaults, flowing = Settings().flat(), " ".join(text.split())
-    for setting in all_settings(Settings):
-        assert f"\n  {setting.name}={defaults[setting.name]}\n" in text
-        assert setting.description and setting.description in flowing
+    for name, field in all_settings(Settings).items():
+        assert f"\n  {name}={defaults[name]}\n" in text
+        assert field.description and description(field) in flowing

@@ -10,7 +10,7 @@ from i3dist.config import Settings
 from i3dist.errors import UserError
 from tests.conftest import error_line, program
 
-KNOWN = [setting.name for setting in all_settings(Settings)]
+KNOWN = list(all_settings(Settings))
 MEANT = {
     "learning_rate": "optimizer.lr",
     "lr": "optimizer.lr",

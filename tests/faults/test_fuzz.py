@@ -107,7 +107,7 @@ def test_settings_files_that_parsers_choke_on(tmp_path: Path, text: str) -> None
 
 def test_settings_words() -> None:
     rng = random.Random(0)
-    names = [setting.name for setting in all_settings(Settings)]
+    names = list(all_settings(Settings))
     keys = [*names, *(word + ".a" for word in NASTY_WORDS), *("a." + word for word in NASTY_WORDS)]
     words = [f"{key}=1" for key in keys] + [f"train.steps={value}" for value in NASTY_WORDS]
     values = [*NASTY_WORDS, "1", "true", "0.5", "name"]

@@ -30,7 +30,7 @@ def test_every_program_starts_in_an_interpreter_of_its_own(path: Path) -> None:
 
 def test_help_lists_every_setting() -> None:
     text = program("launch/train.py", "--help").stdout
-    assert all(f"{setting.name}=" in text for setting in all_settings(Settings))
+    assert all(f"{name}=" in text for name in all_settings(Settings))
 
 
 def test_a_dry_run_without_data_is_the_card() -> None:
