@@ -88,7 +88,7 @@ _Dumper.add_representer(str, _Dumper.text)
 _Dumper.add_multi_representer(Path, lambda dumper, path: dumper.text(path_text(path)))
 
 
-class _NotSettingsError(ValueError):
+class _TextError(ValueError):
     """What is wrong with a text, and the line of the text."""
 
     def __init__(self, problem: str, line: int = 1) -> None:
@@ -123,7 +123,7 @@ class _Reader:
                     values[key] = self._value(f"{section}.{key}", node)
         except OSError as error:
             raise UserError(f"cannot read settings {config}: {error.strerror}") from None
-        except _NotSettingsError as error:
+        except _TextError as error:
             raise UserError(f"{config}, line {error.line}: {error}") from None
         return said
 
@@ -165,7 +165,7 @@ def _text_of(config: Path) -> str:
         return config.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise _NotSettingsError("cannot be parsed: not UTF-8 text", line) from None
+        raise _TextError("cannot be parsed: not UTF-8 text", line) from None
 
 
 def _plain(node: yaml.Node, problem: str) -> str:
@@ -194,10 +194,10 @@ def _compose(text: str) -> yaml.Node | None:
     bound.
 
     Raises:
-        _NotSettingsError: the text is not for settings, or not YAML.
+        _TextError: the text is not for settings, or not YAML.
     """
     if len(text) > MAX_LENGTH:
-        raise _NotSettingsError(f"longer than {MAX_LENGTH:,} characters")
+        raise _TextError(f"longer than {MAX_LENGTH:,} characters")
     depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.BaseLoader):
@@ -212,14 +212,14 @@ def _compose(text: str) -> yaml.Node | None:
         return yaml.compose(text, yaml.BaseLoader)
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise _NotSettingsError("cannot be parsed: an unprintable character", line) from None
+        raise _TextError("cannot be parsed: a character that cannot be printed", line) from None
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark or error.context_mark, str(error.problem)
         remedy = "; indent with spaces" if "'\\t'" in problem else ""
         line = mark.line + 1 if mark else 1
-        raise _NotSettingsError(f"cannot be parsed: {problem}{remedy}", line) from None
+        raise _TextError(f"cannot be parsed: {problem}{remedy}", line) from None
 
 
 def _refuse(at: yaml.Node | yaml.Event, problem: str) -> NoReturn:
     mark: Any = at.start_mark
-    raise _NotSettingsError(problem, mark.line + 1)
+    raise _TextError(problem, mark.line + 1)
