@@ -6,7 +6,7 @@ setting, the value, the legal range and the remedy.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -37,10 +37,8 @@ AnyPath = Annotated[
     PlainSerializer(lambda path: str(path).encode("utf-8", "replace").decode(), when_used="json"),
 ]
 # May be left empty, or be null, in a file.
-Kind = TypeVar("Kind")
-OrNothing = Annotated[
-    Kind | None,
-    BeforeValidator(lambda value: None if isinstance(value, Nothing) else value),
+OptionalName = Annotated[
+    str | None, BeforeValidator(lambda value: None if isinstance(value, Nothing) else value)
 ]
 
 CARD_VOCAB_SIZE = 32_000
@@ -280,7 +278,7 @@ class TrackingSettings(Section):
     """Log to MLflow; metrics.jsonl is written in any case."""
     experiment: str = "i3dist"
     """MLflow experiment."""
-    run_name: OrNothing[str] = None
+    run_name: OptionalName = None
     """MLflow run name; by default the last part of run.path."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use."""

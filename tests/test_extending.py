@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "notes.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["id", "url", "text"])
-        rows.writerows([f"note-{number}", "", text] for number, text in enumerate(texts()[:12]))
+        rows.writerows([f"note-{number}", "", text] for number, text in enumerate(texts()[:6]))
     for name in ("data_prep/shard.py", "launch/train.py"):
         result = run(folder, name)
         assert result.returncode == 0, result.stderr

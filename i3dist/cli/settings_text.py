@@ -7,8 +7,6 @@ Docstrings of sections and settings are their descriptions.
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -39,27 +37,13 @@ def all_settings(tree: Tree) -> dict[str, FieldInfo]:
 
 def literal_settings(tree: Tree) -> Literals:
     """How a typed text becomes the value of each setting that is a path or a name."""
-    readers = {Path: literal_path, str: literal_name}
+    readers = {Path: literal_path, str: literal_name, str | None: literal_name}
     return {
         name: reader
         for name, field in all_settings(tree).items()
         for kind, reader in readers.items()
-        if _kinds(field.annotation) - {type(None)} == {kind}
+        if field.annotation == kind
     }
-
-
-def description(field: FieldInfo) -> str:
-    """The docstring of a setting as one line."""
-    return " ".join((field.description or "").split())
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation allows."""
-    if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return {kind for part in get_args(annotation) for kind in _kinds(part)}
-    return {annotation}
 
 
 def help_text(tree: Tree) -> str:
@@ -86,11 +70,13 @@ def commented_yaml(tree: Tree) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
 def _wrapped(text: str | None, first: str, rest: str) -> str:
-    text = " ".join((text or "").split())
-    return textwrap.fill(
-        text, WIDTH - 2, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
-    )
+    wrapper = textwrap.TextWrapper(WIDTH - 2, first, rest, break_on_hyphens=False)
+    return wrapper.fill(_one_line(text))
 
 
 def explain(error: ValidationError, tree: Tree, places: Mapping[str, str]) -> str:
@@ -115,5 +101,5 @@ def explain(error: ValidationError, tree: Tree, places: Mapping[str, str]) -> st
     )
     if value is None or isinstance(value, Nothing):
         legal = "has no value: give one, or leave the setting out"
-    meaning = f" ({description(known[key])})" if key in known else ""
+    meaning = f" ({_one_line(known[key].description)})" if key in known else ""
     return f"{place}setting {key}={repr(value)[:80]} {legal}{meaning}"

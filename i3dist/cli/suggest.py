@@ -16,7 +16,7 @@ SYNONYMS = {
     "data.workers": "num_workers n_workers dataloader_num_workers loader_workers",
     "model.d_model": "hidden_size hidden_dim dim n_embd n_embed d_embed embed_dim embedding_dim "
     "model_dim width",
-    "model.rwkv_layers": "n_layer n_layers num_layers num_hidden_layers depth layers",
+    "model.rwkv_layers": "n_layer n_layers num_layers num_hidden_layers depth",
     "model.heads": "n_head n_heads num_heads num_attention_heads attention_heads",
     "model.ff_mult": "mlp_ratio ffn_mult ffn_dim_multiplier mlp_mult intermediate_size d_ff",
     "model.chunk_length": "seq_len seq_length sequence_length block_size context_length ctx_len "
