@@ -1,7 +1,7 @@
 """Evaluate a trained model on held-out data: `launch/evaluate.py --checkpoint RUN --data DIR`.
 
-Prints loss, perplexity, bits per byte, and the loss by chunk index within the document, with
-history, with history withheld and with another document's, on the whole valid split of DIR.
+Prints loss, perplexity and bits per byte on the whole valid split of DIR, and the loss by chunk
+index within the document: with history, without it, and with another document's.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         "--data", type=typed_path, required=True, metavar="DIR", help="shard.py's output"
     )
     parser.add_argument(
-        "--json", type=typed_path, metavar="FILE", help="write the figures here too"
+        "--json", type=typed_path, metavar="FILE", help="write the results here too"
     )
     return parser.parse_args()
 

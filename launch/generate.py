@@ -1,6 +1,6 @@
 """Continue a prompt with a trained model: `launch/generate.py --checkpoint RUN --prompt TEXT`.
 
-Text streams out as it is drawn. Every 512 tokens the model compresses what it has read, so memory
+Text is printed as it is sampled. The model compresses every 512 tokens that it has read, so memory
 stays constant however long it runs.
 """
 
@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     add_model_arguments(parser)
     add_extend_option(parser)
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
-    parser.add_argument("--tokens", type=int, default=256, help="new tokens at most (256)")
+    parser.add_argument("--tokens", type=int, default=256, help="most new tokens (256)")
     parser.add_argument(
         "--temperature",
         type=float,
@@ -36,9 +36,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--top-p", type=float, default=default.top_p, help="probability mass to keep (1.0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument(
-        "--ignore-eos", action="store_true", help="begin another document instead of stopping"
+        "--ignore-eos",
+        action="store_true",
+        help="begin another document where one ends, instead of stopping",
     )
     return parser.parse_args()
 

@@ -1,9 +1,9 @@
 """Check a run's ledger: `python launch/ledger.py RUN [OTHER]`.
 
-Every optimizer step of a run is a line of RUN/ledger.jsonl. This sees that no step is missing or
-there twice, that the ledger reaches as far as the run's checkpoint, and with --data that each step
-read what the schedule gives it. With OTHER it also compares two runs, step by step. Status 0:
-unbroken, and equal; 1: not, and one line names the first step where.
+RUN/ledger.jsonl has a line for every optimizer step. The check fails if a step is missing or there
+twice, or if the ledger ends before the run's checkpoint; with --data also if a step read something
+else than its schedule says. With OTHER it compares two runs, step by step. Status 0: unbroken, and
+equal; 1: not, and one line names the first such step.
 """
 
 import argparse
@@ -45,8 +45,8 @@ def parse_arguments() -> argparse.Namespace:
         "--tolerance",
         type=float,
         metavar="SHARE",
-        help="compare losses and norms to this relative difference, and leave out the lanes' "
-        "state (runs of other numbers of ranks; default: every bit)",
+        help="largest relative difference of losses and norms; leaves out the lanes' state, for "
+        "runs on other numbers of ranks (default: compare every bit)",
     )
     add_extend_option(parser)
     return parser.parse_args()

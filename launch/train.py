@@ -1,10 +1,10 @@
 """Train an i3 model: `deepspeed launch/train.py --deepspeed configs/zero2.json`.
 
-Runs under deepspeed, torchrun, Slurm (see slurm/train.sbatch) or plain python (one rank). Started
-again with the same settings, it continues from the newest checkpoint in run.path.
+Runs under deepspeed, torchrun, Slurm (see slurm/train.sbatch) or plain python (one rank). The same
+command continues a run from the newest checkpoint in run.path.
 
-SIGTERM or SIGUSR1 to any rank, or the launcher's end, stops the job after the step at hand: it
-saves and leaves with status 75, which means: start me again. Status 1 is an error, in one line.
+SIGTERM or SIGUSR1 to any rank, or the end of the launcher, stops the job after the current step: it
+saves and exits with status 75, which means: start me again. Status 1 is an error, in one line.
 """
 
 import argparse
@@ -58,8 +58,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", type=typed_path, metavar="FILE", help="settings as YAML")
     add_extend_option(parser)
-    parser.add_argument("--fresh", action="store_true", help="start over; the old run is set aside")
-    parser.add_argument("--dry-run", action="store_true", help="print what the run would be, stop")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over; keep the old run under another name"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what the run would be, and stop"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings, see below"
