@@ -7,7 +7,6 @@ bf16. Each is compared with fp32 by its relative errors: of the decay per step, 
 256 steps, and of WKV's output. The learned offsets are random, of several sizes.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from i3dist.cli.program import ArgumentParser
 from i3dist.model.layers import Channels
 from i3dist.model.rwkv import TimeMix
 from i3dist.ops.wkv import WkvInputs, wkv
@@ -63,7 +63,7 @@ def measure() -> list[dict[str, object]]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
     arguments = parser.parse_args()
     rows = measure()

@@ -6,12 +6,12 @@ It counts the tokens of DATA's train split (with add-one smoothing) and prints t
 valid split under those frequencies, over the same targets as launch/evaluate.py.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 
+from i3dist.cli.program import ArgumentParser
 from i3dist.data.manifest import Manifest
 from i3dist.data.shards import read_shard
 
@@ -29,7 +29,7 @@ def counts(folder: Path) -> np.ndarray:
 
 def main() -> None:
     """Print the figures as one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="output folder of data_prep/shard.py")
     data = parser.parse_args().data
     train, valid = counts(data / "train"), counts(data / "valid")

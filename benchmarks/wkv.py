@@ -15,7 +15,6 @@ timed in a row. All start from an empty state and, as the last two know no resta
 any; ours is timed with restarts as well.
 """
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -31,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from i3dist.cli.program import ArgumentParser
 from i3dist.distributed import host
 from i3dist.ops.wkv import WkvInputs, empty_state, wkv
 
@@ -271,7 +271,7 @@ def show(rows: list[Timing], title: str) -> None:
 
 def main() -> None:
     """Measure, print, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--seconds", type=float, default=2.0, help="least per CPU figure")
     parser.add_argument("--rwkv-lm", type=Path, metavar="DIR", help="RWKV-LM's RWKV-v4neo/cuda")

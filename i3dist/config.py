@@ -1,35 +1,30 @@
-"""The typed tree of settings: defaults are the i3-4096ctx card.
+"""The typed tree of settings; the defaults are the i3-4096ctx card.
 
-Order of precedence: the defaults below, then ``--config FILE.yaml``, then ``section.key=value``.
-Values are validated when the tree is built; whatever is wrong becomes one line that names the key,
-the value, the legal range and the remedy.
+Later sources win: the defaults below, then ``--config FILE.yaml``, then ``section.key=value``.
+Values are validated when the tree is built. An illegal one is an error of one line, which names the
+setting, the value, the legal range and the remedy.
 """
 
-import difflib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
-from pydantic.fields import FieldInfo
 
 from i3dist.cli.former_settings import translate
 from i3dist.cli.layer_pattern import CARD_LAYERS, plain_layers, read_layers
-from i3dist.cli.paths import literal_name, literal_path
-from i3dist.cli.settings_file import Literals, Nothing, read_values, write_values
+from i3dist.cli.settings_file import Nothing
+from i3dist.cli.settings_text import commented_yaml
+from i3dist.cli.settings_tree import Section, SettingsTree
 from i3dist.errors import UserError
+from i3dist.optim.schedules import Point, height, schedule_name
 
 Auto = Literal["auto"]
 OnDamage = Literal["stop", "quarantine"]
@@ -38,34 +33,22 @@ Count = Annotated[int, Field(ge=1, le=2**40)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-# JSON is Unicode: what is not in the name of a folder becomes "?" there.
+Schedule = Annotated[str, AfterValidator(schedule_name)]
+# A folder's name may hold bytes that are no text; in JSON they become "?".
 AnyPath = Annotated[
     Path,
     PlainSerializer(lambda path: str(path).encode("utf-8", "replace").decode(), when_used="json"),
 ]
-# May be left empty, or null, in a file.
-Kind = TypeVar("Kind")
-OrNothing = Annotated[
-    Kind | None,
-    BeforeValidator(lambda value: None if isinstance(value, Nothing) else value),
+# May be left empty, or be null, in a file.
+OptionalName = Annotated[
+    str | None, BeforeValidator(lambda value: None if isinstance(value, Nothing) else value)
 ]
 
 CARD_VOCAB_SIZE = 32_000
 
 
-class Section(BaseModel):
-    """A frozen group of settings. Field docstrings are what ``--help`` shows."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        validate_default=True,
-    )
-
-
 class RunSettings(Section):
-    """Where one run keeps what it makes."""
+    """Where the run keeps what it makes."""
 
     path: AnyPath = Path("runs/i3-4096ctx")
     """Folder of the run: checkpoints, logs, plots, final weights."""
@@ -79,8 +62,8 @@ class DataSettings(Section):
     workers: Annotated[int, Field(ge=0, le=256)] = 1
     """Loader processes per rank; 0 reads in the training process. Never changes the stream."""
     on_damage: OnDamage = "stop"
-    """Where a training shard is not what its manifest says: stop, or say what is lost and let its
-    lane idle for as long. Missing shards, and those of validation, always stop the run."""
+    """What to do with a damaged training shard: stop, or report it and let its lane idle instead.
+    Missing shards and damaged validation shards always stop the run."""
 
 
 class ModelSettings(Section):
@@ -132,53 +115,61 @@ class ModelSettings(Section):
 
 
 class CompressionSettings(Section):
-    """How history enters training: gate g in [0, 1] adds log g to its attention logits."""
+    """How history enters training: attention adds log g to history's logits, g from 0 to 1."""
 
     off_steps: CountOrZero = 100
-    """Steps at the start with g = 0. The card's 100 are too few for a long run: attention is to
-    have learned its own chunk before (docs/history.md: 1,000 steps of 32,768 tokens)."""
+    """Steps at the start with g = 0. The card's 100 are too few for a long run: attention should
+    learn its own chunk first (docs/history.md: 1,000 steps of 32,768 tokens)."""
     ramp_steps: CountOrZero = 50
-    """Steps over which g then rises linearly to 1."""
+    """Steps over which g then rises to 1."""
+    schedule: Schedule = "linear"
+    """How g rises: linear, or another of optimizer.schedule's curves."""
 
     def gate_at(self, step: int) -> float:
         """Gate g for optimizer step `step` (the first is 0)."""
         if step < self.off_steps:
             return 0.0
-        return min(1.0, (step - self.off_steps + 1) / max(1, self.ramp_steps))
+        ramp = Point(step - self.off_steps + 1, max(1, self.ramp_steps), 0.0, 1.0)
+        return height(self.schedule, ramp)
 
 
 class OptimizerSettings(Section):
-    """AdamW with decoupled decay on matrices only; cosine learning rate with linear warm-up."""
+    """AdamW with decoupled weight decay on matrices only, and the learning rate's curve."""
 
     lr: Positive = 4e-4
     """Peak learning rate."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after warm-up: cosine, linear, or warmup-stable-decay (wsd)."""
     min_lr_ratio: Fraction = 0.1
     """Final learning rate as a fraction of the peak."""
     warmup_steps: CountOrZero = 100
     """Steps of linear warm-up."""
     decay_steps: Count | Auto = "auto"
-    """Length of the whole curve in steps, more than warmup_steps. auto is train.steps of the run's
-    start, or twice warmup_steps where the run is all warm-up, and stays."""
+    """Length of the whole curve in steps, more than warmup_steps. auto is train.steps when the run
+    starts, or twice warmup_steps if warm-up fills the run, and then stays."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Of warmup-stable-decay: the share of the curve after warm-up, at its end, in which the rate
+    falls. Before, it stays at its peak."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's first-moment decay."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """AdamW's second-moment decay."""
     eps: Positive = 1e-8
     """AdamW's denominator offset."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
+    weight_decay: Fraction = 0.1
     """Decoupled weight decay, on matrices only."""
 
-    def check_curve(self) -> None:
-        """See that the curve is longer than its warm-up: else the rate would fall in one step.
+    def check_curve(self, place: str = "") -> None:
+        """Refuse a curve that warm-up fills: the rate would fall in one step.
 
-        For new runs; a saved one keeps the curve that it has.
+        Only for new runs; a saved one keeps its curve. `place` begins the line.
 
         Raises:
-            UserError: it is not.
+            UserError: the curve is not longer than its warm-up.
         """
         if self.decay_steps != "auto" and self.decay_steps <= self.warmup_steps:
             raise UserError(
-                f"setting optimizer.decay_steps={self.decay_steps} should be more than "
+                f"{place}setting optimizer.decay_steps={self.decay_steps} should be more than "
                 f"optimizer.warmup_steps={self.warmup_steps}, as it is the length of the whole "
                 "curve, warm-up included; raise it, or lower optimizer.warmup_steps"
             )
@@ -190,9 +181,8 @@ class OptimizerSettings(Section):
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         span = max(1, self.decay_steps - self.warmup_steps)
-        progress = min(1.0, (step - self.warmup_steps) / span)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-        return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * cosine)
+        fall = Point(step - self.warmup_steps, span, 1.0, self.min_lr_ratio, self.decay_fraction)
+        return self.lr * height(self.schedule, fall)
 
 
 class TrainSettings(Section):
@@ -205,22 +195,22 @@ class TrainSettings(Section):
     lanes: Count | Auto = "auto"
     """Rows G of the whole job's batch; auto is 4 per rank when a run starts, and stays."""
     schedule: Literal[1, 2] | Auto = "auto"
-    """How lanes take shards. 2 (auto, in a new run): from one endless sequence, so that none ever
-    waits. 1: each epoch by itself, at whose end lanes idle. A run keeps the one it began with."""
+    """How lanes take shards. 2 (auto, in a new run): from one endless sequence, so that no lane
+    waits. 1: epoch by epoch; lanes idle at its end. A run keeps the one it began with."""
     window_chunks: Annotated[int, Field(ge=1, le=4096)] = 8
-    """Consecutive chunks K of a lane trained at once. Gradient flows into latents inside it: with 1
-    the compressor does not learn."""
+    """Consecutive chunks K of a lane that are trained at once. Gradient reaches latents only inside
+    a window, so with 1 the compressor does not learn."""
     accumulation: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Successive windows of each lane that are accumulated into one step."""
+    """Windows of each lane, one after another, whose gradients make one step."""
     micro_batch: Count | Auto = "auto"
-    """Lanes of a rank computed at once; auto is all that fit. Never changes the step's content."""
+    """Lanes of a rank that are computed at once; auto is all that fit. Changes rounding only."""
     device: Device = "auto"
     """What the job runs on: auto is CUDA where there is a GPU, else the CPU if that is fast enough
     for the model. Changes rounding only, as the number of ranks does."""
     compile: bool | Auto = "auto"
     """Compile the blocks (torch.compile) before the first step; auto does on GPUs."""
     clip: Positive = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it."""
+    """Largest global gradient norm; a larger gradient is scaled down to it."""
 
     @property
     def lane_count(self) -> int:
@@ -238,13 +228,13 @@ class TrainSettings(Section):
 
 
 class LogSettings(Section):
-    """What the run says."""
+    """What the run reports."""
 
     every: Count = 10
     """Steps between lines in the terminal, metrics.jsonl and MLflow."""
     diagnose_every: CountOrZero = 500
-    """Steps between looks into the model (diagnostics.jsonl): attention to history by age, rank of
-    the latents, the compressor's gradient; 0 never looks."""
+    """Steps between diagnoses of the model (diagnostics.jsonl): attention to history by age, rank
+    of the latents, the compressor's gradient; 0 makes none."""
 
 
 class ValidateSettings(Section):
@@ -257,54 +247,52 @@ class ValidateSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """What the run can continue from."""
+    """The checkpoints from which the run can continue."""
 
     every: CountOrZero = 500
     """Steps between checkpoints; 0 saves only at the end."""
     keep: Count = 2
-    """Newest checkpoints that are kept; while steps are bad as many from before them are, too."""
+    """Newest checkpoints to keep; while steps are bad, as many from before them stay too."""
     keep_every: CountOrZero = 0
-    """Checkpoints of steps that this divides are kept for good; 0 keeps none so."""
+    """Keep the checkpoint of every step that this divides for good; 0 keeps none so."""
 
 
 class GuardSettings(Section):
-    """What a run does when something goes wrong."""
+    """What the run does when something goes wrong."""
 
     bad_steps: Count = 10
-    """Steps in a row that may be skipped because a loss or gradient is not finite; so many end the
-    run, or roll it back."""
+    """A step whose loss or gradient is not finite is skipped; so many in a row end the run, or roll
+    it back."""
     rollbacks: CountOrZero = 0
-    """Times in a run that so many bad steps roll it back: weights and optimizer become those of the
-    newest checkpoint from before them that it has not rolled back to before, lanes start with no
-    history, and training goes on behind the bad steps, not with them again. Then, where there is no
-    such checkpoint, and with 0, they end it."""
+    """How often bad steps may roll the run back: weights and optimizer return to the newest
+    checkpoint from before them that no earlier roll-back used, lanes start with no history, and
+    training goes on after the bad steps. With 0, or without such a checkpoint, the run ends."""
     spike_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """A step is skipped where its gradient's norm exceeds this many times the running median; 0
-    never skips for that."""
+    """Skip a step whose gradient norm exceeds this many times the running median; 0 skips none."""
     spike_window: Annotated[int, Field(ge=1, le=10_000)] = 100
-    """Steps that the running median is of; before there are so many none is skipped."""
+    """Steps that the running median covers; until there are so many, no step is skipped."""
     spike_steps: Count = 3
-    """Spikes in a row that are skipped at most; the next step is taken whatever its norm."""
+    """Skip so many spikes in a row at most; the next step is taken whatever its norm."""
     hang_seconds: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """A step, validation or save that takes longer ends the job, a few seconds later, with every
-    rank's stacks in the log; 0 waits for ever."""
+    """A step, validation or save that takes longer ends the job within seconds, with the stacks of
+    every rank in the log; 0 waits for ever."""
 
 
 class TrackingSettings(Section):
-    """MLflow. The store is MLFLOW_TRACKING_URI, or an SQLite file beside the run's folder."""
+    """MLflow. Its store is MLFLOW_TRACKING_URI, or an SQLite file beside the run's folder."""
 
     enabled: bool = True
     """Log to MLflow; metrics.jsonl is written in any case."""
     experiment: str = "i3dist"
     """MLflow experiment."""
-    run_name: OrNothing[str] = None
-    """MLflow run name; the last part of run.path where it is not given."""
+    run_name: OptionalName = None
+    """MLflow run name; by default the last part of run.path."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use."""
 
 
-class Settings(Section):
-    """Everything that decides a run, but for the engine's own file (zero2.json)."""
+class Settings(SettingsTree):
+    """All that decides a run, apart from the engine's own file (zero2.json)."""
 
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
@@ -319,172 +307,12 @@ class Settings(Section):
     tracking: TrackingSettings = TrackingSettings()
 
     @classmethod
-    def load(cls, config: Path | None = None, overrides: Sequence[str] = ()) -> "Settings":
-        """Build the tree from a YAML file and ``section.key=value`` words.
-
-        Raises:
-            UserError: unreadable file, unknown key or illegal value; the line names it, and file
-                and line where it is in the file.
-        """
-        said = read_values(config, overrides, literal_settings())
-        return cls.build(said.values, said.places)
-
-    @classmethod
-    def build(cls, values: Any, places: Mapping[str, str] | None = None) -> "Settings":
-        """Validate a plain nested dict; `places` begin the lines about sections and settings.
-
-        Raises:
-            UserError: unknown key or illegal value.
-        """
-        values, places = translate(values, places or {})
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise UserError(_explain(error, places)) from None
-
-    def of_saved_run(self) -> "Settings":
-        """These, read from what a run has saved: a newer setting has what the run did before it."""
-        flat = self.flat()
-        return self.with_values(**{k: v for k, v in BEFORE.items() if flat[k] == "auto"})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict as JSON has it, in the names that users type."""
-        return self.model_dump(mode="json", by_alias=True)
-
-    def flat(self) -> dict[str, Any]:
-        """One entry per setting: {"train.steps": 20000, ...}."""
-        return {
-            f"{section}.{key}": value
-            for section, fields in self.to_dict().items()
-            for key, value in fields.items()
-        }
-
-    def to_yaml(self) -> str:
-        """The tree as YAML, which `load` reads back to an equal tree."""
-        return write_values(self.model_dump(by_alias=True))
-
-    def save(self, path: Path) -> None:
-        """Write `to_yaml` to a file."""
-        path.write_text(self.to_yaml(), encoding="utf-8")
-
-    def with_values(self, **changes: Any) -> "Settings":
-        """A copy with settings replaced: ``with_values(**{"train.lanes": 8})``."""
-        values = self.model_dump(by_alias=True)
-        for name, value in changes.items():
-            section, key = name.split(".")
-            values[section][key] = value
-        return Settings.build(values)
+    def build(cls, values: Any, places: Mapping[str, str] | None = None) -> Self:
+        """As `SettingsTree.build`, with former names of settings translated."""
+        return super().build(*translate(values, places or {}))
 
 
-# What may differ when a run continues: it changes how or how long, never what is computed.
-FREE_TO_CHANGE = (
-    "run.path",
-    "data.path",  # the data itself is compared by its fingerprint
-    "data.workers",
-    "data.on_damage",  # only the content of damaged shards
-    "train.steps",
-    "train.micro_batch",
-    "train.device",
-    "train.compile",
-    "log.every",
-    "log.diagnose_every",
-    "validate.every",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "checkpoint.keep_every",
-    "guard.bad_steps",
-    "guard.hang_seconds",
-    "tracking.enabled",
-    "tracking.experiment",
-    "tracking.run_name",
-    "tracking.system_metrics",
-)
-
-# Settings whose "auto" is decided when a run starts and stays the run's from then on.
-DECIDED_AT_START = (
-    "train.lanes",
-    "train.schedule",
-    "optimizer.decay_steps",
-    "model.vocab_size",
-)
-
-# Those of them that came later, and what runs did before: a run that has it saved has decided it.
-BEFORE = {"train.schedule": 1}
-
-
-def inherit_decided(settings: Settings, saved: Settings) -> Settings:
-    """Fill each "auto" of `DECIDED_AT_START` with what the saved run decided."""
-    flat, before = settings.flat(), saved.flat()
-    return settings.with_values(
-        **{key: before[key] for key in DECIDED_AT_START if flat[key] == "auto"}
-    )
-
-
-def first_conflict(settings: Settings, saved: Settings) -> str | None:
-    """Name the first setting that a continued run may not change, or None."""
-    before = saved.flat()
-    for key, value in settings.flat().items():
-        if key not in FREE_TO_CHANGE and before[key] != value:
-            return f"{key} is {value} but the saved run has {before[key]}"
-    return None
-
-
-def setting_lines() -> Iterator[tuple[str, str, str]]:
-    """(name, default, description) of every setting, for ``--help``."""
-    defaults = Settings().flat()
-    for name, field in _fields():
-        yield name, str(defaults[name]), " ".join((field.description or "").split())
-
-
-def literal_settings() -> Literals:
-    """How a typed text becomes the value of each setting that is a path or a name."""
-    readers = {Path: literal_path, str: literal_name}
-    return {
-        name: reader
-        for name, field in _fields()
-        for kind, reader in readers.items()
-        if _kinds(field.annotation) - {type(None)} == {kind}
-    }
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation allows."""
-    if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return {kind for part in get_args(annotation) for kind in _kinds(part)}
-    return {annotation}
-
-
-def _fields() -> Iterator[tuple[str, FieldInfo]]:
-    for section, group in Settings.model_fields.items():
-        section_type = group.annotation
-        assert isinstance(section_type, type) and issubclass(section_type, Section)
-        for key, field in section_type.model_fields.items():
-            yield f"{group.alias or section}.{key}", field
-
-
-def _explain(error: ValidationError, places: Mapping[str, str]) -> str:
-    """The first fault of a validation as one line: place, key, value, legal range, remedy."""
-    fault = error.errors(include_url=False)[0]
-    # Tagged unions put their branch into the location; only setting names are wanted.
-    names = [str(part) for part in fault["loc"]][:2]
-    key = ".".join(names) or "the settings"
-    place = places.get(key, "")
-    remedies = {name: text for name, _, text in setting_lines()}
-    if fault["type"] == "extra_forbidden":
-        known = remedies if "." in key else {name.partition(".")[0] for name in remedies}
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{place}unknown setting {key}{hint} (launch/train.py --help lists all)"
-    legal = "; ".join(
-        dict.fromkeys(
-            other["msg"].removeprefix("Input ").removeprefix("Value error, ")
-            for other in error.errors(include_url=False)
-            if [str(part) for part in other["loc"]][:2] == names
-        )
-    )
-    if fault["input"] is None or isinstance(fault["input"], Nothing):
-        legal = "has no value: give one, or leave the setting out"
-    meaning = f" ({remedies[key]})" if key in remedies else ""
-    return f"{place}setting {key}={repr(fault['input'])[:80]} {legal}{meaning}"
+if __name__ == "__main__":
+    print("# i3-4096ctx, the model card: every setting at its default. Made by")
+    print("#   python -m i3dist.config > configs/i3-4096ctx.yaml")
+    print(commented_yaml(Settings), end="")

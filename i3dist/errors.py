@@ -1,4 +1,4 @@
-"""Errors as a user is meant to see them: a line that says what, where, and what to do."""
+"""Errors as users see them: one line that says what is wrong, where, and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ LONGEST_REASON = 300  # characters of a message that was not written for users
 class UserError(Exception):
     """Bad input or a bad environment. The message is one line: what, where, what to do.
 
-    What a damaged file put into it does no harm: characters that cannot be printed become "?", and
-    of a very long line the middle is left out.
+    It may quote a damaged file: characters that cannot be printed become "?", and the middle of a
+    very long line is left out.
     """
 
     def __init__(self, message: str) -> None:
@@ -22,12 +22,12 @@ class UserError(Exception):
 
 
 def printable(text: object) -> str:
-    """As text, "?" in place of every character that cannot be printed."""
+    """The text with "?" in place of every character that cannot be printed."""
     return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
 def explain(error: UserError | OSError) -> str:
-    """An error as one line; one of the system's (a full disk, say) with its file and reason."""
+    """An error as one line; a system error (such as a full disk) with its file and reason."""
     if isinstance(error, UserError):
         return str(error)
     where = f"{error.filename}: " if error.filename else ""
@@ -35,11 +35,11 @@ def explain(error: UserError | OSError) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Any exception as one line, its type first where it was not made for users."""
+    """Any exception as one line; one that was not written for users begins with its type."""
     if isinstance(error, UserError | OSError):
         return str(UserError(explain(error)))
     lines = str(error).strip().splitlines()
-    # An error of another process comes with its traceback, the last line of which says most.
+    # The error of another process includes its traceback, whose last line says most.
     lines = [lines[0], lines[-1]] if "Traceback" in str(error) else lines[:1]
     text = " ".join([f"{type(error).__name__}:", *lines])[:LONGEST_REASON]
     return str(UserError(text.rstrip(":")))
@@ -47,7 +47,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def warned(what: str) -> Iterator[None]:
-    """Do what decides nothing: whatever fails inside costs one line, ``warning: WHAT: reason``."""
+    """Turn an error inside into one line, ``warning: WHAT: reason``, and go on."""
     try:
         yield
     except Exception as error:

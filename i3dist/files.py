@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a power cut, finds the old one or the new one, whole."""
+"""Atomic writes: a reader, or a power cut, finds the whole old file or the whole new one."""
 
 import os
 import shutil
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Ends the name, which begins with a dot, of whatever is not finished.
+# Names of unfinished files begin with a dot and end in this.
 PARTIAL = ".partial"
 
 
 def sync(path: Path) -> None:
-    """Make sure that what was written to a file or folder survives a power cut."""
+    """Flush a file or folder to disk, so that it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -20,16 +20,16 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole, or as it was before; see `written_aside`."""
+    """Write a file atomically; see `written_aside`."""
     with written_aside(path) as partial:
         partial.write_bytes(data)
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Another name to write a file under: in the end it is synced, renamed, and its folder synced.
+    """Yield a temporary name to write to; afterwards sync that file, rename it, sync its folder.
 
-    Where that fails (a full disk, say) the file is what it was before.
+    If anything fails (such as a full disk), the file stays what it was.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -44,7 +44,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def utf8_path(path: Path) -> Iterator[Path]:
-    """A name for a file that is UTF-8, inside the `with`, for libraries that open no other."""
+    """Yield a UTF-8 name of a file, valid inside the `with`: some libraries open no other."""
     handle = os.open(path, os.O_RDONLY)
     try:
         plain = os.fsencode(path).decode("utf-8", "replace") == str(path)
@@ -54,13 +54,13 @@ def utf8_path(path: Path) -> Iterator[Path]:
 
 
 def clear_partials(folder: Path) -> None:
-    """Remove what a killed process left unfinished in a folder."""
+    """Remove the unfinished files that a killed process left in a folder."""
     for path in folder.glob(f".*{PARTIAL}"):
         remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; of a link only the link."""
+    """Remove a file, or a folder with all that is in it; of a link, only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

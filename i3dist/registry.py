@@ -1,4 +1,4 @@
-"""Kinds of things that users choose by name, and add to: layers, schedules, metrics, sources."""
+"""Kinds of things that users choose by name and can add to: layers, schedules, metrics, sources."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -19,12 +19,12 @@ class Registry(dict[str, Kind], Generic[Kind]):
         """Decorator that adds a kind under a name.
 
         Raises:
-            ValueError: the name is taken.
+            UserError: the name is taken.
         """
 
         def add(kind: Kind) -> Kind:
             if name in self:
-                raise ValueError(f"there already is a {self.what} {name!r}")
+                raise UserError(f"there already is a {self.what} {name!r}: choose another name")
             self[name] = kind
             return kind
 
@@ -37,5 +37,19 @@ class Registry(dict[str, Kind], Generic[Kind]):
             UserError: there is none; the message lists those there are.
         """
         if name not in self:
-            raise UserError(f"unknown {self.what} {name!r}: use {', '.join(sorted(self))}")
+            raise UserError(f"unknown {self.what} {name!r}: use {self.choices()}")
         return self[name]
+
+    def checked(self, name: str) -> str:
+        """The name, where there is such a kind; a validator for settings.
+
+        Raises:
+            ValueError: there is none; the message lists those there are.
+        """
+        if name not in self:
+            raise ValueError(f"should be {self.choices()}")
+        return name
+
+    def choices(self) -> str:
+        """What can be chosen, as a message says it."""
+        return f"{', '.join(sorted(self))}, or one of your own with --extend FILE.py"

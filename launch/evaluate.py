@@ -1,7 +1,7 @@
 """Evaluate a trained model on held-out data: `launch/evaluate.py --checkpoint RUN --data DIR`.
 
 Prints loss, perplexity and bits per byte on the whole valid split of DIR, and the loss by chunk
-index within the document: with history, without, and with another document's.
+index within the document: with history, without it, and with another document's.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from i3dist.checkpoint.weights import add_model_arguments, load_run
 from i3dist.cli import streams
+from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Corpus
@@ -29,11 +30,12 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
+    add_extend_option(parser)
     parser.add_argument(
         "--data", type=typed_path, required=True, metavar="DIR", help="shard.py's output"
     )
     parser.add_argument(
-        "--json", type=typed_path, metavar="FILE", help="also write the results here"
+        "--json", type=typed_path, metavar="FILE", help="write the results here too"
     )
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """Continue a prompt with a trained model: `launch/generate.py --checkpoint RUN --prompt TEXT`.
 
-Text is printed as it is sampled. Every 512 tokens the model compresses what it has read, so memory
-stays constant whatever the length.
+Text is printed as it is sampled. The model compresses every 512 tokens that it has read, so memory
+stays constant however long it runs.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import sys
 
 from i3dist.checkpoint.weights import add_model_arguments, load_run
 from i3dist.cli import streams
+from i3dist.cli.extend import add_extend_option
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.distributed import devices
 from i3dist.errors import UserError
@@ -20,6 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     default = Sampling()
     add_model_arguments(parser)
+    add_extend_option(parser)
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
     parser.add_argument("--tokens", type=int, default=256, help="most new tokens (256)")
     parser.add_argument(
@@ -34,9 +36,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--top-p", type=float, default=default.top_p, help="probability mass to keep (1.0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument(
-        "--ignore-eos", action="store_true", help="start another document instead of stopping"
+        "--ignore-eos",
+        action="store_true",
+        help="begin another document where one ends, instead of stopping",
     )
     return parser.parse_args()
 

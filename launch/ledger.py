@@ -1,20 +1,22 @@
 """Check a run's ledger: `python launch/ledger.py RUN [OTHER]`.
 
-Every optimizer step of a run is a line of RUN/ledger.jsonl. This sees that no step is missing or
-there twice, that the ledger reaches as far as the run's checkpoint, and with --data that each step
-read what the schedule gives it. With OTHER it also compares two runs, step by step. Status 0:
-unbroken, and equal; 1: not, and one line names the first step where.
+RUN/ledger.jsonl has a line for every optimizer step. The check fails if a step is missing or there
+twice, or if the ledger ends before the run's checkpoint; with --data also if a step read something
+else than its schedule says. With OTHER it compares two runs, step by step. Status 0: unbroken, and
+equal; 1: not, and one line names the first such step.
 """
 
 import argparse
 from pathlib import Path
 
+from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import Settings
 from i3dist.data.corpus import Split
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
+from i3dist.training.continuing import of_saved_run
 from i3dist.training.ledger import (
     LEDGER,
     Entry,
@@ -43,9 +45,10 @@ def parse_arguments() -> argparse.Namespace:
         "--tolerance",
         type=float,
         metavar="SHARE",
-        help="compare losses and norms to this relative difference, and leave out the lanes' "
-        "state (runs of other numbers of ranks; default: every bit)",
+        help="largest relative difference of losses and norms; leaves out the lanes' state, for "
+        "runs on other numbers of ranks (default: compare every bit)",
     )
+    add_extend_option(parser)
     return parser.parse_args()
 
 
@@ -58,7 +61,7 @@ def checked(run: Path, data: Path | None) -> list[Entry]:
     entries = read(run)
     fault = first_break(entries) or unsaved(entries, run)
     if fault is None and data is not None:
-        train = Settings.load(run / "settings.yaml").of_saved_run().train
+        train = of_saved_run(Settings.load(run / "settings.yaml")).train
         split = Split(data / "train", Manifest.load(data / "train"))
         schedule = split.schedule(
             train.lane_count, train.window_chunks, train.seed, train.schedule_version

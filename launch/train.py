@@ -1,7 +1,7 @@
 """Train an i3 model: `deepspeed launch/train.py --deepspeed configs/zero2.json`.
 
-Runs under deepspeed, torchrun, Slurm (see slurm/train.sbatch) or plain python (one rank). Started
-again with the same settings, it continues from the newest checkpoint in run.path.
+Runs under deepspeed, torchrun, Slurm (see slurm/train.sbatch) or plain python (one rank). The same
+command continues a run from the newest checkpoint in run.path.
 
 SIGTERM or SIGUSR1 to any rank, or the launcher's end, stops the job after the current step: it
 saves, and exits with status 75, which asks to be started again. Status 1 is an error, in one line.
@@ -17,9 +17,12 @@ from pathlib import Path
 
 import torch
 
+from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, keep_tracebacks_in, one_line_errors
-from i3dist.config import Settings, setting_lines
+from i3dist.cli.settings_text import all_settings, help_text
+from i3dist.cli.suggest import hint
+from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
 from i3dist.distributed.console import print_rank_0
@@ -48,13 +51,7 @@ from i3dist.training.trainer import Trainer, build_trainer
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; `--help` lists every setting."""
-    settings = "\n".join(
-        f"  {name}={default}\n      {text}" for name, default, text in setting_lines()
-    )
-    parser = ArgumentParser(
-        description=__doc__,
-        epilog=f"settings and their defaults:\n{settings}",
-    )
+    parser = ArgumentParser(description=__doc__, epilog=help_text(Settings))
     parser.add_argument(
         "--deepspeed",
         type=typed_path,
@@ -63,13 +60,23 @@ def parse_arguments() -> argparse.Namespace:
         help="engine settings (default: configs/zero2.json)",
     )
     parser.add_argument("--config", type=typed_path, metavar="FILE", help="settings as YAML")
-    parser.add_argument("--fresh", action="store_true", help="start over; the old run is set aside")
-    parser.add_argument("--dry-run", action="store_true", help="print what the run would be, stop")
+    add_extend_option(parser)
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over; keep the old run under another name"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what the run would be, and stop"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings, see below"
     )
-    return parser.parse_intermixed_args()  # settings and options in any order
+    arguments, unknown = parser.parse_known_intermixed_args()  # settings and options in any order
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        meant = hint(name, all_settings(Settings))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+    return arguments
 
 
 def dry_run(settings: Settings, job: Job) -> None:

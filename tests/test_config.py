@@ -4,31 +4,41 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from i3dist.config import (
-    FREE_TO_CHANGE,
-    OptimizerSettings,
-    Settings,
-    first_conflict,
-    inherit_decided,
-    literal_settings,
-    setting_lines,
-)
+from i3dist.cli.settings_text import all_settings, literal_settings
+from i3dist.config import OptimizerSettings, Settings
 from i3dist.errors import UserError
+from i3dist.training.continuing import FREE_TO_CHANGE, first_conflict, inherit_decided
 from i3dist.training.startup import decide
 from i3dist.training.summary import print_summary
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def test_the_cards_file_is_the_defaults() -> None:
-    assert Settings.load(CONFIGS / "i3-4096ctx.yaml") == Settings()
+def test_the_cards_file_has_every_setting_at_its_default() -> None:
+    """And is what its first lines say that it is made by, comments included."""
+    file = CONFIGS / "i3-4096ctx.yaml"
+    text, defaults = file.read_text(encoding="utf-8"), Settings().to_dict()
+    held = yaml.safe_load(text)
+    names = {f"{section}.{key}" for section in held for key in held[section]}
+    missing, unknown = set(Settings().flat()) - names, names - set(Settings().flat())
+    remedy = "python -m i3dist.config > configs/i3-4096ctx.yaml"
+    assert not missing and not unknown, f"missing {missing}, unknown {unknown}: run {remedy}"
+    assert held == defaults, f"run {remedy}"
+    assert Settings.load(file) == Settings()
+    made = subprocess.run(
+        [sys.executable, "-m", "i3dist.config"], cwd=CONFIGS.parent, capture_output=True, text=True
+    )
+    assert text == made.stdout, f"run {remedy}"
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults() -> None:
@@ -46,7 +56,7 @@ def test_yaml_round_trips(tmp_path: Path) -> None:
 
 
 def test_names_that_stay() -> None:
-    names = {name for name, _, _ in setting_lines()}
+    names = set(all_settings(Settings))
     assert names >= {
         "data.path",
         "run.path",
@@ -56,7 +66,7 @@ def test_names_that_stay() -> None:
         "validate.every",
     }
     assert names >= set(FREE_TO_CHANGE)
-    assert all(text for _, _, text in setting_lines())
+    assert all(field.description for field in all_settings(Settings).values())
 
 
 @pytest.mark.parametrize(
@@ -120,14 +130,16 @@ TYPED = st.one_of(
 
 
 def test_paths_and_names_are_literal_by_their_type() -> None:
-    names = {name for name, _, _ in setting_lines()}
-    assert set(literal_settings()) <= names
-    assert set(literal_settings()) == {
+    names = set(all_settings(Settings))
+    assert set(literal_settings(Settings)) <= names
+    assert set(literal_settings(Settings)) == {
         "run.path",
         "data.path",
         "tracking.experiment",
         "tracking.run_name",
         "model.layers",
+        "compression.schedule",
+        "optimizer.schedule",
     }
 
 
@@ -203,7 +215,7 @@ def test_what_a_run_saved_is_not_judged_as_typed() -> None:
     assert Settings.build(saved).run.path == Path("~nobody_here/x")
 
 
-@pytest.mark.parametrize("name", sorted(literal_settings()))
+@pytest.mark.parametrize("name", sorted(literal_settings(Settings)))
 @pytest.mark.parametrize("text", ["", "\0", "a\0b"])
 def test_an_empty_path_or_name_is_one_line(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(UserError, match=rf"^setting {name}='.*': .*(name|give) \w+") as error:
@@ -421,6 +433,15 @@ def test_a_curve_shorter_than_its_warm_up_is_refused_where_a_run_begins() -> Non
             decide(Settings.load(None, words), 1, 500)
     words[0] = "optimizer.decay_steps=101"
     assert decide(Settings.load(None, words), 1, 500).optimizer.decay_steps == 101
+
+
+def test_a_curve_that_is_too_short_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("optimizer:\n  warmup_steps: 100\n  decay_steps: 50\n")
+    with pytest.raises(UserError, match=rf"^{file}, line 3: setting optimizer.decay_steps=50 "):
+        decide(Settings.load(file), 1, 500)
+    with pytest.raises(UserError, match=r"^setting optimizer.decay_steps=60 "):
+        decide(Settings.load(file, ["optimizer.decay_steps=60"]), 1, 500)
 
 
 def test_a_saved_run_keeps_the_curve_it_has() -> None:

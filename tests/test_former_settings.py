@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from i3dist.config import Settings, first_conflict
+from i3dist.config import Settings
 from i3dist.errors import UserError
+from i3dist.training.continuing import first_conflict
 
 DEFAULTS = Settings()
 RWKV, ATTENTION, RECORDS = "model.rwkv_layers", "model.attention_layers", "model.records"

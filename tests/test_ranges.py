@@ -49,6 +49,7 @@ LARGE = 1.7e308
 REAL = {
     "optimizer.lr": ((LEAST, LARGE), (0.0, -LEAST)),
     "optimizer.min_lr_ratio": ((0.0, 1.0), (-LEAST, ABOVE_1)),
+    "optimizer.decay_fraction": ((LEAST, 1.0), (0.0, -LEAST, ABOVE_1)),
     "optimizer.beta1": ((0.0, BELOW_1), (-LEAST, 1.0)),
     "optimizer.beta2": ((0.0, BELOW_1), (-LEAST, 1.0)),
     "optimizer.eps": ((LEAST, LARGE), (0.0, -LEAST)),
@@ -63,6 +64,8 @@ WORDS = {
     "model.vocab_size": ("auto",),
     "model.state_carry": (True, False),
     "optimizer.decay_steps": ("auto",),
+    "optimizer.schedule": ("cosine", "linear", "warmup-stable-decay"),
+    "compression.schedule": ("cosine", "linear", "warmup-stable-decay"),
     "train.lanes": ("auto",),
     "train.schedule": (1, 2, "auto"),
     "train.device": ("auto", "cpu", "cuda"),

@@ -51,7 +51,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a run that has ended, or a checkpoint: RUN/checkpoints (the newest in it), "
         "RUN/checkpoints/step-00000100, or a copy of one",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what it runs on; auto is CUDA where there is a GPU",
+    )
 
 
 def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer]:

@@ -1,4 +1,4 @@
-"""Paths and names as they are typed: literally, but for a leading `~` of a path."""
+"""Paths and names as users type them: literal, except that a leading `~` is the home folder."""
 
 import argparse
 import os
@@ -23,7 +23,7 @@ def literal_path(text: str) -> Path:
 
 
 def path_text(path: Path) -> str:
-    """What `literal_path` reads as `path`."""
+    """The inverse of `literal_path`."""
     return f"./{path}" if str(path).startswith("~") else str(path)
 
 
@@ -31,7 +31,7 @@ def literal_name(text: str) -> str:
     """The name that a user typed.
 
     Raises:
-        ValueError: the text is empty, or holds what no store takes.
+        ValueError: the text is empty, or has bytes that are no text.
     """
     if not text:
         raise ValueError("the name is empty: give one, or leave the setting out")
@@ -41,10 +41,10 @@ def literal_name(text: str) -> str:
 
 
 def typed_path(text: str) -> Path:
-    """`literal_path` as the `type` of every command-line option that names a path.
+    """`literal_path`, as the `type` of a command-line option.
 
     Raises:
-        argparse.ArgumentTypeError: what `literal_path` says.
+        argparse.ArgumentTypeError: with the message of `literal_path`.
     """
     try:
         return literal_path(text)

@@ -1,35 +1,57 @@
-"""What every program of the project does: read its options, and end in one line where it fails."""
+"""What all programs share: an option parser, and errors that are one line."""
 
 import argparse
 import os
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from i3dist.cli import streams
 from i3dist.errors import UserError, reason
 
-# Ranks but the first wait so long before they speak: most errors strike all ranks alike, and the
-# launcher ends the others once the first has spoken and gone.
+# Most errors hit all ranks alike. The other ranks wait so long before they print theirs; meanwhile
+# the first has printed its own and exited, and the launcher ends the others.
 OTHERS_WAIT_SECONDS = 3.0
+HELP_WIDTH = 80
 DEBUG = "I3DIST_DEBUG"  # set to 1, tracebacks are printed too
 
 _traceback_folder: Path | None = None
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line like all others, and which keeps help text as it is."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wraps help at 80 columns; a paragraph with indented lines keeps its line breaks."""
 
-    def __init__(self, **options: object) -> None:
-        """As argparse, without abbreviations."""
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=HELP_WIDTH)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = []
+        for part in text.strip().split("\n\n"):
+            lines += part.splitlines() if "\n " in f"\n{part}" else [" ".join(part.split())]
+            lines.append("")
+        return "\n".join(
+            textwrap.fill(line, width, subsequent_indent=" " * _indent(line)) for line in lines
+        ).strip()
+
+
+def _indent(line: str) -> int:
+    """Where a line that is continued goes on: deeper than it begins, if that is indented."""
+    blanks = len(line) - len(line.lstrip())
+    return blanks + 4 if blanks else 0
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser without abbreviations, whose errors are one line like all others."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _HelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing usage and exiting."""
@@ -37,24 +59,23 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def keep_tracebacks_in(folder: Path) -> None:
-    """Write tracebacks to this folder from now on, while it exists, rather than to a temporary."""
+    """From now on write tracebacks to this folder, if it exists, instead of a temporary one."""
     global _traceback_folder
     _traceback_folder = folder
 
 
 @contextmanager
 def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
-    """Print an error as one line on stderr and leave with status 1, with no traceback.
+    """Print an error as one line on stderr and exit with status 1, without a traceback.
 
-    The traceback of an error that the program did not foresee is written to a file, which the line
-    names; with I3DIST_DEBUG=1 every traceback is printed too. The exit skips interpreter teardown,
-    so a rank that fails ends at once even where others wait for it. See `streams.prepare` for
-    standard output.
+    The traceback of an unexpected error is written to a file, which the line names. With
+    I3DIST_DEBUG=1 every traceback is printed too. The exit skips interpreter teardown, so a failed
+    rank ends at once even while others wait for it. For `output_is_result` see `streams.prepare`.
     """
     streams.prepare(output_is_result)
     threading.excepthook = _say_of_thread
     if os.environ.get(DEBUG) != "1":
-        sys.unraisablehook = lambda _: None  # what a destructor raises is of no consequence
+        sys.unraisablehook = lambda _: None  # errors in destructors change nothing
     try:
         try:
             yield
@@ -86,7 +107,7 @@ def _rank() -> str:
 
 
 def _describe(error: BaseException) -> str:
-    """An error as one line, with the file of its traceback where that may be wanted."""
+    """An error as one line; an unexpected one with the file of its traceback."""
     if os.environ.get(DEBUG) == "1":
         traceback.print_exception(error)
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename):
@@ -96,7 +117,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _keep(error: BaseException) -> str:
-    """Write a traceback to a file that stays, and say where it is."""
+    """Write a traceback to a file that stays, and return words that say where it is."""
     text = "".join(traceback.format_exception(error))
     ours = [_traceback_folder] if _traceback_folder and _traceback_folder.is_dir() else []
     for folder in (*ours, None):  # None is the folder for temporary files
@@ -111,7 +132,7 @@ def _keep(error: BaseException) -> str:
 
 
 def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
-    """Say in one line that a thread has failed; what waits for it decides what follows."""
+    """Print one line about a thread that failed; the code that waits for it decides what to do."""
     if failed.exc_value is not None and failed.exc_type is not SystemExit:
         name = failed.thread.name if failed.thread else "unknown"
         print(f"warning: thread {name}: {_describe(failed.exc_value)}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Standard streams to rely on: open, able to print every character, and never a reason to fail."""
+"""Make standard streams reliable: open, able to print any character, and not a cause of failure."""
 
 import errno
 import io
@@ -14,13 +14,13 @@ NAMES = {0: "standard input", 1: "standard output", 2: "standard error"}
 def prepare(output_is_result: bool) -> None:
     """Set up the standard streams of a program.
 
-    A character that a stream cannot encode is written as an escape. A stream that was closed is
-    the null device, so that no file of the program's own gets its number; `sys.stdin` stays None.
+    A character that a stream cannot encode is written as an escape. A closed stream becomes the
+    null device, so that no file that the program opens gets its number; `sys.stdin` stays None.
 
     Args:
-        output_is_result: whether standard output is what the program is run for. Then the program
-            ends, as other tools do, by SIGPIPE once its reader is gone, and by an `OSError` where
-            output cannot be written. Otherwise it goes on without, and says so once.
+        output_is_result: whether the program is run for its standard output. If so, SIGPIPE ends it
+            when the reader has gone, as it ends other tools, and a failed write is an `OSError`.
+            Otherwise the program goes on without output, and warns once.
     """
     for number in NAMES:
         try:
@@ -34,7 +34,7 @@ def prepare(output_is_result: bool) -> None:
 
 
 def require_output() -> None:
-    """Raise an `OSError` where the program was started without a standard output."""
+    """Raise an `OSError` if the program was started without a standard output."""
     if sys.__stdout__ is None:
         raise OSError(errno.EBADF, "closed; send it to a file or to /dev/null", NAMES[1])
 
@@ -65,14 +65,14 @@ def _number(stream: io.TextIOWrapper) -> int | None:
 
 
 class _Output(io.FileIO):
-    """Writes all of what it is given; where that fails it raises only if it is needed."""
+    """Writes all that it is given. If that fails it raises when needed, else it warns once."""
 
     def __init__(self, number: int, needed: bool):
         super().__init__(number, "w", closefd=False)
         self._number, self._needed, self._told = number, needed, False
 
     def write(self, data: Any) -> int:
-        """Write `data`, waiting for a reader that is slow."""
+        """Write `data`, and wait for a slow reader."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
@@ -89,7 +89,7 @@ class _Output(io.FileIO):
         return size
 
     def _tell(self, error: OSError) -> None:
-        """Say once that standard output is lost, where anybody still hears it."""
+        """Warn once, on standard error, that standard output is lost."""
         if self._told or self._number != 1:
             return
         self._told = True

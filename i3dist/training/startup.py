@@ -8,7 +8,7 @@ from typing import Any
 from i3dist.checkpoint import store, verify
 from i3dist.checkpoint.format import read_state
 from i3dist.checkpoint.run_state import RunState
-from i3dist.config import OnDamage, Settings, first_conflict, inherit_decided
+from i3dist.config import OnDamage, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.schedule import NEWEST
 from i3dist.data.shards import check_shards
@@ -17,6 +17,7 @@ from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
+from i3dist.training.continuing import first_conflict, inherit_decided, of_saved_run
 
 LANES_PER_RANK = 4
 WAYS_OUT = "choose another run.path, or start over with --fresh"
@@ -37,7 +38,7 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
     Raises:
         UserError: the learning-rate curve is not longer than its warm-up.
     """
-    settings.optimizer.check_curve()
+    settings.optimizer.check_curve(settings.place_of("optimizer.decay_steps"))
     steps, warmup = settings.train.steps, settings.optimizer.warmup_steps
     decided = {
         "train.lanes": LANES_PER_RANK * world_size,
@@ -70,7 +71,7 @@ def resolve(
         return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
     path = found.path
     state = read_state(path)
-    saved = Settings.build(state.settings).of_saved_run()
+    saved = of_saved_run(Settings.build(state.settings))
     settings = inherit_decided(settings, saved)
     if conflict := first_conflict(settings, saved):
         raise UserError(f"{path} is of other settings: {conflict}; {WAYS_OUT}")

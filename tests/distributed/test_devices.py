@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from i3dist.config import FREE_TO_CHANGE, Device, Settings
+from i3dist.config import Device, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import devices
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
+from i3dist.training.continuing import FREE_TO_CHANGE
 from i3dist.training.summary import refuse_large
 from tests.conftest import QUICK, ROOT, error_line, program
 

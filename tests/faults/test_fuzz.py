@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from i3dist.config import Settings, setting_lines
+from i3dist.cli.settings_text import all_settings
+from i3dist.config import Settings
 from i3dist.data.manifest import MANIFEST_NAME, TAR_BLOCK, Manifest
 from i3dist.data.shards import read_shard
 from i3dist.data.tokenizer import Tokenizer
@@ -106,7 +107,7 @@ def test_settings_files_that_parsers_choke_on(tmp_path: Path, text: str) -> None
 
 def test_settings_words() -> None:
     rng = random.Random(0)
-    names = [name for name, _, _ in setting_lines()]
+    names = list(all_settings(Settings))
     keys = [*names, *(word + ".a" for word in NASTY_WORDS), *("a." + word for word in NASTY_WORDS)]
     words = [f"{key}=1" for key in keys] + [f"train.steps={value}" for value in NASTY_WORDS]
     values = [*NASTY_WORDS, "1", "true", "0.5", "name"]

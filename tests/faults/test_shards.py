@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from i3dist.config import ModelSettings, OnDamage, Settings, first_conflict
+from i3dist.config import ModelSettings, OnDamage, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.manifest import TAR_BLOCK, TAR_RECORD, Manifest, member_stride
 from i3dist.data.schedule import lanes_of_rank
 from i3dist.errors import UserError
 from i3dist.ops.cross_entropy import IGNORE
+from i3dist.training.continuing import first_conflict
 from tests.conftest import QUICK, losses, program
 
 LANES, K = 4, 3

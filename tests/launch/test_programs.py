@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
-from i3dist.config import Settings, setting_lines
+from i3dist.cli.settings_text import all_settings
+from i3dist.config import Settings
 from i3dist.errors import UserError
 from i3dist.training.summary import early_history
 from tests.conftest import QUICK, ROOT, error_line, program
@@ -29,7 +30,7 @@ def test_every_program_starts_in_an_interpreter_of_its_own(path: Path) -> None:
 
 def test_help_lists_every_setting() -> None:
     text = program("launch/train.py", "--help").stdout
-    assert all(f"{name}=" in text for name, _, _ in setting_lines())
+    assert all(f"{name}=" in text for name in all_settings(Settings))
 
 
 def test_a_dry_run_without_data_is_the_card() -> None:

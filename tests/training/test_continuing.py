@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from i3dist.config import ModelSettings, Settings, first_conflict, inherit_decided
+from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus, Split
 from i3dist.data.manifest import Manifest
 from i3dist.data.shards import read_shard
 from i3dist.errors import UserError
+from i3dist.training.continuing import first_conflict, inherit_decided
 from tests.known import Known, documents, make
 
 # Another legal value of every setting that may change when a run continues ...
@@ -56,10 +57,13 @@ KEPT = {
     "model.state_carry": True,
     "compression.off_steps": 7,
     "compression.ramp_steps": 7,
+    "compression.schedule": "cosine",
     "optimizer.lr": 1e-3,
+    "optimizer.schedule": "linear",
     "optimizer.min_lr_ratio": 0.2,
     "optimizer.warmup_steps": 7,
     "optimizer.decay_steps": 7777,
+    "optimizer.decay_fraction": 0.5,
     "optimizer.beta1": 0.8,
     "optimizer.beta2": 0.8,
     "optimizer.eps": 1e-6,

@@ -1,0 +1,61 @@
+"""Which settings may change when a run continues, and which it decides when it starts."""
+
+from i3dist.config import Settings
+
+# These change how or how long a run trains, never what it computes.
+FREE_TO_CHANGE = (
+    "run.path",
+    "data.path",  # the data itself is compared by its fingerprint
+    "data.workers",
+    "data.on_damage",  # changes only what is read in place of damaged shards
+    "train.steps",
+    "train.micro_batch",
+    "train.device",
+    "train.compile",
+    "log.every",
+    "log.diagnose_every",
+    "validate.every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.keep_every",
+    "guard.bad_steps",
+    "guard.hang_seconds",
+    "tracking.enabled",
+    "tracking.experiment",
+    "tracking.run_name",
+    "tracking.system_metrics",
+)
+
+# Settings whose "auto" is replaced when a run starts; the value then stays the run's.
+DECIDED_AT_START = (
+    "train.lanes",
+    "train.schedule",
+    "optimizer.decay_steps",
+    "model.vocab_size",
+)
+
+# Of those, the ones that are newer than some saved runs, and what such runs did.
+BEFORE = {"train.schedule": 1}
+
+
+def of_saved_run(settings: Settings) -> Settings:
+    """Settings read from a saved run: newer ones get the value by which the run was trained."""
+    flat = settings.flat()
+    return settings.with_values(**{k: v for k, v in BEFORE.items() if flat[k] == "auto"})
+
+
+def inherit_decided(settings: Settings, saved: Settings) -> Settings:
+    """Fill each "auto" of `DECIDED_AT_START` with what the saved run decided."""
+    flat, before = settings.flat(), saved.flat()
+    return settings.with_values(
+        **{key: before[key] for key in DECIDED_AT_START if flat[key] == "auto"}
+    )
+
+
+def first_conflict(settings: Settings, saved: Settings) -> str | None:
+    """Name the first setting that a continued run may not change, or None."""
+    before = saved.flat()
+    for key, value in settings.flat().items():
+        if key not in FREE_TO_CHANGE and before[key] != value:
+            return f"{key} is {value} but the saved run has {before[key]}"
+    return None

@@ -1,0 +1,24 @@
+"""pyproject.toml declares what the programs import, and nothing that only tests need."""
+
+import sys
+import tomllib
+
+from tests.test_imports import ROOT, imports, modules
+
+# Declared under another name than it is imported by.
+NAMES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+# For readers of the shards; of MLflow, which logs the use of GPUs with it.
+NOT_IMPORTED = {"webdataset", "nvidia-ml-py"}
+# Comes with torch where there are GPUs.
+WITH_TORCH = {"triton"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    words = {word.split(">")[0] for word in project["dependencies"]}
+    assert words >= NOT_IMPORTED
+    declared = {NAMES.get(word, word) for word in words - NOT_IMPORTED}
+    files = [path for folder in ("i3dist", "launch", "data_prep") for path in modules(folder)]
+    used = {name.partition(".")[0] for path in files for name in imports(path)}
+    ours = {"i3dist", "data_prep"} | WITH_TORCH
+    assert used - set(sys.stdlib_module_names) - ours == declared
