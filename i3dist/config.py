@@ -141,8 +141,10 @@ class CompressionSettings(Section):
 
 
 class OptimizerSettings(Section):
-    """AdamW with decoupled decay on matrices only; cosine learning rate with linear warm-up."""
+    """Weight decay is decoupled and on matrices only; cosine learning rate with linear warm-up."""
 
+    kind: str = "adamw"
+    """What updates the weights: adamw or lion, or one that i3dist/optim/optimizers.py registers."""
     lr: Positive = 4e-4
     """Peak learning rate."""
     min_lr_ratio: Fraction = 0.1
@@ -153,11 +155,11 @@ class OptimizerSettings(Section):
     """Length of the whole curve in steps, more than warmup_steps. auto is train.steps of the run's
     start, or twice warmup_steps where the run is all warm-up, and stays."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's first-moment decay."""
+    """Decay of the gradient's running mean; in lion its weight in the direction."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """AdamW's second-moment decay."""
+    """Decay of the running mean of its square; in lion of the running mean."""
     eps: Positive = 1e-8
-    """AdamW's denominator offset."""
+    """AdamW's denominator offset; lion has none."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Decoupled weight decay, on matrices only."""
 
@@ -210,6 +212,9 @@ class TrainSettings(Section):
     device: Device = "auto"
     """What the job runs on: auto is CUDA where there is a GPU, else the CPU if that is fast enough
     for the model. Changes rounding only, as the number of ranks does."""
+    engine: Literal["zero2", "stock"] = "zero2"
+    """zero2: DeepSpeed's ZeRO-2 with its slow parts replaced. stock: DeepSpeed's public API alone,
+    slower, for any version of it. Changes rounding only, as the number of ranks does."""
     compile: bool | Auto = "auto"
     """Compile the blocks (torch.compile) before the first step; auto does on GPUs."""
     clip: Positive = 1.0
@@ -377,6 +382,7 @@ FREE_TO_CHANGE = (
     "train.steps",
     "train.micro_batch",
     "train.device",
+    "train.engine",
     "train.compile",
     "log.every",
     "log.diagnose_every",

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from i3dist.checkpoint import store
-from i3dist.checkpoint.fragment import KINDS, Fragment
+from i3dist.checkpoint.fragment import Fragment
 from i3dist.checkpoint.run_state import RunState
 from i3dist.config import CheckpointSettings
 from i3dist.distributed import collectives
@@ -37,6 +37,7 @@ from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 from i3dist.files import sync, utf8_path, write_whole
 from i3dist.model.state import LaneState, RwkvState
+from i3dist.optim.optimizers import OPTIMIZERS
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -44,7 +45,7 @@ TOKENIZER = "tokenizer.json"  # not in checkpoints of earlier versions
 CPU = torch.device("cpu")
 LANE_TENSORS = ("latents", *RwkvState._fields)
 # What tensors are called: the part of a parameter from an element on, and a lane's row.
-PART = re.compile(rf"({'|'.join(KINDS)})/(0|[1-9][0-9]{{0,17}})/(.+)")
+PART = r"({})/(0|[1-9][0-9]{{0,17}})/(.+)"  # {}: "weight" or a state of any optimizer
 ROW = re.compile(rf"(0|[1-9][0-9]{{0,17}})/({'|'.join(LANE_TENSORS)})")
 REMEDY = "restore it, or remove its folder to continue from the checkpoint before it"
 # Of one folder: a path would have another folder's files read.
@@ -256,12 +257,15 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
         self._checkpoint = checkpoint
         # (kind, parameter) -> first element and file of each part, in order.
         self._parts: dict[tuple[str, str], list[tuple[int, Path, Any]]] = {}
+        states = {state for kind in OPTIMIZERS.values() for state in kind.states}
+        form = re.compile(PART.format("|".join(sorted({"weight", *states}))))
         for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
             file = _open(path).__enter__()  # maps the file while we live
-            for kind, start, name in _names(path, file, PART):
+            for kind, start, name in _names(path, file, form):
                 self._parts.setdefault((kind, name), []).append((int(start), path, file))
         for parts in self._parts.values():
             parts.sort(key=lambda part: part[0])
+        self._kinds = sorted({"weight", *(kind for kind, _ in self._parts)})
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """See that parameters of so many elements are here, whole; no tensor is read.
@@ -269,7 +273,7 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
         Raises:
             UserError: one is not.
         """
-        for kind, (name, size) in product(KINDS, sizes.items()):
+        for kind, (name, size) in product(self._kinds, sizes.items()):
             end = 0
             for start, path, file in self._parts.get((kind, name), []):
                 key = f"{kind}/{start}/{name}"
@@ -287,10 +291,10 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
                 )
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
-        return {kind: self.one(kind, name) for kind in KINDS}
+        return {kind: self.one(kind, name) for kind in self._kinds}
 
     def one(self, kind: str, name: str) -> Tensor:
-        """One of `KINDS` of a parameter: [elements] fp32."""
+        """A parameter's "weight" or optimizer state: [elements] fp32."""
         parts = self._parts[kind, name]
         return torch.cat([file.get_tensor(f"{kind}/{start}/{name}") for start, _, file in parts])
 

@@ -29,7 +29,7 @@ from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.distributed.signals import Stop, held_back
 from i3dist.distributed.watchdog import Watchdog
-from i3dist.engine.zero2 import Engine
+from i3dist.engine.interface import Engine
 from i3dist.errors import UserError, warned
 from i3dist.inference.evaluate import evaluate
 from i3dist.model.state import LaneState

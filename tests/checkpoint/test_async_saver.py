@@ -19,7 +19,7 @@ from i3dist.checkpoint.format import OptimizerReader
 from i3dist.checkpoint.fragment import Fragment
 from i3dist.config import CheckpointSettings, GuardSettings, Settings
 from i3dist.data.schedule import Schedule
-from i3dist.engine.zero2 import Stepped
+from i3dist.engine.interface import Stepped
 from i3dist.errors import UserError
 from i3dist.training.guard import Guard
 from i3dist.training.ledger_writer import LedgerWriter

@@ -10,13 +10,15 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor
 
-from i3dist.checkpoint.fragment import ADAM_STATES
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.engine import config_file
-from i3dist.engine.zero2 import Engine, read_engine_config
+from i3dist.engine.interface import Engine
+from i3dist.engine.setup import read_engine_config
+from i3dist.engine.zero2 import Zero2Engine
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
+from i3dist.optim import adamw
 from tests.conftest import ROOT, one_rank
 from tests.model.conftest import SMALL
 from tests.model.streams import BOS, depth_of, stream
@@ -37,7 +39,7 @@ def build(micro_batches: int = 1, bf16: bool = True, seed: int = 0) -> Engine:
         del config["data_types"]
     optimizer = OptimizerSettings(decay_steps=10)
     model = I3LM(ModelSettings.model_validate(SMALL), BOS)
-    return Engine(model, config, optimizer, TrainSettings(clip=1e9), micro_batches)
+    return Zero2Engine(model, config, optimizer, TrainSettings(clip=1e9), micro_batches)
 
 
 def batch(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +130,7 @@ def test_state_goes_out_and_comes_back_in() -> None:
         step(old, batch(2, seed), 2)
     state = snapshot(old)
     assert set(state) == {name for name, _ in old.model.named_parameters()}
-    assert all(t.abs().sum() > 0 for s in state.values() for k, t in s.items() if k in ADAM_STATES)
+    assert all(t.abs().sum() > 0 for s in state.values() for k, t in s.items() if k in adamw.STATES)
     new.load(state, steps=3)
     for seed in range(3, 5):
         assert step(new, batch(2, seed), 2) == step(old, batch(2, seed), 2)
@@ -322,7 +324,7 @@ def test_gradients_above_the_bound_are_scaled_down_to_it() -> None:
     torch.manual_seed(0)
     config = read_engine_config(ZERO2)
     model = I3LM(ModelSettings.model_validate(SMALL), BOS)
-    trained = Engine(model, config, OptimizerSettings(), TrainSettings(clip=0.01))
+    trained = Zero2Engine(model, config, OptimizerSettings(), TrainSettings(clip=0.01))
     assert step(trained, batch(1), 1) > 0.02
     moments = [tensors["exp_avg"] for tensors in snapshot(trained).values()]
     norm = sum(float(moment.square().sum()) for moment in moments) ** 0.5
