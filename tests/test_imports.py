@@ -100,7 +100,7 @@ def test_training_on_cpu_loads_no_library_for_which_it_has_no_use() -> None:
         "early = {'mlflow', 'matplotlib', 'torch._dynamo'} & set(sys.modules)\n"
         "from i3dist.distributed.job import Job\n"
         "from i3dist.engine import setup\n"
-        "from tests.engine.test_zero2 import build\n"
+        "from tests.engine.steps import build\n"
         "setup.start(Job.detect({}))\n"
         "build()\n"
         "late = {'mlflow', 'torch._inductor.compile_fx'} & set(sys.modules)\n"
@@ -108,3 +108,20 @@ def test_training_on_cpu_loads_no_library_for_which_it_has_no_use() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_loading_evaluating_and_generating_import_no_deepspeed() -> None:
+    script = (
+        "import sys, runpy, pkgutil, importlib, i3dist.inference, i3dist.checkpoint.weights\n"
+        "import i3dist.engine.interface, i3dist.training.guard\n"
+        "[importlib.import_module(f'i3dist.inference.{m.name}') "
+        "for m in pkgutil.iter_modules(i3dist.inference.__path__)]\n"
+        "[runpy.run_path(f'launch/{name}.py') for name in ('evaluate', 'generate')]\n"
+        "sys.exit('deepspeed' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
+def test_importing_i3dist_and_its_settings_loads_no_torch() -> None:
+    script = "import sys, i3dist, i3dist.config\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

@@ -47,9 +47,9 @@ OURS = (
     "optimizer",
     "scheduler",
 )
-# All that the file may hold. DeepSpeed (0.19.8) ignores unknown top-level keys, and with ZeRO-2 many
-# known ones; `Zero2Engine` replaces others. Keys without effect are refused, except switches for
-# what the engine always does (`ON`) or never does (`OFF`, `NOTHING`).
+# All that the file may hold. DeepSpeed (0.19.8) ignores unknown top-level keys and, with ZeRO-2,
+# many known ones; `Zero2Engine` replaces others. Keys without effect are refused, except switches
+# for what the engine always does (`ON`) or never does (`OFF`, `NOTHING`).
 ENGINE_KEYS: dict[str, Any] = {
     "bf16": {
         "enabled": SWITCH,

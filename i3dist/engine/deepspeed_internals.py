@@ -4,10 +4,9 @@
 names each, says why, and checks it against the installed DeepSpeed when the engine is built. It was
 written for 0.19.8, the version in constraints.txt.
 
-`i3dist.distributed` relies on three things of DeepSpeed's launcher: it sets LOCAL_SIZE and
-CROSS_SIZE beside torch's variables (`job`); the command `deepspeed` starts a launcher process, whose
-children are the ranks, and does not pass signals on (`signals`); DEEPSPEED_TIMEOUT is in minutes
-(`rendezvous`).
+`i3dist.distributed` relies on three things of DeepSpeed's launcher. It sets LOCAL_SIZE and
+CROSS_SIZE beside torch's variables (`job`). The command `deepspeed` starts a process whose children
+are the ranks, and passes no signal on (`signals`). DEEPSPEED_TIMEOUT is in minutes (`rendezvous`).
 """
 
 import inspect
@@ -27,8 +26,8 @@ from i3dist.engine.toolchain import absent, variables
 # DeepSpeed calls names that torch is about to retire.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-# DeepSpeed reads these variables on import and fails on a wrong value; later `devices` and
-# `rendezvous` report it in one line. DeepSpeed's autotuner would import MLflow, which takes seconds.
+# DeepSpeed reads these variables on import and fails on a wrong value; `devices` and `rendezvous`
+# report it in one line later. DeepSpeed's autotuner would import MLflow, which takes seconds.
 _accelerator = "cuda" if devices.uses_cuda() else "cpu"
 with absent("mlflow"), variables(DS_ACCELERATOR=_accelerator, DEEPSPEED_TIMEOUT=None):
     import deepspeed
@@ -177,6 +176,7 @@ class ZeroInternals:
 
         zero, probe = self._zero, torch.zeros(1)
         checks = {
+            "dtype is not the parameters'": lambda: zero.dtype == flats[0].dtype,
             "gradient_accumulation_dtype is not fp32": lambda: (
                 zero.gradient_accumulation_dtype == torch.float32
             ),

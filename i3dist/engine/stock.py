@@ -1,8 +1,8 @@
 """Training through DeepSpeed's public API alone: its reduction, norm, clipping, optimizer step.
 
-It shows what `Zero2Engine` gains (benchmarks/engines.py), and it trains with DeepSpeed versions that
-`Zero2Engine` does not know. Losses equal those of `Zero2Engine` to rounding: DeepSpeed casts the
-sum over ranks back to bf16, and clips by norm + 1e-6.
+It shows what `Zero2Engine` gains (benchmarks/engines.py), and it trains with versions of DeepSpeed
+that `Zero2Engine` does not know. Losses equal those of `Zero2Engine` to rounding: DeepSpeed casts
+the sum over ranks back to bf16, and clips by norm + 1e-6.
 """
 
 import math
@@ -58,11 +58,12 @@ class StockEngine(Engine):
         DeepSpeed links all groups after the first group's step.
         """
         for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
             for partition in group["params"]:
                 self._optimizer.state[partition] = fresh_state(partition, self._kind.states)
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(torch.stack([p.sum() for p in self.model.parameters()]).sum() * 0)
-        self.step(lr=0.0)
+        self._step(torch.empty(0), math.inf)
         self._set_step_count(0)
 
     def prepare(self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor) -> None:
@@ -81,7 +82,7 @@ class StockEngine(Engine):
 
     def _step(self, sums: Tensor, limit: float) -> Stepped:
         """Sum `sums` in an exchange of its own, then let DeepSpeed clip and update."""
-        figures = collectives.all_sum(sums.clone()).tolist()
+        figures = collectives.all_sum(sums.clone()).tolist() if len(sums) else []
         skips = not all(map(math.isfinite, figures))
         if not skips and limit < math.inf:
             skips = self.gradient_norm_of("") > limit

@@ -6,6 +6,7 @@ docs/performance.md say what that gains.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Zero2Engine(Engine):
             micro_batches: of one optimizer step on this rank; see `accumulate`.
 
         Raises:
-            UnknownDeepSpeedError: on every rank, if DeepSpeed's internals are not as they should be.
+            UnknownDeepSpeedError: on every rank, if DeepSpeed's internals are not as expected.
         """
         if not internals.is_known_version():
             raise internals.UnknownDeepSpeedError("it knows 0.19.8 and later 0.19")
@@ -59,7 +60,8 @@ class Zero2Engine(Engine):
         try:
             self._zero = internals.ZeroInternals(self._engine, flats, self._optimizer)
         except internals.UnknownDeepSpeedError:
-            self.close()
+            with suppress(Exception):  # what another version cannot undo stays
+                self.close()
             raise
         self._zero.replace_reduction(self._reduce)
         self._reduced: set[int] = set()  # groups whose gradient this step has reduced
@@ -166,8 +168,8 @@ class Zero2Engine(Engine):
 def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:
     """The engine's file with what is decided here.
 
-    DeepSpeed's norm and overflow check (0.19.8) read all gradients again, the norm in fp64, and wait
-    for the result. Its throughput timer would wait for the device twice a step.
+    DeepSpeed's norm and overflow check (0.19.8) read all gradients again, the norm in fp64, and
+    wait for the result. Its throughput timer would wait for the device twice a step.
     """
     return config | {
         "zero_optimization": config["zero_optimization"] | {"compute_grad_norm": False},
