@@ -265,7 +265,7 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
                 self._parts.setdefault((kind, name), []).append((int(start), path, file))
         for parts in self._parts.values():
             parts.sort(key=lambda part: part[0])
-        self._kinds = sorted({"weight", *(kind for kind, _ in self._parts)})
+        self._kinds = ("weight", *sorted({kind for kind, _ in self._parts} - {"weight"}))
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """See that parameters of so many elements are here, whole; no tensor is read.

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ class Engine(ABC):
         self,
         model: I3LM,
         module: nn.Module,
+        parameters: tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]],
         config: dict[str, Any],
         optimizer: OptimizerSettings,
         micro_batches: int,
@@ -47,6 +48,7 @@ class Engine(ABC):
         Args:
             model: fp32, on any device.
             module: what is trained: the model, or a module that calls it.
+            parameters: of `module`, those with weight decay and those without.
             config: content of the engine's file.
             optimizer: its kind and options.
             micro_batches: of one optimizer step on this rank.
@@ -57,27 +59,11 @@ class Engine(ABC):
         self._module = module
         self._kind = OPTIMIZERS.of(optimizer.kind)
         groups = [
-            {"params": parameters, "weight_decay": decay}
-            for parameters, decay in zip(self._split(), (optimizer.weight_decay, 0.0), strict=True)
+            {"params": list(group), "weight_decay": decay}
+            for group, decay in zip(parameters, (optimizer.weight_decay, 0.0), strict=True)
         ]
         self._optimizer = self._kind.build(groups, optimizer, model.compiled)
         self._engine: Any = None  # DeepSpeed's
-
-    @abstractmethod
-    def _split(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Parameters of `module` with weight decay, and those without."""
-
-    def _check(self, config: dict[str, Any]) -> None:
-        """See that DeepSpeed took its settings: it ignores what it does not know."""
-        engine = self._engine
-        taken = {
-            "ZeRO stage": (engine.zero_optimization_stage(), 2),
-            "bf16": (engine.bfloat16_enabled(), config.get("bf16", {}).get("enabled", False)),
-            "accumulation": (engine.gradient_accumulation_steps(), self.micro_batches),
-        }
-        for what, (found, wanted) in taken.items():
-            if found != wanted:
-                raise UserError(f"DeepSpeed runs with {what} {found}, not {wanted}; see configs/")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,18 +184,37 @@ class Engine(ABC):
             UserError: the state is another optimizer's.
         """
 
-    def _entry(self, state: Mapping[str, dict[str, Tensor]], name: str) -> dict[str, Tensor]:
-        """A parameter's tensors in `state`, if they are this optimizer's; raises `UserError`."""
-        entry = state[name]
-        if set(entry) != {"weight", *self._kind.states}:
-            found = ", ".join(sorted(set(entry) - {"weight"})) or "none"
-            raise UserError(
-                f"the checkpoint's optimizer state is {found}, but this optimizer.kind keeps "
-                f"{', '.join(self._kind.states)}: set optimizer.kind to what the run began with, "
-                "or start over with --fresh"
-            )
-        return entry
-
     def close(self) -> None:
         """Release the model: DeepSpeed's hooks keep it in memory until this is called."""
         self._engine.destroy()
+
+
+def check_taken(engine: Any, config: dict[str, Any], micro_batches: int) -> None:
+    """See that DeepSpeed's engine took its settings: it ignores what it does not know.
+
+    Raises:
+        UserError: it runs with another one.
+    """
+    taken = {
+        "ZeRO stage": (engine.zero_optimization_stage(), 2),
+        "bf16": (engine.bfloat16_enabled(), config.get("bf16", {}).get("enabled", False)),
+        "accumulation": (engine.gradient_accumulation_steps(), micro_batches),
+    }
+    for what, (found, wanted) in taken.items():
+        if found != wanted:
+            raise UserError(f"DeepSpeed runs with {what} {found}, not {wanted}; see configs/")
+
+
+def check_states(entry: Mapping[str, Tensor], states: tuple[str, ...]) -> None:
+    """See that a parameter's tensors in a checkpoint are a weight and these optimizer states.
+
+    Raises:
+        UserError: they are another optimizer's.
+    """
+    if set(entry) != {"weight", *states}:
+        found = ", ".join(sorted(set(entry) - {"weight"})) or "none"
+        raise UserError(
+            f"the checkpoint's optimizer state is {found}, but this optimizer.kind keeps "
+            f"{', '.join(states)}: set optimizer.kind to what the run began with, or start over "
+            "with --fresh"
+        )

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from i3dist.checkpoint.fragment import Fragment
 from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.distributed import collectives
 from i3dist.engine.deepspeed_internals import deepspeed, initialize
-from i3dist.engine.interface import Engine, Stepped
+from i3dist.engine.interface import Engine, Stepped, check_states, check_taken
 from i3dist.model.lm import I3LM, decayed
 from i3dist.model.state import LaneState
 from i3dist.optim.flat import fresh_state
@@ -35,21 +35,21 @@ class StockEngine(Engine):
         micro_batches: int = 1,
     ):
         """Wrap the model; the arguments are those of `Zero2Engine`."""
-        super().__init__(model, model, config, optimizer, micro_batches)
-        buffers = dict(model.named_buffers())
+        named, matrices = list(model.named_parameters()), set(decayed(model))
+        parameters = (
+            [parameter for name, parameter in named if name in matrices],
+            [parameter for name, parameter in named if name not in matrices],
+        )
+        super().__init__(model, model, parameters, config, optimizer, micro_batches)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine = initialize(
             model, self._optimizer, complete(config, train.clip, micro_batches)
         )
-        self._check(config)
+        check_taken(self._engine, config, micro_batches)
         for name, buffer in model.named_buffers():  # some versions cast buffers as well
             buffer.data = buffers[name].to(self.device)
         self._pending = 0  # micro-batches since the last step
         self._link_state()
-
-    def _split(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        names = set(decayed(self.model))
-        named = list(self.model.named_parameters())
-        return [p for n, p in named if n in names], [p for n, p in named if n not in names]
 
     def _link_state(self) -> None:
         """Make the optimizer's state accessible, which DeepSpeed does in its first step.
@@ -124,7 +124,8 @@ class StockEngine(Engine):
         """See `Engine.load`."""
         write = deepspeed.utils.safe_set_full_optimizer_state
         for name, parameter in self.model.named_parameters():
-            entry = {k: t.view_as(parameter) for k, t in self._entry(state, name).items()}
+            entry = {key: tensor.view_as(parameter) for key, tensor in state[name].items()}
+            check_states(entry, self._kind.states)
             weight = entry.pop("weight")
             parameter.copy_(weight)
             deepspeed.utils.safe_set_full_fp32_param(parameter, weight)

@@ -10,14 +10,14 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from i3dist.checkpoint.fragment import Fragment
 from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.distributed import collectives
 from i3dist.engine import deepspeed_internals as internals
 from i3dist.engine.flat_parameters import FlatModel
-from i3dist.engine.interface import Engine, Stepped
+from i3dist.engine.interface import Engine, Stepped, check_states, check_taken
 from i3dist.engine.optimizer_state import PartitionedState
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
@@ -50,12 +50,13 @@ class Zero2Engine(Engine):
         if not internals.is_known_version():
             raise internals.UnknownDeepSpeedError("it knows 0.19.8 and later 0.19")
         self._flat = FlatModel(model)
-        super().__init__(model, self._flat, config, optimizer, micro_batches)
+        parameters = [self._flat.decayed], [self._flat.undecayed]
+        super().__init__(model, self._flat, parameters, config, optimizer, micro_batches)
         self.clip = train.clip
         self._engine = internals.initialize(
             self._flat, self._optimizer, _complete(config, micro_batches)
         )
-        self._check(config)
+        check_taken(self._engine, config, micro_batches)
         flats = [flat.parameter for flat in self._flat.flats]
         try:
             self._zero = internals.ZeroInternals(self._engine, flats, self._optimizer)
@@ -70,9 +71,6 @@ class Zero2Engine(Engine):
         )
         model.to(self.device)
         self._flat.share()
-
-    def _split(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        return [self._flat.decayed], [self._flat.undecayed]
 
     def prepare(self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor) -> None:
         """If the model is compiled for a GPU, record forward and backward as CUDA graphs.
@@ -161,7 +159,9 @@ class Zero2Engine(Engine):
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
         """See `Engine.load`."""
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(self._entry(state, name)["weight"].view_as(parameter))
+            entry = state[name]
+            check_states(entry, self._kind.states)
+            parameter.copy_(entry["weight"].view_as(parameter))
         self._state.load(lambda name: state[name], steps)
 
 
