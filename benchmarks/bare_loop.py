@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from i3dist.config import OptimizerSettings
-from i3dist.engine.flat_parameters import PackedModel
+from i3dist.engine.flat_parameters import FlatModel
 from i3dist.model.lm import decayed
-from i3dist.optim.adamw import FlatAdamW
+from i3dist.optim.optimizers import OPTIMIZERS
 
 
 class BareLoop:
@@ -21,7 +21,7 @@ class BareLoop:
     def __init__(self, model: nn.Module, settings: OptimizerSettings, clip: float):
         """Take over the model; its parameters become bf16 and its buffers stay."""
         self.model, self.clip = model, clip
-        matrices = {"decayed"} if isinstance(model, PackedModel) else set(decayed(model))
+        matrices = {"decayed"} if isinstance(model, FlatModel) else set(decayed(model))
         named = sorted(model.named_parameters(), key=lambda item: item[0] not in matrices)
         self.parameters = [parameter for _, parameter in named]
         sizes = [parameter.numel() for parameter in self.parameters]
@@ -34,7 +34,16 @@ class BareLoop:
         for parameter in self.parameters:
             parameter.data = parameter.data.bfloat16()
         in_matrices = sum(p.numel() for name, p in named if name in matrices)
-        self.adamw = _adamw(master, self.gradient, in_matrices, settings)
+        parts = [
+            part.split([in_matrices, len(master) - in_matrices]) for part in (master, self.gradient)
+        ]
+        for weights, gradients in zip(*parts, strict=True):
+            weights.grad = gradients
+        groups = [
+            {"params": [weights], "weight_decay": decay}
+            for weights, decay in zip(parts[0], (settings.weight_decay, 0.0), strict=True)
+        ]
+        self.optimizer = OPTIMIZERS.of("adamw").build(groups, settings, master.is_cuda)
         self._accumulated = False
 
     def prepare(self, *inputs: Any) -> None:
@@ -62,30 +71,11 @@ class BareLoop:
     def step(self, lr: float) -> Tensor:
         """Clip and update; returns the gradient's norm, on the device."""
         norm = torch.linalg.vector_norm(self.gradient)
-        for group in self.adamw.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.adamw.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
-        self.adamw.found_inf = torch.zeros_like(norm)  # type: ignore[attr-defined]
-        self.adamw.step()
+        self.optimizer.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = torch.zeros_like(norm)  # type: ignore[attr-defined]
+        self.optimizer.step()
         torch._foreach_copy_(self.parameters, self.masters)
         self._accumulated = False
         return norm
-
-
-def _adamw(
-    master: Tensor, gradient: Tensor, matrices: int, settings: OptimizerSettings
-) -> torch.optim.AdamW:
-    """AdamW of flat parameters, on a GPU the engine's; weight decay on the first `matrices`."""
-    sizes = [matrices, len(master) - matrices]
-    parts = master.split(sizes)
-    for part, grad in zip(parts, gradient.split(sizes), strict=True):
-        part.grad = grad
-    decays = (settings.weight_decay, 0.0)
-    kind = FlatAdamW if master.is_cuda else torch.optim.AdamW
-    return kind(
-        [{"params": [p], "weight_decay": decay} for p, decay in zip(parts, decays, strict=True)],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )

@@ -19,7 +19,7 @@ from wkv import scripted_loop
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.data.lanes import Batch
 from i3dist.distributed.job import Job
-from i3dist.engine.flat_parameters import PackedModel
+from i3dist.engine.flat_parameters import FlatModel
 from i3dist.model import rwkv
 from i3dist.model.lm import I3LM, Below
 from i3dist.model.segments import segment_ids
@@ -115,15 +115,15 @@ def in_engine(
     model: I3LM, shape: Shape, device: torch.device, train: TrainSettings | None = None
 ) -> I3Steps:
     """Steps through the engine, compiled as `launch/train.py` does."""
-    from i3dist.engine import zero2  # other contestants need no DeepSpeed
+    from i3dist.engine import setup  # other contestants need no DeepSpeed
 
     if not torch.distributed.is_initialized():
-        zero2.start(Job.detect({}))
+        setup.start(Job.detect({}))
     if device.type == "cuda":
         model.compile_blocks()
-    config = zero2.read_engine_config(ENGINE_CONFIG)
+    config = setup.read_engine_config(ENGINE_CONFIG)
     settings, train = OptimizerSettings(), train or TrainSettings()
-    loop = zero2.Engine(model, config, settings, train, shape.micro_batches)
+    loop = setup.build(model, config, settings, train, shape.micro_batches)
     return I3Steps(loop, model, shape, device)
 
 
@@ -140,9 +140,9 @@ def in_bare_loop(
     if not compiled:
         return I3Steps(BareLoop(model, settings, clip), model, shape, device)
     model.compile_blocks()
-    packed = PackedModel(model)
-    loop = BareLoop(packed, settings, clip)
-    packed.share()
+    flat = FlatModel(model)
+    loop = BareLoop(flat, settings, clip)
+    flat.share()
     return I3Steps(loop, model, shape, device)
 
 

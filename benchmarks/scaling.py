@@ -30,7 +30,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings
-from i3dist.engine.flat_parameters import PackedModel
+from i3dist.engine.flat_parameters import FlatModel
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 
@@ -79,7 +79,7 @@ def _layout(world: int, link: str) -> tuple[int, float]:
 def flats() -> tuple[int, ...]:
     """Elements of each flat tensor that gradients and weights travel in."""
     with torch.device("meta"):
-        packed = PackedModel(I3LM(ModelSettings(vocab_size=32_000), bos_id=2))
+        packed = FlatModel(I3LM(ModelSettings(vocab_size=32_000), bos_id=2))
     return tuple(flat.parameter.numel() for flat in packed.flats)
 
 

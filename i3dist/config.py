@@ -136,6 +136,8 @@ class CompressionSettings(Section):
 class OptimizerSettings(Section):
     """AdamW with decoupled weight decay on matrices only, and the learning rate's curve."""
 
+    kind: str = "adamw"
+    """What updates the weights: adamw or lion, or one that i3dist/optim/optimizers.py registers."""
     lr: Positive = 4e-4
     """Peak learning rate."""
     schedule: Schedule = "cosine"
@@ -151,12 +153,12 @@ class OptimizerSettings(Section):
     """Of warmup-stable-decay: the share of the curve after warm-up, at its end, in which the rate
     falls. Before, it stays at its peak."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's first-moment decay."""
+    """Decay of the gradient's running mean; in lion its weight in the direction."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """AdamW's second-moment decay."""
+    """Decay of the running mean of its square; in lion of the running mean."""
     eps: Positive = 1e-8
-    """AdamW's denominator offset."""
-    weight_decay: Fraction = 0.1
+    """AdamW's denominator offset; lion has none."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Decoupled weight decay, on matrices only."""
 
     def check_curve(self, place: str = "") -> None:
@@ -207,6 +209,9 @@ class TrainSettings(Section):
     device: Device = "auto"
     """What the job runs on: auto is CUDA where there is a GPU, else the CPU if that is fast enough
     for the model. Changes rounding only, as the number of ranks does."""
+    engine: Literal["zero2", "stock"] = "zero2"
+    """zero2: DeepSpeed's ZeRO-2 with its slow parts replaced. stock: DeepSpeed's public API alone,
+    slower, for any version of it. Changes rounding only, as the number of ranks does."""
     compile: bool | Auto = "auto"
     """Compile the blocks (torch.compile) before the first step; auto does on GPUs."""
     clip: Positive = 1.0

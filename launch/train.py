@@ -28,10 +28,11 @@ from i3dist.distributed import collectives, devices, host
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
 from i3dist.distributed.signals import StopRequest
-from i3dist.engine import zero2
+from i3dist.engine import setup
 from i3dist.errors import UserError, warned
 from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
+from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.tracking import mlflow_tracker
 from i3dist.tracking.revision import git_commit
 from i3dist.training.micro_batch import check_micro_batch
@@ -96,8 +97,8 @@ def build(
 ) -> Trainer:
     """Decide the settings, join the job, and build model, engine, tracker and trainer."""
     # Find whatever is wrong with the input before the ranks wait for each other.
-    for_want_of_gpu = zero2.choose_device(settings.train.device)
-    engine_config = zero2.read_engine_config(arguments.deepspeed)
+    for_want_of_gpu = setup.choose_device(settings.train.device)
+    engine_config = setup.read_engine_config(arguments.deepspeed)
     start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
     settings = start.settings
     check_micro_batch(settings, job)
@@ -107,7 +108,7 @@ def build(
     host.share_threads(job)
     if not devices.uses_cuda():
         host.keep_freed_memory()
-    zero2.start(job, str(settings.run.path))
+    setup.start(job, str(settings.run.path))
     agree(start)
     preflight(corpus, settings.data.on_damage, job)
     start = verify_checkpoint(start, job)
@@ -115,10 +116,10 @@ def build(
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
     if settings.train.compile is True or (settings.train.compile == "auto" and devices.uses_cuda()):
         model.compile_blocks()
-    started = zero2.Engine(model, engine_config, settings.optimizer, settings.train)
+    engine = setup.build(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus)
     with recorded(tracker):
-        trainer = build_trainer(settings, job, corpus, started, tracker, stop)
+        trainer = build_trainer(settings, job, corpus, engine, tracker, stop)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
     return trainer
@@ -177,6 +178,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = parse_arguments()
     settings = Settings.load(arguments.config, arguments.overrides)
+    OPTIMIZERS.of(settings.optimizer.kind)  # refuses an unknown one before ranks meet
     keep_tracebacks_in(settings.run.path)
     job = Job.detect()
     stop = StopRequest(job)

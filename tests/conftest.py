@@ -128,13 +128,11 @@ def deepspeed_command(
 @contextmanager
 def one_rank() -> Iterator[None]:
     """A job of one rank, which leaves nothing in the environment of programs run later."""
-    from i3dist.engine import zero2  # with DeepSpeed, which few tests need
+    from i3dist.engine import deepspeed_internals, setup  # with DeepSpeed: few tests need it
 
     before = dict(os.environ)
-    # DeepSpeed (0.19.8) keeps the groups of a job that has ended; another in this process is new.
-    zero2.deepspeed.utils.groups._WORLD_GROUP = None
-    zero2.deepspeed.comm.comm.cdb = None
-    zero2.start(Job.detect({}))
+    deepspeed_internals.forget_groups()
+    setup.start(Job.detect({}))
     yield
     leave_group()
     os.environ.clear()

@@ -68,7 +68,10 @@ def test_the_model_never_sees_data() -> None:
 
 @pytest.mark.parametrize(
     ("package", "owner"),
-    [("deepspeed", "i3dist/engine/zero2.py"), ("mlflow", "i3dist/tracking/mlflow_tracker.py")],
+    [
+        ("deepspeed", "i3dist/engine/deepspeed_internals.py"),
+        ("mlflow", "i3dist/tracking/mlflow_tracker.py"),
+    ],
 )
 def test_one_file_imports(package: str, owner: str) -> None:
     files = [p for folder in ("i3dist", "launch", "data_prep") for p in modules(folder)]
@@ -96,12 +99,29 @@ def test_training_on_cpu_loads_no_library_for_which_it_has_no_use() -> None:
         "import sys, i3dist.training.trainer\n"
         "early = {'mlflow', 'matplotlib', 'torch._dynamo'} & set(sys.modules)\n"
         "from i3dist.distributed.job import Job\n"
-        "from i3dist.engine import zero2\n"
-        "from tests.engine.test_zero2 import build\n"
-        "zero2.start(Job.detect({}))\n"
+        "from i3dist.engine import setup\n"
+        "from tests.engine.steps import build\n"
+        "setup.start(Job.detect({}))\n"
         "build()\n"
         "late = {'mlflow', 'torch._inductor.compile_fx'} & set(sys.modules)\n"
         "sys.exit(f'{early | late}' if early | late else 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_loading_evaluating_and_generating_import_no_deepspeed() -> None:
+    script = (
+        "import sys, runpy, pkgutil, importlib, i3dist.inference, i3dist.checkpoint.weights\n"
+        "import i3dist.engine.interface, i3dist.training.guard\n"
+        "[importlib.import_module(f'i3dist.inference.{m.name}') "
+        "for m in pkgutil.iter_modules(i3dist.inference.__path__)]\n"
+        "[runpy.run_path(f'launch/{name}.py') for name in ('evaluate', 'generate')]\n"
+        "sys.exit('deepspeed' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
+def test_importing_i3dist_and_its_settings_loads_no_torch() -> None:
+    script = "import sys, i3dist, i3dist.config\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

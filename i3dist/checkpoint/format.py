@@ -18,7 +18,6 @@ of a run's checkpoints.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +25,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from i3dist.checkpoint.fragment import KINDS, Fragment
+from i3dist.checkpoint.fragment import Fragment
 from i3dist.checkpoint.run_state import RunState
 from i3dist.errors import UserError
 from i3dist.model.state import LaneState
@@ -34,9 +33,10 @@ from i3dist.model.state import LaneState
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TOKENIZER = "tokenizer.json"  # missing in checkpoints of earlier versions
-# Names of tensors: a part of a parameter (kind, first element, parameter), and a part of a lane's
-# state, where {} stands for the names in `LaneState`.
-PART = re.compile(rf"({'|'.join(KINDS)})/(0|[1-9][0-9]{{0,17}})/(.+)")
+# Names of tensors: a part of a parameter (kind, first element, parameter), where {} stands for
+# "weight" and the states of optimizers, and of a lane's state, where it stands for the names in
+# `LaneState`.
+PART = r"({})/(0|[1-9][0-9]{{0,17}})/(.+)"
 ROW = r"(0|[1-9][0-9]{{0,17}})/({})"
 # A name in the checkpoint's own folder; a path could lead to files elsewhere.
 FileName = Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9.-]*\z")]

@@ -4,9 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-ADAM_STATES = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *ADAM_STATES)
-
 
 @dataclass(frozen=True)
 class Fragment:
@@ -14,4 +11,4 @@ class Fragment:
 
     name: str
     start: int  # first element in the flattened parameter
-    tensors: dict[str, Tensor]  # one for each of `KINDS`: fp32, 1-D, equal lengths
+    tensors: dict[str, Tensor]  # "weight" and the optimizer's states: fp32, 1-D, equal lengths

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from i3dist.checkpoint.format import PART, ROW
-from i3dist.checkpoint.fragment import KINDS
 from i3dist.errors import UserError
 from i3dist.files import utf8_path
 from i3dist.model.state import LaneState
+from i3dist.optim.optimizers import OPTIMIZERS
 
 CPU = torch.device("cpu")
 REMEDY = "restore it, or remove its folder to continue from the checkpoint before it"
@@ -27,12 +27,15 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
         self._checkpoint = checkpoint
         # (kind, parameter) -> first element and file of each part, in order.
         self._parts: dict[tuple[str, str], list[tuple[int, Path, Any]]] = {}
+        states = {state for kind in OPTIMIZERS.values() for state in kind.states}
+        form = re.compile(PART.format("|".join(sorted({"weight", *states}))))
         for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
             file = _open(path).__enter__()  # maps the file as long as the reader lives
-            for kind, start, name in _names(path, file, PART):
+            for kind, start, name in _names(path, file, form):
                 self._parts.setdefault((kind, name), []).append((int(start), path, file))
         for parts in self._parts.values():
             parts.sort(key=lambda part: part[0])
+        self._kinds = ("weight", *sorted({kind for kind, _ in self._parts} - {"weight"}))
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Check that parameters of these sizes (in elements) are complete; reads no tensor.
@@ -40,7 +43,7 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
         Raises:
             UserError: one is missing, or a part of one is.
         """
-        for kind, (name, size) in product(KINDS, sizes.items()):
+        for kind, (name, size) in product(self._kinds, sizes.items()):
             end = 0
             for start, path, file in self._parts.get((kind, name), []):
                 key = f"{kind}/{start}/{name}"
@@ -58,10 +61,10 @@ class OptimizerReader(Mapping[str, dict[str, Tensor]]):
                 )
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
-        return {kind: self.one(kind, name) for kind in KINDS}
+        return {kind: self.one(kind, name) for kind in self._kinds}
 
     def one(self, kind: str, name: str) -> Tensor:
-        """A parameter's weight or AdamW moment (`kind` is one of `KINDS`): [elements] fp32."""
+        """A parameter's "weight" or optimizer state: [elements] fp32."""
         parts = self._parts[kind, name]
         return torch.cat([file.get_tensor(f"{kind}/{start}/{name}") for start, _, file in parts])
 

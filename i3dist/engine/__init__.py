@@ -1,1 +1,1 @@
-"""DeepSpeed ZeRO-2 behind one interface, and the flat tensors that it trains."""
+"""DeepSpeed's ZeRO-2 behind one interface: `setup.build` returns an `Engine`."""

@@ -1,4 +1,4 @@
-"""The engine's file, configs/zero2.json: which of DeepSpeed's settings may stand in it."""
+"""The engine's file, configs/zero2.json: which of DeepSpeed's settings it may hold."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ from i3dist.errors import UserError
 
 
 class Legal(NamedTuple):
-    """What a value in the engine's file may be."""
+    """Which values a key may have."""
 
     says: str
     holds: Callable[[Any], bool]
@@ -21,7 +21,7 @@ def _one_of(*values: object) -> Legal:
 
 
 def _is_whole(value: object) -> bool:
-    """JSON writes 500000000 as 5e8, too."""
+    """JSON may write 500000000 as 5e8."""
     return type(value) is int or (type(value) is float and value.is_integer())
 
 
@@ -33,12 +33,12 @@ def _elements(step: int) -> Legal:
 
 
 SWITCH, ON = _one_of(True, False), _one_of(True)
-OFF, NOTHING = _one_of(False), _one_of(None, {})  # "not supported" where it is anything else
+OFF, NOTHING = _one_of(False), _one_of(None, {})  # anything else is "not supported"
 WHOLE = Legal("a whole number", _is_whole)
 DTYPE = Legal(
     "fp32, bf16 or fp16", lambda value: str(value).lower() in ("none", "fp32", "bf16", "fp16")
 )
-# What the trainer decides from its own settings; the engine's file leaves these out or "auto".
+# The trainer computes these from its own settings; the file leaves them out or says "auto".
 OURS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -47,14 +47,13 @@ OURS = (
     "optimizer",
     "scheduler",
 )
-# Engine matters: all that may stand in the file. DeepSpeed (0.19.8) ignores a top-level key that it
-# does not know, and with ZeRO-2 most of those that it does; some of them `Engine` replaces. What
-# has no effect, or another, is not here, but for switches of what the engine does anyway (`ON`) or
-# never does (`OFF`, `NOTHING`).
+# All that the file may hold. DeepSpeed (0.19.8) ignores unknown top-level keys and, with ZeRO-2,
+# many known ones; `Zero2Engine` replaces others. Keys without effect are refused, except switches
+# for what the engine always does (`ON`) or never does (`OFF`, `NOTHING`).
 ENGINE_KEYS: dict[str, Any] = {
     "bf16": {
         "enabled": SWITCH,
-        "check_grad_overflow": ON,  # `Engine.step` does it
+        "check_grad_overflow": ON,  # `Engine.step` does
         "immediate_grad_update": OFF,
         "bf16_master_weights_and_grads": OFF,
         "bf16_optimizer_states": OFF,
@@ -68,8 +67,8 @@ ENGINE_KEYS: dict[str, Any] = {
         "reduce_bucket_size": _elements(1),
         "allgather_bucket_size": _elements(2),
         "allgather_partitions": ON,
-        "compute_grad_norm": ON,  # `Engine.step` does it
-        "overlap_comm": OFF,  # `Engine._reduce` runs where backward does
+        "compute_grad_norm": ON,  # `Engine.step` does
+        "overlap_comm": OFF,  # `Zero2Engine._reduce` runs on backward's stream
         "round_robin_gradients": OFF,
         "parameter_alignment": OFF,
         "offload_optimizer": NOTHING,
@@ -94,7 +93,7 @@ ENGINE_KEYS: dict[str, Any] = {
         "output_file": Legal("a path or null", lambda v: v is None or isinstance(v, str)),
     },
 }
-# Those of them that decide numbers, and the one key of a group that does: a run keeps them.
+# Keys that decide numbers, which a run keeps; of a group, the one key that does.
 NUMERIC_KEYS = {"bf16": "enabled", "data_types": "grad_accum_dtype", "communication_data_type": ""}
 
 
@@ -125,7 +124,7 @@ def read_engine_file(path: Path) -> dict[str, Any]:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that stands there twice Python would take the last value."""
+    """A JSON object; if a key is there twice, Python would silently take the last value."""
     counts = Counter(key for key, _ in pairs)
     if len(counts) < len(pairs):
         raise ValueError(f"key {counts.most_common(1)[0][0]!r} is there twice")
@@ -133,7 +132,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_keys(config: Any, legal: dict[str, Any], where: str, group: str = "") -> None:
-    """See that a group of the engine's file holds nothing but `legal` keys and values."""
+    """Raise `UserError` unless a group of the file holds only `legal` keys and values."""
     if not isinstance(config, dict):
         raise UserError(f"{where}{group} is not a JSON object")
     for key, value in config.items():
@@ -150,9 +149,9 @@ def _check_keys(config: Any, legal: dict[str, Any], where: str, group: str = "")
 
 
 def numeric_part(config: dict[str, Any]) -> dict[str, Any]:
-    """What of the engine's file decides numbers, and so belongs to a run's identity.
+    """The part of the engine's file that decides numbers and therefore stays a run's.
 
-    Taken of its own result, it gives the same.
+    Applied to its own result, it returns the same.
     """
     part = {}
     for key, decides in NUMERIC_KEYS.items():

@@ -1,8 +1,7 @@
-"""A model's parameters as slices of two flat tensors: those that weight decay applies to, and the
-rest.
+"""A model's parameters as slices of two flat tensors: those with weight decay, and those without.
 
-Whatever handles parameters one by one (hooks, buckets, reductions, norms) costs time per tensor;
-the model has hundreds, most of them small.
+Hooks, buckets, reductions and norms cost time per tensor, and the model has hundreds of parameters,
+most of them small.
 """
 
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
 
+from i3dist.engine import cuda_graph
 from i3dist.model.layers import ALIGNMENT, Linear
 from i3dist.model.lm import I3LM, decayed
 
@@ -20,22 +19,21 @@ from i3dist.model.lm import I3LM, decayed
 class Slot(NamedTuple):
     """One parameter's place in a flat tensor.
 
-    Padding that a matrix is computed with stands in the flat tensor as well, so that blocks use a
-    view of it as it is. Heads are the exception: their channels are padded where they are used, and
-    so are those whose padding is put to use.
+    A matrix is stored with its padding, so that blocks compute with a view of the flat tensor. The
+    channels of heads, and those whose padding has a use of its own, are padded where they are used.
     """
 
     start: int  # first element
-    size: int  # elements that it takes, so that every slot begins aligned
+    size: int  # number of elements; a multiple of the alignment, so every slot begins aligned
     shape: torch.Size  # of the parameter
-    layout: torch.Size  # the shape that the parameter is the first corner of
+    layout: torch.Size  # of the padded parameter; the parameter is its first corner
 
     def stored(self, part: Tensor) -> Tensor:
         """The parameter in its own shape, as a view of its part of the flat tensor."""
         return self._whole(part)[tuple(slice(length) for length in self.shape)]
 
     def computed(self, part: Tensor) -> Tensor:
-        """The parameter as blocks take it, a view."""
+        """The padded parameter that blocks compute with, as a view."""
         return part if len(self.shape) == 1 else self._whole(part)
 
     def _whole(self, part: Tensor) -> Tensor:
@@ -44,14 +42,14 @@ class Slot(NamedTuple):
         return (part if numel == len(part) else part[:numel]).view(self.layout)
 
     def mask(self, device: torch.device) -> Tensor:
-        """Which elements of the slot are the parameter's, in its order: [size] bool."""
+        """[size] bool: True for the parameter's elements, False for padding."""
         mask = torch.zeros(self.size, dtype=torch.bool, device=device)
         self.stored(mask).fill_(True)
         return mask
 
 
 class Flat(NamedTuple):
-    """One flat tensor and what it is made of."""
+    """One flat tensor and the parameters in it."""
 
     parameter: nn.Parameter  # 1-D
     names: list[str]
@@ -59,13 +57,13 @@ class Flat(NamedTuple):
     decays: bool  # whether weight decay applies
 
 
-class PackedModel(nn.Module):
-    """Calls the model with slices of its own, flat parameters in place of the model's."""
+class FlatModel(nn.Module):
+    """Calls the model with slices of two flat parameters in place of the model's own."""
 
     def __init__(self, model: I3LM):
         super().__init__()
         if model.width.alignment != ALIGNMENT:
-            raise ValueError(f"a packed model is aligned to {ALIGNMENT}")
+            raise ValueError(f"a flat model is aligned to {ALIGNMENT}")
         # In a tuple, so that it is no submodule and its parameters are not counted twice.
         self._model = (model,)
         self._call: Callable[..., Any] = self._unpack_and_call
@@ -82,19 +80,9 @@ class PackedModel(nn.Module):
         return self._call(self.decayed, self.undecayed, *arguments)
 
     def capture(self, *arguments: Any) -> None:
-        """Record forward and backward of a call like this one as CUDA graphs, to be replayed.
-
-        From then on arguments must keep their shapes, and a call overwrites what the last returned.
-        """
-        samples = tree_map(torch.clone, arguments)
-        # Leaves of their own, in the same memory: what hooks the parameters' own autograd nodes is
-        # bound to another stream.
-        leaves = [flat.parameter.detach().requires_grad_() for flat in self.flats]
-        losses, _ = self._unpack_and_call(*leaves, *samples)  # compiles before recording
-        torch.autograd.grad(losses.sum(), leaves)
-        del losses
-        leaves = [flat.parameter.detach().requires_grad_() for flat in self.flats]
-        self._call = torch.cuda.make_graphed_callables(self._unpack_and_call, (*leaves, *samples))
+        """Record forward and backward of a call like this one as CUDA graphs (`cuda_graph`)."""
+        parameters = [flat.parameter for flat in self.flats]
+        self._call = cuda_graph.capture(self._unpack_and_call, parameters, arguments)
 
     def _unpack_and_call(self, decayed: Tensor, undecayed: Tensor, *arguments: Any) -> Any:
         parameters: dict[str, Tensor] = {}
@@ -106,9 +94,9 @@ class PackedModel(nn.Module):
 
     @torch.no_grad()
     def share(self) -> None:
-        """Let the model's own parameters be the same memory as the flat ones.
+        """Make the model's own parameters views of the flat ones.
 
-        To be called once the flat parameters have their final place, device and type.
+        Call it once the flat parameters have their final memory, device and type.
         """
         for flat in self.flats:
             for name, slot in zip(flat.names, flat.slots, strict=True):
@@ -118,7 +106,7 @@ class PackedModel(nn.Module):
 
 @torch.no_grad()
 def _flatten(model: I3LM, names: list[str], decays: bool) -> Flat:
-    """Copy parameters into one flat tensor, each at an aligned place."""
+    """Copy parameters into one flat tensor, each to an aligned place."""
     slots, start = [], 0
     for name in names:
         parameter = model.get_parameter(name)

@@ -1,4 +1,4 @@
-"""What libraries bring along that is of no use here, and what they need of a host."""
+"""Imports and caches of libraries: what to leave out, and where to write."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def absent(module: str) -> Iterator[None]:
-    """Meanwhile an import of a module fails, as where it is not installed.
+    """Inside, importing a module fails as if it were not installed.
 
-    DeepSpeed (0.19.8) imports for its own uses what costs each rank seconds and is of no use here.
+    DeepSpeed imports modules that cost each rank seconds and that training does not use.
     """
     there = sys.modules.get(module)
     sys.modules[module] = None  # type: ignore[assignment]
@@ -26,7 +26,7 @@ def absent(module: str) -> Iterator[None]:
 
 @contextmanager
 def variables(**values: str | None) -> Iterator[None]:
-    """Meanwhile environment variables have these values; None: they are not set."""
+    """Inside, environment variables have these values; None unsets them."""
     before = {name: os.environ.get(name) for name in values}
     _set(values)
     try:
@@ -44,9 +44,9 @@ def _set(values: Mapping[str, str | None]) -> None:
 
 
 def writable_caches(environ: MutableMapping[str, str] = os.environ) -> None:
-    """See that Triton can keep the kernels that it compiles, also where no home can be written.
+    """Give Triton a folder for compiled kernels even if the home folder cannot be written.
 
-    Then they go to a temporary folder of this process: one that others know could hold theirs.
+    The folder is this process's own: in one with a known name others could place their kernels.
     """
     if environ.get("TRITON_CACHE_DIR"):
         return

@@ -14,7 +14,7 @@ from i3dist.config import Settings
 from i3dist.distributed.collectives import on_all_ranks, on_rank_0
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.watchdog import Watchdog
-from i3dist.engine.zero2 import Engine
+from i3dist.engine.interface import Engine
 from i3dist.training.guard import Guard
 from i3dist.training.ledger_writer import LedgerWriter
 from i3dist.training.progress import Progress

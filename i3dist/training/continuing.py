@@ -11,6 +11,7 @@ FREE_TO_CHANGE = (
     "train.steps",
     "train.micro_batch",
     "train.device",
+    "train.engine",
     "train.compile",
     "log.every",
     "log.diagnose_every",

@@ -6,7 +6,7 @@ import torch
 
 from i3dist.config import Settings
 from i3dist.data.lanes import Batch
-from i3dist.engine.zero2 import Engine
+from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
 from i3dist.tracking.diagnose import diagnose, diagnosis_line
 from i3dist.tracking.metrics import Interval

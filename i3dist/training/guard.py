@@ -13,7 +13,7 @@ import statistics
 
 from i3dist.checkpoint.run_state import GuardState
 from i3dist.config import GuardSettings
-from i3dist.engine.zero2 import Stepped
+from i3dist.engine.interface import Stepped
 
 NOT_FINITE = "not finite"
 SPIKE = "spike"

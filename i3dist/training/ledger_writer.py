@@ -13,7 +13,7 @@ from torch import Tensor
 
 from i3dist.data.schedule import LaneSchedule
 from i3dist.distributed import collectives
-from i3dist.engine.zero2 import Stepped
+from i3dist.engine.interface import Stepped
 from i3dist.errors import UserError
 from i3dist.files import sync
 from i3dist.model.state import LaneState

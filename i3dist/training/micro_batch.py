@@ -8,7 +8,7 @@ from i3dist.data.schedule import divisors, lanes_of_rank
 from i3dist.distributed import collectives
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
-from i3dist.engine.zero2 import Engine
+from i3dist.engine.interface import Engine
 from i3dist.errors import UserError
 from i3dist.model.state import LaneState
 

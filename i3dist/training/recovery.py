@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from i3dist.distributed.console import print_rank_0
-from i3dist.engine.zero2 import Stepped
+from i3dist.engine.interface import Stepped
 from i3dist.errors import UserError
 from i3dist.model.state import LaneState
 from i3dist.training.checkpointer import Checkpointer

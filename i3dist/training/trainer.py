@@ -21,7 +21,7 @@ from i3dist.data.schedule import lanes_of_rank
 from i3dist.distributed.job import Job
 from i3dist.distributed.signals import StopRequest, signals_blocked
 from i3dist.distributed.watchdog import Watchdog
-from i3dist.engine.zero2 import Engine
+from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
 from i3dist.tracking.metrics import Interval, count_step, report_line
 from i3dist.tracking.mlflow_tracker import NoTracker, Tracker

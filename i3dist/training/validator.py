@@ -8,7 +8,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.data.held_out import HeldOut
 from i3dist.distributed.job import Job
 from i3dist.distributed.watchdog import Watchdog
-from i3dist.engine.zero2 import Engine
+from i3dist.engine.interface import Engine
 from i3dist.inference.evaluate import evaluate
 from i3dist.tracking.metrics import history_warning, validation_line
 from i3dist.training.progress import Progress

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i3dist.config import ModelSettings
-from i3dist.engine.flat_parameters import PackedModel
+from i3dist.engine.flat_parameters import FlatModel
 from i3dist.errors import UserError
 from i3dist.model.layers import Channels
 from i3dist.model.state import LaneState
@@ -122,7 +122,7 @@ def test_every_arm_is_the_same_on_packed_parameters(arm: str) -> None:
     inputs = (tokens, tokens.roll(-1, -1), depth_of(tokens), state, torch.ones(()))
     plain = model(*inputs)[0]
     plain.sum().backward()
-    packed = PackedModel(model)
+    packed = FlatModel(model)
     losses = packed(*inputs)[0]
     torch.testing.assert_close(losses, plain, atol=1e-5, rtol=0)
     losses.sum().backward()

@@ -20,7 +20,7 @@ from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.config import CheckpointSettings, GuardSettings, Settings
 from i3dist.data.schedule import Schedule
 from i3dist.distributed.watchdog import Watchdog
-from i3dist.engine.zero2 import Engine, Stepped
+from i3dist.engine.interface import Engine, Stepped
 from i3dist.errors import UserError
 from i3dist.training.checkpointer import Checkpointer
 from i3dist.training.guard import Guard

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from i3dist.checkpoint import store, verify, writer
 from i3dist.checkpoint.format import read_state, tensors_of_rank
-from i3dist.checkpoint.fragment import ADAM_STATES, Fragment
+from i3dist.checkpoint.fragment import Fragment
 from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.checkpoint.run_state import GuardState, RunState
 from i3dist.config import CheckpointSettings, ModelSettings, Settings
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 from i3dist.model.state import LaneState
+from i3dist.optim import adamw
 from tests.model.conftest import SMALL
 
 JOB = Job.detect({})
@@ -32,7 +33,7 @@ def random_lanes(rows: int) -> LaneState:
 
 
 def fragment(name: str, start: int, size: int) -> Fragment:
-    return Fragment(name, start, {k: torch.randn(size) for k in ("weight", *ADAM_STATES)})
+    return Fragment(name, start, {k: torch.randn(size) for k in ("weight", *adamw.STATES)})
 
 
 def state_of(step: int, guard: GuardState | None = None) -> RunState:
@@ -83,7 +84,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
 def test_parts_of_several_ranks_join_by_name_and_lane(tmp_path: Path) -> None:
     """A parameter cut across ranks, and lanes written by one rank and read by another."""
     path, _, _ = save(tmp_path, 1)
-    whole: dict[str, Tensor] = {k: torch.randn(9) for k in ("weight", *ADAM_STATES)}
+    whole: dict[str, Tensor] = {k: torch.randn(9) for k in ("weight", *adamw.STATES)}
     lanes = random_lanes(4)
     for rank, cut in enumerate((slice(0, 4), slice(4, 9))):
         part = Fragment("w", cut.start, {k: t[cut] for k, t in whole.items()})

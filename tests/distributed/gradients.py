@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings  # noqa: E402
 from i3dist.distributed import collectives  # noqa: E402
 from i3dist.distributed.job import Job  # noqa: E402
-from i3dist.engine import zero2  # noqa: E402
+from i3dist.engine import setup  # noqa: E402
 from i3dist.model.lm import I3LM  # noqa: E402
 from i3dist.model.state import LaneState  # noqa: E402
 from tests.model.conftest import BOS, SMALL  # noqa: E402
@@ -59,12 +59,12 @@ def engine_norms(job: Job, dtype: torch.dtype, bucket: int) -> list[float]:
 
     Two kinds: of the whole, and made up of the norms of the model's parts.
     """
-    config = zero2.read_engine_config(ROOT / "configs" / "zero2.json")
+    config = setup.read_engine_config(ROOT / "configs" / "zero2.json")
     config["zero_optimization"]["reduce_bucket_size"] = bucket
     if dtype == torch.float32:
         config["bf16"] = {"enabled": False}
     train = TrainSettings(clip=1e9)
-    trained = zero2.Engine(build(), config, OptimizerSettings(), train, MICRO_BATCHES)
+    trained = setup.build(build(), config, OptimizerSettings(), train, MICRO_BATCHES)
     lanes = torch.arange(LANES).tensor_split(job.world_size)[job.rank]
     whole = batch()
     norms = []
@@ -82,7 +82,7 @@ def engine_norms(job: Job, dtype: torch.dtype, bucket: int) -> list[float]:
 def main() -> None:
     job = Job.detect()
     torch.set_num_threads(1)
-    zero2.start(job)
+    setup.start(job)
     # 7 elements in parts of 3: the last rank's part ends in padding.
     part = collectives.sum_parts(torch.arange(7.0) * (job.rank + 1), 3, torch.float32)
     want = torch.tensor([*(6.0 * torch.arange(7.0)), 0.0, 0.0])

@@ -29,7 +29,7 @@ def test_what_deepspeed_stumbles_over_fails_no_import_and_stays_in_the_environme
     """So that a line can say what is wrong with it."""
     wrong = {"DEEPSPEED_TIMEOUT": "10m", "DS_ACCELERATOR": "gpu"}
     script = (
-        "import i3dist.engine.zero2, os; print(*(os.environ[name] for name in os.sys.argv[1:]))"
+        "import i3dist.engine.setup, os; print(*(os.environ[name] for name in os.sys.argv[1:]))"
     )
     words = [sys.executable, "-c", script, *wrong]
     result = subprocess.run(words, env=os.environ | wrong, capture_output=True, text=True)

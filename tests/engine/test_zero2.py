@@ -8,20 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from torch import Tensor
 
-from i3dist.checkpoint.fragment import ADAM_STATES
-from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
+from i3dist.config import ModelSettings
 from i3dist.engine import config_file
-from i3dist.engine.zero2 import Engine, read_engine_config
+from i3dist.engine.interface import Engine
+from i3dist.engine.setup import read_engine_config
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
-from tests.conftest import ROOT, one_rank
+from i3dist.optim import adamw
+from tests.conftest import one_rank
+from tests.engine.steps import ZERO2, Batch, backward, batch, build, snapshot
 from tests.model.conftest import SMALL
-from tests.model.streams import BOS, depth_of, stream
-
-ZERO2 = ROOT / "configs" / "zero2.json"
+from tests.model.streams import BOS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,39 +29,10 @@ def job() -> Iterator[None]:
         yield
 
 
-def build(micro_batches: int = 1, bf16: bool = True, seed: int = 0) -> Engine:
-    torch.manual_seed(seed)
-    config = read_engine_config(ZERO2) | {"bf16": {"enabled": bf16}}
-    if not bf16:
-        del config["data_types"]
-    optimizer = OptimizerSettings(decay_steps=10)
-    model = I3LM(ModelSettings.model_validate(SMALL), BOS)
-    return Engine(model, config, optimizer, TrainSettings(clip=1e9), micro_batches)
-
-
-def batch(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    length, vocab = SMALL["chunk_length"], SMALL["vocab_size"]
-    tokens = torch.cat([stream(seed + i, 4, length, vocab, 30) for i in range(rows)])
-    return tokens, tokens.roll(-1, -1), depth_of(tokens)
-
-
-def step(engine: Engine, data: tuple[Tensor, Tensor, Tensor], rows: int) -> float:
-    """One optimizer step over `data` in micro-batches of `rows`; returns the gradient's norm."""
+def norm_of(engine: Engine, data: Batch, rows: int) -> float:
+    """Norm of the gradient of one optimizer step."""
     backward(engine, data, rows)
     return engine.step(1e-2).norm
-
-
-def backward(engine: Engine, data: tuple[Tensor, Tensor, Tensor], rows: int) -> None:
-    targets = torch.tensor(data[0].numel())
-    for start in range(0, len(data[0]), rows):
-        tokens, wanted, depth = (part[start : start + rows] for part in data)
-        state = LaneState.empty(len(tokens), engine.model.settings, engine.device, engine.dtype)
-        losses, _ = engine(tokens, wanted, depth, state, torch.tensor(1.0))
-        engine.backward(losses.sum(), targets)
-
-
-def snapshot(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    return {f.name: {k: t.clone() for k, t in f.tensors.items()} for f in engine.snapshot()}
 
 
 def test_it_computes_in_bf16_with_decays_in_fp32() -> None:
@@ -76,7 +46,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(rows: int) -> None:
     """In fp32, where rounding is small: norm of the gradient and weights after the step."""
     whole, parts = build(bf16=False), build(4 // rows, bf16=False)
     data = batch(4)
-    assert step(parts, data, rows) == pytest.approx(step(whole, data, 4), rel=1e-5)
+    assert norm_of(parts, data, rows) == pytest.approx(norm_of(whole, data, 4), rel=1e-5)
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
 
@@ -90,7 +60,7 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
     losses, _ = plain(*data, state, torch.tensor(1.0))
     (losses.sum() / data[0].numel()).backward()
     squares = sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None)
-    assert step(trained, data, 2) == pytest.approx(squares**0.5, rel=1e-5)
+    assert norm_of(trained, data, 2) == pytest.approx(squares**0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -125,13 +95,13 @@ def test_state_goes_out_and_comes_back_in() -> None:
     """A fresh engine that takes the fragments goes on exactly like the old one."""
     old, new = build(), build(seed=1)
     for seed in range(3):
-        step(old, batch(2, seed), 2)
+        norm_of(old, batch(2, seed), 2)
     state = snapshot(old)
     assert set(state) == {name for name, _ in old.model.named_parameters()}
-    assert all(t.abs().sum() > 0 for s in state.values() for k, t in s.items() if k in ADAM_STATES)
+    assert all(t.abs().sum() > 0 for s in state.values() for k, t in s.items() if k in adamw.STATES)
     new.load(state, steps=3)
     for seed in range(3, 5):
-        assert step(new, batch(2, seed), 2) == step(old, batch(2, seed), 2)
+        assert norm_of(new, batch(2, seed), 2) == norm_of(old, batch(2, seed), 2)
     for name, tensors in snapshot(new).items():
         for key, tensor in tensors.items():
             assert tensor.equal(snapshot(old)[name][key]), (name, key)
@@ -277,11 +247,11 @@ def test_a_missing_file_is_named() -> None:
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_changes_nothing(bf16: bool) -> None:
     trained = build(bf16=bf16)
-    step(trained, batch(2), 2)
+    norm_of(trained, batch(2), 2)
     before = snapshot(trained)
     with torch.no_grad():
         trained.model.head.weight.fill_(float("inf"))
-    assert not math.isfinite(step(trained, batch(1), 1))
+    assert not math.isfinite(norm_of(trained, batch(1), 1))
     for name, tensors in snapshot(trained).items():
         for key, tensor in tensors.items():
             assert tensor.equal(before[name][key]), (name, key)
@@ -295,14 +265,14 @@ def test_a_skipped_step_is_as_if_it_had_never_been(sums: list[float], limit: flo
     """The steps after it too: AdamW does not count it, and gradients do not stay."""
     skipping, plain = build(), build()
     for engine_ in (skipping, plain):
-        step(engine_, batch(2, 0), 2)
+        norm_of(engine_, batch(2, 0), 2)
     backward(skipping, batch(2, 7), 2)
     skipped = skipping.step(1e-2, torch.tensor(sums), limit)
     assert not skipped.taken and skipped.norm > 0
     assert skipped.sums == pytest.approx(sums, nan_ok=True)
     continued = build(seed=1)
     continued.load(snapshot(skipping), steps=1)
-    norms = {step(engine_, batch(2, 1), 2) for engine_ in (skipping, plain, continued)}
+    norms = {norm_of(engine_, batch(2, 1), 2) for engine_ in (skipping, plain, continued)}
     assert len(norms) == 1
     for name, tensors in snapshot(plain).items():
         for key, tensor in tensors.items():
@@ -319,11 +289,8 @@ def test_a_step_says_what_it_came_to() -> None:
 
 def test_gradients_above_the_bound_are_scaled_down_to_it() -> None:
     """AdamW's first moment after one step is a tenth of the gradient that it was given."""
-    torch.manual_seed(0)
-    config = read_engine_config(ZERO2)
-    model = I3LM(ModelSettings.model_validate(SMALL), BOS)
-    trained = Engine(model, config, OptimizerSettings(), TrainSettings(clip=0.01))
-    assert step(trained, batch(1), 1) > 0.02
+    trained = build(clip=0.01)
+    assert norm_of(trained, batch(1), 1) > 0.02
     moments = [tensors["exp_avg"] for tensors in snapshot(trained).values()]
     norm = sum(float(moment.square().sum()) for moment in moments) ** 0.5
     assert norm == pytest.approx(0.1 * 0.01, rel=1e-4)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
-from i3dist.engine.zero2 import Engine, read_engine_config
+from i3dist.engine.interface import Engine
+from i3dist.engine.setup import read_engine_config
+from i3dist.engine.zero2 import Zero2Engine
 from i3dist.model.compressor import Compressor
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
@@ -42,7 +44,7 @@ def build(compiled: bool, micro_batches: int = 1, sizes: ModelSettings = SIZES) 
         model.compile_blocks()
     config = read_engine_config(ROOT / "configs" / "zero2.json")
     train = TrainSettings(clip=1e9)
-    return Engine(model, config, OptimizerSettings(decay_steps=10), train, micro_batches)
+    return Zero2Engine(model, config, OptimizerSettings(decay_steps=10), train, micro_batches)
 
 
 def window(seed: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from i3dist.checkpoint.async_saver import AsyncSaver
-from i3dist.engine.zero2 import Engine
+from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
 
 ROOT = Path(__file__).parents[2]

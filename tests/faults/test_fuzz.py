@@ -19,7 +19,7 @@ from i3dist.config import Settings
 from i3dist.data.manifest import MANIFEST_NAME, TAR_BLOCK, Manifest
 from i3dist.data.shards import read_shard
 from i3dist.data.tokenizer import Tokenizer
-from i3dist.engine.zero2 import read_engine_config
+from i3dist.engine.setup import read_engine_config
 from i3dist.errors import UserError
 from tests.conftest import ROOT
 from tests.faults.mutation import NASTY_WORDS, as_json, byte_mutants, value_mutants

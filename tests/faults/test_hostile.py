@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from i3dist.checkpoint.fragment import KINDS
 from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.checkpoint.verify import fault
 from i3dist.config import Settings
@@ -27,6 +26,7 @@ from i3dist.data.manifest import MANIFEST_NAME, Manifest, member_name
 from i3dist.data.shards import read_shard
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
+from i3dist.optim import adamw
 from tests.checkpoint.test_format import random_lanes, save
 from tests.conftest import error_line, program
 
@@ -215,7 +215,7 @@ def widened(name: str) -> Callable[[Tensors], object]:
     return lambda tensors: tensors.update({name: tensors[name].double()})
 
 
-B = [f"{kind}/0/b" for kind in KINDS]
+B = [f"{kind}/0/b" for kind in ("weight", *adamw.STATES)]
 MALFORMED = {
     "no parameter": ("optimizer", without(*B), "has 0 of 3 elements of weight b"),
     "no moment": ("optimizer", without(B[2]), "has 0 of 3 elements of exp_avg_sq b"),

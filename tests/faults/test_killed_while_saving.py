@@ -15,12 +15,13 @@ import torch.distributed as torch_dist
 
 from i3dist.checkpoint import store, verify, writer
 from i3dist.checkpoint.format import read_state
-from i3dist.checkpoint.fragment import ADAM_STATES, Fragment
+from i3dist.checkpoint.fragment import Fragment
 from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.config import CheckpointSettings, ModelSettings
 from i3dist.distributed.job import Job
 from i3dist.files import clear_partials
 from i3dist.model.state import LaneState
+from i3dist.optim import adamw
 from tests.checkpoint.test_format import state_of
 from tests.model.conftest import SMALL
 
@@ -32,7 +33,7 @@ EMPTY = LaneState.empty(1, ModelSettings.model_validate(SMALL), torch.device("cp
 
 def save(folder: Path, job: Job, step: int) -> None:
     """A checkpoint all of whose tensors hold the step."""
-    tensors = {key: torch.full((ELEMENTS,), float(step)) for key in ("weight", *ADAM_STATES)}
+    tensors = {key: torch.full((ELEMENTS,), float(step)) for key in ("weight", *adamw.STATES)}
     lanes = EMPTY.map(lambda part: torch.full(part.shape, float(step), dtype=part.dtype))
     part = Fragment("w", job.rank * ELEMENTS, tensors)
     owned = (range(job.rank, job.rank + 1), lanes)

@@ -25,7 +25,7 @@ from i3dist.data.schedule import lanes_of_rank
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.distributed import collectives, devices, rendezvous
 from i3dist.distributed.job import Job
-from i3dist.engine.zero2 import read_engine_config
+from i3dist.engine.setup import read_engine_config
 from i3dist.errors import UserError
 from i3dist.model.state import LaneState
 from i3dist.tracking.metrics_log import MetricsLog

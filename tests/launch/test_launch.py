@@ -294,7 +294,7 @@ def test_train_starts_as_it_is_told(
 ) -> None:
     monkeypatch.setattr(train, "StopRequest", mock.Mock())
     read = mock.Mock(return_value={"the": "engine"})
-    monkeypatch.setattr(train.zero2, "read_engine_config", read)
+    monkeypatch.setattr(train.setup, "read_engine_config", read)
     resolved = mock.Mock(side_effect=UserError("far enough"))
     monkeypatch.setattr(train, "resolve", resolved)
     values = MODEL | {"data.path": known.folder}
@@ -376,8 +376,8 @@ def build(
         "begin_record": built.recorded,
     }.items():
         monkeypatch.setattr(train, name, stand_in)
-    for name in ("read_engine_config", "start", "Engine"):
-        monkeypatch.setattr(train.zero2, name, mock.Mock())
+    for name in ("read_engine_config", "start", "build"):
+        monkeypatch.setattr(train.setup, name, mock.Mock())
     for name in ("share_threads", "keep_freed_memory"):
         monkeypatch.setattr(train.host, name, mock.Mock())
     arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from i3dist.config import ModelSettings
-from i3dist.engine.flat_parameters import PackedModel
+from i3dist.engine.flat_parameters import FlatModel
 from i3dist.model.layers import ALIGNMENT, Channels, LayerNorm
 from i3dist.model.lm import I3LM, decayed
 from tests.model.conftest import BOS, SMALL
@@ -93,7 +93,7 @@ def test_layer_norm_counts_stored_channels_only(width: int, seed: int) -> None:
 @pytest.mark.parametrize(("width", "heads"), SHAPES)
 def test_a_packed_model_computes_the_same(width: int, heads: int) -> None:
     model, _ = twins(width, heads, torch.float64)
-    packed = PackedModel(model).double()
+    packed = FlatModel(model).double()
     given = arguments(model)
     want = run(model, given, model.parameters())
     got = run(packed, given, (flat.parameter for flat in packed.flats))
@@ -111,7 +111,7 @@ def test_a_packed_model_computes_the_same(width: int, heads: int) -> None:
 def test_packing_holds_every_parameter_once_and_shares_memory() -> None:
     model, _ = twins(24, 4, torch.float32)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    packed = PackedModel(model)
+    packed = FlatModel(model)
     assert sorted(name for flat in packed.flats for name in flat.names) == sorted(
         name for name, _ in model.named_parameters()
     )

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from i3dist.optim.adamw import FlatAdamW, update
+from i3dist.optim.adamw import STATES, update
+from i3dist.optim.flat import FlatOptimizer
 
 OPTIONS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -46,7 +47,8 @@ def test_compiled_equals_the_library_and_skips_what_is_not_finite(device: str) -
         pytest.skip("needs a GPU")
     start = torch.linspace(-1, 1, 1000, device=device)
     pair = [torch.nn.Parameter(start.clone()) for _ in range(2)]
-    ours, theirs = FlatAdamW(pair[:1], **OPTIONS), torch.optim.AdamW(pair[1:], **OPTIONS)
+    ours = FlatOptimizer(pair[:1], update, STATES, compiled=True, lr=1e-3, **OPTIONS)
+    theirs = torch.optim.AdamW(pair[1:], **OPTIONS)
     for i, gradient in enumerate(gradients(0, 6, 1000)):
         bad = i in (0, 3)
         ours.param_groups[0]["lr"] = theirs.param_groups[0]["lr"] = 0.01 * (i + 1)

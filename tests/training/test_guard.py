@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from i3dist.checkpoint.run_state import GuardState
 from i3dist.config import GuardSettings, ModelSettings
-from i3dist.engine.zero2 import Stepped
+from i3dist.engine.interface import Stepped
 from i3dist.model.state import LaneState
 from i3dist.training.guard import Guard
 from tests.model.conftest import SMALL

@@ -12,7 +12,7 @@ from torch import Tensor
 from i3dist.config import ModelSettings
 from i3dist.data.schedule import Schedule, lanes_of_rank
 from i3dist.distributed import collectives
-from i3dist.engine.zero2 import Stepped
+from i3dist.engine.interface import Stepped
 from i3dist.errors import UserError
 from i3dist.model.state import LaneState
 from i3dist.training import ledger

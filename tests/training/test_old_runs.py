@@ -10,7 +10,7 @@ import pytest
 from i3dist.checkpoint.format import read_state
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
-from i3dist.engine.zero2 import read_engine_config
+from i3dist.engine.setup import read_engine_config
 from i3dist.errors import UserError
 from i3dist.training.continuing import BEFORE, of_saved_run
 from i3dist.training.startup import resolve

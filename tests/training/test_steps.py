@@ -28,7 +28,9 @@ from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
-from i3dist.engine.zero2 import Engine, Stepped, read_engine_config
+from i3dist.engine.interface import Engine, Stepped
+from i3dist.engine.setup import read_engine_config
+from i3dist.engine.zero2 import Zero2Engine
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
@@ -93,7 +95,7 @@ class Step:
     stepped: Stepped
 
 
-class Recorder(Engine):
+class Recorder(Zero2Engine):
     """An engine that writes down what it is given; the loss of steps in `bad` is NaN."""
 
     bad: frozenset[int] = frozenset()
