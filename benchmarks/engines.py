@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-    collectives.leave()
+    collectives.leave_group()
     return found
 
 

@@ -76,7 +76,7 @@ def main() -> None:
     setup.start(job)
     check(job.rank, "adamw", bf16=True, steps=20)
     check(job.rank, "lion", bf16=False, steps=3)
-    collectives.leave()
+    collectives.leave_group()
     print(f"rank {job.rank} agrees", flush=True)
 
 

@@ -8,7 +8,7 @@ import pytest
 from i3dist.training import ledger
 from tests.conftest import QUICK, error_line, losses, program, run_ranks
 
-SCRIPT = "tests/faults/disturbed.py"
+SCRIPT = "tests/faults/fault_injection.py"
 
 
 def test_a_run_continues_with_the_other_engine(
@@ -18,7 +18,7 @@ def test_a_run_continues_with_the_other_engine(
     whole, changed = tmp_path / "whole", tmp_path / "changed"
 
     def train(run: Path, faults: str, *words: str) -> None:
-        monkeypatch.setenv("DISTURB", faults)
+        monkeypatch.setenv("INJECT_FAULT", faults)
         result = run_ranks(*QUICK, f"data.path={data}", f"run.path={run}", *words, script=SCRIPT)
         assert result.returncode == 0, result.stderr
 
