@@ -74,7 +74,16 @@ WORDS = {
 NAMES = ("run.path", "data.path", "tracking.experiment", "tracking.run_name")
 LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1024xof_mine2")
 NO_LAYERS = (
-    *("", "rwkv", "0xrwkv", "1025xrwkv", "1024xrwkv,1xrwkv", "-1xrwkv", "1.5xrwkv", "1xrwkv,"),
+    *(
+        "",
+        "rwkv",
+        "0xrwkv,1xattention",
+        "1025xrwkv",
+        "1024xrwkv,1xrwkv",
+        "-1xrwkv",
+        "1.5xrwkv",
+        "1xrwkv,",
+    ),
     *(
         "1 rwkv",
         "2xRwkv",

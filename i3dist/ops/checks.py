@@ -12,7 +12,7 @@ def check_shapes(operator: str, wanted: dict[str, tuple[Tensor | None, tuple[int
 
 
 def check_dtypes(operator: str, alike: dict[str, Tensor | None], restart: Tensor) -> None:
-    """Check that inputs have the first one's dtype, and that `restart` is bool; None is not given."""
+    """Check that inputs share the first's dtype, and that `restart` is bool. None is not given."""
     (first, like), *others = alike.items()
     assert like is not None
     for name, tensor in others:
