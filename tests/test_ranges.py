@@ -169,4 +169,4 @@ def test_layers_are_counts_and_kinds() -> None:
         assert not takes(**{"model.layers": wrong}), wrong
     settings = Settings().with_values(**{"model.layers": " 1xrwkv, 2xrwkv,1xattention,1xattention"})
     assert settings.model.layers == "3xrwkv,2xattention"
-    assert settings.model.stack == ["rwkv"] * 3 + ["attention"] * 2
+    assert settings.model.layer_kinds == ["rwkv"] * 3 + ["attention"] * 2
