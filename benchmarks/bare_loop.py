@@ -1,4 +1,4 @@
-"""The training step of a plain PyTorch program, without DeepSpeed, to hold the engine against."""
+"""The training step of a plain PyTorch program without DeepSpeed, to compare the engine with."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from i3dist.optim.optimizers import OPTIMIZERS
 
 
 class BareLoop:
-    """bf16 parameters, and beside them fp32 copies, gradients and AdamW, each one flat tensor.
+    """bf16 parameters, with fp32 copies, gradients and AdamW state as one flat tensor each.
 
-    Has the engine's interface. Clipping is a factor inside AdamW; nothing in a step waits for the
+    It has the engine's interface. Clipping is a factor inside AdamW; a step never waits for the
     device.
     """
 
@@ -59,7 +59,7 @@ class BareLoop:
     def backward(self, loss_sum: Tensor, targets: Tensor) -> None:
         """Add one micro-batch's share to the fp32 gradient of the mean over `targets`."""
         (loss_sum / targets.clamp(min=1).to(loss_sum.dtype)).backward()
-        # None where a part of the model is left as it began.
+        # None where a part of the model is not trained.
         new = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         add = torch._foreach_add_ if self._accumulated else torch._foreach_copy_
         add(self.gradients, new)

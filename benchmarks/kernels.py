@@ -1,4 +1,4 @@
-"""Where the GPU's time of a training step goes."""
+"""The GPU time of a training step, by kernel."""
 
 import re
 from collections import Counter

@@ -6,13 +6,13 @@ Letters: B documents, K chunks of each, T tokens, P parts of a chunk, as many as
 N pairs of a part, Q questions of a part.
 
 A document is K chunks. A part of 16 tokens asks up to Q times for the value of a key, then states N
-pairs of a key and a value. Some three in eight questions are about keys that were stated d chunks
-ago, every d >= 1 as often. The others are about keys of the chunk itself (d = 0): these need no
-history, and show that a model has learned what is asked of it. A key is stated once in a document;
-only answers are trained on. RWKV state restarts at each chunk, so what is not in the latents is
-lost: the model is to answer up to the history's length, and is to be at chance, one in as many as
-there are values, beyond. The arms are those of benchmarks/history_arms.py, of which -soon and -drop
-change nothing here.
+pairs of a key and a value. About three in eight questions are about keys that were stated d chunks
+ago, with every d >= 1 equally often. The others are about keys of the same chunk (d = 0): they need
+no history, and show whether the model has learned the task. A key is stated once in a document;
+only answers are trained on. RWKV state restarts at each chunk, so only latents carry information:
+the model should answer up to the history's length, and beyond it be at chance, which is one in the
+number of values. The arms are those of benchmarks/history_arms.py; -soon and -drop change nothing
+here.
 """
 
 import argparse
@@ -103,8 +103,8 @@ class Task:
         tokens[..., :q, 1] = keys.gather(1, which).view_as(asked) * asked
         tokens[:, 0, 0, 0, 0] = BOS  # nothing can be asked there yet
 
-        # The value is due after the key, and does not follow in the text: there it would be stated
-        # once more, nearer.
+        # The value is the target after the key, but is not in the text: there it would be stated
+        # again, nearer.
         targets, distance = torch.full_like(tokens, IGNORE), torch.zeros_like(tokens)
         answer = values.gather(1, which).view_as(asked)
         targets[..., :q, 1] = torch.where(asked, answer, IGNORE)
@@ -120,7 +120,7 @@ class Task:
         chunk = torch.arange(k, device=device).view(k, 1, 1)
         part = torch.arange(p, device=device).view(p, 1)
         back = (1 + self._random(self.distances, shape, random)) * self._random(2, shape, random)
-        # K - d chunks can ask over a distance of d: the shorter ones are left out more often.
+        # K - d chunks can ask over a distance of d, so shorter distances are dropped more often.
         drawn = torch.rand(shape, generator=random, device=device) * (k - back)
         often = (back == 0) | (drawn < k - self.distances)
         stated = torch.where(back > 0, self.stated, part * self.pairs)  # by that chunk, so far
@@ -160,7 +160,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: I3LM, task: Task, documents: int, gate: float = 1.0) -> list[float]:
-    """Share of right answers at distance 0, 1, ..., on documents not trained on."""
+    """Share of right answers at distance 0, 1, ..., on new documents."""
     device = model.head.weight.device
     batch = task.sample(documents, torch.Generator(device).manual_seed(10**6))
     state, gate_value = _empty(model, batch), torch.tensor(gate, device=device)
@@ -180,7 +180,7 @@ def _empty(model: I3LM, batch: Documents) -> LaneState:
 
 
 def settings(task: Task, width: int, history: int) -> ModelSettings:
-    """A small model: 16 tokens a latent, as the card."""
+    """A small model with 16 tokens per latent, as in the default."""
     return ModelSettings(
         vocab_size=task.vocab,
         d_model=width,
@@ -194,7 +194,7 @@ def settings(task: Task, width: int, history: int) -> ModelSettings:
 
 @dataclass(frozen=True)
 class Result:
-    """What a model has learned, having been trained on so many pairs last."""
+    """What a model has learned after training on this number of pairs."""
 
     arm: str
     pairs: int  # of a part, so per latent
@@ -207,10 +207,10 @@ class Result:
 def measure(
     arm: str, tasks: list[Task], options: argparse.Namespace, device: torch.device
 ) -> Iterator[Result]:
-    """Train an arm on one task after the other and let it answer.
+    """Train an arm on one task after the other, the one with most pairs last, and test it on each.
 
-    The fullest comes last. Each begins with what the one before has taught: from nothing, many
-    pairs are learned late or not at all (docs/history.md).
+    Each task continues from the one before: from scratch, many pairs are learned late or not at all
+    (docs/history.md).
     """
     sizes = settings(tasks[-1], options.width, options.history)
     with device:

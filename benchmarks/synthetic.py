@@ -3,9 +3,8 @@
 Letters: B rows, T tokens.
 
 Lengths are log-normal with a mean of 1,030 tokens and a median of 512, as measured on FineWeb-Edu
-(Penedo et al., 2024, arXiv:2406.17557) when the format was designed. Tokens follow Zipf's law in
-Mandelbrot's form, so that rows of the embedding collect as unequal shares of its gradient as in
-text.
+(Penedo et al., 2024, arXiv:2406.17557) when the format was designed. Token frequencies follow the
+Zipf-Mandelbrot law, so that rows of the embedding get as unequal gradients as in text.
 """
 
 import math

@@ -1,18 +1,18 @@
-"""Time of WKV beside other implementations and a plain copy of the bytes that it must move.
+"""Time of WKV, of other implementations, and of a plain copy of the bytes that it must move.
 
     python benchmarks/wkv.py [--json FILE] [--rwkv-lm DIR]
 
 Bytes: forward reads k and v and writes y; backward reads k, v and y's gradient and writes two more.
-A copy of as many bytes is timed in the same run; a form's share of its bandwidth is in "% copy".
+"% copy" is a form's share of the bandwidth of a copy of as many bytes, timed in the same run.
 
 On the CPU, in fp32, with autograd: ours and the same recurrence as a TorchScript loop over time.
 
-On CUDA, in bf16, the operators alone, replayed from a graph: ours, that of `fla` (the package
-fla-core of https://github.com/fla-org/flash-linear-attention) where installed, and the kernels of
+On CUDA, in bf16, the operators alone, replayed from a graph: ours, that of `fla` where the package
+fla-core is installed (https://github.com/fla-org/flash-linear-attention), and the kernels of
 https://github.com/BlinkDL/RWKV-LM where --rwkv-lm names a folder with wkv_cuda_bf16.cu and
-wkv_op_bf16.cpp. These use the default stream, which a graph cannot hold, so their launches are
-timed in a row. All start from an empty state and, as the last two know no restarts, run without
-any; ours is timed with restarts as well.
+wkv_op_bf16.cpp. The latter run on the default stream, which a graph cannot record, so their
+launches are timed in a row. All start from an empty state and run without restarts, which the other
+two do not support; ours is also timed with restarts.
 """
 
 import functools

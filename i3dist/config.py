@@ -104,7 +104,7 @@ class ModelSettings(Section):
         return latents
 
     @property
-    def stack(self) -> list[str]:
+    def layer_kinds(self) -> list[str]:
         """The kind of each layer, from the bottom."""
         return read_layers(self.layers)
 

@@ -21,7 +21,7 @@ def load(tmp_path: Path, text: str, *words: str) -> Settings:
 def former(settings: Settings) -> dict[str, dict[str, object]]:
     """What a run has saved that was made under the former names."""
     values = settings.to_dict()
-    stack, model = settings.model.stack, values["model"]
+    stack, model = settings.model.layer_kinds, values["model"]
     del model["layers"]
     model["rwkv_layers"], model["attention_layers"] = (
         stack.count(kind) for kind in ("rwkv", "attention")

@@ -77,7 +77,16 @@ WORDS = {
 NAMES = ("run.path", "data.path", "tracking.experiment", "tracking.run_name")
 LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1024xof_mine2")
 NO_LAYERS = (
-    *("", "rwkv", "0xrwkv", "1025xrwkv", "1024xrwkv,1xrwkv", "-1xrwkv", "1.5xrwkv", "1xrwkv,"),
+    *(
+        "",
+        "rwkv",
+        "0xrwkv,1xattention",
+        "1025xrwkv",
+        "1024xrwkv,1xrwkv",
+        "-1xrwkv",
+        "1.5xrwkv",
+        "1xrwkv,",
+    ),
     *(
         "1 rwkv",
         "2xRwkv",
@@ -163,4 +172,4 @@ def test_layers_are_counts_and_kinds() -> None:
         assert not takes(**{"model.layers": wrong}), wrong
     settings = Settings().with_values(**{"model.layers": " 1xrwkv, 2xrwkv,1xattention,1xattention"})
     assert settings.model.layers == "3xrwkv,2xattention"
-    assert settings.model.stack == ["rwkv"] * 3 + ["attention"] * 2
+    assert settings.model.layer_kinds == ["rwkv"] * 3 + ["attention"] * 2

@@ -42,7 +42,7 @@ class Stack(NamedTuple):
         Raises:
             UserError: it names an unknown kind, or has a layer on the wrong side of the compressor.
         """
-        stack, kinds = cls([], []), settings.stack
+        stack, kinds = cls([], []), settings.layer_kinds
         setting = f"setting model.layers={settings.layers}"
         for place, kind in enumerate(kinds):
             try:

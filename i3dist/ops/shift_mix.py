@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from i3dist.ops.checks import check_dtypes, check_shapes
+
 _TRITON = importlib.util.find_spec("triton") is not None  # PyTorch's CPU wheel comes without it
 
 
@@ -117,22 +119,10 @@ def _check(inputs: MixInputs) -> None:
         "mixes": (mixes, (mixes.shape[0], width)),
         "restart": (restart, (rows, length)),
         "shift": (shift, (rows, width)),
-        "branch": (x if branch is None else branch, (rows, length, width)),
+        "branch": (branch, (rows, length, width)),
     }
-    for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"norm_shift_mix: {name} must be {list(shape)}, got {list(tensor.shape)}"
-            )
-    if shift.dtype != x.dtype or restart.dtype != torch.bool:
-        raise ValueError(
-            f"norm_shift_mix: x and shift must share a dtype and restart be bool, got {x.dtype}, "
-            f"{shift.dtype} and {restart.dtype}"
-        )
-    if branch is not None and branch.dtype != x.dtype:
-        raise ValueError(
-            f"norm_shift_mix: branch and x must share a dtype, got {branch.dtype} and {x.dtype}"
-        )
+    check_shapes("norm_shift_mix", wanted)
+    check_dtypes("norm_shift_mix", {"x": x, "shift": shift, "branch": branch}, restart)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from i3dist.ops import wkv_blocked
+from i3dist.ops.checks import check_dtypes, check_shapes
 from i3dist.ops.precision import compute_dtype
 from i3dist.ops.wkv_naive import Gradients, WkvInputs, WkvSaved, empty_state
 
@@ -44,7 +45,6 @@ def wkv(inputs: WkvInputs) -> tuple[Tensor, Tensor]:
 
 def _check(inputs: WkvInputs) -> None:
     decay, bonus, k, v, restart, state, receptance = inputs
-    assert state is not None
     if k.ndim != 3 or k.shape[1] == 0:
         raise ValueError(f"wkv: k must be [B, T, C] with T >= 1, got {list(k.shape)}")
     rows, length, channels = k.shape
@@ -54,20 +54,10 @@ def _check(inputs: WkvInputs) -> None:
         "v": (v, (rows, length, channels)),
         "restart": (restart, (rows, length)),
         "state": (state, (rows, 3, channels)),
-        "receptance": (v if receptance is None else receptance, (rows, length, channels)),
+        "receptance": (receptance, (rows, length, channels)),
     }
-    for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"wkv: {name} must be {list(shape)}, got {list(tensor.shape)}")
-    if v.dtype != k.dtype or restart.dtype != torch.bool:
-        raise ValueError(
-            f"wkv: k and v must share a dtype and restart be bool, got {k.dtype}, {v.dtype} and "
-            f"{restart.dtype}"
-        )
-    if receptance is not None and receptance.dtype != k.dtype:
-        raise ValueError(
-            f"wkv: receptance and k must share a dtype, got {receptance.dtype} and {k.dtype}"
-        )
+    check_shapes("wkv", wanted)
+    check_dtypes("wkv", {"k": k, "v": v, "receptance": receptance}, restart)
 
 
 @functools.cache

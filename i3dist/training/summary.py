@@ -42,7 +42,9 @@ def memory_estimate(settings: Settings, parameters: int, world_size: int) -> dic
     lanes = train.lane_count // world_size
     rows = lanes if train.micro_batch == "auto" else train.micro_batch
     tokens = rows * train.window_chunks * model.chunk_length
-    values = model.d_model * (sum(LAYER_KINDS.of(kind).kept_values for kind in model.stack) + 7)
+    values = model.d_model * (
+        sum(LAYER_KINDS.of(kind).kept_values for kind in model.layer_kinds) + 7
+    )
     return {
         "weights and gradients, bf16": 4.0 * parameters,
         "gradients, fp32": 4.0 * parameters,

@@ -104,11 +104,11 @@ def test_flops_of_the_i3(batch: Batch) -> None:
     tokens, window = batch.tokens.numel(), batch.tokens.shape[1]
     # Channels of ages that no weight is stored for: of output, keys and values.
     keys = 1 + TOY.latents / TOY.chunk_length * (TOY.history_chunks + window) / window
-    ages = TOY.stack.count("attention") * TOY.heads * TOY.history_chunks * d
+    ages = TOY.layer_kinds.count("attention") * TOY.heads * TOY.history_chunks * d
     spare = ages * tokens * (1 + 2 * keys)
     # Once: keys and values of slots, and the product that projects sub-latents.
     rows = d / model.compressor.sub_latents + model.keys_per_chunk
-    once = TOY.stack.count("attention") * 2 * (d + TOY.heads * TOY.history_chunks) * d * rows
+    once = TOY.layer_kinds.count("attention") * 2 * (d + TOY.heads * TOY.history_chunks) * d * rows
     weights = flops.of_i3(model, batch).weights * tokens
     assert counted == pytest.approx(2 * (weights + spare + once))
 
@@ -121,10 +121,10 @@ def test_keys_that_the_i3_sees() -> None:
     own = (sum(range(1, 11)) + sum(range(1, 7))) / 16
     past = 2 * i3().keys_per_chunk * 10 / 16
     read = TOY.latents * 6 / 16  # the compressor reads the last document
-    wanted = TOY.d_model * (TOY.stack.count("attention") * (own + past) + read)
+    wanted = TOY.d_model * (TOY.layer_kinds.count("attention") * (own + past) + read)
     assert flops.of_i3(i3(), batch).attention == pytest.approx(wanted)
     without = flops.of_i3(i3(WithoutHistory), batch).attention
-    assert without == pytest.approx(TOY.d_model * TOY.stack.count("attention") * own)
+    assert without == pytest.approx(TOY.d_model * TOY.layer_kinds.count("attention") * own)
 
 
 def test_the_bare_loop_is_adamw_with_clipping() -> None:

@@ -163,7 +163,7 @@ def by_hand(model: ModelSettings, heads: int, records: int) -> dict[str, int]:
     ages = heads * model.history_chunks
     return {
         "embedding": vocab * d,
-        "rwkv": model.stack.count("rwkv") * (time_mix + channel_mix + 2 * norm),
+        "rwkv": model.layer_kinds.count("rwkv") * (time_mix + channel_mix + 2 * norm),
         "compressor": 2 * mult * d * d
         + 4 * d * part  # query, key, record and back
         + model.latents * d
@@ -171,7 +171,7 @@ def by_hand(model: ModelSettings, heads: int, records: int) -> dict[str, int]:
         + 2 * norm
         + 2 * part,
         "slots": keys * d,
-        "attention": model.stack.count("attention")
+        "attention": model.layer_kinds.count("attention")
         * ((4 + 2 * mult) * d * d + ages * d + ages + 2 * norm),
         "head": vocab * d,
         "norms": 2 * norm,
