@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from i3dist.checkpoint import format as checkpoint
 from i3dist.checkpoint import store
+from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.config import Settings
 from i3dist.data.tokenizer import Tokenizer
@@ -39,7 +40,8 @@ def export_weights(run: Path, model: I3LM, step: int) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What tells a program which trained model to use, and where."""
+    """The options of a program that uses a trained model."""
+    add_extend_option(parser)
     parser.add_argument(
         "--checkpoint",
         type=typed_path,
