@@ -25,6 +25,7 @@ WHOLE = {
     "seed": (0, 2**63 - 1),
 }
 DEFAULTS = {
+    "extend": None,
     "source": None,
     "out": Path("data/fineweb-edu"),
     "tokenizer": None,
