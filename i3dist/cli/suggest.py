@@ -120,4 +120,5 @@ def _nearest_section(section: str, settings: list[str]) -> list[str]:
     """Those of the settings whose section is like the one that was typed; else all."""
     sections = [setting.partition(".")[0] for setting in settings]
     near = difflib.get_close_matches(section, sections, 1, LIKE_ENOUGH)
+    near += [name for name in sections if section and section.startswith(name)]  # logging: log
     return [setting for setting in settings if setting.partition(".")[0] in near] or settings
