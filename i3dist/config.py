@@ -143,7 +143,7 @@ class OptimizerSettings(Section):
     schedule: Schedule = "cosine"
     """How the learning rate falls after warm-up: cosine, linear, or warmup-stable-decay (wsd)."""
     min_lr_ratio: Fraction = 0.1
-    """Final learning rate as a fraction of the peak."""
+    """Final learning rate as a fraction of the peak; with 1 it stays at its peak."""
     warmup_steps: CountOrZero = 100
     """Steps of linear warm-up."""
     decay_steps: Count | Auto = "auto"

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from i3dist.checkpoint.weights import add_model_arguments, load_run
 from i3dist.cli import streams
-from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Corpus
@@ -30,7 +29,6 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
-    add_extend_option(parser)
     parser.add_argument(
         "--data", type=typed_path, required=True, metavar="DIR", help="shard.py's output"
     )

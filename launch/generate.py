@@ -9,7 +9,6 @@ import sys
 
 from i3dist.checkpoint.weights import add_model_arguments, load_run
 from i3dist.cli import streams
-from i3dist.cli.extend import add_extend_option
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.distributed import devices
 from i3dist.errors import UserError
@@ -21,7 +20,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     default = Sampling()
     add_model_arguments(parser)
-    add_extend_option(parser)
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
     parser.add_argument("--tokens", type=int, default=256, help="most new tokens (256)")
     parser.add_argument(

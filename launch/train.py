@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         meant = hint(name, all_settings(Settings))
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     return arguments
 
 

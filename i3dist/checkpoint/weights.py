@@ -13,6 +13,7 @@ from i3dist.checkpoint.format import TOKENIZER, is_checkpoint, read_state
 from i3dist.checkpoint.reader import OptimizerReader
 from i3dist.checkpoint.verify import quick_fault
 from i3dist.checkpoint.writer import write_tensors
+from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.config import Settings
 from i3dist.data.tokenizer import Tokenizer
@@ -42,7 +43,8 @@ def export_weights(run: Path, model: I3LM, step: int) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options `--checkpoint` and `--device`."""
+    """Add the options `--checkpoint`, `--device` and `--extend`."""
+    add_extend_option(parser)
     parser.add_argument(
         "--checkpoint",
         type=typed_path,

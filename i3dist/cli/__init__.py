@@ -1,1 +1,1 @@
-"""What every program shares: options, paths as typed, standard streams, settings files."""
+"""What all programs share: options, --extend, settings as text, paths, streams, errors."""

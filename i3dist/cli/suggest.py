@@ -16,7 +16,7 @@ SYNONYMS = {
     "data.workers": "num_workers n_workers dataloader_num_workers loader_workers",
     "model.d_model": "hidden_size hidden_dim dim n_embd n_embed d_embed embed_dim embedding_dim "
     "model_dim width",
-    "model.rwkv_layers": "n_layer n_layers num_layers num_hidden_layers depth",
+    "model.layers": "n_layer n_layers num_layers num_hidden_layers depth",
     "model.heads": "n_head n_heads num_heads num_attention_heads attention_heads",
     "model.ff_mult": "mlp_ratio ffn_mult ffn_dim_multiplier mlp_mult intermediate_size d_ff",
     "model.chunk_length": "seq_len seq_length sequence_length block_size context_length ctx_len "
@@ -120,4 +120,5 @@ def _nearest_section(section: str, settings: list[str]) -> list[str]:
     """Those of the settings whose section is like the one that was typed; else all."""
     sections = [setting.partition(".")[0] for setting in settings]
     near = difflib.get_close_matches(section, sections, 1, LIKE_ENOUGH)
+    near += [name for name in sections if section and section.startswith(name)]  # logging: log
     return [setting for setting in settings if setting.partition(".")[0] in near] or settings

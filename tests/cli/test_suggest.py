@@ -53,6 +53,8 @@ MEANT = {
     "output_dir": "run.path",
     "log_interval": "log.every",
     "log.interval": "log.every",
+    "logging.every": "log.every",
+    "checkpointing.every": "checkpoint.every",
     "eval.every": "validate.every",
     "eval_interval": "validate.every",
     "validate.interval": "validate.every",
