@@ -33,7 +33,7 @@ $(DATA_READY): | $(READY)
 	  --valid-fraction 0.02 --out $(DATA)
 
 quickstart: $(READY) $(DATA_READY)  ## prepare data, train, evaluate and generate, from nothing
-	@# One rank per GPU, but 1, 2 or 4 of them because the tiny model has 4 lanes; 2 without GPUs.
+	@# The tiny model has 4 lanes: as many ranks as there are GPUs, but 1, 2 or 4; without GPUs 2.
 	deepspeed --num_accelerators $$(python -c \
 	  'import torch; n = torch.cuda.device_count(); print(4 if n > 3 else 2 if n != 1 else 1)') \
 	  launch/train.py --deepspeed configs/zero2.json --config configs/tiny.yaml --fresh \

@@ -18,7 +18,7 @@ from history import WINDOW, add_sizes, model_settings, read, steps_of
 from history_arms import build, named_arm
 from measure import free, time_steps
 from rich.console import Console
-from tables import table
+from rich.table import Table
 from torch import Tensor
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
@@ -65,13 +65,16 @@ def measure(arm: str, settings: ModelSettings, split: Split, options: argparse.N
 
 def show(costs: list[Cost]) -> None:
     """Print a table; times are also shown relative to the first arm's."""
-    headings = ("arm", "parameters", "ms", "tokens/s", f"ms, {costs[0].arm} = 1", "GiB")
-    rows = []
+    table = Table(title="an optimizer step of each arm")
+    for heading in ("arm", "parameters", "ms", "tokens/s", f"ms, {costs[0].arm} = 1", "GiB"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
     for c in costs:
         gib = "" if c.gib is None else f"{c.gib:.1f}"
-        times = (f"{c.ms:.1f}", f"{c.tokens_per_s:,.0f}", f"{c.ms / costs[0].ms:.3f}")
-        rows.append((c.arm, f"{c.parameters:,}", *times, gib))
-    Console(width=100).print(table("an optimizer step of each arm", headings, rows))
+        ratio = f"{c.ms / costs[0].ms:.3f}"
+        table.add_row(
+            c.arm, f"{c.parameters:,}", f"{c.ms:.1f}", f"{c.tokens_per_s:,.0f}", ratio, gib
+        )
+    Console(width=100).print(table)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

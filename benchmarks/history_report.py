@@ -13,7 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from tables import table
 
 from i3dist.errors import UserError
 
@@ -79,25 +78,25 @@ def show(lines: list[dict[str, Any]], plot: Path | None) -> None:
 
 
 def _table(tokens: int, arms: dict[str, dict[int, Figures]]) -> Table:
+    table = Table(title=f"after {tokens:,} tokens: held-out nats per token, mean ± spread of seeds")
     headings = ("arm", "seeds", "chunk 0", "chunks 1+", "gain", "recovered", "withheld costs")
-    rows = []
+    for heading in (*headings, "other's costs", "rare gain"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm, seeds in arms.items():
         gain = paired(arms, arm, lambda f: f.later)
-        rows.append(
-            (
-                arm,
-                str(len(seeds)),
-                spread([f.first for f in seeds.values()]),
-                spread([f.later for f in seeds.values()]),
-                spread(gain),
-                recovered(arms, arm),
-                spread([f.withheld - f.later for f in seeds.values()]),
-                spread([f.other - f.later for f in seeds.values()]),
-                spread(paired(arms, arm, lambda f: f.rare)),
-            )
-        )
-    title = f"after {tokens:,} tokens: held-out nats per token, mean ± spread of seeds"
-    return table(title, (*headings, "other's costs", "rare gain"), rows)
+        row = [
+            arm,
+            str(len(seeds)),
+            spread([f.first for f in seeds.values()]),
+            spread([f.later for f in seeds.values()]),
+            spread(gain),
+            recovered(arms, arm),
+            spread([f.withheld - f.later for f in seeds.values()]),
+            spread([f.other - f.later for f in seeds.values()]),
+            spread(paired(arms, arm, lambda f: f.rare)),
+        ]
+        table.add_row(*row)
+    return table
 
 
 def paired(

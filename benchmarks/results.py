@@ -8,7 +8,6 @@ from pathlib import Path
 from flops import FORMULA
 from rich.console import Console
 from rich.table import Table
-from tables import table
 
 from i3dist.errors import UserError
 
@@ -108,10 +107,12 @@ def show(rows: list[Row], merits: list[Figure], title: str) -> None:
 
 
 def _row_table(rows: list[Row], title: str) -> Table:
-    caption = f"{FORMULA}; MFU against the run's best matrix product"
+    table = Table(title=title, caption=f"{FORMULA}; MFU against the run's best matrix product")
     numbers = ("weights", "tokens", "ms", "tokens/s", "MFU", "peak TFLOP/s", "GiB")
-    cells = [
-        (
+    for heading in ("contestant", "step", *numbers):
+        table.add_column(heading, justify="right" if heading in numbers else "left")
+    for row in rows:
+        table.add_row(
             row.contestant,
             row.shape,
             f"{row.parameters / 1e6:,.1f}M",
@@ -122,20 +123,20 @@ def _row_table(rows: list[Row], title: str) -> Table:
             f"{row.peak / 1e12:,.1f}",
             "" if row.memory_gib is None else f"{row.memory_gib:.1f}",
         )
-        for row in rows
-    ]
-    return table(title, ("contestant", "step", *numbers), cells, left=2, caption=caption)
+    return table
 
 
 def _figure_table(merits: list[Figure]) -> Table:
-    rows = []
+    table = Table(title="figures and their targets")
+    for heading in ("figure", "value", "target", "met"):
+        table.add_column(heading, justify="right" if heading in ("value", "target") else "left")
     for f in merits:
         bound = f.least if f.least is not None else f.most
         sign = ">=" if f.least is not None else "<="
         target = "" if bound is None else f"{sign} {bound:{f.form}}"
         met = {None: "", True: "yes", False: "no"}[f.met]
-        rows.append((f.name, f"{f.value:{f.form}}", target, met))
-    return table("figures and their targets", ("figure", "value", "target", "met"), rows)
+        table.add_row(f.name, f"{f.value:{f.form}}", target, met)
+    return table
 
 
 def load(path: Path | None) -> list[Row]:

@@ -18,8 +18,8 @@ import torch
 from i3_steps import Shape, in_engine
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 from synthetic import BOS, PAD, Data, batches
-from tables import table
 
 from i3dist.checkpoint.async_saver import AsyncSaver
 from i3dist.checkpoint.run_state import RunState
@@ -89,13 +89,15 @@ def measure(intervals: Intervals, count: int, rounds: int) -> dict[str, list[tup
 
 def show(found: dict[str, list[tuple[float, float]]], title: str) -> None:
     """Print a table of medians."""
-    rows = []
+    table = Table(title=title)
+    for column in ("interval", "seconds", "training waited", "cost"):
+        table.add_column(column, justify="left" if column == "interval" else "right")
     plain = statistics.median(seconds for seconds, _ in found[KINDS[0]])
     for kind, times in found.items():
         seconds, stalled = (statistics.median(column) for column in zip(*times, strict=True))
         cost = "" if kind == KINDS[0] else f"{100 * (seconds / plain - 1):+.1f}%"
-        rows.append((kind, f"{seconds:.2f}", f"{100 * stalled / plain:.2f}%", cost))
-    Console().print(table(title, ("interval", "seconds", "training waited", "cost"), rows))
+        table.add_row(kind, f"{seconds:.2f}", f"{100 * stalled / plain:.2f}%", cost)
+    Console().print(table)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

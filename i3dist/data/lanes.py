@@ -161,8 +161,8 @@ def _read(loader: "DataLoader[Window | UserError]") -> Iterator[Window | UserErr
         parts = iter(loader)
     except OSError as error:  # no semaphores, or no more processes
         raise UserError(
-            f"cannot start processes that read data ({error.strerror}): check that /dev/shm is "
-            "writable and that more processes are allowed, or set data.workers=0"
+            f"cannot start processes that read data ({error.strerror}): check that /dev/shm can be "
+            "written and that more processes are allowed, or set data.workers=0"
         ) from None
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -193,7 +193,7 @@ def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
     if lanes % world_size:
         raise UserError(
             f"train.lanes={lanes} cannot be shared by {world_size} ranks; "
-            f"start one of these numbers of ranks: {', '.join(map(str, divisors(lanes)))}"
+            f"start a number of ranks that divides it: {', '.join(map(str, divisors(lanes)))}"
         )
     share = lanes // world_size
     return range(rank * share, (rank + 1) * share)
