@@ -1,6 +1,6 @@
 """The engine on a GPU, compiled and replayed as CUDA graphs, against the plain model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.engine.interface import Engine
 from i3dist.engine.setup import read_engine_config
+from i3dist.engine.stock import StockEngine
 from i3dist.engine.zero2 import Zero2Engine
 from i3dist.model.compressor import Compressor
 from i3dist.model.lm import I3LM
@@ -30,7 +31,12 @@ def job() -> Iterator[None]:
         yield
 
 
-def build(compiled: bool, micro_batches: int = 1, sizes: ModelSettings = SIZES) -> Engine:
+def build(
+    compiled: bool,
+    micro_batches: int = 1,
+    sizes: ModelSettings = SIZES,
+    kind: Callable[..., Engine] = Zero2Engine,
+) -> Engine:
     torch.manual_seed(0)
     model = I3LM(sizes, BOS)
     with torch.no_grad():
@@ -44,7 +50,7 @@ def build(compiled: bool, micro_batches: int = 1, sizes: ModelSettings = SIZES) 
         model.compile_blocks()
     config = read_engine_config(ROOT / "configs" / "zero2.json")
     train = TrainSettings(clip=1e9)
-    return Zero2Engine(model, config, OptimizerSettings(decay_steps=10), train, micro_batches)
+    return kind(model, config, OptimizerSettings(decay_steps=10), train, micro_batches)
 
 
 def window(seed: int) -> list[Tensor]:
@@ -115,6 +121,21 @@ def test_compiled_and_replayed_equals_plain(
         assert (a - b).abs().mean() < 2e-2 * b.mean()
         assert float(a.mean()) == pytest.approx(float(b.mean()), rel=2e-3)
     assert fast[1] == pytest.approx(plain[1], rel=3e-2)
+
+
+def test_stock_trains_as_zero2_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, to bf16's rounding, and each continues from the other's state."""
+    monkeypatch.setattr(Compressor, "choose", evenly)
+    ours, stock = (build(True, 2, kind=kind) for kind in (Zero2Engine, StockEngine))
+    for first in (True, False):
+        a, b = (train(trained, 4) for trained in (ours, stock))
+        for x, y in zip(a[0], b[0], strict=True):
+            assert float(x.mean()) == pytest.approx(float(y.mean()), rel=2e-3)
+        assert a[1] == pytest.approx(b[1], rel=3e-2)
+        if first:
+            states = [{f.name: f.tensors for f in trained.snapshot()} for trained in (ours, stock)]
+            for trained, state in zip((stock, ours), states, strict=True):
+                trained.load(state, steps=4)
 
 
 def test_compiled_chooses_as_plain() -> None:
