@@ -292,8 +292,8 @@ class TrackingSettings(Section):
     """MLflow experiment."""
     run_name: OrNothing[str] = None
     """MLflow run name; the last part of run.path where it is not given."""
-    system_metrics: bool = True
-    """Log CPU, memory and GPU use."""
+    system_metrics: bool = False
+    """Log CPU, memory and GPU use too."""
 
 
 class Settings(Section):

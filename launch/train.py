@@ -27,8 +27,9 @@ from i3dist.distributed.signals import Stop
 from i3dist.engine import zero2
 from i3dist.errors import UserError, warned
 from i3dist.model.lm import I3LM
-from i3dist.tracking import mlflow_tracker
-from i3dist.tracking.revision import git_commit
+from i3dist.tracking import tracker as tracking
+from i3dist.tracking.origin import describe
+from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.startup import (
     Start,
     agree,
@@ -39,7 +40,14 @@ from i3dist.training.startup import (
     resolve,
     verify,
 )
-from i3dist.training.summary import early_history, print_summary, refuse_large
+from i3dist.training.summary import (
+    count_parameters,
+    early_history,
+    print_overview,
+    print_tables,
+    print_topic,
+    refuse_large,
+)
 from i3dist.training.trainer import Trainer, check_micro_batch
 
 
@@ -62,6 +70,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=typed_path, metavar="FILE", help="settings as YAML")
     parser.add_argument("--fresh", action="store_true", help="start over; the old run is set aside")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would be, stop")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print all settings, parameters and memory first"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings, see below"
@@ -76,7 +87,7 @@ def dry_run(settings: Settings, job: Job) -> None:
         vocab_size = Corpus.open(settings.data.path, settings.model).tokenizer.vocab_size
     if job.rank == 0:
         settings = decide(settings, job.world_size, vocab_size)
-        print_summary(settings, job.world_size)
+        print_tables(settings, job.world_size)
         if note := early_history(settings):
             collectives.say(note)
 
@@ -105,7 +116,7 @@ def build(
     if settings.train.compile is True or (settings.train.compile == "auto" and devices.uses_cuda()):
         model.compile_blocks()
     started = zero2.Engine(model, engine_config, settings.optimizer, settings.train)
-    tracker = begin_record(start, job, corpus)
+    tracker = begin_record(start, job, corpus, arguments.verbose)
     with recorded(tracker):
         trainer = Trainer(settings, job, corpus, started, tracker, stop)
         if start.checkpoint is not None and start.state is not None:
@@ -114,7 +125,7 @@ def build(
 
 
 @contextmanager
-def recorded(tracker: mlflow_tracker.Tracker | mlflow_tracker.NoTracker) -> Iterator[None]:
+def recorded(tracker: Tracker | NoTracker) -> Iterator[None]:
     """What fails inside is entered in the record, and explained where that can be done."""
     try:
         yield
@@ -132,8 +143,8 @@ def recorded(tracker: mlflow_tracker.Tracker | mlflow_tracker.NoTracker) -> Iter
 
 
 def begin_record(
-    start: Start, job: Job, corpus: Corpus
-) -> mlflow_tracker.Tracker | mlflow_tracker.NoTracker:
+    start: Start, job: Job, corpus: Corpus, verbose: bool = False
+) -> Tracker | NoTracker:
     """On rank 0: prepare the run's folder, say what the run is, and open it in MLflow.
 
     Every rank calls this, and where the folder cannot be prepared all say so.
@@ -141,24 +152,26 @@ def begin_record(
     settings = start.settings
     collectives.together(lambda: lay_out(start, corpus) if job.rank == 0 else None)
     if job.rank != 0:
-        return mlflow_tracker.NoTracker()
-    print_summary(settings, job.world_size)
+        return NoTracker()
+    if verbose:
+        print_tables(settings, job.world_size)
+    print_overview(settings, corpus, job.world_size)
     if start.checkpoint is None:  # later these settings stay
         for note in filter(None, (idle_lanes(settings, corpus), early_history(settings))):
             collectives.say(note)
-    tracker = mlflow_tracker.start(settings, tags=tags(corpus), fresh=start.checkpoint is None)
+    parameters = sum(count_parameters(settings).values())
+    origin = describe(settings, corpus, parameters, job.world_size)
+    tracker = tracking.start(settings, origin, fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
+    print_charts(tracker)
     return tracker
 
 
-def tags(corpus: Corpus) -> dict[str, str]:
-    """What tells one run's origin from another's."""
-    return {
-        "git_commit": git_commit(),
-        "data_fingerprint": corpus.fingerprint,
-        "data_source": corpus.train.manifest.source,
-    }
+def print_charts(tracker: Tracker | NoTracker) -> None:
+    """Say how to see the charts of the run in MLflow."""
+    for topic, text in zip(("charts", ""), tracker.where(), strict=False):
+        print_topic(topic, text)
 
 
 def main() -> None:
@@ -185,9 +198,8 @@ def main() -> None:
         )
         stop.leave()
     with warned("after training"):
-        collectives.say(
-            f"done: {settings.run.path}; see it with: {mlflow_tracker.open_command(settings)}"
-        )
+        collectives.say(f"done: {settings.run.path}")
+        print_charts(trainer.tracker)
         collectives.leave()
 
 

@@ -68,7 +68,7 @@ def test_the_model_never_sees_data() -> None:
 
 @pytest.mark.parametrize(
     ("package", "owner"),
-    [("deepspeed", "i3dist/engine/zero2.py"), ("mlflow", "i3dist/tracking/mlflow_tracker.py")],
+    [("deepspeed", "i3dist/engine/zero2.py"), ("mlflow", "i3dist/tracking/mlflow_store.py")],
 )
 def test_one_file_imports(package: str, owner: str) -> None:
     files = [p for folder in ("i3dist", "launch", "data_prep") for p in modules(folder)]

@@ -1,4 +1,4 @@
-"""What a run will be, before it runs: settings, parameters, tokens, memory."""
+"""What a run will be: settings, parameters, tokens, memory."""
 
 import math
 
@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from i3dist.config import Settings
+from i3dist.data.corpus import Corpus
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM, parameters_by_part
 
@@ -51,9 +52,39 @@ def memory_estimate(settings: Settings, parameters: int, world_size: int) -> dic
     }
 
 
-def print_summary(settings: Settings, world_size: int, console: Console | None = None) -> None:
+def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
+    """Print what a run is, one line per topic."""
+    model, train, data = settings.model, settings.train, corpus.train.manifest
+    parameters = sum(count_parameters(settings).values())
+    memory = sum(memory_estimate(settings, parameters, world_size).values())
+    per_step, gate = tokens_per_step(settings), settings.compression
+    tokens = train.steps * per_step
+    topics = {
+        "run": f"{settings.run.path}",
+        "model": f"{parameters / 1e6:,.1f}M parameters: {model.rwkv_layers} RWKV and "
+        f"{model.attention_layers} attention layers of width {model.d_model:,}",
+        "history": f"{model.history_chunks} chunks of {model.latents} latents each; off for "
+        f"{gate.off_steps:,} steps, full after {gate.off_steps + gate.ramp_steps:,}",
+        "data": f"{settings.data.path}: {data.tokens / 1e6:,.1f}M tokens in {len(data.shards):,} "
+        f"shards, vocabulary {data.vocab_size:,}",
+        "batch": f"{per_step:,} tokens: {train.lanes} lanes x {train.accumulation} windows x "
+        f"{train.window_chunks} chunks x {model.chunk_length}",
+        "training": f"{train.steps:,} steps, {tokens / 1e6:,.1f}M tokens "
+        f"({tokens / data.tokens:.1f} epochs), on {world_size} ranks",
+        "memory": f"about {memory / GIB:.1f} GiB per rank",
+    }
+    for topic, text in topics.items():
+        print_topic(topic, text)
+
+
+def print_topic(topic: str, text: str) -> None:
+    """Print a line of the overview."""
+    print(f"{topic:<9} {text}", flush=True)
+
+
+def print_tables(settings: Settings, world_size: int) -> None:
     """Print settings, the parameter table, tokens per step and the memory estimate."""
-    console = console or Console(width=100)
+    console = Console(width=100)
     parameters = count_parameters(settings)
     total = sum(parameters.values())
     console.print(_settings_table(settings))
@@ -69,10 +100,10 @@ def print_summary(settings: Settings, world_size: int, console: Console | None =
 
 
 def refuse_large(settings: Settings) -> None:
-    """Refuse a model that nobody chose to train on a CPU, and that would take one ages.
+    """Refuse to train a large model on a CPU that nobody asked for.
 
     Raises:
-        UserError: it is so large.
+        UserError: the model is too large.
     """
     parameters = sum(count_parameters(settings).values())
     if parameters > LARGEST_ON_CPU:
@@ -85,13 +116,13 @@ def refuse_large(settings: Settings) -> None:
 
 
 def early_history(settings: Settings) -> str | None:
-    """A line for a new run in which history begins early for a run so long (docs/history.md)."""
+    """A note for a long new run whose history begins early (docs/history.md), else None."""
     tokens, off_steps = tokens_per_step(settings), settings.compression.off_steps
     if off_steps * tokens >= EARLY or settings.train.steps * tokens < LONG:
         return None
     return (
-        f"note: history begins after {off_steps} steps, {off_steps * tokens / 1e6:.1f}M tokens. A "
-        "model of 35M parameters gained more than twice as much from it in 150M tokens where it "
+        f"note: history begins after {off_steps} steps, {off_steps * tokens / 1e6:.1f}M tokens. In "
+        "150M tokens a model of 35M parameters gained more than twice as much from history that "
         f"began after 33M (docs/history.md): compression.off_steps={math.ceil(MEASURED / tokens)}"
     )
 

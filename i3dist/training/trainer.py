@@ -33,21 +33,18 @@ from i3dist.engine.zero2 import Engine
 from i3dist.errors import UserError, warned
 from i3dist.inference.evaluate import evaluate
 from i3dist.model.state import LaneState
-from i3dist.tracking.diagnose import diagnose, diagnosis_line
-from i3dist.tracking.metrics import (
-    Interval,
-    count_step,
-    history_warning,
-    report_line,
-    validation_line,
-)
+from i3dist.tracking.diagnose import diagnose
+from i3dist.tracking.history import history_warning, validation_metrics
+from i3dist.tracking.interval import Interval, count_step
+from i3dist.tracking.metrics import measure
 from i3dist.tracking.metrics_log import MetricsLog
-from i3dist.tracking.mlflow_tracker import NoTracker, Tracker
+from i3dist.tracking.report import diagnosis_line, report_line, validation_line
+from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.guard import NOT_FINITE, Guard
 from i3dist.training.ledger_writer import LedgerWriter
 
 DIAGNOSED_LANES = 4  # of rank 0, or as many as it has
-DRAWING_SECONDS = 60  # at most: a job that is to be requeued has two minutes
+PLOT_SECONDS = 60  # at most: a job that is to be requeued has two minutes
 
 
 @dataclass
@@ -102,7 +99,7 @@ class Trainer:
         self.diagnostics_log = MetricsLog(folder / "diagnostics.jsonl")
         # On the device, so that counting does not wait for it.
         self.tokens_seen = torch.zeros((), dtype=torch.int64, device=engine.device)
-        self._interval = Interval()
+        self._interval = Interval(engine.model, job.world_size)
 
     def fit(self) -> bool:
         """Train to `train.steps`; the last step is always reported, validated and saved.
@@ -116,7 +113,7 @@ class Trainer:
             if self.progress.step == 0:
                 self.validate()
             stop.ask_all()  # what came in while the run was set up
-            self._interval = Interval()
+            self._interval = Interval(self.engine.model, self.job.world_size)
             with closing(self._batches()) as batches:
                 while self.progress.step < self.settings.train.steps and not stop.agreed():
                     self.train_step(batches)
@@ -129,7 +126,7 @@ class Trainer:
             else:
                 self.save()
             self.saver.wait()
-        self.draw()
+        self.plot()
         return done
 
     def train_step(self, batches: Iterator[Batch]) -> None:
@@ -163,7 +160,7 @@ class Trainer:
             stepped,
             skipped,
         )
-        self._interval.add(stepped.sums[0], counts, stepped.norm)
+        self._interval.add(stepped.sums[0], counts, stepped.norm, step_batches[-1])
         if self.guard.gives_up():
             self._give_up()
 
@@ -263,24 +260,23 @@ class Trainer:
         found = diagnose(self.engine.model, *batch, state, gate_value)
         figures = {**found.to_dict(), "compressor_gradient_norm": norm}
         self.diagnostics_log.append(step, figures)
-        self.tracker.log(step, figures, prefix="diagnostics")
-        print(diagnosis_line(step, figures), flush=True)
+        self.tracker.send()
+        print(diagnosis_line(step, self.settings.train.steps, figures), flush=True)
 
     def report_if_due(self) -> None:
         """Print, log and track what happened since the last report."""
         if not self._due(self.settings.log.every):
             return
-        step, settings = self.progress.step, self.settings
-        metrics = self._interval.metrics(settings.compression.gate_at(step - 1))
-        metrics["learning_rate"] = settings.optimizer.lr_at(step - 1)
-        metrics["tokens_seen"] = int(self.tokens_seen)
-        metrics["skipped_steps"] = self.guard.state.skipped
-        self.ledger.flush()
-        self._interval = Interval()
+        step = self.progress.step
         if self.job.rank == 0:
-            self.metrics_log.append(step, metrics)
-            self.tracker.log(step, metrics, prefix="train")
-            print(report_line(step, settings.train.steps, metrics), flush=True)
+            figures = self._interval.figures(
+                step, self.settings, int(self.tokens_seen), self.guard.state.skipped
+            )
+            self.metrics_log.append(step, measure(figures))
+            self.tracker.send()
+            print(report_line(figures), flush=True)
+        self.ledger.flush()
+        self._interval.restart()
 
     def validate_if_due(self) -> None:
         """Validate at the interval, outside the clock of training."""
@@ -314,9 +310,9 @@ class Trainer:
             self.job.world_size,
         )
         if self.job.rank == 0:
-            self.validation_log.append(step, result.to_dict())
-            self.tracker.log(step, result.to_dict(), prefix="valid")
-            print(validation_line(step, result), flush=True)
+            self.validation_log.append(step, validation_metrics(result))
+            self.tracker.send()
+            print(validation_line(step, settings.train.steps, result), flush=True)
             trained_with_history = step > 0 and settings.compression.gate_at(step - 1) == 1.0
             if trained_with_history and (warning := history_warning(result)):
                 print(warning, flush=True)
@@ -367,19 +363,19 @@ class Trainer:
             lambda: export_weights(run, model, step) if self.job.rank == 0 else None
         )
 
-    def draw(self) -> None:
-        """Draw plots of the run so far, and hand them to the tracker.
+    def plot(self) -> None:
+        """Plot the run so far, and hand the plots to the tracker.
 
-        Nothing in here decides what becomes of the run: all that counts is written by now.
+        Nothing in here can fail the run: everything that matters is written by now.
         """
         if self.job.rank == 0:
-            drawing = threading.Thread(target=self._draw, name="plots", daemon=True)
-            drawing.start()
-            drawing.join(DRAWING_SECONDS)
-            if drawing.is_alive():
-                print(f"warning: no plots: they take over {DRAWING_SECONDS} s", flush=True)
+            plotting = threading.Thread(target=self._plot, name="plots", daemon=True)
+            plotting.start()
+            plotting.join(PLOT_SECONDS)
+            if plotting.is_alive():
+                print(f"warning: no plots: they take over {PLOT_SECONDS} s", flush=True)
 
-    def _draw(self) -> None:
+    def _plot(self) -> None:
         with warned("no plots"):
             from i3dist.tracking import plots  # with matplotlib, for which other ranks have no use
 

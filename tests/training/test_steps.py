@@ -497,7 +497,7 @@ def test_a_look_inside_is_of_its_steps_first_window(
         or norms[-1][-1]
     )
     monkeypatch.setattr(run.trainer, "validate", lambda: None)
-    monkeypatch.setattr(run.trainer, "draw", lambda: None)
+    monkeypatch.setattr(run.trainer, "plot", lambda: None)
     run.trainer.fit()
     assert [len(words) for words in seen] == [6, 6]
     for number, (model, *batch, state, opened) in zip((1, 3), seen, strict=True):
@@ -544,7 +544,7 @@ def test_step_time_leaves_out_what_is_no_training(
     monkeypatch.setattr(trainer, "save", clock.passing(50.0))
     monkeypatch.setattr(trainer, "_diagnose", clock.passing(30.0))
     monkeypatch.setattr(trainer, "export", clock.passing(70.0))
-    monkeypatch.setattr(trainer, "draw", lambda: None)
+    monkeypatch.setattr(trainer, "plot", lambda: None)
     batches = trainer._batches
 
     def slow() -> Iterator[Any]:
@@ -567,7 +567,7 @@ def test_step_time_leaves_out_what_is_no_training(
 def test_a_line_of_several_steps_is_of_the_last(start: Start, tmp_path: Path) -> None:
     changes = {"log.every": 4, "validate.every": 0, "log.diagnose_every": 0, "checkpoint.every": 0}
     run = start(tmp_path / "run", **changes)
-    run.trainer.validate = run.trainer.draw = lambda: None  # type: ignore[method-assign]
+    run.trainer.validate = run.trainer.plot = lambda: None  # type: ignore[method-assign]
     run.trainer.fit()
     lines = run.lines("metrics")
     assert [line["step"] for line in lines] == [4, 8, 11]

@@ -3,12 +3,13 @@
 import pytest
 
 from i3dist.inference.evaluate import ChunkLoss, Evaluation
-from i3dist.tracking.metrics import (
+from i3dist.tracking.history import (
     history_gain,
     history_warning,
     other_history_gain,
-    validation_line,
+    validation_metrics,
 )
+from i3dist.tracking.report import validation_line
 
 
 def evaluation(*chunks: tuple[float, float, float | None]) -> Evaluation:
@@ -26,9 +27,9 @@ def test_gains_are_means_over_tokens_of_later_chunks() -> None:
 @pytest.mark.parametrize(
     ("with_history", "other", "says"),
     [
-        (2.9995, 3.0, "not used (yet): it saves +0.0005 nats"),
-        (3.2, 3.0, "not used (yet): it saves -0.2000 nats"),
-        (2.9, 2.94, "no memory: another document's history keeps +0.0600 of +0.1000 nats"),
+        (2.9995, 3.0, "not used (yet): it gains +0.0005 nats"),
+        (3.2, 3.0, "not used (yet): it gains -0.2000 nats"),
+        (2.9, 2.94, "not memory: with another document's history +0.0600 of +0.1000 nats"),
         (2.9, 2.96, None),
         (2.9, 3.1, None),
         (2.9, None, None),
@@ -45,11 +46,27 @@ def test_a_history_that_is_no_memory_is_named(
 def test_documents_of_one_chunk_say_nothing_about_history() -> None:
     result = evaluation((3.0, 3.0, 3.0))
     assert history_warning(result) is None
+    assert history_gain(result) is None
     assert other_history_gain(result) is None
 
 
+def test_a_logged_validation_has_both_gains_and_all_that_it_had() -> None:
+    result = evaluation((3.0, 3.0, 3.0), (2.9, 3.0, 2.97))
+    logged = validation_metrics(result)
+    assert logged == {
+        **result.to_dict(),
+        "history_gain": pytest.approx(0.1),
+        "other_history_gain": pytest.approx(0.03),
+    }
+    assert {"loss", "perplexity", "bits_per_byte", "tokens", "by_chunk"} < set(logged)
+    without = validation_metrics(evaluation((3.0, 3.0, None), (2.9, 3.0, None)))
+    assert without["history_gain"] == pytest.approx(0.1) and without["other_history_gain"] is None
+
+
 def test_the_line_of_a_validation_has_both_gains() -> None:
-    both = validation_line(7, evaluation((3.0, 3.0, 3.0), (2.9, 3.0, 2.97)))
-    assert both.endswith("history gain +0.1000 nats, another document's +0.0300")
-    one = validation_line(7, evaluation((3.0, 3.0, None), (2.9, 3.0, None)))
-    assert one.endswith("history gain +0.1000 nats")
+    both = validation_line(7, 10, evaluation((3.0, 3.0, 3.0), (2.9, 3.0, 2.97)))
+    assert both.endswith("history gain +0.1000 (another document's +0.0300)")
+    one = validation_line(7, 10, evaluation((3.0, 3.0, None), (2.9, 3.0, None)))
+    assert one.endswith("history gain +0.1000")
+    none = validation_line(7, 10, evaluation((3.0, 3.0, None)))
+    assert none == "valid  7/10  loss 3.0000  bits/byte 1.0000"
