@@ -31,7 +31,7 @@ class MetricsLog:
         Raises:
             UserError: the file cannot be written (disk full, no permission).
         """
-        self.extend([{"step": step, **metrics, "time": round(time.time(), 3)}])
+        self.extend([{"step": step, **metrics, "time": int(time.time() * 1000) / 1000}])
 
     def extend(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write several lines at once.

@@ -19,13 +19,17 @@ from typing import Any, BinaryIO
 from i3dist.files import write_whole
 from i3dist.tracking.metrics_log import parse_line
 
-# Logs of a run, and the group in MLflow of what is in them.
-LOGS = {"metrics.jsonl": "train", "validation.jsonl": "valid", "diagnostics.jsonl": "diagnostics"}
+# Logs of a run, and the group of their figures in MLflow, which opens the first in the alphabet.
+LOGS = {
+    "metrics.jsonl": "train",
+    "diagnostics.jsonl": "train_diagnostics",
+    "validation.jsonl": "valid",
+}
 EARLIER = "tracking.jsonl"
 READ_BYTES = 1 << 18
-# MLflow gets few figures, in groups that are read at a glance; the logs have all.
-TIMES = {"tokens_per_second", "step_time", "data_wait", "mfu"}  # group "time"
-LEFT_OUT = {"step", "time", "elapsed", "perplexity", "tokens", "by_chunk"}
+SPEED = {"tokens_per_second", "step_time", "data_wait", "mfu"}  # group "train_speed"
+# What others imply; the logs have all.
+LEFT_OUT = {"step", "time", "elapsed", "perplexity", "active_latents", "tokens", "by_chunk"}
 
 Entry = dict[str, Any]  # step, time_ms, values by name
 
@@ -101,7 +105,7 @@ def _entries(name: str, lines: bytes) -> Iterator[Entry]:
             yield line
         elif isinstance(seconds := line.get("time"), float | int):
             values = mlflow_values(LOGS[name], line)
-            yield {"step": line["step"], "time_ms": int(seconds * 1000), "values": values}
+            yield {"step": line["step"], "time_ms": round(seconds * 1000), "values": values}
         # Earlier versions logged no time; `EARLIER` has their lines.
 
 
@@ -111,14 +115,14 @@ def mlflow_values(group: str, line: Mapping[str, Any]) -> dict[str, float]:
     What is not a finite number is left out: MLflow's stores differ on what they make of it.
     """
     found = {
-        f"{'time' if name in TIMES else group}/{name}": value
+        f"{'train_speed' if name in SPEED else group}/{name}": value
         for name, value in line.items()
         if name not in LEFT_OUT
     }
     for chunk in line.get("by_chunk") or ():
         loss, without = chunk.get("loss"), chunk.get("loss_without_history")
         if chunk["index"] > 0 and loss is not None and without is not None:
-            found[f"history_gain/chunk_{chunk['index']:02d}"] = without - loss
+            found[f"valid_history_gain/chunk_{chunk['index']:02d}"] = without - loss
     return {name: float(value) for name, value in found.items() if _is_finite(value)}
 
 

@@ -77,28 +77,33 @@ def _loss(metrics: Lines, validation: Lines) -> Figure | None:
     figure = _figure(8, 4.8)
     axes = figure.subplots()
     if np.isfinite(loss).any():
-        _plot_training(axes, _column(metrics, "step"), loss)
+        _plot_training(axes, metrics)
     if np.isfinite(held_out).any():
-        steps = _column(validation, "step")
-        axes.plot(steps, held_out, "o-", color=VALID, ms=3, lw=1, label="validation")
-    _scale_steps(axes, _column([*metrics, *validation], "step"))
+        at = _column(validation, "step")
+        axes.plot(at, held_out, "o-", color=VALID, ms=3, lw=1, label="validation")
+    steps = _column([*metrics, *validation], "step")
+    scale = _step_scale(steps)
+    _scale_steps(axes, steps, scale)
     _shade_gate(axes, metrics)
-    _tokens_on_top(axes, metrics)
+    _tokens_on_top(axes, metrics, scale)
     axes.set(xlabel="step", ylabel=LOSS_UNIT)
     axes.set_title("training and validation loss", fontsize=11)
     _finish_axes(axes)
     return figure
 
 
-def _plot_training(axes: Axes, steps: np.ndarray, loss: np.ndarray) -> None:
+def _plot_training(axes: Axes, metrics: Lines) -> None:
+    """Loss of single steps; if there are many, faint, below the running mean of all steps."""
+    steps, loss = _column(metrics, "step"), _column(metrics, "loss")
     if len(loss) < SMOOTH_FROM:
         axes.plot(steps, loss, ".-", color=TRAIN, label="training")
         return
     axes.plot(steps, loss, color=TRAIN, alpha=0.3, lw=0.8, label="training")
-    finite = np.isfinite(loss)
-    axes.plot(
-        steps[finite], _running_mean(loss[finite]), color=TRAIN, label="training, running mean"
-    )
+    mean = _column(metrics, "mean_loss")  # of an interval; runs of earlier versions have none
+    mean = np.where(np.isfinite(mean), mean, loss)
+    finite = np.isfinite(mean)
+    label = "training, running mean"
+    axes.plot(steps[finite], _running_mean(mean[finite]), color=TRAIN, label=label)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
@@ -109,29 +114,31 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
 
 
-def _scale_steps(axes: Axes, steps: np.ndarray) -> None:
-    """Log axis, as the loss falls mostly early; linear from 0 to the next step, or if all are near.
-
-    Afterwards the limits stay.
-    """
+def _step_scale(steps: np.ndarray) -> dict[str, Any]:
+    """Log, as the loss falls mostly early; linear from 0 to the next step, or if all are near."""
     later = steps[steps > 0]
-    axes.margins(x=0.02)
-    if len(later) and later.max() > 10 * later.min():
-        if len(later) < len(steps):
-            axes.set_xscale("symlog", linthresh=later.min(), linscale=0.3)
-        else:
-            axes.set_xscale("log")
-    axes.set_xlim(axes.get_xlim())
-    axes.xaxis.set_major_locator(_tick_locator(axes))
+    if not len(later) or later.max() <= 10 * later.min():
+        return {"value": "linear"}
+    if len(later) == len(steps):
+        return {"value": "log"}
+    return {"value": "symlog", "linthresh": later.min(), "linscale": 0.3}
+
+
+def _scale_steps(axes: Axes, steps: np.ndarray, scale: dict[str, Any]) -> None:
+    """Scale and tick the axis of steps, and fix its limits."""
+    axes.set_xscale(**scale)
+    transform = axes.xaxis.get_transform()
+    first, last = transform.transform([steps.min(), steps.max()])
+    margin = 0.02 * (last - first) or 0.5
+    axes.set_xlim(transform.inverted().transform([first - margin, last + margin]))
+    locator: Locator = MaxNLocator(integer=True)
+    if scale["value"] == "log":
+        locator = LogLocator(subs=(1, 2, 5))
+    elif scale["value"] == "symlog":
+        locator = SymmetricalLogLocator(transform, subs=[1, 2, 5])
+    axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def _tick_locator(axes: Axes) -> Locator:
-    scale = axes.get_xscale()
-    if scale == "symlog":
-        return SymmetricalLogLocator(axes.xaxis.get_transform(), subs=[1, 2, 5])
-    return LogLocator(subs=(1, 2, 5)) if scale == "log" else MaxNLocator(integer=True)
 
 
 def _shade_gate(axes: Axes, metrics: Lines) -> None:
@@ -150,32 +157,33 @@ def _shade_gate(axes: Axes, metrics: Lines) -> None:
             axes.axvspan(start, end, color=shade, lw=0, zorder=0, label=label)
 
 
-def _tokens_on_top(axes: Axes, metrics: Lines) -> None:
+def _tokens_on_top(axes: Axes, metrics: Lines, scale: dict[str, Any]) -> None:
     """A second axis with round numbers of tokens at the steps that had seen them."""
     tokens, steps = _column(metrics, "tokens_seen"), _column(metrics, "step")
     known = np.isfinite(tokens) & (tokens > 0)
     if known.sum() < 2:
         return
     steps, tokens = steps[known], tokens[known]
-    logarithmic = axes.get_xscale() != "linear"
-    locator = LogLocator(subs=(1, 2, 5)) if logarithmic else MaxNLocator()
+    locator = MaxNLocator() if scale["value"] == "linear" else LogLocator(subs=(1, 2, 5))
     ticks = locator.tick_values(tokens[0], tokens[-1])
     ticks = ticks[(ticks >= tokens[0]) & (ticks <= tokens[-1])]
-    top = axes.secondary_xaxis("top")
-    top.set_xlabel("tokens seen")
+    top = axes.twiny()
+    top.set_xscale(**scale)
+    top.set(xlim=axes.get_xlim(), xlabel="tokens seen")
     top.set_xticks(np.interp(ticks, tokens, steps), [EngFormatter(sep="")(tick) for tick in ticks])
     top.xaxis.set_minor_locator(NullLocator())
 
 
 def _history(validation: Lines) -> Figure | None:
-    """Loss by chunk index at the last validation, and what history gained over the run."""
+    """Loss by chunk index at the last validation; gain of history over the run, and by chunk."""
     measured = [line for line in validation if line.get("by_chunk")]
     if not measured:
         return None
-    figure = _figure(11, 4.4)
-    left, right = figure.subplots(1, 2)
+    figure = _figure(16, 4.4)
+    left, middle, right = figure.subplots(1, 3)
     _plot_by_chunk(left, measured[-1])
-    _plot_gain(figure, right, measured)
+    _plot_gain(figure, middle, measured)
+    _plot_last_gain(right, measured[-1])
     return figure
 
 
@@ -192,16 +200,34 @@ def _plot_by_chunk(axes: Axes, line: dict[str, Any]) -> None:
     axes.set(xlabel="chunk index in the document", ylabel=LOSS_UNIT)
     axes.set_title(f"validation at step {line['step']:,}", fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plot_tokens(axes, index, _column(chunks, "tokens"))
     _finish_axes(axes)
 
 
+def _plot_last_gain(axes: Axes, line: dict[str, Any]) -> None:
+    chunks = sorted(line["by_chunk"], key=lambda chunk: chunk["index"])
+    index = _column(chunks, "index")
+    gains = _column(chunks, "loss_without_history") - _column(chunks, "loss")
+    other = _column(chunks, "loss_without_history") - _column(chunks, "loss_other_history")
+    axes.axhline(0, color="0.4", lw=0.8)
+    if np.isfinite(other).any():
+        axes.plot(index, other, "^:", color=OTHER, ms=5, label="another document's history")
+    axes.plot(index, gains, "o-", color=TRAIN, ms=5, label="own history")
+    if np.isfinite(mean := _mean_gain(chunks)):
+        axes.axhline(mean, color="k", ls="--", lw=1.2, label=f"mean over tokens {mean:+.4f}")
+    axes.set(xlabel="chunk index in the document", ylabel="gain (nats per token)")
+    axes.set_title(f"gain by chunk at step {line['step']:,}", fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(y=0.35)  # room for the legend, and for the bars
+    _plot_tokens(axes, index, _column(chunks, "tokens"))
+    _finish_axes(axes, "upper left")
+
+
 def _plot_tokens(axes: Axes, index: np.ndarray, tokens: np.ndarray) -> None:
-    """How many tokens a chunk's losses are means of, as low bars with an axis of their own."""
+    """How many tokens a chunk's figures are means of, as low bars with an axis of their own."""
     if np.isfinite(tokens).any():
         bars = axes.twinx()
         bars.bar(index, tokens, color="0.88", zorder=0)
-        bars.set(ylabel="tokens (bars)", ylim=(0, 4 * np.nanmax(tokens)))
+        bars.set(ylabel="tokens (bars)", ylim=(0, 5 * np.nanmax(tokens)))
         bars.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_zorder(bars.get_zorder() + 1)
         axes.patch.set_visible(False)
@@ -215,7 +241,7 @@ def _plot_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
                 curves.setdefault(chunk["index"], []).append((line["step"], gain))
     axes.axhline(0, color="0.4", lw=0.8)
     axes.set(xlabel="step", ylabel="gain (nats per token)")
-    axes.set_title("gain: loss with history withheld minus loss with history", fontsize=11)
+    axes.set_title("gain: loss without history minus loss with it", fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if curves:
@@ -225,7 +251,7 @@ def _plot_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
         _add_colour_bar(figure, axes, colours, "chunk index")
     means = [_mean_gain(line["by_chunk"]) for line in validation]
     if np.isfinite(means).any():
-        label = f"mean over tokens of chunks 1 and up, at last {means[-1]:+.4f}"
+        label = "mean over tokens of chunks 1, 2, ..."
         axes.plot(_column(validation, "step"), means, "ko-", ms=4, lw=2, label=label)
     _finish_axes(axes)
 
@@ -297,9 +323,9 @@ def _add_colour_bar(figure: Figure, axes: Axes, colours: ScalarMappable, label: 
     bar.minorticks_off()
 
 
-def _finish_axes(axes: Axes) -> None:
+def _finish_axes(axes: Axes, legend: str = "best") -> None:
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines["right"].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=True, framealpha=0.9)
+        axes.legend(loc=legend, frameon=True, framealpha=0.9)

@@ -37,14 +37,14 @@ def test_reads_back_by_step_and_the_last_of_a_step_counts(lines, tmp_path_factor
 
 
 @given(lines=st.lists(METRICS, min_size=1, max_size=5), data=st.data())
-@mock.patch.object(metrics_log, "time", SimpleNamespace(time=lambda: 1.5))
 def test_a_file_torn_anywhere_loses_only_the_torn_line(lines, data, tmp_path_factory):
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
     log = MetricsLog(path)
     ends = []
-    for step, metrics in enumerate(lines):
-        log.append(step, metrics)
-        ends.append(path.stat().st_size)
+    with mock.patch.object(metrics_log, "time", SimpleNamespace(time=lambda: 1.5)):
+        for step, metrics in enumerate(lines):
+            log.append(step, metrics)
+            ends.append(path.stat().st_size)
     cut = data.draw(st.integers(0, ends[-1]))
     os.truncate(path, cut)
     whole = sum(end - 1 <= cut for end in ends)  # without its newline a line is whole, too

@@ -45,11 +45,11 @@ def test_a_run_holds_params_tags_metrics_artifacts_and_leaves_the_cwd_alone(fold
     assert run.data.metrics == {
         "train/loss": 2.5,
         "train/gate": 0.0,
-        "time/mfu": 0.5,
+        "train_speed/mfu": 0.5,
         "valid/loss": 2.0,
         "valid/history_gain": 0.25,
-        "history_gain/chunk_03": 0.25,
-        "diagnostics/effective_rank": 5.5,
+        "valid_history_gain/chunk_03": 0.25,
+        "train_diagnostics/effective_rank": 5.5,
     }
     assert client.get_metric_history(run.info.run_id, "train/loss")[0].step == 10
     assert [item.path for item in client.list_artifacts(run.info.run_id, "settings")] == [

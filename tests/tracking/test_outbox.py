@@ -162,7 +162,7 @@ def test_what_mlflow_gets_of_a_line() -> None:
     more = {"elapsed": 4.0, "mine": 0.5, "none": None, "text": "x", "huge": 10**400}
     assert outbox.mlflow_values("train", line | more) == {
         "train/loss": 3.0,
-        "time/tokens_per_second": 5.0,
+        "train_speed/tokens_per_second": 5.0,
         "train/mine": 0.5,
     }
     chunks = [
@@ -172,5 +172,5 @@ def test_what_mlflow_gets_of_a_line() -> None:
     ]
     assert outbox.mlflow_values("valid", {"loss": 2.5, "tokens": 27, "by_chunk": chunks}) == {
         "valid/loss": 2.5,
-        "history_gain/chunk_03": 0.5,
+        "valid_history_gain/chunk_03": 0.5,
     }
