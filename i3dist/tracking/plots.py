@@ -130,7 +130,7 @@ def _scale_steps(axes: Axes, steps: np.ndarray, scale: dict[str, Any]) -> None:
     transform = axes.xaxis.get_transform()
     first, last = transform.transform([steps.min(), steps.max()])
     margin = 0.02 * (last - first) or 0.5
-    axes.set_xlim(transform.inverted().transform([first - margin, last + margin]))
+    axes.set_xlim(*transform.inverted().transform([first - margin, last + margin]))
     locator: Locator = MaxNLocator(integer=True)
     if scale["value"] == "log":
         locator = LogLocator(subs=(1, 2, 5))

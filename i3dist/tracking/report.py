@@ -36,7 +36,7 @@ def diagnosis_line(step: int, steps: int, found: Mapping[str, float]) -> str:
     ages = [value for name, value in found.items() if name.startswith("attention_")]
     newest, oldest = ("-" if math.isnan(age) else f"{age:.4f}" for age in (ages[0], ages[-1]))
     return (
-        f"model {_place(step, steps)}  attention newest {newest}, oldest {oldest}  "
+        f"diag  {_place(step, steps)}  attention newest {newest}, oldest {oldest}  "
         f"latent rank {found['effective_rank']:.1f}  "
         f"compressor norm {found['compressor_gradient_norm']:.1e}"
     )

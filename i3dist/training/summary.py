@@ -1,6 +1,7 @@
 """What a run will be: settings, parameters, tokens, memory."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from rich.console import Console
@@ -13,6 +14,7 @@ from i3dist.errors import UserError
 from i3dist.model.lm import I3LM, parameters_by_part
 
 GIB = 2**30
+NUMBERS = ("count", "share", "GiB")  # columns that stand to the right
 LARGEST_ON_CPU = 100e6  # parameters; a step of the card takes minutes, and its run months
 EARLY, MEASURED, LONG = 20e6, 32.8e6, 100e6  # tokens
 
@@ -87,9 +89,15 @@ def print_tables(settings: Settings, world_size: int) -> None:
     console = Console(width=100)
     parameters = count_parameters(settings)
     total = sum(parameters.values())
-    console.print(_settings_table(settings))
-    console.print(_parameter_table(parameters))
-    console.print(_memory_table(memory_estimate(settings, total, world_size)))
+    memory = memory_estimate(settings, total, world_size)
+    flat = ((name, str(value)) for name, value in settings.flat().items())
+    console.print(_table("settings", ("setting", "value"), flat))
+    shares = [(part, f"{count:,}", f"{count / total:.1%}") for part, count in parameters.items()]
+    shares.append(("total", f"{total:,}", ""))
+    console.print(_table("parameters", ("part", "count", "share"), shares))
+    sizes = [*memory.items(), ("total", sum(memory.values()))]
+    rows = [(what, f"{size / GIB:.2f}") for what, size in sizes]
+    console.print(_table("memory of a rank (estimate)", ("what", "GiB"), rows))
     train = settings.train
     print(
         f"tokens_per_step={tokens_per_step(settings)} ({train.lanes} lanes x {train.accumulation} "
@@ -127,34 +135,11 @@ def early_history(settings: Settings) -> str | None:
     )
 
 
-def _settings_table(settings: Settings) -> Table:
-    table = Table(title="settings", title_justify="left")
-    table.add_column("setting")
-    table.add_column("value")
-    for name, value in settings.flat().items():
-        table.add_row(name, Text(str(value)))  # a path may hold brackets
-    return table
-
-
-def _parameter_table(parameters: dict[str, int]) -> Table:
-    table = Table(title="parameters", title_justify="left")
-    table.add_column("part")
-    table.add_column("count", justify="right")
-    table.add_column("share", justify="right")
-    total = sum(parameters.values())
-    for part, count in parameters.items():
-        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
-    table.add_section()
-    table.add_row("total", f"{total:,}", "")
-    return table
-
-
-def _memory_table(parts: dict[str, float]) -> Table:
-    table = Table(title="memory of a rank (estimate)", title_justify="left")
-    table.add_column("what")
-    table.add_column("GiB", justify="right")
-    for what, size in parts.items():
-        table.add_row(what, f"{size / GIB:.2f}")
-    table.add_section()
-    table.add_row("total", f"{sum(parts.values()) / GIB:.2f}")
+def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of texts."""
+    table = Table(title=title, title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="right" if head in NUMBERS else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))  # a path may hold brackets
     return table
