@@ -115,6 +115,7 @@ def build(
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
     if settings.train.compile is True or (settings.train.compile == "auto" and devices.uses_cuda()):
         model.compile_blocks()
+        collectives.say("compiling the model: minutes the first time, seconds from then on")
     started = zero2.Engine(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus, arguments.verbose)
     with recorded(tracker):

@@ -1,9 +1,13 @@
 """The lines that a run prints. Steps and losses stand below each other."""
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 
-from i3dist.inference.evaluate import Evaluation
+from rich.console import Console
+from rich.progress import track
+
+from i3dist.inference.evaluate import Evaluation, TokenLosses
 from i3dist.tracking.history import history_gain, other_history_gain
 from i3dist.tracking.interval import Figures
 
@@ -11,7 +15,7 @@ from i3dist.tracking.interval import Figures
 def report_line(figures: Figures) -> str:
     """An interval as one line of at most 100 columns; "mfu" only if the GPU's peak is known."""
     return (
-        f"step  {_place(figures.step, figures.steps)}  loss {figures.mean_loss:.4f}  "
+        f"step {_place(figures.step, figures.steps)}  loss {figures.mean_loss:.4f}  "
         f"lr {figures.learning_rate:.1e}  norm {figures.gradient_norm:4.2f}  "
         f"{_short(figures.tokens_per_second)} tok/s  "
         + ("" if figures.mfu is None else f"MFU {figures.mfu:3.0%}  ")
@@ -23,7 +27,7 @@ def validation_line(step: int, steps: int, result: Evaluation) -> str:
     """A validation as one line. Gains of history are in nats per token."""
     gain, other = history_gain(result), other_history_gain(result)
     return (
-        f"valid {_place(step, steps)}  loss {result.loss:.4f}  bits/byte {result.bits_per_byte:.4f}"
+        f"eval {_place(step, steps)}  loss {result.loss:.4f}  bits/byte {result.bits_per_byte:.4f}"
         + ("" if gain is None else f"  history gain {gain:+.4f}")
         + ("" if other is None else f" (another document's {other:+.4f})")
     )
@@ -36,7 +40,7 @@ def diagnosis_line(step: int, steps: int, found: Mapping[str, float]) -> str:
     ages = [value for name, value in found.items() if name.startswith("attention_")]
     newest, oldest = ("-" if math.isnan(age) else f"{age:.4f}" for age in (ages[0], ages[-1]))
     return (
-        f"diag  {_place(step, steps)}  attention newest {newest}, oldest {oldest}  "
+        f"diag {_place(step, steps)}  attention newest {newest}, oldest {oldest}  "
         f"latent rank {found['effective_rank']:.1f}  "
         f"compressor norm {found['compressor_gradient_norm']:.1e}"
     )
@@ -54,6 +58,14 @@ def duration(seconds: float) -> str:
     else:
         text = f"{int(seconds)}s"
     return f"{text:>6}"
+
+
+def progress_bar(batches: Iterator[TokenLosses], total: int) -> Iterator[TokenLosses]:
+    """Show on a terminal how many of an evaluation's batches are done."""
+    if not sys.stderr.isatty():
+        return batches
+    console = Console(stderr=True)
+    return iter(track(batches, "evaluating", total, console=console, transient=True))
 
 
 def _place(step: int, steps: int) -> str:

@@ -38,7 +38,7 @@ from i3dist.tracking.history import history_warning, validation_metrics
 from i3dist.tracking.interval import Interval, count_step
 from i3dist.tracking.metrics import measure
 from i3dist.tracking.metrics_log import MetricsLog
-from i3dist.tracking.report import diagnosis_line, report_line, validation_line
+from i3dist.tracking.report import diagnosis_line, progress_bar, report_line, validation_line
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.guard import NOT_FINITE, Guard
 from i3dist.training.ledger_writer import LedgerWriter
@@ -308,6 +308,7 @@ class Trainer:
             settings.train.window_chunks,
             self.job.rank,
             self.job.world_size,
+            progress_bar,
         )
         if self.job.rank == 0:
             self.validation_log.append(step, validation_metrics(result))

@@ -136,7 +136,7 @@ def test_a_run_says_that_its_history_is_not_used(
     words = [f"data.path={data}", f"run.path={tmp_path / 'run'}", "train.steps=1"]
     words += [f"compression.ramp_steps={ramp}", "optimizer.lr=1e-9"]
     output = succeed(program("launch/train.py", *QUICK, *words))
-    assert output.count("\nvalid ") == 2
+    assert output.count("\neval ") == 2
     assert output.count("history is not used (yet)") == said
 
 

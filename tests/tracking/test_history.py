@@ -69,4 +69,4 @@ def test_the_line_of_a_validation_has_both_gains() -> None:
     one = validation_line(7, 10, evaluation((3.0, 3.0, None), (2.9, 3.0, None)))
     assert one.endswith("history gain +0.1000")
     none = validation_line(7, 10, evaluation((3.0, 3.0, None)))
-    assert none == "valid  7/10  loss 3.0000  bits/byte 1.0000"
+    assert none == "eval  7/10  loss 3.0000  bits/byte 1.0000"

@@ -190,7 +190,7 @@ def test_a_report_says_what_was_measured() -> None:
         eta=3900.0,
         flops_per_token=3e11,
     )
-    before = "step     7/1000  loss 3.1416  lr 1.2e-04  norm 0.99  12.3k tok/s  "
+    before = "step    7/1000  loss 3.1416  lr 1.2e-04  norm 0.99  12.3k tok/s  "
     after = "time 12m05s  ETA  1h05m"
     assert report.report_line(figures) == f"{before}MFU 37%  {after}"
     assert report.report_line(replace(figures, peak_flops=None)) == before + after
@@ -234,7 +234,7 @@ def test_the_printed_gain_is_the_mean_over_tokens_that_may_have_history() -> Non
     result = Evaluation(3.5, 33.125, 1.25, 1040, chunks)
     assert history.history_gain(result) == pytest.approx(0.4)
     assert report.validation_line(300, 20_000, result) == (
-        "valid   300/20000  loss 3.5000  bits/byte 1.2500  "
+        "eval   300/20000  loss 3.5000  bits/byte 1.2500  "
         "history gain +0.4000 (another document's -0.2200)"
     )
 
