@@ -61,6 +61,8 @@ def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
     memory = sum(memory_estimate(settings, parameters, world_size).values())
     per_step, gate = tokens_per_step(settings), settings.compression
     tokens = train.steps * per_step
+    windows = f"{train.accumulation} windows x " if train.accumulation > 1 else ""
+    ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     topics = {
         "run": f"{settings.run.path}",
         "model": f"{parameters / 1e6:,.1f}M parameters: {model.rwkv_layers} RWKV and "
@@ -69,10 +71,10 @@ def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
         f"{gate.off_steps:,} steps, full after {gate.off_steps + gate.ramp_steps:,}",
         "data": f"{settings.data.path}: {data.tokens / 1e6:,.1f}M tokens in {len(data.shards):,} "
         f"shards, vocabulary {data.vocab_size:,}",
-        "batch": f"{per_step:,} tokens: {train.lanes} lanes x {train.accumulation} windows x "
-        f"{train.window_chunks} chunks x {model.chunk_length}",
+        "batch": f"{per_step:,} tokens: {train.lanes} lanes x {windows}{train.window_chunks} chunks "
+        f"x {model.chunk_length}",
         "training": f"{train.steps:,} steps, {tokens / 1e6:,.1f}M tokens "
-        f"({tokens / data.tokens:.1f} epochs), on {world_size} ranks",
+        f"({tokens / data.tokens:.1f} epochs), on {ranks}",
         "memory": f"about {memory / GIB:.1f} GiB per rank",
     }
     for topic, text in topics.items():

@@ -119,6 +119,8 @@ def test_looking_into_the_model_changes_nothing(whole: Path, data: Path, tmp_pat
         for folder in (run, whole)
     )
     assert [line["step"] for line in seen] == list(range(1, STEPS + 1))
+    for line in (*seen, *once):
+        assert line.pop("time") > 0
     assert once == seen[-1:]
     diagnosed = [line for line in output.splitlines() if "  attention newest 0." in line]
     assert len(diagnosed) == STEPS
