@@ -71,8 +71,8 @@ def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
         f"{gate.off_steps:,} steps, full after {gate.off_steps + gate.ramp_steps:,}",
         "data": f"{settings.data.path}: {data.tokens / 1e6:,.1f}M tokens in {len(data.shards):,} "
         f"shards, vocabulary {data.vocab_size:,}",
-        "batch": f"{per_step:,} tokens: {train.lanes} lanes x {windows}{train.window_chunks} chunks "
-        f"x {model.chunk_length}",
+        "batch": f"{per_step:,} tokens: {train.lanes} lanes x {windows}"
+        f"{train.window_chunks} chunks x {model.chunk_length}",
         "training": f"{train.steps:,} steps, {tokens / 1e6:,.1f}M tokens "
         f"({tokens / data.tokens:.1f} epochs), on {ranks}",
         "memory": f"about {memory / GIB:.1f} GiB per rank",
