@@ -1,5 +1,8 @@
 """What a validation says about history."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from i3dist.inference.evaluate import ChunkLoss, Evaluation
@@ -9,7 +12,7 @@ from i3dist.tracking.history import (
     other_history_gain,
     validation_metrics,
 )
-from i3dist.tracking.report import validation_line
+from i3dist.tracking.report import progress_bar, validation_line
 
 
 def evaluation(*chunks: tuple[float, float, float | None]) -> Evaluation:
@@ -70,3 +73,15 @@ def test_the_line_of_a_validation_has_both_gains() -> None:
     assert one.endswith("history gain +0.1000")
     none = validation_line(7, 10, evaluation((3.0, 3.0, None)))
     assert none == "eval  7/10  loss 3.0000  bits/byte 1.0000"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_on_a_terminal_only(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "err").open("w+") as stream:
+        monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert list(progress_bar(iter([1, 2, 3]), 3)) == [1, 2, 3]  # type: ignore[list-item]
+        stream.seek(0)
+        assert ("evaluating" in stream.read()) == terminal

@@ -262,5 +262,8 @@ def test_the_ui_command_names_the_store_quoted_and_without_its_password(tmp_path
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:pw@tracking:5000")
     assert open_command(store_uri(settings)) == ""
     assert charts_link(store_uri(settings), None) == "https://***@tracking:5000/#/experiments"
+    charts = "/#/experiments/7/runs?compareRunsMode=CHART"
+    assert charts_link("https://tracking/", "7") == f"https://tracking{charts}"
+    assert charts_link("sqlite:///x", "7") == f"http://127.0.0.1:5000{charts}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:pw@db/mlflow")
     assert "pw" not in open_command(store_uri(settings))

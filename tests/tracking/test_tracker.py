@@ -146,7 +146,12 @@ def test_a_store_that_hangs_blocks_neither_logging_nor_the_end(monkeypatch, capl
     tracker.finish()
     assert time.monotonic() - begin < 1
     assert "did not take everything" in caplog.text
+    assert tracker.where() == [
+        "mlflow ui --backend-store-uri store",
+        "http://127.0.0.1:5000/#/experiments",
+    ]
     release.set()
+    wait_for(lambda: tracker.where()[1].endswith("/experiments/1/runs?compareRunsMode=CHART"))
 
 
 def test_where_tracking_is_off_nothing_is_written(tmp_path):
