@@ -34,7 +34,7 @@ $(DATA_READY): | $(READY)
 
 quickstart: $(READY) $(DATA_READY)  ## prepare data, train, evaluate and generate, from nothing
 	@# The tiny model has 4 lanes: as many ranks as there are GPUs, but 1, 2 or 4; without GPUs 2.
-	deepspeed --num_accelerators $$(python -c \
+	deepspeed --quiet --num_accelerators $$(python -c \
 	  'import torch; n = torch.cuda.device_count(); print(4 if n > 3 else 2 if n != 1 else 1)') \
 	  launch/train.py --deepspeed configs/zero2.json --config configs/tiny.yaml --fresh \
 	  data.path=$(DATA) run.path=$(RUN)
@@ -42,6 +42,7 @@ quickstart: $(READY) $(DATA_READY)  ## prepare data, train, evaluate and generat
 	python launch/generate.py --checkpoint $(RUN) --prompt "def " --tokens 120
 	@echo "curves:  $(RUN)/plots/loss.png and $(RUN)/plots/history.png"
 	@echo "mlflow:  $(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(dir $(RUN))mlflow.db}"
+	@echo "         http://127.0.0.1:5000/#/experiments"
 
 test: $(READY)  ## run the tests
 	@# Two files at a time, because many tests wait for the processes that they start.

@@ -26,7 +26,7 @@ from i3dist.model.segments import segment_ids
 from i3dist.model.state import LaneState
 from i3dist.ops.attention import KeysValues
 from i3dist.ops.wkv import WkvInputs
-from i3dist.tracking.metrics import count_step
+from i3dist.tracking.interval import count_step
 
 ENGINE_CONFIG = Path(__file__).parent.parent / "configs" / "zero2.json"
 

@@ -20,7 +20,7 @@ gradient clipping, AdamW in fp32 on bf16 parameters. Contestants:
 
 "Best" is the engine's fastest of --shapes in this run or in --json FILE. Times are medians. Except
 in `data` the batch stays the same, and a loss that does not fall ends the program. MFU is relative
-to the best bf16 matrix product of the same run; benchmarks/flops.py states the formula.
+to the best bf16 matrix product of the same run; i3dist/tracking/mfu.py states the formula.
 """
 
 import argparse
@@ -53,6 +53,7 @@ from i3dist.distributed import collectives
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.ops.cross_entropy import IGNORE
+from i3dist.tracking.mfu import per_token
 
 LR = 2e-4
 CARD_STEP, LETTER, ONE_CHUNK = Shape(4, 4), Shape(4, 4, 1, 8), Shape(4, 4, 1)
@@ -164,7 +165,7 @@ class Bench:
             with scripted_wkv() if scripted else nullcontext():
                 return steps(batches, LR, synthetic.PAD)
 
-        needed = flops.of_i3(steps.model, batches[0]).flops
+        needed = per_token(steps.model, batches[0]).flops
         tokens = self.sizes.tokens(shape.chunks)
         return Prepared(steps.model, step, tokens, needed, close=steps.close)
 
@@ -181,7 +182,7 @@ class Bench:
             waits.append(time.perf_counter() - started)
             return steps([batch], LR, synthetic.PAD)
 
-        needed = flops.of_i3(steps.model, synthetic.batches(reader, 1, self.device)[0]).flops
+        needed = per_token(steps.model, synthetic.batches(reader, 1, self.device)[0]).flops
         tokens = self.sizes.tokens(shape.chunks)
         return Prepared(steps.model, step, tokens, needed, waits, steps.close)
 

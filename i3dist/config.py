@@ -292,8 +292,8 @@ class TrackingSettings(Section):
     """MLflow experiment."""
     run_name: OptionalName = None
     """MLflow run name; by default the last part of run.path."""
-    system_metrics: bool = True
-    """Log CPU, memory and GPU use."""
+    system_metrics: bool = False
+    """Log CPU, memory and GPU use too."""
 
 
 class Settings(SettingsTree):

@@ -6,10 +6,8 @@ index within the document: with history, without it, and with another document's
 
 import argparse
 import json
-from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from i3dist.checkpoint.weights import add_model_arguments, load_run
@@ -19,7 +17,8 @@ from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import check_shards
 from i3dist.distributed import devices
-from i3dist.inference.evaluate import Evaluation, TokenLosses, evaluate
+from i3dist.inference.evaluate import Evaluation, evaluate
+from i3dist.tracking.report import progress_bar
 
 ROWS = 8  # windows computed at once
 ROWS_SHOWN = 12
@@ -36,12 +35,6 @@ def parse_arguments() -> argparse.Namespace:
         "--json", type=typed_path, metavar="FILE", help="write the results here too"
     )
     return parser.parse_args()
-
-
-def with_progress(batches: Iterator[TokenLosses], total: int) -> Iterator[TokenLosses]:
-    """Show a progress bar on standard error."""
-    console = Console(stderr=True)
-    yield from track(batches, "evaluating", total, console=console, transient=True)
 
 
 def print_tables(result: Evaluation) -> None:
@@ -87,7 +80,7 @@ def main() -> None:
         corpus.tokenizer.token_bytes(),
         ROWS,
         settings.train.window_chunks,
-        progress=with_progress,
+        progress=progress_bar,
     )
     if arguments.json:  # first: printing fails where the reader of the output has gone
         arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")

@@ -33,8 +33,9 @@ from i3dist.errors import UserError, warned
 from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
 from i3dist.optim.optimizers import OPTIMIZERS
-from i3dist.tracking import mlflow_tracker
-from i3dist.tracking.revision import git_commit
+from i3dist.tracking import tracker as tracking
+from i3dist.tracking.origin import describe
+from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.run_folder import lay_out
 from i3dist.training.startup import (
@@ -46,7 +47,14 @@ from i3dist.training.startup import (
     resolve,
     verify_checkpoint,
 )
-from i3dist.training.summary import early_history, print_summary, refuse_large
+from i3dist.training.summary import (
+    count_parameters,
+    early_history,
+    print_overview,
+    print_tables,
+    print_topic,
+    refuse_large,
+)
 from i3dist.training.trainer import Trainer, build_trainer
 
 
@@ -64,6 +72,9 @@ def parse_arguments() -> argparse.Namespace:
     add_extend_option(parser)
     parser.add_argument(
         "--fresh", action="store_true", help="start over; keep the old run under another name"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print all settings, parameters and memory first"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what the run would be, and stop"
@@ -87,7 +98,7 @@ def dry_run(settings: Settings, job: Job) -> None:
         vocab_size = Corpus.open(settings.data.path, settings.model).tokenizer.vocab_size
     if job.rank == 0:
         settings = decide(settings, job.world_size, vocab_size)
-        print_summary(settings, job.world_size)
+        print_tables(settings, job.world_size)
         if note := early_history(settings):
             print_rank_0(note)
 
@@ -116,8 +127,9 @@ def build(
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
     if settings.train.compile is True or (settings.train.compile == "auto" and devices.uses_cuda()):
         model.compile_blocks()
+        print_rank_0("compiling the model: minutes the first time, seconds from then on")
     engine = setup.build(model, engine_config, settings.optimizer, settings.train)
-    tracker = begin_record(start, job, corpus)
+    tracker = begin_record(start, job, corpus, arguments.verbose)
     with recorded(tracker):
         trainer = build_trainer(settings, job, corpus, engine, tracker, stop)
         if start.checkpoint is not None and start.state is not None:
@@ -126,7 +138,7 @@ def build(
 
 
 @contextmanager
-def recorded(tracker: mlflow_tracker.Tracker | mlflow_tracker.NoTracker) -> Iterator[None]:
+def recorded(tracker: Tracker | NoTracker) -> Iterator[None]:
     """Record a failure inside in the tracker, and explain it if possible."""
     try:
         yield
@@ -144,8 +156,8 @@ def recorded(tracker: mlflow_tracker.Tracker | mlflow_tracker.NoTracker) -> Iter
 
 
 def begin_record(
-    start: Start, job: Job, corpus: Corpus
-) -> mlflow_tracker.Tracker | mlflow_tracker.NoTracker:
+    start: Start, job: Job, corpus: Corpus, verbose: bool = False
+) -> Tracker | NoTracker:
     """On rank 0: prepare the run's folder, print what the run is, and open it in MLflow.
 
     Every rank calls this. If the folder cannot be prepared, it fails on every rank.
@@ -153,24 +165,26 @@ def begin_record(
     settings = start.settings
     collectives.on_rank_0(lambda: lay_out(start, corpus))
     if job.rank != 0:
-        return mlflow_tracker.NoTracker()
-    print_summary(settings, job.world_size)
+        return NoTracker()
+    if verbose:
+        print_tables(settings, job.world_size)
+    print_overview(settings, corpus, job.world_size)
     if start.checkpoint is None:  # later these settings stay
         for note in filter(None, (idle_lanes(settings, corpus), early_history(settings))):
             print_rank_0(note)
-    tracker = mlflow_tracker.start(settings, tags=tags(corpus), fresh=start.checkpoint is None)
+    parameters = sum(count_parameters(settings).values())
+    origin = describe(settings, corpus, parameters, job.world_size)
+    tracker = tracking.start(settings, origin, fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
+    print_charts(tracker)
     return tracker
 
 
-def tags(corpus: Corpus) -> dict[str, str]:
-    """Tags that tell where a run comes from."""
-    return {
-        "git_commit": git_commit(),
-        "data_fingerprint": corpus.fingerprint,
-        "data_source": corpus.train.manifest.source,
-    }
+def print_charts(tracker: Tracker | NoTracker) -> None:
+    """Print how to see the charts of the run in MLflow."""
+    for topic, text in zip(("charts", ""), tracker.where(), strict=False):
+        print_topic(topic, text)
 
 
 def main() -> None:
@@ -198,8 +212,8 @@ def main() -> None:
         )
         stop.exit_to_requeue()
     with warned("after training"):
-        see = mlflow_tracker.open_command(settings)
-        print_rank_0(f"done: {settings.run.path}; see it with: {see}")
+        print_rank_0(f"done: {settings.run.path}")
+        print_charts(trainer.log.tracker)
         collectives.leave_group()
 
 

@@ -56,7 +56,7 @@ def main() -> None:
     for module in (
         "i3dist.training.trainer",
         "i3dist.tracking.plots",
-        "i3dist.tracking.mlflow_tracker",
+        "i3dist.tracking.tracker",
         "torch._dynamo",
     ):
         __import__(module)

@@ -19,7 +19,7 @@ from i3dist.config import OptimizerSettings, Settings
 from i3dist.errors import UserError
 from i3dist.training.continuing import FREE_TO_CHANGE, first_conflict, inherit_decided
 from i3dist.training.startup import decide
-from i3dist.training.summary import print_summary
+from i3dist.training.summary import print_tables
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -470,5 +470,5 @@ def test_the_summary_shows_paths_and_names_as_they_were_typed(
     settings = Settings.load(
         None, ["model.d_model=16", "train.lanes=1", f"run.path={text}", f"tracking.run_name={text}"]
     )
-    print_summary(settings, 1)
+    print_tables(settings, 1)
     assert capsys.readouterr().out.count(f" {text} ") == 2

@@ -70,7 +70,7 @@ def test_the_model_never_sees_data() -> None:
     ("package", "owner"),
     [
         ("deepspeed", "i3dist/engine/deepspeed_internals.py"),
-        ("mlflow", "i3dist/tracking/mlflow_tracker.py"),
+        ("mlflow", "i3dist/tracking/mlflow_store.py"),
     ],
 )
 def test_one_file_imports(package: str, owner: str) -> None:

@@ -84,7 +84,7 @@ def evaluate(
         window: chunks K of a window.
         rank: of this process.
         ranks: of the job.
-        progress: wraps the batches, given their number, to show progress.
+        progress: wraps rank 0's batches, given their number, to show how far it is.
     """
     device, most = model.head.weight.device, held_out.manifest.chunks_per_shard
     bytes_of = torch.from_numpy(token_bytes).to(device)
@@ -92,7 +92,9 @@ def evaluate(
     text_bytes = torch.zeros((), dtype=torch.float64, device=device)
     share = held_out.share(rank, ranks, window, rows, model.settings.state_carry)
     batches = token_losses(model, held_out, share, rows)
-    for losses in progress(batches, len(share.table.positions)):
+    if rank == 0:
+        batches = progress(batches, len(share.table.positions))
+    for losses in batches:
         targets = losses.batch.targets
         sums += _by_index(losses, model.bos_id, most)
         text_bytes += bytes_of[targets[targets != IGNORE]].sum()

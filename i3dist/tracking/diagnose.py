@@ -1,6 +1,6 @@
-"""A look into the model while it trains: what attention does with history, and what latents hold.
+"""What attention does with history while the model trains, and what latents hold.
 
-Nothing here computes a gradient or changes a tensor, so that training goes on bit for bit the same.
+Nothing here computes a gradient or changes a tensor, so training continues bit for bit the same.
 
 Letters: B lanes, K chunks of a window, N = B x K, T tokens, C history chunks, S keys, H heads,
 D width.
@@ -23,12 +23,12 @@ from i3dist.ops.precision import widen
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What some lanes of one step show.
+    """Figures of some lanes in one step.
 
     Attributes:
-        attention_by_age: share of its attention that a query gives to the latents of the chunk 1,
-            2, ... C before its own: mean over blocks, heads and the queries that may see it; NaN
-            where none may.
+        attention_by_age: share of a query's attention that goes to the latents 1, 2, ... C chunks
+            before its own: mean over blocks, heads and the queries that may see them; NaN if none
+            may.
         effective_rank: of the latents of the window's chunks.
     """
 
@@ -45,7 +45,7 @@ class Diagnosis:
 def diagnose(
     model: I3LM, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
 ) -> Diagnosis:
-    """Look at a window of some lanes. Arguments are those of `I3LM.forward`."""
+    """Diagnose a window of some lanes. Arguments are those of `I3LM.forward`."""
     # A shape used once in a while is not worth compiling. As a decorator this would have every
     # process import torch's compiler.
     with torch.compiler.set_stance("force_eager"):
@@ -95,7 +95,7 @@ def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> T
 def attention_mass(
     attention: Attention, queries: Tensor, keys: Tensor, bias: Tensor, chunks: int
 ) -> Tensor:
-    """How each query's attention falls on history and on its own chunk, mean over heads.
+    """Shares of each query's attention: history by chunk, and the own chunk. Mean over heads.
 
     Args:
         attention: the block's attention.
@@ -114,7 +114,7 @@ def attention_mass(
 
 
 def effective_rank(rows: Tensor) -> float:
-    """Over how many directions rows [n, D] spread: 1 to min(n, D); NaN where nothing is spread.
+    """Number of directions that rows [n, D] spread over: 1 to min(n, D); NaN if all are 0.
 
     exp of the entropy of the singular values, divided by their sum (Roy & Vetterli, 2007, "The
     effective rank: a measure of effective dimensionality", EUSIPCO).
@@ -123,14 +123,3 @@ def effective_rank(rows: Tensor) -> float:
         return math.nan
     values = torch.linalg.svdvals(rows.double())
     return float(torch.special.entr(values / values.sum()).sum().exp())
-
-
-def diagnosis_line(step: int, figures: dict[str, float]) -> str:
-    """One look as one line; "-" where no query sees so far back."""
-    ages = [figure for name, figure in figures.items() if name.startswith("attention_")]
-    newest, oldest = ("-" if math.isnan(age) else f"{age:.4f}" for age in (ages[0], ages[-1]))
-    return (
-        f"inside at step {step}: attention to the chunk before {newest}, to the oldest {oldest}  "
-        f"effective rank of latents {figures['effective_rank']:.1f}  "
-        f"gradient norm of the compressor {figures['compressor_gradient_norm']:.2e}"
-    )

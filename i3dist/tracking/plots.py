@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its metrics.jsonl, validation.jsonl and diagnostics.jsonl."""
+"""Plots of a run, from its metrics.jsonl, validation.jsonl and diagnostics.jsonl."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +9,11 @@ import numpy as np
 from i3dist.engine.toolchain import variables
 from i3dist.tracking.metrics_log import read_metrics
 
-# Matplotlib looks at the variable as it is imported, and fails where it names no backend that is
-# there, as a notebook's may.
+# While it is imported, matplotlib fails if the variable names a backend that is not installed, as a
+# notebook's may.
 with variables(MPLBACKEND="agg"):
     from matplotlib import colormaps
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm
     from matplotlib.figure import Figure
@@ -25,11 +24,12 @@ with variables(MPLBACKEND="agg"):
         MaxNLocator,
         NullFormatter,
         NullLocator,
+        SymmetricalLogLocator,
     )
 
 TRAIN, VALID, WITHOUT, OTHER = "#1f77b4", "#d62728", "#7f7f7f", "#ff7f0e"
 LOSS_UNIT = "loss (nats per token)"
-SMOOTH_FROM = 40  # lines of metrics from which on a running mean is worth drawing
+SMOOTH_FROM = 10  # lines of metrics from which on a running mean is plotted
 DPI = 150
 AGE = "attention_age_"  # columns of diagnostics.jsonl, one an age
 
@@ -40,7 +40,7 @@ def plot_run(folder: Path) -> list[Path]:
     """Write ``loss.png``, ``history.png`` and ``diagnostics.png`` to a run's folder ``plots/``.
 
     Returns:
-        The files that could be drawn: missing or empty logs leave their picture out.
+        The files written: a missing or empty log leaves its plot out.
     """
     metrics = read_metrics(folder / "metrics.jsonl")
     validation = read_metrics(folder / "validation.jsonl")
@@ -61,9 +61,7 @@ def plot_run(folder: Path) -> list[Path]:
 
 def _figure(width: float, height: float) -> Figure:
     # Not pyplot: it keeps global state, and may want a display.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _column(lines: Lines, name: str) -> np.ndarray:
@@ -79,61 +77,73 @@ def _loss(metrics: Lines, validation: Lines) -> Figure | None:
     figure = _figure(8, 4.8)
     axes = figure.subplots()
     if np.isfinite(loss).any():
-        _draw_training(axes, _steps(metrics), loss)
+        _plot_training(axes, metrics)
     if np.isfinite(held_out).any():
-        axes.plot(_steps(validation), held_out, "o-", color=VALID, ms=3, lw=1, label="validation")
-    _scale_steps(axes, np.concatenate([_steps(metrics), _steps(validation)]))
+        at = _column(validation, "step")
+        axes.plot(at, held_out, "o-", color=VALID, ms=3, lw=1, label="validation")
+    steps = _column([*metrics, *validation], "step")
+    scale = _step_scale(steps)
+    _scale_steps(axes, steps, scale)
     _shade_gate(axes, metrics)
-    _tokens_on_top(axes, metrics)
+    _tokens_on_top(axes, metrics, scale)
     axes.set(xlabel="step", ylabel=LOSS_UNIT)
+    axes.set_title("training and validation loss", fontsize=11)
     _finish_axes(axes)
     return figure
 
 
-def _steps(lines: Lines) -> np.ndarray:
-    return np.maximum(_column(lines, "step"), 1.0)  # a log axis has no 0
-
-
-def _draw_training(axes: Axes, steps: np.ndarray, loss: np.ndarray) -> None:
+def _plot_training(axes: Axes, metrics: Lines) -> None:
+    """Loss of single steps; if there are many, faint, below the running mean of all steps."""
+    steps, loss = _column(metrics, "step"), _column(metrics, "loss")
     if len(loss) < SMOOTH_FROM:
         axes.plot(steps, loss, ".-", color=TRAIN, label="training")
         return
     axes.plot(steps, loss, color=TRAIN, alpha=0.3, lw=0.8, label="training")
-    finite = np.isfinite(loss)
-    axes.plot(
-        steps[finite], _running_mean(loss[finite]), color=TRAIN, label="training, running mean"
-    )
+    mean = _column(metrics, "mean_loss")  # of an interval; runs of earlier versions have none
+    mean = np.where(np.isfinite(mean), mean, loss)
+    finite = np.isfinite(mean)
+    label = "training, running mean"
+    axes.plot(steps[finite], _running_mean(mean[finite]), color=TRAIN, label=label)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred mean over a twentieth of the points so far, so that the steep start stays steep."""
+    """Centred mean over a fifth of the points so far, so that the steep start stays steep."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    reach = np.minimum(index // 20, len(values) - 1 - index)
+    reach = np.minimum(index // 10, len(values) - 1 - index)
     return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
 
 
-def _scale_steps(axes: Axes, steps: np.ndarray) -> None:
-    """Log axis: most of the loss goes early, where the gate opens. Linear below one decade."""
-    first, last = steps.min(), steps.max()
-    if last > 10 * first:
-        margin = (last / first) ** 0.02
-        axes.set(xscale="log", xlim=(first / margin, last * margin))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        margin = max(0.02 * (last - first), 0.5)
-        axes.set_xlim(first - margin, last + margin)
-    axes.xaxis.set_major_locator(_tick_locator(axes))
+def _step_scale(steps: np.ndarray) -> dict[str, Any]:
+    """Log, as the loss falls mostly early; linear from 0 to the next step, or if all are near."""
+    later = steps[steps > 0]
+    if not len(later) or later.max() <= 10 * later.min():
+        return {"value": "linear"}
+    if len(later) == len(steps):
+        return {"value": "log"}
+    return {"value": "symlog", "linthresh": later.min(), "linscale": 0.3}
+
+
+def _scale_steps(axes: Axes, steps: np.ndarray, scale: dict[str, Any]) -> None:
+    """Scale and tick the axis of steps, and fix its limits."""
+    axes.set_xscale(**scale)
+    transform = axes.xaxis.get_transform()
+    first, last = transform.transform([steps.min(), steps.max()])
+    margin = 0.02 * (last - first) or 0.5
+    axes.set_xlim(*transform.inverted().transform([first - margin, last + margin]))
+    locator: Locator = MaxNLocator(integer=True)
+    if scale["value"] == "log":
+        locator = LogLocator(subs=(1, 2, 5))
+    elif scale["value"] == "symlog":
+        locator = SymmetricalLogLocator(transform, subs=[1, 2, 5])
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def _tick_locator(axes: Axes) -> Locator:
-    return LogLocator(subs=(1, 2, 5)) if axes.get_xscale() == "log" else MaxNLocator(integer=True)
 
 
 def _shade_gate(axes: Axes, metrics: Lines) -> None:
     """Shade the steps without history (gate 0) and those where it comes in (gate below 1)."""
-    gate, steps = _column(metrics, "gate"), _steps(metrics)
+    gate, steps = _column(metrics, "gate"), _column(metrics, "step")
     left, right = axes.get_xlim()
     for inside, label, shade in (
         (gate == 0, "history off", "0.92"),
@@ -142,39 +152,42 @@ def _shade_gate(axes: Axes, metrics: Lines) -> None:
         if inside.any():
             first, last = np.flatnonzero(inside)[[0, -1]]
             start = steps[first] if first > 0 else left
-            # Up to the next line logged: the shades then meet.
+            # Up to the next logged line, so that the shades meet.
             end = steps[last + 1] if last + 1 < len(steps) else right
             axes.axvspan(start, end, color=shade, lw=0, zorder=0, label=label)
 
 
-def _tokens_on_top(axes: Axes, metrics: Lines) -> None:
-    """A second axis with round numbers of tokens where the run had seen them."""
-    tokens, steps = _column(metrics, "tokens_seen"), _steps(metrics)
+def _tokens_on_top(axes: Axes, metrics: Lines, scale: dict[str, Any]) -> None:
+    """A second axis with round numbers of tokens at the steps that had seen them."""
+    tokens, steps = _column(metrics, "tokens_seen"), _column(metrics, "step")
     known = np.isfinite(tokens) & (tokens > 0)
     if known.sum() < 2:
         return
     steps, tokens = steps[known], tokens[known]
-    ticks = _tick_locator(axes).tick_values(tokens[0], tokens[-1])
+    locator = MaxNLocator() if scale["value"] == "linear" else LogLocator(subs=(1, 2, 5))
+    ticks = locator.tick_values(tokens[0], tokens[-1])
     ticks = ticks[(ticks >= tokens[0]) & (ticks <= tokens[-1])]
     top = axes.twiny()
-    top.set(xscale=axes.get_xscale(), xlim=axes.get_xlim(), xlabel="tokens seen")
+    top.set_xscale(**scale)
+    top.set(xlim=axes.get_xlim(), xlabel="tokens seen")
     top.set_xticks(np.interp(ticks, tokens, steps), [EngFormatter(sep="")(tick) for tick in ticks])
     top.xaxis.set_minor_locator(NullLocator())
 
 
 def _history(validation: Lines) -> Figure | None:
-    """Loss by chunk index at the last validation, and what history gained over the run."""
+    """Loss by chunk index at the last validation; gain of history over the run, and by chunk."""
     measured = [line for line in validation if line.get("by_chunk")]
     if not measured:
         return None
-    figure = _figure(11, 4.4)
-    left, right = figure.subplots(1, 2)
-    _draw_by_chunk(left, measured[-1])
-    _draw_gain(figure, right, measured)
+    figure = _figure(16, 4.4)
+    left, middle, right = figure.subplots(1, 3)
+    _plot_by_chunk(left, measured[-1])
+    _plot_gain(figure, middle, measured)
+    _plot_last_gain(right, measured[-1])
     return figure
 
 
-def _draw_by_chunk(axes: Axes, line: dict[str, Any]) -> None:
+def _plot_by_chunk(axes: Axes, line: dict[str, Any]) -> None:
     chunks = sorted(line["by_chunk"], key=lambda chunk: chunk["index"])
     index = _column(chunks, "index")
     without, with_history = _column(chunks, "loss_without_history"), _column(chunks, "loss")
@@ -190,17 +203,45 @@ def _draw_by_chunk(axes: Axes, line: dict[str, Any]) -> None:
     _finish_axes(axes)
 
 
-def _draw_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
+def _plot_last_gain(axes: Axes, line: dict[str, Any]) -> None:
+    chunks = sorted(line["by_chunk"], key=lambda chunk: chunk["index"])
+    index = _column(chunks, "index")
+    gains = _column(chunks, "loss_without_history") - _column(chunks, "loss")
+    other = _column(chunks, "loss_without_history") - _column(chunks, "loss_other_history")
+    axes.axhline(0, color="0.4", lw=0.8)
+    if np.isfinite(other).any():
+        axes.plot(index, other, "^:", color=OTHER, ms=5, label="another document's history")
+    axes.plot(index, gains, "o-", color=TRAIN, ms=5, label="own history")
+    if np.isfinite(mean := _mean_gain(chunks)):
+        axes.axhline(mean, color="k", ls="--", lw=1.2, label=f"mean over tokens {mean:+.4f}")
+    axes.set(xlabel="chunk index in the document", ylabel="gain (nats per token)")
+    axes.set_title(f"gain by chunk at step {line['step']:,}", fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(y=0.35)  # room for the legend, and for the bars
+    _plot_tokens(axes, index, _column(chunks, "tokens"))
+    _finish_axes(axes, "upper left")
+
+
+def _plot_tokens(axes: Axes, index: np.ndarray, tokens: np.ndarray) -> None:
+    """How many tokens a chunk's figures are means of, as low bars with an axis of their own."""
+    if np.isfinite(tokens).any():
+        bars = axes.twinx()
+        bars.bar(index, tokens, color="0.88", zorder=0)
+        bars.set(ylabel="tokens (bars)", ylim=(0, 5 * np.nanmax(tokens)))
+        bars.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_zorder(bars.get_zorder() + 1)
+        axes.patch.set_visible(False)
+
+
+def _plot_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
     curves: dict[int, list[tuple[int, float]]] = {}
     for line in validation:
         for chunk in line["by_chunk"]:
-            with_history, without = chunk.get("loss"), chunk.get("loss_without_history")
-            if with_history is not None and without is not None:
-                points = curves.setdefault(chunk["index"], [])
-                points.append((line["step"], without - with_history))
+            if (gain := _gain(chunk)) is not None:
+                curves.setdefault(chunk["index"], []).append((line["step"], gain))
     axes.axhline(0, color="0.4", lw=0.8)
     axes.set(xlabel="step", ylabel="gain (nats per token)")
-    axes.set_title("gain: loss with history withheld minus loss with history", fontsize=11)
+    axes.set_title("gain: loss without history minus loss with it", fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if curves:
@@ -208,25 +249,45 @@ def _draw_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
         for index, points in sorted(curves.items()):
             axes.plot(*zip(*points, strict=True), ".-", color=colours.cmap(index))
         _add_colour_bar(figure, axes, colours, "chunk index")
+    means = [_mean_gain(line["by_chunk"]) for line in validation]
+    if np.isfinite(means).any():
+        label = "mean over tokens of chunks 1, 2, ..."
+        axes.plot(_column(validation, "step"), means, "ko-", ms=4, lw=2, label=label)
     _finish_axes(axes)
 
 
+def _gain(chunk: dict[str, Any]) -> float | None:
+    with_history, without = chunk.get("loss"), chunk.get("loss_without_history")
+    return None if with_history is None or without is None else without - with_history
+
+
+def _mean_gain(chunks: Lines) -> float:
+    """Mean over tokens of chunks that may have history; NaN if unknown."""
+    known = [
+        (chunk["tokens"], gain)
+        for chunk in chunks
+        if chunk["index"] > 0 and chunk.get("tokens") and (gain := _gain(chunk)) is not None
+    ]
+    return sum(n * gain for n, gain in known) / sum(n for n, _ in known) if known else np.nan
+
+
 def _diagnostics(lines: Lines) -> Figure | None:
-    """What was seen inside the model, against step: a panel for each of three figures."""
+    """Diagnoses against step: attention to history, rank of latents, the compressor's gradient."""
     ages = sorted({name for line in lines for name in line if name.startswith(AGE)})
     ages = [name for name in ages if np.isfinite(_column(lines, name)).any()]
     others = {
-        "effective_rank": "effective rank of the latents",
-        "compressor_gradient_norm": "gradient norm of the compressor",
+        "effective_rank": ("effective rank of the latents", "directions"),
+        "compressor_gradient_norm": ("gradient norm of the compressor", "norm before clipping"),
     }
     if not ages and not any(np.isfinite(_column(lines, name)).any() for name in others):
         return None
     figure = _figure(13, 3.8)
     first, *rest = figure.subplots(1, 3)
-    _draw_attention(figure, first, lines, {int(name.removeprefix(AGE)): name for name in ages})
-    for axes, (name, title) in zip(rest, others.items(), strict=True):
+    _plot_attention(figure, first, lines, {int(name.removeprefix(AGE)): name for name in ages})
+    for axes, (name, (title, unit)) in zip(rest, others.items(), strict=True):
         axes.plot(_column(lines, "step"), _column(lines, name), ".-", color=TRAIN)
         axes.set_title(title, fontsize=11)
+        axes.set_ylabel(unit)
         axes.set_ylim(bottom=0)
     for axes in (first, *rest):
         axes.set_xlabel("step")
@@ -236,7 +297,7 @@ def _diagnostics(lines: Lines) -> Figure | None:
     return figure
 
 
-def _draw_attention(figure: Figure, axes: Axes, lines: Lines, names: dict[int, str]) -> None:
+def _plot_attention(figure: Figure, axes: Axes, lines: Lines, names: dict[int, str]) -> None:
     """Attention to history against step, a curve an age; `names` are columns by age."""
     axes.set_title("attention to the chunks before", fontsize=11)
     axes.set(ylabel="share of a query's attention")
@@ -262,9 +323,9 @@ def _add_colour_bar(figure: Figure, axes: Axes, colours: ScalarMappable, label: 
     bar.minorticks_off()
 
 
-def _finish_axes(axes: Axes) -> None:
+def _finish_axes(axes: Axes, legend: str = "best") -> None:
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines["right"].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=True, framealpha=0.9)
+        axes.legend(loc=legend, frameon=True, framealpha=0.9)

@@ -8,8 +8,9 @@ from i3dist.config import Settings
 from i3dist.data.lanes import Batch
 from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
-from i3dist.tracking.diagnose import diagnose, diagnosis_line
-from i3dist.tracking.metrics import Interval
+from i3dist.tracking.diagnose import diagnose
+from i3dist.tracking.interval import Interval
+from i3dist.tracking.report import diagnosis_line
 from i3dist.training.progress import Progress
 from i3dist.training.run_log import RunLog
 
@@ -49,4 +50,6 @@ class Diagnoser:
         gate_value = torch.tensor(gate, device=self.engine.device)
         found = diagnose(self.engine.model, *batch, state, gate_value)
         figures = {**found.to_dict(), "compressor_gradient_norm": norm}
-        self.log.log("diagnostics", step, figures, diagnosis_line(step, figures))
+        self.log.log(
+            "diagnostics", step, figures, diagnosis_line(step, self.progress.last_step, figures)
+        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from i3dist.errors import warned
 from i3dist.tracking.metrics_log import MetricsLog
-from i3dist.tracking.mlflow_tracker import NoTracker, Tracker
+from i3dist.tracking.tracker import NoTracker, Tracker
 
 FILES = {
     "train": "metrics.jsonl",
@@ -31,7 +31,7 @@ class RunLog:
         """Append `figures` to the file of their kind (see `FILES`), track them, print `line`."""
         if self.active:
             self._files[kind].append(step, figures)
-            self.tracker.log(step, figures, prefix=kind)
+            self.tracker.send()
             print(line, flush=True)
 
     def plot(self) -> None:

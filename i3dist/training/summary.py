@@ -1,6 +1,7 @@
-"""What a run will be, before it runs: settings, parameters, tokens, memory."""
+"""What a run will be: settings, parameters, tokens, memory."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from rich.console import Console
@@ -8,11 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from i3dist.config import Settings
+from i3dist.data.corpus import Corpus
 from i3dist.errors import UserError
 from i3dist.model.layer_kinds import LAYER_KINDS
 from i3dist.model.lm import I3LM, parameters_by_part
 
 GIB = 2**30
+NUMBERS = ("count", "share", "GiB")  # columns that stand to the right
 LARGEST_ON_CPU = 100e6  # parameters; a step of the card takes minutes, and its run months
 EARLY, MEASURED, LONG = 20e6, 32.8e6, 100e6  # tokens
 
@@ -54,14 +57,52 @@ def memory_estimate(settings: Settings, parameters: int, world_size: int) -> dic
     }
 
 
-def print_summary(settings: Settings, world_size: int, console: Console | None = None) -> None:
+def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
+    """Print what a run is, one line per topic."""
+    model, train, data = settings.model, settings.train, corpus.train.manifest
+    parameters = sum(count_parameters(settings).values())
+    memory = sum(memory_estimate(settings, parameters, world_size).values())
+    per_step, gate = tokens_per_step(settings), settings.compression
+    tokens = train.steps * per_step
+    windows = f"{train.accumulation} windows x " if train.accumulation > 1 else ""
+    ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
+    topics = {
+        "run": f"{settings.run.path}",
+        "model": f"{parameters / 1e6:,.1f}M parameters: layers {model.layers} of width "
+        f"{model.d_model:,}",
+        "history": f"{model.history_chunks} chunks of {model.latents} latents each; off for "
+        f"{gate.off_steps:,} steps, full after {gate.off_steps + gate.ramp_steps:,}",
+        "data": f"{settings.data.path}: {data.tokens / 1e6:,.1f}M tokens in {len(data.shards):,} "
+        f"shards, vocabulary {data.vocab_size:,}",
+        "batch": f"{per_step:,} tokens: {train.lanes} lanes x {windows}"
+        f"{train.window_chunks} chunks x {model.chunk_length}",
+        "training": f"{train.steps:,} steps, {tokens / 1e6:,.1f}M tokens "
+        f"({tokens / data.tokens:.1f} epochs), on {ranks}",
+        "memory": f"about {memory / GIB:.1f} GiB per rank",
+    }
+    for topic, text in topics.items():
+        print_topic(topic, text)
+
+
+def print_topic(topic: str, text: str) -> None:
+    """Print a line of the overview."""
+    print(f"{topic:<9} {text}", flush=True)
+
+
+def print_tables(settings: Settings, world_size: int) -> None:
     """Print settings, the parameter table, tokens per step and the memory estimate."""
-    console = console or Console(width=100)
+    console = Console(width=100)
     parameters = count_parameters(settings)
     total = sum(parameters.values())
-    console.print(_settings_table(settings))
-    console.print(_parameter_table(parameters))
-    console.print(_memory_table(memory_estimate(settings, total, world_size)))
+    memory = memory_estimate(settings, total, world_size)
+    flat = ((name, str(value)) for name, value in settings.flat().items())
+    console.print(_table("settings", ("setting", "value"), flat))
+    shares = [(part, f"{count:,}", f"{count / total:.1%}") for part, count in parameters.items()]
+    shares.append(("total", f"{total:,}", ""))
+    console.print(_table("parameters", ("part", "count", "share"), shares))
+    sizes = [*memory.items(), ("total", sum(memory.values()))]
+    rows = [(what, f"{size / GIB:.2f}") for what, size in sizes]
+    console.print(_table("memory of a rank (estimate)", ("what", "GiB"), rows))
     train = settings.train
     print(
         f"tokens_per_step={tokens_per_step(settings)} ({train.lanes} lanes x {train.accumulation} "
@@ -72,10 +113,10 @@ def print_summary(settings: Settings, world_size: int, console: Console | None =
 
 
 def refuse_large(settings: Settings) -> None:
-    """Refuse a model that nobody chose to train on a CPU, and that would take one ages.
+    """Refuse to train a large model on a CPU that nobody asked for.
 
     Raises:
-        UserError: it is so large.
+        UserError: the model is too large.
     """
     parameters = sum(count_parameters(settings).values())
     if parameters > LARGEST_ON_CPU:
@@ -88,45 +129,22 @@ def refuse_large(settings: Settings) -> None:
 
 
 def early_history(settings: Settings) -> str | None:
-    """A line for a new run in which history begins early for a run so long (docs/history.md)."""
+    """A note for a long new run whose history begins early (docs/history.md), else None."""
     tokens, off_steps = tokens_per_step(settings), settings.compression.off_steps
     if off_steps * tokens >= EARLY or settings.train.steps * tokens < LONG:
         return None
     return (
-        f"note: history begins after {off_steps} steps, {off_steps * tokens / 1e6:.1f}M tokens. A "
-        "model of 35M parameters gained more than twice as much from it in 150M tokens where it "
+        f"note: history begins after {off_steps} steps, {off_steps * tokens / 1e6:.1f}M tokens. In "
+        "150M tokens a model of 35M parameters gained more than twice as much from history that "
         f"began after 33M (docs/history.md): compression.off_steps={math.ceil(MEASURED / tokens)}"
     )
 
 
-def _settings_table(settings: Settings) -> Table:
-    table = Table(title="settings", title_justify="left")
-    table.add_column("setting")
-    table.add_column("value")
-    for name, value in settings.flat().items():
-        table.add_row(name, Text(str(value)))  # a path may hold brackets
-    return table
-
-
-def _parameter_table(parameters: dict[str, int]) -> Table:
-    table = Table(title="parameters", title_justify="left")
-    table.add_column("part")
-    table.add_column("count", justify="right")
-    table.add_column("share", justify="right")
-    total = sum(parameters.values())
-    for part, count in parameters.items():
-        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
-    table.add_section()
-    table.add_row("total", f"{total:,}", "")
-    return table
-
-
-def _memory_table(parts: dict[str, float]) -> Table:
-    table = Table(title="memory of a rank (estimate)", title_justify="left")
-    table.add_column("what")
-    table.add_column("GiB", justify="right")
-    for what, size in parts.items():
-        table.add_row(what, f"{size / GIB:.2f}")
-    table.add_section()
-    table.add_row("total", f"{sum(parts.values()) / GIB:.2f}")
+def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of texts."""
+    table = Table(title=title, title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="right" if head in NUMBERS else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))  # a path may hold brackets
     return table

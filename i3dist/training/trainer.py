@@ -23,8 +23,10 @@ from i3dist.distributed.signals import StopRequest, signals_blocked
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
-from i3dist.tracking.metrics import Interval, count_step, report_line
-from i3dist.tracking.mlflow_tracker import NoTracker, Tracker
+from i3dist.tracking.interval import Interval, count_step
+from i3dist.tracking.metrics import measure
+from i3dist.tracking.report import report_line
+from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.checkpointer import Checkpointer
 from i3dist.training.diagnoser import Diagnoser
 from i3dist.training.guard import Guard
@@ -103,7 +105,7 @@ class Trainer:
         self.count_votes(*stepped.sums[1:])
         skipped = self.recovery.after(stepped)
         self.ledger.add(progress, counts.targets, stepped, skipped)
-        self.interval.add(stepped.sums[0], counts, stepped.norm)
+        self.interval.add(stepped.sums[0], counts, stepped.norm, step_batches[-1])
         if self.guard.gives_up():
             self.ledger.flush()
             raise self.recovery.failure()
@@ -148,16 +150,16 @@ class Trainer:
 
     def report_if_due(self) -> None:
         """Every `log.every` steps: write the ledger, and log, track and print the metrics."""
-        step, settings = self.progress.step, self.settings
-        if not self.progress.due(settings.log.every):
+        progress = self.progress
+        if not progress.due(self.settings.log.every):
             return
-        metrics = self.interval.metrics(settings.compression.gate_at(step - 1))
-        metrics["learning_rate"] = settings.optimizer.lr_at(step - 1)
-        metrics["tokens_seen"] = int(self.progress.tokens_seen)
-        metrics["skipped_steps"] = self.guard.state.skipped
+        figures = self.interval.figures(
+            progress.step, self.settings, int(progress.tokens_seen), self.guard.state.skipped
+        )
         self.ledger.flush()
         self.interval.restart()
-        self.log.log("train", step, metrics, report_line(step, settings.train.steps, metrics))
+        if self.log.active:
+            self.log.log("train", progress.step, measure(figures), report_line(figures))
 
     def batches(self) -> Generator[Batch, None, None]:
         """Batches of this rank's lanes, from the next window to the last of the run."""
@@ -204,7 +206,7 @@ def build_trainer(
     )
     log = RunLog(folder, tracker, job.rank)
     ledger = LedgerWriter(folder, schedule, train.accumulation, lanes)
-    interval = Interval()
+    interval = Interval(engine.model, job.world_size)
     checkpointer = Checkpointer(
         settings, corpus.fingerprint, lanes, engine, progress, guard, ledger, watchdog, saver
     )

@@ -10,7 +10,8 @@ from i3dist.distributed.job import Job
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
 from i3dist.inference.evaluate import evaluate
-from i3dist.tracking.metrics import history_warning, validation_line
+from i3dist.tracking.history import history_warning, validation_metrics
+from i3dist.tracking.report import progress_bar, validation_line
 from i3dist.training.progress import Progress
 from i3dist.training.run_log import RunLog
 
@@ -45,8 +46,10 @@ class Validator:
             settings.train.window_chunks,
             self.job.rank,
             self.job.world_size,
+            progress_bar,
         )
-        self.log.log("valid", step, result.to_dict(), validation_line(step, result))
+        line = validation_line(step, settings.train.steps, result)
+        self.log.log("valid", step, validation_metrics(result), line)
         trained_with_history = step > 0 and settings.compression.gate_at(step - 1) == 1.0
         if self.log.active and trained_with_history and (warning := history_warning(result)):
             print(warning, flush=True)

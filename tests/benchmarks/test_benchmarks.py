@@ -14,6 +14,7 @@ from i3dist.data.lanes import Batch
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
+from i3dist.tracking.mfu import per_token
 from tests.conftest import ROOT, program
 
 # As for a program started in that folder.
@@ -109,7 +110,7 @@ def test_flops_of_the_i3(batch: Batch) -> None:
     # Once: keys and values of slots, and the product that projects sub-latents.
     rows = d / model.compressor.sub_latents + model.keys_per_chunk
     once = TOY.layer_kinds.count("attention") * 2 * (d + TOY.heads * TOY.history_chunks) * d * rows
-    weights = flops.of_i3(model, batch).weights * tokens
+    weights = per_token(model, batch).weights * tokens
     assert counted == pytest.approx(2 * (weights + spare + once))
 
 
@@ -122,8 +123,8 @@ def test_keys_that_the_i3_sees() -> None:
     past = 2 * i3().keys_per_chunk * 10 / 16
     read = TOY.latents * 6 / 16  # the compressor reads the last document
     wanted = TOY.d_model * (TOY.layer_kinds.count("attention") * (own + past) + read)
-    assert flops.of_i3(i3(), batch).attention == pytest.approx(wanted)
-    without = flops.of_i3(i3(WithoutHistory), batch).attention
+    assert per_token(i3(), batch).attention == pytest.approx(wanted)
+    without = per_token(i3(WithoutHistory), batch).attention
     assert without == pytest.approx(TOY.d_model * TOY.layer_kinds.count("attention") * own)
 
 

@@ -119,8 +119,11 @@ def test_looking_into_the_model_changes_nothing(whole: Path, data: Path, tmp_pat
         for folder in (run, whole)
     )
     assert [line["step"] for line in seen] == list(range(1, STEPS + 1))
+    for line in (*seen, *once):
+        assert line.pop("time") > 0
     assert once == seen[-1:]
-    assert output.count("inside at step") == STEPS
+    diagnosed = [line for line in output.splitlines() if "  attention newest 0." in line]
+    assert len(diagnosed) == STEPS
     for line in seen:
         assert 0 < line["attention_age_01"] < 1
         assert line["effective_rank"] > 1
@@ -135,7 +138,7 @@ def test_a_run_says_that_its_history_is_not_used(
     words = [f"data.path={data}", f"run.path={tmp_path / 'run'}", "train.steps=1"]
     words += [f"compression.ramp_steps={ramp}", "optimizer.lr=1e-9"]
     output = succeed(program("launch/train.py", *QUICK, *words))
-    assert output.count("validation at step") == 2
+    assert output.count("\neval ") == 2
     assert output.count("history is not used (yet)") == said
 
 

@@ -20,14 +20,21 @@ from mlflow.entities import Run
 
 from i3dist.config import Settings
 from i3dist.distributed.signals import REQUEUE
-from i3dist.tracking import mlflow_tracker
-from i3dist.tracking.metrics_log import flatten_chunks, read_metrics
+from i3dist.tracking.metrics_log import read_metrics
+from i3dist.tracking.mlflow_store import RUN_ID_FILE
 from tests.conftest import QUICK, ROOT, environment, free_port
 
 LONGEST_S = 90.0  # that anything here is waited for
 MISSED = 10  # steps by which the server is dead at least
 EVERY = 20  # steps from one validation to the next
-LOGS = {"train": "metrics.jsonl", "valid": "validation.jsonl", "diagnostics": "diagnostics.jsonl"}
+LOGS = {
+    "train": "metrics.jsonl",
+    "valid": "validation.jsonl",
+    "train_diagnostics": "diagnostics.jsonl",
+}
+SPEED = {"tokens_per_second", "step_time", "data_wait"}
+# Not in the store: what others imply.
+LEFT_OUT = {"time", "elapsed", "perplexity", "active_latents", "tokens"}
 
 
 class Server:
@@ -129,11 +136,15 @@ def test_a_server_that_is_killed_and_comes_back(data: Path, server: Server, tmp_
     assert "Traceback" not in said and "did not take everything" not in said
     assert said.count("fails, training goes on") == said.count("works again") == 1
     client = MlflowClient(server.uri)
-    stored = client.get_run((run / mlflow_tracker.RUN_ID_FILE).read_text().strip())
+    stored = client.get_run((run / RUN_ID_FILE).read_text().strip())
     assert stored.info.status == "KILLED"
     settings = Settings.load(run / "settings.yaml")
     assert stored.data.params == {key: str(value) for key, value in settings.flat().items()}
     assert stored_metrics(client, stored) == logged_metrics(run)
+    for tag in ("mlflow.note.content", "parameters", "version.torch", "mlflow.source.git.commit"):
+        assert stored.data.tags[tag]
+    (used,) = stored.inputs.dataset_inputs
+    assert used.dataset.source == str(data)
     for name in ("settings.yaml", "tokenizer.json"):
         (kept,) = (server.folder / "artifacts").rglob(name)
         assert kept.read_bytes() == (run / name).read_bytes()
@@ -142,12 +153,18 @@ def test_a_server_that_is_killed_and_comes_back(data: Path, server: Server, tmp_
 def logged_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of every metric by its name in the store, as the run's own logs have them."""
     logged: dict[str, list[tuple[int, float]]] = {}
-    for prefix, name in LOGS.items():
-        for line in read_metrics(run / name):
+    for prefix, log in LOGS.items():
+        for line in read_metrics(run / log):
             step = line.pop("step")
-            for key, value in flatten_chunks(line).items():
-                if isinstance(value, int | float):
-                    logged.setdefault(f"{prefix}/{key}", []).append((step, float(value)))
+            for chunk in line.pop("by_chunk", []):
+                if chunk["index"]:
+                    gain = chunk["loss_without_history"] - chunk["loss"]
+                    name = f"valid_history_gain/chunk_{chunk['index']:02d}"
+                    logged.setdefault(name, []).append((step, gain))
+            for key in line.keys() - LEFT_OUT:
+                group = "train_speed" if key in SPEED else prefix
+                if line[key] is not None:
+                    logged.setdefault(f"{group}/{key}", []).append((step, float(line[key])))
     last = last_step(run)
     assert [step for step, _ in logged["train/loss"]] == list(range(1, last + 1))
     assert [step for step, _ in logged["valid/loss"]] == list(range(0, last + 1, EVERY))

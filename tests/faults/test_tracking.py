@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from i3dist.config import Settings
-from i3dist.tracking import mlflow_tracker
+from i3dist.tracking import tracker as tracking
+from i3dist.tracking.metrics_log import MetricsLog
+from i3dist.tracking.origin import Origin
+from i3dist.training.startup import set_aside
 from tests.conftest import ROOT, environment
 from tests.faults.mlflow_server import Behaviour, MlflowServer
 
@@ -27,24 +30,28 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowSe
     monkeypatch.setenv("MLFLOW_TRACKING_URI", made.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    monkeypatch.setattr(mlflow_tracker, "SHORTEST_PAUSE_S", 0.05)
-    monkeypatch.setattr(mlflow_tracker, "LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr(tracking, "SHORTEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.2)
     yield made
     made.behaviour = "good"
     made.down()
 
 
-def begin(run: Path, fresh: bool = False) -> mlflow_tracker.Tracker:
-    settings = Settings().with_values(**{"run.path": str(run), "tracking.system_metrics": False})
-    tracker = mlflow_tracker.start(settings, tags={}, fresh=fresh)
-    assert isinstance(tracker, mlflow_tracker.Tracker)
+def begin(run: Path, fresh: bool = False) -> tracking.Tracker:
+    """As a run does; a fresh one sets the folder of the earlier aside."""
+    if fresh:
+        set_aside(run)
+    settings = Settings().with_values(**{"run.path": str(run)})
+    tracker = tracking.start(settings, Origin(), fresh=fresh)
+    assert isinstance(tracker, tracking.Tracker)
     return tracker
 
 
-def log(tracker: mlflow_tracker.Tracker, steps: range) -> None:
+def log(tracker: tracking.Tracker, steps: range) -> None:
     for step in steps:
         start = time.monotonic()
-        tracker.log(step, {"loss": step / 10}, "train")
+        MetricsLog(tracker._folder / "metrics.jsonl").append(step, {"loss": step / 10})
+        tracker.send()
         assert time.monotonic() - start < MOMENT_S
 
 
@@ -149,12 +156,15 @@ def test_a_slow_server_is_sent_many_entries_at_once(server: MlflowServer, tmp_pa
 # A process that logs to a server that hangs, and then ends in one way or another.
 PROCESS = """
 import os, sys, time
-from i3dist.tracking import mlflow_tracker
 from i3dist.config import Settings
-settings = Settings().with_values(**{"run.path": sys.argv[1], "tracking.system_metrics": False})
-tracker = mlflow_tracker.start(settings, tags={}, fresh=True)
+from i3dist.tracking import tracker as tracking
+from i3dist.tracking.metrics_log import MetricsLog
+from i3dist.tracking.origin import Origin
+settings = Settings().with_values(**{"run.path": sys.argv[1]})
+tracker = tracking.start(settings, Origin(), fresh=True)
 for step in range(25):
-    tracker.log(step, {"loss": 1.0}, "train")
+    MetricsLog(settings.run.path / "metrics.jsonl").append(step, {"loss": 1.0})
+    tracker.send()
 start = time.monotonic()
 exec(sys.argv[2])
 print(time.monotonic() - start)
@@ -181,21 +191,21 @@ def test_a_process_ends_in_time_though_the_server_hangs(
     run = tmp_path / "run"
     done = logging_process(run, 'tracker.finish("FAILED")')
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < mlflow_tracker.FINISH_WAIT_S["FAILED"] + 3
+    assert float(done.stdout) < tracking.FINISH_WAIT_S["FAILED"] + 3
     assert "Traceback" not in done.stderr and "until the run is started again" in done.stderr
     server.behaviour = "good"
     begin(run).finish()
     assert server.steps("train/loss") == list(range(25))
     mark = json.loads((run / "tracking.sent.json").read_text())
-    assert mark["bytes"] == os.path.getsize(run / "tracking.jsonl")
+    assert mark["bytes"] == {"metrics.jsonl": os.path.getsize(run / "metrics.jsonl")}
 
 
 def test_a_killed_process_loses_nothing(server: MlflowServer, tmp_path: Path) -> None:
     server.behaviour = "hangs"
     done = logging_process(tmp_path / "run", "os.kill(os.getpid(), 9)")
     assert done.returncode == -signal.SIGKILL, done.stderr
-    with (tmp_path / "run" / "tracking.jsonl").open("a") as file:
-        file.write('{"step": 99, "val')  # torn
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # torn
     server.behaviour = "good"
     tracker = begin(tmp_path / "run")
     log(tracker, range(25, 30))

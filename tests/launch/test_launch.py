@@ -320,7 +320,10 @@ def test_train_ends_as_it_went(
     """Done: recorded as finished. Asked to stop: as killed, and with the status of a requeue."""
     stop, left = mock.Mock(), mock.Mock()
     stop.return_value.exit_to_requeue.side_effect = SystemExit(75)
-    trainer = SimpleNamespace(log=mock.Mock(), fit=lambda: done, progress=SimpleNamespace(step=12))
+    tracker = mock.Mock(**{"where.return_value": ["mlflow ui", "http://there"]})
+    trainer = SimpleNamespace(
+        log=mock.Mock(tracker=tracker), fit=lambda: done, progress=SimpleNamespace(step=12)
+    )
     monkeypatch.setattr(train, "StopRequest", stop)
     monkeypatch.setattr(train, "build", lambda *_: trainer)
     monkeypatch.setattr(train.collectives, "leave_group", left)
@@ -335,7 +338,8 @@ def test_train_ends_as_it_went(
     trainer.log.tracker.finish.assert_called_once_with("FINISHED" if done else "KILLED")
     said = capsys.readouterr().out
     assert ("stopped on request at step 12: run the same command to continue" in said) == (not done)
-    assert ("done: runs/i3-4096ctx" in said) == done
+    charts = "done: runs/i3-4096ctx\ncharts    mlflow ui\n          http://there\n"
+    assert (charts in said) == done
     assert left.called == done and stop.return_value.exit_to_requeue.called != done
 
 
@@ -380,7 +384,7 @@ def build(
         monkeypatch.setattr(train.setup, name, mock.Mock())
     for name in ("share_threads", "keep_freed_memory"):
         monkeypatch.setattr(train.host, name, mock.Mock())
-    arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False)
+    arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False, verbose=False)
     job = Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
     assert train.build(arguments, settings, job, corpus, mock.Mock()) is built.trainer
     return built
@@ -422,10 +426,11 @@ def test_the_first_rank_alone_keeps_the_record(
 ) -> None:
     settings = Settings().with_values(**MODEL | {"train.lanes": 8, "train.schedule": 2})
     corpus = train.Corpus.open(known.folder, settings.model)
-    kept = {name: mock.Mock() for name in ("lay_out", "print_summary")}
+    kept = {name: mock.Mock() for name in ("lay_out", "print_overview")}
     for name, stand_in in kept.items():
         monkeypatch.setattr(train, name, stand_in)
-    monkeypatch.setattr(train.mlflow_tracker, "start", started := mock.Mock())
+    started = mock.Mock(**{"return_value.where.return_value": []})
+    monkeypatch.setattr(train.tracking, "start", started)
     for rank in (1, 0):
         job = Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -445,6 +450,7 @@ def test_a_run_is_resumed_from_its_checkpoint_and_else_from_none(
     assert built.trainer.checkpointer.restore.call_args.args[0] == Path("step-00000003")
 
 
+@pytest.mark.parametrize("verbose", [False, True])
 @pytest.mark.parametrize("continues", [False, True])
 def test_a_run_says_what_it_is_before_it_begins(
     train: ModuleType,
@@ -452,34 +458,31 @@ def test_a_run_says_what_it_is_before_it_begins(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     continues: bool,
+    verbose: bool,
 ) -> None:
-    """A new record and a note on an early history are for new runs."""
+    """A new record and a note on an early history are for new runs; tables for who asks."""
     monkeypatch.setattr(train, "lay_out", mock.Mock())
-    opened = mock.Mock()
-    monkeypatch.setattr(train.mlflow_tracker, "start", opened)
+    opened = mock.Mock(**{"return_value.where.return_value": ["http://there"]})
+    monkeypatch.setattr(train.tracking, "start", opened)
     long = {"train.lanes": 4, "train.steps": 10**7, "run.path": "somewhere"}
     settings = Settings().with_values(**MODEL | long)
     corpus = train.Corpus.open(known.folder, settings.model)
     start = train.Start(settings, Path("step-00000003") if continues else None)
     job = Job(0, 1, 0, 1, 1, "127.0.0.1", 1, "python")
-    tracker = train.begin_record(start, job, corpus)
+    tracker = train.begin_record(start, job, corpus, verbose)
     said = capsys.readouterr().out
     assert ("note: history begins" in said) == (not continues)
-    assert f"tokens_per_step={4 * 2 * CHUNK} " in said
+    assert f"batch     {4 * 2 * CHUNK} tokens: " in said
+    assert (f"tokens_per_step={4 * 2 * CHUNK} " in said) == verbose
+    if not verbose:
+        assert len(said.splitlines()) <= 10 and max(map(len, said.splitlines()[:7])) <= 80
+    assert said.endswith("charts    http://there\n")
     train.lay_out.assert_called_once_with(start, corpus)
-    assert opened.call_args.args == (settings,)
+    assert opened.call_args.args[0] == settings
     assert opened.call_args.kwargs["fresh"] == (not continues)
-    assert opened.call_args.kwargs["tags"]["data_fingerprint"] == corpus.fingerprint
+    assert opened.call_args.args[1].tags["data_fingerprint"] == corpus.fingerprint
     kept = [call.args[0] for call in tracker.artifact.call_args_list]
     assert kept == [Path("somewhere/settings.yaml"), Path("somewhere/tokenizer.json")]
-
-
-def test_a_runs_tags_name_its_origin(train: ModuleType, known: Known) -> None:
-    corpus = train.Corpus.open(known.folder, Settings().with_values(**MODEL).model)
-    tags = train.tags(corpus)
-    assert tags["data_fingerprint"] == corpus.fingerprint
-    assert tags["data_source"] == "known"
-    assert set(tags) == {"git_commit", "data_fingerprint", "data_source"}
 
 
 # launch/ledger.py

@@ -18,9 +18,9 @@ from i3dist.tracking.diagnose import (
     Diagnosis,
     attention_mass,
     diagnose,
-    diagnosis_line,
     effective_rank,
 )
+from i3dist.tracking.report import diagnosis_line
 from tests.model.conftest import BOS, SMALL, build
 from tests.model.streams import depth_of, empty, stream
 
@@ -142,8 +142,8 @@ def test_the_line_names_the_figures(model: I3LM) -> None:
         "effective_rank",
         "compressor_gradient_norm",
     ]
-    line = diagnosis_line(40, figures)
-    assert f"{figures['attention_age_01']:.4f}" in line and "2.50e-01" in line
+    line = diagnosis_line(40, 300, figures)
+    assert f"{figures['attention_age_01']:.4f}" in line and "2.5e-01" in line
     assert f"{figures['effective_rank']:.1f}" in line and "\n" not in line
-    unseen = diagnosis_line(40, figures | {f"attention_age_{C:02d}": math.nan})
-    assert "to the oldest -" in unseen and "nan" not in unseen
+    unseen = diagnosis_line(40, 300, figures | {f"attention_age_{C:02d}": math.nan})
+    assert "oldest -" in unseen and "nan" not in unseen

@@ -69,7 +69,7 @@ def test_losses_are_drawn_at_their_steps(
 
 
 def test_many_losses_are_drawn_with_their_running_mean() -> None:
-    """The mean of point n is over the n // 20 points on either side, fewer near the end."""
+    """The mean of point n is over the n // 10 points on either side, fewer near the end."""
     values = np.random.default_rng(0).uniform(2, 4, 100)
     lines = [{"step": n + 1, "loss": value} for n, value in enumerate(values.tolist())]
     lines[50]["loss"] = None
@@ -78,12 +78,12 @@ def test_many_losses_are_drawn_with_their_running_mean() -> None:
     known = np.delete(values, 50)
     wanted = []
     for n in range(99):
-        reach = min(n // 20, 98 - n)
+        reach = min(n // 10, 98 - n)
         wanted.append(known[n - reach : n + reach + 1].mean())
     mean = drawn["training, running mean"]
     assert [x for x, _ in mean] == [n + 1 for n in range(100) if n != 50]
     assert [y for _, y in mean] == pytest.approx(wanted)
-    assert "training, running mean" not in curves(plots._loss(lines[:39], []).axes[0])
+    assert "training, running mean" not in curves(plots._loss(lines[:9], []).axes[0])
 
 
 @pytest.mark.parametrize(("off", "ramp"), [(2, 3), (0, 3), (2, 0), (10, 0), (0, 10), (3, 20)])

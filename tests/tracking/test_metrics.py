@@ -1,55 +1,91 @@
-"""What a validation says about history."""
+"""A registered metric is computed of every interval, logged, and cannot harm a run."""
+
+import logging
+from dataclasses import replace
 
 import pytest
+import torch
 
-from i3dist.inference.evaluate import ChunkLoss, Evaluation
-from i3dist.tracking.metrics import (
-    history_gain,
-    history_warning,
-    other_history_gain,
-    validation_line,
-)
+from i3dist.config import Settings
+from i3dist.data.lanes import Batch
+from i3dist.model.lm import I3LM
+from i3dist.tracking import interval, mfu
+from i3dist.tracking.interval import Figures, Interval, StepCounts
+from i3dist.tracking.metrics import METRICS, measure
+from i3dist.tracking.mfu import peak_flops, per_token
+from tests.model.conftest import build
+from tests.model.streams import stream
+
+ONE = torch.tensor(1.0)
 
 
-def evaluation(*chunks: tuple[float, float, float | None]) -> Evaluation:
-    """Losses with history, without and with another's of chunk 0, 1, ...; more tokens the later."""
-    by_chunk = [ChunkLoss(i, 10 * (i + 1), *losses) for i, losses in enumerate(chunks)]
-    return Evaluation(3.0, 20.0, 1.0, sum(c.tokens for c in by_chunk), by_chunk)
+@pytest.fixture
+def figures() -> Figures:
+    counted = Interval()
+    counted.add(3.0, StepCounts(ONE, ONE, ONE, ONE), 1.0)
+    settings = Settings().with_values(**{"optimizer.decay_steps": 200})
+    return counted.figures(7, settings, 1, 0)
 
 
-def test_gains_are_means_over_tokens_of_later_chunks() -> None:
-    result = evaluation((3.0, 9.0, 9.0), (2.0, 2.5, 2.4), (2.0, 3.0, 2.5))
-    assert history_gain(result) == pytest.approx((20 * 0.5 + 30 * 1.0) / 50)
-    assert other_history_gain(result) == pytest.approx((20 * 0.1 + 30 * 0.5) / 50)
+@pytest.fixture
+def own() -> list[str]:
+    """Names of metrics of a user's own, which are forgotten afterwards."""
+    names = ["twice_the_loss", "failing", "unknown"]
+    yield names
+    for name in names:
+        METRICS.pop(name, None)
+
+
+def test_a_metric_of_ones_own_is_measured_and_one_that_fails_costs_one_warning(
+    figures: Figures, own: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    METRICS.register("twice_the_loss")(lambda figures: torch.tensor(2 * figures.mean_loss))
+    METRICS.register("failing")(lambda figures: figures.tokens / 0)
+    METRICS.register("unknown")(lambda figures: None)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            found = measure(figures)
+    assert found["twice_the_loss"] == 6.0 and isinstance(found["twice_the_loss"], float)
+    assert not {"failing", "unknown"} & set(found)
+    (warning,) = caplog.records
+    assert "metric failing is left out" in warning.getMessage()
+    with pytest.raises(ValueError, match="there already is a metric 'loss'"):
+        METRICS.register("loss")(lambda figures: 0.0)
 
 
 @pytest.mark.parametrize(
-    ("with_history", "other", "says"),
+    ("name", "tflops"),
     [
-        (2.9995, 3.0, "not used (yet): it saves +0.0005 nats"),
-        (3.2, 3.0, "not used (yet): it saves -0.2000 nats"),
-        (2.9, 2.94, "no memory: another document's history keeps +0.0600 of +0.1000 nats"),
-        (2.9, 2.96, None),
-        (2.9, 3.1, None),
-        (2.9, None, None),
-        (3.0, None, "not used"),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40S", 362.1),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("Tesla T4", None),
     ],
 )
-def test_a_history_that_is_no_memory_is_named(
-    with_history: float, other: float | None, says: str | None
+def test_the_peak_is_that_of_the_gpu_that_is_named(name: str, tflops: float | None) -> None:
+    assert peak_flops(name) == (None if tflops is None else pytest.approx(1e12 * tflops))
+
+
+def test_mfu_is_measured_on_known_gpus_only(
+    monkeypatch: pytest.MonkeyPatch, figures: Figures
 ) -> None:
-    line = history_warning(evaluation((3.0, 3.0, 3.0), (with_history, 3.0, other)))
-    assert (line is None) if says is None else (says in line and "\n" not in line)
-
-
-def test_documents_of_one_chunk_say_nothing_about_history() -> None:
-    result = evaluation((3.0, 3.0, 3.0))
-    assert history_warning(result) is None
-    assert other_history_gain(result) is None
-
-
-def test_the_line_of_a_validation_has_both_gains() -> None:
-    both = validation_line(7, evaluation((3.0, 3.0, 3.0), (2.9, 3.0, 2.97)))
-    assert both.endswith("history gain +0.1000 nats, another document's +0.0300")
-    one = validation_line(7, evaluation((3.0, 3.0, None), (2.9, 3.0, None)))
-    assert one.endswith("history gain +0.1000 nats")
+    """Of the last batch, by the formula; the peak is that of all ranks' GPUs."""
+    assert figures.mfu is None and "mfu" not in measure(figures)
+    model: I3LM = build()
+    tokens = stream(0, 6, model.settings.chunk_length, model.settings.vocab_size, 40.0)
+    batch = Batch(tokens, tokens, torch.zeros(tokens.shape[:2], dtype=torch.long))
+    monkeypatch.setattr(mfu, "uses_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    counted = Interval(model, world_size=4)
+    counted.add(3.0, StepCounts(ONE, 1000 * ONE, ONE, ONE), 1.0, batch)
+    settings = Settings().with_values(**{"optimizer.decay_steps": 200})
+    measured = replace(counted.figures(7, settings, 1, 0), seconds=2.0)
+    wanted = per_token(model, batch).flops * 500 / (4 * 989.4e12)
+    assert measure(measured)["mfu"] == pytest.approx(wanted)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert interval.Interval(model)._peak_flops is None

@@ -1,15 +1,19 @@
 import json
 import math
 import os
+import time as timing
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from i3dist.errors import UserError
-from i3dist.tracking.metrics_log import MetricsLog, flatten_chunks, read_metrics
+from i3dist.tracking import metrics_log
+from i3dist.tracking.metrics_log import MetricsLog, read_metrics
 
-NAMES = st.text(min_size=1, max_size=8).filter(lambda name: name != "step")
+NAMES = st.text(min_size=1, max_size=8).filter(lambda name: name not in ("step", "time"))
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53)
 METRICS = st.dictionaries(NAMES, NUMBERS, max_size=5)
 STEPS = st.integers(0, 2**40)
@@ -22,10 +26,14 @@ def refuse(constant):
 @given(lines=st.lists(st.tuples(STEPS, METRICS), max_size=8))
 def test_reads_back_by_step_and_the_last_of_a_step_counts(lines, tmp_path_factory):
     log = MetricsLog(tmp_path_factory.mktemp("log") / "metrics.jsonl")
+    before = timing.time()
     for step, metrics in lines:
         log.append(step, metrics)
     expected = {step: {"step": step, **metrics} for step, metrics in lines}
-    assert read_metrics(log.path) == [expected[step] for step in sorted(expected)]
+    read = read_metrics(log.path)
+    times = [line.pop("time") for line in read]
+    assert read == [expected[step] for step in sorted(expected)]
+    assert all(before - 0.001 <= time <= timing.time() + 0.001 for time in times)
 
 
 @given(lines=st.lists(METRICS, min_size=1, max_size=5), data=st.data())
@@ -33,9 +41,10 @@ def test_a_file_torn_anywhere_loses_only_the_torn_line(lines, data, tmp_path_fac
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
     log = MetricsLog(path)
     ends = []
-    for step, metrics in enumerate(lines):
-        log.append(step, metrics)
-        ends.append(path.stat().st_size)
+    with mock.patch.object(metrics_log, "time", SimpleNamespace(time=lambda: 1.5)):
+        for step, metrics in enumerate(lines):
+            log.append(step, metrics)
+            ends.append(path.stat().st_size)
     cut = data.draw(st.integers(0, ends[-1]))
     os.truncate(path, cut)
     whole = sum(end - 1 <= cut for end in ends)  # without its newline a line is whole, too
@@ -48,6 +57,7 @@ def test_lines_are_json_with_null_for_what_is_not_finite(tmp_path):
     log = MetricsLog(tmp_path / "validation.jsonl")
     log.append(3, {"loss": math.nan, "by_chunk": [{"index": 0, "loss": math.inf}], "ok": 1})
     line = json.loads(log.path.read_text(), parse_constant=refuse)
+    assert isinstance(line.pop("time"), float)
     assert line == {"step": 3, "loss": None, "by_chunk": [{"index": 0, "loss": None}], "ok": 1}
     assert next(iter(line)) == "step"
 
@@ -72,17 +82,3 @@ def test_no_file_reads_as_no_lines_and_no_folder_is_one_clear_line(tmp_path):
     assert read_metrics(path) == []
     with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No such file"):
         MetricsLog(path).append(0, {})
-
-
-def test_chunks_flatten_to_one_name_per_index_and_loss():
-    chunks = [
-        {"index": 0, "tokens": 9, "loss": 3.0, "loss_other_history": None},
-        {"index": 12, "loss_without_history": 2.0, "loss_other_history": 1.5},
-    ]
-    assert flatten_chunks({"loss": 2.5, "by_chunk": chunks}) == {
-        "loss": 2.5,
-        "chunk_00/loss": 3.0,
-        "chunk_00/loss_other_history": None,
-        "chunk_12/loss_without_history": 2.0,
-        "chunk_12/loss_other_history": 1.5,
-    }

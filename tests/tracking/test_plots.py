@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex, to_rgba
 from i3dist.errors import reason
 from i3dist.tracking import plots
 from i3dist.tracking.metrics_log import MetricsLog
-from i3dist.tracking.mlflow_tracker import NoTracker
+from i3dist.tracking.tracker import NoTracker
 from i3dist.training import run_log
 
 NUMBER = st.none() | st.floats(0, 20)
@@ -148,6 +148,7 @@ def test_the_loss_picture_shows_both_losses_tokens_and_the_gate():
     axes, top = figure.axes
     parts = labelled(axes)
     assert {"validation", "history off", "history ramps in"} < set(parts)
+    assert axes.get_title() == "training and validation loss"
     assert list(parts["validation"].get_xdata()) == [200, 400]
     ramp = parts["history ramps in"].get_extents().transformed(axes.transData.inverted())
     assert (ramp.x0, ramp.x1) == pytest.approx((110, 150))
@@ -161,8 +162,33 @@ def test_the_loss_picture_shows_both_losses_tokens_and_the_gate():
     assert top.get_xlim() == axes.get_xlim()
 
 
+def test_a_validation_at_step_0_stands_at_0_and_tokens_above_their_steps():
+    """On an axis that is linear up to the first step logged, and logarithmic from there."""
+    axes, top = plots._loss(training(400), validation([0, 200, 400])).axes
+    assert list(labelled(axes)["validation"].get_xdata()) == [0, 200, 400]
+    assert axes.get_xlim()[0] < 0 < 400 < axes.get_xlim()[1]
+    assert axes.get_xscale() == "symlog" and 0 in axes.get_xticks()
+    assert {0, 10, 20, 50, 100, 200} <= set(axes.get_xticks())
+    for tick, label in zip(top.get_xticks(), top.get_xticklabels(), strict=True):
+        tokens = float(label.get_text().replace("k", "e3").replace("M", "e6"))
+        across = axes.transData.transform((tokens / 16_384, 3))[0]
+        assert top.transData.transform((tick, 3))[0] == pytest.approx(across)
+
+
+def test_the_running_mean_is_of_all_steps_where_the_log_has_them():
+    lines = [{**line, "mean_loss": 1.0} for line in training(400)]
+    parts = labelled(plots._loss(lines, []).axes[0])
+    assert set(parts["training, running mean"].get_ydata()) == {1.0}
+    assert parts["training"].get_ydata()[0] == pytest.approx(3.7)
+
+
 def test_the_history_picture_shows_the_last_validation_and_gains_over_steps():
-    left, right, _ = plots._history(validation([200, 400])).axes
+    left, right, last, _, bars = plots._history(validation([200, 400])).axes
+    gain = labelled(last)
+    assert list(gain["own history"].get_ydata()) == [0, 400, 800]
+    assert gain["mean over tokens +600.0000"].get_ydata()[0] == 600
+    assert [bar.get_height() for bar in bars.patches] == [5, 5, 5]
+    assert list(labelled(right)["mean over tokens of chunks 1, 2, ..."].get_ydata()) == [300, 600]
     parts = labelled(left)
     assert list(parts["history withheld"].get_ydata()) == [3.0, 403.0, 803.0]
     assert list(parts["with history"].get_ydata()) == [3.0, 3.0, 3.0]
@@ -229,24 +255,24 @@ def test_whatever_fails_in_plots_costs_a_line(monkeypatch, capsys, tmp_path, err
         raise error
 
     monkeypatch.setattr(plots, "plot_run", fail)
-    draw(tmp_path)
+    plot(tmp_path)
     assert capsys.readouterr().out == f"warning: no plots: {reason(error)}\n"
 
 
 def test_lines_of_a_log_that_are_no_numbers_cost_a_line(capsys, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "x"}\n{"step": 2, "loss": [1]}\n')
-    draw(tmp_path)
+    plot(tmp_path)
     assert capsys.readouterr().out.startswith("warning: no plots: ")
 
 
 def test_plots_that_never_end_do_not_hold_the_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(plots, "plot_run", lambda folder: threading.Event().wait(5))
     monkeypatch.setattr(run_log, "PLOT_SECONDS", 0.1)
-    draw(tmp_path)
+    plot(tmp_path)
     assert "warning: no plots: they take over" in capsys.readouterr().out
 
 
-def draw(folder):
+def plot(folder):
     """What a run does when it has trained."""
     run_log.RunLog(folder, NoTracker(), rank=0).plot()
 

@@ -42,7 +42,7 @@ FREE = {
     "tracking.enabled": False,
     "tracking.experiment": "another",
     "tracking.run_name": "another",
-    "tracking.system_metrics": False,
+    "tracking.system_metrics": True,
 }
 # ... and of every one that may not.
 KEPT = {

@@ -1,6 +1,7 @@
 """Counters and what is printed of them, against values worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from i3dist.config import ModelSettings, Settings
 from i3dist.data.lanes import Batch
 from i3dist.inference.evaluate import ChunkLoss, Evaluation
-from i3dist.tracking import metrics
-from i3dist.tracking.metrics import Interval, StepCounts, count_step, perplexity, report_line
+from i3dist.tracking import history, interval, report
+from i3dist.tracking.interval import Figures, Interval, StepCounts, count_step
+from i3dist.tracking.metrics import measure, perplexity
 from i3dist.training import summary
 from i3dist.training.summary import count_parameters, memory_estimate, tokens_per_step
 
@@ -60,7 +62,7 @@ def test_a_steps_counts_are_those_of_its_windows() -> None:
 def test_a_steps_counts_are_summed_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many on two other ranks; counted to the last one above what fp32 holds."""
     batch = Batch(torch.full((1, 1, 3), 7), torch.full((1, 1, 3), 7), torch.tensor([[2]]))
-    monkeypatch.setattr(metrics.collectives, "all_sum", lambda part: part + 2**26 + 2 * part)
+    monkeypatch.setattr(interval.collectives, "all_sum", lambda part: part + 2**26 + 2 * part)
     counts = count_step([batch], PAD, ModelSettings(history_chunks=4, latents=5))
     assert [int(count) - 2**26 for count in counts] == [9, 9, 3, 30]
 
@@ -80,19 +82,21 @@ def counts(targets: int, tokens: int, chunks: int, latents: int) -> StepCounts:
 
 
 def test_an_intervals_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed over all its steps, pauses left out and waiting not; the rest of its last step."""
+    """Speed, without pauses, and mean loss are over all its steps; the rest is of its last step."""
+    half = half_open()
     clock = Clock()
-    monkeypatch.setattr(metrics, "time", clock)
-    interval = Interval()
+    monkeypatch.setattr(interval, "time", clock)
+    counted = Interval()
     for step in (1, 2, 3):
-        with interval.waiting():
+        with counted.waiting():
             clock.now += 0.5
         clock.now += 1.5
-        interval.add(10.0 * step, counts(5, 100 * step, 4, 30 * step), 0.25 * step)
-        with interval.stopped_clock():
+        counted.add(10.0 * step, counts(5, 100 * step, 4, 30 * step), 0.25 * step)
+        with counted.stopped_clock():
             clock.now += 1000.0
-    assert interval.metrics(0.5) == {
+    assert measure(counted.figures(3, half, 7, 1)) == {
         "loss": pytest.approx(30 / 5),
+        "mean_loss": pytest.approx((10 + 20 + 30) / 15),
         "perplexity": pytest.approx(math.exp(6)),
         "gradient_norm": 0.75,
         "tokens_per_second": pytest.approx(600 / 6.0),
@@ -100,42 +104,123 @@ def test_an_intervals_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         "data_wait": pytest.approx(1.5 / 6.0),
         "active_latents": pytest.approx(90 / 4),
         "gate": 0.5,
+        "learning_rate": half.optimizer.lr_at(2),
+        "tokens_seen": 7,
+        "skipped_steps": 1,
+        "elapsed": pytest.approx(3006.0),
     }
-    assert interval.metrics(0.0)["active_latents"] == 0, "nobody sees them behind a closed gate"
-    assert interval.metrics(1e-9)["active_latents"] == pytest.approx(90 / 4)
+    assert counted.figures(3, half, 7, 1).eta == pytest.approx(3006.0 / 3 * 17)
+
+    closed = measure(counted.figures(1, half, 7, 1))
+    assert closed["gate"] == closed["active_latents"] == 0, "nobody sees them behind a closed gate"
+    barely = half.with_values(**{"compression.ramp_steps": 10**9})
+    assert measure(counted.figures(3, barely, 7, 1))["active_latents"] == pytest.approx(90 / 4)
+
+
+def test_an_interval_begins_where_the_last_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the run's own clock, and with it the pace, goes on."""
+    clock = Clock()
+    monkeypatch.setattr(interval, "time", clock)
+    counted = Interval()
+    for step in (1, 2):
+        clock.now += 10.0 * step
+        counted.add(8.0 * step, counts(4, 6, 1, 0), 1.0)
+        counted.restart()
+        clock.now += 5.0
+    clock.now += 3.0
+    counted.add(12.0, counts(4, 6, 1, 0), 1.0)
+    figures = counted.figures(3, half_open(), 18, 0)
+    assert (figures.mean_loss, figures.tokens, figures.steps_taken) == (3.0, 6, 1)
+    assert (figures.seconds, figures.elapsed) == (8.0, 43.0)
+    assert figures.eta == pytest.approx(43.0 / 3 * 17)
+
+
+def test_a_mean_loss_leaves_out_steps_that_are_not_finite() -> None:
+    counted = Interval()
+    for loss_sum in (4.0, math.nan, math.inf, 8.0):
+        counted.add(loss_sum, counts(4, 6, 1, 0), 1.0)
+    assert counted.figures(4, half_open(), 18, 2).mean_loss == pytest.approx(1.5)
+
+
+def half_open() -> Settings:
+    """20 steps; history off for 2, then the gate is 1/2."""
+    changes = {"train.steps": 20, "compression.off_steps": 2, "compression.ramp_steps": 2}
+    return CARD.with_values(**changes, **{"optimizer.decay_steps": 200})
 
 
 def test_a_step_of_padding_alone_has_a_loss_of_0() -> None:
-    interval = Interval()
-    interval.add(0.0, counts(0, 0, 0, 0), 0.0)
-    figures = interval.metrics(1.0)
+    counted = Interval()
+    counted.add(0.0, counts(0, 0, 0, 0), 0.0)
+    figures = measure(counted.figures(3, half_open(), 0, 0))
     assert (figures["loss"], figures["perplexity"], figures["active_latents"]) == (0, 1, 0)
+    assert figures["mean_loss"] == 0
+
+
+def some_figures(**changes: float) -> Figures:
+    """Of an interval on a GPU of 10 PFLOP/s."""
+    counted = Interval()
+    counted.add(0.0, counts(1, 1, 1, 1), 0.0)
+    usual = {"flops_per_token": 2e9, "peak_flops": 1e16, "tokens": 1e6, "seconds": 0.5}
+    return replace(counted.figures(1, half_open(), 0, 0), **{**usual, **changes})
 
 
 @given(loss=st.floats(-50, 699))
 def test_perplexity_is_e_to_the_loss(loss: float) -> None:
-    assert perplexity(loss) == pytest.approx(math.e**loss, rel=1e-9)
+    assert perplexity(some_figures(loss=loss)) == pytest.approx(math.e**loss, rel=1e-9)
 
 
 def test_perplexity_does_not_overflow() -> None:
-    assert math.isfinite(perplexity(1e9)) and perplexity(701.0) == perplexity(1e9)
-    assert math.isnan(perplexity(math.nan))
+    most = perplexity(some_figures(loss=1e9))
+    assert math.isfinite(most) and perplexity(some_figures(loss=701.0)) == most
+    assert math.isnan(perplexity(some_figures(loss=math.nan)))
 
 
 def test_a_report_says_what_was_measured() -> None:
-    figures = {
-        "loss": 3.14159,
-        "learning_rate": 0.00012345,
-        "gradient_norm": 0.987,
-        "gate": 0.254,
-        "active_latents": 127.6,
-        "tokens_per_second": 12345.6,
-        "step_time": 0.0123,
-    }
-    assert report_line(7, 1000, figures) == (
-        "step    7/1000  loss 3.1416  lr 1.23e-04  norm 0.99  gate 0.25  latents 128  "
-        "12,346 tok/s  12 ms/step"
+    figures = some_figures(
+        step=7,
+        steps=1000,
+        mean_loss=3.14159,
+        loss=9.0,
+        learning_rate=0.00012345,
+        gradient_norm=0.987,
+        tokens=12345.6,
+        seconds=1.0,
+        elapsed=725.0,
+        eta=3900.0,
+        flops_per_token=3e11,
     )
+    before = "step    7/1000  loss 3.1416  lr 1.2e-04  norm 0.99  12.3k tok/s  "
+    after = "time 12m05s  ETA  1h05m"
+    assert report.report_line(figures) == f"{before}MFU 37%  {after}"
+    assert report.report_line(replace(figures, peak_flops=None)) == before + after
+    longest = replace(figures, step=20_000, steps=20_000, tokens=263_300.0, flops_per_token=2e10)
+    assert len(report.report_line(longest)) <= 100
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.9, "    0s"),
+        (59.9, "   59s"),
+        (60, " 1m00s"),
+        (3599, "59m59s"),
+        (3600, " 1h00m"),
+        (86_399, "23h59m"),
+        (86_400, " 1d00h"),
+        (99 * 86_400 + 7200, "99d02h"),
+    ],
+)
+def test_a_duration_takes_six_columns(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.0, "    0"), (999.4, "  999"), (1e3, " 1.0k"), (263_300.0, " 263k"), (12.34e6, "12.3M")],
+)
+def test_a_speed_takes_five_columns(number: float, text: str) -> None:
+    line = report.report_line(some_figures(tokens=number, seconds=1.0))
+    assert f"  {text} tok/s  " in line
 
 
 def test_the_printed_gain_is_the_mean_over_tokens_that_may_have_history() -> None:
@@ -146,10 +231,10 @@ def test_the_printed_gain_is_the_mean_over_tokens_that_may_have_history() -> Non
         ChunkLoss(7, 10, 2.9, 3.0, 2.98),
     ]
     result = Evaluation(3.5, 33.125, 1.25, 1040, chunks)
-    assert metrics.history_gain(result) == pytest.approx(0.4)
-    assert metrics.validation_line(300, result) == (
-        "validation at step 300: loss 3.5000  perplexity 33.12  bits/byte 1.2500  "
-        "history gain +0.4000 nats, another document's -0.2200"
+    assert history.history_gain(result) == pytest.approx(0.4)
+    assert report.validation_line(300, 20_000, result) == (
+        "eval   300/20000  loss 3.5000  bits/byte 1.2500  "
+        "history gain +0.4000 (another document's -0.2200)"
     )
 
 
@@ -217,7 +302,7 @@ def test_memory_on_several_ranks(micro_batch: int | str, rows: int) -> None:
 
 
 def test_the_summary_prints_what_was_computed(capsys: pytest.CaptureFixture[str]) -> None:
-    summary.print_summary(SMALL, 4)
+    summary.print_tables(SMALL, 4)
     said = capsys.readouterr().out
     parts = by_hand(SMALL.model, 4, 2)
     total = sum(parts.values())

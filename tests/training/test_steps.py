@@ -34,7 +34,8 @@ from i3dist.engine.zero2 import Zero2Engine
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
-from i3dist.tracking import metrics
+from i3dist.tracking import interval
+from i3dist.tracking.outbox import LOGS, Outbox
 from i3dist.training.trainer import Trainer, build_trainer
 from tests.conftest import ROOT, one_rank
 from tests.known import BOS, CHUNK, MODEL, PAD, Known, documents, make
@@ -160,6 +161,7 @@ class TrainedRun:
     tracker: mock.Mock
     data: Known
     done: bool = False
+    sent: list[int] = field(default_factory=list)  # lines in the logs when the tracker was told
     first: int = 0  # steps that were taken before
     settings: Settings = field(default_factory=Settings)
 
@@ -241,10 +243,14 @@ def start(known: Known) -> Iterator[Start]:
         )
         recorder.bad = frozenset(bad or ())
         made.append(recorder)
-        tracker = mock.Mock()
+        tracker, sent = mock.Mock(), []
+        files = [settings.run.path / name for name in LOGS]
+        tracker.send = lambda: sent.append(
+            sum(len(file.read_text().splitlines()) for file in files if file.exists())
+        )
         job = Job.detect({})
         trainer = build_trainer(settings, job, corpus, recorder, tracker, stop or Asked())  # type: ignore[arg-type]
-        return TrainedRun(trainer, recorder, tracker, known, settings=settings)
+        return TrainedRun(trainer, recorder, tracker, known, settings=settings, sent=sent)
 
     yield put_together
     for recorder in made:
@@ -466,11 +472,19 @@ def test_a_checkpoint_says_where_the_run_stood(run: TrainedRun) -> None:
 
 
 def test_what_is_tracked_is_what_is_logged(run: TrainedRun) -> None:
-    calls = [(c.args[0], c.kwargs["prefix"], c.args[1]) for c in run.tracker.log.call_args_list]
-    kinds = {"train": "metrics", "valid": "validation", "diagnostics": "diagnostics"}
-    for prefix, name in kinds.items():
-        tracked = [{"step": step, **figures} for step, kind, figures in calls if kind == prefix]
-        assert json.loads(json.dumps(tracked).replace("NaN", "null")) == run.lines(name)
+    """The tracker is told of each line once it is in its log, and takes it from there."""
+    logged = [line for log in LOGS for line in run.lines(log.removesuffix(".jsonl"))]
+    assert run.sent == list(range(1, len(logged) + 1))
+    box = Outbox(run.settings.run.path)
+    box.begin("run")
+    taken = []
+    while (found := box.unsent())[0]:
+        taken += found[0]
+        box.sent("run", found[1])
+    assert [(entry["step"], entry["time_ms"]) for entry in taken] == [
+        (line["step"], round(1000 * line["time"])) for line in logged
+    ]
+    box.clear()
     drawn = {(c.args[0].name, c.args[1]) for c in run.tracker.artifact.call_args_list}
     assert drawn >= {("loss.png", "plots"), ("history.png", "plots")}
 
@@ -544,7 +558,7 @@ def test_step_time_leaves_out_what_is_no_training(
 ) -> None:
     """A step takes 2 s and waits 0.5 s for each window; the rest takes long and is not counted."""
     clock = ManualClock()
-    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(interval, "time", clock)
     changes = {"train.steps": 6, "log.every": 3, "checkpoint.every": 1, "validate.every": 1}
     run = start(tmp_path / "run", **changes, **{"log.diagnose_every": 1})
     trainer, recorder = run.trainer, run.engine

@@ -1,0 +1,104 @@
+"""Where a run comes from: its code, versions and data, as MLflow shows them."""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from i3dist.config import Settings
+from i3dist.data.corpus import Corpus
+
+GIT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The data of a run. MLflow allows `digest` 36 characters; `profile` is JSON."""
+
+    name: str
+    digest: str
+    source: str
+    profile: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Tags of a run, and its data."""
+
+    tags: dict[str, str] = field(default_factory=dict)
+    dataset: Dataset | None = None
+
+
+def describe(settings: Settings, corpus: Corpus, parameters: int, world_size: int) -> Origin:
+    """What to record of a run with `parameters` parameters on `world_size` ranks."""
+    model, data = settings.model, corpus.train.manifest
+    commit = git_commit()
+    about = (
+        f"i3 language model with {parameters:,} parameters (layers {model.layers} of "
+        f"width {model.d_model}, history of "
+        f"{model.history_chunks} chunks), {settings.train.steps:,} steps on {world_size} ranks.\n\n"
+        f"Data: {data.tokens:,} tokens from {data.source}.\n\nFolder: `{settings.run.path}`"
+    )
+    versions = {f"version.{name}": text for name, text in find_versions().items()}
+    tags = {
+        "mlflow.note.content": about,
+        "mlflow.source.name": sys.argv[0],
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit.removesuffix("+dirty"),
+        "git_commit": commit,
+        "parameters": str(parameters),
+        "data_fingerprint": corpus.fingerprint,
+        "data_source": data.source,
+        **versions,
+    }
+    profile = {"tokens": data.tokens, "documents": data.documents, "chunks": data.chunks}
+    path = settings.data.path
+    dataset = Dataset(
+        as_unicode(path.name), corpus.fingerprint[:16], as_unicode(str(path)), json.dumps(profile)
+    )
+    return Origin({name: as_unicode(text) for name, text in tags.items()}, dataset)
+
+
+def as_unicode(name: str) -> str:
+    """A name of a file as Unicode; other bytes become "?"."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def find_versions() -> dict[str, str]:
+    """Versions of what the numbers of a run depend on, by name."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found["cuda"] = torch.version.cuda or "none"
+    for package in ("i3dist", "deepspeed"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout
+            found[package] = "unknown"
+    return found
+
+
+def git_commit(file: Path = Path(__file__)) -> str:
+    """The commit that tracks `file`, followed by "+dirty" if its working tree has changes.
+
+    "unknown" outside a repository, without git, if git takes too long, and if the repository does
+    not track the file (a package installed inside somebody else's checkout). Untracked files count
+    as changes: they can be imported.
+    """
+    try:
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        commit = _git(file.parent, "rev-parse", "HEAD").strip()
+        changed = _git(file.parent, "status", "--porcelain")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return f"{commit}+dirty" if changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT_S
+    ).stdout
