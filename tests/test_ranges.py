@@ -69,12 +69,13 @@ WORDS = {
     "train.lanes": ("auto",),
     "train.schedule": (1, 2, "auto"),
     "train.device": ("auto", "cpu", "cuda"),
+    "train.engine": ("zero2", "stock"),
     "train.micro_batch": ("auto",),
     "train.compile": (True, False, "auto"),
     "tracking.enabled": (True, False),
     "tracking.system_metrics": (True, False),
 }
-NAMES = ("run.path", "data.path", "tracking.experiment", "tracking.run_name")
+NAMES = ("run.path", "data.path", "optimizer.kind", "tracking.experiment", "tracking.run_name")
 LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1024xof_mine2")
 NO_LAYERS = (
     *(

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from i3dist.checkpoint import format as checkpoint
+from i3dist.checkpoint import writer
+from i3dist.checkpoint.reader import read_lanes
 from i3dist.config import CheckpointSettings, ModelSettings, Settings
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
@@ -116,14 +117,12 @@ def test_the_state_of_every_kind_is_saved(tmp_path: Path) -> None:
     rwkv = {"wkv": 2, "time_shift": 2, "channel_shift": 2}
     assert sizes == {"latents": 3, "conv.one_back": 3, "conv.two_back": 3, **rwkv}
     lanes = nothing.map(torch.randn_like)
-    written = checkpoint.save(
-        tmp_path, JOB, state_of(1), [], (range(2), lanes), CheckpointSettings()
-    )
-    read = checkpoint.read_lanes(written, range(2), nothing)
+    written = writer.save(tmp_path, JOB, state_of(1), [], (range(2), lanes), CheckpointSettings())
+    read = read_lanes(written, range(2), nothing)
     assert all(read.tensors()[name].equal(tensor) for name, tensor in lanes.tensors().items())
     assert list(read.tensors()) == list(lanes.tensors())
     with pytest.raises(UserError, match=r"no tensor named '[01]/(conv|wkv|time|channel)"):
-        checkpoint.read_lanes(written, range(2), LaneState(nothing.latents, {}))
+        read_lanes(written, range(2), LaneState(nothing.latents, {}))
 
 
 @pytest.mark.parametrize(
