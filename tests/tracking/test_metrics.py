@@ -49,7 +49,7 @@ def test_a_metric_of_ones_own_is_measured_and_one_that_fails_costs_one_warning(
     assert not {"failing", "unknown"} & set(found)
     (warning,) = caplog.records
     assert "metric failing is left out" in warning.getMessage()
-    with pytest.raises(ValueError, match="there already is a metric 'loss'"):
+    with pytest.raises(UserError, match="there already is a metric 'loss'"):
         METRICS.register("loss")(lambda figures: 0.0)
 
 
