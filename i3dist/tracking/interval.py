@@ -2,43 +2,19 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from i3dist.config import ModelSettings, Settings
+from i3dist.config import Settings
+from i3dist.data.counts import StepCounts
 from i3dist.data.lanes import Batch
-from i3dist.distributed import collectives
 from i3dist.model.lm import I3LM
-from i3dist.ops.cross_entropy import IGNORE
 from i3dist.tracking.mfu import job_peak_flops, per_token
 
 MEASURED_LANES = 4  # or as many as there are
-
-
-class StepCounts(NamedTuple):
-    """What one optimizer step of the whole job holds; scalars on the device, fp64."""
-
-    targets: Tensor  # positions that are trained on
-    tokens: Tensor  # inputs, padding left out
-    chunks: Tensor  # chunks with at least one token
-    latents: Tensor  # latents that those chunks may see, in sum
-
-
-def count_step(batches: Sequence[Batch], pad_id: int, model: ModelSettings) -> StepCounts:
-    """Count this rank's batches and sum over all ranks."""
-    device = batches[0].tokens.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch in batches:
-        used = batch.tokens != pad_id
-        visible = batch.depth.clamp(max=model.history_chunks) * model.latents
-        counts = [(batch.targets != IGNORE), used, used.any(-1), visible]
-        sums += torch.stack([count.sum() for count in counts])
-    return StepCounts(*collectives.all_sum(sums))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from i3dist.checkpoint import store
 from i3dist.checkpoint.async_saver import AsyncSaver
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
+from i3dist.data.counts import count_step
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import lanes_of_rank
 from i3dist.distributed.job import Job
@@ -23,7 +24,7 @@ from i3dist.distributed.signals import StopRequest, signals_blocked
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
-from i3dist.tracking.interval import Interval, count_step
+from i3dist.tracking.interval import Interval
 from i3dist.tracking.metrics import measure
 from i3dist.tracking.report import report_line
 from i3dist.tracking.tracker import NoTracker, Tracker

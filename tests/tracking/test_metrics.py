@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from i3dist.config import Settings
+from i3dist.data.counts import StepCounts
 from i3dist.data.lanes import Batch
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.tracking import interval, mfu
-from i3dist.tracking.interval import Figures, Interval, StepCounts
+from i3dist.tracking.interval import Figures, Interval
 from i3dist.tracking.metrics import METRICS, measure
 from i3dist.tracking.mfu import peak_flops, per_token
 from tests.model.conftest import build

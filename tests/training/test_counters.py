@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from i3dist.config import ModelSettings, Settings
+from i3dist.data.counts import StepCounts, count_step
 from i3dist.data.lanes import Batch
+from i3dist.distributed import collectives
 from i3dist.inference.evaluate import ChunkLoss, Evaluation
 from i3dist.tracking import history, interval, report
-from i3dist.tracking.interval import Figures, Interval, StepCounts, count_step
+from i3dist.tracking.interval import Figures, Interval
 from i3dist.tracking.metrics import measure, perplexity
 from i3dist.training import summary
 from i3dist.training.summary import count_parameters, memory_estimate, tokens_per_step
@@ -62,7 +64,7 @@ def test_a_steps_counts_are_those_of_its_windows() -> None:
 def test_a_steps_counts_are_summed_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many on two other ranks; counted to the last one above what fp32 holds."""
     batch = Batch(torch.full((1, 1, 3), 7), torch.full((1, 1, 3), 7), torch.tensor([[2]]))
-    monkeypatch.setattr(interval.collectives, "all_sum", lambda part: part + 2**26 + 2 * part)
+    monkeypatch.setattr(collectives, "all_sum", lambda part: part + 2**26 + 2 * part)
     counts = count_step([batch], PAD, ModelSettings(history_chunks=4, latents=5))
     assert [int(count) - 2**26 for count in counts] == [9, 9, 3, 30]
 

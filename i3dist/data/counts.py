@@ -1,0 +1,33 @@
+"""What an optimizer step of the whole job holds. Its targets are the denominator of the loss."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from i3dist.config import ModelSettings
+from i3dist.data.lanes import Batch
+from i3dist.distributed import collectives
+from i3dist.ops.cross_entropy import IGNORE
+
+
+class StepCounts(NamedTuple):
+    """What one optimizer step of the whole job holds; scalars on the device, fp64."""
+
+    targets: Tensor  # positions that are trained on
+    tokens: Tensor  # inputs, padding left out
+    chunks: Tensor  # chunks with at least one token
+    latents: Tensor  # latents that those chunks may see, in sum
+
+
+def count_step(batches: Sequence[Batch], pad_id: int, model: ModelSettings) -> StepCounts:
+    """Count this rank's batches and sum over all ranks."""
+    device = batches[0].tokens.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for batch in batches:
+        used = batch.tokens != pad_id
+        visible = batch.depth.clamp(max=model.history_chunks) * model.latents
+        counts = [(batch.targets != IGNORE), used, used.any(-1), visible]
+        sums += torch.stack([count.sum() for count in counts])
+    return StepCounts(*collectives.all_sum(sums))
