@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from i3dist.checkpoint import store, verify
-from i3dist.checkpoint.format import read_state
-from i3dist.checkpoint.run_state import RunState
+from i3dist.checkpoint.format import RunState, read_state
 from i3dist.config import OnDamage, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.schedule import NEWEST
@@ -17,7 +16,7 @@ from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
-from i3dist.training.continuing import first_conflict, inherit_decided, of_saved_run
+from i3dist.training.continuing import fill, first_conflict, inherit_decided, of_saved_run
 
 LANES_PER_RANK = 4
 WAYS_OUT = "choose another run.path, or start over with --fresh"
@@ -46,8 +45,7 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
         "optimizer.decay_steps": steps if steps > warmup else 2 * warmup,
         "model.vocab_size": vocab_size,
     }
-    flat = settings.flat()
-    return settings.with_values(**{k: v for k, v in decided.items() if flat[k] == "auto"})
+    return fill(settings, decided)
 
 
 def resolve(

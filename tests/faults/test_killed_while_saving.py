@@ -14,8 +14,7 @@ import torch
 import torch.distributed as torch_dist
 
 from i3dist.checkpoint import store, verify, writer
-from i3dist.checkpoint.format import read_state
-from i3dist.checkpoint.fragment import Fragment
+from i3dist.checkpoint.format import Fragment, read_state
 from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.config import CheckpointSettings, ModelSettings
 from i3dist.distributed.job import Job
@@ -37,7 +36,7 @@ def save(folder: Path, job: Job, step: int) -> None:
     lanes = EMPTY.map(lambda part: torch.full(part.shape, float(step), dtype=part.dtype))
     part = Fragment("w", job.rank * ELEMENTS, tensors)
     owned = (range(job.rank, job.rank + 1), lanes)
-    writer.save(folder, job, state_of(step), [part], owned, CheckpointSettings(keep=2))
+    writer.save(folder, job, state_of(step), [part], owned, CheckpointSettings(keep=2), b"{}")
 
 
 def save_on_and_on(folder: Path, rank: int, port: int, first: int, said: Connection) -> None:
