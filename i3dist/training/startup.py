@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from i3dist.checkpoint import store, verify
-from i3dist.checkpoint.format import RunState, read_state
+from i3dist.checkpoint.format import TOKENIZER, RunState, read_state
 from i3dist.config import OnDamage, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.schedule import NEWEST
@@ -64,10 +64,9 @@ def resolve(
         UserError: the run's folder has a checkpoint of other settings or other data.
     """
     there = [] if fresh else store.candidates(settings.run.path / store.CHECKPOINTS)
-    found = store.first_whole(there, verify.quick_fault)
-    if found is None:
+    path, _ = store.first_whole(there, verify.quick_fault)
+    if path is None:
         return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
-    path = found.path
     state = read_state(path)
     saved = of_saved_run(Settings.build(state.settings))
     settings = inherit_decided(settings, saved)
@@ -91,7 +90,7 @@ def _check_data(path: Path, state: RunState, settings: Settings, corpus: Corpus)
     """Raise `UserError` unless the checkpoint was trained on these data."""
     if state.data == corpus.fingerprint:
         return
-    trained_with = settings.run.path / "tokenizer.json"
+    trained_with = settings.run.path / TOKENIZER
     other = trained_with.exists() and Tokenizer.load(trained_with).sha256 != corpus.tokenizer.sha256
     has = f"another tokenizer than {trained_with}" if other else "other shards"
     raise UserError(

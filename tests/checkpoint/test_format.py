@@ -63,8 +63,7 @@ def whole(path: Path) -> bool:
 
 
 def taken(folder: Path) -> Path | None:
-    found = store.first_whole(store.candidates(folder), verify.quick_fault)
-    return found and found.path
+    return store.first_whole(store.candidates(folder), verify.quick_fault)[0]
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:

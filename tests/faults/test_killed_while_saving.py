@@ -81,15 +81,15 @@ def test_the_last_published_checkpoint_is_whole(tmp_path: Path) -> None:
     unfinished = published = 0
     for _ in range(KILLS):
         published = killed_at_random(tmp_path, chance, published + 1)
-        found = store.first_whole(
+        path, refused = store.first_whole(
             store.candidates(tmp_path), lambda path: verify.fault(path, ALONE)
         )
-        assert found is not None and not found.refused, "what latest names is whole"
-        step = read_state(found.path).step
+        assert path is not None and not refused, "what latest names is whole"
+        step = read_state(path).step
         assert step in (published, published + 1)
-        read = OptimizerReader(found.path)["w"]
+        read = OptimizerReader(path)["w"]
         assert all(t.shape == (2 * ELEMENTS,) and t.eq(step).all() for t in read.values())
-        lanes = read_lanes(found.path, range(2), EMPTY)
+        lanes = read_lanes(path, range(2), EMPTY)
         assert lanes.latents.eq(step).all()
         unfinished += len(list(tmp_path.glob(".*.partial")))
         clear_partials(tmp_path)
