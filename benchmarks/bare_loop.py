@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from i3dist.config import OptimizerSettings
 from i3dist.engine.flat_parameters import FlatModel
-from i3dist.model.lm import decayed
+from i3dist.model.lm import by_decay
 from i3dist.optim.optimizers import OPTIMIZERS
 
 
@@ -21,7 +21,7 @@ class BareLoop:
     def __init__(self, model: nn.Module, settings: OptimizerSettings, clip: float):
         """Take over the model; its parameters become bf16 and its buffers stay."""
         self.model, self.clip = model, clip
-        matrices = {"decayed"} if isinstance(model, FlatModel) else set(decayed(model))
+        matrices = {"decayed"} if isinstance(model, FlatModel) else set(by_decay(model)[0])
         named = sorted(model.named_parameters(), key=lambda item: item[0] not in matrices)
         self.parameters = [parameter for _, parameter in named]
         sizes = [parameter.numel() for parameter in self.parameters]

@@ -106,7 +106,7 @@ class Detached(nn.Module):
 
     def project(self, latents: Tensor, weight: Tensor) -> Tensor:
         """As the compressor's, with a gradient for the weight only."""
-        return linear(self.inner.tokens(latents).detach(), weight)
+        return linear(self.inner.token(self.inner.split(latents)).detach(), weight)
 
 
 class Even(Compressor):

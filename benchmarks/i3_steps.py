@@ -123,7 +123,8 @@ def in_engine(
         model.compile_blocks()
     config = setup.read_engine_config(ENGINE_CONFIG)
     settings, train = OptimizerSettings(), train or TrainSettings()
-    loop = setup.build(model, config, settings, train, shape.micro_batches)
+    loop = setup.build(model, config, settings, train)
+    loop.accumulate(shape.micro_batches)
     return I3Steps(loop, model, shape, device)
 
 
@@ -164,7 +165,7 @@ class WithoutHistory(I3LM):
         """As `I3LM.below`; the state's latents, which nobody reads, stay as they are."""
         segments = segment_ids(tokens, self.bos_id)
         x, carried = self.run_window(tokens, depth, state.layers)
-        after = LaneState(state.latents, carried).detach()
+        after = LaneState(state.latents, carried).map(Tensor.detach)
         # As many as there should be, which nobody reads either: a view of one.
         chunks = self.settings.history_chunks + tokens.shape[1]
         return Below(x, segments, depth, state.latents[:, :1].expand(-1, chunks, -1, -1)), after

@@ -166,7 +166,8 @@ def accuracy(model: I3LM, task: Task, documents: int, gate: float = 1.0) -> list
     state, gate_value = _empty(model, batch), torch.tensor(gate, device=device)
     # Not compiled: a shape that nothing else has.
     with torch.compiler.set_stance("force_eager"), mock.patch.object(model, "compiled", False):
-        hidden, _ = model.hidden(batch.tokens, batch.depth, state, gate_value)
+        below, _ = model.below(batch.tokens, batch.depth, state)
+        hidden = model.norm_out(model.above(below, gate_value))
     asked = batch.targets != IGNORE
     right = model.head(hidden[asked]).argmax(-1) == batch.targets[asked]
     return [

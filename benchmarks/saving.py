@@ -22,7 +22,7 @@ from rich.table import Table
 from synthetic import BOS, PAD, Data, batches
 
 from i3dist.checkpoint.async_saver import AsyncSaver
-from i3dist.checkpoint.run_state import RunState
+from i3dist.checkpoint.format import RunState
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import CheckpointSettings, Settings
 from i3dist.distributed import collectives, devices
@@ -45,7 +45,7 @@ class Intervals:
         self.batches = batches(data.lane_windows(shape.lanes, shape.window), 4, device)
         self.steps = in_engine(I3LM(model, BOS).to(device), shape, device)
         self.lanes = range(shape.lanes)
-        self.saver = AsyncSaver(folder / "checkpoints", job, CheckpointSettings(keep=1))
+        self.saver = AsyncSaver(folder / "checkpoints", job, CheckpointSettings(keep=1), b"{}")
         self.settings = settings.to_dict()
 
     def save(self) -> None:

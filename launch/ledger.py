@@ -9,6 +9,7 @@ equal; 1: not, and one line names the first such step.
 import argparse
 from pathlib import Path
 
+from i3dist.checkpoint import store
 from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
@@ -61,7 +62,7 @@ def checked(run: Path, data: Path | None) -> list[Entry]:
     entries = read(run)
     fault = first_break(entries) or unsaved(entries, run)
     if fault is None and data is not None:
-        train = of_saved_run(Settings.load(run / "settings.yaml")).train
+        train = of_saved_run(Settings.load(run / store.SETTINGS)).train
         split = Split(data / "train", Manifest.load(data / "train"))
         schedule = split.schedule(
             train.lane_count, train.window_chunks, train.seed, train.schedule_version

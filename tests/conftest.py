@@ -128,10 +128,13 @@ def deepspeed_command(
 @contextmanager
 def one_rank() -> Iterator[None]:
     """A job of one rank, which leaves nothing in the environment of programs run later."""
-    from i3dist.engine import deepspeed_internals, setup  # with DeepSpeed: few tests need it
+    from i3dist.engine import setup  # with DeepSpeed: few tests need it
+    from i3dist.engine.deepspeed_internals import deepspeed
 
     before = dict(os.environ)
-    deepspeed_internals.forget_groups()
+    # Forget the groups of a job that has ended, so that this process can join another.
+    deepspeed.utils.groups._WORLD_GROUP = None  # DeepSpeed's own group of all ranks
+    deepspeed.comm.comm.cdb = None  # its communication backend
     setup.start(Job.detect({}))
     yield
     leave_group()

@@ -124,8 +124,11 @@ ODD = [
 ]
 TYPED = st.one_of(
     st.sampled_from(ODD),
-    st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=40),
-    st.lists(st.sampled_from(ODD), min_size=2, max_size=4).map(" ".join),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40),
+    # A file may hold no value above 4,096 characters.
+    st.lists(st.sampled_from(ODD), min_size=2, max_size=4)
+    .map(" ".join)
+    .filter(lambda text: len(text) <= 4090),
 )
 
 

@@ -3,12 +3,11 @@
 import time
 from collections.abc import Callable, Iterable
 from concurrent import futures
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 from i3dist.checkpoint import writer
-from i3dist.checkpoint.fragment import Fragment
-from i3dist.checkpoint.run_state import RunState
+from i3dist.checkpoint.format import Fragment, RunState
 from i3dist.config import CheckpointSettings
 from i3dist.distributed import collectives
 from i3dist.distributed.console import print_rank_0
@@ -26,13 +25,7 @@ class AsyncSaver:
     that is being written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        job: Job,
-        retention: CheckpointSettings,
-        tokenizer: bytes | None = None,
-    ):
+    def __init__(self, folder: Path, job: Job, retention: CheckpointSettings, tokenizer: bytes):
         """Every rank creates one, all at the same time.
 
         Args:
@@ -43,10 +36,11 @@ class AsyncSaver:
         """
         self.folder = folder
         self.job = job
-        self.retention = retention
-        self.tokenizer = tokenizer
         self.step = 0  # step of the newest checkpoint that was begun or restored
-        self._group = collectives.side_group()
+        group = collectives.side_group()
+        self._save = partial(
+            writer.save, folder, job, retention=retention, tokenizer=tokenizer, group=group
+        )
         self._thread = futures.ThreadPoolExecutor(1, "saver")
         self._writing: futures.Future[None] | None = None
 
@@ -95,9 +89,7 @@ class AsyncSaver:
     def __enter__(self) -> "AsyncSaver":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
         elif self._writing is not None:
@@ -111,16 +103,7 @@ class AsyncSaver:
         stalled: float,
     ) -> None:
         started = time.perf_counter()
-        path = writer.save(
-            self.folder,
-            self.job,
-            state,
-            fragments,
-            lanes,
-            self.retention,
-            self._group,
-            self.tokenizer,
-        )
+        path = self._save(state=state, fragments=fragments, lanes=lanes)
         written = time.perf_counter() - started
         print_rank_0(
             f"saved {path} (training waited {stalled:.1f} s, writing took {written:.1f} s)"

@@ -9,23 +9,15 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from i3dist.config import CheckpointSettings
 from i3dist.errors import UserError
 from i3dist.files import PARTIAL, remove, sync, write_whole
 
-CHECKPOINTS = "checkpoints"  # the folder's name in the run's
+CHECKPOINTS, SETTINGS = "checkpoints", "settings.yaml"  # names in the run's folder
 LATEST = "latest"
-
-
-class Found(NamedTuple):
-    """A whole checkpoint, and what is wrong with the newer ones."""
-
-    path: Path
-    refused: tuple[str, ...]
 
 
 def place(folder: Path, step: int) -> Path:
@@ -73,8 +65,12 @@ def candidates(folder: Path) -> list[Path]:
     return [place(folder, step) for step in there]
 
 
-def first_whole(candidates: Sequence[Path], fault: Callable[[Path], str | None]) -> Found | None:
-    """The first candidate without a `fault`; None if there are no candidates.
+def first_whole(
+    candidates: Iterable[Path], fault: Callable[[Path], str | None]
+) -> tuple[Path | None, list[str]]:
+    """The first candidate without a `fault`, and what is wrong with those before it.
+
+    None if there are no candidates.
 
     Raises:
         UserError: there are candidates, and each has a fault.
@@ -83,13 +79,13 @@ def first_whole(candidates: Sequence[Path], fault: Callable[[Path], str | None])
     for path in candidates:
         wrong = fault(path)
         if wrong is None:
-            return Found(path, tuple(refused))
+            return path, refused
         refused.append(f"checkpoint {path} is refused: {wrong}")
     if refused:
         raise UserError(
             f"{'; '.join(refused)}; no whole one is left: restore one, or start over with --fresh"
         )
-    return None
+    return None, []
 
 
 def stage(staging: Path) -> None:

@@ -58,15 +58,12 @@ def newest_whole(
     there = [
         step for step in collectives.gather_objects(steps)[0] if step is not None and wanted(step)
     ]
-    found = store.first_whole(
+    path, refused = store.first_whole(
         [store.place(folder, step) for step in there], lambda path: fault(path, job)
     )
-    if found is None:
-        return None
-    if found.refused:
-        taken = f"{found.path.name} is taken instead"
-        print_rank_0(f"warning: {'; '.join(found.refused)}; {taken}")
-    return found.path
+    if path is not None and refused:
+        print_rank_0(f"warning: {'; '.join(refused)}; {path.name} is taken instead")
+    return path
 
 
 def _first_altered(checkpoint: Path, job: Job) -> str | None:

@@ -22,7 +22,6 @@ from i3dist.files import utf8_path, written_aside
 from i3dist.model.lm import I3LM
 
 WEIGHTS = "model.safetensors"
-SETTINGS = "settings.yaml"
 
 
 def export_weights(run: Path, model: I3LM, step: int) -> None:
@@ -82,7 +81,7 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
         tokenizer, load_weights = Tokenizer.load(_tokenizer_of(path)), _load_checkpoint
     else:
         _check_finished(path)
-        settings = Settings.load(path / SETTINGS)
+        settings = Settings.load(path / store.SETTINGS)
         tokenizer, load_weights = Tokenizer.load(path / TOKENIZER), _load_export
     if settings.model.vocab_size != tokenizer.vocab_size:
         raise UserError(
@@ -120,7 +119,7 @@ def _check_finished(run: Path) -> None:
     """Raise `UserError` if there are no final weights in `run`: say what to name instead."""
     if (run / WEIGHTS).is_file():
         return
-    if not (run / SETTINGS).is_file():
+    if not (run / store.SETTINGS).is_file():
         what = "neither the folder of a run nor a checkpoint" if run.exists() else "not there"
         raise UserError(
             f"--checkpoint {run} is {what}: name a run's folder with {WEIGHTS} in it, or its "
@@ -144,7 +143,7 @@ def _load_export(model: I3LM, path: Path) -> torch.dtype:
         model.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} does not fit {path / SETTINGS}: {reason}") from None
+        raise UserError(f"{file} does not fit {path / store.SETTINGS}: {reason}") from None
     return weights["head.weight"].dtype
 
 

@@ -17,10 +17,10 @@ from i3dist.checkpoint.format import (
     TOKENIZER,
     CheckpointManifest,
     FileDigest,
+    Fragment,
+    RunState,
     tensors_of_rank,
 )
-from i3dist.checkpoint.fragment import Fragment
-from i3dist.checkpoint.run_state import RunState
 from i3dist.config import CheckpointSettings
 from i3dist.distributed.collectives import Group, on_all_ranks, on_rank_0
 from i3dist.distributed.job import Job
@@ -36,8 +36,8 @@ def save(
     fragments: Iterable[Fragment],
     lanes: tuple[range, LaneState],
     retention: CheckpointSettings,
+    tokenizer: bytes,
     group: Group | None = None,
-    tokenizer: bytes | None = None,
 ) -> Path:
     """Write one checkpoint; every rank calls this and returns when it is published.
 
@@ -48,17 +48,15 @@ def save(
         fragments: this rank's share of weights and optimizer state, on the host.
         lanes: the lane numbers this rank owns, and their state row by row, on the host.
         retention: which checkpoints to keep.
-        group: the group for exchanges between ranks; None is the one that training uses.
         tokenizer: content of the data's tokenizer.json.
+        group: the group for exchanges between ranks; None is the one that training uses.
 
     Raises:
         UserError: on every rank, if any could not write; earlier checkpoints are untouched.
     """
     target = store.place(folder, state.step)
     staging = store.staging(target)
-    described = {STATE: state.model_dump_json(indent=1).encode()}
-    if tokenizer is not None:
-        described[TOKENIZER] = tokenizer
+    described = {STATE: state.model_dump_json(indent=1).encode(), TOKENIZER: tokenizer}
     try:
         on_rank_0(lambda: store.stage(staging), group)
         tensors = tensors_of_rank(job.rank, fragments, lanes)

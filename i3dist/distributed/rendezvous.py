@@ -42,7 +42,7 @@ def read_timeout(environ: Mapping[str, str] = os.environ) -> timedelta:
 
 
 @contextmanager
-def meet(job: Job, name: str, timeout: timedelta | None = None) -> Iterator[None]:
+def meet(job: Job, name: str, timeout: timedelta) -> Iterator[None]:
     """Wait until every rank of this job is here, and none of another; form the group inside.
 
     Rank 0 listens until the end of the `with`, so torch's own rendezvous inside succeeds at once.
@@ -54,13 +54,12 @@ def meet(job: Job, name: str, timeout: timedelta | None = None) -> Iterator[None
         job: the job.
         name: identifies the job: equal on all its ranks, different from that of any other job
             which may run beside it.
-        timeout: how long to wait for the other ranks; None is `read_timeout`.
+        timeout: how long to wait for the other ranks.
 
     Raises:
         UserError: the port is taken, the address is not rank 0's, ranks are late, or some run on
             GPUs and others on the CPU.
     """
-    timeout = timeout or read_timeout()
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = _open_store(job, timeout, listen=job.rank == 0 and not by_agent)
     try:

@@ -83,12 +83,6 @@ def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict
     return engine
 
 
-def forget_groups() -> None:
-    """Forget the process groups of a job that has ended, so that this process can join another."""
-    deepspeed.utils.groups._WORLD_GROUP = None  # DeepSpeed's own group of all ranks
-    deepspeed.comm.comm.cdb = None  # its communication backend
-
-
 class Address(NamedTuple):
     """Which part of a flat parameter this rank's partition holds, and where."""
 

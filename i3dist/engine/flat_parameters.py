@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from i3dist.engine import cuda_graph
 from i3dist.model.layers import ALIGNMENT, Linear
-from i3dist.model.lm import I3LM, decayed
+from i3dist.model.lm import I3LM, by_decay
 
 
 class Slot(NamedTuple):
@@ -53,8 +53,7 @@ class Flat(NamedTuple):
 
     parameter: nn.Parameter  # 1-D
     names: list[str]
-    slots: tuple[Slot, ...]
-    decays: bool  # whether weight decay applies
+    slots: list[Slot]
 
 
 class FlatModel(nn.Module):
@@ -67,12 +66,7 @@ class FlatModel(nn.Module):
         # In a tuple, so that it is no submodule and its parameters are not counted twice.
         self._model = (model,)
         self._call: Callable[..., Any] = self._unpack_and_call
-        matrices = set(decayed(model))
-        names = [name for name, _ in model.named_parameters()]
-        self.flats = [
-            _flatten(model, [name for name in names if (name in matrices) == decays], decays)
-            for decays in (True, False)
-        ]
+        self.flats = [_flatten(model, names) for names in by_decay(model)]
         self.decayed, self.undecayed = (flat.parameter for flat in self.flats)
 
     def forward(self, *arguments: Any) -> Any:
@@ -105,7 +99,7 @@ class FlatModel(nn.Module):
 
 
 @torch.no_grad()
-def _flatten(model: I3LM, names: list[str], decays: bool) -> Flat:
+def _flatten(model: I3LM, names: list[str]) -> Flat:
     """Copy parameters into one flat tensor, each to an aligned place."""
     slots, start = [], 0
     for name in names:
@@ -122,4 +116,4 @@ def _flatten(model: I3LM, names: list[str], decays: bool) -> Flat:
     flat = model.get_parameter(names[0]).new_zeros(start)
     for name, slot in zip(names, slots, strict=True):
         slot.stored(flat.narrow(0, slot.start, slot.size)).copy_(model.get_parameter(name))
-    return Flat(nn.Parameter(flat), names, tuple(slots), decays)
+    return Flat(nn.Parameter(flat), names, slots)

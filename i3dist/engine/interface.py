@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from i3dist.checkpoint.fragment import Fragment
+from i3dist.checkpoint.format import Fragment
 from i3dist.config import OptimizerSettings
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
@@ -38,10 +38,9 @@ class Engine(ABC):
         self,
         model: I3LM,
         module: nn.Module,
-        parameters: tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]],
+        parameters: Sequence[Sequence[nn.Parameter]],
         config: dict[str, Any],
         optimizer: OptimizerSettings,
-        micro_batches: int,
     ):
         """Build the optimizer. The subclass then hands `module` to DeepSpeed.
 
@@ -51,15 +50,14 @@ class Engine(ABC):
             parameters: of `module`, those with weight decay and those without.
             config: content of the engine's file.
             optimizer: its kind and options.
-            micro_batches: of one optimizer step on this rank.
         """
         self.model = model
-        self.micro_batches = micro_batches
+        self.micro_batches = 1  # of one optimizer step on this rank
         self.numeric = numeric_part(config)
         self._module = module
         self._kind = OPTIMIZERS.of(optimizer.kind)
         groups = [
-            {"params": list(group), "weight_decay": decay}
+            {"params": group, "weight_decay": decay}
             for group, decay in zip(parameters, (optimizer.weight_decay, 0.0), strict=True)
         ]
         self._optimizer = self._kind.build(groups, optimizer, model.compiled)
@@ -189,7 +187,17 @@ class Engine(ABC):
         self._engine.destroy()
 
 
-def check_taken(engine: Any, config: dict[str, Any], micro_batches: int) -> None:
+def complete(config: dict[str, Any], clip: float) -> dict[str, Any]:
+    """The engine's file with what the trainer decides: the batch, and clipping."""
+    return config | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # until `Engine.accumulate`
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,  # `FlatOptimizer` is not on DeepSpeed's list
+    }
+
+
+def check_taken(engine: Any, config: dict[str, Any]) -> None:
     """See that DeepSpeed's engine took its settings: it ignores what it does not know.
 
     Raises:
@@ -198,7 +206,7 @@ def check_taken(engine: Any, config: dict[str, Any], micro_batches: int) -> None
     taken = {
         "ZeRO stage": (engine.zero_optimization_stage(), 2),
         "bf16": (engine.bfloat16_enabled(), config.get("bf16", {}).get("enabled", False)),
-        "accumulation": (engine.gradient_accumulation_steps(), micro_batches),
+        "accumulation": (engine.gradient_accumulation_steps(), 1),
     }
     for what, (found, wanted) in taken.items():
         if found != wanted:

@@ -4,13 +4,13 @@ Fragments do not depend on the number of ranks. DeepSpeed's own accessors see th
 and gather each whole on every rank.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from i3dist.checkpoint.fragment import Fragment
+from i3dist.checkpoint.format import Fragment
 from i3dist.engine.deepspeed_internals import ZeroInternals
 from i3dist.engine.flat_parameters import Flat, Slot
 from i3dist.optim.flat import fresh_state
@@ -75,12 +75,12 @@ class PartitionedState:
             for name, start, mask, parts in self._shares(places, self._host)
         )
 
-    def load(self, entry: Callable[[str], dict[str, Tensor]], steps: int) -> None:
-        """Restore partitions after `steps` steps; `entry` gives a parameter's tensors by name."""
+    def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
+        """Restore partitions; the arguments are those of `Engine.load`."""
         for partition in self._zero.partitions:
             self._optimizer.state[partition] = fresh_state(partition, self._names, steps)
         for name, start, mask, parts in self._shares(self.places(), self._held()):
-            whole, length = entry(name), int(mask.sum())
+            whole, length = state[name], int(mask.sum())
             for key, part in parts.items():
                 part[mask] = whole[key].narrow(0, start, length).to(part.device)
 

@@ -17,8 +17,8 @@ from i3dist.engine.deepspeed_internals import (
     deepspeed,
     refusal,
 )
-from i3dist.engine.interface import Engine
-from i3dist.engine.stock import StockEngine, complete
+from i3dist.engine.interface import Engine, complete
+from i3dist.engine.stock import StockEngine
 from i3dist.engine.toolchain import writable_caches
 from i3dist.engine.zero2 import Zero2Engine
 from i3dist.errors import UserError
@@ -34,7 +34,7 @@ def read_engine_config(path: Path) -> dict[str, Any]:
         UserError: unreadable, not ZeRO-2, or a key or value that the engine does not honour.
     """
     config = config_file.read_engine_file(path)
-    if reason := refusal(complete(config, clip=1.0, micro_batches=1)):
+    if reason := refusal(complete(config, clip=1.0)):
         raise UserError(f"engine config {path}: DeepSpeed refuses it: {reason}")
     return config
 
@@ -56,11 +56,7 @@ def start(job: Job, name: str = "") -> None:
 
 
 def build(
-    model: I3LM,
-    config: dict[str, Any],
-    optimizer: OptimizerSettings,
-    train: TrainSettings,
-    micro_batches: int = 1,
+    model: I3LM, config: dict[str, Any], optimizer: OptimizerSettings, train: TrainSettings
 ) -> Engine:
     """The engine that `train.engine` names, or `StockEngine` with a warning for want of it.
 
@@ -68,11 +64,11 @@ def build(
     """
     if train.engine == "zero2":
         try:
-            return Zero2Engine(model, config, optimizer, train, micro_batches)
+            return Zero2Engine(model, config, optimizer, train)
         except UnknownDeepSpeedError as difference:
             print_rank_0(
                 f"warning: train.engine=zero2 does not fit DeepSpeed {deepspeed.__version__} "
                 f"({difference}), so train.engine=stock trains: the same losses to rounding, but "
                 "slower (docs/decisions.md); the version in constraints.txt fits"
             )
-    return StockEngine(model, config, optimizer, train, micro_batches)
+    return StockEngine(model, config, optimizer, train)

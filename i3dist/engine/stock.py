@@ -13,12 +13,12 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from i3dist.checkpoint.fragment import Fragment
+from i3dist.checkpoint.format import Fragment
 from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.distributed import collectives
 from i3dist.engine.deepspeed_internals import deepspeed, initialize
-from i3dist.engine.interface import Engine, Stepped, check_states, check_taken
-from i3dist.model.lm import I3LM, decayed
+from i3dist.engine.interface import Engine, Stepped, check_states, check_taken, complete
+from i3dist.model.lm import I3LM, by_decay
 from i3dist.model.state import LaneState
 from i3dist.optim.flat import fresh_state
 
@@ -32,20 +32,13 @@ class StockEngine(Engine):
         config: dict[str, Any],
         optimizer: OptimizerSettings,
         train: TrainSettings,
-        micro_batches: int = 1,
     ):
         """Wrap the model; the arguments are those of `Zero2Engine`."""
-        named, matrices = list(model.named_parameters()), set(decayed(model))
-        parameters = (
-            [parameter for name, parameter in named if name in matrices],
-            [parameter for name, parameter in named if name not in matrices],
-        )
-        super().__init__(model, model, parameters, config, optimizer, micro_batches)
+        parameters = [[model.get_parameter(name) for name in names] for names in by_decay(model)]
+        super().__init__(model, model, parameters, config, optimizer)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self._engine = initialize(
-            model, self._optimizer, complete(config, train.clip, micro_batches)
-        )
-        check_taken(self._engine, config, micro_batches)
+        self._engine = initialize(model, self._optimizer, complete(config, train.clip))
+        check_taken(self._engine, config)
         for name, buffer in model.named_buffers():  # some versions cast buffers as well
             buffer.data = buffers[name].to(self.device)
         self._pending = 0  # micro-batches since the last step
@@ -132,13 +125,3 @@ class StockEngine(Engine):
             for key, tensor in entry.items():
                 write(parameter, tensor, key)
         self._set_step_count(steps)
-
-
-def complete(config: dict[str, Any], clip: float, micro_batches: int) -> dict[str, Any]:
-    """The engine's file with the batch and clipping, which the trainer decides."""
-    return config | {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": clip,
-        "zero_allow_untested_optimizer": True,  # `FlatOptimizer` is not on DeepSpeed's list
-    }

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from i3dist.checkpoint.fragment import Fragment
+from i3dist.checkpoint.format import Fragment
 from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.distributed import collectives
 from i3dist.engine import deepspeed_internals as internals
 from i3dist.engine.flat_parameters import FlatModel
-from i3dist.engine.interface import Engine, Stepped, check_states, check_taken
+from i3dist.engine.interface import Engine, Stepped, check_states, check_taken, complete
 from i3dist.engine.optimizer_state import PartitionedState
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
@@ -33,7 +33,6 @@ class Zero2Engine(Engine):
         config: dict[str, Any],
         optimizer: OptimizerSettings,
         train: TrainSettings,
-        micro_batches: int = 1,
     ):
         """Wrap the model; it is unchanged if this raises.
 
@@ -42,7 +41,6 @@ class Zero2Engine(Engine):
             config: from `setup.read_engine_config`.
             optimizer: its kind and options.
             train: for clipping.
-            micro_batches: of one optimizer step on this rank; see `accumulate`.
 
         Raises:
             UnknownDeepSpeedError: on every rank, if DeepSpeed's internals are not as expected.
@@ -50,13 +48,11 @@ class Zero2Engine(Engine):
         if not internals.is_known_version():
             raise internals.UnknownDeepSpeedError("it knows 0.19.8 and later 0.19")
         self._flat = FlatModel(model)
-        parameters = [self._flat.decayed], [self._flat.undecayed]
-        super().__init__(model, self._flat, parameters, config, optimizer, micro_batches)
+        parameters = [[flat.parameter] for flat in self._flat.flats]
+        super().__init__(model, self._flat, parameters, config, optimizer)
         self.clip = train.clip
-        self._engine = internals.initialize(
-            self._flat, self._optimizer, _complete(config, micro_batches)
-        )
-        check_taken(self._engine, config, micro_batches)
+        self._engine = internals.initialize(self._flat, self._optimizer, _complete(config))
+        check_taken(self._engine, config)
         flats = [flat.parameter for flat in self._flat.flats]
         try:
             self._zero = internals.ZeroInternals(self._engine, flats, self._optimizer)
@@ -162,23 +158,19 @@ class Zero2Engine(Engine):
             entry = state[name]
             check_states(entry, self._kind.states)
             parameter.copy_(entry["weight"].view_as(parameter))
-        self._state.load(lambda name: state[name], steps)
+        self._state.load(state, steps)
 
 
-def _complete(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:
-    """The engine's file with what is decided here.
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """`complete`, without what `Zero2Engine` does itself.
 
     DeepSpeed's norm and overflow check (0.19.8) read all gradients again, the norm in fp64, and
     wait for the result. Its throughput timer would wait for the device twice a step.
     """
-    return config | {
+    return complete(config, clip=0.0) | {
         "zero_optimization": config["zero_optimization"] | {"compute_grad_norm": False},
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": 0.0,
         "bf16": config.get("bf16", {}) | {"check_grad_overflow": False},
         "timers": {"throughput": {"enabled": False}},
-        "zero_allow_untested_optimizer": True,  # `FlatOptimizer` is not on DeepSpeed's list
     }
 
 

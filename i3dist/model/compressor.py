@@ -130,14 +130,11 @@ class Compressor(nn.Module):
         parts = self.width.trim(latents).unflatten(-1, (self.sub_latents, -1))
         return self.part.pad(parts.flatten(-3, -2))
 
-    def tokens(self, latents: Tensor) -> Tensor:
-        """What attention sees of latents: [..., M, D] -> [..., S, D]."""
-        return self.token(self.split(latents))
-
     def project(self, latents: Tensor, weight: Tensor) -> Tensor:
-        """`tokens` times a weight [out, D]: latents [..., M, D] -> [..., S, out].
+        """What attention sees of latents [..., M, D], times a weight [out, D]: [..., S, out].
 
-        The two matrices are multiplied first; their product is R times as small as `weight`.
+        It sees `token` of each sub-latent. The two matrices are multiplied first; their product is
+        R times as small as `weight`.
         """
         token = multipliable(self.token.computed(self.token.weight))
         return linear(self.split(latents), multipliable(weight) @ token)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from i3dist.config import ModelSettings
 from i3dist.errors import UserError
 from i3dist.model.attention import AttentionBlock
-from i3dist.model.block import Block, HistoryBlock, LowerBlock
+from i3dist.model.block import Block, LowerBlock
 from i3dist.model.rwkv import RwkvBlock
 from i3dist.registry import Registry
 
@@ -68,6 +68,3 @@ def lower_kind(layer: Layer) -> type[LowerBlock]:
     kind = LAYER_KINDS.of(layer.kind)
     assert issubclass(kind, LowerBlock)
     return kind
-
-
-__all__ = ["LAYER_KINDS", "HistoryBlock", "Layer", "LowerBlock", "Stack", "lower_kind"]

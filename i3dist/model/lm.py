@@ -6,7 +6,6 @@ chunk's latents do not depend on history, and the K chunks of a window run side 
 above, attention, then see each chunk's own tokens and the latents of the C chunks before it.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -116,13 +115,6 @@ class I3LM(nn.Module):
         below, state = self.below(tokens, depth, state)
         return self.losses(self.above(below, gate), targets), state
 
-    def hidden(
-        self, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor
-    ) -> tuple[Tensor, LaneState]:
-        """Final hidden states [B, K, T, D], the input of `head`, and the new state."""
-        below, state = self.below(tokens, depth, state)
-        return self.norm_out(self.above(below, gate)), state
-
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy [B, K, T] of the blocks' output [B, K, T, D]."""
         return token_losses(self.norm_out(x), self.head.computed(self.head.weight), targets)
@@ -139,7 +131,7 @@ class I3LM(nn.Module):
         new = new.unflatten(0, tokens.shape[:2])
         latents = torch.cat([self.width.pad(state.latents), new], dim=1)
         newest = self.width.trim(latents[:, -self.settings.history_chunks :])
-        return Below(x, segments, depth, latents), LaneState(newest, carried).detach()
+        return Below(x, segments, depth, latents), LaneState(newest, carried).map(Tensor.detach)
 
     def above(self, below: Below, gate: Tensor) -> Tensor:
         """The rest: the upper layers. Returns the residual stream [B, K, T, D].
@@ -250,8 +242,12 @@ def parameters_by_part(model: I3LM) -> dict[str, int]:
     return counts
 
 
-def decayed(model: nn.Module) -> Iterator[str]:
-    """Names of the matrices that weight decay applies to: projections and token tables."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            yield f"{name}.weight"
+def by_decay(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the parameters that weight decay applies to, and of the others.
+
+    It applies to the matrices of projections and token tables.
+    """
+    matrices = nn.Linear, nn.Embedding
+    decayed = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, matrices)}
+    names = [name for name, _ in model.named_parameters()]
+    return [n for n in names if n in decayed], [n for n in names if n not in decayed]

@@ -79,11 +79,6 @@ class TimeMix(nn.Module):
         self.receptance = Linear(width, width)
         self.output = Linear(width, width)
 
-    @property
-    def mixes(self) -> tuple[Tensor, ...]:
-        """[D] each, for the inputs of key, value and receptance."""
-        return self.mix_key, self.mix_value, self.mix_receptance
-
     def forward(
         self, inputs: Sequence[Tensor], restart: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -110,11 +105,6 @@ class ChannelMix(nn.Module):
         self.key = Linear(width, width.times(mult))
         self.value = Linear(width.times(mult), width)
         self.receptance = Linear(width, width)
-
-    @property
-    def mixes(self) -> tuple[Tensor, ...]:
-        """[D] each, for the inputs of key and receptance."""
-        return self.mix_key, self.mix_receptance
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Two inputs [N, T, D] -> [N, T, D]."""
@@ -151,10 +141,12 @@ class RwkvBlock(LowerBlock):
         """See `LowerBlock.forward`."""
         wkv_state, time_shift, channel_shift = state
         time, channel = self.time_mix, self.channel_mix
-        inputs, time_shift, x = norm_and_mix(self.norm_time, time.mixes, x, restart, time_shift)
+        mixes: tuple[Tensor, ...] = time.mix_key, time.mix_value, time.mix_receptance
+        inputs, time_shift, x = norm_and_mix(self.norm_time, mixes, x, restart, time_shift)
         mixed, wkv_state = time(inputs, restart, wkv_state)
+        mixes = channel.mix_key, channel.mix_receptance
         inputs, channel_shift, x = norm_and_mix(
-            self.norm_channel, channel.mixes, x, restart, channel_shift, mixed
+            self.norm_channel, mixes, x, restart, channel_shift, mixed
         )
         state = wkv_state.detach(), time_shift.detach(), channel_shift.detach()
         return x + channel(inputs), state

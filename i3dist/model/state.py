@@ -74,10 +74,6 @@ class LaneState(NamedTuple):
         """The state with `change` applied to every tensor."""
         return LaneState(change(self.latents), {n: change(x) for n, x in self.layers.items()})
 
-    def detach(self) -> "LaneState":
-        """The same values without gradient: it ends at the window's start."""
-        return self.map(Tensor.detach)
-
     def finite(self, empty: "LaneState") -> "LaneState":
         """The same with what is not finite replaced by `empty`, the state of as many new lanes.
 

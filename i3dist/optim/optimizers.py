@@ -29,26 +29,21 @@ class OptimizerKind:
 OPTIMIZERS: Registry[OptimizerKind] = Registry("optimizer.kind")
 
 
+def _options(settings: OptimizerSettings) -> dict[str, Any]:
+    betas = (settings.beta1, settings.beta2)
+    return {"lr": settings.lr, "betas": betas, "weight_decay": settings.weight_decay}
+
+
 def _adamw(groups: Groups, settings: OptimizerSettings, compiled: bool) -> torch.optim.Optimizer:
     """Ours where it can be compiled, else PyTorch's fused one."""
-    options: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": (settings.beta1, settings.beta2),
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
+    options = _options(settings) | {"eps": settings.eps}
     if compiled:
         return FlatOptimizer(groups, adamw.update, adamw.STATES, compiled, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def _lion(groups: Groups, settings: OptimizerSettings, compiled: bool) -> torch.optim.Optimizer:
-    options: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": (settings.beta1, settings.beta2),
-        "weight_decay": settings.weight_decay,
-    }
-    return FlatOptimizer(groups, lion.update, lion.STATES, compiled, **options)
+    return FlatOptimizer(groups, lion.update, lion.STATES, compiled, **_options(settings))
 
 
 OPTIMIZERS.register("adamw")(OptimizerKind(adamw.STATES, _adamw))

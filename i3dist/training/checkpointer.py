@@ -6,9 +6,8 @@ from pathlib import Path
 
 from i3dist.checkpoint import verify
 from i3dist.checkpoint.async_saver import AsyncSaver
-from i3dist.checkpoint.format import read_state
+from i3dist.checkpoint.format import RunState, read_state
 from i3dist.checkpoint.reader import OptimizerReader, read_lanes
-from i3dist.checkpoint.run_state import RunState
 from i3dist.checkpoint.weights import export_weights
 from i3dist.config import Settings
 from i3dist.distributed.collectives import on_all_ranks, on_rank_0
@@ -33,11 +32,6 @@ class Checkpointer:
     ledger: LedgerWriter
     watchdog: Watchdog
     saver: AsyncSaver
-
-    def save_if_due(self) -> None:
-        """Save every `checkpoint.every` steps."""
-        if self.progress.due(self.settings.checkpoint.every):
-            self.save()
 
     def save(self) -> None:
         """Begin a checkpoint of the last step, unless there is one."""

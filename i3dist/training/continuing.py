@@ -1,4 +1,6 @@
-"""Which settings may change when a run continues, and which it decides when it starts."""
+"""Which settings may change when a run continues, and what its "auto" settings then are."""
+
+from collections.abc import Mapping
 
 from i3dist.config import Settings
 
@@ -27,30 +29,24 @@ FREE_TO_CHANGE = (
     "tracking.system_metrics",
 )
 
-# Settings whose "auto" is replaced when a run starts; the value then stays the run's.
-DECIDED_AT_START = (
-    "train.lanes",
-    "train.schedule",
-    "optimizer.decay_steps",
-    "model.vocab_size",
-)
-
-# Of those, the ones that are newer than some saved runs, and what such runs did.
+# Settings that are newer than some saved runs, and what such runs did.
 BEFORE = {"train.schedule": 1}
+
+
+def fill(settings: Settings, values: Mapping[str, object]) -> Settings:
+    """Replace each "auto" for which there is a value, by setting."""
+    flat = settings.flat()
+    return settings.with_values(**{k: v for k, v in values.items() if flat[k] == "auto"})
 
 
 def of_saved_run(settings: Settings) -> Settings:
     """Settings read from a saved run: newer ones get the value by which the run was trained."""
-    flat = settings.flat()
-    return settings.with_values(**{k: v for k, v in BEFORE.items() if flat[k] == "auto"})
+    return fill(settings, BEFORE)
 
 
 def inherit_decided(settings: Settings, saved: Settings) -> Settings:
-    """Fill each "auto" of `DECIDED_AT_START` with what the saved run decided."""
-    flat, before = settings.flat(), saved.flat()
-    return settings.with_values(
-        **{key: before[key] for key in DECIDED_AT_START if flat[key] == "auto"}
-    )
+    """Fill each "auto" with what the saved run decided when it started (`startup.decide`)."""
+    return fill(settings, {k: v for k, v in saved.flat().items() if k not in FREE_TO_CHANGE})
 
 
 def first_conflict(settings: Settings, saved: Settings) -> str | None:

@@ -11,7 +11,7 @@ are the same on every rank, so all ranks decide alike.
 import math
 import statistics
 
-from i3dist.checkpoint.run_state import GuardState
+from i3dist.checkpoint.format import GuardState
 from i3dist.config import GuardSettings
 from i3dist.engine.interface import Stepped
 

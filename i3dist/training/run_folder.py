@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from i3dist.checkpoint import store
+from i3dist.checkpoint.format import TOKENIZER
 from i3dist.data.corpus import Corpus
 from i3dist.distributed.console import print_rank_0
 from i3dist.errors import UserError, explain
@@ -41,7 +42,7 @@ def lay_out(start: Start, corpus: Corpus) -> None:
     """
     folder = start.settings.run.path
     try:
-        if start.checkpoint is None and (folder / "settings.yaml").exists():
+        if start.checkpoint is None and (folder / store.SETTINGS).exists():
             lock_folder(folder)
             set_aside(folder)
         # If the folder is a link, create its target.
@@ -49,8 +50,8 @@ def lay_out(start: Start, corpus: Corpus) -> None:
         lock_folder(folder)
         for place in (folder, folder / store.CHECKPOINTS):
             clear_partials(place)
-        write_whole(folder / "settings.yaml", start.settings.to_yaml().encode())
-        write_whole(folder / "tokenizer.json", corpus.tokenizer.data)
+        write_whole(folder / store.SETTINGS, start.settings.to_yaml().encode())
+        write_whole(folder / TOKENIZER, corpus.tokenizer.data)
     except OSError as error:
         raise UserError(f"run.path={folder} cannot be written: {explain(error)}") from None
 

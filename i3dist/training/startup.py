@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from i3dist.checkpoint import store, verify
-from i3dist.checkpoint.format import read_state
-from i3dist.checkpoint.run_state import RunState
+from i3dist.checkpoint.format import TOKENIZER, RunState, read_state
 from i3dist.config import OnDamage, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.schedule import NEWEST
@@ -17,7 +16,7 @@ from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
-from i3dist.training.continuing import first_conflict, inherit_decided, of_saved_run
+from i3dist.training.continuing import fill, first_conflict, inherit_decided, of_saved_run
 
 LANES_PER_RANK = 4
 WAYS_OUT = "choose another run.path, or start over with --fresh"
@@ -46,8 +45,7 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
         "optimizer.decay_steps": steps if steps > warmup else 2 * warmup,
         "model.vocab_size": vocab_size,
     }
-    flat = settings.flat()
-    return settings.with_values(**{k: v for k, v in decided.items() if flat[k] == "auto"})
+    return fill(settings, decided)
 
 
 def resolve(
@@ -66,10 +64,9 @@ def resolve(
         UserError: the run's folder has a checkpoint of other settings or other data.
     """
     there = [] if fresh else store.candidates(settings.run.path / store.CHECKPOINTS)
-    found = store.first_whole(there, verify.quick_fault)
-    if found is None:
+    path, _ = store.first_whole(there, verify.quick_fault)
+    if path is None:
         return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
-    path = found.path
     state = read_state(path)
     saved = of_saved_run(Settings.build(state.settings))
     settings = inherit_decided(settings, saved)
@@ -93,7 +90,7 @@ def _check_data(path: Path, state: RunState, settings: Settings, corpus: Corpus)
     """Raise `UserError` unless the checkpoint was trained on these data."""
     if state.data == corpus.fingerprint:
         return
-    trained_with = settings.run.path / "tokenizer.json"
+    trained_with = settings.run.path / TOKENIZER
     other = trained_with.exists() and Tokenizer.load(trained_with).sha256 != corpus.tokenizer.sha256
     has = f"another tokenizer than {trained_with}" if other else "other shards"
     raise UserError(

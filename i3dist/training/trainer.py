@@ -65,7 +65,7 @@ class Trainer:
         Returns:
             True when the run is done; False if the job was asked to stop earlier, and has saved.
         """
-        progress, saver = self.progress, self.checkpointer.saver
+        settings, progress, saver = self.settings, self.progress, self.checkpointer.saver
         # After an error the watchdog closes first: the error may take long to be reported.
         with saver, closing(self.watchdog):
             if progress.step == 0:
@@ -75,10 +75,13 @@ class Trainer:
             with closing(self.batches()) as batches:
                 while not (progress.done or self.stop.agreed()):
                     self.train_step(batches)
-                    self.report_if_due()
+                    if progress.due(settings.log.every):
+                        self.report()
                     with self.interval.stopped_clock():
-                        self.validator.validate_if_due()
-                        self.checkpointer.save_if_due()
+                        if progress.due(settings.validate_.every):
+                            self.validator.validate()
+                        if progress.due(settings.checkpoint.every):
+                            self.checkpointer.save()
             if progress.done:
                 self.checkpointer.export()
             else:
@@ -149,11 +152,9 @@ class Trainer:
         if failed_to_save:
             self.checkpointer.saver.wait()  # raises the reason on every rank
 
-    def report_if_due(self) -> None:
-        """Every `log.every` steps: write the ledger, and log, track and print the metrics."""
+    def report(self) -> None:
+        """Write the ledger, and log, track and print the metrics."""
         progress = self.progress
-        if not progress.due(self.settings.log.every):
-            return
         figures = self.interval.figures(
             progress.step, self.settings, int(progress.tokens_seen), self.guard.state.skipped
         )

@@ -29,11 +29,6 @@ class Validator:
     watchdog: Watchdog
     log: RunLog
 
-    def validate_if_due(self) -> None:
-        """Validate every `validate.every` steps."""
-        if self.progress.due(self.settings.validate_.every):
-            self.validate()
-
     def validate(self) -> None:
         """Evaluate the model as it is now; training lanes do not change."""
         self.watchdog.beat("validating")

@@ -18,7 +18,7 @@ from i3dist.model.layers import Channels
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
 from tests.conftest import ROOT
-from tests.model.streams import BOS, depth_of, stream
+from tests.model.streams import BOS, depth_of, hidden_states, stream
 
 # As for a program started in that folder.
 sys.path.append(str(ROOT / "benchmarks"))
@@ -43,7 +43,7 @@ TOY = ["--width", "16", "--layers", "1", "--lanes", "2"]
 def logits(arm: str, tokens: torch.Tensor) -> torch.Tensor:
     model = history_arms.build(arm, SIZES, BOS, seed=0)
     state = LaneState.empty(len(tokens), model.settings, tokens.device, torch.float32)
-    return model.head(model.hidden(tokens, depth_of(tokens), state, torch.ones(()))[0])
+    return model.head(hidden_states(model, tokens, depth_of(tokens), state, torch.ones(()))[0])
 
 
 def test_a_book_is_its_pieces_in_order(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ import torch
 
 from i3dist.checkpoint import store, writer
 from i3dist.checkpoint.async_saver import AsyncSaver
-from i3dist.checkpoint.format import read_state
-from i3dist.checkpoint.fragment import Fragment
+from i3dist.checkpoint.format import Fragment, read_state
 from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.config import CheckpointSettings, GuardSettings, Settings
 from i3dist.data.schedule import Schedule
@@ -62,7 +61,7 @@ def training() -> Iterator[Training]:
 
 
 def saver(folder: Path) -> AsyncSaver:
-    return AsyncSaver(folder, JOB, CheckpointSettings(keep=1))
+    return AsyncSaver(folder, JOB, CheckpointSettings(keep=1), b"{}")
 
 
 def test_training_goes_on_meanwhile_and_what_is_saved_stays(

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from i3dist.checkpoint import store, verify, writer
-from i3dist.checkpoint.format import read_state, tensors_of_rank
-from i3dist.checkpoint.fragment import Fragment
+from i3dist.checkpoint.format import Fragment, GuardState, RunState, read_state, tensors_of_rank
 from i3dist.checkpoint.reader import OptimizerReader, read_lanes
-from i3dist.checkpoint.run_state import GuardState, RunState
 from i3dist.config import CheckpointSettings, ModelSettings, Settings
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
@@ -54,7 +52,9 @@ def save(
     parts = [fragment("a.weight", 0, 5), fragment("b", 0, 3)]
     lanes = random_lanes(2)
     retention = CheckpointSettings(keep=keep)
-    path = writer.save(folder, JOB, state_of(step, guard), parts, (range(2), lanes), retention)
+    path = writer.save(
+        folder, JOB, state_of(step, guard), parts, (range(2), lanes), retention, b"{}"
+    )
     return path, parts, lanes
 
 
@@ -63,8 +63,7 @@ def whole(path: Path) -> bool:
 
 
 def taken(folder: Path) -> Path | None:
-    found = store.first_whole(store.candidates(folder), verify.quick_fault)
-    return found and found.path
+    return store.first_whole(store.candidates(folder), verify.quick_fault)[0]
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:

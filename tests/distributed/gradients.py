@@ -64,7 +64,8 @@ def engine_norms(job: Job, dtype: torch.dtype, bucket: int) -> list[float]:
     if dtype == torch.float32:
         config["bf16"] = {"enabled": False}
     train = TrainSettings(clip=1e9)
-    trained = setup.build(build(), config, OptimizerSettings(), train, MICRO_BATCHES)
+    trained = setup.build(build(), config, OptimizerSettings(), train)
+    trained.accumulate(MICRO_BATCHES)
     lanes = torch.arange(LANES).tensor_split(job.world_size)[job.rank]
     whole = batch()
     norms = []

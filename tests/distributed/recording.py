@@ -8,8 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from i3dist.checkpoint.format import tensors_of_rank
-from i3dist.checkpoint.run_state import RunState
+from i3dist.checkpoint.format import RunState, tensors_of_rank
 from i3dist.checkpoint.writer import write_files
 from i3dist.training.checkpointer import Checkpointer
 

@@ -54,7 +54,7 @@ def test_ranks_of_one_job_meet_and_torch_finds_the_first_listening() -> None:
         found = pool.map(lambda job: try_to_meet(job, patience=20, inside=together.wait), jobs)
         assert list(found) == ["met", "met"]
     alone = Job(0, 1, 0, 1, 1, "127.0.0.1", port, "python")
-    with rendezvous.meet(alone, "runs/a"):
+    with rendezvous.meet(alone, "runs/a", timedelta(minutes=10)):
         torch.distributed.TCPStore("127.0.0.1", port, 1, True, multi_tenant=True)
 
 

@@ -38,7 +38,9 @@ def build(
     if not bf16:
         del config["data_types"]
     settings = OptimizerSettings(decay_steps=10, kind=optimizer)
-    return kind(new_model(seed), config, settings, TrainSettings(clip=clip), micro_batches)
+    engine = kind(new_model(seed), config, settings, TrainSettings(clip=clip))
+    engine.accumulate(micro_batches)
+    return engine
 
 
 def batch(rows: int, seed: int = 0) -> Batch:

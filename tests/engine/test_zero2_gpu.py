@@ -50,7 +50,9 @@ def build(
         model.compile_blocks()
     config = read_engine_config(ROOT / "configs" / "zero2.json")
     train = TrainSettings(clip=1e9)
-    return kind(model, config, OptimizerSettings(decay_steps=10), train, micro_batches)
+    trained = kind(model, config, OptimizerSettings(decay_steps=10), train)
+    trained.accumulate(micro_batches)
+    return trained
 
 
 def window(seed: int) -> list[Tensor]:

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as torch_dist
 
 from i3dist.checkpoint import store, verify, writer
-from i3dist.checkpoint.format import read_state
-from i3dist.checkpoint.fragment import Fragment
+from i3dist.checkpoint.format import Fragment, read_state
 from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.config import CheckpointSettings, ModelSettings
 from i3dist.distributed.job import Job
@@ -37,7 +36,7 @@ def save(folder: Path, job: Job, step: int) -> None:
     lanes = EMPTY.map(lambda part: torch.full(part.shape, float(step), dtype=part.dtype))
     part = Fragment("w", job.rank * ELEMENTS, tensors)
     owned = (range(job.rank, job.rank + 1), lanes)
-    writer.save(folder, job, state_of(step), [part], owned, CheckpointSettings(keep=2))
+    writer.save(folder, job, state_of(step), [part], owned, CheckpointSettings(keep=2), b"{}")
 
 
 def save_on_and_on(folder: Path, rank: int, port: int, first: int, said: Connection) -> None:
@@ -82,15 +81,15 @@ def test_the_last_published_checkpoint_is_whole(tmp_path: Path) -> None:
     unfinished = published = 0
     for _ in range(KILLS):
         published = killed_at_random(tmp_path, chance, published + 1)
-        found = store.first_whole(
+        path, refused = store.first_whole(
             store.candidates(tmp_path), lambda path: verify.fault(path, ALONE)
         )
-        assert found is not None and not found.refused, "what latest names is whole"
-        step = read_state(found.path).step
+        assert path is not None and not refused, "what latest names is whole"
+        step = read_state(path).step
         assert step in (published, published + 1)
-        read = OptimizerReader(found.path)["w"]
+        read = OptimizerReader(path)["w"]
         assert all(t.shape == (2 * ELEMENTS,) and t.eq(step).all() for t in read.values())
-        lanes = read_lanes(found.path, range(2), EMPTY)
+        lanes = read_lanes(path, range(2), EMPTY)
         assert lanes.latents.eq(step).all()
         unfinished += len(list(tmp_path.glob(".*.partial")))
         clear_partials(tmp_path)

@@ -33,8 +33,16 @@ def empty(model: I3LM, rows: int = 1) -> LaneState:
     return LaneState.empty(rows, model.settings, weight.device, weight.dtype)
 
 
+def hidden_states(
+    model: I3LM, tokens: Tensor, depth: Tensor, state: LaneState, gate: Tensor
+) -> tuple[Tensor, LaneState]:
+    """What `head` reads, [B, K, T, D], and the lanes' state after the window."""
+    below, state = model.below(tokens, depth, state)
+    return model.norm_out(model.above(below, gate)), state
+
+
 def logits(model: I3LM, tokens: Tensor, gate: float = 1.0) -> Tensor:
     """Logits [B, K, T, V] of whole streams in one window."""
     state = empty(model, len(tokens))
-    hidden, _ = model.hidden(tokens, depth_of(tokens), state, torch.tensor(gate))
+    hidden, _ = hidden_states(model, tokens, depth_of(tokens), state, torch.tensor(gate))
     return model.head(hidden)

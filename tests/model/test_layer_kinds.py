@@ -19,7 +19,7 @@ from tests.checkpoint.test_format import JOB, state_of
 from tests.conftest import environment, free_port, launcher
 from tests.model.conftest import BOS, SMALL, build
 from tests.model.kinds import Conv, Forgetful, Mlp
-from tests.model.streams import depth_of, empty, logits, stream
+from tests.model.streams import depth_of, empty, hidden_states, logits, stream
 
 BUILT_IN = list(LAYER_KINDS)
 OURS = {"mlp": Mlp, "conv": Conv, "forgetful": Forgetful}
@@ -78,11 +78,11 @@ def test_windows_one_by_one_equal_one_window(layers: str, carry: bool) -> None:
     model = build(layers=layers, state_carry=carry)
     tokens = stream(2, 6, T, SMALL["vocab_size"], 40)
     depth, state, gate = depth_of(tokens), empty(model), torch.tensor(0.7)
-    whole, whole_state = model.hidden(tokens, depth, state, gate)
+    whole, whole_state = hidden_states(model, tokens, depth, state, gate)
     parts = []
     for start in (0, 2, 4):
         part = slice(start, start + 2)
-        hidden, state = model.hidden(tokens[:, part], depth[:, part], state, gate)
+        hidden, state = hidden_states(model, tokens[:, part], depth[:, part], state, gate)
         parts.append(hidden)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     for name, tensor in whole_state.tensors().items():
@@ -117,7 +117,9 @@ def test_the_state_of_every_kind_is_saved(tmp_path: Path) -> None:
     rwkv = {"wkv": 2, "time_shift": 2, "channel_shift": 2}
     assert sizes == {"latents": 3, "conv.one_back": 3, "conv.two_back": 3, **rwkv}
     lanes = nothing.map(torch.randn_like)
-    written = writer.save(tmp_path, JOB, state_of(1), [], (range(2), lanes), CheckpointSettings())
+    written = writer.save(
+        tmp_path, JOB, state_of(1), [], (range(2), lanes), CheckpointSettings(), b"{}"
+    )
     read = read_lanes(written, range(2), nothing)
     assert all(read.tensors()[name].equal(tensor) for name, tensor in lanes.tensors().items())
     assert list(read.tensors()) == list(lanes.tensors())

@@ -12,13 +12,13 @@ from i3dist.inference.decoder import Decoder
 from i3dist.model.attention import CLOSED
 from i3dist.model.compressor import NEVER
 from i3dist.model.layers import adjust_heads
-from i3dist.model.lm import I3LM, decayed, parameters_by_part
+from i3dist.model.lm import I3LM, by_decay, parameters_by_part
 from i3dist.model.segments import chunks_seen, segment_ids
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.linear import linear
 from tests.model.conftest import SMALL, build
-from tests.model.streams import BOS, depth_of, empty, logits, stream
+from tests.model.streams import BOS, depth_of, empty, hidden_states, logits, stream
 
 T, V, C = SMALL["chunk_length"], SMALL["vocab_size"], SMALL["history_chunks"]
 seeds = st.integers(0, 2**31)
@@ -77,11 +77,11 @@ def test_sequential_equals_chunk_parallel(carry: bool, seed: int, window: int) -
     model = build(state_carry=carry)
     tokens = random_stream(seed)
     depth, state, gate = depth_of(tokens), empty(model), torch.tensor(0.7)
-    whole, whole_state = model.hidden(tokens, depth, state, gate)
+    whole, whole_state = hidden_states(model, tokens, depth, state, gate)
     parts = []
     for start in range(0, tokens.shape[1], window):
         part = slice(start, start + window)
-        hidden, state = model.hidden(tokens[:, part], depth[:, part], state, gate)
+        hidden, state = hidden_states(model, tokens[:, part], depth[:, part], state, gate)
         parts.append(hidden)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
     for name, tensor in whole_state.tensors().items():
@@ -113,8 +113,8 @@ def test_state_carry_reaches_further(model: I3LM) -> None:
 def test_history_holds_the_newest_chunks_and_drops_the_oldest(model: I3LM) -> None:
     tokens = random_stream(1, chunks=C + 2, mean_document=1e9)
     depth, gate = depth_of(tokens), torch.tensor(1.0)
-    _, state = model.hidden(tokens, depth, empty(model), gate)
-    _, newest = model.hidden(tokens[:, -C:], depth[:, -C:], empty(model), gate)
+    _, state = hidden_states(model, tokens, depth, empty(model), gate)
+    _, newest = hidden_states(model, tokens[:, -C:], depth[:, -C:], empty(model), gate)
     assert state.latents.shape == (1, C, SMALL["latents"], SMALL["d_model"])
     torch.testing.assert_close(state.latents, newest.latents, **CLOSE)
 
@@ -132,7 +132,7 @@ def test_gate_zero_equals_no_history(model: I3LM, seed: int) -> None:
     tokens = random_stream(seed, mean_document=200)
     nothing_visible = torch.zeros_like(depth_of(tokens))
     closed = logits(model, tokens, gate=0.0)
-    hidden, _ = model.hidden(tokens, nothing_visible, empty(model), torch.tensor(1.0))
+    hidden, _ = hidden_states(model, tokens, nothing_visible, empty(model), torch.tensor(1.0))
     torch.testing.assert_close(closed, model.head(hidden), **EXACT)
     assert (logits(model, tokens, gate=1.0) - closed).abs().max() > 1e-6
 
@@ -254,7 +254,7 @@ def test_gradient_flows_into_the_compressor_inside_a_window_only(model: I3LM) ->
 def test_no_gradient_crosses_windows(carry: bool) -> None:
     model = build(state_carry=carry)
     tokens = random_stream(5, chunks=2)
-    _, state = model.hidden(tokens, depth_of(tokens), empty(model), torch.tensor(1.0))
+    _, state = hidden_states(model, tokens, depth_of(tokens), empty(model), torch.tensor(1.0))
     assert not any(tensor.requires_grad for tensor in state.tensors().values())
 
 
@@ -470,7 +470,7 @@ def test_projecting_sub_latents_equals_projecting_what_they_unfold_to(model: I3L
     torch.manual_seed(0)
     latents = torch.randn(2, 3, SMALL["latents"], model.width.computed).double()
     weight = torch.randn(5, model.width.computed).double()
-    wanted = linear(model.compressor.tokens(latents), weight)
+    wanted = linear(model.compressor.token(model.compressor.split(latents)), weight)
     torch.testing.assert_close(model.compressor.project(latents, weight), wanted, **CLOSE)
 
 
@@ -523,7 +523,7 @@ def test_the_router_learns_from_what_sub_latents_are_of_use_for(model: I3LM) -> 
 
 
 def test_decay_applies_to_matrices_only(model: I3LM) -> None:
-    names = set(decayed(model))
+    names = set(by_decay(model)[0])
     parameters = dict(model.named_parameters())
     assert names <= set(parameters)
     assert all(parameters[name].ndim == 2 for name in names)

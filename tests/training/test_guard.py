@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from i3dist.checkpoint.run_state import GuardState
+from i3dist.checkpoint.format import GuardState
 from i3dist.config import GuardSettings, ModelSettings
 from i3dist.engine.interface import Stepped
 from i3dist.model.state import LaneState

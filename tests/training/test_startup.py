@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from i3dist.checkpoint.format import CheckpointManifest, FileDigest
-from i3dist.checkpoint.run_state import RunState
+from i3dist.checkpoint.format import CheckpointManifest, FileDigest, RunState
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives
