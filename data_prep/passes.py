@@ -165,7 +165,7 @@ def pack_split(
     """Pass 2 for one split: pack its documents in the order of their keys."""
     paths = [runs / name for summary in summaries for name in summary.runs]
     total = sum(summary.tokens for summary in summaries)
-    for document in in_order(paths, total, splits):
-        packer.add(document.id, document.url, document.tokens)
-        report(1, len(document.tokens))
+    for identifier, url, tokens in in_order(paths, total, splits):
+        packer.add(identifier, url, tokens)
+        report(1, len(tokens))
     packer.close()

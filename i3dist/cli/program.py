@@ -32,19 +32,14 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, width=HELP_WIDTH)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        lines = []
+        parts = []
         for part in text.strip().split("\n\n"):
-            lines += part.splitlines() if "\n " in f"\n{part}" else [" ".join(part.split())]
-            lines.append("")
-        return "\n".join(
-            textwrap.fill(line, width, subsequent_indent=" " * _indent(line)) for line in lines
-        ).strip()
-
-
-def _indent(line: str) -> int:
-    """Where a line that is continued goes on: deeper than it begins, if that is indented."""
-    blanks = len(line) - len(line.lstrip())
-    return blanks + 4 if blanks else 0
+            lines = part.splitlines() if "\n " in f"\n{part}" else [" ".join(part.split())]
+            continued = " " * (8 if len(lines) > 1 else 0)
+            parts += [
+                "\n".join(textwrap.fill(x, width, subsequent_indent=continued) for x in lines)
+            ]
+        return "\n\n".join(parts)
 
 
 class ArgumentParser(argparse.ArgumentParser):
