@@ -35,10 +35,11 @@ class _HelpFormatter(argparse.HelpFormatter):
         parts = []
         for part in text.strip().split("\n\n"):
             lines = part.splitlines() if "\n " in f"\n{part}" else [" ".join(part.split())]
-            continued = " " * (8 if len(lines) > 1 else 0)
-            parts += [
-                "\n".join(textwrap.fill(x, width, subsequent_indent=continued) for x in lines)
-            ]
+            wrapped = (
+                textwrap.fill(line, width, subsequent_indent=" " * 8 * line.startswith(" "))
+                for line in lines
+            )
+            parts.append("\n".join(wrapped))
         return "\n\n".join(parts)
 
 
