@@ -28,7 +28,6 @@ Model = TypeVar("Model", bound=BaseModel)
 TRAIN, VALID = "train", "valid"
 OTHER_CONTENT = "from other content of the same source"
 _SETTINGS_NAME = "shard.json"
-_TOKENIZER_NAME = "tokenizer.json"
 _EVIDENCE_NAME = "source.json"
 _WORK_NAME = ".work"
 _BEGUN_NAME = f"{_WORK_NAME}/{_EVIDENCE_NAME}"
@@ -83,7 +82,7 @@ class Output:
         self.folder = folder
         self.runs = folder / _WORK_NAME / "runs"
         self.staging = folder / _WORK_NAME / "splits"
-        self.tokenizer = folder / _TOKENIZER_NAME
+        self.tokenizer = folder / "tokenizer.json"
 
     def settings(self) -> OutputSettings | None:
         """The settings that the folder was begun with; None where it is new."""

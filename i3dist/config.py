@@ -176,8 +176,7 @@ class OptimizerSettings(Section):
 
     def lr_at(self, step: int) -> float:
         """Learning rate for optimizer step `step` (the first is 0)."""
-        if self.decay_steps == "auto":
-            raise ValueError("optimizer.decay_steps is not resolved")
+        assert self.decay_steps != "auto", "optimizer.decay_steps is not resolved"
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         span = max(1, self.decay_steps - self.warmup_steps)
@@ -218,15 +217,13 @@ class TrainSettings(Section):
     @property
     def lane_count(self) -> int:
         """`lanes` as a number, once the run has decided it."""
-        if self.lanes == "auto":
-            raise ValueError("train.lanes is not resolved")
+        assert self.lanes != "auto", "train.lanes is not resolved"
         return self.lanes
 
     @property
     def schedule_version(self) -> Literal[1, 2]:
         """`schedule` as a number, once the run has decided it."""
-        if self.schedule == "auto":
-            raise ValueError("train.schedule is not resolved")
+        assert self.schedule != "auto", "train.schedule is not resolved"
         return self.schedule
 
 

@@ -77,24 +77,20 @@ def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
             yield
         finally:
             sys.stdout.flush()
-        return
     except SystemExit:
         raise
     except KeyboardInterrupt:
-        message = "interrupted"
+        _leave("interrupted")
     except BaseException as error:  # a panic of a library in Rust is no Exception
-        message = _describe(error)
-    _leave(message)
+        _leave(_describe(error))
 
 
 def _leave(message: str) -> NoReturn:
     rank = _rank()
     if rank != "0":
         time.sleep(OTHERS_WAIT_SECONDS)
-    print(
-        f"[rank {rank}] error: {message}" if rank != "0" else f"error: {message}", file=sys.stderr
-    )
-    sys.stderr.flush()
+    where = "" if rank == "0" else f"[rank {rank}] "
+    print(f"{where}error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from i3dist.config import OnDamage
+from i3dist.data.held_out import Table
 from i3dist.data.manifest import Manifest
-from i3dist.data.schedule import Windows
+from i3dist.data.schedule import LaneSchedule
 from i3dist.data.shards import ShardCache
 from i3dist.errors import UserError
 from i3dist.ops.cross_entropy import IGNORE
@@ -65,7 +66,7 @@ class LaneWindows(Dataset["Window | UserError"]):
         self,
         folder: Path,
         manifest: Manifest,
-        schedule: Windows,
+        schedule: LaneSchedule | Table,
         lanes: range,
         on_damage: OnDamage = "stop",
     ):
