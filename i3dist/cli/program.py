@@ -69,7 +69,7 @@ def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
     rank ends at once even while others wait for it. For `output_is_result` see `streams.prepare`.
     """
     streams.prepare(output_is_result)
-    threading.excepthook = _say_of_thread
+    threading.excepthook = _report_thread
     if os.environ.get(DEBUG) != "1":
         sys.unraisablehook = lambda _: None  # errors in destructors change nothing
     try:
@@ -123,7 +123,7 @@ def _keep(error: BaseException) -> str:
     return f"no folder takes a file with the traceback: {DEBUG}=1 prints it"
 
 
-def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
+def _report_thread(failed: threading.ExceptHookArgs) -> None:
     """Print one line about a thread that failed; the code that waits for it decides what to do."""
     if failed.exc_value is not None and failed.exc_type is not SystemExit:
         name = failed.thread.name if failed.thread else "unknown"
