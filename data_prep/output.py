@@ -16,14 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from data_prep.evidence import Evidence
+from data_prep.evidence import Evidence, Saved
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.errors import UserError
 from i3dist.files import clear_partials, write_whole
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=Saved)
 
 TRAIN, VALID = "train", "valid"
 OTHER_CONTENT = "from other content of the same source"
@@ -34,14 +34,12 @@ _BEGUN_NAME = f"{_WORK_NAME}/{_EVIDENCE_NAME}"
 _OF_PACKING = frozenset(("chunk_length", "chunks_per_shard", "valid_fraction"))
 
 
-class OutputSettings(BaseModel):
+class OutputSettings(Saved):
     """Everything that decides the bytes of the output.
 
     `revision` is the source's outline: the hub's commit, or a digest of the files' names and sizes.
     Older versions of this tool wrote a digest of the files' content.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layout: int = 1
     source: str

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from data_prep.evidence import Piece
+from data_prep.evidence import Piece, Saved
 from data_prep.sources import Part, Record, Skip, usable_text
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.files import write_whole, written_aside
@@ -61,13 +61,11 @@ class Document(NamedTuple):
     tokens: NDArray[np.uint16]
 
 
-class PartSummary(BaseModel):
+class PartSummary(Saved):
     """The result of pass 1 for a part; `tokens` does not count <BOS> and <EOS>.
 
     `pieces` are the pieces of files that were read; a part that is not made of files has none.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     runs: tuple[str, ...]
     documents: int

@@ -70,13 +70,12 @@ class Tokenizer:
             raise UserError(f"{path}: it makes special ids out of plain text; train another")
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: Path) -> Self:
         """Read a `tokenizer.json`.
 
         Raises:
             UserError: it cannot be read, is not byte-level, or lacks special tokens (listed).
         """
-        path = Path(path)
         try:
             if path.stat().st_size > _MAX_FILE_BYTES:
                 raise UserError(f"{path} is too large to be a tokenizer.json")
