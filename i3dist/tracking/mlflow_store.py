@@ -57,21 +57,19 @@ def store_uri(settings: Settings) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
 
 
-def open_command(store: str) -> str:
-    """What to type to see a store: a shell command; empty for a tracking server."""
-    if is_server(store):
-        return ""
-    return f"mlflow ui --backend-store-uri {shlex.quote(without_password(store))}"
+def how_to_see(store: str, experiment_id: str | None) -> list[str]:
+    """A shell command, if the store is no server, and the address that then has the charts.
 
-
-def charts_link(store: str, experiment_id: str | None) -> str:
-    """Address of the page with the charts of an experiment's runs, or of the list of experiments.
-
-    The page that MLflow opens by itself shows traces, which a training run has none of.
+    The address is of the page with the charts of an experiment's runs, or of the list of
+    experiments. The page that MLflow opens by itself shows traces, which a training run has none
+    of.
     """
-    base = without_password(store).rstrip("/") if is_server(store) else LOCAL_UI
+    shown = without_password(store)
     page = f"/{experiment_id}/runs?compareRunsMode=CHART" if experiment_id else ""
-    return f"{base}/#/experiments{page}"
+    if is_server(store):
+        return [f"{shown.rstrip('/')}/#/experiments{page}"]
+    command = f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
+    return [command, f"{LOCAL_UI}/#/experiments{page}"]
 
 
 def is_server(store: str) -> bool:

@@ -98,9 +98,7 @@ class Tracker:
 
     def where(self) -> list[str]:
         """How to see the run's charts: a command, if the store needs one, and an address."""
-        command = mlflow_store.open_command(self._store)
-        link = mlflow_store.charts_link(self._store, self._experiment_id)
-        return [command, link] if command else [link]
+        return mlflow_store.how_to_see(self._store, self._experiment_id)
 
     def _work(self) -> None:
         if mlflow_store.is_server(self._store):  # may hang for long: training need not wait for it
