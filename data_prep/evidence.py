@@ -18,10 +18,14 @@ State = tuple[int, int, int]
 """A file's size in bytes, and the times when its content and its inode last changed, in ns."""
 
 
-class Piece(BaseModel):
-    """Bytes `start` to `stop` of the source's file number `file`, and the SHA-256 they had."""
+class Saved(BaseModel):
+    """What is written to a JSON file of the output, and read back by a later run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Piece(Saved):
+    """Bytes `start` to `stop` of the source's file number `file`, and the SHA-256 they had."""
 
     file: int
     start: int
@@ -34,10 +38,8 @@ class Piece(BaseModel):
             return sha256_between(file, self.start, self.stop) == self.sha256
 
 
-class Evidence(BaseModel):
+class Evidence(Saved):
     """The state of every file of a source when it was read, and the pieces that were read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     states: tuple[State, ...]
     pieces: tuple[Piece, ...] = ()

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from data_prep.sources import SOURCES, Part, Record, Source, clean_name
+from data_prep.sources import SOURCES, Part, Record, Source
+from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
 
 DATASET = "HuggingFaceFW/fineweb-edu"
@@ -30,7 +31,7 @@ class HubPart(Part):
             dataset = dataset.shard(num_shards=self.of, index=self.number)
             for row, fields in enumerate(dataset):
                 position = f"{CONFIG}/{self.number:05d}#{row}"
-                identifier, url = (clean_name(fields.get(k) or position) for k in ("id", "url"))
+                identifier, url = (as_unicode(fields.get(k) or position) for k in ("id", "url"))
                 yield Record(position, identifier, url, fields["text"])
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from data_prep.output import is_output
 from data_prep.readers import SUFFIXES
 from data_prep.sources import NamedFile
-from i3dist.errors import UserError
+from i3dist.errors import UserError, printable
 
 _HIDDEN = (".", "~$")
 _ENDINGS_NAMED = 6
@@ -65,7 +65,7 @@ class Listing:
             names = [name for name, _ in self._endings.most_common(_ENDINGS_NAMED + 1)]
             names[_ENDINGS_NAMED:] = ["..."] * (len(names) > _ENDINGS_NAMED)
             counts.append(f"files that end in {', '.join(names)} ({self._endings.total():,})")
-        return "".join(char if char.isprintable() else "?" for char in ", ".join(counts))
+        return printable(", ".join(counts))
 
     def _add(self, path: Path) -> None:
         if not _is_source(path):

@@ -16,32 +16,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from data_prep.evidence import Evidence
+from data_prep.evidence import Evidence, Saved
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.errors import UserError
+from i3dist.files import clear_partials, write_whole
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=Saved)
 
 TRAIN, VALID = "train", "valid"
 OTHER_CONTENT = "from other content of the same source"
 _SETTINGS_NAME = "shard.json"
-_TOKENIZER_NAME = "tokenizer.json"
 _EVIDENCE_NAME = "source.json"
 _WORK_NAME = ".work"
 _BEGUN_NAME = f"{_WORK_NAME}/{_EVIDENCE_NAME}"
 _OF_PACKING = frozenset(("chunk_length", "chunks_per_shard", "valid_fraction"))
 
 
-class Settings(BaseModel):
+class OutputSettings(Saved):
     """Everything that decides the bytes of the output.
 
     `revision` is the source's outline: the hub's commit, or a digest of the files' names and sizes.
     Older versions of this tool wrote a digest of the files' content.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layout: int = 1
     source: str
@@ -64,7 +62,7 @@ class Settings(BaseModel):
         """Whether `revision` is the digest that older versions wrote for files."""
         return re.fullmatch("[0-9a-f]{64}", self.revision) is not None
 
-    def difference(self, other: "Settings", free: Set[str] = frozenset()) -> str | None:
+    def difference(self, other: "OutputSettings", free: Set[str] = frozenset()) -> str | None:
         """The first setting that differs from `other`'s, in words; `free` ones may differ."""
         for name, value in self.model_dump(exclude=set(free)).items():
             theirs = getattr(other, name)
@@ -82,11 +80,11 @@ class Output:
         self.folder = folder
         self.runs = folder / _WORK_NAME / "runs"
         self.staging = folder / _WORK_NAME / "splits"
-        self.tokenizer = folder / _TOKENIZER_NAME
+        self.tokenizer = folder / "tokenizer.json"
 
-    def settings(self) -> Settings | None:
+    def settings(self) -> OutputSettings | None:
         """The settings that the folder was begun with; None where it is new."""
-        return self._read(Settings, _SETTINGS_NAME)
+        return self._read(OutputSettings, _SETTINGS_NAME)
 
     def evidence(self) -> Evidence | None:
         """What was read of the source; before the work is done, the state of its files."""
@@ -130,7 +128,7 @@ class Output:
                 "--out on a local disk, and move the folder when it is complete"
             ) from None
 
-    def is_complete(self, settings: Settings) -> bool:
+    def is_complete(self, settings: OutputSettings) -> bool:
         """Whether all work is done.
 
         Raises:
@@ -138,7 +136,8 @@ class Output:
         """
         former = self.settings()
         if former is None:
-            if any(entry.name != _WORK_NAME for entry in self.folder.iterdir()):
+            ours = (_WORK_NAME, f".{_SETTINGS_NAME}.")  # a killed run may have left the second
+            if not all(entry.name.startswith(ours) for entry in self.folder.iterdir()):
                 raise UserError(f"{self.folder} holds other files: choose another --out")
             return False
         is_packed = any((self.folder / split).exists() for split in (TRAIN, VALID))
@@ -156,13 +155,13 @@ class Output:
         """The error for a folder that was made in another way: `difference` says in which."""
         return UserError(f"{self.folder} was made {difference}: choose another --out, or delete it")
 
-    def begin(self, settings: Settings, tokenizer: bytes, evidence: Evidence | None) -> None:
+    def begin(self, settings: OutputSettings, tokenizer: bytes, evidence: Evidence | None) -> None:
         """Write down what the folder is made from; a run that continues does it again."""
         self.runs.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode(), self.runs)
+        write_whole(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
         if evidence:
-            _write(self.folder / _BEGUN_NAME, evidence.model_dump_json().encode(), self.runs)
-        _write(self.tokenizer, tokenizer, self.runs)
+            write_whole(self.folder / _BEGUN_NAME, evidence.model_dump_json().encode())
+        write_whole(self.tokenizer, tokenizer)
 
     def stage(self, split: str) -> Path:
         """An empty folder to write `split` into."""
@@ -174,7 +173,7 @@ class Output:
     def publish(self, manifests: Mapping[str, Manifest], evidence: Evidence | None) -> None:
         """Move the staged splits into place, and write their manifests last."""
         if evidence:
-            _write(self.folder / _EVIDENCE_NAME, evidence.model_dump_json().encode(), self.runs)
+            write_whole(self.folder / _EVIDENCE_NAME, evidence.model_dump_json().encode())
         for split in manifests:
             final = self.folder / split
             (final / MANIFEST_NAME).unlink(missing_ok=True)
@@ -192,22 +191,17 @@ class Output:
 
     def _discard_work(self) -> None:
         shutil.rmtree(self.folder / _WORK_NAME, ignore_errors=True)
+        clear_partials(self.folder)
 
 
 def is_output(folder: Path) -> bool:
     """Whether this tool has made a folder."""
     path = folder / _SETTINGS_NAME
     try:
-        Settings.model_validate_json(path.read_bytes() if path.is_file() else b"")
+        OutputSettings.model_validate_json(path.read_bytes() if path.is_file() else b"")
     except (ValidationError, OSError):
         return False
     return True
-
-
-def _write(path: Path, data: bytes, work: Path) -> None:
-    temporary = work / f".{path.name}.{os.getpid()}"
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _check_shards(folder: Path) -> None:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import Synchronized
@@ -92,23 +92,18 @@ def _spill_in_processes(plan: SpillPlan, todo: Sequence[int], workers: int, repo
         while pending:
             finished, pending = wait(pending, _POLL_S, FIRST_COMPLETED)
             for future in finished:
-                _raise_failure(future)
+                future.result()
             now = tokens.value
             report(len(finished), now - seen)
             seen = now
-    finally:
-        # After a failure do not wait for the running parts: the workers end with this process.
-        pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
-
-
-def _raise_failure(future: "Future[None]") -> None:
-    try:
-        future.result()
     except BrokenProcessPool:
         raise UserError(
             "a worker process died (out of memory?): run the same command again with "
             "fewer --workers, and it continues"
         ) from None
+    finally:
+        # After a failure do not wait for the running parts: the workers end with this process.
+        pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
 
 
 def _start_worker(plan: SpillPlan, extensions: Sequence[Path], tokens: "Synchronized[int]") -> None:
@@ -165,7 +160,7 @@ def pack_split(
     """Pass 2 for one split: pack its documents in the order of their keys."""
     paths = [runs / name for summary in summaries for name in summary.runs]
     total = sum(summary.tokens for summary in summaries)
-    for document in in_order(paths, total, splits):
-        packer.add(document.id, document.url, document.tokens)
-        report(1, len(document.tokens))
+    for identifier, url, tokens in in_order(paths, total, splits):
+        packer.add(identifier, url, tokens)
+        report(1, len(tokens))
     packer.close()

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
-from data_prep.sources import Record, clean_file_name, clean_name
+from data_prep.sources import Record, clean_file_name
 from data_prep.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
+from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
 
 PARQUET = ".parquet"
@@ -274,4 +275,4 @@ def _record(position: str, fields: dict[str, Any]) -> Record:
 def _label(value: object, default: str) -> str:
     if value is None:
         return default
-    return value.decode(errors="replace") if isinstance(value, bytes) else clean_name(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else as_unicode(value)

@@ -38,7 +38,7 @@ from rich.console import Console
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.options import add_options
-from data_prep.output import OTHER_CONTENT, TRAIN, VALID, Output, Settings
+from data_prep.output import OTHER_CONTENT, TRAIN, VALID, Output, OutputSettings
 from data_prep.pack import Framing, Packer
 from data_prep.passes import (
     SpillPlan,
@@ -80,14 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_vocabulary(given, options.vocab_size)
     former = output.settings()
     source = open_source(options.source, former)
-    job = Job(settings_of(options, source, given, former), output, source, Console())
+    preparation = Preparation(
+        settings_of(options, source, given, former), output, source, Console()
+    )
     try:
         with output.locked():
-            if output.is_complete(job.settings):
-                job.check_complete()
+            if output.is_complete(preparation.settings):
+                preparation.check_complete()
                 print(clean_file_name(f"{output.folder} is already complete"))
                 return
-            job.run(given, options.workers)
+            preparation.run(given, options.workers)
     except OSError as error:
         place = error.filename or output.folder
         raise UserError(f"cannot write to {place}: {error.strerror or error}") from None
@@ -105,7 +107,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def open_source(spec: str | Path, former: Settings | None) -> Source:
+def open_source(spec: str | Path, former: OutputSettings | None) -> Source:
     """The source of this name or path; where the output was begun, at the revision of then."""
     source = SOURCES[spec]() if isinstance(spec, str) else file_source(spec)
     if former and former.source == source.name:
@@ -117,14 +119,14 @@ def settings_of(
     options: argparse.Namespace,
     source: Source,
     given: Tokenizer | None,
-    former: Settings | None,
-) -> Settings:
+    former: OutputSettings | None,
+) -> OutputSettings:
     """What decides the bytes of the output: all options but --out and --workers.
 
     The source is described as it is in the `former` settings, so that they can be compared.
     """
     vocab_size = given.vocab_size if given else options.vocab_size or DEFAULT_VOCABULARY
-    return Settings(
+    return OutputSettings(
         source=source.name,
         revision=source.revision if former and former.has_content_digest else source.outline,
         tokenizer=f"sha256 {given.sha256}" if given else "trained",
@@ -138,10 +140,10 @@ def settings_of(
 
 
 @dataclass(frozen=True)
-class Job:
+class Preparation:
     """One run of the tool on an output that is not complete."""
 
-    settings: Settings
+    settings: OutputSettings
     output: Output
     source: Source
     console: Console

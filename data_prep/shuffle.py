@@ -11,18 +11,20 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from data_prep.evidence import Piece
+from data_prep.evidence import Piece, Saved
 from data_prep.sources import Part, Record, Skip, usable_text
 from i3dist.data.tokenizer import Tokenizer
+from i3dist.files import write_whole, written_aside
 
 HASH_END = 1 << 62
 """Hashes are smaller than this, so that they and the bounds of buckets fit into int64."""
@@ -50,22 +52,20 @@ class Hashes(NamedTuple):
     split: int
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A tokenized document, without <BOS> and <EOS>."""
 
+    hashes: Hashes
     id: str
     url: str
     tokens: NDArray[np.uint16]
 
 
-class PartSummary(BaseModel):
+class PartSummary(Saved):
     """The result of pass 1 for a part; `tokens` does not count <BOS> and <EOS>.
 
     `pieces` are the pieces of files that were read; a part that is not made of files has none.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     runs: tuple[str, ...]
     documents: int
@@ -93,31 +93,13 @@ def hashes(text: str, position: str, seed: int) -> Hashes:
     return Hashes(high, low, split)
 
 
-@dataclass
-class _Run:
-    documents: list[Document] = field(default_factory=list)
-    hashes: list[Hashes] = field(default_factory=list)
-    tokens: int = 0
-
-    def add(self, document: Document, its_hashes: Hashes) -> None:
-        self.documents.append(document)
-        self.hashes.append(its_hashes)
-        self.tokens += len(document.tokens)
-
-    def is_full(self) -> bool:
-        return self.tokens >= RUN_TOKENS or len(self.documents) >= _RUN_DOCUMENTS
-
-    def table(self) -> pa.Table:
-        """The run sorted by key, as one chunk."""
-        rows = np.array(self.hashes, dtype=np.int64)
-        order = np.lexsort((rows[:, 1], rows[:, 0]))
-        documents = [self.documents[i] for i in order]
-        offsets = np.cumsum([0, *(len(d.tokens) for d in documents)], dtype=np.int64)
-        values = pa.array(np.concatenate([d.tokens for d in documents]))
-        labels = [pa.array([getattr(d, name) for d in documents]) for name in ("id", "url")]
-        tokens = pa.LargeListArray.from_arrays(pa.array(offsets), values)
-        columns = [pa.array(rows[order, i]) for i in range(3)]
-        return pa.Table.from_arrays([*columns, *labels, tokens], schema=_SCHEMA)
+def _table(run: Sequence[Document]) -> pa.Table:
+    """The run sorted by key, as one chunk."""
+    found, ids, urls, tokens = zip(*sorted(run, key=attrgetter("hashes")), strict=True)
+    offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(tokens)))
+    columns = [pa.array(column) for column in (*zip(*found, strict=True), ids, urls)]
+    return pa.Table.from_arrays([*columns, lists], schema=_SCHEMA)
 
 
 class _Records:
@@ -149,10 +131,10 @@ class Spiller:
         records = _Records(part)
         for run in self._runs(records, skipped):
             names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
-            _write_table(run.table(), self.folder / names[-1])
-            documents += len(run.documents)
-            tokens += run.tokens
-            found = [h.split for h in run.hashes]
+            _write_run(run, self.folder / names[-1])
+            documents += len(run)
+            tokens += sum(len(document.tokens) for document in run)
+            found = [document.hashes.split for document in run]
             smallest, largest = min(smallest, *found), max(largest, *found)
         summary = PartSummary(
             runs=tuple(names),
@@ -163,27 +145,27 @@ class Spiller:
             largest_split=largest,
             pieces=records.pieces,
         )
-        _write_bytes(summary.model_dump_json().encode(), summary_path(self.folder, number))
+        write_whole(summary_path(self.folder, number), summary.model_dump_json().encode())
         return summary
 
-    def _runs(self, records: Iterable[Record], skipped: Counter[str]) -> Iterator[_Run]:
-        run = _Run()
+    def _runs(self, records: Iterable[Record], skipped: Counter[str]) -> Iterator[list[Document]]:
+        run: list[Document] = []
+        size = 0
         for record in records:
             text = usable_text(record.text)
             if isinstance(text, Skip):
                 skipped[text.value] += 1
                 continue
-            run.add(self._tokenized(record, text), hashes(text, record.position, self.seed))
-            if run.is_full():
+            tokens = self.tokenizer.encode_to_numpy(text).astype(np.uint16)
+            self.report(len(tokens))
+            found = hashes(text, record.position, self.seed)
+            run.append(Document(found, record.id, record.url, tokens))
+            size += len(tokens)
+            if size >= RUN_TOKENS or len(run) >= _RUN_DOCUMENTS:
                 yield run
-                run = _Run()
-        if run.documents:
+                run, size = [], 0
+        if run:
             yield run
-
-    def _tokenized(self, record: Record, text: str) -> Document:
-        [tokens] = self.tokenizer.encode_batch([text])
-        self.report(len(tokens))
-        return Document(record.id, record.url, tokens.astype(np.uint16, copy=False))
 
 
 def summary_path(folder: Path, number: int) -> Path:
@@ -191,8 +173,10 @@ def summary_path(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06d}.json"
 
 
-def in_order(runs: Sequence[Path], tokens: int, splits: range) -> Iterator[Document]:
-    """All documents of `runs` whose split hash lies in `splits`, sorted by key.
+def in_order(
+    runs: Sequence[Path], tokens: int, splits: range
+) -> Iterator[tuple[str, str, NDArray[np.uint16]]]:
+    """(id, url, tokens) of all documents of `runs` whose split hash lies in `splits`, by key.
 
     `tokens` is about the number of tokens in the runs. It decides the number of buckets.
     """
@@ -212,7 +196,7 @@ def _rows(run: Path, bounds: list[int], splits: range) -> pa.Table:
         return rows.filter(pa.array((split >= splits.start) & (split < splits.stop)))
 
 
-def _sorted(table: pa.Table) -> Iterator[Document]:
+def _sorted(table: pa.Table) -> Iterator[tuple[str, str, NDArray[np.uint16]]]:
     if not len(table):
         return
     order = np.lexsort((table["low"].to_numpy(), table["high"].to_numpy()))
@@ -221,21 +205,13 @@ def _sorted(table: pa.Table) -> Iterator[Document]:
     ids, urls = table["id"], table["url"]
     for row in order:
         ends = offsets[row], offsets[row + 1]
-        yield Document(ids[row].as_py(), urls[row].as_py(), values[slice(*ends)])
+        yield ids[row].as_py(), urls[row].as_py(), values[slice(*ends)]
 
 
-def _write_table(table: pa.Table, path: Path) -> None:
-    temporary = _temporary(path)
-    with pa.OSFile(os.fsencode(temporary), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
-        writer.write_table(table)
-    temporary.replace(path)
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    temporary = _temporary(path)
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+def _write_run(run: Sequence[Document], path: Path) -> None:
+    with (
+        written_aside(path) as partial,
+        pa.OSFile(os.fsencode(partial), "wb") as file,
+        pa.ipc.new_file(file, _SCHEMA) as writer,
+    ):
+        writer.write_table(_table(run))

@@ -132,11 +132,6 @@ def usable_text(raw: object) -> str | Skip:
     return text if text.strip() else Skip.EMPTY
 
 
-def clean_name(value: object) -> str:
-    """`value` as valid Unicode: a lone surrogate becomes a question mark."""
-    return str(value).encode("utf-8", "replace").decode()
-
-
 def clean_file_name(name: str) -> str:
     """A file's name as valid Unicode, still different from other files' names."""
     return name.encode("utf-8", "backslashreplace").decode()

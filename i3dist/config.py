@@ -20,6 +20,7 @@ from pydantic import (
 
 from i3dist.cli.former_settings import translate
 from i3dist.cli.layer_pattern import CARD_LAYERS, plain_layers, read_layers
+from i3dist.cli.paths import as_unicode
 from i3dist.cli.settings_file import Nothing
 from i3dist.cli.settings_text import commented_yaml
 from i3dist.cli.settings_tree import Section, SettingsTree
@@ -35,10 +36,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Schedule = Annotated[str, AfterValidator(schedule_name)]
 # A folder's name may hold bytes that are no text; in JSON they become "?".
-AnyPath = Annotated[
-    Path,
-    PlainSerializer(lambda path: str(path).encode("utf-8", "replace").decode(), when_used="json"),
-]
+AnyPath = Annotated[Path, PlainSerializer(as_unicode, when_used="json")]
 # May be left empty, or be null, in a file.
 OptionalName = Annotated[
     str | None, BeforeValidator(lambda value: None if isinstance(value, Nothing) else value)
@@ -178,8 +176,7 @@ class OptimizerSettings(Section):
 
     def lr_at(self, step: int) -> float:
         """Learning rate for optimizer step `step` (the first is 0)."""
-        if self.decay_steps == "auto":
-            raise ValueError("optimizer.decay_steps is not resolved")
+        assert self.decay_steps != "auto", "optimizer.decay_steps is not resolved"
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         span = max(1, self.decay_steps - self.warmup_steps)
@@ -220,15 +217,13 @@ class TrainSettings(Section):
     @property
     def lane_count(self) -> int:
         """`lanes` as a number, once the run has decided it."""
-        if self.lanes == "auto":
-            raise ValueError("train.lanes is not resolved")
+        assert self.lanes != "auto", "train.lanes is not resolved"
         return self.lanes
 
     @property
     def schedule_version(self) -> Literal[1, 2]:
         """`schedule` as a number, once the run has decided it."""
-        if self.schedule == "auto":
-            raise ValueError("train.schedule is not resolved")
+        assert self.schedule != "auto", "train.schedule is not resolved"
         return self.schedule
 
 

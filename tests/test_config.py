@@ -51,7 +51,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults() -> None:
 
 def test_yaml_round_trips(tmp_path: Path) -> None:
     settings = Settings.load(CONFIGS / "tiny.yaml")
-    settings.save(tmp_path / "settings.yaml")
+    (tmp_path / "settings.yaml").write_text(settings.to_yaml())
     assert Settings.load(tmp_path / "settings.yaml") == settings
 
 
@@ -162,7 +162,7 @@ def test_a_typed_path_or_name_is_what_was_typed_and_comes_back_from_the_runs_fil
     assert paths == (Path(path), Path(path))
     assert (names.experiment, names.run_name) == (text, text)
     file = tmp_path_factory.mktemp("settings") / "settings.yaml"
-    settings.save(file)
+    file.write_text(settings.to_yaml())
     assert Settings.load(file) == settings
     assert settings.with_values(**{"train.steps": 20_000}) == settings
     assert json.loads(json.dumps(settings.to_dict()).encode()) == settings.to_dict()
@@ -207,7 +207,7 @@ def test_a_leading_tilde_is_the_home_folder(
     for advised in ("./~nobody_here/x", "./~", "./~/x"):
         settings = Settings.load(None, [f"run.path={advised}"])
         assert str(settings.run.path) == advised.removeprefix("./")
-        settings.save(tmp_path / "out.yaml")
+        (tmp_path / "out.yaml").write_text(settings.to_yaml())
         assert Settings.load(tmp_path / "out.yaml") == settings
         assert settings.with_values(**{"log.every": 3}).run.path == settings.run.path
 

@@ -118,7 +118,7 @@ sys.exit(7)
 
 
 LONG = """
-for number in range(3000):
+for number in range(20_000):  # more than a pipe holds, however late its reader leaves
     print("line", number, flush=True)
 open(sys.argv[1], "w").write("to the end")
 """

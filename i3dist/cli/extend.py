@@ -5,7 +5,6 @@ import importlib.util
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 from i3dist.cli.paths import typed_path
 from i3dist.errors import UserError, reason
@@ -18,16 +17,11 @@ def add_extend_option(parser: argparse.ArgumentParser) -> None:
     """Add --extend, which imports its file as soon as it is parsed."""
     parser.add_argument(
         "--extend",
-        action=_Extend,
-        type=typed_path,
+        action="append",
+        type=lambda text: load_extension(typed_path(text)),
         metavar="FILE.py",
         help="import this file first; it may add kinds (docs/extending.md); repeatable",
     )
-
-
-class _Extend(argparse.Action):
-    def __call__(self, _parser: object, _namespace: object, path: Any, _: object = None) -> None:
-        load_extension(path)
 
 
 def load_extension(path: Path) -> None:

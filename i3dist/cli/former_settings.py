@@ -7,10 +7,10 @@ from typing import Any
 from i3dist.cli.layer_pattern import CARD_LAYERS, MOST, read_layers, write_layers
 from i3dist.errors import UserError
 
-RENAMED = {"model.records": "model.sub_latents"}
+RENAMED = {"records": "sub_latents"}
 # Each was the number of layers of a kind; `model.layers` is now the whole stack.
-COUNTS = {"model.rwkv_layers": "rwkv", "model.attention_layers": "attention"}
-TODAY = RENAMED | dict.fromkeys(COUNTS, "model.layers")
+COUNTS = {"rwkv_layers": "rwkv", "attention_layers": "attention"}
+TODAY = RENAMED | dict.fromkeys(COUNTS, "layers")
 
 
 def translate(values: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
@@ -25,54 +25,45 @@ def translate(values: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, st
         UserError: one source gives both names, or a former count is out of range.
     """
     places, in_file = dict(places), set(places)
-    sections = values if isinstance(values, dict) else {}
-    found = {
-        f"{section}.{key}": (section, key)
-        for section, settings in sections.items()
-        if isinstance(settings, dict)
-        for key in settings
-    }
-    former = [name for name in TODAY if name in found]
-    if not former:
+    model = values.get("model") if isinstance(values, dict) else None
+    if not isinstance(model, dict):
         return values, places
-    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-    given_today = {name for name in TODAY.values() if name in found}
-    for name in former:
-        today = TODAY[name]
-        section, key = found[name]
-        value, place = values[section].pop(key), places.pop(name, "")
-        if today in given_today:
+    given, model = set(model), dict(model)
+    for former in [name for name in TODAY if name in given]:
+        key = TODAY[former]
+        name, today = f"model.{former}", f"model.{key}"
+        value, place = model.pop(former), places.pop(name, "")
+        if key in given:
             if (name in in_file) == (today in in_file):
                 raise UserError(
                     f"{place}{today} and its former name {name} are both given: keep {today}"
                 )
             if name in in_file:
                 continue
-        new = today.partition(".")[2]
-        if name in COUNTS:
-            value = _replaced(values[section].get(new, CARD_LAYERS), name, value, place)
-        values[section][new] = value
+        if former in COUNTS:
+            value = _replaced(model.get(key, CARD_LAYERS), former, value, place)
+        model[key] = value
         places.pop(today, None)
         if place:
             places[today] = place
-    return values, places
+    return {**values, "model": model}, places
 
 
-def _replaced(layers: Any, name: str, count: Any, place: str) -> Any:
+def _replaced(layers: Any, former: str, count: Any, place: str) -> Any:
     """The stack `layers` with another count of the kind that a former setting counts."""
     if not isinstance(count, int) or not 1 <= count <= MOST:
         raise UserError(
-            f"{place}setting {name}={count!r} should be a whole number from 1 to {MOST}; or say it "
-            f"as model.layers={CARD_LAYERS}"
+            f"{place}setting model.{former}={count!r} should be a whole number from 1 to {MOST}; "
+            f"or say it as model.layers={CARD_LAYERS}"
         )
-    kind = COUNTS[name]
+    kind = COUNTS[former]
     with suppress(ValueError, AttributeError):  # what is no stack is refused as model.layers
         groups = write_layers(read_layers(layers)).split(",")
         ours = [i for i, group in enumerate(groups) if group.partition("x")[2] == kind]
         if len(ours) != 1:
             raise UserError(
-                f"{place}{name} cannot change model.layers={layers}, which has {len(ours)} groups "
-                f"of {kind}: give model.layers itself"
+                f"{place}model.{former} cannot change model.layers={layers}, which has "
+                f"{len(ours)} groups of {kind}: give model.layers itself"
             )
         groups[ours[0]] = f"{count}x{kind}"
         return ",".join(groups)

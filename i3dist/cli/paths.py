@@ -27,6 +27,11 @@ def path_text(path: Path) -> str:
     return f"./{path}" if str(path).startswith("~") else str(path)
 
 
+def as_unicode(name: object) -> str:
+    """A name or path as valid Unicode: bytes that are no text become "?"."""
+    return str(name).encode("utf-8", "replace").decode()
+
+
 def literal_name(text: str) -> str:
     """The name that a user typed.
 
@@ -35,7 +40,7 @@ def literal_name(text: str) -> str:
     """
     if not text:
         raise ValueError("the name is empty: give one, or leave the setting out")
-    if "\0" in text or text != text.encode("utf-8", "replace").decode():
+    if "\0" in text or text != as_unicode(text):
         raise ValueError("the name has bytes that are no text: give another")
     return text
 

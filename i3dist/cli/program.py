@@ -32,19 +32,15 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, width=HELP_WIDTH)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        lines = []
+        parts = []
         for part in text.strip().split("\n\n"):
-            lines += part.splitlines() if "\n " in f"\n{part}" else [" ".join(part.split())]
-            lines.append("")
-        return "\n".join(
-            textwrap.fill(line, width, subsequent_indent=" " * _indent(line)) for line in lines
-        ).strip()
-
-
-def _indent(line: str) -> int:
-    """Where a line that is continued goes on: deeper than it begins, if that is indented."""
-    blanks = len(line) - len(line.lstrip())
-    return blanks + 4 if blanks else 0
+            lines = part.splitlines() if "\n " in f"\n{part}" else [" ".join(part.split())]
+            wrapped = (
+                textwrap.fill(line, width, subsequent_indent=" " * 8 * line.startswith(" "))
+                for line in lines
+            )
+            parts.append("\n".join(wrapped))
+        return "\n\n".join(parts)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -73,7 +69,7 @@ def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
     rank ends at once even while others wait for it. For `output_is_result` see `streams.prepare`.
     """
     streams.prepare(output_is_result)
-    threading.excepthook = _say_of_thread
+    threading.excepthook = _report_thread
     if os.environ.get(DEBUG) != "1":
         sys.unraisablehook = lambda _: None  # errors in destructors change nothing
     try:
@@ -81,24 +77,20 @@ def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
             yield
         finally:
             sys.stdout.flush()
-        return
     except SystemExit:
         raise
     except KeyboardInterrupt:
-        message = "interrupted"
+        _leave("interrupted")
     except BaseException as error:  # a panic of a library in Rust is no Exception
-        message = _describe(error)
-    _leave(message)
+        _leave(_describe(error))
 
 
 def _leave(message: str) -> NoReturn:
     rank = _rank()
     if rank != "0":
         time.sleep(OTHERS_WAIT_SECONDS)
-    print(
-        f"[rank {rank}] error: {message}" if rank != "0" else f"error: {message}", file=sys.stderr
-    )
-    sys.stderr.flush()
+    where = "" if rank == "0" else f"[rank {rank}] "
+    print(f"{where}error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -131,7 +123,7 @@ def _keep(error: BaseException) -> str:
     return f"no folder takes a file with the traceback: {DEBUG}=1 prints it"
 
 
-def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
+def _report_thread(failed: threading.ExceptHookArgs) -> None:
     """Print one line about a thread that failed; the code that waits for it decides what to do."""
     if failed.exc_value is not None and failed.exc_type is not SystemExit:
         name = failed.thread.name if failed.thread else "unknown"

@@ -79,7 +79,7 @@ def _wrapped(text: str | None, first: str, rest: str) -> str:
     return wrapper.fill(_one_line(text))
 
 
-def explain(error: ValidationError, tree: Tree, places: Mapping[str, str]) -> str:
+def first_fault(error: ValidationError, tree: Tree, places: Mapping[str, str]) -> str:
     """The first fault of a validation as one line: place, key, value, legal range, remedy."""
     faults = error.errors(include_url=False)
     fault = faults[0]

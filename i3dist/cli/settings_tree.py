@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from i3dist.cli.settings_file import read_values, write_values
-from i3dist.cli.settings_text import all_settings, explain, literal_settings
+from i3dist.cli.settings_text import all_settings, first_fault, literal_settings
 from i3dist.errors import UserError
 
 
@@ -50,7 +50,7 @@ class SettingsTree(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(explain(error, cls, places or {})) from None
+            raise UserError(first_fault(error, cls, places or {})) from None
 
     def place_of(self, name: str) -> str:
         """How a line about a setting begins: "FILE, line 7: " if `load` read it there, or ""."""
@@ -75,10 +75,6 @@ class SettingsTree(Section):
     def to_yaml(self) -> str:
         """The tree as YAML, which `load` reads back to an equal tree."""
         return write_values(self.model_dump(by_alias=True))
-
-    def save(self, path: Path) -> None:
-        """Write `to_yaml` to a file."""
-        path.write_text(self.to_yaml(), encoding="utf-8")
 
     def with_values(self, **changes: Any) -> Self:
         """A copy with settings replaced: ``with_values(**{"train.lanes": 8})``."""

@@ -42,7 +42,11 @@ def require_output() -> None:
 def _settled(stream: Any, number: int, needed: bool) -> Any:
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
-    if not isinstance(stream, io.TextIOWrapper) or _number(stream) != number:
+    try:
+        is_ours = isinstance(stream, io.TextIOWrapper) and stream.fileno() == number
+    except OSError:
+        is_ours = False
+    if not is_ours:
         return stream  # somebody's own
     if stream.errors in ("strict", "surrogateescape"):
         stream.reconfigure(errors="backslashreplace")  # libraries may hold it already
@@ -55,13 +59,6 @@ def _settled(stream: Any, number: int, needed: bool) -> Any:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
-
-
-def _number(stream: io.TextIOWrapper) -> int | None:
-    try:
-        return stream.fileno()
-    except OSError:
-        return None
 
 
 class _Output(io.FileIO):

@@ -84,28 +84,21 @@ class Corpus:
                     f"{tokenizer.path} is not the tokenizer that made {split.folder}; "
                     f"restore it or make the data again (delete {path} first)"
                 )
-        corpus = cls(splits["train"], splits["valid"], tokenizer)
-        corpus.check(model)
-        return corpus
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of both splits' manifests, which hold the hash of every shard."""
-        both = self.train.manifest.fingerprint + self.valid.manifest.fingerprint
-        return hashlib.sha256(both.encode()).hexdigest()
-
-    def check(self, model: ModelSettings) -> None:
-        """Check that a model of these settings can read the data."""
-        for split in (self.train, self.valid):
             length = split.manifest.chunk_length
             if length != model.chunk_length:
                 raise UserError(
                     f"model.chunk_length={model.chunk_length} but {split.folder} has chunks of "
                     f"{length} tokens; set model.chunk_length={length} or make other data"
                 )
-        vocab = self.tokenizer.vocab_size
-        if model.vocab_size not in ("auto", vocab):
+        if model.vocab_size not in ("auto", tokenizer.vocab_size):
             raise UserError(
-                f"model.vocab_size={model.vocab_size} but the data's tokenizer has {vocab} "
-                f"entries; leave it at auto"
+                f"model.vocab_size={model.vocab_size} but the data's tokenizer has "
+                f"{tokenizer.vocab_size} entries; leave it at auto"
             )
+        return cls(splits["train"], splits["valid"], tokenizer)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of both splits' manifests, which hold the hash of every shard."""
+        both = self.train.manifest.fingerprint + self.valid.manifest.fingerprint
+        return hashlib.sha256(both.encode()).hexdigest()

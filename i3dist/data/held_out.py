@@ -38,7 +38,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Table:
-    """(batch, row) -> K chunks of the evaluation. A `data.schedule.Windows`."""
+    """(batch, row) -> K chunks of the evaluation, read as windows of a `LaneSchedule` are."""
 
     places: Sequence[Place]
     positions: Ints  # [batches, rows, K] indices of `places`, or NONE

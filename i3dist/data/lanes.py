@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from i3dist.config import OnDamage
+from i3dist.data.held_out import Table
 from i3dist.data.manifest import Manifest
-from i3dist.data.schedule import Windows
+from i3dist.data.schedule import LaneSchedule
 from i3dist.data.shards import ShardCache
 from i3dist.errors import UserError
 from i3dist.ops.cross_entropy import IGNORE
@@ -47,14 +48,11 @@ class Batch(NamedTuple):
         return Batch(*(part.to(device, non_blocking=True) for part in self))
 
 
-class Window(NamedTuple):
-    """A batch, and a line for each quarantined shard in it."""
-
-    batch: Batch
-    damage: list[str]
+Reading = tuple[Batch, list[str]] | UserError
+"""A window, and a line for each quarantined shard in it; or why it cannot be read."""
 
 
-class LaneWindows(Dataset["Window | UserError"]):
+class LaneWindows(Dataset[Reading]):
     """Window index -> the batch of a range of lanes.
 
     A `UserError` is returned, not raised: an error raised in a worker process would arrive wrapped
@@ -65,7 +63,7 @@ class LaneWindows(Dataset["Window | UserError"]):
         self,
         folder: Path,
         manifest: Manifest,
-        schedule: Windows,
+        schedule: LaneSchedule | Table,
         lanes: range,
         on_damage: OnDamage = "stop",
     ):
@@ -75,14 +73,14 @@ class LaneWindows(Dataset["Window | UserError"]):
         # A lane may end one shard and begin the next within a window.
         self.shards = ShardCache(folder, manifest, capacity=2 * len(lanes), on_damage=on_damage)
 
-    def __getitem__(self, index: int) -> "Window | UserError":
+    def __getitem__(self, index: int) -> Reading:
         damage: list[str] = []
         try:
             rows = [self._row(index, lane, damage) for lane in self.lanes]
         except UserError as error:
             return error
         parts = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-        return Window(Batch(*parts), damage)
+        return Batch(*parts), damage
 
     def _row(
         self, index: int, lane: int, damage: list[str]
@@ -129,14 +127,15 @@ def windows(
         worker_init_fn=_die_of_lost_windows,
     )
     told: set[str] = set()
-    for window in _read(loader):
-        if isinstance(window, UserError):
-            raise window
-        for line in window.damage:
+    for reading in _read(loader):
+        if isinstance(reading, UserError):
+            raise reading
+        batch, damage = reading
+        for line in damage:
             if line not in told:
                 told.add(line)
                 log.error("%s", line)
-        yield window.batch.to(device)
+        yield batch.to(device)
 
 
 def _die_of_lost_windows(_: int) -> None:
@@ -151,7 +150,7 @@ def _die_of_lost_windows(_: int) -> None:
     Queue._on_queue_feeder_error = staticmethod(die)  # type: ignore[attr-defined]
 
 
-def _read(loader: "DataLoader[Window | UserError]") -> Iterator[Window | UserError]:
+def _read(loader: "DataLoader[Reading]") -> Iterator[Reading]:
     """The items of a loader; if one of its processes dies, a `UserError` is raised here.
 
     torch would raise in its signal handler, wherever the main thread happens to be, even in a save.

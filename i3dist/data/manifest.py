@@ -133,7 +133,7 @@ class Manifest(_Frozen):
         Raises:
             UserError: it is missing, unreadable or wrong; the message says in what.
         """
-        path = Path(folder) / MANIFEST_NAME
+        path = folder / MANIFEST_NAME
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
                 raise UserError(f"{path} is larger than any manifest; {_remedy(path)}")
@@ -148,8 +148,7 @@ class Manifest(_Frozen):
 
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`; a reader sees either the whole file or none."""
-        path = Path(folder) / MANIFEST_NAME
-        write_whole(path, self.model_dump_json(indent=1).encode() + b"\n")
+        write_whole(folder / MANIFEST_NAME, self.model_dump_json(indent=1).encode() + b"\n")
 
     def tokens_in(self, shard: int) -> int:
         """Tokens of one shard, without <PAD>."""

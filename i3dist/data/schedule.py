@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import Literal
 
 from i3dist.errors import UserError
 
@@ -27,19 +27,6 @@ NEWEST: Version = 2
 KEPT_SHARDS, FEWEST_ROUNDS = 1 << 17, 4
 Place = tuple[int, int]
 """A shard, and a chunk in it."""
-
-
-class Windows(Protocol):
-    """(window index, row of the batch) -> the K chunks to read."""
-
-    @property
-    def window(self) -> int:
-        """Chunks K of a window."""
-        ...
-
-    def chunks(self, index: int, lane: int) -> list[Place | None]:
-        """The K chunks that a row reads in window `index`; None where it idles."""
-        ...
 
 
 def permutation(seed: int, epoch: int, count: int) -> list[int]:

@@ -8,7 +8,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,13 +70,12 @@ class Tokenizer:
             raise UserError(f"{path}: it makes special ids out of plain text; train another")
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: Path) -> Self:
         """Read a `tokenizer.json`.
 
         Raises:
             UserError: it cannot be read, is not byte-level, or lacks special tokens (listed).
         """
-        path = Path(path)
         try:
             if path.stat().st_size > _MAX_FILE_BYTES:
                 raise UserError(f"{path} is too large to be a tokenizer.json")
@@ -87,12 +86,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, never special ids. A lone surrogate in the text is a `UserError`."""
-        return self._encode_one(text).tolist()
+        return self.encode_to_numpy(text).tolist()
 
-    def encode_batch(self, texts: Iterable[str]) -> list[NDArray[np.integer]]:
-        """Ids of each text, uint16 [T]; int32 if the vocabulary has more than 65,536 entries."""
-        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
-        return [self._encode_one(text).astype(dtype) for text in texts]
+    def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
+        """As `encode`, [T]."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text is not valid Unicode: it has a lone surrogate") from None
+        if self._fast is not None and _is_safe(text):
+            return self._fast.encode_to_numpy(text, disallowed_special=())
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         """Text of `ids`. Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
@@ -106,16 +111,6 @@ class Tokenizer:
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder that takes ids one by one, as they are generated."""
         return StreamDecoder(self._bytes)
-
-    def _encode_one(self, text: str) -> NDArray[np.integer]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError("the text is not valid Unicode: it has a lone surrogate") from None
-        if self._fast is not None and _is_safe(text):
-            return self._fast.encode_to_numpy(text, disallowed_special=())
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        return np.array(ids, dtype=np.uint32)
 
 
 class StreamDecoder:

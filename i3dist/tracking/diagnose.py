@@ -7,7 +7,6 @@ D width.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,51 +20,41 @@ from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.precision import widen
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """Figures of some lanes in one step.
-
-    Attributes:
-        attention_by_age: share of a query's attention that goes to the latents 1, 2, ... C chunks
-            before its own: mean over blocks, heads and the queries that may see them; NaN if none
-            may.
-        effective_rank: of the latents of the window's chunks.
-    """
-
-    attention_by_age: list[float]
-    effective_rank: float
-
-    def to_dict(self) -> dict[str, float]:
-        """As flat JSON values: ``attention_age_01`` and so on, ``effective_rank``."""
-        ages = {f"attention_age_{i:02d}": x for i, x in enumerate(self.attention_by_age, start=1)}
-        return {**ages, "effective_rank": self.effective_rank}
-
-
 @torch.no_grad()
 def diagnose(
     model: I3LM, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
-) -> Diagnosis:
-    """Diagnose a window of some lanes. Arguments are those of `I3LM.forward`."""
+) -> dict[str, float]:
+    """Diagnose a window of some lanes. Arguments are those of `I3LM.forward`.
+
+    Returns:
+        Figures by name: ``attention_age_01`` and so on, see `attention_by_age`; ``effective_rank``
+        of the latents of the window's chunks.
+    """
     # A shape used once in a while is not worth compiling. As a decorator this would have every
     # process import torch's compiler.
     with torch.compiler.set_stance("force_eager"):
         below, _ = model.below(tokens, depth, state)
         used = targets != IGNORE
         latents = below.latents[:, model.settings.history_chunks :][used.any(-1)]
-        return Diagnosis(
-            attention_by_age(model, below, used, gate).tolist(),
-            effective_rank(model.width.trim(latents).flatten(0, 1)),
-        )
+        shares = attention_by_age(model, below, used, gate).tolist()
+        ages = {f"attention_age_{age:02d}": share for age, share in enumerate(shares, start=1)}
+        rank = effective_rank(model.width.trim(latents).flatten(0, 1))
+        return {**ages, "effective_rank": rank}
 
 
 def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> Tensor:
-    """See `Diagnosis`: [C] fp64, age 1 first.
+    """Share of a query's attention that goes to the latents 1, 2, ... C chunks before its own.
+
+    Mean over blocks, heads and the queries that may see them; NaN if none may.
 
     Args:
         model: the model.
         below: the window.
         used: [B, K, T] bool, the queries that count.
         gate: scalar g in [0, 1] of history.
+
+    Returns:
+        [C] fp64, age 1 first.
     """
     segments, chunks = below.segments.flatten(0, 1), model.settings.history_chunks
     seen = history_mask(segments, below.depth.flatten(), chunks)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from i3dist.inference.evaluate import ChunkLoss, Evaluation
+from i3dist.inference.evaluate import Evaluation
 
 # Nats per token that history must gain to count as used.
 USED_GAIN = 0.001
@@ -12,24 +12,21 @@ KEPT_BY_OTHER = 0.5
 
 def history_gain(result: Evaluation) -> float | None:
     """Nats per token by which history lowers the loss; None if no chunk may have history."""
-    later = _later_chunks(result)
-    return _mean_gain(later, [chunk.loss for chunk in later])
+    return _mean_gain(result, "loss")
 
 
 def other_history_gain(result: Evaluation) -> float | None:
     """What is left of `history_gain` with another document's history; None if not measured."""
-    later = _later_chunks(result)
-    losses = [c.loss_other_history for c in later if c.loss_other_history is not None]
-    return _mean_gain(later, losses) if len(losses) == len(later) else None
+    return _mean_gain(result, "loss_other_history")
 
 
 def validation_metrics(result: Evaluation) -> dict[str, Any]:
     """A line of validation.jsonl."""
-    gains = {
+    return {
+        **result.to_dict(),
         "history_gain": history_gain(result),
         "other_history_gain": other_history_gain(result),
     }
-    return {**result.to_dict(), **gains}
 
 
 def history_warning(result: Evaluation) -> str | None:
@@ -47,15 +44,15 @@ def history_warning(result: Evaluation) -> str | None:
     return None
 
 
-def _later_chunks(result: Evaluation) -> list[ChunkLoss]:
-    """Those that may have history."""
-    return [chunk for chunk in result.by_chunk if chunk.index > 0]
+def _mean_gain(result: Evaluation, loss: str) -> float | None:
+    """Mean over tokens of the loss without history minus another, of chunks that may have history.
 
-
-def _mean_gain(chunks: list[ChunkLoss], losses: list[float]) -> float | None:
-    """Mean over tokens of the loss without history minus `losses`, one per chunk."""
-    if not chunks:
+    None if there are no such chunks, or one whose loss is not known.
+    """
+    later = [chunk for chunk in result.by_chunk if chunk.index > 0]
+    losses = [getattr(chunk, loss) for chunk in later]
+    if not later or None in losses:
         return None
-    pairs = zip(chunks, losses, strict=True)
-    gained = sum((chunk.loss_without_history - loss) * chunk.tokens for chunk, loss in pairs)
-    return gained / sum(chunk.tokens for chunk in chunks)
+    pairs = zip(later, losses, strict=True)
+    gained = sum((chunk.loss_without_history - x) * chunk.tokens for chunk, x in pairs)
+    return float(gained / sum(chunk.tokens for chunk in later))

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from i3dist.cli.paths import as_unicode
 from i3dist.config import Settings
 from i3dist.errors import UserError
 from i3dist.files import write_whole
-from i3dist.tracking.origin import Origin, as_unicode
+from i3dist.tracking.origin import Origin
 from i3dist.tracking.outbox import Entry
 
 # mlflow is imported when a run is opened: it takes 1 to 2 s and 130 MiB, and only rank 0 needs it.
@@ -56,21 +57,19 @@ def store_uri(settings: Settings) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
 
 
-def open_command(store: str) -> str:
-    """What to type to see a store: a shell command; empty for a tracking server."""
-    if is_server(store):
-        return ""
-    return f"mlflow ui --backend-store-uri {shlex.quote(without_password(store))}"
+def how_to_see(store: str, experiment_id: str | None) -> list[str]:
+    """A shell command, if the store is no server, and the address that then has the charts.
 
-
-def charts_link(store: str, experiment_id: str | None) -> str:
-    """Address of the page with the charts of an experiment's runs, or of the list of experiments.
-
-    The page that MLflow opens by itself shows traces, which a training run has none of.
+    The address is of the page with the charts of an experiment's runs, or of the list of
+    experiments. The page that MLflow opens by itself shows traces, which a training run has none
+    of.
     """
-    base = without_password(store).rstrip("/") if is_server(store) else LOCAL_UI
+    shown = without_password(store)
     page = f"/{experiment_id}/runs?compareRunsMode=CHART" if experiment_id else ""
-    return f"{base}/#/experiments{page}"
+    if is_server(store):
+        return [f"{shown.rstrip('/')}/#/experiments{page}"]
+    command = f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
+    return [command, f"{LOCAL_UI}/#/experiments{page}"]
 
 
 def is_server(store: str) -> bool:
@@ -138,7 +137,7 @@ class Store:
         self._settings = settings
         self._folder = settings.run.path.resolve()  # the same run, however its folder is reached
         self._origin = origin
-        self._tags = {**origin.tags, FOLDER_TAG: as_unicode(str(self._folder))}
+        self._tags = {**origin.tags, FOLDER_TAG: as_unicode(self._folder)}
         self._run_id: str | None = None
 
     def open_run(self) -> OpenRun:
@@ -272,7 +271,6 @@ def _log_dataset(client: "MlflowClient", run: "Run", origin: Origin) -> None:
     """Name the data in the run's "dataset" column. MLflow keeps one entry, however often sent."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    if data := origin.dataset:
-        dataset = Dataset(data.name, data.digest, "local", data.source, profile=data.profile)
+    if origin.dataset:
         tag = InputTag("mlflow.data.context", "training")
-        client.log_inputs(run.info.run_id, [DatasetInput(dataset, [tag])])
+        client.log_inputs(run.info.run_id, [DatasetInput(Dataset(**origin.dataset), [tag])])

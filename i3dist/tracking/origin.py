@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from i3dist.cli.paths import as_unicode
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 
@@ -17,21 +18,11 @@ GIT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """The data of a run. MLflow allows `digest` 36 characters; `profile` is JSON."""
-
-    name: str
-    digest: str
-    source: str
-    profile: str
-
-
-@dataclass(frozen=True)
 class Origin:
-    """Tags of a run, and its data."""
+    """Tags of a run, and the arguments of MLflow's `Dataset` that describe its data."""
 
     tags: dict[str, str] = field(default_factory=dict)
-    dataset: Dataset | None = None
+    dataset: dict[str, str] | None = None
 
 
 def describe(settings: Settings, corpus: Corpus, parameters: int, world_size: int) -> Origin:
@@ -57,16 +48,14 @@ def describe(settings: Settings, corpus: Corpus, parameters: int, world_size: in
         **versions,
     }
     profile = {"tokens": data.tokens, "documents": data.documents, "chunks": data.chunks}
-    path = settings.data.path
-    dataset = Dataset(
-        as_unicode(path.name), corpus.fingerprint[:16], as_unicode(str(path)), json.dumps(profile)
-    )
+    dataset = {
+        "name": as_unicode(settings.data.path.name),
+        "digest": corpus.fingerprint[:16],
+        "source_type": "local",
+        "source": as_unicode(settings.data.path),
+        "profile": json.dumps(profile),
+    }
     return Origin({name: as_unicode(text) for name, text in tags.items()}, dataset)
-
-
-def as_unicode(name: str) -> str:
-    """A name of a file as Unicode; other bytes become "?"."""
-    return name.encode("utf-8", "replace").decode()
 
 
 def find_versions() -> dict[str, str]:

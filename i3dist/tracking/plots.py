@@ -19,7 +19,6 @@ with variables(MPLBACKEND="agg"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import (
         EngFormatter,
-        Locator,
         LogLocator,
         MaxNLocator,
         NullFormatter,
@@ -28,7 +27,8 @@ with variables(MPLBACKEND="agg"):
     )
 
 TRAIN, VALID, WITHOUT, OTHER = "#1f77b4", "#d62728", "#7f7f7f", "#ff7f0e"
-LOSS_UNIT = "loss (nats per token)"
+LOSS_UNIT, GAIN_UNIT = "loss (nats per token)", "gain (nats per token)"
+CHUNK_INDEX = "chunk index in the document"
 SMOOTH_FROM = 10  # lines of metrics from which on a running mean is plotted
 DPI = 150
 AGE = "attention_age_"  # columns of diagnostics.jsonl, one an age
@@ -86,9 +86,7 @@ def _loss(metrics: Lines, validation: Lines) -> Figure | None:
     _scale_steps(axes, steps, scale)
     _shade_gate(axes, metrics)
     _tokens_on_top(axes, metrics, scale)
-    axes.set(xlabel="step", ylabel=LOSS_UNIT)
-    axes.set_title("training and validation loss", fontsize=11)
-    _finish_axes(axes)
+    _finish_axes(axes, "training and validation loss", "step", LOSS_UNIT)
     return figure
 
 
@@ -125,20 +123,17 @@ def _step_scale(steps: np.ndarray) -> dict[str, Any]:
 
 
 def _scale_steps(axes: Axes, steps: np.ndarray, scale: dict[str, Any]) -> None:
-    """Scale and tick the axis of steps, and fix its limits."""
+    """Scale the axis of steps, tick it if it is not linear, and fix its limits."""
     axes.set_xscale(**scale)
     transform = axes.xaxis.get_transform()
     first, last = transform.transform([steps.min(), steps.max()])
     margin = 0.02 * (last - first) or 0.5
     axes.set_xlim(*transform.inverted().transform([first - margin, last + margin]))
-    locator: Locator = MaxNLocator(integer=True)
     if scale["value"] == "log":
-        locator = LogLocator(subs=(1, 2, 5))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     elif scale["value"] == "symlog":
-        locator = SymmetricalLogLocator(transform, subs=[1, 2, 5])
-    axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_locator(SymmetricalLogLocator(transform, subs=[1, 2, 5]))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _shade_gate(axes: Axes, metrics: Lines) -> None:
@@ -181,45 +176,39 @@ def _history(validation: Lines) -> Figure | None:
         return None
     figure = _figure(16, 4.4)
     left, middle, right = figure.subplots(1, 3)
-    _plot_by_chunk(left, measured[-1])
+    last = measured[-1]
+    chunks = sorted(last["by_chunk"], key=lambda chunk: chunk["index"])
+    _plot_by_chunk(left, chunks, last["step"])
     _plot_gain(figure, middle, measured)
-    _plot_last_gain(right, measured[-1])
+    _plot_last_gain(right, chunks, last["step"])
     return figure
 
 
-def _plot_by_chunk(axes: Axes, line: dict[str, Any]) -> None:
-    chunks = sorted(line["by_chunk"], key=lambda chunk: chunk["index"])
+def _plot_by_chunk(axes: Axes, chunks: Lines, step: int) -> None:
     index = _column(chunks, "index")
     without, with_history = _column(chunks, "loss_without_history"), _column(chunks, "loss")
-    other = _column(chunks, "loss_other_history")
     axes.plot(index, without, "s--", color=WITHOUT, ms=5, label="history withheld")
-    if np.isfinite(other).any():
-        axes.plot(index, other, "^:", color=OTHER, ms=5, label="another document's history")
+    _plot_other(axes, index, _column(chunks, "loss_other_history"))
     axes.plot(index, with_history, "o-", color=TRAIN, ms=5, label="with history")
     axes.fill_between(index, with_history, without, color=TRAIN, alpha=0.12, lw=0)
-    axes.set(xlabel="chunk index in the document", ylabel=LOSS_UNIT)
-    axes.set_title(f"validation at step {line['step']:,}", fontsize=11)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish_axes(axes)
+    _finish_axes(axes, f"validation at step {step:,}", CHUNK_INDEX, LOSS_UNIT)
 
 
-def _plot_last_gain(axes: Axes, line: dict[str, Any]) -> None:
-    chunks = sorted(line["by_chunk"], key=lambda chunk: chunk["index"])
+def _plot_last_gain(axes: Axes, chunks: Lines, step: int) -> None:
     index = _column(chunks, "index")
-    gains = _column(chunks, "loss_without_history") - _column(chunks, "loss")
-    other = _column(chunks, "loss_without_history") - _column(chunks, "loss_other_history")
     axes.axhline(0, color="0.4", lw=0.8)
-    if np.isfinite(other).any():
-        axes.plot(index, other, "^:", color=OTHER, ms=5, label="another document's history")
-    axes.plot(index, gains, "o-", color=TRAIN, ms=5, label="own history")
+    _plot_other(axes, index, _gains(chunks, "loss_other_history"))
+    axes.plot(index, _gains(chunks), "o-", color=TRAIN, ms=5, label="own history")
     if np.isfinite(mean := _mean_gain(chunks)):
         axes.axhline(mean, color="k", ls="--", lw=1.2, label=f"mean over tokens {mean:+.4f}")
-    axes.set(xlabel="chunk index in the document", ylabel="gain (nats per token)")
-    axes.set_title(f"gain by chunk at step {line['step']:,}", fontsize=11)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.35)  # room for the legend, and for the bars
     _plot_tokens(axes, index, _column(chunks, "tokens"))
-    _finish_axes(axes, "upper left")
+    _finish_axes(axes, f"gain by chunk at step {step:,}", CHUNK_INDEX, GAIN_UNIT, "upper left")
+
+
+def _plot_other(axes: Axes, index: np.ndarray, values: np.ndarray) -> None:
+    if np.isfinite(values).any():
+        axes.plot(index, values, "^:", color=OTHER, ms=5, label="another document's history")
 
 
 def _plot_tokens(axes: Axes, index: np.ndarray, tokens: np.ndarray) -> None:
@@ -236,14 +225,10 @@ def _plot_tokens(axes: Axes, index: np.ndarray, tokens: np.ndarray) -> None:
 def _plot_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
     curves: dict[int, list[tuple[int, float]]] = {}
     for line in validation:
-        for chunk in line["by_chunk"]:
-            if (gain := _gain(chunk)) is not None:
+        for chunk, gain in zip(line["by_chunk"], _gains(line["by_chunk"]), strict=True):
+            if np.isfinite(gain):
                 curves.setdefault(chunk["index"], []).append((line["step"], gain))
     axes.axhline(0, color="0.4", lw=0.8)
-    axes.set(xlabel="step", ylabel="gain (nats per token)")
-    axes.set_title("gain: loss without history minus loss with it", fontsize=11)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if curves:
         colours = _index_colours(0, max(curves))
         for index, points in sorted(curves.items()):
@@ -253,22 +238,18 @@ def _plot_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
     if np.isfinite(means).any():
         label = "mean over tokens of chunks 1, 2, ..."
         axes.plot(_column(validation, "step"), means, "ko-", ms=4, lw=2, label=label)
-    _finish_axes(axes)
+    _finish_axes(axes, "gain: loss without history minus loss with it", "step", GAIN_UNIT)
 
 
-def _gain(chunk: dict[str, Any]) -> float | None:
-    with_history, without = chunk.get("loss"), chunk.get("loss_without_history")
-    return None if with_history is None or without is None else without - with_history
+def _gains(chunks: Lines, loss: str = "loss") -> np.ndarray:
+    return _column(chunks, "loss_without_history") - _column(chunks, loss)
 
 
 def _mean_gain(chunks: Lines) -> float:
     """Mean over tokens of chunks that may have history; NaN if unknown."""
-    known = [
-        (chunk["tokens"], gain)
-        for chunk in chunks
-        if chunk["index"] > 0 and chunk.get("tokens") and (gain := _gain(chunk)) is not None
-    ]
-    return sum(n * gain for n, gain in known) / sum(n for n, _ in known) if known else np.nan
+    gains, tokens = _gains(chunks), _column(chunks, "tokens")
+    known = np.isfinite(gains) & (tokens > 0) & (_column(chunks, "index") > 0)
+    return float(np.average(gains[known], weights=tokens[known])) if known.any() else np.nan
 
 
 def _diagnostics(lines: Lines) -> Figure | None:
@@ -286,21 +267,13 @@ def _diagnostics(lines: Lines) -> Figure | None:
     _plot_attention(figure, first, lines, {int(name.removeprefix(AGE)): name for name in ages})
     for axes, (name, (title, unit)) in zip(rest, others.items(), strict=True):
         axes.plot(_column(lines, "step"), _column(lines, name), ".-", color=TRAIN)
-        axes.set_title(title, fontsize=11)
-        axes.set_ylabel(unit)
         axes.set_ylim(bottom=0)
-    for axes in (first, *rest):
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        _finish_axes(axes)
+        _finish_axes(axes, title, "step", unit)
     return figure
 
 
 def _plot_attention(figure: Figure, axes: Axes, lines: Lines, names: dict[int, str]) -> None:
     """Attention to history against step, a curve an age; `names` are columns by age."""
-    axes.set_title("attention to the chunks before", fontsize=11)
-    axes.set(ylabel="share of a query's attention")
     if names:
         colours = _index_colours(min(names), max(names))
         for age, name in names.items():
@@ -308,6 +281,8 @@ def _plot_attention(figure: Figure, axes: Axes, lines: Lines, names: dict[int, s
             axes.plot(_column(lines, "step"), _column(lines, name), ".-", color=colour)
         _add_colour_bar(figure, axes, colours, "age (chunks)")
     axes.set_ylim(bottom=0)
+    unit = "share of a query's attention"
+    _finish_axes(axes, "attention to the chunks before", "step", unit)
 
 
 def _index_colours(first: int, last: int) -> ScalarMappable:
@@ -323,7 +298,12 @@ def _add_colour_bar(figure: Figure, axes: Axes, colours: ScalarMappable, label: 
     bar.minorticks_off()
 
 
-def _finish_axes(axes: Axes, legend: str = "best") -> None:
+def _finish_axes(axes: Axes, title: str, x: str, y: str, legend: str = "best") -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set(xlabel=x, ylabel=y)
+    if axes.get_xscale() == "linear":
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines["right"].set_visible(False)

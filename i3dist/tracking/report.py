@@ -62,10 +62,8 @@ def duration(seconds: float) -> str:
 
 def progress_bar(batches: Iterator[TokenLosses], total: int) -> Iterator[TokenLosses]:
     """Show on a terminal how many of an evaluation's batches are done."""
-    if not sys.stderr.isatty():
-        return batches
-    console = Console(stderr=True)
-    return iter(track(batches, "evaluating", total, console=console, transient=True))
+    console, off = Console(stderr=True), not sys.stderr.isatty()
+    return iter(track(batches, "evaluating", total, console=console, transient=True, disable=off))
 
 
 def _place(step: int, steps: int) -> str:

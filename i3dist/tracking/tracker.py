@@ -64,16 +64,13 @@ class Tracker:
         # The run's folder keeps these files and its next start sends them, so memory is enough.
         self._artifacts: deque[tuple[Path, str | None]] = deque(maxlen=MAX_ARTIFACTS)
         self._status: Status = "FINISHED"
-        self._ready, self._wake, self._closing = (threading.Event() for _ in range(3))
+        self.ready = threading.Event()  # no library or database is being set up any more
+        self._wake, self._closing = threading.Event(), threading.Event()
         self._failing = False
         self._advised: set[str] = set()  # since it began to fail
         # A daemon: an unreachable server must not keep the process from exiting.
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
-
-    def wait_until_ready(self, seconds: float) -> None:
-        """Wait, at most so long, until no library or database is being set up any more."""
-        self._ready.wait(seconds)
 
     def send(self) -> None:
         """Have what is new in the logs sent."""
@@ -101,20 +98,18 @@ class Tracker:
 
     def where(self) -> list[str]:
         """How to see the run's charts: a command, if the store needs one, and an address."""
-        command = mlflow_store.open_command(self._store)
-        link = mlflow_store.charts_link(self._store, self._experiment_id)
-        return [command, link] if command else [link]
+        return mlflow_store.how_to_see(self._store, self._experiment_id)
 
     def _work(self) -> None:
         if mlflow_store.is_server(self._store):  # may hang for long: training need not wait for it
             with suppress(Exception):  # the first attempt reports it
                 mlflow_store.import_mlflow()
-            self._ready.set()
+            self.ready.set()
         pause = SHORTEST_PAUSE_S
         while not self._closing.is_set():
             self._wake.clear()
             works = self._attempt(self._send)
-            self._ready.set()
+            self.ready.set()
             if works:
                 pause = SHORTEST_PAUSE_S
                 self._wake.wait()
@@ -200,7 +195,7 @@ def start(settings: Settings, origin: Origin, *, fresh: bool) -> Tracker | NoTra
             _root_cause(error),
         )
         return NoTracker()
-    tracker.wait_until_ready(START_WAIT_S)
+    tracker.ready.wait(START_WAIT_S)
     return tracker
 
 

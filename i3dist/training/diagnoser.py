@@ -49,7 +49,7 @@ class Diagnoser:
         state = state.rows(0, len(batch.tokens))
         gate_value = torch.tensor(gate, device=self.engine.device)
         found = diagnose(self.engine.model, *batch, state, gate_value)
-        figures = {**found.to_dict(), "compressor_gradient_norm": norm}
+        figures = {**found, "compressor_gradient_norm": norm}
         self.log.log(
             "diagnostics", step, figures, diagnosis_line(step, self.progress.last_step, figures)
         )

@@ -22,7 +22,7 @@ LENGTH, VOCAB, HISTORY = 6, 40, 3
 
 
 @dataclass(frozen=True)
-class Case:
+class SplitCase:
     """A stream of documents, and which of its shards are read."""
 
     lengths: tuple[int, ...]
@@ -43,13 +43,13 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn) -> SplitCase:
     lengths = draw(st.lists(st.integers(1, 60), min_size=1, max_size=14))
-    return Case(tuple(lengths), draw(st.integers(1, 8)), draw(st.sampled_from([0, 2, 3])))
+    return SplitCase(tuple(lengths), draw(st.integers(1, 8)), draw(st.sampled_from([0, 2, 3])))
 
 
 @contextmanager
-def held_out(case: Case) -> Iterator[HeldOut]:
+def held_out(case: SplitCase) -> Iterator[HeldOut]:
     with TemporaryDirectory() as name:
         documents = documents_of(0, case.lengths, VOCAB)
         split = split_of(Path(name, "valid"), documents, LENGTH, case.per_shard, VOCAB)
@@ -66,7 +66,7 @@ def counted(share: Share) -> list[int]:
 
 @given(case=cases())
 @settings(deadline=None, max_examples=60)
-def test_a_stretch_is_real_chunks_of_one_other_document(case: Case) -> None:
+def test_a_stretch_is_real_chunks_of_one_other_document(case: SplitCase) -> None:
     """Against the list of documents: none of it is the chunk's own, padding or of two."""
     documents = case.documents()
     with held_out(case) as read:
@@ -88,7 +88,7 @@ def test_a_stretch_is_real_chunks_of_one_other_document(case: Case) -> None:
             assert documents[at[stretch.opened] - 1][1] not in ends, "it begins there"
 
 
-def _longest_other(case: Case, read: HeldOut, own: int) -> int:
+def _longest_other(case: SplitCase, read: HeldOut, own: int) -> int:
     """The most whole chunks, in one of the shards read, that end in one document but `own`."""
     documents, runs = case.documents(), Counter()
     for shard, chunk in read.places:
@@ -109,7 +109,7 @@ def _longest_other(case: Case, read: HeldOut, own: int) -> int:
 )
 @settings(deadline=None, max_examples=80)
 def test_ranks_share_every_chunk_out_once(
-    case: Case, ranks: int, window: int, rows: int, whole_documents: bool
+    case: SplitCase, ranks: int, window: int, rows: int, whole_documents: bool
 ) -> None:
     with held_out(case) as read:
         shares = [read.share(r, ranks, window, rows, whole_documents) for r in range(ranks)]
@@ -122,7 +122,7 @@ def test_ranks_share_every_chunk_out_once(
 @given(case=cases(), ranks=st.integers(1, 5), window=st.integers(1, 4), rows=st.integers(1, 6))
 @settings(deadline=None, max_examples=60)
 def test_consecutive_rows_have_the_chunks_that_they_see(
-    case: Case, ranks: int, window: int, rows: int
+    case: SplitCase, ranks: int, window: int, rows: int
 ) -> None:
     """A counted chunk's history is read before it, in the rows that its rank reads."""
     with held_out(case) as read:
@@ -139,7 +139,7 @@ def test_consecutive_rows_have_the_chunks_that_they_see(
 @given(case=cases(), ranks=st.integers(1, 5), window=st.integers(1, 4), rows=st.integers(1, 6))
 @settings(deadline=None, max_examples=60)
 def test_whole_documents_stay_in_one_row_and_in_order(
-    case: Case, ranks: int, window: int, rows: int
+    case: SplitCase, ranks: int, window: int, rows: int
 ) -> None:
     with held_out(case) as read:
         for rank in range(ranks):
@@ -156,7 +156,7 @@ def test_whole_documents_stay_in_one_row_and_in_order(
 @settings(deadline=None, max_examples=15)
 def test_the_cost_is_near_the_chunks_divided_by_the_ranks(chunks: int, ranks: int) -> None:
     """At 256 lanes in a rank's batch too: beside its share a rank reads two rows at most."""
-    case = Case((chunks * LENGTH - 2,), 256, 0)
+    case = SplitCase((chunks * LENGTH - 2,), 256, 0)
     with held_out(case) as read:
         for window, rows in ((8, 4), (8, 256), (1, 32)):
             for rank in range(ranks):
@@ -171,7 +171,7 @@ def test_shards_are_read_once_or_twice_however_long_a_document_is(
     left_out: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One document over 60 shards: where it begins is looked up once, not for each of them."""
-    case, reads = Case((60 * LENGTH - 2,), 1, left_out), []
+    case, reads = SplitCase((60 * LENGTH - 2,), 1, left_out), []
 
     def counted_read(folder: Path, manifest: Manifest, shard: int) -> ShardTokens:
         reads.append(shard)

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from data_prep import progress
 from data_prep.hub import DATASET, HUB_NAME
-from data_prep.output import Settings
+from data_prep.output import OutputSettings
 from data_prep.shard import parse, settings_of
 from data_prep.tokenizer import check_vocabulary
 from i3dist.errors import UserError
@@ -77,7 +77,7 @@ def test_settings_of_an_output_are_all_options_that_decide_its_bytes() -> None:
     words = ["--chunk-length", "7", "--chunks-per-shard", "5", "--seed", "3", "--workers", "9"]
     options = parse([*words, "--valid-fraction", "0.5", "--tokenizer-sample-mb", "4"])
     trained = settings_of(options, SOURCE, None, None)
-    wanted = Settings(
+    wanted = OutputSettings(
         source="texts",
         revision="r1",
         tokenizer="trained",

@@ -19,6 +19,7 @@ from data_prep.output import Output
 from i3dist.data.manifest import Manifest
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
+from i3dist.files import PARTIAL
 from tests.data_prep.corpus import (
     SKIPPED,
     arguments,
@@ -193,6 +194,16 @@ def test_help_names_every_option() -> None:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for option in ("source", "out", "tokenizer", "vocab-size", "workers", "chunks-per-shard"):
         assert f"--{option} " in text
+
+
+def test_what_a_killed_run_left_before_its_settings_is_no_obstacle(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f".shard.json.1{PARTIAL}").write_text("{")
+    build(corpus[0], out)
+    assert not list(out.glob(f".*{PARTIAL}"))
 
 
 @pytest.mark.parametrize(

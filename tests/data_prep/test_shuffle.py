@@ -37,10 +37,10 @@ class _Part:
 
 
 def _tokenizer() -> Any:
-    def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16) for text in texts]
+    def encode_to_numpy(text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
-    return SimpleNamespace(encode_batch=encode_batch)
+    return SimpleNamespace(encode_to_numpy=encode_to_numpy)
 
 
 def _order(folder: Path, ends: list[int], seed: int = 0, splits: range = range(HASH_END)) -> list:
@@ -50,7 +50,8 @@ def _order(folder: Path, ends: list[int], seed: int = 0, splits: range = range(H
     summaries = [spiller.spill(_Part(*cut), number) for number, cut in enumerate(cuts)]
     tokens = sum(summary.tokens for summary in summaries)
     runs = [folder / name for summary in summaries for name in summary.runs]
-    return [(d.id, bytes(d.tokens.astype(np.uint8))) for d in in_order(runs, tokens, splits)]
+    found = in_order(runs, tokens, splits)
+    return [(name, bytes(ids.astype(np.uint8))) for name, _, ids in found]
 
 
 def test_parts_runs_and_buckets_do_not_show(

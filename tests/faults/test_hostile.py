@@ -277,7 +277,9 @@ def test_a_pickle_for_the_trained_weights_is_refused(data: Path, tmp_path: Path)
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(data / "tokenizer.json", run)
-    Settings.load(Path("configs/tiny.yaml"), ["model.vocab_size=512"]).save(run / "settings.yaml")
+    (run / "settings.yaml").write_text(
+        Settings.load(Path("configs/tiny.yaml"), ["model.vocab_size=512"]).to_yaml()
+    )
     torch.save({"head.weight": Harm(tmp_path / "mark")}, run / "model.safetensors")
     before = listing(tmp_path)
     words = ["--checkpoint", run, "--prompt", "x", "--tokens", 1]

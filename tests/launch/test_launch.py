@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = Settings().with_values(**MODEL)
     torch.manual_seed(0)
     export_weights(folder, I3LM(settings.model, BOS), 3)
-    settings.save(folder / "settings.yaml")
+    (folder / "settings.yaml").write_text(settings.to_yaml())
     (folder / "tokenizer.json").write_bytes(TOKENIZER)
     return folder
 

@@ -23,7 +23,7 @@ def norm_shift_mix_naive(*inputs) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     return shift_mix.norm_shift_mix_naive(MixInputs(*inputs))
 
 
-class Case(NamedTuple):
+class MixCase(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor
@@ -34,9 +34,9 @@ class Case(NamedTuple):
     eps: float = 1e-5
     branch: Tensor | None = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Case":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "MixCase":
         """The case with each floating-point tensor replaced by the function of it."""
-        return Case(
+        return MixCase(
             *(function(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self)
         )
 
@@ -63,7 +63,7 @@ def make_case(
     seed: int = 0,
     parameters: torch.dtype | None = None,
     branch: bool = False,
-) -> Case:
+) -> MixCase:
     """A case of `channels` + `padding` computed channels; parameters may have another dtype."""
     random = torch.Generator().manual_seed(seed)
     width = channels + padding
@@ -72,7 +72,7 @@ def make_case(
         return torch.randn(shape, generator=random) * (torch.arange(width) < channels)
 
     own = parameters or dtype
-    return Case(
+    return MixCase(
         (2.0 * normal(rows, length, width) + normal(rows, length, width)).to(dtype),
         (1.0 + 0.3 * normal(width)).where(torch.arange(width) < channels, 0.0).to(own),
         normal(width).to(own),
@@ -84,7 +84,7 @@ def make_case(
     )
 
 
-def results_of(form: Form, case: Case) -> list[Tensor]:
+def results_of(form: Form, case: MixCase) -> list[Tensor]:
     mixed, last, total = form(*case)
     if case.branch is None:  # then it is x, which nothing keeps from a gradient in its padding
         total = total.where(torch.arange(total.shape[-1], device=total.device) < case.channels, 0.0)
@@ -99,7 +99,7 @@ def loss_of(results: Sequence[Tensor], seed: int = 1) -> Tensor:
     return torch.stack(products).sum()
 
 
-def run(form: Form, case: Case) -> Run:
+def run(form: Form, case: MixCase) -> Run:
     case = case.map(lambda x: x.detach().clone().requires_grad_())
     results = results_of(form, case)
     gradients = torch.autograd.grad(loss_of(results), case.floats(), materialize_grads=True)
@@ -145,7 +145,7 @@ def add_outside(form: Form) -> Form:
     return added
 
 
-def since(form: Form, case: Case, at: int) -> list[Tensor]:
+def since(form: Form, case: MixCase, at: int) -> list[Tensor]:
     """Values of the tokens from `at` on, and the gradient of x there of a loss of those values."""
     case = case._replace(x=case.x.clone().requires_grad_())
     later = [y[:, at:] if y.ndim == 3 else y for y in results_of(form, case)]
@@ -153,7 +153,7 @@ def since(form: Form, case: Case, at: int) -> list[Tensor]:
     return [*(y.detach() for y in later), gradient[:, at:]]
 
 
-def overwrite_before(case: Case, at: int, value: float) -> Case:
+def overwrite_before(case: MixCase, at: int, value: float) -> MixCase:
     """The case with other x before `at`, and another shift."""
     before = (torch.arange(case.x.shape[1], device=case.x.device) < at)[None, :, None]
     shift = torch.full_like(case.shift, value)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.shift_mix_cases import (
-    Case,
+    MixCase,
     add_outside,
     assert_equal_run,
     assert_same_run,
@@ -26,7 +26,7 @@ from tests.ops.wkv_cases import TOLERANCE
 @st.composite
 def cases(
     draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,), padding: int = 3
-) -> Case:
+) -> MixCase:
     return make_case(
         rows=draw(st.integers(1, 3)),
         length=draw(st.integers(1, 8)),
@@ -75,13 +75,13 @@ def loop_over_tokens(
 
 @settings(max_examples=80, deadline=None)
 @given(cases())
-def test_values_and_gradients_are_the_definitions(case: Case) -> None:
+def test_values_and_gradients_are_the_definitions(case: MixCase) -> None:
     assert_same_run(run(norm_shift_mix, case), run(loop_over_tokens, case), 1e-10)
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases(tuple(TOLERANCE), padding=0))
-def test_a_branch_is_added_first(case: Case) -> None:
+def test_a_branch_is_added_first(case: MixCase) -> None:
     if case.branch is None:
         case = case._replace(branch=case.x.flip(1))
     assert_equal_run(run(norm_shift_mix, case), run(add_outside(norm_shift_mix), case))
@@ -119,7 +119,7 @@ def test_gradients_are_finite_differences(length: int, branch: bool) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(cases(), st.data())
-def test_split_run_is_the_whole_run(case: Case, data: st.DataObject) -> None:
+def test_split_run_is_the_whole_run(case: MixCase, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, case.x.shape[1]))
     split = run(split_form(norm_shift_mix, at), case)
     assert_same_run(split, run(norm_shift_mix, case), 1e-10)
@@ -127,9 +127,9 @@ def test_split_run_is_the_whole_run(case: Case, data: st.DataObject) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(cases(padding=0), st.integers(1, 5))
-def test_padded_run_is_the_plain_run(case: Case, padding: int) -> None:
+def test_padded_run_is_the_plain_run(case: MixCase, padding: int) -> None:
     def padded(*tensors_and_rest):
-        wide = Case(*tensors_and_rest).map(lambda x: torch.nn.functional.pad(x, (0, padding)))
+        wide = MixCase(*tensors_and_rest).map(lambda x: torch.nn.functional.pad(x, (0, padding)))
         mixed, *rest = norm_shift_mix(*wide)
         return tuple(y[..., : case.channels] for y in mixed), *(
             y[..., : case.channels] for y in rest
@@ -140,7 +140,7 @@ def test_padded_run_is_the_plain_run(case: Case, padding: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(cases(tuple(TOLERANCE)))
-def test_padding_stays_zero(case: Case) -> None:
+def test_padding_stays_zero(case: MixCase) -> None:
     """Even where a gradient arrives in it."""
     assert not any(x[..., case.channels :].any() for x in run(norm_shift_mix, case).tensors())
 
@@ -152,7 +152,7 @@ def test_padding_stays_zero(case: Case) -> None:
     st.data(),
 )
 def test_nothing_before_a_restart_touches_what_follows(
-    case: Case, value: float, data: st.DataObject
+    case: MixCase, value: float, data: st.DataObject
 ) -> None:
     at = data.draw(st.integers(0, case.x.shape[1] - 1))
     case.restart[:, at] = True
@@ -164,7 +164,7 @@ def test_nothing_before_a_restart_touches_what_follows(
 
 @settings(max_examples=40, deadline=None)
 @given(cases((torch.float32, torch.bfloat16)), st.data())
-def test_no_gradient_crosses_a_restart(case: Case, data: st.DataObject) -> None:
+def test_no_gradient_crosses_a_restart(case: MixCase, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, case.x.shape[1] - 1))
     case.restart[:, at] = True
     leaves = case.map(lambda x: x.requires_grad_())

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from i3dist.ops import shift_mix as shift_mix_module
 from tests.ops.shift_mix_cases import (
-    Case,
+    MixCase,
     add_outside,
     assert_equal_run,
     assert_same_run,
@@ -36,9 +36,9 @@ SHAPES = [
 ]
 
 
-def cuda_case(*shape: int, dtype: torch.dtype, **options) -> Case:
+def cuda_case(*shape: int, dtype: torch.dtype, **options) -> MixCase:
     case = make_case(*shape, dtype=dtype, seed=shape[1], **options)
-    return Case(*(x.cuda() if isinstance(x, Tensor) else x for x in case))
+    return MixCase(*(x.cuda() if isinstance(x, Tensor) else x for x in case))
 
 
 def test_triton_is_there() -> None:

@@ -10,8 +10,8 @@ from i3dist.ops import wkv as wkv_module
 from i3dist.ops.wkv import empty_state
 from tests.ops.wkv_cases import (
     TOLERANCE,
-    Case,
     Form,
+    WkvCase,
     assert_close,
     assert_same_run,
     exact,
@@ -25,7 +25,7 @@ from tests.ops.wkv_cases import (
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -> Case:
+def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -> WkvCase:
     return make_case(
         rows=draw(st.integers(1, 3)),
         length=draw(st.one_of(st.integers(1, 5), st.integers(6, 80))),
@@ -40,7 +40,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -
 
 @settings(max_examples=60, deadline=None)
 @given(cases(tuple(TOLERANCE)))
-def test_values_and_gradients_are_the_equations(case: Case) -> None:
+def test_values_and_gradients_are_the_equations(case: WkvCase) -> None:
     want = gradients(wkv_naive, exact(case))
     assert_same_run(gradients(wkv, case), want, TOLERANCE[case.k.dtype])
 
@@ -80,7 +80,7 @@ def test_gradients_are_finite_differences(form: Form, gated: bool, length: int) 
 
 @settings(max_examples=40, deadline=None)
 @given(cases((torch.float64, torch.float32)), st.data())
-def test_split_run_is_the_whole_run(case: Case, data: st.DataObject) -> None:
+def test_split_run_is_the_whole_run(case: WkvCase, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, case.k.shape[1]))
 
     def split(decay, bonus, k, v, restart, state, receptance):
@@ -98,7 +98,7 @@ def test_split_run_is_the_whole_run(case: Case, data: st.DataObject) -> None:
 @settings(max_examples=40, deadline=None)
 @given(cases((torch.float32, torch.bfloat16)), st.sampled_from([1e3, 1e30, 3e38]), st.data())
 def test_nothing_before_a_restart_touches_what_follows(
-    case: Case, huge: float, data: st.DataObject
+    case: WkvCase, huge: float, data: st.DataObject
 ) -> None:
     at = data.draw(st.integers(0, case.k.shape[1] - 1))
     case.restart[:, at] = True
@@ -135,7 +135,7 @@ def test_a_sequence_that_restarts_at_once_takes_nothing_of_its_state(
 
 @settings(max_examples=30, deadline=None)
 @given(cases((torch.float32,)), st.data())
-def test_no_gradient_crosses_a_restart(case: Case, data: st.DataObject) -> None:
+def test_no_gradient_crosses_a_restart(case: WkvCase, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, case.k.shape[1] - 1))
     case.restart[:, at] = True
     k, v, state = (x.clone().requires_grad_() for x in (case.k, case.v, case.state))
@@ -154,7 +154,7 @@ def test_any_finite_key_gives_a_mean_of_values(form: Form, decay: float, size: f
     k[..., 2:4] = size
     v = torch.randn(2, 130, 6, generator=random)
     decays, bonus = torch.full((6,), decay), torch.linspace(-2, 2, 6)
-    case = Case(decays, bonus, k, v, torch.zeros(2, 130, dtype=torch.bool), empty_state(2, 6))
+    case = WkvCase(decays, bonus, k, v, torch.zeros(2, 130, dtype=torch.bool), empty_state(2, 6))
     leaves = case.map(lambda x: x.clone().requires_grad_())
     y, final = form(*leaves)
     assert torch.equal(y[:, 0], v[:, 0])

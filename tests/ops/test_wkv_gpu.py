@@ -7,7 +7,7 @@ from torch import Tensor
 from i3dist.ops import wkv as wkv_module
 from tests.ops.wkv_cases import (
     TOLERANCE,
-    Case,
+    WkvCase,
     assert_close,
     assert_same_run,
     exact,
@@ -29,7 +29,7 @@ def cuda_case(
     dtype: torch.dtype,
     scale: float = 1.0,
     gated: bool = False,
-) -> Case:
+) -> WkvCase:
     case = make_case(rows, length, channels, dtype, scale, seed=length, gated=gated)
     return case.map(Tensor.cuda)._replace(restart=case.restart.cuda())
 

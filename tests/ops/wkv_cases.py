@@ -26,7 +26,7 @@ def wkv_naive(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     return equations.wkv_naive(WkvInputs(*inputs))
 
 
-class Case(NamedTuple):
+class WkvCase(NamedTuple):
     decay: Tensor
     bonus: Tensor
     k: Tensor
@@ -35,9 +35,11 @@ class Case(NamedTuple):
     state: Tensor
     receptance: Tensor | None = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Case":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "WkvCase":
         """The case with each floating-point tensor replaced by the function of it."""
-        return Case(*(function(x) if x is not None and x.is_floating_point() else x for x in self))
+        return WkvCase(
+            *(function(x) if x is not None and x.is_floating_point() else x for x in self)
+        )
 
 
 def make_case(
@@ -49,7 +51,7 @@ def make_case(
     restarts: float = 0.05,
     seed: int = 0,
     gated: bool = False,
-) -> Case:
+) -> WkvCase:
     random = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -59,7 +61,7 @@ def make_case(
     decay = -torch.exp(torch.empty(channels).uniform_(-9.2, 3.9, generator=random))
     b = torch.exp(normal(rows, channels))
     state = torch.stack([b * normal(rows, channels), b, scale * normal(rows, channels)], dim=1)
-    return Case(
+    return WkvCase(
         decay.to(wide),
         normal(channels).to(wide),
         (scale * normal(rows, length, channels)).to(dtype),
@@ -80,7 +82,7 @@ def loss_of(y: Tensor, state: Tensor, seed: int = 1) -> Tensor:
     return loss + means.double().sum()
 
 
-def gradients(form: Form, case: Case) -> Run:
+def gradients(form: Form, case: WkvCase) -> Run:
     leaves = case.map(lambda x: x.detach().clone().requires_grad_())
     y, state = form(*leaves)
     inputs = [x for x in leaves if x is not None and x.requires_grad]
@@ -101,7 +103,7 @@ def assert_same_run(got: Run, want: Run, tolerance: float) -> None:
         assert_close(grad, want_grad, tolerance)
 
 
-def exact(case: Case) -> Case:
+def exact(case: WkvCase) -> WkvCase:
     """The same numbers in fp64."""
     return case.map(Tensor.double)
 

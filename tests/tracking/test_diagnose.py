@@ -1,4 +1,4 @@
-"""The look into the model: shares that add up, a rank that counts, and nothing touched."""
+"""Diagnosis: shares that add up, a rank that counts, and nothing touched."""
 
 import math
 from typing import Any
@@ -15,7 +15,6 @@ from i3dist.model.segments import causal_mask, history_mask, segment_ids
 from i3dist.ops.attention import KeysValues, attend, attention_bias, seen_by_chunk, split_heads
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.tracking.diagnose import (
-    Diagnosis,
     attention_mass,
     diagnose,
     effective_rank,
@@ -39,8 +38,12 @@ def window(seed: int, rows: int = 2, chunks: int = 6, mean_document: float = 40)
     return torch.cat(streams)
 
 
-def look(model: I3LM, tokens: Tensor, targets: Tensor, gate: Tensor = ON) -> Diagnosis:
+def diagnosed(model: I3LM, tokens: Tensor, targets: Tensor, gate: Tensor = ON) -> dict[str, float]:
     return diagnose(model, tokens, targets, depth_of(tokens), empty(model, len(tokens)), gate)
+
+
+def by_age(found: dict[str, float]) -> list[float]:
+    return [found[f"attention_age_{age:02d}"] for age in range(1, C + 1)]
 
 
 @given(seed=st.integers(0, 9999), gate=st.sampled_from([0.0, 0.3, 1.0]))
@@ -80,12 +83,12 @@ def test_shares_are_those_of_the_models_own_attention(model: I3LM) -> None:
     shares = torch.stack(weights)[..., : C * M].unflatten(-1, (C, M)).sum(-1).mean((0, 2))
     seen = history_mask(segment_ids(tokens, BOS), depth, C).flatten(0, 1)
     wanted = [float(shares[..., C - age][seen[..., C - age]].mean()) for age in range(1, C + 1)]
-    assert look(model, tokens, tokens, torch.tensor(0.3)).attention_by_age == pytest.approx(wanted)
+    assert by_age(diagnosed(model, tokens, tokens, torch.tensor(0.3))) == pytest.approx(wanted)
 
 
 def test_ages_that_no_query_may_see_have_no_figure(model: I3LM) -> None:
     tokens = window(0, chunks=3, mean_document=1e9)  # chunks of depth 0, 1 and 2
-    found = look(model, tokens, tokens).attention_by_age
+    found = by_age(diagnosed(model, tokens, tokens))
     assert len(found) == C == 3
     assert all(0 < share < 1 for share in found[:2])
     assert math.isnan(found[2])
@@ -93,19 +96,19 @@ def test_ages_that_no_query_may_see_have_no_figure(model: I3LM) -> None:
 
 def test_a_closed_gate_leaves_no_attention_to_history(model: I3LM) -> None:
     tokens = window(0, mean_document=200)
-    assert look(model, tokens, tokens, torch.tensor(0.0)).attention_by_age == [0.0] * C
+    assert by_age(diagnosed(model, tokens, tokens, torch.tensor(0.0))) == [0.0] * C
 
 
 def test_positions_without_targets_do_not_count(model: I3LM) -> None:
     tokens = window(0, mean_document=200)
     targets = tokens.clone()
     targets[1] = IGNORE
-    alone = look(model, tokens[:1], tokens[:1])
-    both = look(model, tokens, targets)
-    assert both.attention_by_age == pytest.approx(alone.attention_by_age)
-    assert both.effective_rank == pytest.approx(alone.effective_rank)
-    nothing = look(model, tokens, torch.full_like(tokens, IGNORE))
-    assert math.isnan(nothing.effective_rank)
+    alone = diagnosed(model, tokens[:1], tokens[:1])
+    both = diagnosed(model, tokens, targets)
+    assert by_age(both) == pytest.approx(by_age(alone))
+    assert both["effective_rank"] == pytest.approx(alone["effective_rank"])
+    nothing = diagnosed(model, tokens, torch.full_like(tokens, IGNORE))
+    assert math.isnan(nothing["effective_rank"])
 
 
 @given(rank=st.integers(1, 12), seed=st.integers(0, 99), scale=st.floats(1e-3, 1e3))
@@ -128,7 +131,7 @@ def test_looking_touches_nothing(model: I3LM) -> None:
     tokens = window(3)
     before = [p.detach().clone() for p in model.parameters()]
     numbers = torch.get_rng_state()
-    look(model, tokens, tokens)
+    diagnosed(model, tokens, tokens)
     assert all(a.equal(b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
     assert torch.get_rng_state().equal(numbers)
@@ -136,7 +139,7 @@ def test_looking_touches_nothing(model: I3LM) -> None:
 
 def test_the_line_names_the_figures(model: I3LM) -> None:
     tokens = window(0, mean_document=200)
-    figures = look(model, tokens, tokens).to_dict() | {"compressor_gradient_norm": 0.25}
+    figures = diagnosed(model, tokens, tokens) | {"compressor_gradient_norm": 0.25}
     assert list(figures) == [
         *(f"attention_age_{i:02d}" for i in range(1, C + 1)),
         "effective_rank",

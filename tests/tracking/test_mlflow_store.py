@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from i3dist.config import Settings
 from i3dist.tracking import mlflow_store
 from i3dist.tracking import tracker as tracking
-from i3dist.tracking.mlflow_store import charts_link, open_command, store_uri
+from i3dist.tracking.mlflow_store import how_to_see, store_uri
 from tests.tracking.logging_run import log, make_settings, start, stored, wait_for
 
 
@@ -185,7 +185,7 @@ def test_a_run_that_is_moved_into_a_folder_of_any_name_has_everything_in_the_sto
     assert [path.name for path in tmp_path.iterdir()] == [name], "nothing beside it"
     assert {path.name for path in there.parent.iterdir()} == {"run #1?", "mlflow.db", "mlartifacts"}
     assert list(there.parent.glob("mlartifacts/*/artifacts/settings/a file"))
-    *_, uri = shlex.split(open_command(store_uri(settings)))
+    *_, uri = shlex.split(how_to_see(store_uri(settings), None)[0])
     assert MlflowClient(uri).get_run(stored(settings)[1].info.run_id).info.run_name == "run #1?"
 
 
@@ -258,12 +258,11 @@ def test_system_metrics_of_a_continued_run_go_on_with_the_next_step(folder, monk
 def test_the_ui_command_names_the_store_quoted_and_without_its_password(tmp_path, monkeypatch):
     settings = make_settings(tmp_path / "a b" / "run")
     expected = f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/a b/mlflow.db'"
-    assert open_command(store_uri(settings)) == expected
+    assert how_to_see(store_uri(settings), None)[0] == expected
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:pw@tracking:5000")
-    assert open_command(store_uri(settings)) == ""
-    assert charts_link(store_uri(settings), None) == "https://***@tracking:5000/#/experiments"
+    assert how_to_see(store_uri(settings), None) == ["https://***@tracking:5000/#/experiments"]
     charts = "/#/experiments/7/runs?compareRunsMode=CHART"
-    assert charts_link("https://tracking/", "7") == f"https://tracking{charts}"
-    assert charts_link("sqlite:///x", "7") == f"http://127.0.0.1:5000{charts}"
+    assert how_to_see("https://tracking/", "7") == [f"https://tracking{charts}"]
+    assert how_to_see("sqlite:///x", "7")[1] == f"http://127.0.0.1:5000{charts}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:pw@db/mlflow")
-    assert "pw" not in open_command(store_uri(settings))
+    assert "pw" not in how_to_see(store_uri(settings), None)[0]

@@ -31,8 +31,8 @@ def test_the_origin_of_a_run_names_its_code_versions_and_data(tmp_path):
     assert tags["git_commit"] == git_commit() and tags["data_source"] == "known"
     assert tags["data_fingerprint"] == corpus.fingerprint
     data = origin.dataset
-    assert data.source == str(known.folder) and corpus.fingerprint.startswith(data.digest)
-    assert json.loads(data.profile)["tokens"] == corpus.train.manifest.tokens
+    assert data["source"] == str(known.folder) and corpus.fingerprint.startswith(data["digest"])
+    assert json.loads(data["profile"])["tokens"] == corpus.train.manifest.tokens
 
 
 def git(folder, *arguments):

@@ -95,7 +95,7 @@ def test_outages_retry_as_fast_after_a_success_as_at_first(monkeypatch, tmp_path
     pauses, run = [], FakeRun()
     outcomes = [False] * 5 + [True] * works + [False] * 5 + [True]
 
-    class Clock(threading.Event):
+    class InstantEvent(threading.Event):
         def wait(self, timeout=None):
             if timeout is not None:  # a pause, which the test does not take
                 pauses.append(timeout)
@@ -106,7 +106,7 @@ def test_outages_retry_as_fast_after_a_success_as_at_first(monkeypatch, tmp_path
     tracker = Tracker.__new__(Tracker)
     monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     tracker.__init__("store", lambda: run, tmp_path)
-    tracker._closing, tracker._wake = Clock(), Clock()
+    tracker._closing, tracker._wake = InstantEvent(), InstantEvent()
 
     def attempt(job):
         if not outcomes:

@@ -445,9 +445,11 @@ def test_the_ledgers_program_knows_what_each_step_read(any_run: TrainedRun, tmp_
     folder = tmp_path / "run"
     folder.mkdir()
     shutil.copy(any_run.settings.run.path / "ledger.jsonl", folder)
-    any_run.settings.save(folder / "settings.yaml")
+    (folder / "settings.yaml").write_text(any_run.settings.to_yaml())
     assert [entry.step for entry in checked(folder, any_run.data.folder)] == [*range(1, STEPS + 1)]
-    any_run.settings.with_values(**{"train.seed": 1}).save(folder / "settings.yaml")
+    (folder / "settings.yaml").write_text(
+        any_run.settings.with_values(**{"train.seed": 1}).to_yaml()
+    )
     with pytest.raises(UserError, match="step 1 read other samples than the schedule gives it"):
         checked(folder, any_run.data.folder)
     assert len(checked(folder, None)) == STEPS
