@@ -63,6 +63,18 @@ MEANT = {
     "project": "tracking.experiment",
     "run_name": "tracking.run_name",
     "guard.timeout": "guard.hang_seconds",
+    "optimizer.name": "optimizer.kind",
+    "optim.type": "optimizer.kind",
+    "train.optimizer": "optimizer.kind",
+    "train_seed": "train.seed",
+    "optimizer_lr": "optimizer.lr",
+    "num_latents": "model.latents",
+    "records": "model.sub_latents",
+    "attention_layers": "model.layers",
+    "validation.freq": "validate.every",
+    "checkpoint.folder": "run.path",
+    "training.grad_norm": "train.clip",
+    "train.backend": "train.engine",
 }
 
 
