@@ -30,14 +30,14 @@ class Registry(dict[str, Kind], Generic[Kind]):
 
         return add
 
-    def of(self, name: str) -> Kind:
-        """The kind of a name.
+    def of(self, name: str, place: str = "") -> Kind:
+        """The kind of a name; `place` begins the line about an unknown one.
 
         Raises:
             UserError: there is none; the message lists those there are.
         """
         if name not in self:
-            raise UserError(f"unknown {self.what} {name!r}: use {self.choices()}")
+            raise UserError(f"{place}unknown {self.what} {name!r}: use {self.choices()}")
         return self[name]
 
     def checked(self, name: str) -> str:

@@ -55,8 +55,8 @@ SYNONYMS = {
     "train.device": "gpu accelerator",
     "train.engine": "backend strategy",
     "train.compile": "torch_compile use_compile",
-    "train.clip": "grad_clip clip_grad clip_grad_norm max_grad_norm max_norm grad_norm gradient_clipping "
-    "gradient_clip_val grad_norm_clip clip_norm",
+    "train.clip": "grad_clip clip_grad clip_grad_norm max_grad_norm max_norm gradient_clipping "
+    "grad_norm gradient_clip_val grad_norm_clip clip_norm",
     "log.every": "log_interval log_every log_freq log_frequency log_steps logging_steps "
     "logging_interval print_every log_every_n_steps print_freq interval",
     "validate.every": "eval_interval eval_every eval_steps eval_freq val_interval val_every "

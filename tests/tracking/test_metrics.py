@@ -8,6 +8,7 @@ import torch
 
 from i3dist.config import Settings
 from i3dist.data.lanes import Batch
+from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.tracking import interval, mfu
 from i3dist.tracking.interval import Figures, Interval, StepCounts
