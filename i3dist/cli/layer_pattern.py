@@ -7,7 +7,7 @@ from itertools import groupby
 CARD_LAYERS = "12xrwkv,2xattention"
 MOST = 1024  # layers of one kind in a row
 
-_GROUP = re.compile(r"\s*([0-9]{1,9})\s*x\s*([a-z][a-z0-9_]*)\s*")
+_GROUP = re.compile(r"\s*([0-9]{1,9})\s*x\s*([a-z][a-z0-9_-]*)\s*")
 
 
 def read_layers(text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """--extend FILE.py: a user's file is imported first, and what is wrong with it is one line."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,5 +114,9 @@ def test_a_registry_names_what_there_is() -> None:
     wanted = "unknown layer kind 'c': use a, b, or one of your own with --extend FILE.py"
     with pytest.raises(UserError, match=wanted):
         registry.of("c")
+    for name in ("", "A", "1a", "a b", "a,b", "a/b", "ä", "a\n"):
+        with pytest.raises(UserError, match=re.escape(f"layer kind {name!r} needs a name of")):
+            registry.register(name)(3)
+    registry.register("a-2_b")(3)
     with pytest.raises(UserError, match="there already is a layer kind 'a'"):
         registry.register("a")(3)
