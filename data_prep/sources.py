@@ -103,7 +103,7 @@ class Source:
         raise NotImplementedError
 
 
-SOURCES: Registry[Callable[[], Source]] = Registry("data source")
+SOURCES: Registry[Callable[[], Source]] = Registry("data source", names=r"\S+")
 
 
 class Skip(enum.Enum):

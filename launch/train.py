@@ -86,7 +86,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments, unknown = parser.parse_known_intermixed_args()  # settings and options in any order
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        meant = hint(name, all_settings(Settings))
+        known = all_settings(Settings)
+        meant = f"; settings have no dashes: {name}=..." if name in known else hint(name, known)
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     return arguments
 
@@ -113,7 +114,6 @@ def build(
     start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
     settings = start.settings
     check_micro_batch(settings, job)
-    Stack.of(settings.model)  # raises where the layers cannot be built
     if for_want_of_gpu:
         refuse_large(settings)
     host.share_threads(job)
@@ -192,7 +192,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = parse_arguments()
     settings = Settings.load(arguments.config, arguments.overrides)
-    OPTIMIZERS.of(settings.optimizer.kind)  # refuses an unknown one before ranks meet
+    # Refuse unknown kinds, and layers that cannot be built, before ranks meet.
+    OPTIMIZERS.of(settings.optimizer.kind, settings.place_of("optimizer.kind"))
+    Stack.of(settings.model, settings.place_of("model.layers"))
     keep_tracebacks_in(settings.run.path)
     job = Job.detect()
     stop = StopRequest(job)

@@ -76,7 +76,7 @@ WORDS = {
     "tracking.system_metrics": (True, False),
 }
 NAMES = ("run.path", "data.path", "optimizer.kind", "tracking.experiment", "tracking.run_name")
-LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1024xof_mine2")
+LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1xof-mine,1024xof_mine2")
 NO_LAYERS = (
     *(
         "",
@@ -90,6 +90,9 @@ NO_LAYERS = (
     ),
     *(
         "1 rwkv",
+        "1 2xrwkv",
+        "1xrwkv 1xattention",
+        "9" * 5000 + "xrwkv",
         "2xRwkv",
         "2x",
         "x",
@@ -171,6 +174,7 @@ def test_layers_are_counts_and_kinds() -> None:
         assert takes(**{"model.layers": legal})
     for wrong in NO_LAYERS:
         assert not takes(**{"model.layers": wrong}), wrong
-    settings = Settings().with_values(**{"model.layers": " 1xrwkv, 2xrwkv,1xattention,1xattention"})
+    typed = " 1 x rwkv, 2xrwkv,\n1xattention,\t1xattention\n"
+    settings = Settings().with_values(**{"model.layers": typed})
     assert settings.model.layers == "3xrwkv,2xattention"
     assert settings.model.layer_kinds == ["rwkv"] * 3 + ["attention"] * 2

@@ -19,6 +19,7 @@ from i3dist.config import Settings
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 from i3dist.files import utf8_path, written_aside
+from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
 
 WEIGHTS = "model.safetensors"
@@ -88,6 +89,7 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
             f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size of {path} "
             f"is {settings.model.vocab_size}; restore the run's own files"
         )
+    Stack.of(settings.model, settings.place_of("model.layers"))
     model = I3LM(settings.model, tokenizer.bos_id)
     dtype = load_weights(model, path)
     for parameter in model.parameters():  # buffers stay fp32, as in training

@@ -33,6 +33,8 @@ def load_extension(path: Path) -> None:
     path = path.resolve()
     if path in LOADED:
         return
+    if not path.exists():
+        raise UserError(f"--extend {path} does not exist: name a Python file")
     name = f"extension_{len(LOADED)}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():

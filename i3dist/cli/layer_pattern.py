@@ -7,7 +7,7 @@ from itertools import groupby
 CARD_LAYERS = "12xrwkv,2xattention"
 MOST = 1024  # layers of one kind in a row
 
-_GROUP = re.compile(r"([0-9]+)x([a-z][a-z0-9_]*)")
+_GROUP = re.compile(r"\s*([0-9]{1,9})\s*x\s*([a-z][a-z0-9_-]*)\s*")
 
 
 def read_layers(text: str) -> list[str]:
@@ -17,12 +17,12 @@ def read_layers(text: str) -> list[str]:
         ValueError: the text is not of the form, or a count is out of range.
     """
     kinds: list[str] = []
-    for group in text.replace(" ", "").split(","):
+    for group in text.split(","):
         match = _GROUP.fullmatch(group)
         if match is None or not 1 <= int(match[1]) <= MOST:
             raise ValueError(
                 f"should be COUNTxKIND joined by commas, as in {CARD_LAYERS}, with counts from 1 "
-                f"to {MOST}; {group[:80]!r} is not"
+                f"to {MOST} and kinds in lower case; {group[:80]!r} is not"
             )
         kinds += [match[2]] * int(match[1])
     return kinds

@@ -10,20 +10,26 @@ MOST = 3  # suggestions
 # section: log_interval, log.interval.
 SYNONYMS = {
     "run.path": "output_dir output_path output out_dir out save_dir save_path run_dir log_dir "
-    "logdir checkpoint_dir checkpoint_path ckpt_dir ckpt_path dump_folder resume",
+    "logdir checkpoint_dir checkpoint_path checkpoint_folder ckpt_dir ckpt_path dump_folder resume "
+    "resume_from resume_from_checkpoint",
     "data.path": "dataset dataset_dir dataset_name data_dir data_root data_prefix data train_data "
     "train_path train_file train_files train_bin dataset_path input_dir",
     "data.workers": "num_workers n_workers dataloader_num_workers loader_workers",
     "model.d_model": "hidden_size hidden_dim dim n_embd n_embed d_embed embed_dim embedding_dim "
     "model_dim width",
-    "model.layers": "n_layer n_layers num_layers num_hidden_layers depth",
+    "model.layers": "n_layer n_layers num_layers num_hidden_layers depth rwkv_layers "
+    "attention_layers",
     "model.heads": "n_head n_heads num_heads num_attention_heads attention_heads",
     "model.ff_mult": "mlp_ratio ffn_mult ffn_dim_multiplier mlp_mult intermediate_size d_ff",
     "model.chunk_length": "seq_len seq_length sequence_length block_size context_length ctx_len "
     "context_size max_seq_len max_seq_length max_sequence_length max_position_embeddings "
     "chunk_size",
+    "model.latents": "num_latents n_latents",
+    "model.sub_latents": "records",
     "model.history_chunks": "history memory_size",
     "compression.ramp_steps": "ramp compression_warmup",
+    "optimizer.kind": "optimizer optim opt optimizer_type optimizer_name optim_type optim_name "
+    "optimizer_class",
     "optimizer.lr": "learning_rate max_lr peak_lr base_lr max_learning_rate initial_lr",
     "optimizer.min_lr_ratio": "min_lr lr_min final_lr final_lr_frac min_learning_rate "
     "min_lr_factor alpha_f",
@@ -47,14 +53,15 @@ SYNONYMS = {
     "train.accumulation": "gradient_accumulation_steps gradient_accumulation grad_accum "
     "grad_accum_steps accumulate_grad_batches accumulation_steps acc_steps",
     "train.device": "gpu accelerator",
+    "train.engine": "backend strategy",
     "train.compile": "torch_compile use_compile",
     "train.clip": "grad_clip clip_grad clip_grad_norm max_grad_norm max_norm gradient_clipping "
-    "gradient_clip_val grad_norm_clip clip_norm",
+    "grad_norm gradient_clip_val grad_norm_clip clip_norm",
     "log.every": "log_interval log_every log_freq log_frequency log_steps logging_steps "
     "logging_interval print_every log_every_n_steps print_freq interval",
     "validate.every": "eval_interval eval_every eval_steps eval_freq val_interval val_every "
     "validation_interval validate_interval validate_freq validate_steps val_loss_every "
-    "val_check_interval",
+    "val_check_interval validation_freq validation_every validation_steps",
     "validate.chunks": "eval_iters eval_batches val_batches eval_tokens val_tokens",
     "checkpoint.every": "save_interval save_every save_steps save_freq ckpt_interval ckpt_every "
     "checkpoint_interval checkpoint_freq checkpoint_steps",
@@ -82,7 +89,11 @@ def suggest(name: str, known: Collection[str]) -> list[str]:
     section = section.rpartition(".")[2]
     if f"{section}.{key}" in known:
         return [f"{section}.{key}"]
-    for word in (f"{section}_{key}", key):
+    joined = f"{section}_{key}".lstrip("_")
+    for setting in known:
+        if setting.replace(".", "_") == joined:  # train_seed
+            return [setting]
+    for word in (joined, key):
         if MEANING.get(word) in known:
             return [MEANING[word]]
     keys = {setting: setting.partition(".")[2] for setting in known}

@@ -33,8 +33,8 @@ class Stack(NamedTuple):
     upper: list[Layer]
 
     @classmethod
-    def of(cls, settings: ModelSettings) -> "Stack":
-        """The stack of `model.layers`.
+    def of(cls, settings: ModelSettings, place: str = "") -> "Stack":
+        """The stack of `model.layers`; `place` begins the line about one that cannot be.
 
         The compressor reads the residual stream below the lowest layer that sees history. Then no
         latent depends on history, and the chunks of a window can be trained side by side.
@@ -43,18 +43,15 @@ class Stack(NamedTuple):
             UserError: it names an unknown kind, or has a layer on the wrong side of the compressor.
         """
         stack, kinds = cls([], []), settings.layer_kinds
-        setting = f"setting model.layers={settings.layers}"
-        for place, kind in enumerate(kinds):
-            try:
-                above = LAYER_KINDS.of(kind).sees_history
-            except UserError as error:
-                raise UserError(f"{setting}: {error}, or --extend with the file of yours") from None
+        setting = f"{place}setting model.layers={settings.layers}"
+        for number, kind in enumerate(kinds):
+            above = LAYER_KINDS.of(kind, f"{setting}: ").sees_history
             if stack.upper and not above:
                 raise UserError(
-                    f"{setting}: {kind} stands above {kinds[place - 1]}, which sees history; the "
+                    f"{setting}: {kind} stands above {kinds[number - 1]}, which sees history; the "
                     f"compressor reads all {kind} layers, so move them below"
                 )
-            layer = Layer(kind, kinds[:place].count(kind), kinds.count(kind))
+            layer = Layer(kind, kinds[:number].count(kind), kinds.count(kind))
             (stack.upper if above else stack.lower).append(layer)
         if not stack.lower:
             raise UserError(f"{setting} has no layer for the compressor to read: add rwkv below")

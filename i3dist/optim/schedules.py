@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from i3dist.errors import UserError
+from i3dist.errors import UserError, reason
 from i3dist.registry import Registry
 
 
@@ -70,9 +70,14 @@ def height(name: str, at: Point) -> float:
     """The value of a schedule at a point, from 0 to 1.
 
     Raises:
-        UserError: the schedule returned something else.
+        UserError: the schedule failed, or returned something else.
     """
-    value = SCHEDULES.of(name)(at)
+    schedule = SCHEDULES.of(name)
+    try:
+        value = float(schedule(at))
+    except Exception as error:  # it may be the user's own
+        where = f"at step {at.step} of {at.steps}"
+        raise UserError(f"schedule {name!r} failed {where}: {reason(error)}") from error
     if not 0 <= value <= 1:
         raise UserError(
             f"schedule {name!r} returned {value} for step {at.step} of {at.steps}; "

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Metric = Callable[[Figures], float | None]  # None: not known, and left out
 
-METRICS: Registry[Metric] = Registry("metric")
+METRICS: Registry[Metric] = Registry("metric", reserved=("step", "time"))  # each line's own
 
 for _name in (
     "loss",

@@ -1,5 +1,6 @@
 """--extend FILE.py: a user's file is imported first, and what is wrong with it is one line."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,7 +76,13 @@ def test_an_error_in_the_file_is_one_line_that_names_its_place(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["nowhere.py", "folder.py", "text.txt"])
+def test_a_file_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    for name in ("nowhere.py", "nowhere"):
+        with pytest.raises(UserError, match=rf"^--extend {tmp_path / name} does not exist"):
+            extend.load_extension(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["folder.py", "text.txt"])
 def test_what_is_no_python_file_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.py").mkdir()
     write(tmp_path, MINE, "text.txt")
@@ -96,7 +103,7 @@ def test_what_is_no_python_file_is_one_line(tmp_path: Path, name: str) -> None:
 )
 def test_every_program_takes_it_and_ends_in_one_line(tmp_path: Path, words: list[str]) -> None:
     line = error_line(program(*words, "--extend", tmp_path / "nowhere.py"))
-    assert "nowhere.py is no Python file" in line
+    assert "nowhere.py does not exist" in line
 
 
 def test_a_registry_names_what_there_is() -> None:
@@ -107,5 +114,9 @@ def test_a_registry_names_what_there_is() -> None:
     wanted = "unknown layer kind 'c': use a, b, or one of your own with --extend FILE.py"
     with pytest.raises(UserError, match=wanted):
         registry.of("c")
+    for name in ("", "A", "1a", "a b", "a,b", "a/b", "ä", "a\n"):
+        with pytest.raises(UserError, match=re.escape(f"layer kind {name!r} needs a name of")):
+            registry.register(name)(3)
+    registry.register("a-2_b")(3)
     with pytest.raises(UserError, match="there already is a layer kind 'a'"):
         registry.register("a")(3)

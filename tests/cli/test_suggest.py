@@ -63,6 +63,18 @@ MEANT = {
     "project": "tracking.experiment",
     "run_name": "tracking.run_name",
     "guard.timeout": "guard.hang_seconds",
+    "optimizer.name": "optimizer.kind",
+    "optim.type": "optimizer.kind",
+    "train.optimizer": "optimizer.kind",
+    "train_seed": "train.seed",
+    "optimizer_lr": "optimizer.lr",
+    "num_latents": "model.latents",
+    "records": "model.sub_latents",
+    "attention_layers": "model.layers",
+    "validation.freq": "validate.every",
+    "checkpoint.folder": "run.path",
+    "training.grad_norm": "train.clip",
+    "train.backend": "train.engine",
 }
 
 
@@ -120,7 +132,14 @@ def test_a_file_gets_suggestions_too(tmp_path: Path, text: str, says: str) -> No
         Settings.load(tmp_path / "my.yaml")
 
 
-@pytest.mark.parametrize("words", [["--lr", "1e-3"], ["--optimizer.lr=1e-3"]])
-def test_a_setting_typed_as_an_option_is_explained(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--lr", "1e-3"], "did you mean optimizer.lr? (launch/train.py --help lists all)"),
+        (["--optimizer.lr=1e-3"], "; settings have no dashes: optimizer.lr=..."),
+    ],
+)
+def test_a_setting_typed_as_an_option_is_explained(words: list[str], says: str) -> None:
     line = error_line(program("launch/train.py", "--dry-run", *words))
-    assert "unrecognized arguments: --" in line and "did you mean optimizer.lr?" in line
+    assert "unrecognized arguments: --" in line
+    assert line.endswith(says)

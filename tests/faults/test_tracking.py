@@ -15,7 +15,7 @@ from i3dist.config import Settings
 from i3dist.tracking import tracker as tracking
 from i3dist.tracking.metrics_log import MetricsLog
 from i3dist.tracking.origin import Origin
-from i3dist.training.startup import set_aside
+from i3dist.training.run_folder import set_aside
 from tests.conftest import ROOT, environment
 from tests.faults.mlflow_server import Behaviour, MlflowServer
 

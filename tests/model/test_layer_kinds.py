@@ -16,7 +16,7 @@ from i3dist.model.layer_kinds import LAYER_KINDS, Stack
 from i3dist.model.lm import I3LM, parameters_by_part
 from i3dist.model.state import LaneState
 from tests.checkpoint.test_format import JOB, state_of
-from tests.conftest import environment, free_port, launcher
+from tests.conftest import environment, error_line, free_port, launcher, program
 from tests.model.conftest import BOS, SMALL, build
 from tests.model.kinds import Conv, Forgetful, Mlp
 from tests.model.streams import depth_of, empty, hidden_states, logits, stream
@@ -143,6 +143,21 @@ def test_a_stack_that_cannot_be_is_refused_in_one_line(layers: str, says: str) -
         with pytest.raises(UserError, match=says) as refused:
             build_it(settings)
         assert "\n" not in str(refused.value)
+        assert str(refused.value).count("--extend") <= 1, "a remedy once"
+
+
+def test_a_kind_that_cannot_be_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
+    for line in ("model: {layers: '1xattention,1xrwkv'}", "model: {layers: '1xlinear'}"):
+        file = tmp_path / "my.yaml"
+        file.write_text(f"\n{line}\n")
+        settings = Settings.load(file)
+        with pytest.raises(UserError, match=f"^{file}, line 2: setting model.layers=1x"):
+            Stack.of(settings.model, settings.place_of("model.layers"))
+        line = error_line(program("launch/train.py", "--dry-run", "--config", file))
+        assert f"{file}, line 2: " in line
+    file.write_text("optimizer: {kind: sgd}\n")
+    line = error_line(program("launch/train.py", "--dry-run", "--config", file))
+    assert f"{file}, line 1: unknown optimizer.kind 'sgd'" in line
 
 
 def test_training_refuses_such_a_stack_before_ranks_wait(data: Path, tmp_path: Path) -> None:

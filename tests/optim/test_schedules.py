@@ -1,6 +1,7 @@
 """Learning-rate and compression schedules: shapes, joints, and the curves of saved runs."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -162,6 +163,23 @@ def test_an_unknown_schedule_is_one_line_that_lists_those_there_are() -> None:
         ) as error:
             Settings.load(None, [f"{name}=steps"])
         assert all(known in str(error.value) for known in (*NAMES, "--extend FILE.py"))
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        (lambda at: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda at: at.steps["7"], "TypeError: "),
+        (lambda at: None, "TypeError: "),
+        (lambda at: "high", "ValueError: "),
+    ],
+)
+def test_a_schedule_that_fails_is_one_line(
+    odd: Callable[[Point], float], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCHEDULES, "odd", odd)
+    with pytest.raises(UserError, match=rf"^schedule 'odd' failed at step 3 of 7: {says}"):
+        height("odd", Point(3, 7, 1.0, 0.0))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
