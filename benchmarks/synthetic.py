@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.pack import write_shard
-from i3dist.data.lanes import Batch, LaneWindows, Window
+from i3dist.data.lanes import Batch, LaneWindows
 from i3dist.data.manifest import Manifest
 from i3dist.data.schedule import Schedule
+from i3dist.errors import UserError
 from i3dist.ops.cross_entropy import IGNORE
 
 MEAN_TOKENS, MEDIAN_TOKENS = 1030, 512
@@ -100,4 +101,4 @@ def batches(windows: LaneWindows, count: int, device: torch.device) -> list[Batc
     """Successive windows from the middle of shards, where chunks have their history."""
     first = FIRST_CHUNK // windows.schedule.window
     found = [windows[index] for index in range(first, first + count)]
-    return [window.batch.to(device) for window in found if isinstance(window, Window)]
+    return [read[0].to(device) for read in found if not isinstance(read, UserError)]

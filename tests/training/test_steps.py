@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -508,7 +507,7 @@ def test_a_look_inside_is_of_its_steps_first_window(
 ) -> None:
     """With the lanes as they were before it, the step's gate, and the gradient of all its parts."""
     seen: list[tuple[Any, ...]] = []
-    figures = SimpleNamespace(to_dict=lambda: {"attention_age_01": 0.5, "effective_rank": 2.0})
+    figures = {"attention_age_01": 0.5, "effective_rank": 2.0}
     monkeypatch.setattr(
         "i3dist.training.diagnoser.diagnose", lambda *words: seen.append(words) or figures
     )
