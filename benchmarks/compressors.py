@@ -1,6 +1,6 @@
 """Alternatives to i3-4096ctx's compressor, for benchmarks/history_arms.py.
 
-Letters: N chunks, T tokens, M latents, R sub-latents of a latent, S = M R sub-latents of a chunk,
+Notation: N chunks, T tokens, M latents, R sub-latents of a latent, S = M R sub-latents of a chunk,
 D width, H heads. Each takes hidden [N, T, D] and keep [N, T] bool, and returns latents [N, M, D];
 `project` applies a projection to the S keys that attention sees; `reset_parameters` is called once
 all matrices have been initialized.

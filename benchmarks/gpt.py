@@ -1,6 +1,6 @@
 """A GPT of i3-4096ctx's size, to compare with: pre-norm blocks, GELU, an untied head.
 
-Letters: B rows, T tokens, D width, F width of the feed-forward, H heads, V vocabulary.
+Notation: B rows, T tokens, D width, F width of the feed-forward, H heads, V vocabulary.
 
 With the defaults 339,522,560 parameters, 0.1% more than i3-4096ctx: its feed-forward has 4,032
 channels. Four times the width, as is usual, would be 0.9% more. Positions are fixed sinusoids

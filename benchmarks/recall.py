@@ -2,7 +2,7 @@
 
     python benchmarks/recall.py [--arms ARM ...] [--pairs N ...] [--json FILE] [--plot FILE]
 
-Letters: B documents, K chunks of each, T tokens, P parts of a chunk, as many as it has latents,
+Notation: B documents, K chunks of each, T tokens, P parts of a chunk, as many as it has latents,
 N pairs of a part, Q questions of a part.
 
 A document is K chunks. A part of 16 tokens asks up to Q times for the value of a key, then states N

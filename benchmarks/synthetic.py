@@ -1,6 +1,6 @@
 """Packed documents of random tokens, in the format that training reads.
 
-Letters: B rows, T tokens.
+Notation: B rows, T tokens.
 
 Lengths are log-normal with a mean of 1,030 tokens and a median of 512, as measured on FineWeb-Edu
 (Penedo et al., 2024, arXiv:2406.17557) when the format was designed. Token frequencies follow the

@@ -198,7 +198,7 @@ class TrainSettings(Section):
     waits. 1: epoch by epoch; lanes idle at its end. A run keeps the one it began with."""
     window_chunks: Annotated[int, Field(ge=1, le=4096)] = 8
     """Consecutive chunks K of a lane that are trained at once. Gradient reaches latents only inside
-    a window, so with 1 the compressor does not learn."""
+    a window, so with 1 the compressor does not learn to make them."""
     accumulation: Annotated[int, Field(ge=1, le=4096)] = 1
     """Windows of each lane, one after another, whose gradients make one step."""
     micro_batch: Count | Auto = "auto"

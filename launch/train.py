@@ -109,12 +109,12 @@ def build(
 ) -> Trainer:
     """Decide the settings, join the job, and build model, engine, tracker and trainer."""
     # Find whatever is wrong with the input before the ranks wait for each other.
-    for_want_of_gpu = setup.choose_device(settings.train.device)
+    fell_back_to_cpu = setup.choose_device(settings.train.device)
     engine_config = setup.read_engine_config(arguments.deepspeed)
     start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
     settings = start.settings
     check_micro_batch(settings, job)
-    if for_want_of_gpu:
+    if fell_back_to_cpu:
         refuse_large(settings)
     host.share_threads(job)
     if not devices.uses_cuda():

@@ -180,3 +180,11 @@ def test_the_citation_names_the_version() -> None:
     assert citation["version"] == project["version"]
     assert citation["license"] == project["license"] == "Apache-2.0"
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def test_files_that_know_of_cuda_are_listed() -> None:
+    """For who wants another accelerator."""
+    text = (ROOT / "docs" / "extending.md").read_text().partition("## Another accelerator")[2]
+    files = [p for folder in ("i3dist", "launch") for p in (ROOT / folder).rglob("*.py")]
+    knowing = {str(p.relative_to(ROOT)) for p in files if "cuda" in p.read_text()}
+    assert set(re.findall(r"`([\w/]+\.py)`", text)) == knowing

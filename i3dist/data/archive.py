@@ -4,7 +4,7 @@ docs/data-format.md has the layout. No archive is ever parsed: the writer makes 
 `shard_bytes`, and the reader refuses a file that differs from what `shard_bytes` makes of its
 tokens.
 
-Letters: N chunks of a shard, T tokens of a chunk.
+Notation: N chunks of a shard, T tokens of a chunk.
 """
 
 import tarfile

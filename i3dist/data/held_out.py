@@ -11,7 +11,7 @@ replace its history. The loss with them tells what the history's content is wort
 having any history. All choices depend only on the shards, so the figures are the same for any
 number of ranks.
 
-Letters: M chunks of the evaluation, C history chunks, K chunks of a window, T tokens of a chunk.
+Notation: M chunks of the evaluation, C history chunks, K chunks of a window, T tokens of a chunk.
 """
 
 import heapq

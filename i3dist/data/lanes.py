@@ -1,4 +1,4 @@
-"""Batches of lanes. Letters: B lanes, K chunks of a window, T tokens.
+"""Batches of lanes. Notation: B lanes, K chunks of a window, T tokens.
 
 A window is a pure function of its index (see `schedule`). So worker processes can read windows in
 any order, and a run that continues asks for the next index instead of replaying the stream.

@@ -1,6 +1,6 @@
 """Reads shards: checks them against the manifest, then serves them from memory.
 
-Letters: N chunks of a shard, T tokens of a chunk.
+Notation: N chunks of a shard, T tokens of a chunk.
 """
 
 import hashlib

@@ -50,7 +50,7 @@ def is_known_version() -> bool:
 
 def choose_device(wanted: Device) -> bool:
     """`devices.choose_device`, for DeepSpeed too, which chose an accelerator on import."""
-    for_want_of_gpu = devices.choose_device(wanted)
+    fell_back_to_cpu = devices.choose_device(wanted)
     name = "cuda" if devices.uses_cuda() else "cpu"
     if deepspeed.accelerator.get_accelerator().device_name() != name:
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -58,7 +58,7 @@ def choose_device(wanted: Device) -> bool:
 
         kinds = {"cuda": CUDA_Accelerator, "cpu": CPU_Accelerator}
         deepspeed.accelerator.set_accelerator(kinds[name]())
-    return for_want_of_gpu
+    return fell_back_to_cpu
 
 
 def refusal(config: dict[str, Any]) -> str | None:

@@ -20,12 +20,12 @@ from i3dist.optim.optimizers import OPTIMIZERS
 MEMORY_SHARE = 0.92
 
 
-class Stepped(NamedTuple):
+class StepResult(NamedTuple):
     """The outcome of an optimizer step; the same on every rank."""
 
-    taken: bool  # whether anything was updated
+    updated: bool  # whether the weights were
     norm: float  # of the whole job's gradient, before clipping
-    sums: list[float]  # over ranks
+    sums: list[float]  # of the figures that ranks gave to `step`
 
 
 class Engine(ABC):
@@ -136,7 +136,7 @@ class Engine(ABC):
             targets: scalar, number of targets in the whole job's step.
         """
 
-    def step(self, lr: float, sums: Tensor | None = None, limit: float = math.inf) -> Stepped:
+    def step(self, lr: float, sums: Tensor | None = None, limit: float = math.inf) -> StepResult:
         """Clip the gradient and update all parameters.
 
         Nothing is updated if the gradient's norm or one of `sums` is not finite, or if the norm is
@@ -152,7 +152,7 @@ class Engine(ABC):
         return self._step(torch.empty(0, device=self.device) if sums is None else sums, limit)
 
     @abstractmethod
-    def _step(self, sums: Tensor, limit: float) -> Stepped:
+    def _step(self, sums: Tensor, limit: float) -> StepResult:
         """`step`, once the learning rate is set."""
 
     @abstractmethod
@@ -197,7 +197,7 @@ def complete(config: dict[str, Any], clip: float) -> dict[str, Any]:
     }
 
 
-def check_taken(engine: Any, config: dict[str, Any]) -> None:
+def check_applied(engine: Any, config: dict[str, Any]) -> None:
     """See that DeepSpeed's engine took its settings: it ignores what it does not know.
 
     Raises:

@@ -17,7 +17,7 @@ from i3dist.checkpoint.format import Fragment
 from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.distributed import collectives
 from i3dist.engine.deepspeed_internals import deepspeed, initialize
-from i3dist.engine.interface import Engine, Stepped, check_states, check_taken, complete
+from i3dist.engine.interface import Engine, StepResult, check_applied, check_states, complete
 from i3dist.model.lm import I3LM, by_decay
 from i3dist.model.state import LaneState
 from i3dist.optim.flat import fresh_state
@@ -38,7 +38,7 @@ class StockEngine(Engine):
         super().__init__(model, model, parameters, config, optimizer)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine = initialize(model, self._optimizer, complete(config, train.clip))
-        check_taken(self._engine, config)
+        check_applied(self._engine, config)
         for name, buffer in model.named_buffers():  # some versions cast buffers as well
             buffer.data = buffers[name].to(self.device)
         self._pending = 0  # micro-batches since the last step
@@ -73,7 +73,7 @@ class StockEngine(Engine):
         scale = self.micro_batches * self._engine.dp_world_size / targets.clamp(min=1)
         self._engine.backward(loss_sum * scale.to(loss_sum.dtype))
 
-    def _step(self, sums: Tensor, limit: float) -> Stepped:
+    def _step(self, sums: Tensor, limit: float) -> StepResult:
         """Sum `sums` in an exchange of its own, then let DeepSpeed clip and update."""
         figures = collectives.all_sum(sums.clone()).tolist() if len(sums) else []
         skips = not all(map(math.isfinite, figures))
@@ -86,7 +86,7 @@ class StockEngine(Engine):
         self._pending = 0
         applied = self._engine.was_step_applied()  # not where DeepSpeed finds an overflow
         norm = float(self._engine.get_global_grad_norm()) if applied else math.inf
-        return Stepped(applied and not skips, norm, figures)
+        return StepResult(applied and not skips, norm, figures)
 
     def gradient_norm_of(self, prefix: str) -> float:
         """See `Engine.gradient_norm_of`. Each gradient is gathered whole on every rank."""

@@ -17,7 +17,7 @@ from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.distributed import collectives
 from i3dist.engine import deepspeed_internals as internals
 from i3dist.engine.flat_parameters import FlatModel
-from i3dist.engine.interface import Engine, Stepped, check_states, check_taken, complete
+from i3dist.engine.interface import Engine, StepResult, check_applied, check_states, complete
 from i3dist.engine.optimizer_state import PartitionedState
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
@@ -52,7 +52,7 @@ class Zero2Engine(Engine):
         super().__init__(model, self._flat, parameters, config, optimizer)
         self.clip = train.clip
         self._engine = internals.initialize(self._flat, self._optimizer, _complete(config))
-        check_taken(self._engine, config)
+        check_applied(self._engine, config)
         flats = [flat.parameter for flat in self._flat.flats]
         try:
             self._zero = internals.ZeroInternals(self._engine, flats, self._optimizer)
@@ -112,7 +112,7 @@ class Zero2Engine(Engine):
             "expected: install the version in constraints.txt, or set train.engine=stock"
         )
 
-    def _step(self, sums: Tensor, limit: float) -> Stepped:
+    def _step(self, sums: Tensor, limit: float) -> StepResult:
         """Update, and wait for the figures while the device is still busy with the update."""
         if self._reduced != set(range(len(self._flat.flats))):
             raise self._unexpected()
@@ -125,7 +125,7 @@ class Zero2Engine(Engine):
         self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self._engine.step()
         was_skipped, norm_there, *sums_there = arriving.values()
-        return Stepped(was_skipped == 0, norm_there, sums_there)
+        return StepResult(was_skipped == 0, norm_there, sums_there)
 
     def _exchange(self, sums: Tensor) -> Tensor:
         """[1 + N] fp32: norm of the whole job's gradient, of which this rank holds a part; sums."""

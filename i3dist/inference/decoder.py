@@ -1,6 +1,6 @@
 """Token-by-token evaluation with constant memory: the training forward, one token at a time.
 
-Letters: n new tokens, T chunk length, C history chunks, H heads, D width, V vocabulary.
+Notation: n new tokens, T chunk length, C history chunks, H heads, D width, V vocabulary.
 """
 
 from dataclasses import dataclass, field

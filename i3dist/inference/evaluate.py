@@ -1,7 +1,7 @@
 """Held-out loss by chunk index within the document: with history, without, and with the history of
 another document. The last shows whether the gain comes from what history says.
 
-Letters: B rows of a batch, C history chunks, K chunks of a window, T tokens, M latents, D width,
+Notation: B rows of a batch, C history chunks, K chunks of a window, T tokens, M latents, D width,
 S stretches.
 """
 

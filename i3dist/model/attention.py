@@ -1,7 +1,7 @@
 """Causal attention over a chunk and its compressed history.
 
-Letters: B lanes, K chunks of a window, H heads, T query tokens, S keys, C history chunks, M keys of
-an earlier chunk, D width.
+Notation: B lanes, K chunks of a window, H heads, T query tokens, S keys, C history chunks, M keys
+of an earlier chunk, D width.
 
 Tokens carry no positions: the layers below give order (as in Jamba, Lieber et al., 2024,
 arXiv:2403.19887). Keys of history carry a learned slot, 0 to M - 1. Their age is 1 to C chunks:

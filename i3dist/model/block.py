@@ -1,4 +1,7 @@
-"""What a layer of the stack is: the contract of layer kinds. Letters: N rows, T tokens, D width."""
+"""What a layer of the stack is: the contract of layer kinds.
+
+Notation: N rows, T tokens, D width.
+"""
 
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple

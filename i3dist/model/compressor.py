@@ -1,6 +1,6 @@
 """The compressor: a chunk's hidden states to M latents, and latents to keys for attention.
 
-Letters: T tokens, M latents, R sub-latents of a latent, S = M R sub-latents of a chunk, D width.
+Notation: T tokens, M latents, R sub-latents of a latent, S = M R sub-latents of a chunk, D width.
 
 A latent is R sub-latents of D/R channels each. A sub-latent is a token of low rank: attention reads
 it with the projections that it reads tokens with, so what is learned on tokens also serves history,

@@ -1,4 +1,4 @@
-"""Small parts shared by the blocks. Letters: T tokens, D width, H heads.
+"""Small parts shared by the blocks. Notation: T tokens, D width, H heads.
 
 Parameters are stored at the width of the settings. Computation runs on channels padded to a
 multiple of `ALIGNMENT`: matrix units read rows that start at such a boundary several times faster

@@ -1,4 +1,4 @@
-"""The i3 language model. Letters: B lanes, K chunks of a window, T tokens, C history chunks,
+"""The i3 language model. Notation: B lanes, K chunks of a window, T tokens, C history chunks,
 M latents, D width, V vocabulary.
 
 Layers that see no history, RWKV by default, stand below; the compressor reads their output. So a

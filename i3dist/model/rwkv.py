@@ -1,4 +1,4 @@
-"""RWKV-4 blocks (Peng et al., 2023, arXiv:2305.13048). Letters: N rows, T tokens, D width.
+"""RWKV-4 blocks (Peng et al., 2023, arXiv:2305.13048). Notation: N rows, T tokens, D width.
 
 Initial decay, bonus and mix curves are those of the paper's reference implementation. Token shift
 and WKV state restart wherever `restart` is true.

@@ -1,4 +1,4 @@
-"""Documents inside a chunk. Letters: B rows, K chunks of a window, T tokens.
+"""Documents inside a chunk. Notation: B rows, K chunks of a window, T tokens.
 
 A chunk is a piece of the stream ``<BOS> document <EOS> <BOS> document <EOS> ...``. Each ``<BOS>``
 opens a segment. Segment 0 continues the chunk before; it is empty where the chunk begins with

@@ -1,4 +1,4 @@
-"""What a lane carries from window to window. Letters: B rows, M latents, D width, R layers.
+"""What a lane carries from window to window. Notation: B rows, M latents, D width, R layers.
 
 State is functional: it goes into the model and comes out, and nothing is changed in place, so
 recomputing activations cannot append twice. A lane is a row of every tensor.

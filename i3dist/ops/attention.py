@@ -1,6 +1,6 @@
 """Attention over [latents of earlier chunks, tokens of this chunk], in the device's form.
 
-Letters: B lanes, K chunks of a window, N = B x K, H heads, T query tokens, S own keys, C history
+Notation: B lanes, K chunks of a window, N = B x K, H heads, T query tokens, S own keys, C history
 chunks, M keys of an earlier chunk, D channels of all heads.
 
 What a query sees is decided once for all blocks and heads, in one of two forms. `attention_bias`

@@ -1,4 +1,4 @@
-"""Token losses from hidden states. Letters: N tokens, D width, V vocabulary.
+"""Token losses from hidden states. Notation: N tokens, D width, V vocabulary.
 
 Logits are the largest tensor of a step: N x V in fp32, ten times a block's activations at the
 default size. `token_losses_naive` is the definition; a compiler fuses it by itself. Without a

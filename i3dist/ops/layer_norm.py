@@ -1,6 +1,6 @@
 """A residual connection and LayerNorm (Ba et al., 2016, arXiv:1607.06450) of padded channels.
 
-Letters: P channels with padding. On a GPU it runs as `norm_shift_mix` with one mix that takes the
+Notation: P channels with padding. On a GPU it runs as `norm_shift_mix` with one mix that takes the
 present token only: that is LayerNorm. PyTorch's compiler takes three times as long for rows wider
 than 1,024 (docs/performance.md).
 """

@@ -1,6 +1,6 @@
 """Residual, LayerNorm, token shift and learned mixes: what an RWKV-4 layer does to its input.
 
-Letters: N sequences, T tokens, D channels, P channels with padding, M mixes. With scale g and
+Notation: N sequences, T tokens, D channels, P channels with padding, M mixes. With scale g and
 offset b of the LayerNorm (Ba et al., 2016, arXiv:1607.06450), per token:
 
     normed_t = LayerNorm(x_t) = g (x_t - mean_t) / sqrt(variance_t + eps) + b

@@ -1,6 +1,6 @@
 """Residual, LayerNorm, token shift and mixes as a pair of Triton kernels: the CUDA form.
 
-Letters: N sequences, T tokens, D channels, P channels with padding, M mixes. Tokens are numbered
+Notation: N sequences, T tokens, D channels, P channels with padding, M mixes. Tokens are numbered
 through all sequences. A program walks a run of them with whole tokens in registers, so it has the
 previous one at hand: the forward kernel goes from first to last, the backward kernel from last to
 first, as gradients go back one token. The token beyond a run's edge it computes once more.

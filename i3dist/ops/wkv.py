@@ -1,6 +1,6 @@
 """WKV, the recurrence of RWKV-4 (Peng et al., 2023, arXiv:2305.13048), in the device's form.
 
-Letters: B rows, T tokens, C channels, N blocks of tokens. `i3dist.ops.wkv_naive` states the
+Notation: B rows, T tokens, C channels, N blocks of tokens. `i3dist.ops.wkv_naive` states the
 equations and the meaning of the state and its gradient; it is the oracle. The CPU runs a blocked
 scan, CUDA a pair of Triton kernels. Both are one operator to PyTorch, so `torch.compile` has no
 graph break here.

@@ -1,6 +1,6 @@
 """WKV as a blocked scan in plain PyTorch: the CPU form; it is correct on any device.
 
-Letters: B rows, T tokens, C channels, N blocks of L tokens (T = N L after padding).
+Notation: B rows, T tokens, C channels, N blocks of L tokens (T = N L after padding).
 
 The running maximum m and then (a, b) are first-order recurrences. Each is solved inside all blocks
 at once (L steps), then across blocks (N steps), then filled in (L steps); the rest is elementwise

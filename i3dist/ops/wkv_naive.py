@@ -1,6 +1,6 @@
 """RWKV-4's WKV as its equations: a loop over time with plain autograd; the oracle of fast forms.
 
-Source: Peng et al., 2023, arXiv:2305.13048. Letters: B rows, T tokens, C channels. Per channel,
+Source: Peng et al., 2023, arXiv:2305.13048. Notation: B rows, T tokens, C channels. Per channel,
 with decay w < 0 and bonus u:
 
     y_t = (a_{t-1} + e^{u+k_t} v_t) / (b_{t-1} + e^{u+k_t})

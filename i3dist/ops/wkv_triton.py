@@ -1,6 +1,6 @@
 """WKV as a pair of Triton kernels: the CUDA form.
 
-Letters: B rows, T tokens, C channels, N tiles of L tokens. A program is one warp, which walks a
+Notation: B rows, T tokens, C channels, N tiles of L tokens. A program is one warp, which walks a
 group of channels, a thread per channel, through one row: no thread waits for another. A thread
 holds a tile in registers and loads the next one while it computes on this one.
 

@@ -2,7 +2,7 @@
 
 Nothing here computes a gradient or changes a tensor, so training continues bit for bit the same.
 
-Letters: B lanes, K chunks of a window, N = B x K, T tokens, C history chunks, S keys, H heads,
+Notation: B lanes, K chunks of a window, N = B x K, T tokens, C history chunks, S keys, H heads,
 D width.
 """
 

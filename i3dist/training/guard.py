@@ -13,7 +13,7 @@ import statistics
 
 from i3dist.checkpoint.format import GuardState
 from i3dist.config import GuardSettings
-from i3dist.engine.interface import Stepped
+from i3dist.engine.interface import StepResult
 
 NOT_FINITE = "not finite"
 SPIKE = "spike"
@@ -34,10 +34,10 @@ class Guard:
             return math.inf
         return settings.spike_factor * statistics.median(state.norms)
 
-    def judge(self, stepped: Stepped) -> str | None:
+    def judge(self, stepped: StepResult) -> str | None:
         """Record a step; returns why it was skipped, or None."""
         state = self.state
-        if stepped.taken:
+        if stepped.updated:
             norms = state.norms
             if self.settings.spike_factor:
                 norms = (*norms, stepped.norm)[-self.settings.spike_window :]

@@ -1,4 +1,4 @@
-"""Writing the run's ledger (see `ledger`). Letters: B lanes of this rank, N steps.
+"""Writing the run's ledger (see `ledger`). Notation: B lanes of this rank, N steps.
 
 Figures stay on the device until lines are written, so that no step waits for them.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from i3dist.data.schedule import LaneSchedule
 from i3dist.distributed import collectives
-from i3dist.engine.interface import Stepped
+from i3dist.engine.interface import StepResult
 from i3dist.errors import UserError
 from i3dist.files import sync
 from i3dist.model.state import LaneState
@@ -29,7 +29,7 @@ class _Step(NamedTuple):
     windows: int  # read so far
     targets: Tensor  # scalar
     checksums: Tensor  # [B] int64
-    stepped: Stepped
+    stepped: StepResult
     skipped: str | None
 
 
@@ -53,7 +53,7 @@ class LedgerWriter:
         self._waiting: list[_Step] = []
 
     def add(
-        self, progress: Progress, targets: Tensor, stepped: Stepped, skipped: str | None
+        self, progress: Progress, targets: Tensor, stepped: StepResult, skipped: str | None
     ) -> None:
         """Add a step; `flush` writes its line. Does not wait for the device.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from i3dist.distributed.console import print_rank_0
-from i3dist.engine.interface import Stepped
+from i3dist.engine.interface import StepResult
 from i3dist.errors import UserError
 from i3dist.model.state import LaneState
 from i3dist.training.checkpointer import Checkpointer
@@ -26,7 +26,7 @@ class Recovery:
     checkpointer: Checkpointer
     empty_lanes: Callable[[], LaneState]  # this rank's lanes before they have read anything
 
-    def after(self, stepped: Stepped) -> str | None:
+    def after(self, stepped: StepResult) -> str | None:
         """Judge a step. If it was skipped, clean the lanes, and roll back if it is time to.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The training loop. Letters: B lanes of this rank, K chunks of a window, T tokens.
+"""The training loop. Notation: B lanes of this rank, K chunks of a window, T tokens.
 
 One optimizer step reads `train.accumulation` windows of every lane, each in micro-batches of
 lanes, and trains on the mean loss over all targets of the whole job's step.

@@ -19,7 +19,7 @@ from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.config import CheckpointSettings, GuardSettings, Settings
 from i3dist.data.schedule import Schedule
 from i3dist.distributed.watchdog import Watchdog
-from i3dist.engine.interface import Engine, Stepped
+from i3dist.engine.interface import Engine, StepResult
 from i3dist.errors import UserError
 from i3dist.training.checkpointer import Checkpointer
 from i3dist.training.guard import Guard
@@ -86,13 +86,13 @@ def test_nothing_that_is_changed_later_is_saved(tmp_path: Path, training: Traini
     """Whatever training still holds of the state: the guard, and dicts as deep as they go."""
     guard = Guard(GuardSettings(spike_factor=3.0, spike_window=2))
     for norm in (1.0, 2.0):
-        guard.judge(Stepped(True, norm, [1.0]))
+        guard.judge(StepResult(True, norm, [1.0]))
     state = state_of(2, guard.state).model_copy(update={"engine": {"bf16": {"enabled": True}}})
     was = state.model_dump(mode="json")
     saving = saver(tmp_path)
     saving.begin(state, training.snapshot, (range(2), training.lanes))
     for norm in (math.nan, math.nan, 9.0):
-        guard.judge(Stepped(math.isfinite(norm), norm, [norm]))
+        guard.judge(StepResult(math.isfinite(norm), norm, [norm]))
     state.engine["bf16"]["enabled"] = False
     state.settings["optimizer"]["lr"] = 7.0
     training.go_on.set()
@@ -181,7 +181,7 @@ def test_the_ledger_is_on_disk_before_a_checkpoint_begins(
     saver = SimpleNamespace(step=0, begin=lambda state, *_: done.append(f"begin {state.step}"))
     ledger = LedgerWriter(tmp_path, Schedule((4, 4), 2, 2, seed=0), 1, range(2))
     for step in (1, 2, 3):
-        stepped = Stepped(True, 1.0, [1.0])
+        stepped = StepResult(True, 1.0, [1.0])
         progress = Progress(9, lanes, torch.tensor(7), step, step)
         ledger.add(progress, torch.tensor(9), stepped, None)
     checkpointer = Checkpointer(

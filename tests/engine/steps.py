@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
-from i3dist.engine.interface import Engine, Stepped
+from i3dist.engine.interface import Engine, StepResult
 from i3dist.engine.setup import read_engine_config
 from i3dist.engine.stock import StockEngine
 from i3dist.engine.zero2 import Zero2Engine
@@ -63,7 +63,7 @@ def backward(engine: Engine, data: Batch, rows: int, targets: int | None = None)
     return total
 
 
-def step(engine: Engine, data: Batch, rows: int, lr: float = 1e-2) -> Stepped:
+def step(engine: Engine, data: Batch, rows: int, lr: float = 1e-2) -> StepResult:
     """One optimizer step over `data` in micro-batches of `rows`."""
     loss = backward(engine, data, rows)
     return engine.step(lr, loss.view(1))

@@ -144,7 +144,7 @@ def test_stock_skips_a_step_as_if_it_had_never_been(
         step(trained, batch(2, 0), 2)
     backward(skipping, batch(2, 7), 2)
     skipped = skipping.step(1e-2, torch.tensor(sums), limit)
-    assert not skipped.taken and skipped.norm > 0
+    assert not skipped.updated and skipped.norm > 0
     assert skipped.sums == pytest.approx(sums, nan_ok=True)
     assert equal(snapshot(skipping), snapshot(plain))
     assert step(skipping, batch(2, 1), 2) == step(plain, batch(2, 1), 2)
@@ -162,11 +162,11 @@ def test_stock_skips_a_gradient_that_is_not_finite(bf16: bool) -> None:
         weight.fill_(math.inf)
     backward(trained, batch(1), 1)
     stepped = trained.step(1e-2)
-    assert not stepped.taken and not math.isfinite(stepped.norm)
+    assert not stepped.updated and not math.isfinite(stepped.norm)
     assert equal(snapshot(trained), before)
     with torch.no_grad():
         weight.copy_(kept)
-    assert step(trained, batch(1), 1).taken
+    assert step(trained, batch(1), 1).updated
 
 
 def choose(engine: str = "zero2") -> Engine:
@@ -188,7 +188,7 @@ def test_stock_trains_where_deepspeeds_version_is_unknown(
     trained = choose()
     (line,) = capsys.readouterr().out.splitlines()
     assert f"does not fit DeepSpeed {version} (" in line and "slower" in line
-    assert type(trained) is StockEngine and step(trained, batch(2), 2).taken
+    assert type(trained) is StockEngine and step(trained, batch(2), 2).updated
 
 
 @pytest.mark.parametrize("version", ["0.19.8", "0.19.12", "0.19.8+cu128"])

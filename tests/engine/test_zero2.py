@@ -268,7 +268,7 @@ def test_a_skipped_step_is_as_if_it_had_never_been(sums: list[float], limit: flo
         norm_of(engine_, batch(2, 0), 2)
     backward(skipping, batch(2, 7), 2)
     skipped = skipping.step(1e-2, torch.tensor(sums), limit)
-    assert not skipped.taken and skipped.norm > 0
+    assert not skipped.updated and skipped.norm > 0
     assert skipped.sums == pytest.approx(sums, nan_ok=True)
     continued = build(seed=1)
     continued.load(snapshot(skipping), steps=1)
@@ -284,7 +284,7 @@ def test_a_step_says_what_it_came_to() -> None:
     trained = build()
     backward(trained, batch(1), 1)
     stepped = trained.step(1e-2, torch.tensor([2.5, 1.0]))
-    assert stepped.taken and stepped.sums == [2.5, 1.0]
+    assert stepped.updated and stepped.sums == [2.5, 1.0]
 
 
 def test_gradients_above_the_bound_are_scaled_down_to_it() -> None:

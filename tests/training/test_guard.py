@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from i3dist.checkpoint.format import GuardState
 from i3dist.config import GuardSettings, ModelSettings
-from i3dist.engine.interface import Stepped
+from i3dist.engine.interface import StepResult
 from i3dist.model.state import LaneState
 from i3dist.training.guard import Guard
 from tests.model.conftest import SMALL
@@ -24,7 +24,7 @@ NORMS = st.lists(st.sampled_from([0.5, 1.0, 2.0, 40.0, math.nan, math.inf]), max
 def take(guard: Guard, norm: float) -> str | None:
     """What the engine and the guard make of a step with this norm."""
     taken = math.isfinite(norm) and norm <= guard.limit()
-    return guard.judge(Stepped(taken, norm, [1.0, 0.0]))
+    return guard.judge(StepResult(taken, norm, [1.0, 0.0]))
 
 
 @given(norms=NORMS)

@@ -12,7 +12,7 @@ from torch import Tensor
 from i3dist.config import ModelSettings
 from i3dist.data.schedule import Schedule, lanes_of_rank
 from i3dist.distributed import collectives
-from i3dist.engine.interface import Stepped
+from i3dist.engine.interface import StepResult
 from i3dist.errors import UserError
 from i3dist.model.state import LaneState
 from i3dist.training import ledger
@@ -75,8 +75,8 @@ def at(step: int, windows: int, lanes: LaneState) -> Progress:
     return Progress(99, lanes, torch.tensor(0), step, windows)
 
 
-def step_of(number: int) -> Stepped:
-    return Stepped(True, 0.5 / number, [3.0 * number, 0.0])
+def step_of(number: int) -> StepResult:
+    return StepResult(True, 0.5 / number, [3.0 * number, 0.0])
 
 
 def write(folder: Path, ranks: int, steps: range, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -120,7 +120,7 @@ def test_it_is_the_same_for_every_number_of_ranks(
 
 def test_a_skipped_step_is_told_from_one_that_was_not(tmp_path: Path) -> None:
     writer = LedgerWriter(tmp_path, SCHEDULE, 3, range(LANES))
-    stepped = Stepped(False, float("inf"), [float("nan"), 0.0])
+    stepped = StepResult(False, float("inf"), [float("nan"), 0.0])
     writer.add(at(1, 3, random_lanes(1)), torch.tensor(0), stepped, "not finite")
     writer.flush()
     (entry,) = ledger.read(tmp_path)

@@ -27,7 +27,7 @@ from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
-from i3dist.engine.interface import Engine, Stepped
+from i3dist.engine.interface import Engine, StepResult
 from i3dist.engine.setup import read_engine_config
 from i3dist.engine.zero2 import Zero2Engine
 from i3dist.errors import UserError
@@ -92,7 +92,7 @@ class Step:
     lr: float
     sums: list[float]
     limit: float
-    stepped: Stepped
+    stepped: StepResult
 
 
 class Recorder(Zero2Engine):
@@ -122,7 +122,7 @@ class Recorder(Zero2Engine):
         self.micros[-1].scaled_by = float(targets)
         super().backward(loss_sum, targets)
 
-    def step(self, lr: float, sums: Tensor | None = None, limit: float = math.inf) -> Stepped:
+    def step(self, lr: float, sums: Tensor | None = None, limit: float = math.inf) -> StepResult:
         assert sums is not None
         given = sums.tolist()
         stepped = super().step(lr, sums, limit)
@@ -375,7 +375,7 @@ def test_a_line_of_metrics_is_of_its_step(any_run: TrainedRun) -> None:
         assert {key: line[key] for key in wanted} == {
             key: value if value is None else pytest.approx(value) for key, value in wanted.items()
         }
-        if step.stepped.taken:
+        if step.stepped.updated:
             assert line["gradient_norm"] == step.stepped.norm > 0
 
 
@@ -430,7 +430,7 @@ def test_the_ledger_has_each_steps_samples_loss_and_norm(any_run: TrainedRun) ->
         read = [row for w in range(WINDOWS) for row in any_run.places(entry["step"] - 1, w)]
         text = json.dumps(read, separators=(",", ":")).encode()
         assert entry["samples"] == hashlib.blake2b(text, digest_size=16).hexdigest()
-        if step.stepped.taken:
+        if step.stepped.updated:
             loss = sum(m.loss for m in step.micros) / step.micros[0].scaled_by
             assert entry["loss"] == pytest.approx(loss, rel=1e-6)
             assert entry["gradient_norm"] == step.stepped.norm
