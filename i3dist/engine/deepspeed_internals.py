@@ -25,6 +25,8 @@ from i3dist.engine.toolchain import absent, variables
 
 # DeepSpeed calls names that torch is about to retire.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+# DeepSpeed's hooks make the nodes of flat parameters before CUDA graphs are recorded.
+warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
 # DeepSpeed reads these variables on import and fails on a wrong value; `devices` and `rendezvous`
 # report it in one line later. DeepSpeed's autotuner would import MLflow, which takes seconds.
@@ -67,6 +69,10 @@ def refusal(config: dict[str, Any]) -> str | None:
         from deepspeed.runtime.config import DeepSpeedConfig
     except ImportError:
         return None  # then `deepspeed.initialize` will say it
+    try:
+        inspect.signature(DeepSpeedConfig).bind(config)
+    except TypeError:
+        return None  # another version takes other arguments
     try:
         DeepSpeedConfig(config)
     except Exception as error:  # the parser lets its own errors through

@@ -249,3 +249,13 @@ def test_a_missing_class_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(internals.deepspeed.runtime.zero.stage_1_and_2, "GradPartitionBufferGroup")
     with pytest.raises(internals.UnknownDeepSpeedError, match="GradPartitionBufferGroup"):
         internals.ZeroInternals(trained._engine, flats, trained._optimizer)
+
+
+def test_a_parser_that_takes_other_arguments_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another DeepSpeed's parser cannot be asked, DeepSpeed itself speaks later."""
+
+    def parser(config: dict[str, object], mesh: object) -> None: ...
+
+    assert internals.refusal({"train_batch_size": "many"}) is not None
+    monkeypatch.setattr("deepspeed.runtime.config.DeepSpeedConfig", parser)
+    assert internals.refusal({"train_batch_size": "many"}) is None
