@@ -1,0 +1,257 @@
+"""launch/train.py: what it does with its arguments, builds, says at the start and ends with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from i3dist.config import Settings
+from i3dist.distributed.job import Job
+from i3dist.errors import UserError
+from tests.conftest import ROOT
+from tests.known import CHUNK, Known
+from tests.launch.conftest import MODEL, cells, load, typed
+
+
+@pytest.fixture
+def train() -> ModuleType:
+    return load("train")
+
+
+def test_words_win_over_the_file_and_the_file_over_the_card(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("train: {steps: 5, seed: 5}\nrun: {path: from-the-file}\n")
+    seen: list[Settings] = []
+    monkeypatch.setattr(train, "dry_run", lambda settings, job: seen.append(settings))
+    typed(monkeypatch, "train.seed=7", "--dry-run", "--config", file, "log.every=9")
+    monkeypatch.setattr(train, "StopRequest", mock.Mock())
+    train.main()
+    (settings,) = seen
+    values = settings.train.steps, settings.train.seed, settings.log.every, settings.run.path
+    assert values == (5, 7, 9, Path("from-the-file"))
+    expected = Settings().with_values(
+        **{"train.steps": 5, "train.seed": 7, "log.every": 9, "run.path": "from-the-file"}
+    )
+    assert settings == expected
+
+
+@pytest.mark.parametrize(("ranks", "lanes"), [(1, 4), (6, 24)])
+def test_a_dry_run_prints_what_the_run_would_decide(
+    train: ModuleType, known: Known, capsys: pytest.CaptureFixture[str], ranks: int, lanes: int
+) -> None:
+    settings = Settings().with_values(
+        **MODEL | {"model.vocab_size": "auto", "data.path": str(known.folder), "train.steps": 777}
+    )
+    job = Job(0, ranks, 0, ranks, 1, "127.0.0.1", 1, "python")
+    train.dry_run(settings, job)
+    said = capsys.readouterr().out
+    shown = dict(r for r in cells(said) if len(r) == 2)
+    assert shown["train.lanes"] == str(lanes)
+    assert shown["optimizer.decay_steps"] == "777"
+    assert shown["model.vocab_size"] == "271"
+    assert f"tokens_per_step={lanes * 2 * CHUNK} ({lanes} lanes x 1 windows" in said
+    train.dry_run(settings, Job(1, 2, 1, 2, 1, "127.0.0.1", 1, "python"))
+    assert capsys.readouterr().out == "", "the first rank alone speaks"
+
+
+@pytest.mark.parametrize("words", [[], ["--fresh"], ["--deepspeed", "other.json"]])
+def test_train_starts_as_it_is_told(
+    train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr(train, "StopRequest", mock.Mock())
+    read = mock.Mock(return_value={"the": "engine"})
+    monkeypatch.setattr(train.setup, "read_engine_config", read)
+    resolved = mock.Mock(side_effect=UserError("far enough"))
+    monkeypatch.setattr(train, "resolve", resolved)
+    values = MODEL | {"data.path": known.folder}
+    typed(monkeypatch, *words, *(f"{name}={value}" for name, value in values.items()))
+    with pytest.raises(UserError, match="far enough"):
+        train.main()
+    settings, engine_config, corpus, ranks, fresh = resolved.call_args.args
+    assert settings.data.path == known.folder and corpus.train.folder == known.folder / "train"
+    assert (engine_config, ranks, fresh) == ({"the": "engine"}, 1, "--fresh" in words)
+    (path,) = read.call_args.args
+    given = "other.json" in words
+    assert path == (Path("other.json") if given else ROOT / "configs" / "zero2.json")
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_train_ends_as_it_went(
+    train: ModuleType,
+    known: Known,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    done: bool,
+) -> None:
+    """Done: recorded as finished. Asked to stop: as killed, and with the status of a requeue."""
+    stop, left = mock.Mock(), mock.Mock()
+    stop.return_value.exit_to_requeue.side_effect = SystemExit(75)
+    tracker = mock.Mock(**{"where.return_value": ["mlflow ui", "http://there"]})
+    trainer = SimpleNamespace(
+        log=mock.Mock(tracker=tracker), fit=lambda: done, progress=SimpleNamespace(step=12)
+    )
+    monkeypatch.setattr(train, "StopRequest", stop)
+    monkeypatch.setattr(train, "build", lambda *_: trainer)
+    monkeypatch.setattr(train.collectives, "leave_group", left)
+    typed(
+        monkeypatch, f"data.path={known.folder}", f"model.chunk_length={CHUNK}", "model.latents=2"
+    )
+    if done:
+        train.main()
+    else:
+        with pytest.raises(SystemExit):
+            train.main()
+    trainer.log.tracker.finish.assert_called_once_with("FINISHED" if done else "KILLED")
+    said = capsys.readouterr().out
+    assert ("stopped on request at step 12: run the same command to continue" in said) == (not done)
+    charts = "done: runs/i3-4096ctx\ncharts    mlflow ui\n          http://there\n"
+    assert (charts in said) == done
+    assert left.called == done and stop.return_value.exit_to_requeue.called != done
+
+
+@dataclass
+class Built:
+    """What `build` puts together, with stand-ins for all that is heavy."""
+
+    model: mock.Mock
+    trainer: mock.Mock
+    recorded: mock.Mock
+    seed: int
+
+
+def build(
+    train: ModuleType,
+    known: Known,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int = 0,
+    checkpoint: Path | None = None,
+    **changes: Any,
+) -> Built:
+    """Build a trainer of two ranks, which continues from `checkpoint`."""
+    settings = Settings().with_values(**MODEL | {"train.lanes": 8} | changes)
+    corpus = train.Corpus.open(known.folder, settings.model)
+    start = train.Start(settings, checkpoint, mock.Mock() if checkpoint else None)
+    built = Built(mock.Mock(), mock.Mock(), mock.Mock(return_value=mock.Mock()), -1)
+
+    def model(*_: object) -> mock.Mock:
+        built.seed = torch.initial_seed()
+        return built.model
+
+    for name, stand_in in {
+        "resolve": lambda *_: start,
+        "agree": mock.Mock(),
+        "verify_checkpoint": lambda start, job: start,
+        "I3LM": model,
+        "build_trainer": mock.Mock(return_value=built.trainer),
+        "begin_record": built.recorded,
+    }.items():
+        monkeypatch.setattr(train, name, stand_in)
+    for name in ("read_engine_config", "start", "build"):
+        monkeypatch.setattr(train.setup, name, mock.Mock())
+    for name in ("share_threads", "keep_freed_memory"):
+        monkeypatch.setattr(train.host, name, mock.Mock())
+    arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False, verbose=False)
+    job = Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
+    assert train.build(arguments, settings, job, corpus, mock.Mock()) is built.trainer
+    return built
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_first_weights_are_of_the_runs_seed(
+    train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    torch.manual_seed(999)
+    assert build(train, known, monkeypatch, **{"train.seed": seed}).seed == seed
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpu", "compiled"),
+    [
+        (True, False, True),
+        (True, True, True),
+        (False, True, False),
+        ("auto", True, True),
+        ("auto", False, False),
+    ],
+)
+def test_blocks_are_compiled_as_chosen(
+    train: ModuleType,
+    known: Known,
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: bool | str,
+    gpu: bool,
+    compiled: bool,
+) -> None:
+    monkeypatch.setattr(train.devices, "uses_cuda", lambda: gpu)
+    built = build(train, known, monkeypatch, **{"train.compile": chosen})
+    assert built.model.compile_blocks.called == compiled
+
+
+def test_the_first_rank_alone_keeps_the_record(
+    train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings().with_values(**MODEL | {"train.lanes": 8, "train.schedule": 2})
+    corpus = train.Corpus.open(known.folder, settings.model)
+    kept = {name: mock.Mock() for name in ("lay_out", "print_overview")}
+    for name, stand_in in kept.items():
+        monkeypatch.setattr(train, name, stand_in)
+    started = mock.Mock(**{"return_value.where.return_value": []})
+    monkeypatch.setattr(train.tracking, "start", started)
+    for rank in (1, 0):
+        job = Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(train.collectives, "gather_objects", lambda mine, _=None: [mine])
+        tracker = train.begin_record(train.Start(settings), job, corpus)
+        assert (tracker is started.return_value) == (rank == 0)
+        for used in (*kept.values(), started):
+            assert used.called == (rank == 0)
+
+
+def test_a_run_is_resumed_from_its_checkpoint_and_else_from_none(
+    train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not build(train, known, monkeypatch).trainer.checkpointer.restore.called
+    built = build(train, known, monkeypatch, checkpoint=Path("step-00000003"))
+    assert built.trainer.checkpointer.restore.call_args.args[0] == Path("step-00000003")
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_run_says_what_it_is_before_it_begins(
+    train: ModuleType,
+    known: Known,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    continues: bool,
+    verbose: bool,
+) -> None:
+    """A new record and a note on an early history are for new runs; tables for who asks."""
+    monkeypatch.setattr(train, "lay_out", mock.Mock())
+    opened = mock.Mock(**{"return_value.where.return_value": ["http://there"]})
+    monkeypatch.setattr(train.tracking, "start", opened)
+    long = {"train.lanes": 4, "train.steps": 10**7, "run.path": "somewhere"}
+    settings = Settings().with_values(**MODEL | long)
+    corpus = train.Corpus.open(known.folder, settings.model)
+    start = train.Start(settings, Path("step-00000003") if continues else None)
+    job = Job(0, 1, 0, 1, 1, "127.0.0.1", 1, "python")
+    tracker = train.begin_record(start, job, corpus, verbose)
+    said = capsys.readouterr().out
+    assert ("note: history begins" in said) == (not continues)
+    assert f"batch     {4 * 2 * CHUNK} tokens: " in said
+    assert (f"tokens_per_step={4 * 2 * CHUNK} " in said) == verbose
+    if not verbose:
+        assert len(said.splitlines()) <= 10 and max(map(len, said.splitlines()[:7])) <= 80
+    assert said.endswith("charts    http://there\n")
+    train.lay_out.assert_called_once_with(start, corpus)
+    assert opened.call_args.args[0] == settings
+    assert opened.call_args.kwargs["fresh"] == (not continues)
+    assert opened.call_args.args[1].tags["data_fingerprint"] == corpus.fingerprint
+    kept = [call.args[0] for call in tracker.artifact.call_args_list]
+    assert kept == [Path("somewhere/settings.yaml"), Path("somewhere/tokenizer.json")]
