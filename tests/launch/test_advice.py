@@ -3,7 +3,7 @@
 Not repeated here: data.on_damage=quarantine (faults/test_shards.py), the same command that goes on
 (faults/test_preemption.py, faults/test_killed_reader.py), a port to choose (test_dist.py), an
 output to open (test_errors.py), a prompt to give (test_programs.py), what is said of data
-(data_prep/test_advice.py) and by the script for Slurm (test_sbatch.py).
+(data_prep/test_advice_*.py) and by the script for Slurm (test_sbatch.py).
 """
 
 import json
