@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import files
+from tests.data_prep.advice import TEXTS, write
 from tests.data_prep.corpus import build, write_corpus
 
 
@@ -26,3 +27,14 @@ def built(corpus: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPath
     out = tmp_path_factory.mktemp("built") / "out"
     build(corpus[0], out)
     return out
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A source of small documents."""
+    return write(tmp_path / "in" / "a.jsonl", TEXTS).parent
+
+
+@pytest.fixture(scope="session")
+def tokenizer(built: Path) -> Path:
+    return built / "tokenizer.json"
