@@ -1,0 +1,105 @@
+"""When a run validates, saves and ends, and what stops it early."""
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from i3dist.checkpoint import verify
+from i3dist.checkpoint.async_saver import AsyncSaver
+from i3dist.checkpoint.format import read_state
+from i3dist.config import Settings
+from i3dist.distributed import collectives
+from i3dist.errors import UserError
+from tests.training.runs import STEPS, WINDOWS, Start, TrainedRun
+
+
+def test_intervals_end_where_they_say_and_with_the_run(run: TrainedRun) -> None:
+    saved = sorted(path.name for path in (run.settings.run.path / "checkpoints").glob("step-*"))
+    assert saved == [f"step-{step:08d}" for step in (4, 8, 11)]
+    assert [line["step"] for line in run.lines("validation")] == [0, 4, 8, 11]
+    assert [line["step"] for line in run.lines("diagnostics")] == [3, 6, 9, 11]
+
+
+def test_a_checkpoint_says_where_the_run_stood(run: TrainedRun) -> None:
+    seen = {line["step"]: line["tokens_seen"] for line in run.lines("metrics")}
+    for step in (4, 8, 11):
+        path = run.settings.run.path / "checkpoints" / f"step-{step:08d}"
+        state = read_state(path)
+        assert (state.step, state.windows, state.taken) == (step, step * WINDOWS, step)
+        assert state.tokens_seen == seen[step]
+        assert state.data == run.trainer.validator.corpus.fingerprint
+        assert Settings.build(state.settings) == run.settings
+
+
+def test_a_run_is_done_at_its_last_step_only(
+    run: TrainedRun, stopped: tuple[TrainedRun, TrainedRun]
+) -> None:
+    before, after = stopped
+    assert (run.done, before.done, after.done) == (True, False, True)
+    assert len(before.engine.steps) == 6, "the step in which it was asked is the last"
+    assert not any(step.sums[1] for step in before.engine.steps[:-1])
+    assert before.engine.steps[-1].sums[1] == 1
+    assert [len(r.engine.steps) for r in (run, after)] == [STEPS, STEPS - 6]
+    assert (before.settings.run.path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("where", ["validator.validate", "train_step", "checkpointer.export"])
+def test_what_follows_an_error_is_not_watched(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """It may take longer than guard.hang_seconds, and would end before the error is told."""
+    trainer = start(tmp_path / "run", **{"train.steps": 1, "guard.hang_seconds": 1000}).trainer
+    failed = mock.Mock(side_effect=UserError("the true error"))
+    *part, name = where.split(".")
+    monkeypatch.setattr(getattr(trainer, *part) if part else trainer, name, failed)
+    watched = []
+
+    def leave(*_: object) -> None:
+        watched.append(not trainer.watchdog._closed.is_set())
+
+    monkeypatch.setattr(AsyncSaver, "__exit__", leave)
+    with pytest.raises(UserError, match="the true error"):
+        trainer.fit()
+    assert watched == [False]
+
+
+def test_the_last_save_is_watched_to_its_end(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = start(tmp_path / "run", **{"train.steps": 1, "guard.hang_seconds": 1000}).trainer
+    watched, wait = [], AsyncSaver.wait
+
+    def observed(saver: AsyncSaver) -> None:
+        if saver._writing is not None:
+            watched.append(not trainer.watchdog._closed.is_set())
+        wait(saver)
+
+    monkeypatch.setattr(AsyncSaver, "wait", observed)
+    assert trainer.fit() and watched == [True] and trainer.watchdog._closed.is_set()
+
+
+@pytest.mark.parametrize("way", ["restore", "roll_back"])
+def test_a_checkpoint_that_another_rank_cannot_read_stops_this_one_too(
+    stopped: tuple[TrainedRun, TrainedRun],
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """It would wait for the other in what the ranks do together next."""
+    trainer = start(tmp_path / "run").trainer
+    path = verify.newest_whole(
+        stopped[0].settings.run.path / "checkpoints", trainer.checkpointer.saver.job
+    )
+    assert path is not None
+    monkeypatch.setattr(verify, "newest_whole", lambda *_: path)
+    monkeypatch.setattr(
+        collectives, "gather_objects", lambda mine, _=None: [mine, (None, "not here")]
+    )
+    with pytest.raises(UserError, match=r"^not here$"):
+        if way == "restore":
+            trainer.checkpointer.restore(path, read_state(path))
+        else:
+            trainer.recovery.roll_back()
+    assert trainer.progress.step == 0
