@@ -2,7 +2,7 @@
 
 Of the data, the run's folder, its checkpoints and its ledger. Not repeated here:
 data.on_damage=quarantine (faults/test_shards.py), an output to open (test_errors.py), what is said
-of data while it is made (data_prep/test_advice.py).
+of data while it is made (data_prep/test_advice_data.py).
 """
 
 import shutil
