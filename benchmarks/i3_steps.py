@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from wkv import scripted_loop
 
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
-from i3dist.data.counts import count_step
 from i3dist.data.lanes import Batch
 from i3dist.distributed.job import Job
 from i3dist.engine.flat_parameters import FlatModel
@@ -27,6 +26,7 @@ from i3dist.model.segments import segment_ids
 from i3dist.model.state import LaneState
 from i3dist.ops.attention import KeysValues
 from i3dist.ops.wkv import WkvInputs
+from i3dist.training.counts import count_step
 
 ENGINE_CONFIG = Path(__file__).parent.parent / "configs" / "zero2.json"
 

@@ -48,6 +48,15 @@ class Batch(NamedTuple):
         return Batch(*(part.to(device, non_blocking=True) for part in self))
 
 
+class StepCounts(NamedTuple):
+    """What one optimizer step of the whole job holds; scalars on the device, fp64."""
+
+    targets: Tensor  # positions that are trained on
+    tokens: Tensor  # inputs, padding left out
+    chunks: Tensor  # chunks with at least one token
+    latents: Tensor  # latents that those chunks may see, in sum
+
+
 Reading = tuple[Batch, list[str]] | UserError
 """A window, and a line for each quarantined shard in it; or why it cannot be read."""
 

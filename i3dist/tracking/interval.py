@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from i3dist.config import Settings
-from i3dist.data.counts import StepCounts
-from i3dist.data.lanes import Batch
+from i3dist.data.lanes import Batch, StepCounts
 from i3dist.model.lm import I3LM
 from i3dist.tracking.mfu import job_peak_flops, per_token
 

@@ -16,7 +16,6 @@ from i3dist.checkpoint import store
 from i3dist.checkpoint.async_saver import AsyncSaver
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
-from i3dist.data.counts import count_step
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import lanes_of_rank
 from i3dist.distributed.job import Job
@@ -29,6 +28,7 @@ from i3dist.tracking.metrics import measure
 from i3dist.tracking.report import report_line
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.checkpointer import Checkpointer
+from i3dist.training.counts import count_step
 from i3dist.training.diagnoser import Diagnoser
 from i3dist.training.guard import Guard
 from i3dist.training.ledger_writer import LedgerWriter

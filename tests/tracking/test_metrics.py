@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from i3dist.config import Settings
-from i3dist.data.counts import StepCounts
-from i3dist.data.lanes import Batch
+from i3dist.data.lanes import Batch, StepCounts
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.tracking import interval, mfu

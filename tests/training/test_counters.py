@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from i3dist.config import ModelSettings, Settings
-from i3dist.data.counts import StepCounts, count_step
-from i3dist.data.lanes import Batch
+from i3dist.data.lanes import Batch, StepCounts
 from i3dist.distributed import collectives
 from i3dist.inference.evaluate import ChunkLoss, Evaluation
 from i3dist.tracking import history, interval, report
 from i3dist.tracking.interval import Figures, Interval
 from i3dist.tracking.metrics import measure, perplexity
 from i3dist.training import summary
+from i3dist.training.counts import count_step
 from i3dist.training.summary import count_parameters, memory_estimate, tokens_per_step
 
 PAD, NONE = 1, -100

@@ -1,24 +1,13 @@
-"""What an optimizer step of the whole job holds. Its targets are the denominator of the loss."""
+"""Counting what a step of the whole job holds. Its targets are the denominator of the loss."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from i3dist.config import ModelSettings
-from i3dist.data.lanes import Batch
+from i3dist.data.lanes import Batch, StepCounts
 from i3dist.distributed import collectives
 from i3dist.ops.cross_entropy import IGNORE
-
-
-class StepCounts(NamedTuple):
-    """What one optimizer step of the whole job holds; scalars on the device, fp64."""
-
-    targets: Tensor  # positions that are trained on
-    tokens: Tensor  # inputs, padding left out
-    chunks: Tensor  # chunks with at least one token
-    latents: Tensor  # latents that those chunks may see, in sum
 
 
 def count_step(batches: Sequence[Batch], pad_id: int, model: ModelSettings) -> StepCounts:
