@@ -155,12 +155,14 @@ class Trainer:
     def report(self) -> None:
         """Write the ledger, and log, track and print the metrics."""
         progress = self.progress
-        figures = self.interval.figures(
-            progress.step, self.settings, int(progress.tokens_seen), self.guard.state.skipped
-        )
+        figures = None
+        if self.log.active:  # other ranks need not wait for the device
+            figures = self.interval.figures(
+                progress.step, self.settings, int(progress.tokens_seen), self.guard.state.skipped
+            )
         self.ledger.flush()
         self.interval.restart()
-        if self.log.active:
+        if figures is not None:
             self.log.log("train", progress.step, measure(figures), report_line(figures))
 
     def batches(self) -> Generator[Batch, None, None]:
