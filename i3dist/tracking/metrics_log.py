@@ -11,6 +11,9 @@ from typing import Any
 
 from i3dist.errors import UserError
 
+# Names of a run's logs.
+METRICS, VALIDATION, DIAGNOSTICS = "metrics.jsonl", "validation.jsonl", "diagnostics.jsonl"
+
 
 class MetricsLog:
     """One file of metrics, one JSON object a line. Only rank 0 makes one.

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from i3dist.files import write_whole
-from i3dist.tracking.metrics_log import parse_line
+from i3dist.tracking.metrics_log import DIAGNOSTICS, METRICS, VALIDATION, parse_line
 
 # Logs of a run, and the group of their figures in MLflow, which opens the first in the alphabet.
 LOGS = {
-    "metrics.jsonl": "train",
-    "diagnostics.jsonl": "train_diagnostics",
-    "validation.jsonl": "valid",
+    METRICS: "train",
+    DIAGNOSTICS: "train_diagnostics",
+    VALIDATION: "valid",
 }
 EARLIER = "tracking.jsonl"
 READ_BYTES = 1 << 18

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from i3dist.engine.toolchain import variables
-from i3dist.tracking.metrics_log import read_metrics
+from i3dist.tracking.metrics_log import DIAGNOSTICS, METRICS, VALIDATION, read_metrics
 
 # While it is imported, matplotlib fails if the variable names a backend that is not installed, as a
 # notebook's may.
@@ -42,12 +42,12 @@ def plot_run(folder: Path) -> list[Path]:
     Returns:
         The files written: a missing or empty log leaves its plot out.
     """
-    metrics = read_metrics(folder / "metrics.jsonl")
-    validation = read_metrics(folder / "validation.jsonl")
+    metrics = read_metrics(folder / METRICS)
+    validation = read_metrics(folder / VALIDATION)
     figures = {
         "loss.png": _loss(metrics, validation),
         "history.png": _history(validation),
-        "diagnostics.png": _diagnostics(read_metrics(folder / "diagnostics.jsonl")),
+        "diagnostics.png": _diagnostics(read_metrics(folder / DIAGNOSTICS)),
     }
     written = []
     for name, figure in figures.items():

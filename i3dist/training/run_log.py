@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from i3dist.errors import warned
-from i3dist.tracking.metrics_log import MetricsLog
+from i3dist.tracking.metrics_log import DIAGNOSTICS, METRICS, VALIDATION, MetricsLog
 from i3dist.tracking.tracker import NoTracker, Tracker
 
 FILES = {
-    "train": "metrics.jsonl",
-    "valid": "validation.jsonl",
-    "diagnostics": "diagnostics.jsonl",
+    "train": METRICS,
+    "valid": VALIDATION,
+    "diagnostics": DIAGNOSTICS,
 }
 PLOT_SECONDS = 60  # at most: a job that is to be requeued has two minutes
 
