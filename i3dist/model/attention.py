@@ -12,6 +12,7 @@ more keys than the chunk itself and would draw attention from it.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,23 +27,19 @@ from i3dist.ops.attention import (
     Window,
     attend,
     attention_bias,
-    block_visibility,
 )
 from i3dist.ops.linear import linear
 
 CLOSED = -4.0  # initial logit of every age
 
 
-def visibility(window: Window, gate: Tensor, fused: bool) -> Visibility:
-    """What the tokens of a window see, for the fused kernel or as a matrix.
+def window_bias(window: Window, gate: Tensor) -> Tensor:
+    """What the tokens of a window see, as a matrix (`attention_bias`).
 
     Args:
         window: the chunks, and their history.
         gate: scalar g in [0, 1] of history.
-        fused: whether blocks are compiled and on a GPU.
     """
-    if fused:
-        return block_visibility(window, gate)
     segments, depth = window.segments.flatten(0, 1), window.depth.flatten()
     history = history_mask(segments, depth, window.chunks)
     return attention_bias(causal_mask(segments), history, gate, window.keys_per_chunk)
@@ -125,12 +122,14 @@ class Attention(nn.Module):
 class AttentionBlock(HistoryBlock):
     """Pre-norm attention and feed-forward, each with a residual connection. 12 D^2 parameters."""
 
+    attention_kind: ClassVar[type[Attention]] = Attention
+
     def __init__(self, place: Place):
         super().__init__(place)
         settings, width, _, _ = place
         self.norm_attention = LayerNorm(width)
         self.norm_ff = LayerNorm(width)
-        self.attention = Attention(width, settings.heads, settings.history_chunks)
+        self.attention = self.attention_kind(width, settings.heads, settings.history_chunks)
         self.ff = FeedForward(width, settings.ff_mult)
 
     def reset_parameters(self) -> None:

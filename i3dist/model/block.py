@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
 from i3dist.model.layers import Channels
-from i3dist.ops.attention import KeysValues, Visibility
+from i3dist.ops.attention import KeysValues, Visibility, Window, block_visibility
 
 LayerState = tuple[Tensor, ...]  # the parts of one layer's state
 
@@ -76,6 +76,12 @@ class HistoryBlock(Block):
     """
 
     sees_history = True
+
+    @staticmethod
+    def fused_visibility(window: Window, gate: Tensor) -> Visibility:
+        """What `forward` is given as `visible` where a fused kernel computes it: by default for
+        `attend`. Elsewhere every kind is given the matrix of `attention_bias`."""
+        return block_visibility(window, gate)
 
     def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
         """Keys and values of all chunks that a window sees: [B, (C + K) * M, D] each.

@@ -10,12 +10,14 @@ from i3dist.config import ModelSettings
 from i3dist.errors import UserError
 from i3dist.model.attention import AttentionBlock
 from i3dist.model.block import Block, LowerBlock
+from i3dist.model.dual_attention import DualAttentionBlock
 from i3dist.model.rwkv import RwkvBlock
 from i3dist.registry import Registry
 
 LAYER_KINDS: Registry[type[Block]] = Registry("layer kind")
 LAYER_KINDS.register("rwkv")(RwkvBlock)
 LAYER_KINDS.register("attention")(AttentionBlock)
+LAYER_KINDS.register("dual-attention")(DualAttentionBlock)
 
 
 class Layer(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
 from i3dist.errors import UserError
-from i3dist.model.attention import Slots, visibility
+from i3dist.model.attention import Slots, window_bias
 from i3dist.model.block import Block, HistoryBlock, LayerState, LowerBlock, Place
 from i3dist.model.compressor import Compressor
 from i3dist.model.layer_kinds import LAYER_KINDS, Layer, Stack
@@ -141,10 +141,14 @@ class I3LM(nn.Module):
         x, segments, depth, latents = below
         chunks = self.settings.history_chunks
         window = Window(segments, depth, chunks, self.keys_per_chunk)
-        visible = visibility(window, gate, fused=self.compiled and segments.is_cuda)
+        kinds = {type(block) for block in self.upper}
+        if self.compiled and segments.is_cuda:
+            visible = {kind: kind.fused_visibility(window, gate) for kind in kinds}
+        else:
+            visible = dict.fromkeys(kinds, window_bias(window, gate))
         seen = chunks_seen(segments, depth, chunks, gate)
         for block, past in zip(self.upper, self.history(latents, seen), strict=True):
-            x, _ = block(x, past, None, visible)
+            x, _ = block(x, past, None, visible[type(block)])
         return x
 
     def run_window(

@@ -1,5 +1,8 @@
 """Attention over [latents of earlier chunks, tokens of this chunk], in the device's form.
 
+`attend` has one softmax over both. `attend_apart` has one for each, and returns how much there was
+to attend to in each, so that a layer can weigh one against the other.
+
 Notation: B lanes, K chunks of a window, N = B x K, H heads, T query tokens, S own keys, C history
 chunks, M keys of an earlier chunk, D channels of all heads.
 
@@ -17,9 +20,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from i3dist.ops.precision import widen
 
 TILE = 128  # queries, and keys, of a tile of the fused kernel
+NEVER = -1e9  # a logit without weight; a row of them has a softmax and a gradient, one of -inf none
 
 
 class Window(NamedTuple):
@@ -30,6 +36,11 @@ class Window(NamedTuple):
     chunks: int  # C
     keys_per_chunk: int  # M; 0 without history
 
+    @property
+    def history(self) -> int:
+        """Keys of history, of the C chunks before the window and of all of its own."""
+        return (self.chunks + self.segments.shape[1]) * self.keys_per_chunk
+
 
 class BlockVisibility(NamedTuple):
     """What each query sees, for the fused kernel."""
@@ -39,7 +50,14 @@ class BlockVisibility(NamedTuple):
     history: int  # number of history keys; they precede a lane's own keys
 
 
-Visibility = Tensor | BlockVisibility
+class ApartVisibility(NamedTuple):
+    """What each query sees in each of two softmaxes, for the fused kernel."""
+
+    own: BlockVisibility
+    past: BlockVisibility
+
+
+Visibility = Tensor | BlockVisibility | ApartVisibility
 
 
 class KeysValues(NamedTuple):
@@ -47,6 +65,13 @@ class KeysValues(NamedTuple):
 
     keys: Tensor  # [..., S, D]
     values: Tensor  # [..., S, D]
+
+
+class Branch(NamedTuple):
+    """What queries read through one softmax, and its denominator."""
+
+    mixed: Tensor  # [B, K, T, D]; any finite numbers where nothing is seen
+    total: Tensor  # [B, K, T, H] fp32, log of the sum of e^logit; about `NEVER`, or -inf, of none
 
 
 def attention_bias(own: Tensor, history: Tensor, gate: Tensor, keys_per_chunk: int) -> Tensor:
@@ -69,8 +94,8 @@ def attention_bias(own: Tensor, history: Tensor, gate: Tensor, keys_per_chunk: i
 def block_visibility(window: Window, gate: Tensor) -> BlockVisibility:
     """The same as a rule over the positions of whole lanes; gate is a scalar g in [0, 1]."""
     segments, depth, chunks, keys_per_chunk = window
-    count, length = segments.shape[1:]
-    history, per_chunk = (chunks + count) * keys_per_chunk, max(1, keys_per_chunk)
+    length = segments.shape[2]
+    history, per_chunk = window.history, max(1, keys_per_chunk)
     segment, reach = segments.flatten(1), depth.clamp(max=chunks)
 
     def sees(lane: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -86,30 +111,50 @@ def block_visibility(window: Window, gate: Tensor) -> BlockVisibility:
     return BlockVisibility(mask, gate.float().log(), history)
 
 
-def keys_seen(window: Window) -> Tensor:
+def apart_visibility(window: Window, gate: Tensor) -> ApartVisibility:
+    """The same for two softmaxes, each over keys of one sort only."""
+    segments, depth, chunks, keys_per_chunk = window
+    length = segments.shape[2]
+    segment, reach = segments.flatten(1), depth.clamp(max=chunks)
+
+    def sees(lane: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        chunk = query // length
+        age = chunks + chunk - key // keys_per_chunk
+        return (segment[lane, query] == 0) & (age >= 1) & (age <= reach[lane, chunk])
+
+    own = block_visibility(window._replace(keys_per_chunk=0), gate)
+    mask = _maker(segments.is_cuda)(sees, window, own=False)
+    return ApartVisibility(own, BlockVisibility(mask, gate.float().log(), window.history))
+
+
+def keys_seen(window: Window, own: bool = True) -> Tensor:
     """How many keys of each tile a query sees: [B, K * T, tiles of keys].
 
     A query sees two runs of keys, so no single key needs testing: the history keys just before its
-    chunk, and in its chunk the keys from its document's start up to itself.
+    chunk, and in its chunk the keys from its document's start up to itself. The second run only
+    with `own`; without it there are no keys of tokens.
     """
     segments, depth, chunks, keys_per_chunk = window
     count, length = segments.shape[1:]
-    history = (chunks + count) * keys_per_chunk
+    history = window.history
     chunk = torch.arange(count, device=segments.device).unsqueeze(-1)  # [K, 1]
     reach = depth.clamp(max=chunks).unsqueeze(-1) * (segments == 0)  # [B, K, T]
     past = (chunks + chunk) * keys_per_chunk
-    own = history + chunk * length
-    place = torch.arange(length, device=segments.device)
-    document = torch.searchsorted(segments, segments)  # ids rise, so this is where each begins
-    first = torch.arange(0, history + count * length, TILE, device=segments.device)
+    runs = [(past - reach * keys_per_chunk, past)]
+    if own:
+        start = history + chunk * length
+        place = torch.arange(length, device=segments.device)
+        document = torch.searchsorted(segments, segments)  # ids rise: this is where each begins
+        runs.append((start + document, start + place + 1))
+    first = torch.arange(0, history + own * count * length, TILE, device=segments.device)
     seen = torch.zeros((), dtype=torch.int64, device=segments.device)
-    for start, end in ((past - reach * keys_per_chunk, past), (own + document, own + place + 1)):
+    for start, end in runs:
         start, end = (x.expand(segments.shape).flatten(1).unsqueeze(-1) for x in (start, end))
         seen = seen + (end.minimum(first + TILE) - start.maximum(first)).clamp(min=0)
     return seen
 
 
-def block_mask(rule: Callable[..., Tensor], window: Window) -> BlockMask:
+def block_mask(rule: Callable[..., Tensor], window: Window, own: bool = True) -> BlockMask:
     """The tiles in which something is seen, with `rule` for those that are seen in part.
 
     Equals PyTorch's `create_block_mask` of the rule, which evaluates it for every query and key.
@@ -117,8 +162,9 @@ def block_mask(rule: Callable[..., Tensor], window: Window) -> BlockMask:
     Args:
         rule: whether (lane, head, query, key) is seen; must agree with `keys_seen`.
         window: what the rule is about.
+        own: whether there are keys of tokens, after those of history.
     """
-    seen = keys_seen(window)
+    seen = keys_seen(window, own)
     queries = seen.shape[1]
     tiles = F.pad(seen, (0, 0, 0, -queries % TILE)).unflatten(1, (-1, TILE))
     whole = tiles.amin(2) == TILE
@@ -128,10 +174,7 @@ def block_mask(rule: Callable[..., Tensor], window: Window) -> BlockMask:
         *_listed(whole),
         BLOCK_SIZE=TILE,
         mask_mod=rule,
-        seq_lengths=(
-            queries,
-            (window.chunks + window.segments.shape[1]) * window.keys_per_chunk + queries,
-        ),
+        seq_lengths=(queries, window.history + own * queries),
     )
 
 
@@ -178,9 +221,42 @@ def attend(
         )
         q, k, v = (split_heads(x, heads) for x in (query.flatten(0, 1), *both))
         return merge_heads(_biased(q, k, v, visible, scale)).view_as(query)
+    assert isinstance(visible, BlockVisibility)
     both = (torch.cat([p, o.flatten(1, 2)], dim=1) for p, o in zip(past, own, strict=True))
     q, k, v = (split_heads(x, heads) for x in (query.flatten(1, 2), *both))
     return merge_heads(_fused(q, k, v, visible, scale)).view_as(query)
+
+
+def attend_apart(
+    queries: tuple[Tensor, Tensor],
+    past: KeysValues,
+    own: KeysValues,
+    visible: Visibility,
+    heads: int,
+    scale: float,
+) -> tuple[Branch, Branch]:
+    """Attention to the chunk's tokens, and to history, each with a softmax of its own.
+
+    Arguments are those of `attend`, but
+
+    Args:
+        queries: of the two, [B, K, T, D] each.
+        visible: from `attention_bias`, or `apart_visibility` in compiled code.
+    """
+    by_own, by_past = queries
+    if isinstance(visible, ApartVisibility):
+        tokens = KeysValues(*(part.flatten(1, 2) for part in own))
+        return (
+            _fused_branch(by_own, tokens, visible.own, heads, scale),
+            _fused_branch(by_past, past, visible.past, heads, scale),
+        )
+    assert isinstance(visible, Tensor)
+    size = visible.shape[-1] - own.keys.shape[2]
+    chunks = KeysValues(*(history_by_chunk(part, own.keys.shape[1], size) for part in past))
+    return (
+        _biased_branch(by_own, own, visible[..., size:], heads, scale),
+        _biased_branch(by_past, chunks, visible[..., :size], heads, scale),
+    )
 
 
 def seen_by_chunk(past: Tensor, own: Tensor, visible: Tensor) -> Tensor:
@@ -188,11 +264,15 @@ def seen_by_chunk(past: Tensor, own: Tensor, visible: Tensor) -> Tensor:
 
     past [B, (C + K) * M, D], own [B, K, S, D], visible [..., C * M + S] -> [B, K, C * M + S, D].
     """
-    window, size = own.shape[1], visible.shape[-1] - own.shape[2]
+    size = visible.shape[-1] - own.shape[2]
+    return torch.cat([history_by_chunk(past, own.shape[1], size), own], dim=2)
+
+
+def history_by_chunk(past: Tensor, window: int, size: int) -> Tensor:
+    """Of each of a window's K chunks: past [B, (C + K) * M, D] -> [B, K, C * M, D]; size C * M."""
     step = (past.shape[1] - size) // window
     # Slices, not `unfold`, whose gradient is summed by atomic additions on a GPU.
-    history = [past[:, k * step : k * step + size] for k in range(window)]
-    return torch.cat([torch.stack(history, dim=1), own], dim=2)
+    return torch.stack([past[:, k * step : k * step + size] for k in range(window)], dim=1)
 
 
 def _biased(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -222,6 +302,34 @@ def _fused(
         block_mask=visible.mask,
         scale=scale,
     )
+
+
+def _biased_branch(
+    query: Tensor, read: KeysValues, bias: Tensor, heads: int, scale: float
+) -> Branch:
+    """One branch of each chunk by itself; read [B, K, S, D], bias [N, 1, T, S]."""
+    q, k, v = (split_heads(x.flatten(0, 1), heads) for x in (query, *read))
+    logits = (widen(q @ k.transpose(-1, -2)) * scale + bias).clamp(min=NEVER)
+    mixed = merge_heads(logits.softmax(-1).to(v.dtype) @ v)
+    return Branch(mixed.view_as(query), _by_query(logits.logsumexp(-1), query))
+
+
+def _fused_branch(
+    query: Tensor, read: KeysValues, visible: BlockVisibility, heads: int, scale: float
+) -> Branch:
+    """One branch of a whole lane; read [B, S, D]."""
+    q, k, v = (split_heads(x, heads) for x in (query.flatten(1, 2), *read))
+    mixed, more = flex_attention(
+        q, k, v, block_mask=visible.mask, scale=scale, return_aux=AuxRequest(lse=True)
+    )
+    assert more.lse is not None
+    total = more.lse + visible.log_gate if visible.history else more.lse
+    return Branch(merge_heads(mixed).view_as(query), _by_query(total, query))
+
+
+def _by_query(total: Tensor, query: Tensor) -> Tensor:
+    """[rows, H, queries] -> [B, K, T, H], with B, K and T as in the query."""
+    return total.transpose(-2, -1).reshape(*query.shape[:3], -1)
 
 
 @functools.cache

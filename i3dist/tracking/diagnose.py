@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from i3dist.model.attention import Attention, AttentionBlock, visibility
+from i3dist.model.attention import Attention, AttentionBlock, window_bias
 from i3dist.model.lm import I3LM, Below
 from i3dist.model.segments import chunks_seen, history_mask
 from i3dist.model.state import LaneState
@@ -59,8 +59,7 @@ def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> T
     segments, chunks = below.segments.flatten(0, 1), model.settings.history_chunks
     seen = history_mask(segments, below.depth.flatten(), chunks)
     window = Window(below.segments, below.depth, chunks, model.keys_per_chunk)
-    bias = visibility(window, gate, fused=False)
-    assert isinstance(bias, Tensor)
+    bias = window_bias(window, gate)
     counted = seen & used.flatten(0, 1).unsqueeze(-1)  # [N, T, C]
     total = torch.zeros(chunks, dtype=torch.float64, device=bias.device)
     x, looked_at = below.x, 0

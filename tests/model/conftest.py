@@ -30,6 +30,7 @@ def build(**changes: object) -> I3LM:
     return model.double()
 
 
-@pytest.fixture(scope="session")
-def model() -> I3LM:
-    return build()
+@pytest.fixture(scope="session", params=["attention", "dual-attention"])
+def model(request: pytest.FixtureRequest) -> I3LM:
+    """One of each kind of attention."""
+    return build(layers=f"2xrwkv,2x{request.param}")

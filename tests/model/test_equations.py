@@ -5,6 +5,7 @@ It uses nothing of the model but its parameters, by their names in checkpoints, 
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,17 +106,41 @@ class Written:
             read = torch.empty(T, D // H, dtype=x.dtype)
             for t in range(T):
                 own = [u for u in range(t + 1) if segments[u] == segments[t]]
-                scores, read_from = [n[own] @ keys[h].T @ q[t]], [n[own] @ values[h].T]
+                scores = n[own] @ keys[h].T @ q[t] / math.sqrt(D // H)
+                values_read = n[own] @ values[h].T
+                past, past_read = [scores[:0]], [values_read[:0]]
                 for age, latents in enumerate(history if segments[t] == 0 else [], 1):
                     e = self.times(latents, "compressor", "token") + self.of("slots", "slot")
-                    log_gate = (ages[t, age - 1] + math.log(gate)) * math.sqrt(D // H)
-                    scores.append(e @ keys[h].T @ q[t] + log_gate)
-                    read_from.append(e @ values[h].T)
-                shares = (torch.cat(scores) / math.sqrt(D // H)).softmax(-1)
-                read[t] = shares @ torch.cat(read_from)
+                    scored = e @ keys[h].T @ q[t] / math.sqrt(D // H)
+                    past.append(scored + ages[t, age - 1] + math.log(gate))
+                    past_read.append(e @ values[h].T)
+                read[t] = self.joined(
+                    (scores, values_read),
+                    (torch.cat(past), torch.cat(past_read)),
+                    self.reserve(n[t], part, h),
+                )
             heads.append(read)
         x = x + self.times(torch.cat(heads, dim=-1), part, "output")
         return self.feed_forward(x, f"{block}.norm_ff", f"{block}.ff")
+
+    def reserve(self, n: Tensor, part: str, head: int) -> Tensor | None:
+        """n_h(x) of dual attention; None in a joint softmax."""
+        if f"{part}.reserve.weight" not in self.weights:
+            return None
+        return n @ self.of(part, "reserve.weight")[head] + self.of(part, "reserve_bias")[head]
+
+    @staticmethod
+    def joined(
+        own: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor], reserve: Tensor | None
+    ) -> Tensor:
+        """What is read by logits [S] of values [S, D/H]: of the chunk, and of history."""
+        if reserve is None:
+            return torch.cat([own[0], past[0]]).softmax(-1) @ torch.cat([own[1], past[1]])
+        read = own[0].softmax(-1) @ own[1]
+        if len(past[0]):
+            odds = past[0].exp().sum() / own[0].exp().sum() / reserve.exp()
+            read = read + odds / (1 + odds) * (past[0].softmax(-1) @ past[1])
+        return read
 
     def logits(self, tokens: Tensor, depth: Tensor, gate: float) -> Tensor:
         """One lane: tokens [K, T], depth [K] -> [K, T, V]."""
@@ -130,17 +155,18 @@ class Written:
                 x = self.channel_mix(self.time_mix(x, block, restart), block, restart)
             history = compressed[::-1][: min(reach, C)]
             compressed.append(self.compress(x, segments == segments[-1]))
-            for block in self.blocks("attention"):
+            for block in self.blocks("attention") + self.blocks("dual-attention"):
                 x = self.attend(x, block, segments, history, gate)
             found.append(self.norm(x, "norm_out") @ self.of("head", "weight").T)
         return torch.stack(found)
 
 
+@pytest.mark.parametrize("kind", ["attention", "dual-attention"])
 @given(seed=st.integers(0, 2**31), gate=st.sampled_from([1.0, 0.3]))
 @settings(max_examples=3, deadline=None)
 @torch.no_grad()
-def test_the_model_is_what_its_document_says(seed: int, gate: float) -> None:
-    model = build()
+def test_the_model_is_what_its_document_says(kind: str, seed: int, gate: float) -> None:
+    model = build(layers=f"2xrwkv,2x{kind}")
     torch.manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))  # the vectors, too

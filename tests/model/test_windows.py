@@ -14,10 +14,11 @@ from tests.model.streams import depth_of, empty, hidden_states, logits
 
 
 @pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("kind", ["attention", "dual-attention"])
 @given(seed=seeds, window=st.sampled_from([1, 2, 3]))
 @settings(max_examples=12, deadline=None)
-def test_sequential_equals_chunk_parallel(carry: bool, seed: int, window: int) -> None:
-    model = build(state_carry=carry)
+def test_sequential_equals_chunk_parallel(kind: str, carry: bool, seed: int, window: int) -> None:
+    model = build(layers=f"2xrwkv,2x{kind}", state_carry=carry)
     tokens = random_stream(seed)
     depth, state, gate = depth_of(tokens), empty(model), torch.tensor(0.7)
     whole, whole_state = hidden_states(model, tokens, depth, state, gate)

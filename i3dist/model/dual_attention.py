@@ -1,0 +1,90 @@
+"""Causal attention with two softmaxes: one over the chunk's own tokens, one over history.
+
+Notation: B lanes, K chunks of a window, T tokens of a chunk, C history chunks, M keys of an earlier
+chunk, H heads, D width.
+
+In `Attention` keys of history and of the chunk share a softmax. While history is of no use yet, its
+keys still take part: attention is then late to learn its own chunk, and later late to use history.
+Here a head reads the two apart, and adds what it read of history with a share p (native sparse
+attention adds its branches so: Yuan et al., 2025, arXiv:2502.11089):
+
+    o = A_own + p A_history        p = sigmoid(z_history - z_own - n(x))
+
+z is the log of a softmax's denominator, so with n = 0 p would be history's share of a joint
+softmax. n(x) = w . x + b begins at `RESERVE`, and z_own gets no gradient.
+
+History is read with the projections of tokens, and gets no say in them: queries, and the weights
+for keys and values, get their gradient from the chunk's own tokens alone. What is learned there
+serves history from the moment that it is learned. Latents, slots, logits of ages and n learn from
+history (docs/history.md has what each of these is worth).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from i3dist.model.attention import Attention, AttentionBlock
+from i3dist.model.layers import Channels, Linear
+from i3dist.ops.attention import (
+    ApartVisibility,
+    Branch,
+    KeysValues,
+    Visibility,
+    Window,
+    apart_visibility,
+    attend_apart,
+)
+from i3dist.ops.precision import widen
+
+RESERVE = 3.0  # initial n
+
+
+class DualAttention(Attention):
+    """Multi-head attention with a softmax for each. (4 D + H C) D + H D parameters and a few."""
+
+    def __init__(self, width: Channels, heads: int, chunks: int):
+        super().__init__(width, heads, chunks)
+        self.reserve = Linear(width, Channels(self.heads, alignment=1))
+        self.reserve_bias = nn.Parameter(torch.full((self.heads,), RESERVE))
+
+    def reset_parameters(self) -> None:
+        """Start with an n that is the same for every query."""
+        super().reset_parameters()
+        nn.init.zeros_(self.reserve.weight)
+
+    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
+        """See `HistoryBlock.history`."""
+        return super().history(lambda weight: project(weight.detach()))
+
+    def forward(self, x: Tensor, past: KeysValues, own: KeysValues, visible: Visibility) -> Tensor:
+        """x [B, K, T, D], past [B, (C + K) * M, D], own [B, K, S, D] -> [B, K, T, D]."""
+        query = self.queries(x)
+        queries = (query, self.without_gradient(query))
+        branches = attend_apart(queries, past, own, visible, self.heads, self.scale)
+        return self.output(self.join(x, *branches))
+
+    def without_gradient(self, query: Tensor) -> Tensor:
+        """The same queries [B, K, T, D], of which only the logits of ages get a gradient."""
+        content, rest = query.unflatten(-1, (self.heads, -1)).split_with_sizes(
+            [self.inner.per_head, self.inner.computed // self.heads - self.inner.per_head], dim=-1
+        )
+        return torch.cat([content.detach(), rest], dim=-1).flatten(-2)
+
+    def join(self, x: Tensor, own: Branch, past: Branch) -> Tensor:
+        """What was read of both: x [B, K, T, D] -> the same."""
+        reserve = widen(self.reserve(x)) + self.reserve_bias[: self.heads]  # longer where packed
+        share = (past.total - own.total.detach() - reserve).sigmoid()  # [B, K, T, H]
+        read = past.mixed.unflatten(-1, (self.heads, -1))
+        return own.mixed + (share.unsqueeze(-1).to(read.dtype) * read).flatten(-2)
+
+
+class DualAttentionBlock(AttentionBlock):
+    """As `AttentionBlock`, with a softmax for the chunk and one for history."""
+
+    attention_kind = DualAttention
+
+    @staticmethod
+    def fused_visibility(window: Window, gate: Tensor) -> ApartVisibility:
+        """See `HistoryBlock.fused_visibility`."""
+        return apart_visibility(window, gate)
