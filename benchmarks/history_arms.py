@@ -12,7 +12,11 @@
 
 Additions to these:
 
-  -soon       history is on from step 100, as on the card, instead of 1,000
+  -soon       history is on from step 100, as on the card, instead of 1,000; -fromN: from step N
+  -dual       dual attention: a softmax for the chunk, and one for history
+  -reserveN   of it: n begins at N instead of 3
+  -taught     of it: queries, keys and values of tokens get their gradient from history as well
+  -mixed      of it: what a head reads of its chunk gives way to what it reads of history
   -open       the logit of history starts at 0 instead of low
   -even       the last of every four tokens has a sub-latent, whatever its score
   -spans      the highest scores of each latent's span have its sub-latents
@@ -53,6 +57,7 @@ from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.errors import UserError
 from i3dist.model.attention import CLOSED, Attention, Slots
 from i3dist.model.compressor import Compressor
+from i3dist.model.dual_attention import DualAttention
 from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
@@ -64,18 +69,27 @@ PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carr
 WITHOUT_SUB_LATENTS = ("none", "literal", "mean", "ceiling", "carry")
 COMPRESSORS = {"even": Even, "spans": Spans, "alone": Alone, "each": Each, "joint": Joint}
 BLOCKS = ("lower", "upper")  # of attention
+WITH_NUMBER = ("from", "reserve")
+OF_DUAL = ("taught", "mixed", "reserve")
 ALTERNATIVES = (
     tuple(COMPRESSORS),
+    ("dual", "own"),
+    ("soon", "from"),
     BLOCKS,
     *(("match", other) for other in ("detached", "early", "own", "joint")),
     *(("early", other) for other in ("still", "carry")),
 )
 OF_SUB_LATENTS = ("match", *COMPRESSORS)
-OF_HISTORY = ("open", "own", "drop", "early", "still", "detached", *BLOCKS, *OF_SUB_LATENTS)
+OF_HISTORY = (
+    *("open", "own", "dual", "drop", "early", "still", "detached"),
+    *(*BLOCKS, *OF_SUB_LATENTS, *OF_DUAL, "from"),
+)
 ADDED = ("soon", "carry", *OF_HISTORY)
 ARMS = [
     *("none", "recipe", "literal", "mean", "ceiling", "carry"),
-    *(f"recipe-{added}" for added in ADDED),
+    *(f"recipe-{added}" for added in ADDED if added not in (*OF_DUAL, "from")),
+    *("recipe-from500", "recipe-dual-taught", "recipe-dual-mixed", "recipe-dual-taught-mixed"),
+    *("recipe-dual-reserve6-soon", "ceiling-dual", "literal-dual", "recipe-dual-carry"),
     *("records1", "records2", "records8", "picks", "every", "ceiling-open", "literal-open"),
 ]
 SHUT = -1e4  # an initial logit of history with which no query sees it; it gets no gradient
@@ -102,17 +116,45 @@ class OwnProjections(Attention):
             self.key_value = tokens
 
 
+class Taught(DualAttention):
+    """Dual attention whose projections learn from history as well."""
+
+    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
+        """As `Attention.history`."""
+        return Attention.history(self, project)
+
+    def without_gradient(self, query: Tensor) -> Tensor:
+        """With it."""
+        return query
+
+
+class Mixed(DualAttention):
+    """Dual attention that adds (1 - p) times what was read of the chunk."""
+
+    def weigh(self, share: Tensor, own: Tensor, past: Tensor) -> Tensor:
+        """As `DualAttention.weigh`."""
+        return own + share * (past - own)
+
+
+class TaughtMixed(Mixed, Taught):
+    """Both."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One arm, read from its name."""
 
     base: str
-    added: frozenset[str]
+    added: dict[str, int | None]  # with the number of `WITH_NUMBER`
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
         """Read "records8-even-drop"."""
-        base, *added = name.split("-")
+        base, *words = name.split("-")
+        added = {}
+        for word in words:
+            numbered = re.fullmatch(f"({'|'.join(WITH_NUMBER)})(\\d+)", word)
+            added[numbered[1] if numbered else word] = int(numbered[2]) if numbered else None
         if not (base in PLAIN or re.fullmatch(r"records\d+", base)):
             raise UserError(f"there is no arm {base!r}; there are {', '.join(PLAIN)}, recordsR")
         if wrong := [more for more in added if more not in ADDED]:
@@ -123,7 +165,11 @@ class Arm:
         for group in ALTERNATIVES:
             if len(both := [more for more in added if more in group]) > 1:
                 raise UserError(f"{name}: {both[0]!r} and {both[1]!r} do not go together")
-        return cls(base, frozenset(added))
+        if wrong := [more for more in added if (added[more] is None) == (more in WITH_NUMBER)]:
+            raise UserError(f"{name}: {wrong[0]!r} needs a number, as in {wrong[0]}500")
+        if "dual" not in added and (wrong := [more for more in added if more in OF_DUAL]):
+            raise UserError(f"{name}: {wrong[0]!r} is for dual attention: add -dual")
+        return cls(base, added)
 
     @property
     def has_history(self) -> bool:
@@ -133,11 +179,21 @@ class Arm:
     @property
     def gate(self) -> CompressionSettings:
         """When history enters training."""
-        return CompressionSettings(off_steps=100 if "soon" in self.added else 1000)
+        off = 100 if "soon" in self.added else self.added.get("from", 1000)
+        return CompressionSettings(off_steps=off)
+
+    @property
+    def attention(self) -> type[Attention] | None:
+        """That of its blocks, if it is not one of the package's."""
+        if "own" in self.added:
+            return OwnProjections
+        taught, mixed = "taught" in self.added, "mixed" in self.added
+        kinds = {(True, True): TaughtMixed, (True, False): Taught, (False, True): Mixed}
+        return kinds.get((taught, mixed))
 
     def bias(self, block: str) -> float:
         """The initial logit of history in one of `BLOCKS`."""
-        if block not in (self.added.intersection(BLOCKS) or BLOCKS):
+        if block not in ([each for each in BLOCKS if each in self.added] or BLOCKS):
             return SHUT
         return 0.0 if "open" in self.added else CLOSED
 
@@ -145,6 +201,8 @@ class Arm:
         """The model's."""
         length, carries = card.chunk_length, "carry" in (self.base, *self.added)
         changes: dict[str, object] = {"state_carry": carries}
+        if "dual" in self.added:
+            changes["layers"] = card.layers.replace("attention", "dual-attention")
         match self.base:
             case "ceiling":
                 changes["latents"] = length
@@ -166,7 +224,7 @@ class Arm:
             case "literal":
                 made = Literal(width, s.heads, s.ff_mult, s.latents)
             case _:
-                kind = next((COMPRESSORS[n] for n in self.added & COMPRESSORS.keys()), Compressor)
+                kind = next((COMPRESSORS[n] for n in self.added if n in COMPRESSORS), Compressor)
                 made = kind(width, s.ff_mult, s.latents, s.sub_latents, s.chunk_length)
         if "still" in self.added:
             made.register_forward_pre_hook(lambda _, given: (given[0].detach(), given[1]))
@@ -232,8 +290,10 @@ def replace_history(model: I3LM, arm: Arm) -> None:
     if "early" in arm.added:
         read_halfway(model)
     for place, block in zip(BLOCKS, model.upper, strict=True):
-        if "own" in arm.added:
-            block.attention = OwnProjections(model.width, settings.heads, settings.history_chunks)
+        if kind := arm.attention:
+            block.attention = kind(model.width, settings.heads, settings.history_chunks)
+        if "reserve" in arm.added:
+            nn.init.constant_(block.attention.reserve_bias, arm.added["reserve"])
         nn.init.constant_(block.attention.age_bias, arm.bias(place))
 
 

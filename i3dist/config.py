@@ -73,7 +73,7 @@ class ModelSettings(Section):
     """Width D of the residual stream."""
     layers: Annotated[str, AfterValidator(plain_layers)] = CARD_LAYERS
     """The stack of layers from the bottom, as COUNTxKIND joined by commas. Kinds that see the
-    compressed history (attention) stand above all others (rwkv)."""
+    compressed history (attention, dual-attention) stand above all others (rwkv)."""
     heads: Annotated[int, Field(ge=1, le=4096)] = 8
     """Attention heads asked for; adjusts to the nearest divisor of d_model."""
     ff_mult: Annotated[int, Field(ge=1, le=64)] = 4

@@ -75,8 +75,12 @@ class DualAttention(Attention):
         """What was read of both: x [B, K, T, D] -> the same."""
         reserve = widen(self.reserve(x)) + self.reserve_bias[: self.heads]  # longer where packed
         share = (past.total - own.total.detach() - reserve).sigmoid()  # [B, K, T, H]
-        read = past.mixed.unflatten(-1, (self.heads, -1))
-        return own.mixed + (share.unsqueeze(-1).to(read.dtype) * read).flatten(-2)
+        read = (part.mixed.unflatten(-1, (self.heads, -1)) for part in (own, past))
+        return self.weigh(share.unsqueeze(-1).to(x.dtype), *read).flatten(-2)
+
+    def weigh(self, share: Tensor, own: Tensor, past: Tensor) -> Tensor:
+        """share [B, K, T, H, 1], own and past [B, K, T, H, D/H] -> the same."""
+        return own + share * past
 
 
 class DualAttentionBlock(AttentionBlock):
