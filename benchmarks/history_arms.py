@@ -17,6 +17,8 @@ Additions to these:
   -reserveN   of it: n begins at N instead of 3
   -taught     of it: queries, keys and values of tokens get their gradient from history as well
   -mixed      of it: what a head reads of its chunk gives way to what it reads of history
+  -pulled     of it: logits of the chunk learn from the share that history is given
+  -views      of it: each block unfolds sub-latents by matrices of its own for keys and for values
   -open       the logit of history starts at 0 instead of low
   -even       the last of every four tokens has a sub-latent, whatever its score
   -spans      the highest scores of each latent's span have its sub-latents
@@ -61,34 +63,37 @@ from i3dist.model.dual_attention import DualAttention
 from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
-from i3dist.ops.attention import KeysValues
+from i3dist.ops.attention import Branch, KeysValues
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.linear import linear
+from i3dist.ops.precision import widen
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
 WITHOUT_SUB_LATENTS = ("none", "literal", "mean", "ceiling", "carry")
 COMPRESSORS = {"even": Even, "spans": Spans, "alone": Alone, "each": Each, "joint": Joint}
 BLOCKS = ("lower", "upper")  # of attention
 WITH_NUMBER = ("from", "reserve")
-OF_DUAL = ("taught", "mixed", "reserve")
+OF_DUAL = ("taught", "mixed", "pulled", "views", "reserve")
 ALTERNATIVES = (
     tuple(COMPRESSORS),
     ("dual", "own"),
     ("soon", "from"),
     BLOCKS,
+    ("views", "detached"),
     *(("match", other) for other in ("detached", "early", "own", "joint")),
     *(("early", other) for other in ("still", "carry")),
 )
-OF_SUB_LATENTS = ("match", *COMPRESSORS)
+OF_SUB_LATENTS = ("match", "views", *COMPRESSORS)
 OF_HISTORY = (
-    *("open", "own", "dual", "drop", "early", "still", "detached"),
-    *(*BLOCKS, *OF_SUB_LATENTS, *OF_DUAL, "from"),
+    *("open", "own", "dual", "drop", "early", "still", "detached", "from"),
+    *dict.fromkeys((*BLOCKS, *OF_SUB_LATENTS, *OF_DUAL)),
 )
 ADDED = ("soon", "carry", *OF_HISTORY)
 ARMS = [
     *("none", "recipe", "literal", "mean", "ceiling", "carry"),
     *(f"recipe-{added}" for added in ADDED if added not in (*OF_DUAL, "from")),
     *("recipe-from500", "recipe-dual-taught", "recipe-dual-mixed", "recipe-dual-taught-mixed"),
+    *("recipe-dual-views", "recipe-dual-mixed-pulled"),
     *("recipe-dual-reserve6-soon", "ceiling-dual", "literal-dual", "recipe-dual-carry"),
     *("records1", "records2", "records8", "picks", "every", "ceiling-open", "literal-open"),
 ]
@@ -136,8 +141,48 @@ class Mixed(DualAttention):
         return own + share * (past - own)
 
 
-class TaughtMixed(Mixed, Taught):
-    """Both."""
+class Pulled(DualAttention):
+    """Dual attention whose own logits learn from the share that history is given."""
+
+    def join(self, x: Tensor, own: Branch, past: Branch) -> Tensor:
+        """As `DualAttention.join`."""
+        reserve = widen(self.reserve(x)) + self.reserve_bias[: self.heads]
+        share = (past.total - own.total - reserve).sigmoid()
+        read = (part.mixed.unflatten(-1, (self.heads, -1)) for part in (own, past))
+        return self.weigh(share.unsqueeze(-1).to(x.dtype), *read).flatten(-2)
+
+
+class Views(DualAttention):
+    """Dual attention that unfolds sub-latents by matrices of its own, for keys and for values."""
+
+    def of(self, compressor: Compressor) -> None:
+        """Build the matrices, in place of the compressor's one for all blocks."""
+        object.__setattr__(self, "compressor", compressor)  # not a submodule
+        token = compressor.token
+        self.views = nn.ModuleList(Linear(token.d_in, token.d_out) for _ in "kv")
+
+    def reset_parameters(self) -> None:
+        """Start with the compressor's."""
+        super().reset_parameters()
+        for view in self.views:
+            view.weight.copy_(self.compressor.token.weight)
+
+    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
+        """As `DualAttention.history`."""
+        compressor, shared = self.compressor, self.compressor.token
+
+        def seen(weight: Tensor) -> Tensor:
+            parts = []
+            for view, rows in zip(self.views, weight.chunk(2), strict=True):
+                compressor.token = view
+                parts.append(project(rows))
+            compressor.token = shared
+            return torch.cat(parts, dim=-1)
+
+        return super().history(seen)
+
+
+DUAL = {"views": Views, "taught": Taught, "mixed": Mixed, "pulled": Pulled}
 
 
 @dataclass(frozen=True)
@@ -187,9 +232,8 @@ class Arm:
         """That of its blocks, if it is not one of the package's."""
         if "own" in self.added:
             return OwnProjections
-        taught, mixed = "taught" in self.added, "mixed" in self.added
-        kinds = {(True, True): TaughtMixed, (True, False): Taught, (False, True): Mixed}
-        return kinds.get((taught, mixed))
+        changes = tuple(kind for name, kind in DUAL.items() if name in self.added)
+        return type("Changed", changes, {}) if changes else None
 
     def bias(self, block: str) -> float:
         """The initial logit of history in one of `BLOCKS`."""
@@ -292,6 +336,8 @@ def replace_history(model: I3LM, arm: Arm) -> None:
     for place, block in zip(BLOCKS, model.upper, strict=True):
         if kind := arm.attention:
             block.attention = kind(model.width, settings.heads, settings.history_chunks)
+        if "views" in arm.added:
+            block.attention.of(model.compressor)
         if "reserve" in arm.added:
             nn.init.constant_(block.attention.reserve_bias, arm.added["reserve"])
         nn.init.constant_(block.attention.age_bias, arm.bias(place))

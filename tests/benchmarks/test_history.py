@@ -135,6 +135,29 @@ def test_every_arm_is_the_same_on_packed_parameters(arm: str) -> None:
             torch.testing.assert_close(slot.stored(part), want, atol=2e-4, rtol=1e-3)
 
 
+def test_dual_attention_with_all_of_it_undone_is_attention() -> None:
+    """Then its values and gradients are those of one softmax."""
+    tokens = stream(3, 4, 32, 64, 1000)
+    one, two = (
+        history_arms.build(arm, SIZES, BOS, seed=0).double()
+        for arm in ("recipe", "recipe-dual-taught-mixed-pulled-reserve0")
+    )
+    torch.nn.init.normal_(one.upper[0].attention.query.weight)
+    weights = {n.replace("attention.", "dual-attention.", 1) if n.startswith("attention") else n: p
+               for n, p in one.state_dict().items()}  # fmt: skip
+    missing, _ = two.load_state_dict(weights, strict=False)
+    assert {name.rsplit("attention.")[-1] for name in missing} == {"reserve.weight", "reserve_bias"}
+    found = []
+    for model in (one, two):
+        state = LaneState.empty(1, model.settings, tokens.device, torch.float64)
+        losses, _ = model(tokens, tokens.roll(-1), depth_of(tokens), state, torch.ones(()))
+        losses.sum().backward()
+        found.append((losses, model.compressor.token.weight.grad,
+                      *(block.attention.key_value.weight.grad for block in model.upper)))  # fmt: skip
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_arms_of_a_seed_share_what_they_can() -> None:
     models = {arm: history_arms.build(arm, SIZES, BOS, seed=1) for arm in ARMS}
     for model in models.values():
