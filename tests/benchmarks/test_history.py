@@ -152,8 +152,8 @@ def test_dual_attention_with_all_of_it_undone_is_attention() -> None:
         state = LaneState.empty(1, model.settings, tokens.device, torch.float64)
         losses, _ = model(tokens, tokens.roll(-1), depth_of(tokens), state, torch.ones(()))
         losses.sum().backward()
-        found.append((losses, model.compressor.token.weight.grad,
-                      *(block.attention.key_value.weight.grad for block in model.upper)))  # fmt: skip
+        shared = [model.compressor.token, *(block.attention.key_value for block in model.upper)]
+        found.append((losses, *(part.weight.grad for part in shared)))
     for wanted, got in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted)
 
