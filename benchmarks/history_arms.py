@@ -41,7 +41,6 @@ from compressors import (
     Each,
     Even,
     Joint,
-    Literal,
     MeanPool,
     Spans,
     Uncompressed,
@@ -52,7 +51,8 @@ from torch import Tensor, nn
 from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.errors import UserError
 from i3dist.model.attention import CLOSED, Attention, Slots
-from i3dist.model.compressor import Compressor
+from i3dist.model.compressor_literal import LiteralCompressor
+from i3dist.model.compressor_records import RecordsCompressor
 from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
@@ -148,6 +148,8 @@ class Arm:
         match self.base:
             case "ceiling":
                 changes["latents"] = length
+            case "literal":
+                changes["compressor"] = "literal"
             case "picks":
                 changes |= {"latents": length // 4, "sub_latents": 1}
             case "every":
@@ -160,14 +162,14 @@ class Arm:
         """What makes latents."""
         match self.base:
             case "ceiling":
-                made: nn.Module = Uncompressed(width)
+                made: nn.Module = Uncompressed(s, width)
             case "mean":
-                made = MeanPool(width, s.latents)
+                made = MeanPool(s, width)
             case "literal":
-                made = Literal(width, s.heads, s.ff_mult, s.latents)
+                made = LiteralCompressor(s, width)
             case _:
-                kind = next((COMPRESSORS[n] for n in self.added & COMPRESSORS.keys()), Compressor)
-                made = kind(width, s.ff_mult, s.latents, s.sub_latents, s.chunk_length)
+                varied = (COMPRESSORS[name] for name in self.added & COMPRESSORS.keys())
+                made = next(varied, RecordsCompressor)(s, width)
         if "still" in self.added:
             made.register_forward_pre_hook(lambda _, given: (given[0].detach(), given[1]))
         return Detached(made) if "detached" in self.added else made

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from i3dist.config import ModelSettings
+from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.lm import I3LM
 
 BOS = 2
+BUILT_IN = list(COMPRESSORS)
+each_compressor = pytest.mark.parametrize("compressor", BUILT_IN)
 SMALL = {
     "vocab_size": 40,
     "d_model": 24,
@@ -30,6 +33,7 @@ def build(**changes: object) -> I3LM:
     return model.double()
 
 
-@pytest.fixture(scope="session")
-def model() -> I3LM:
-    return build()
+@pytest.fixture(scope="session", params=BUILT_IN)
+def model(request: pytest.FixtureRequest) -> I3LM:
+    """With each of the compressors."""
+    return build(compressor=request.param)
