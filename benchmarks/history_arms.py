@@ -47,7 +47,6 @@ from compressors import (
     Each,
     Even,
     Joint,
-    Literal,
     MeanPool,
     Spans,
     Uncompressed,
@@ -58,7 +57,8 @@ from torch import Tensor, nn
 from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.errors import UserError
 from i3dist.model.attention import CLOSED, Attention, Slots
-from i3dist.model.compressor import Compressor
+from i3dist.model.compressor_literal import LiteralCompressor
+from i3dist.model.compressor_records import RecordsCompressor
 from i3dist.model.dual_attention import DualAttention
 from i3dist.model.layers import Channels, Linear
 from i3dist.model.lm import I3LM
@@ -155,7 +155,7 @@ class Pulled(DualAttention):
 class Views(DualAttention):
     """Dual attention that unfolds sub-latents by matrices of its own, for keys and for values."""
 
-    def of(self, compressor: Compressor) -> None:
+    def of(self, compressor: RecordsCompressor) -> None:
         """Build the matrices, in place of the compressor's one for all blocks."""
         object.__setattr__(self, "compressor", compressor)  # not a submodule
         token = compressor.token
@@ -250,6 +250,8 @@ class Arm:
         match self.base:
             case "ceiling":
                 changes["latents"] = length
+            case "literal":
+                changes["compressor"] = "literal"
             case "picks":
                 changes |= {"latents": length // 4, "sub_latents": 1}
             case "every":
@@ -262,14 +264,14 @@ class Arm:
         """What makes latents."""
         match self.base:
             case "ceiling":
-                made: nn.Module = Uncompressed(width)
+                made: nn.Module = Uncompressed(s, width)
             case "mean":
-                made = MeanPool(width, s.latents)
+                made = MeanPool(s, width)
             case "literal":
-                made = Literal(width, s.heads, s.ff_mult, s.latents)
+                made = LiteralCompressor(s, width)
             case _:
-                kind = next((COMPRESSORS[n] for n in self.added if n in COMPRESSORS), Compressor)
-                made = kind(width, s.ff_mult, s.latents, s.sub_latents, s.chunk_length)
+                varied = (COMPRESSORS[name] for name in self.added if name in COMPRESSORS)
+                made = next(varied, RecordsCompressor)(s, width)
         if "still" in self.added:
             made.register_forward_pre_hook(lambda _, given: (given[0].detach(), given[1]))
         return Detached(made) if "detached" in self.added else made

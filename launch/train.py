@@ -30,6 +30,7 @@ from i3dist.distributed.job import Job
 from i3dist.distributed.signals import StopRequest
 from i3dist.engine import setup
 from i3dist.errors import UserError, warned
+from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
 from i3dist.optim.optimizers import OPTIMIZERS
@@ -195,6 +196,7 @@ def main() -> None:
     # Refuse unknown kinds, and layers that cannot be built, before ranks meet.
     OPTIMIZERS.of(settings.optimizer.kind, settings.place_of("optimizer.kind"))
     Stack.of(settings.model, settings.place_of("model.layers"))
+    COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
     keep_tracebacks_in(settings.run.path)
     job = Job.detect()
     stop = StopRequest(job)

@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_example_is_short() -> None:
-    assert set(FILES) == {"notes.py", "shift.py", "root.py", "bits.py"}
+    assert set(FILES) == {"notes.py", "shift.py", "means.py", "root.py", "bits.py"}
     for name, code in FILES.items():
         assert sum(bool(line.strip()) for line in code.splitlines()) < 30, name
     assert [command[0] for command in COMMANDS] == list(SMALL), "every command is run below"
@@ -84,8 +84,9 @@ def test_the_run_has_the_metric_and_follows_the_schedule(folder: Path) -> None:
     )
 
 
-def test_the_run_has_the_layer_kind_and_can_be_used(folder: Path) -> None:
-    assert "1xshift" in (folder / "runs/notes/settings.yaml").read_text()
+def test_the_run_has_the_kinds_and_can_be_used(folder: Path) -> None:
+    settings = (folder / "runs/notes/settings.yaml").read_text()
+    assert "1xshift" in settings and "compressor: means" in settings
     for name in ("launch/evaluate.py", "launch/generate.py"):
         result = run(folder, name)
         assert result.returncode == 0, result.stderr
@@ -102,9 +103,19 @@ def test_the_run_continues_with_its_kinds(folder: Path) -> None:
     ("name", "without", "says"),
     [
         ("launch/train.py", "root.py", "optimizer.schedule='root' should be cosine, "),
-        ("launch/train.py", "shift.py", "unknown layer kind 'shift': use attention, rwkv, "),
+        (
+            "launch/train.py",
+            "shift.py",
+            "unknown layer kind 'shift': use attention, dual-attention, rwkv, ",
+        ),
         ("launch/evaluate.py", "root.py", "optimizer.schedule='root' should be cosine, "),
-        ("launch/generate.py", "shift.py", "unknown layer kind 'shift': use attention, rwkv, "),
+        (
+            "launch/generate.py",
+            "shift.py",
+            "unknown layer kind 'shift': use attention, dual-attention, rwkv, ",
+        ),
+        ("launch/train.py", "means.py", "unknown model.compressor 'means': use literal, records, "),
+        ("launch/evaluate.py", "means.py", "unknown model.compressor 'means': use literal, reco"),
     ],
 )
 def test_a_kind_that_is_not_there_again_is_one_line(

@@ -40,6 +40,18 @@ def test_a_saved_run_has_the_settings_of_today(layers: str) -> None:
     assert saved == untouched, "what was read stays as it was"
 
 
+def test_a_run_from_before_there_was_a_choice_has_the_records_compressor(tmp_path: Path) -> None:
+    """In a checkpoint and in the run's file; and continuing it with another is refused."""
+    values = DEFAULTS.to_dict()
+    assert values["model"].pop("compressor") == "records"
+    text = DEFAULTS.to_yaml().replace("  compressor: records\n", "")
+    for saved in (Settings.build(values), load(tmp_path, text)):
+        assert saved == DEFAULTS and first_conflict(DEFAULTS, saved) is None
+        literal = DEFAULTS.with_values(**{"model.compressor": "literal"})
+        says = "model.compressor is literal but the saved run has records"
+        assert first_conflict(literal, saved) == says
+
+
 @pytest.mark.parametrize(
     ("text", "words", "layers", "parts"),
     [

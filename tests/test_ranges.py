@@ -75,7 +75,10 @@ WORDS = {
     "tracking.enabled": (True, False),
     "tracking.system_metrics": (True, False),
 }
-NAMES = ("run.path", "data.path", "optimizer.kind", "tracking.experiment", "tracking.run_name")
+NAMES = (
+    *("run.path", "data.path", "model.compressor", "optimizer.kind"),
+    *("tracking.experiment", "tracking.run_name"),
+)
 LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1xof-mine,1024xof_mine2")
 NO_LAYERS = (
     *(

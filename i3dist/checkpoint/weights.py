@@ -19,6 +19,7 @@ from i3dist.config import Settings
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 from i3dist.files import utf8_path, written_aside
+from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
 
@@ -90,6 +91,7 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
             f"is {settings.model.vocab_size}; restore the run's own files"
         )
     Stack.of(settings.model, settings.place_of("model.layers"))
+    COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
     model = I3LM(settings.model, tokenizer.bos_id)
     dtype = load_weights(model, path)
     for parameter in model.parameters():  # buffers stay fp32, as in training

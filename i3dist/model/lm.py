@@ -16,6 +16,7 @@ from i3dist.errors import UserError
 from i3dist.model.attention import Slots, window_bias
 from i3dist.model.block import Block, HistoryBlock, LayerState, LowerBlock, Place
 from i3dist.model.compressor import Compressor
+from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import LAYER_KINDS, Layer, Stack
 from i3dist.model.layers import ALIGNMENT, Channels, LayerNorm, Linear
 from i3dist.model.segments import chunks_seen, last_segment, restarts, segment_ids
@@ -50,7 +51,8 @@ class I3LM(nn.Module):
             alignment: channels are padded to a multiple of it; changes nothing but rounding.
 
         Raises:
-            UserError: `settings.layers` is no stack that can be built.
+            UserError: `settings.layers` is no stack that can be built, or there is no such
+                compressor.
         """
         super().__init__()
         self.settings = settings
@@ -61,9 +63,7 @@ class I3LM(nn.Module):
         self.embedding = nn.Embedding(settings.vocab, width.stored)
         self.norm_in = LayerNorm(width)
         self.lower = cast("list[LowerBlock]", self._add(self.stack.lower))
-        self.compressor = Compressor(
-            width, settings.ff_mult, settings.latents, settings.sub_latents, settings.chunk_length
-        )
+        self.compressor = COMPRESSORS.of(settings.compressor)(settings, width)
         self.slots = Slots(width, self.keys_per_chunk)
         self.upper = cast("list[HistoryBlock]", self._add(self.stack.upper))
         self.norm_out = LayerNorm(width)

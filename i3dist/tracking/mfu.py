@@ -74,22 +74,21 @@ class PerToken(NamedTuple):
 
 
 def per_token(model: I3LM, batch: Batch) -> PerToken:
-    """A window of the i3, with the library's compressor or without compressor and history.
+    """A window of the i3, with a compressor or without compressor and history.
 
-    Per chunk, the compressor's feed-forward refines M latents, whose sub-latents read the kept
-    tokens. A window of K chunks projects the sub-latents of C + K chunks; R of them cost as much as
-    a token. Left out: router scores, picking queries, and work that does not grow with the lanes.
+    Per chunk, M latents go through the projections that `Compressor.of_latents` names, and read the
+    kept tokens: D channels each, whether by heads or by sub-latents. A window of K chunks projects
+    the latents of C + K chunks; one costs as much as a token. Left out: router scores, picking
+    queries, and work that does not grow with the lanes.
     """
     s, (_, window, length) = model.settings, batch.tokens.shape
     with_history = model.keys_per_chunk > 0
     latents = s.latents / length if with_history else 0.0
     again = latents * (s.history_chunks + window) / window
-    uses = {
-        "compressor.ff": latents,
-        "compressor.token": 0.0,
-        "compressor.salience": 0.0,  # a sum
-        "attention.key_value": 1 + again,
-    }
+    uses = {"attention.key_value": 1 + again}
+    if with_history:
+        uses |= {f"compressor.{name}": latents for name in model.compressor.of_latents}
+        uses |= {f"compressor.{name}": 0.0 for name in model.compressor.uncounted}
     weights = 0.0
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -101,7 +100,6 @@ def per_token(model: I3LM, batch: Batch) -> PerToken:
     if with_history:
         past = history_mask(segments, batch.depth.flatten(), s.history_chunks)
         keys += model.keys_per_chunk * mean_seen(past)
-        # R sub-latents of a latent, each an R-th as wide.
         read = latents * float(last_segment(segments).sum(-1).float().mean())
     return PerToken(weights, s.d_model * (len(model.upper) * keys + read))
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from i3dist.config import ModelSettings, OptimizerSettings
 from i3dist.data.lanes import Batch
+from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
@@ -48,9 +49,9 @@ def small_gpt() -> GPT:
     return GPT(128, vocab=64, layers=2, width=32, heads=4, feed_forward=128)
 
 
-def i3(kind: type[I3LM] = I3LM) -> I3LM:
+def i3(kind: type[I3LM] = I3LM, compressor: str = "records") -> I3LM:
     torch.manual_seed(0)
-    return kind(TOY, synthetic.BOS)
+    return kind(TOY.model_copy(update={"compressor": compressor}), synthetic.BOS)
 
 
 def losses(model: I3LM, batch: Batch, gate: float = 1.0) -> Tensor:
@@ -96,9 +97,11 @@ def test_flops_of_the_gpt(data: synthetic.Data) -> None:
     )
 
 
-def test_flops_of_the_i3(batch: Batch) -> None:
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_flops_of_the_i3(batch: Batch, compressor: str) -> None:
     torch.manual_seed(0)
-    model, d = I3LM(TOY, synthetic.BOS, alignment=1), TOY.d_model
+    sizes = TOY.model_copy(update={"compressor": compressor})
+    model, d = I3LM(sizes, synthetic.BOS, alignment=1), TOY.d_model
     with FlopCounterMode(display=False) as counter:
         losses(model, batch)
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
@@ -107,23 +110,27 @@ def test_flops_of_the_i3(batch: Batch) -> None:
     keys = 1 + TOY.latents / TOY.chunk_length * (TOY.history_chunks + window) / window
     ages = TOY.layer_kinds.count("attention") * TOY.heads * TOY.history_chunks * d
     spare = ages * tokens * (1 + 2 * keys)
-    # Once: keys and values of slots, and the product that projects sub-latents.
-    rows = d / model.compressor.sub_latents + model.keys_per_chunk
+    # Once: keys and values of slots; the product that projects sub-latents, or learned queries.
+    literal = compressor == "literal"
+    rows = (0 if literal else d / model.compressor.sub_latents) + model.keys_per_chunk
     once = TOY.layer_kinds.count("attention") * 2 * (d + TOY.heads * TOY.history_chunks) * d * rows
+    once += TOY.latents * d * d if literal else 0
     weights = per_token(model, batch).weights * tokens
     assert counted == pytest.approx(2 * (weights + spare + once))
 
 
-def test_keys_that_the_i3_sees() -> None:
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_keys_that_the_i3_sees(compressor: str) -> None:
     """A chunk of [rest of a document, whole document], with two chunks of history."""
     tokens = torch.full((1, 1, 16), 20)
     tokens[0, 0, 10] = synthetic.BOS
     batch = Batch(tokens, tokens, torch.tensor([[2]]))
     own = (sum(range(1, 11)) + sum(range(1, 7))) / 16
-    past = 2 * i3().keys_per_chunk * 10 / 16
+    model = i3(compressor=compressor)
+    past = 2 * model.keys_per_chunk * 10 / 16
     read = TOY.latents * 6 / 16  # the compressor reads the last document
     wanted = TOY.d_model * (TOY.layer_kinds.count("attention") * (own + past) + read)
-    assert per_token(i3(), batch).attention == pytest.approx(wanted)
+    assert per_token(model, batch).attention == pytest.approx(wanted)
     without = per_token(i3(WithoutHistory), batch).attention
     assert without == pytest.approx(TOY.d_model * TOY.layer_kinds.count("attention") * own)
 

@@ -15,6 +15,7 @@ from i3dist.config import ModelSettings
 from i3dist.engine.flat_parameters import FlatModel
 from i3dist.errors import UserError
 from i3dist.model.layers import Channels
+from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
 from tests.conftest import ROOT
@@ -67,7 +68,8 @@ def test_a_url_that_names_no_piece_is_one_line() -> None:
 def test_mean_pooling_is_means_of_what_is_kept(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     x, keep = torch.randn(3, 12, 16, generator=random), torch.rand(3, 12, generator=random) < 0.6
-    means = compressors.MeanPool(Channels(16), latents=4)(x, keep)
+    sizes = ModelSettings(d_model=16, chunk_length=12, latents=4)
+    means = compressors.MeanPool(sizes, Channels(16))(x, keep)
     for n in range(3):
         for m in range(4):
             kept = [x[n, t] for t in range(3 * m, 3 * m + 3) if keep[n, t]]
@@ -174,6 +176,17 @@ def test_a_detached_compressor_has_no_gradient() -> None:
             0
         ].sum().backward()
         assert any(p.grad is not None for p in model.compressor.parameters()) == trained
+
+
+def test_the_literal_arm_is_the_setting() -> None:
+    """With the seed's weights, so that figures of the one are figures of the other."""
+    arm = history_arms.build("literal", SIZES, BOS, seed=1)
+    model = I3LM(SIZES.model_copy(update={"compressor": "literal"}), BOS)
+    torch.manual_seed(1)
+    model.reset_parameters()
+    named = dict(model.named_parameters())
+    assert list(named) == [name for name, _ in arm.named_parameters()]
+    assert all(named[name].equal(parameter) for name, parameter in arm.named_parameters())
 
 
 def test_a_match_teaches_what_makes_records_and_nothing_else() -> None:

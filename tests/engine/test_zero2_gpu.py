@@ -11,7 +11,7 @@ from i3dist.engine.interface import Engine
 from i3dist.engine.setup import read_engine_config
 from i3dist.engine.stock import StockEngine
 from i3dist.engine.zero2 import Zero2Engine
-from i3dist.model.compressor import Compressor
+from i3dist.model.compressor_records import RecordsCompressor
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from tests.conftest import ROOT, one_rank
@@ -81,8 +81,8 @@ def train(
     return losses, norms
 
 
-def evenly(compressor: Compressor, scores: Tensor) -> Tensor:
-    """As many tokens as there are sub-latents, evenly spread: in place of `Compressor.choose`."""
+def evenly(compressor: RecordsCompressor, scores: Tensor) -> Tensor:
+    """As many tokens as there are sub-latents, evenly spread: in place of the router's choice."""
     count = len(compressor.queries) * compressor.sub_latents
     step = scores.shape[-1] // count
     chosen = torch.arange(step - 1, scores.shape[-1], step, device=scores.device)
@@ -103,18 +103,19 @@ def validate(trained: Engine, sizes: ModelSettings) -> Tensor:
         (1, {}),
         (2, {}),
         (1, {"sub_latents": 1}),
+        (1, {"compressor": "literal"}),
         (1, {"history_chunks": 2}),  # fewer than a window's
     ],
 )
 def test_compiled_and_replayed_equals_plain(
-    micro_batches: int, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    micro_batches: int, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To bf16's rounding: losses of every window and of validation, and norms of every gradient.
 
     The tokens that have sub-latents are given: rounding changes which have the highest scores, and
     another choice moves all sub-latents after it.
     """
-    monkeypatch.setattr(Compressor, "choose", evenly)
+    monkeypatch.setattr(RecordsCompressor, "choose", evenly)
     sizes = SIZES.model_copy(update=changes)
     engines = [build(compiled, micro_batches, sizes) for compiled in (True, False)]
     fast, plain = (train(trained, 4, sizes) for trained in engines)
@@ -127,7 +128,7 @@ def test_compiled_and_replayed_equals_plain(
 
 def test_stock_trains_as_zero2_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, to bf16's rounding, and each continues from the other's state."""
-    monkeypatch.setattr(Compressor, "choose", evenly)
+    monkeypatch.setattr(RecordsCompressor, "choose", evenly)
     ours, stock = (build(True, 2, kind=kind) for kind in (Zero2Engine, StockEngine))
     for first in (True, False):
         a, b = (train(trained, 4) for trained in (ours, stock))

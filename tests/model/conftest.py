@@ -4,9 +4,18 @@ import pytest
 import torch
 
 from i3dist.config import ModelSettings
+from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.lm import I3LM
 
 BOS = 2
+BUILT_IN = list(COMPRESSORS)
+each_compressor = pytest.mark.parametrize("compressor", BUILT_IN)
+VARIANTS = [
+    {"compressor": "records", "layers": "2xrwkv,2xattention"},
+    {"compressor": "literal", "layers": "2xrwkv,2xattention"},
+    {"compressor": "records", "layers": "2xrwkv,2xdual-attention"},
+]
+each_variant = pytest.mark.parametrize("changes", VARIANTS, ids=lambda x: "-".join(x.values()))
 SMALL = {
     "vocab_size": 40,
     "d_model": 24,
@@ -30,7 +39,7 @@ def build(**changes: object) -> I3LM:
     return model.double()
 
 
-@pytest.fixture(scope="session", params=["attention", "dual-attention"])
+@pytest.fixture(scope="session", params=VARIANTS, ids=lambda changes: "-".join(changes.values()))
 def model(request: pytest.FixtureRequest) -> I3LM:
-    """One of each kind of attention."""
-    return build(layers=f"2xrwkv,2x{request.param}")
+    """Of each kind of attention, and with each of the compressors."""
+    return build(**request.param)

@@ -12,7 +12,7 @@ from i3dist.config import ModelSettings
 from i3dist.engine.flat_parameters import FlatModel
 from i3dist.model.layers import ALIGNMENT, Channels, LayerNorm
 from i3dist.model.lm import I3LM, by_decay
-from tests.model.conftest import BOS, SMALL
+from tests.model.conftest import BOS, SMALL, each_compressor
 from tests.model.streams import depth_of, empty, stream
 
 # Width and heads asked for: 24 -> 32, 40 (8 heads of 5 -> 16), 1 head of 17 -> 32, 16 as it is.
@@ -20,9 +20,12 @@ SHAPES = [(24, 4), (40, 8), (17, 1), (16, 2)]
 Arguments = tuple[Tensor, Tensor, Tensor, object, Tensor]
 
 
-def twins(width: int, heads: int, dtype: torch.dtype) -> tuple[I3LM, I3LM]:
+def twins(
+    width: int, heads: int, dtype: torch.dtype, compressor: str = "records"
+) -> tuple[I3LM, I3LM]:
     """The same model with padded channels and without."""
-    sizes = ModelSettings.model_validate(SMALL | {"d_model": width, "heads": heads})
+    changes = {"d_model": width, "heads": heads, "compressor": compressor}
+    sizes = ModelSettings.model_validate(SMALL | changes)
     torch.manual_seed(0)
     aligned, plain = I3LM(sizes, BOS), I3LM(sizes, BOS, alignment=1)
     with torch.no_grad():
@@ -45,10 +48,13 @@ def run(model: torch.nn.Module, given: Arguments, leaves: Iterable[Tensor]) -> l
     return [losses.detach(), *state.tensors().values(), *gradients]
 
 
+@each_compressor
 @pytest.mark.parametrize(("width", "heads"), SHAPES)
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-10), (torch.float32, 2e-4)])
-def test_aligned_equals_plain(width: int, heads: int, dtype: torch.dtype, close: float) -> None:
-    aligned, plain = twins(width, heads, dtype)
+def test_aligned_equals_plain(
+    width: int, heads: int, dtype: torch.dtype, close: float, compressor: str
+) -> None:
+    aligned, plain = twins(width, heads, dtype, compressor)
     assert aligned.width.computed % ALIGNMENT == 0 and plain.width.computed == width
     got, want = (run(m, arguments(m), m.parameters()) for m in (aligned, plain))
     for a, b in zip(got, want, strict=True):
@@ -90,9 +96,10 @@ def test_layer_norm_counts_stored_channels_only(width: int, seed: int) -> None:
     torch.testing.assert_close(got[:, :width], torch.nn.functional.layer_norm(x, (width,)))
 
 
+@each_compressor
 @pytest.mark.parametrize(("width", "heads"), SHAPES)
-def test_a_packed_model_computes_the_same(width: int, heads: int) -> None:
-    model, _ = twins(width, heads, torch.float64)
+def test_a_packed_model_computes_the_same(width: int, heads: int, compressor: str) -> None:
+    model, _ = twins(width, heads, torch.float64, compressor)
     packed = FlatModel(model).double()
     given = arguments(model)
     want = run(model, given, model.parameters())

@@ -1,14 +1,33 @@
-"""The compressor: which tokens sub-latents are of, what they read, and how the router learns."""
+"""Compressors: which tokens sub-latents are of, what they read, and how the router learns; what the
+literal one reads; and the setting that chooses between them."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from i3dist.model.compressor import NEVER
+from i3dist.config import ModelSettings, Settings
+from i3dist.errors import UserError
+from i3dist.model.compressor_literal import LiteralCompressor
+from i3dist.model.compressor_records import NEVER, RecordsCompressor
 from i3dist.model.lm import I3LM
 from i3dist.ops.linear import linear
-from tests.model.conftest import SMALL
-from tests.model.small import CLOSE, T, seeds
+from tests.conftest import error_line, program
+from tests.model.conftest import BOS, SMALL, build
+from tests.model.small import CLOSE, EXACT, T, seeds
+
+
+@pytest.fixture(scope="module")
+def model() -> I3LM:
+    """With sub-latents."""
+    return build()
+
+
+@pytest.fixture(scope="module")
+def literal() -> I3LM:
+    return build(compressor="literal")
 
 
 @given(seed=seeds, kept=st.integers(1, T))
@@ -106,3 +125,74 @@ def test_the_router_learns_from_what_sub_latents_are_of_use_for(model: I3LM) -> 
     moved = compressor.norm_in(hidden)[..., : weight.shape[1]] @ -gradient[0]
     first = compressor.sub_latents
     assert (moved[0, chosen[:first]].mean() > moved[0, chosen[first:]].mean()).item()
+
+
+@given(seed=seeds, kept=st.integers(1, T))
+@settings(max_examples=30, deadline=None)
+@torch.no_grad()
+def test_a_literal_latent_reads_all_that_is_kept_and_nothing_else(
+    literal: I3LM, seed: int, kept: int
+) -> None:
+    torch.manual_seed(seed)
+    hidden = literal.width.pad(torch.randn(2, T, literal.width.stored).double())
+    keep = torch.rand(2, T).argsort(-1) < kept
+    latents = literal.compressor(hidden, keep)
+    assert latents.shape == (2, SMALL["latents"], literal.width.computed)
+    assert not latents[..., literal.width.stored :].any(), "padded channels stay 0"
+    for anything in (7.0, float("inf"), float("nan")):
+        other = hidden.masked_fill(~keep.unsqueeze(-1), anything)
+        torch.testing.assert_close(literal.compressor(other, keep), latents, **EXACT)
+    for row, position in keep.nonzero().tolist():
+        changed = hidden.clone()
+        changed[row, position, 0] += 1
+        moved = (literal.compressor(changed, keep) - latents).abs().amax(-1)
+        assert moved[row].min() > 0 and not moved[1 - row].any()
+
+
+@torch.no_grad()
+def test_chunks_are_compressed_one_by_one_whatever_their_number(literal: I3LM) -> None:
+    """Any leading dimensions, also none."""
+    torch.manual_seed(0)
+    hidden = literal.width.pad(torch.randn(2, 3, T, literal.width.stored).double())
+    keep = torch.arange(T) >= torch.randint(T, (2, 3, 1))
+    latents = literal.compressor(hidden, keep)
+    for lane in range(2):
+        for chunk in range(3):
+            one = literal.compressor(hidden[lane, chunk], keep[lane, chunk])
+            torch.testing.assert_close(one, latents[lane, chunk], **CLOSE)
+
+
+def test_the_literal_compressor_has_the_parameters_of_its_formula() -> None:
+    sizes = ModelSettings.model_validate(SMALL | {"compressor": "literal"})
+    compressor = I3LM(sizes, BOS).compressor
+    d, m, mult = sizes.d_model, sizes.latents, sizes.ff_mult
+    count = sum(p.numel() for p in compressor.parameters())
+    assert count == (4 + 2 * mult) * d * d + (m + 6) * d
+
+
+def test_the_setting_chooses_the_compressor() -> None:
+    found = {name: type(build(compressor=name).compressor) for name in ("records", "literal")}
+    assert found == {"records": RecordsCompressor, "literal": LiteralCompressor}
+    assert type(build().compressor) is RecordsCompressor
+
+
+@pytest.mark.parametrize("sub_latents", [1, 2, 4])
+def test_the_literal_compressor_ignores_sub_latents(literal: I3LM, sub_latents: int) -> None:
+    """The same keys, parameters and first weights."""
+    model = build(compressor="literal", sub_latents=sub_latents)
+    assert model.keys_per_chunk == SMALL["latents"] == len(model.slots.slot)
+    for (name, one), (_, other) in zip(
+        model.named_parameters(), literal.named_parameters(), strict=True
+    ):
+        assert one.equal(other), name
+
+
+def test_an_unknown_compressor_is_one_line(tmp_path: Path) -> None:
+    settings = Settings.load(None, ["model.compressor=means"]).model
+    says = "unknown model.compressor 'means': use literal, records, or one of your own with --ext"
+    with pytest.raises(UserError, match=f"^{says}"):
+        I3LM(settings, BOS)
+    file = tmp_path / "my.yaml"
+    file.write_text("model:\n  compressor: means\n")
+    line = error_line(program("launch/train.py", "--dry-run", "--config", file))
+    assert f"{file}, line 2: {says}" in line

@@ -5,14 +5,13 @@ It uses nothing of the model but its parameters, by their names in checkpoints, 
 
 import math
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
-from tests.model.conftest import BOS, SMALL, build
+from tests.model.conftest import BOS, SMALL, build, each_variant
 from tests.model.streams import depth_of, logits, stream
 
 T, D, C, M, H = (
@@ -25,8 +24,10 @@ class Written:
 
     def __init__(self, weights: dict[str, Tensor]):
         self.weights = weights
-        self.width = len(weights["compressor.key.weight"])  # D/R
-        self.count = M * D // self.width  # S
+        self.literal = "compressor.key_value.weight" in weights
+        if not self.literal:
+            self.width = len(weights["compressor.key.weight"])  # D/R
+            self.count = M * D // self.width  # S
 
     def of(self, block: str, name: str) -> Tensor:
         return self.weights[f"{block}.{name}"]
@@ -91,10 +92,29 @@ class Written:
         parts = self.norm(latents.reshape(self.count, -1), f"{part}.norm_out")
         return 2 * torch.sigmoid(s[tau])[:, None] * parts
 
+    def compress_literally(self, h: Tensor, keep: Tensor) -> Tensor:
+        part = "compressor"
+        n, queries = self.norm(h, f"{part}.norm_in"), self.of(part, "queries")
+        asking = self.of(part, "query.weight").unflatten(0, (H, -1))
+        keys, values = self.of(part, "key_value.weight").unflatten(0, (2, H, -1))
+        read = torch.empty(M, H, D // H, dtype=h.dtype)
+        for m in range(M):
+            for i in range(H):
+                q, k, v = asking[i] @ queries[m], n[keep] @ keys[i].T, n[keep] @ values[i].T
+                read[m, i] = (k @ q / math.sqrt(D // H)).softmax(-1) @ v
+        latents = queries + self.times(read.flatten(1), part, "output")
+        return self.norm(
+            self.feed_forward(latents, f"{part}.norm_ff", f"{part}.ff"), f"{part}.norm_out"
+        )
+
+    def unfold(self, latents: Tensor) -> Tensor:
+        """What attention sees of a chunk: one row for each key."""
+        return latents if self.literal else self.times(latents, "compressor", "token")
+
     def attend(
         self, x: Tensor, block: str, segments: Tensor, history: list[Tensor], gate: float
     ) -> Tensor:
-        """`history`: sub-latents of the chunks that may be seen, the newest first."""
+        """`history`: latents, or sub-latents, of the chunks that may be seen, the newest first."""
         n, part = self.norm(x, f"{block}.norm_attention"), f"{block}.attention"
         queries = self.of(part, "query.weight").unflatten(0, (H, -1))
         keys, values = self.of(part, "key_value.weight").unflatten(0, (2, H, -1))
@@ -110,7 +130,7 @@ class Written:
                 values_read = n[own] @ values[h].T
                 past, past_read = [scores[:0]], [values_read[:0]]
                 for age, latents in enumerate(history if segments[t] == 0 else [], 1):
-                    e = self.times(latents, "compressor", "token") + self.of("slots", "slot")
+                    e = self.unfold(latents) + self.of("slots", "slot")
                     scored = e @ keys[h].T @ q[t] / math.sqrt(D // H)
                     past.append(scored + ages[t, age - 1] + math.log(gate))
                     past_read.append(e @ values[h].T)
@@ -145,6 +165,7 @@ class Written:
     def logits(self, tokens: Tensor, depth: Tensor, gate: float) -> Tensor:
         """One lane: tokens [K, T], depth [K] -> [K, T, V]."""
         compressed: list[Tensor] = []
+        compress = self.compress_literally if self.literal else self.compress
         found = []
         for chunk, reach in zip(tokens, depth.tolist(), strict=True):
             segments = (chunk == BOS).cumsum(0)
@@ -154,19 +175,21 @@ class Written:
             for block in self.blocks("rwkv"):
                 x = self.channel_mix(self.time_mix(x, block, restart), block, restart)
             history = compressed[::-1][: min(reach, C)]
-            compressed.append(self.compress(x, segments == segments[-1]))
+            compressed.append(compress(x, segments == segments[-1]))
             for block in self.blocks("attention") + self.blocks("dual-attention"):
                 x = self.attend(x, block, segments, history, gate)
             found.append(self.norm(x, "norm_out") @ self.of("head", "weight").T)
         return torch.stack(found)
 
 
-@pytest.mark.parametrize("kind", ["attention", "dual-attention"])
+@each_variant
 @given(seed=st.integers(0, 2**31), gate=st.sampled_from([1.0, 0.3]))
 @settings(max_examples=3, deadline=None)
 @torch.no_grad()
-def test_the_model_is_what_its_document_says(kind: str, seed: int, gate: float) -> None:
-    model = build(layers=f"2xrwkv,2x{kind}")
+def test_the_model_is_what_its_document_says(
+    changes: dict[str, str], seed: int, gate: float
+) -> None:
+    model = build(**changes)
     torch.manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))  # the vectors, too

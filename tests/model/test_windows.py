@@ -8,17 +8,19 @@ from hypothesis import strategies as st
 from i3dist.inference.decoder import Decoder
 from i3dist.model.lm import I3LM
 from i3dist.ops.cross_entropy import IGNORE
-from tests.model.conftest import SMALL, build
+from tests.model.conftest import SMALL, build, each_compressor, each_variant
 from tests.model.small import CLOSE, C, T, random_stream, seeds, training_loss
 from tests.model.streams import depth_of, empty, hidden_states, logits
 
 
+@each_variant
 @pytest.mark.parametrize("carry", [False, True])
-@pytest.mark.parametrize("kind", ["attention", "dual-attention"])
 @given(seed=seeds, window=st.sampled_from([1, 2, 3]))
 @settings(max_examples=12, deadline=None)
-def test_sequential_equals_chunk_parallel(kind: str, carry: bool, seed: int, window: int) -> None:
-    model = build(layers=f"2xrwkv,2x{kind}", state_carry=carry)
+def test_sequential_equals_chunk_parallel(
+    changes: dict[str, str], carry: bool, seed: int, window: int
+) -> None:
+    model = build(state_carry=carry, **changes)
     tokens = random_stream(seed)
     depth, state, gate = depth_of(tokens), empty(model), torch.tensor(0.7)
     whole, whole_state = hidden_states(model, tokens, depth, state, gate)
@@ -54,9 +56,10 @@ def test_gradient_flows_into_the_compressor_inside_a_window_only(model: I3LM) ->
     assert all(g is None or g.norm() == 0 for g in last)
 
 
+@each_compressor
 @pytest.mark.parametrize("carry", [False, True])
-def test_no_gradient_crosses_windows(carry: bool) -> None:
-    model = build(state_carry=carry)
+def test_no_gradient_crosses_windows(compressor: str, carry: bool) -> None:
+    model = build(state_carry=carry, compressor=compressor)
     tokens = random_stream(5, chunks=2)
     _, state = hidden_states(model, tokens, depth_of(tokens), empty(model), torch.tensor(1.0))
     assert not any(tensor.requires_grad for tensor in state.tensors().values())
@@ -94,13 +97,14 @@ def test_a_window_without_targets_gives_zero_and_no_nan(model: I3LM) -> None:
     assert state.latents.isfinite().all()
 
 
+@each_compressor
 @pytest.mark.parametrize("carry", [False, True])
 @given(seed=seeds, prompt=st.integers(1, 3 * T), mean_document=st.sampled_from([15, 60, 10_000]))
 @settings(max_examples=8, deadline=None)
 def test_token_by_token_equals_the_training_forward(
-    carry: bool, seed: int, prompt: int, mean_document: float
+    compressor: str, carry: bool, seed: int, prompt: int, mean_document: float
 ) -> None:
-    model = build(state_carry=carry)
+    model = build(state_carry=carry, compressor=compressor)
     tokens = random_stream(seed, mean_document=mean_document)
     expected = logits(model, tokens).flatten(0, 2)
     decoder = Decoder(model)

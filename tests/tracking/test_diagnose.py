@@ -20,17 +20,16 @@ from i3dist.tracking.diagnose import (
     effective_rank,
 )
 from i3dist.tracking.report import diagnosis_line
-from tests.model.conftest import BOS, SMALL, build
+from tests.model.conftest import BOS, BUILT_IN, SMALL, build
 from tests.model.streams import depth_of, empty, stream
 
 T, C = SMALL["chunk_length"], SMALL["history_chunks"]
-M = SMALL["sub_latents"] * SMALL["latents"]  # keys of an earlier chunk
 ON = torch.tensor(1.0)
 
 
-@pytest.fixture(scope="module")
-def model() -> I3LM:
-    return build()
+@pytest.fixture(scope="module", params=BUILT_IN)
+def model(request: pytest.FixtureRequest) -> I3LM:
+    return build(compressor=request.param)
 
 
 def window(seed: int, rows: int = 2, chunks: int = 6, mean_document: float = 40) -> Tensor:
@@ -52,11 +51,12 @@ def test_attention_mass_is_a_share(model: I3LM, seed: int, gate: float) -> None:
     """Over all keys it sums to 1; what a query may not see has none, what it may see has some."""
     tokens = window(seed, rows=1)[0, -1]
     segments, depth = segment_ids(tokens[None], BOS), torch.tensor([seed % (C + 2)])
-    seen = history_mask(segments, depth, C)
-    bias = attention_bias(causal_mask(segments), seen, torch.tensor(gate), M)
+    seen, keys_of_chunk = history_mask(segments, depth, C), model.keys_per_chunk
+    bias = attention_bias(causal_mask(segments), seen, torch.tensor(gate), keys_of_chunk)
     attention = model.upper[0].attention
     x = torch.randn(1, 1, T, model.width.computed, dtype=torch.float64)
-    keys = attention.keys_values(torch.randn(C * M + T, model.width.computed).double()).keys
+    seen_by_all = torch.randn(C * keys_of_chunk + T, model.width.computed).double()
+    keys = attention.keys_values(seen_by_all).keys
     mass = attention_mass(attention, attention.queries(x)[0, 0], keys, bias[0], C)
     assert mass.shape == (T, C + 1)
     torch.testing.assert_close(mass.sum(-1), torch.ones(T).double())
@@ -80,7 +80,8 @@ def test_shares_are_those_of_the_models_own_attention(model: I3LM) -> None:
     with torch.no_grad(), mock.patch("i3dist.model.attention.attend", record):
         model(tokens, tokens, depth, empty(model, 2), torch.tensor(0.3))
     assert len(weights) == len(model.upper) > 1
-    shares = torch.stack(weights)[..., : C * M].unflatten(-1, (C, M)).sum(-1).mean((0, 2))
+    of_history = torch.stack(weights)[..., : C * model.keys_per_chunk]
+    shares = of_history.unflatten(-1, (C, -1)).sum(-1).mean((0, 2))
     seen = history_mask(segment_ids(tokens, BOS), depth, C).flatten(0, 1)
     wanted = [float(shares[..., C - age][seen[..., C - age]].mean()) for age in range(1, C + 1)]
     assert by_age(diagnosed(model, tokens, tokens, torch.tensor(0.3))) == pytest.approx(wanted)

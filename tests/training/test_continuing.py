@@ -53,6 +53,7 @@ KEPT = {
     "model.ff_mult": 2,
     "model.chunk_length": 64,
     "model.latents": 16,
+    "model.compressor": "literal",
     "model.sub_latents": 2,
     "model.history_chunks": 4,
     "model.state_carry": True,

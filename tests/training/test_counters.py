@@ -38,6 +38,7 @@ SMALL = Settings().with_values(
     }
 )
 TOTAL = 339_237_770
+LITERAL = CARD.with_values(**{"model.compressor": "literal"})
 
 
 def test_a_steps_counts_are_those_of_its_windows() -> None:
@@ -241,17 +242,23 @@ def test_the_printed_gain_is_the_mean_over_tokens_that_may_have_history() -> Non
 
 
 def by_hand(model: ModelSettings, heads: int, records: int) -> dict[str, int]:
-    """Parameters by part, from the formulas of the paper and of docs, with all small vectors."""
+    """Parameters by part, from the formulas of the paper and of docs, with all small vectors.
+
+    With 0 records: of the literal compressor.
+    """
     d, vocab, mult = model.d_model, model.vocab, model.ff_mult
     norm = 2 * d  # weight and bias
     time_mix = 4 * d * d + 3 * d + 2 * d  # projections; three mixes; decay and bonus
     channel_mix = (2 * mult + 1) * d * d + 2 * d
-    keys, part = model.latents * records, d // records
+    keys, part = model.latents * max(1, records), d // max(1, records)
+    literal = (4 + 2 * mult) * d * d + model.latents * d + 3 * norm
     ages = heads * model.history_chunks
     return {
         "embedding": vocab * d,
         "rwkv": model.layer_kinds.count("rwkv") * (time_mix + channel_mix + 2 * norm),
-        "compressor": 2 * mult * d * d
+        "compressor": literal
+        if not records
+        else 2 * mult * d * d
         + 4 * d * part  # query, key, record and back
         + model.latents * d
         + d  # router
@@ -265,7 +272,9 @@ def by_hand(model: ModelSettings, heads: int, records: int) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize(("settings", "heads", "records"), [(CARD, 10, 4), (SMALL, 4, 2)])
+@pytest.mark.parametrize(
+    ("settings", "heads", "records"), [(CARD, 10, 4), (SMALL, 4, 2), (LITERAL, 10, 0)]
+)
 def test_parameters_are_those_of_the_formulas(settings: Settings, heads: int, records: int) -> None:
     assert count_parameters(settings) == by_hand(settings.model, heads, records)
 
