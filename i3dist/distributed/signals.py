@@ -59,11 +59,10 @@ class StopRequest:
         """Take in the sum of all ranks' votes."""
         self._agreed = self._agreed or votes > 0
 
-    def vote_now(self) -> bool:
-        """Exchange votes outside of a step; returns whether to stop. Every rank calls this."""
+    def vote_now(self) -> None:
+        """Exchange votes outside of a step. Every rank calls this."""
         device = torch.device("cuda") if devices.uses_cuda() else torch.device("cpu")
         self.count(float(collectives.all_sum(torch.tensor(self.vote(), device=device))))
-        return self.agreed()
 
     def exit_to_requeue(self) -> NoReturn:
         """Wait for the other ranks, all of which have saved, and exit at once with `REQUEUE`.
@@ -93,13 +92,9 @@ class StopRequest:
 
     def _another_rank_is_gone(self) -> bool:
         """Whether the launcher has fewer live ranks on this host than it started."""
-        if not self._launchers:
-            return False
-        try:
-            ranks = self._launchers[0].children()
-        except psutil.Error:
-            return False
-        return sum(map(_is_alive, ranks)) < self._ranks
+        with suppress(psutil.Error, IndexError):  # it is gone, or there is none
+            return sum(map(_is_alive, self._launchers[0].children())) < self._ranks
+        return False
 
 
 def _launchers(job: Job) -> list[psutil.Process]:
@@ -118,10 +113,9 @@ def _launchers(job: Job) -> list[psutil.Process]:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    try:
+    with suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    return False
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -52,15 +51,12 @@ class MetricsLog:
 
 def _append(path: Path, lines: bytes) -> None:
     """Append lines by a single write; after a torn line they start on a fresh one."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(file).st_size
-        torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+    with path.open("a+b", buffering=0) as file:
+        size = file.tell()
+        torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
         whole = (b"\n" if torn else b"") + lines + b"\n"
-        if os.write(file, whole) != len(whole):
+        if file.write(whole) != len(whole):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    finally:
-        os.close(file)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -68,10 +64,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Torn lines are skipped. If a continued run wrote a step again, its last line counts.
     """
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return []
+    text = path.read_bytes() if path.exists() else b""
     by_step = {line["step"]: line for line in map(parse_line, text.splitlines()) if line}
     return [by_step[step] for step in sorted(by_step)]
 
@@ -85,11 +78,6 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
 
 
-def _finite_or_null(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_null(item) for item in value]
-    return value
+def _finite_or_null(line: Mapping[str, Any]) -> Any:
+    # Python writes NaN, Infinity and -Infinity, which JSON has not; its reader hands them over.
+    return json.loads(json.dumps(line), parse_constant=lambda _: None)

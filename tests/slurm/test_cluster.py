@@ -146,7 +146,7 @@ def test_two_nodes_meet_on_the_first_host(cluster: Cluster, tmp_path: Path) -> N
     assert [task["threads"] for task in seen] == [1, 1]
     for task in seen:
         job = task["job"]
-        assert (job["launcher"], job["world_size"], job["hosts"]) == ("slurm", 2, 2)
+        assert (job["launcher"], job["world_size"], job["local_world_size"]) == ("slurm", 2, 1)
         assert (job["local_rank"], job["local_world_size"]) == (0, 1)
         assert job["master_addr"] == NODES[0]
         assert task["arguments"] == ["--deepspeed", "configs/zero2.json", "train.steps=5", "a b"]
