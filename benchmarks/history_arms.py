@@ -18,6 +18,7 @@ Additions to these:
   -taught     of it: queries, keys and values of tokens get their gradient from history as well
   -mixed      of it: what a head reads of its chunk gives way to what it reads of history
   -pulled     of it: logits of the chunk learn from the share that history is given
+  -asks       of it: queries of history are the tokens' plus what a matrix of its own gives
   -views      of it: each block unfolds sub-latents by matrices of its own for keys and for values
   -open       the logit of history starts at 0 instead of low
   -even       the last of every four tokens has a sub-latent, whatever its score
@@ -73,7 +74,7 @@ WITHOUT_SUB_LATENTS = ("none", "literal", "mean", "ceiling", "carry")
 COMPRESSORS = {"even": Even, "spans": Spans, "alone": Alone, "each": Each, "joint": Joint}
 BLOCKS = ("lower", "upper")  # of attention
 WITH_NUMBER = ("from", "reserve")
-OF_DUAL = ("taught", "mixed", "pulled", "views", "reserve")
+OF_DUAL = ("taught", "mixed", "pulled", "views", "asks", "reserve")
 ALTERNATIVES = (
     tuple(COMPRESSORS),
     ("dual", "own"),
@@ -93,7 +94,7 @@ ARMS = [
     *("none", "recipe", "literal", "mean", "ceiling", "carry"),
     *(f"recipe-{added}" for added in ADDED if added not in (*OF_DUAL, "from")),
     *("recipe-from500", "recipe-dual-taught", "recipe-dual-mixed", "recipe-dual-taught-mixed"),
-    *("recipe-dual-views", "recipe-dual-mixed-pulled"),
+    *("recipe-dual-views", "recipe-dual-asks", "recipe-dual-mixed-pulled"),
     *("recipe-dual-reserve6-soon", "ceiling-dual", "literal-dual", "recipe-dual-carry"),
     *("records1", "records2", "records8", "picks", "every", "ceiling-open", "literal-open"),
 ]
@@ -128,8 +129,8 @@ class Taught(DualAttention):
         """As `Attention.history`."""
         return Attention.history(self, project)
 
-    def without_gradient(self, query: Tensor) -> Tensor:
-        """With it."""
+    def history_queries(self, x: Tensor, query: Tensor) -> Tensor:
+        """As they are, with their gradient."""
         return query
 
 
@@ -182,7 +183,24 @@ class Views(DualAttention):
         return super().history(seen)
 
 
-DUAL = {"views": Views, "taught": Taught, "mixed": Mixed, "pulled": Pulled}
+class Asks(DualAttention):
+    """Dual attention with a matrix of its own that is added to the queries of history."""
+
+    def __init__(self, width: Channels, heads: int, chunks: int):
+        super().__init__(width, heads, chunks)
+        self.asks = Linear(width, self.inner)
+
+    def reset_parameters(self) -> None:
+        """Start with nothing to add."""
+        super().reset_parameters()
+        nn.init.zeros_(self.asks.weight)
+
+    def history_queries(self, x: Tensor, query: Tensor) -> Tensor:
+        """As `DualAttention.history_queries`."""
+        return super().history_queries(x, query) + self.asks(x)
+
+
+DUAL = {"views": Views, "asks": Asks, "taught": Taught, "mixed": Mixed, "pulled": Pulled}
 
 
 @dataclass(frozen=True)

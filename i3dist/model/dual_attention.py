@@ -60,12 +60,12 @@ class DualAttention(Attention):
     def forward(self, x: Tensor, past: KeysValues, own: KeysValues, visible: Visibility) -> Tensor:
         """x [B, K, T, D], past [B, (C + K) * M, D], own [B, K, S, D] -> [B, K, T, D]."""
         query = self.queries(x)
-        queries = (query, self.without_gradient(query))
+        queries = (query, self.history_queries(x, query))
         branches = attend_apart(queries, past, own, visible, self.heads, self.scale)
         return self.output(self.join(x, *branches))
 
-    def without_gradient(self, query: Tensor) -> Tensor:
-        """The same queries [B, K, T, D], of which only the logits of ages get a gradient."""
+    def history_queries(self, x: Tensor, query: Tensor) -> Tensor:
+        """What x asks history: its queries [B, K, T, D], where only logits of ages get gradient."""
         content, rest = query.unflatten(-1, (self.heads, -1)).split_with_sizes(
             [self.inner.per_head, self.inner.computed // self.heads - self.inner.per_head], dim=-1
         )
