@@ -72,6 +72,7 @@ def test_a_setting_without_a_value_is_named_as_it_was_typed(name: str, null: str
         ("train:\n  steps: 3\n  seed: x\n", 3, "setting train.seed='x' should be a valid integer"),
         ("train:\n  steps: 3\n\n  stpes: 4\n", 4, "unknown setting train.stpes; did you mean"),
         ("log:\n  every: 3\ntrian:\n  steps: 4\n", 3, "unknown setting trian; did you mean train"),
+        ("model: {layers: 12xrwkv,2xattention}\n", 1, "no value: put quotes around a value that"),
         ("train:\n  steps: 3\n  seed: 1\n  steps: 4\n", 4, "train.steps is there twice"),
         ("train:\n  steps: 3\nlog:\ntrain:\n  seed: 1\n", 4, "train is there twice"),
         ("train:\n  steps: 3\n\tseed: 4\n", 3, "indent with spaces"),

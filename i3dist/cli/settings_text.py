@@ -91,7 +91,9 @@ def first_fault(error: ValidationError, tree: Tree, places: Mapping[str, str]) -
     if fault["type"] == "extra_forbidden":
         inner = next(iter(value), None) if len(names) == 1 and isinstance(value, dict) else None
         full = f"{key}.{inner}" if inner else key
-        return f"{place}unknown setting {key if place else full}{hint(full, known)}"
+        cut = place and isinstance(value, Nothing)  # {layers: 12xrwkv,2xattention} has two keys
+        advice = "; it has no value: put quotes around a value that has commas" if cut else ""
+        return f"{place}unknown setting {key if place else full}{hint(full, known)}{advice}"
     legal = "; ".join(
         dict.fromkeys(
             other["msg"].removeprefix("Input ").removeprefix("Value error, ")
