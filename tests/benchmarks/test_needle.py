@@ -227,6 +227,16 @@ def test_trials_of_a_seed_are_the_same_and_as_they_should_be(whole: Path) -> Non
         assert one.offset + one.query.size + 2 + one.end.size <= 512
 
 
+def test_the_other_document_is_never_the_own_one(whole: Path) -> None:
+    """Of two documents, each of which is one word over and over."""
+    tokenizer = Tokenizer.load(whole / "tokenizer.json")
+    documents = [np.full(9_000, word) for word in (50, 60)]
+    sizes = needles.Sizes(trials=20, candidates=2, words=2, before=2, length=512, chunks=3, seed=0)
+    for trial in needles.sample(documents, tokenizer, sizes):
+        own, other = (set(text.ravel()[1:].tolist()) for text in (trial.haystack, trial.other))
+        assert own | other == {50, 60} and own != other
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
