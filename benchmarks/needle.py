@@ -203,9 +203,8 @@ def show(results: Sequence[Result], candidates: int) -> None:
     """Print a row for each distance."""
     title = f"needles by distance in tokens, 95% intervals; found by chance: {1 / candidates:.3f}"
     table = Table(title=title, title_justify="left")
-    for heading in ("distance", "in reach", "margin", "withheld", "other", "gain", "found"):
-        table.add_column(heading, justify="right")
-    for heading in ("withheld", "other"):
+    shown = [f"{figure}, {name}" for figure in ("margin", "found") for name in CONDITIONS]
+    for heading in ("distance", "in reach", *shown[:3], "gain", *shown[3:]):
         table.add_column(heading, justify="right")
     for r in results:
         half = (r.gain.high - r.gain.low) / 2
