@@ -126,7 +126,7 @@ def token_losses(model: I3LM, held_out: HeldOut, share: Share, rows: int) -> Ite
         if bank is not None:
             numbers = torch.from_numpy(stretch_of).to(loss.device)
             given = continues & (numbers != NONE).unsqueeze(-1)
-            x = model.above(_exchanged(below, bank[numbers.clamp(min=0)]), on)
+            x = model.above(exchange_history(below, bank[numbers.clamp(min=0)]), on)
             other = model.losses(x.view_as(below.x), batch.targets).where(given, loss)
             exchanged = exchanged | given
         yield TokenLosses(batch, loss, withheld, other, exchanged)
@@ -186,8 +186,16 @@ def _stretches(
     return bank
 
 
-def _exchanged(below: Below, history: Tensor) -> Below:
-    """Every chunk as its own window, with latents [B, K, C, M, D] in place of its history."""
+def exchange_history(below: Below, history: Tensor) -> Below:
+    """Every chunk as its own window, with other latents in place of its history.
+
+    Args:
+        below: B windows of K chunks.
+        history: latents [B, K, C, M, D] that each chunk sees instead, oldest first.
+
+    Returns:
+        B x K windows of one chunk, for `I3LM.above`.
+    """
     latents = history.flatten(0, 1)
     return Below(
         below.x.flatten(0, 1).unsqueeze(1),
