@@ -38,10 +38,10 @@ Additions to these:
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from attentions import Asks, Mixed, OwnProjections, Pulled, Taught, Views
 from compressors import (
     Alone,
     Detached,
@@ -60,14 +60,11 @@ from i3dist.errors import UserError
 from i3dist.model.attention import CLOSED, Attention, Slots
 from i3dist.model.compressor_literal import LiteralCompressor
 from i3dist.model.compressor_records import RecordsCompressor
-from i3dist.model.dual_attention import DualAttention
-from i3dist.model.layers import Channels, Linear
+from i3dist.model.layers import Channels
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
-from i3dist.ops.attention import Branch, KeysValues
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.linear import linear
-from i3dist.ops.precision import widen
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
 WITHOUT_SUB_LATENTS = ("none", "literal", "mean", "ceiling", "carry")
@@ -99,105 +96,6 @@ ARMS = [
     *("records1", "records2", "records8", "picks", "every", "ceiling-open", "literal-open"),
 ]
 SHUT = -1e4  # an initial logit of history with which no query sees it; it gets no gradient
-
-
-class OwnProjections(Attention):
-    """Attention with separate projections of history, which start equal to those of tokens."""
-
-    def __init__(self, width: Channels, heads: int, chunks: int):
-        super().__init__(width, heads, chunks)
-        self.of_history = Linear(width, self.key_value.d_out)
-
-    def reset_parameters(self) -> None:
-        """Start with the tokens' projections."""
-        super().reset_parameters()
-        self.of_history.weight.copy_(self.key_value.weight)
-
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
-        """As `Attention.history`."""
-        tokens, self.key_value = self.key_value, self.of_history
-        try:
-            return super().history(project)
-        finally:
-            self.key_value = tokens
-
-
-class Taught(DualAttention):
-    """Dual attention whose projections learn from history as well."""
-
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
-        """As `Attention.history`."""
-        return Attention.history(self, project)
-
-    def history_queries(self, x: Tensor, query: Tensor) -> Tensor:
-        """As they are, with their gradient."""
-        return query
-
-
-class Mixed(DualAttention):
-    """Dual attention that adds (1 - p) times what was read of the chunk."""
-
-    def weigh(self, share: Tensor, own: Tensor, past: Tensor) -> Tensor:
-        """As `DualAttention.weigh`."""
-        return own + share * (past - own)
-
-
-class Pulled(DualAttention):
-    """Dual attention whose own logits learn from the share that history is given."""
-
-    def join(self, x: Tensor, own: Branch, past: Branch) -> Tensor:
-        """As `DualAttention.join`."""
-        reserve = widen(self.reserve(x)) + self.reserve_bias[: self.heads]
-        share = (past.total - own.total - reserve).sigmoid()
-        read = (part.mixed.unflatten(-1, (self.heads, -1)) for part in (own, past))
-        return self.weigh(share.unsqueeze(-1).to(x.dtype), *read).flatten(-2)
-
-
-class Views(DualAttention):
-    """Dual attention that unfolds sub-latents by matrices of its own, for keys and for values."""
-
-    def of(self, compressor: RecordsCompressor) -> None:
-        """Build the matrices, in place of the compressor's one for all blocks."""
-        object.__setattr__(self, "compressor", compressor)  # not a submodule
-        token = compressor.token
-        self.views = nn.ModuleList(Linear(token.d_in, token.d_out) for _ in "kv")
-
-    def reset_parameters(self) -> None:
-        """Start with the compressor's."""
-        super().reset_parameters()
-        for view in self.views:
-            view.weight.copy_(self.compressor.token.weight)
-
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
-        """As `DualAttention.history`."""
-        compressor, shared = self.compressor, self.compressor.token
-
-        def seen(weight: Tensor) -> Tensor:
-            parts = []
-            for view, rows in zip(self.views, weight.chunk(2), strict=True):
-                compressor.token = view
-                parts.append(project(rows))
-            compressor.token = shared
-            return torch.cat(parts, dim=-1)
-
-        return super().history(seen)
-
-
-class Asks(DualAttention):
-    """Dual attention with a matrix of its own that is added to the queries of history."""
-
-    def __init__(self, width: Channels, heads: int, chunks: int):
-        super().__init__(width, heads, chunks)
-        self.asks = Linear(width, self.inner)
-
-    def reset_parameters(self) -> None:
-        """Start with nothing to add."""
-        super().reset_parameters()
-        nn.init.zeros_(self.asks.weight)
-
-    def history_queries(self, x: Tensor, query: Tensor) -> Tensor:
-        """As `DualAttention.history_queries`."""
-        return super().history_queries(x, query) + self.asks(x)
 
 
 DUAL = {"views": Views, "asks": Asks, "taught": Taught, "mixed": Mixed, "pulled": Pulled}
