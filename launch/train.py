@@ -55,7 +55,7 @@ from i3dist.training.summary import (
     print_topic,
     refuse_large,
 )
-from i3dist.training.trainer import Trainer, build_trainer
+from i3dist.training.trainer import Trainer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -131,7 +131,7 @@ def build(
     engine = setup.build(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus, arguments.verbose)
     with recorded(tracker):
-        trainer = build_trainer(settings, job, corpus, engine, tracker, stop)
+        trainer = Trainer(settings, job, corpus, engine, tracker, stop)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
     return trainer

@@ -6,7 +6,6 @@ lanes, and trains on the mean loss over all targets of the whole job's step.
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,25 +38,55 @@ from i3dist.training.run_log import RunLog
 from i3dist.training.validator import Validator
 
 
-@dataclass
 class Trainer:
-    """One rank of a run; `build_trainer` puts it together."""
+    """One rank of a run, from step 0 on."""
 
-    settings: Settings
-    engine: Engine
-    data: LaneWindows  # of this rank's lanes
-    micro_batch: int  # lanes computed at once
-    progress: Progress
-    stop: StopRequest
-    watchdog: Watchdog
-    guard: Guard
-    recovery: Recovery
-    ledger: LedgerWriter
-    interval: Interval  # measures the steps since the last report
-    validator: Validator
-    diagnoser: Diagnoser
-    checkpointer: Checkpointer
-    log: RunLog
+    def __init__(
+        self,
+        settings: Settings,
+        job: Job,
+        corpus: Corpus,
+        engine: Engine,
+        tracker: Tracker | NoTracker,
+        stop: StopRequest,
+    ):
+        """Put the parts together; every rank calls this.
+
+        `settings` has no "auto" left that a run decides (see `startup.decide`).
+        """
+        self.settings, self.engine, self.stop = settings, engine, stop
+        train, folder = settings.train, settings.run.path
+        checkpoints, tokenizer = folder / store.CHECKPOINTS, corpus.tokenizer.data
+        saver = AsyncSaver(checkpoints, job, settings.checkpoint, tokenizer)
+        guard = self.guard = Guard(settings.guard)
+        watchdog = self.watchdog = Watchdog(settings.guard.hang_seconds, job)
+        lanes, device = lanes_of_rank(train.lane_count, job.rank, job.world_size), engine.device
+        empty_lanes = partial(LaneState.empty, len(lanes), settings.model, device, engine.dtype)
+        tokens_seen = torch.zeros((), dtype=torch.int64, device=device)
+        progress = self.progress = Progress(train.steps, empty_lanes(), tokens_seen)
+
+        manifest = corpus.train.manifest
+        rows = choose_micro_batch(settings, engine, progress.lane_state, manifest.pad_id)
+        self.micro_batch = rows  # lanes computed at once
+        engine.accumulate(train.accumulation * len(lanes) // rows)
+        example = dummy_batch(settings, progress.lane_state.rows(0, rows), manifest.pad_id)
+        engine.prepare(*example)  # before data readers start threads
+
+        schedule = corpus.train.schedule(
+            train.lane_count, train.window_chunks, train.seed, train.schedule_version
+        )
+        self.data = LaneWindows(
+            corpus.train.folder, manifest, schedule, lanes, settings.data.on_damage
+        )
+        log = self.log = RunLog(folder, tracker, job.rank)
+        ledger = self.ledger = LedgerWriter(folder, schedule, train.accumulation, lanes)
+        interval = self.interval = Interval(engine.model, job.world_size)
+        self.checkpointer = Checkpointer(
+            settings, corpus.fingerprint, lanes, engine, progress, guard, ledger, watchdog, saver
+        )
+        self.recovery = Recovery(guard, progress, self.checkpointer, empty_lanes)
+        self.validator = Validator(settings, job, corpus, engine, rows, progress, watchdog, log)
+        self.diagnoser = Diagnoser(settings, engine, progress, interval, log)
 
     def fit(self) -> bool:
         """Train to `train.steps`; the last step is always reported, validated and saved.
@@ -173,61 +202,3 @@ class Trainer:
         yield from windows(
             self.data, start, start + left, settings.data.workers, self.engine.device
         )
-
-
-def build_trainer(
-    settings: Settings,
-    job: Job,
-    corpus: Corpus,
-    engine: Engine,
-    tracker: Tracker | NoTracker,
-    stop: StopRequest,
-) -> Trainer:
-    """Put a trainer at step 0 together; every rank calls this.
-
-    `settings` has no "auto" left that a run decides (see `startup.decide`).
-    """
-    train, folder = settings.train, settings.run.path
-    saver = AsyncSaver(folder / store.CHECKPOINTS, job, settings.checkpoint, corpus.tokenizer.data)
-    guard = Guard(settings.guard)
-    watchdog = Watchdog(settings.guard.hang_seconds, job)
-    lanes = lanes_of_rank(train.lane_count, job.rank, job.world_size)
-    empty_lanes = partial(LaneState.empty, len(lanes), settings.model, engine.device, engine.dtype)
-    tokens_seen = torch.zeros((), dtype=torch.int64, device=engine.device)
-    progress = Progress(train.steps, empty_lanes(), tokens_seen)
-
-    pad_id = corpus.train.manifest.pad_id
-    micro_batch = choose_micro_batch(settings, engine, progress.lane_state, pad_id)
-    engine.accumulate(train.accumulation * len(lanes) // micro_batch)
-    rows = progress.lane_state.rows(0, micro_batch)
-    engine.prepare(*dummy_batch(settings, rows, pad_id))  # before data readers start threads
-
-    schedule = corpus.train.schedule(
-        train.lane_count, train.window_chunks, train.seed, train.schedule_version
-    )
-    data = LaneWindows(
-        corpus.train.folder, corpus.train.manifest, schedule, lanes, settings.data.on_damage
-    )
-    log = RunLog(folder, tracker, job.rank)
-    ledger = LedgerWriter(folder, schedule, train.accumulation, lanes)
-    interval = Interval(engine.model, job.world_size)
-    checkpointer = Checkpointer(
-        settings, corpus.fingerprint, lanes, engine, progress, guard, ledger, watchdog, saver
-    )
-    return Trainer(
-        settings=settings,
-        engine=engine,
-        data=data,
-        micro_batch=micro_batch,
-        progress=progress,
-        stop=stop,
-        watchdog=watchdog,
-        guard=guard,
-        recovery=Recovery(guard, progress, checkpointer, empty_lanes),
-        ledger=ledger,
-        interval=interval,
-        validator=Validator(settings, job, corpus, engine, micro_batch, progress, watchdog, log),
-        diagnoser=Diagnoser(settings, engine, progress, interval, log),
-        checkpointer=checkpointer,
-        log=log,
-    )

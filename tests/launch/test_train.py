@@ -148,7 +148,7 @@ def build(
         "agree": mock.Mock(),
         "verify_checkpoint": lambda start, job: start,
         "I3LM": model,
-        "build_trainer": mock.Mock(return_value=built.trainer),
+        "Trainer": mock.Mock(return_value=built.trainer),
         "begin_record": built.recorded,
     }.items():
         monkeypatch.setattr(train, name, stand_in)
