@@ -101,7 +101,7 @@ def run_ranks(
     port = free_port()
     environs = [environment() | {"TORCHELASTIC_RUN_ID": "tests"} for _ in range(ranks)]
     for rank, environ in enumerate(environs):
-        Job(rank, ranks, rank, ranks, 1, "127.0.0.1", port, "torchrun").export(environ)
+        Job(rank, ranks, rank, ranks, "127.0.0.1", port, "torchrun").export(environ)
     return launcher().run([script, *map(str, words)], environs, timeout)
 
 

@@ -23,15 +23,14 @@ FIRST_PORT, PORTS = 10_240, 20_000
 class Job:
     """One process's place in the job.
 
-    `hosts` is the number of machines, `local_world_size` the number of ranks on this one, and
-    `master_addr:master_port` is where rank 0 listens.
+    `local_world_size` is the number of ranks on this host, and `master_addr:master_port` is where
+    rank 0 listens.
     """
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    hosts: int
     master_addr: str
     master_port: int
     launcher: Launcher
@@ -62,7 +61,7 @@ class Job:
         # A batch script and its children have SLURM_PROCID too, but only srun starts a step.
         if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
             return _from_slurm(environ)
-        return Job(0, 1, 0, 1, 1, "127.0.0.1", _free_port(), "python")
+        return Job(0, 1, 0, 1, "127.0.0.1", _free_port(), "python")
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
         """Write the job to `environ` under the names that torch and DeepSpeed read.
@@ -81,20 +80,14 @@ class Job:
 def _from_torch(environ: Mapping[str, str]) -> Job:
     launcher: Launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
     world_size = _integer(environ, "WORLD_SIZE")
-    # The deepspeed launcher sets LOCAL_SIZE and CROSS_SIZE, torchrun the other two.
+    # The deepspeed launcher sets the first of these, torchrun the second.
     local_name = "LOCAL_SIZE" if "LOCAL_SIZE" in environ else "LOCAL_WORLD_SIZE"
     local_world_size = _integer(environ, local_name)
-    hosts_name = "CROSS_SIZE" if "CROSS_SIZE" in environ else "GROUP_WORLD_SIZE"
-    if hosts_name in environ:
-        hosts = _integer(environ, hosts_name)
-    else:
-        hosts = -(-world_size // max(1, local_world_size))
     return Job(
         rank=_integer(environ, "RANK"),
         world_size=world_size,
         local_rank=_integer(environ, "LOCAL_RANK"),
         local_world_size=local_world_size,
-        hosts=hosts,
         master_addr=_text(environ, "MASTER_ADDR"),
         master_port=_integer(environ, "MASTER_PORT"),
         launcher=launcher,
@@ -115,7 +108,6 @@ def _from_slurm(environ: Mapping[str, str]) -> Job:
         world_size=_integer(environ, "SLURM_STEP_NUM_TASKS"),
         local_rank=_integer(environ, "SLURM_LOCALID"),
         local_world_size=tasks[node],
-        hosts=len(tasks),
         master_addr=environ.get("MASTER_ADDR") or first_host(_text(environ, "SLURM_STEP_NODELIST")),
         master_port=_integer(environ, "MASTER_PORT")
         if "MASTER_PORT" in environ

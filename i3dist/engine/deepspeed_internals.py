@@ -5,8 +5,9 @@ names each, says why, and checks it against the installed DeepSpeed when the eng
 written for 0.19.8, the version in constraints.txt.
 
 `i3dist.distributed` relies on three things of DeepSpeed's launcher. It sets LOCAL_SIZE and
-CROSS_SIZE beside torch's variables (`job`). The command `deepspeed` starts a process whose children
-are the ranks, and passes no signal on (`signals`). DEEPSPEED_TIMEOUT is in minutes (`rendezvous`).
+CROSS_SIZE beside torch's variables (`job`, `devices`). The command `deepspeed` starts a process
+whose children are the ranks, and passes no signal on (`signals`). DEEPSPEED_TIMEOUT is in minutes
+(`rendezvous`).
 """
 
 import inspect

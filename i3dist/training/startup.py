@@ -143,7 +143,7 @@ def preflight(corpus: Corpus, on_damage: OnDamage, job: Job) -> None:
             check_shards(corpus.train.folder, corpus.train.manifest, on_damage)
             check_shards(corpus.valid.folder, corpus.valid.manifest)
         except UserError as error:
-            where = f" (on {socket.gethostname()})" if job.hosts > 1 else ""
+            where = f" (on {socket.gethostname()})" if job.local_world_size < job.world_size else ""
             raise UserError(f"{error}{where}") from None
 
     collectives.on_all_ranks(check if job.local_rank == 0 else lambda: None)

@@ -182,10 +182,10 @@ def test_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    job = Job(1, 4, 1, 4, 1, "host1", 29500, "slurm")
+    job = Job(1, 4, 1, 4, "host1", 29500, "slurm")
     assert devices.device(job) == torch.device("cuda", 1)
     assert devices.backend() == "nccl"
     with pytest.raises(UserError, match="local rank 3 has no GPU: this host shows 2"):
-        devices.device(Job(3, 4, 3, 4, 1, "host1", 29500, "slurm"))
+        devices.device(Job(3, 4, 3, 4, "host1", 29500, "slurm"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert (devices.device(job), devices.backend()) == (torch.device("cpu"), "gloo")

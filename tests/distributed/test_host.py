@@ -22,7 +22,7 @@ def test_ranks_never_take_more_threads_than_there_are_cores(cores: int, ranks: i
 
 
 def job_of(launcher: Launcher, local_world_size: int) -> Job:
-    return Job(0, local_world_size, 0, local_world_size, 1, "127.0.0.1", 29500, launcher)
+    return Job(0, local_world_size, 0, local_world_size, "127.0.0.1", 29500, launcher)
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,12 @@ SLURM = BATCH_SCRIPT | {
 @pytest.mark.parametrize(
     ("environ", "job"),
     [
-        (DEEPSPEED, Job(3, 4, 1, 2, 2, "10.0.0.1", 29500, "deepspeed")),
-        (TORCHRUN, Job(5, 8, 1, 4, 2, "10.0.0.1", 29500, "torchrun")),
-        (SLURM, Job(2, 3, 0, 1, 2, "gpu007", 10_281, "slurm")),
-        (SLURM | RENDEZVOUS, Job(2, 3, 0, 1, 2, "10.0.0.1", 29500, "slurm")),
-        (SLURM | TORCHRUN, Job(5, 8, 1, 4, 2, "10.0.0.1", 29500, "torchrun")),
-        (SLURM | DEEPSPEED, Job(3, 4, 1, 2, 2, "10.0.0.1", 29500, "deepspeed")),
+        (DEEPSPEED, Job(3, 4, 1, 2, "10.0.0.1", 29500, "deepspeed")),
+        (TORCHRUN, Job(5, 8, 1, 4, "10.0.0.1", 29500, "torchrun")),
+        (SLURM, Job(2, 3, 0, 1, "gpu007", 10_281, "slurm")),
+        (SLURM | RENDEZVOUS, Job(2, 3, 0, 1, "10.0.0.1", 29500, "slurm")),
+        (SLURM | TORCHRUN, Job(5, 8, 1, 4, "10.0.0.1", 29500, "torchrun")),
+        (SLURM | DEEPSPEED, Job(3, 4, 1, 2, "10.0.0.1", 29500, "deepspeed")),
     ],
     ids=["deepspeed", "torchrun", "srun", "srun+addr", "srun+torchrun", "srun+deepspeed"],
 )
@@ -63,7 +63,7 @@ def test_each_launcher_is_read(environ: dict[str, str], job: Job) -> None:
 @pytest.mark.parametrize("environ", [{}, BATCH_SCRIPT], ids=["shell", "batch script without srun"])
 def test_plain_python_is_one_rank_with_a_free_port(environ: dict[str, str]) -> None:
     job = Job.detect(environ)
-    assert job == Job(0, 1, 0, 1, 1, "127.0.0.1", job.master_port, "python")
+    assert job == Job(0, 1, 0, 1, "127.0.0.1", job.master_port, "python")
     assert job.master_port >= 1024
 
 
@@ -113,7 +113,7 @@ def jobs(draw: st.DrawFn) -> Job:
     port = draw(st.integers(1, 65_535))
     launcher = draw(st.sampled_from(["deepspeed", "torchrun", "slurm", "python"]))
     rank = host * local + local_rank
-    return Job(rank, hosts * local, local_rank, local, hosts, "host1", port, launcher)
+    return Job(rank, hosts * local, local_rank, local, "host1", port, launcher)
 
 
 @given(jobs())
@@ -124,7 +124,9 @@ def test_an_exported_job_reads_back(job: Job) -> None:
     for name in Job.__dataclass_fields__:
         assert name == "launcher" or getattr(again, name) == getattr(job, name)
     # DeepSpeed shares memory between ranks exactly where LOCAL_SIZE says that all are on one host.
-    assert (environ["LOCAL_SIZE"] == environ["WORLD_SIZE"]) == (job.hosts == 1)
+    assert (environ["LOCAL_SIZE"] == environ["WORLD_SIZE"]) == (
+        job.local_world_size == job.world_size
+    )
 
 
 @given(st.integers(1, 2**26), st.integers(0, 1000))

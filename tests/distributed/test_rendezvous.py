@@ -21,7 +21,7 @@ from tests.conftest import free_port
 
 
 def rank_of_two(rank: int, port: int, launcher: Launcher = "deepspeed") -> Job:
-    return Job(rank, 2, rank, 2, 1, "127.0.0.1", port, launcher)
+    return Job(rank, 2, rank, 2, "127.0.0.1", port, launcher)
 
 
 def try_to_meet(
@@ -53,7 +53,7 @@ def test_ranks_of_one_job_meet_and_torch_finds_the_first_listening() -> None:
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda job: try_to_meet(job, patience=20, inside=together.wait), jobs)
         assert list(found) == ["met", "met"]
-    alone = Job(0, 1, 0, 1, 1, "127.0.0.1", port, "python")
+    alone = Job(0, 1, 0, 1, "127.0.0.1", port, "python")
     with rendezvous.meet(alone, "runs/a", timedelta(minutes=10)):
         torch.distributed.TCPStore("127.0.0.1", port, 1, True, multi_tenant=True)
 
@@ -72,10 +72,10 @@ def test_a_port_in_use_is_named_with_the_way_to_another(launcher: Launcher) -> N
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said = try_to_meet(Job(0, 1, 0, 1, 1, "127.0.0.1", port, launcher))
+        said = try_to_meet(Job(0, 1, 0, 1, "127.0.0.1", port, launcher))
         assert f"port {port} of 127.0.0.1" in said and PORT_WAYS[launcher] in said
         # As the message says.
-        assert try_to_meet(Job(0, 1, 0, 1, 1, "127.0.0.1", free_port(), launcher)) == "met"
+        assert try_to_meet(Job(0, 1, 0, 1, "127.0.0.1", free_port(), launcher)) == "met"
 
 
 def test_a_rank_never_joins_another_job() -> None:
@@ -185,5 +185,5 @@ def test_ranks_that_wait_in_vain_say_for_whom_and_where(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("address", ["no-such-host.invalid", "203.0.113.1"])
 def test_an_address_that_is_not_the_first_ranks_is_named(address: str) -> None:
-    said = try_to_meet(Job(0, 1, 0, 1, 1, address, free_port(), "slurm"))
+    said = try_to_meet(Job(0, 1, 0, 1, address, free_port(), "slurm"))
     assert f"rank 0 cannot be reached at {address}:" in said and "MASTER_ADDR" in said

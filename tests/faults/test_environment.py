@@ -95,7 +95,7 @@ def test_a_folder_that_the_first_rank_cannot_lay_out_is_the_same_line_on_every_r
     ranks, port = [], free_port()
     for rank in range(2):
         environ = environment() | {"TORCHELASTIC_RUN_ID": "tests"}
-        Job(rank, 2, rank, 2, 1, "127.0.0.1", port, "torchrun").export(environ)
+        Job(rank, 2, rank, 2, "127.0.0.1", port, "torchrun").export(environ)
         command = [sys.executable, "launch/train.py", *words]
         pipe = subprocess.PIPE
         ranks.append(subprocess.Popen(command, cwd=ROOT, env=environ, stderr=pipe, text=True))

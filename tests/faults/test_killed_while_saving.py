@@ -41,7 +41,7 @@ def save(folder: Path, job: Job, step: int) -> None:
 
 def save_on_and_on(folder: Path, rank: int, port: int, first: int, said: Connection) -> None:
     """One of two ranks: saves step after step, and says each that is published."""
-    job = Job(rank, 2, rank, 2, 1, "127.0.0.1", port, "deepspeed")
+    job = Job(rank, 2, rank, 2, "127.0.0.1", port, "deepspeed")
     job.export()
     torch_dist.init_process_group("gloo")
     for step in range(first, first + 10_000):

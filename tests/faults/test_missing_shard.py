@@ -61,7 +61,7 @@ def test_where_it_is_missing_on_one_host_every_rank_hears_of_it(
     corpus = Corpus.open(tmp_path / "data", ModelSettings())
     (corpus.train.folder / "shard-000004.tar").unlink()
     monkeypatch.setattr("socket.gethostname", lambda: "node7")
-    job = replace(Job.detect({}), rank=2, world_size=4, local_world_size=2, hosts=2)
+    job = replace(Job.detect({}), rank=2, world_size=4, local_world_size=2)
     with pytest.raises(UserError, match=r"shard-000004\.tar: .* \(on node7\)$"):
         preflight(corpus, "stop", job)
     preflight(corpus, "stop", replace(job, rank=3, local_rank=1))  # hears by the exchange

@@ -88,7 +88,7 @@ def test_gpus_that_are_too_few_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def ranks(count: int) -> None:
         for rank in range(count):
-            devices.device(Job(rank, count, rank, count, 1, "host1", 29500, "slurm"))
+            devices.device(Job(rank, count, rank, count, "host1", 29500, "slurm"))
 
     with pytest.raises(UserError, match="start at most one rank per GPU, and let each see all"):
         ranks(3)

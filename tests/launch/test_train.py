@@ -48,7 +48,7 @@ def test_a_dry_run_prints_what_the_run_would_decide(
     settings = Settings().with_values(
         **MODEL | {"model.vocab_size": "auto", "data.path": str(known.folder), "train.steps": 777}
     )
-    job = Job(0, ranks, 0, ranks, 1, "127.0.0.1", 1, "python")
+    job = Job(0, ranks, 0, ranks, "127.0.0.1", 1, "python")
     train.dry_run(settings, job)
     said = capsys.readouterr().out
     shown = dict(r for r in cells(said) if len(r) == 2)
@@ -56,7 +56,7 @@ def test_a_dry_run_prints_what_the_run_would_decide(
     assert shown["optimizer.decay_steps"] == "777"
     assert shown["model.vocab_size"] == "271"
     assert f"tokens_per_step={lanes * 2 * CHUNK} ({lanes} lanes x 1 windows" in said
-    train.dry_run(settings, Job(1, 2, 1, 2, 1, "127.0.0.1", 1, "python"))
+    train.dry_run(settings, Job(1, 2, 1, 2, "127.0.0.1", 1, "python"))
     assert capsys.readouterr().out == "", "the first rank alone speaks"
 
 
@@ -157,7 +157,7 @@ def build(
     for name in ("share_threads", "keep_freed_memory"):
         monkeypatch.setattr(train.host, name, mock.Mock())
     arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False, verbose=False)
-    job = Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
+    job = Job(rank, 2, rank, 2, "127.0.0.1", 1, "python")
     assert train.build(arguments, settings, job, corpus, mock.Mock()) is built.trainer
     return built
 
@@ -204,7 +204,7 @@ def test_the_first_rank_alone_keeps_the_record(
     started = mock.Mock(**{"return_value.where.return_value": []})
     monkeypatch.setattr(train.tracking, "start", started)
     for rank in (1, 0):
-        job = Job(rank, 2, rank, 2, 1, "127.0.0.1", 1, "python")
+        job = Job(rank, 2, rank, 2, "127.0.0.1", 1, "python")
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         monkeypatch.setattr(train.collectives, "gather_objects", lambda mine, _=None: [mine])
@@ -240,7 +240,7 @@ def test_a_run_says_what_it_is_before_it_begins(
     settings = Settings().with_values(**MODEL | long)
     corpus = train.Corpus.open(known.folder, settings.model)
     start = train.Start(settings, Path("step-00000003") if continues else None)
-    job = Job(0, 1, 0, 1, 1, "127.0.0.1", 1, "python")
+    job = Job(0, 1, 0, 1, "127.0.0.1", 1, "python")
     tracker = train.begin_record(start, job, corpus, verbose)
     said = capsys.readouterr().out
     assert ("note: history begins" in said) == (not continues)

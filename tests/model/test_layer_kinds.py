@@ -163,7 +163,7 @@ def test_a_kind_that_cannot_be_in_a_file_is_named_with_its_line(tmp_path: Path) 
 def test_training_refuses_such_a_stack_before_ranks_wait(data: Path, tmp_path: Path) -> None:
     """One rank of two, whose peer never comes."""
     environ = environment() | {"TORCHELASTIC_RUN_ID": "tests"}
-    Job(0, 2, 0, 2, 1, "127.0.0.1", free_port(), "torchrun").export(environ)
+    Job(0, 2, 0, 2, "127.0.0.1", free_port(), "torchrun").export(environ)
     run, words = tmp_path / "run", ["--config", "configs/tiny.yaml", "train.device=cpu"]
     words += ["model.layers=1xattention,1xrwkv", f"data.path={data}", f"run.path={run}"]
     result = launcher().run(["launch/train.py", *words], [environ], 60)

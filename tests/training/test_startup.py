@@ -193,7 +193,7 @@ def test_a_run_from_step_0_begins_in_an_empty_folder(
 
 
 def test_lanes_are_shared_by_ranks_and_micro_batches(typed: Settings) -> None:
-    job = Job(0, 2, 0, 2, 1, "127.0.0.1", 1, "python")
+    job = Job(0, 2, 0, 2, "127.0.0.1", 1, "python")
     for rows, fits in (
         (1, True),
         (2, True),
