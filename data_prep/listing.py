@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 from data_prep.output import is_output
 from data_prep.readers import SUFFIXES
@@ -22,8 +23,6 @@ from i3dist.errors import UserError, printable
 
 _HIDDEN = (".", "~$")
 _ENDINGS_NAMED = 6
-
-_Identity = tuple[int, int]
 
 
 class Listing:
@@ -90,11 +89,10 @@ class Listing:
             for below, _ in walk(folder, lambda path: not path.name.startswith(".")):
                 yield from self._matches(below, parts[1:] or ["*"])
         elif glob.has_magic(parts[0]):
-            names = [path.name for path in _entries(folder)]
-            if not parts[0].startswith("."):
-                names = [name for name in names if not name.startswith(".")]
-            for name in fnmatch.filter(names, parts[0]):
-                yield from self._matches(folder / name, parts[1:])
+            _, folders, files = next(os.walk(folder, onerror=_refuse))
+            for name in fnmatch.filter((*folders, *files), parts[0]):
+                if parts[0].startswith(".") or not name.startswith("."):
+                    yield from self._matches(folder / name, parts[1:])
         elif os.path.lexists(folder / parts[0]):
             yield from self._matches(folder / parts[0], parts[1:])
 
@@ -122,28 +120,16 @@ def walk(root: Path, enters: Callable[[Path], bool]) -> Iterator[tuple[Path, lis
     Links are followed, but not back to a folder that they lie in. `enters` tells which folders to
     walk into.
     """
-    pending: list[tuple[Path, tuple[_Identity, ...]]] = [(root, (_identity(root),))]
-    while pending:
-        folder, above = pending.pop()
-        files = []
-        for path in _entries(folder):
-            if not os.path.isdir(path):
-                files.append(path)
-            elif enters(path) and (identity := _identity(path)) not in above:
-                pending.append((path, (*above, identity)))
-        yield folder, files
+    for name, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
+        folder = Path(name)
+        above = [path for path in (folder, *folder.parents) if path.is_relative_to(root)]
+        inner = ((entry, folder / entry) for entry in folders)
+        folders[:] = [e for e, path in inner if enters(path) and not any(map(path.samefile, above))]
+        yield folder, [folder / file for file in files]
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}") from None
-
-
-def _identity(folder: Path) -> _Identity:
-    found = folder.stat()
-    return found.st_dev, found.st_ino
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def _is_source(path: Path) -> bool:
