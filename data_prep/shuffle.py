@@ -102,17 +102,6 @@ def _table(run: Sequence[Document]) -> pa.Table:
     return pa.Table.from_arrays([*columns, lists], schema=_SCHEMA)
 
 
-class _Records:
-    """The records of a part, and once they are read, the pieces of files that they came from."""
-
-    def __init__(self, part: Part) -> None:
-        self._records: Any = part.records()
-        self.pieces: tuple[Piece, ...] = ()
-
-    def __iter__(self) -> Iterator[Record]:
-        self.pieces = (yield from self._records) or ()
-
-
 @dataclass(frozen=True)
 class Spiller:
     """Pass 1: writes the runs of a part into `folder`, and calls `report` with counts of tokens."""
@@ -128,8 +117,8 @@ class Spiller:
         names: list[str] = []
         documents = tokens = 0
         smallest, largest = HASH_END, -1
-        records = _Records(part)
-        for run in self._runs(records, skipped):
+        pieces: list[Piece] = []
+        for run in self._runs(_records(part, pieces), skipped):
             names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
             _write_run(run, self.folder / names[-1])
             documents += len(run)
@@ -143,7 +132,7 @@ class Spiller:
             skipped=dict(skipped),
             smallest_split=smallest,
             largest_split=largest,
-            pieces=records.pieces,
+            pieces=tuple(pieces),
         )
         write_whole(summary_path(self.folder, number), summary.model_dump_json().encode())
         return summary
@@ -166,6 +155,12 @@ class Spiller:
                 run, size = [], 0
         if run:
             yield run
+
+
+def _records(part: Part, pieces: list[Piece]) -> Iterator[Record]:
+    """The records of a part; at the end the pieces of files that were read join `pieces`."""
+    read: Any = part.records()
+    pieces.extend((yield from read) or ())
 
 
 def summary_path(folder: Path, number: int) -> Path:
