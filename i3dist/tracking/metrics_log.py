@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -85,11 +84,6 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
 
 
-def _finite_or_null(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_null(item) for item in value]
-    return value
+def _finite_or_null(line: Mapping[str, Any]) -> Any:
+    # Python writes NaN, Infinity and -Infinity, which JSON has not; its reader hands them over.
+    return json.loads(json.dumps(line), parse_constant=lambda _: None)
