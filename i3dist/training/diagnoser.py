@@ -10,6 +10,7 @@ from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
 from i3dist.tracking.diagnose import diagnose
 from i3dist.tracking.interval import Interval
+from i3dist.tracking.metrics_log import DIAGNOSTICS
 from i3dist.tracking.report import diagnosis_line
 from i3dist.training.progress import Progress
 from i3dist.training.run_log import RunLog
@@ -51,5 +52,5 @@ class Diagnoser:
         found = diagnose(self.engine.model, *batch, state, gate_value)
         figures = {**found, "compressor_gradient_norm": norm}
         self.log.log(
-            "diagnostics", step, figures, diagnosis_line(step, self.progress.last_step, figures)
+            DIAGNOSTICS, step, figures, diagnosis_line(step, self.progress.last_step, figures)
         )

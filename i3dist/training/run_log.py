@@ -6,14 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from i3dist.errors import warned
-from i3dist.tracking.metrics_log import DIAGNOSTICS, METRICS, VALIDATION, MetricsLog
+from i3dist.tracking.metrics_log import MetricsLog
 from i3dist.tracking.tracker import NoTracker, Tracker
 
-FILES = {
-    "train": METRICS,
-    "valid": VALIDATION,
-    "diagnostics": DIAGNOSTICS,
-}
 PLOT_SECONDS = 60  # at most: a job that is to be requeued has two minutes
 
 
@@ -25,12 +20,11 @@ class RunLog:
         self.folder = folder
         self.tracker = tracker
         self.active = rank == 0
-        self._files = {kind: MetricsLog(folder / name) for kind, name in FILES.items()}
 
-    def log(self, kind: str, step: int, figures: Mapping[str, Any], line: str) -> None:
-        """Append `figures` to the file of their kind (see `FILES`), track them, print `line`."""
+    def log(self, name: str, step: int, figures: Mapping[str, Any], line: str) -> None:
+        """Append `figures` to the log of this name (`metrics_log`), track them, print `line`."""
         if self.active:
-            self._files[kind].append(step, figures)
+            MetricsLog(self.folder / name).append(step, figures)
             self.tracker.send()
             print(line, flush=True)
 

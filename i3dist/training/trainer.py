@@ -24,6 +24,7 @@ from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
 from i3dist.tracking.interval import Interval
 from i3dist.tracking.metrics import measure
+from i3dist.tracking.metrics_log import METRICS
 from i3dist.tracking.report import report_line
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.checkpointer import Checkpointer
@@ -192,7 +193,7 @@ class Trainer:
         self.ledger.flush()
         self.interval.restart()
         if figures is not None:
-            self.log.log("train", progress.step, measure(figures), report_line(figures))
+            self.log.log(METRICS, progress.step, measure(figures), report_line(figures))
 
     def batches(self) -> Generator[Batch, None, None]:
         """Batches of this rank's lanes, from the next window to the last of the run."""

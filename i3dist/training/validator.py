@@ -11,6 +11,7 @@ from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
 from i3dist.inference.evaluate import evaluate
 from i3dist.tracking.history import history_warning, validation_metrics
+from i3dist.tracking.metrics_log import VALIDATION
 from i3dist.tracking.report import progress_bar, validation_line
 from i3dist.training.progress import Progress
 from i3dist.training.run_log import RunLog
@@ -44,7 +45,7 @@ class Validator:
             progress_bar,
         )
         line = validation_line(step, settings.train.steps, result)
-        self.log.log("valid", step, validation_metrics(result), line)
+        self.log.log(VALIDATION, step, validation_metrics(result), line)
         trained_with_history = step > 0 and settings.compression.gate_at(step - 1) == 1.0
         if self.log.active and trained_with_history and (warning := history_warning(result)):
             print(warning, flush=True)
