@@ -6,36 +6,35 @@ from collections.abc import Collection, Mapping
 LIKE_ENOUGH = 0.7  # of 1, as difflib measures it
 MOST = 3  # suggestions
 
-# What other trainers call our settings. A word may be typed with or without its first part as the
-# section: log_interval, log.interval.
+# What other trainers call our settings, where `suggest` finds no likeness. A word may be
+# typed with or without its first part as the section: log_interval, log.interval.
 SYNONYMS = {
     "run.path": "output_dir output_path output out_dir out save_dir save_path run_dir log_dir "
-    "logdir checkpoint_dir checkpoint_path checkpoint_folder ckpt_dir ckpt_path dump_folder resume "
-    "resume_from resume_from_checkpoint",
+    "logdir checkpoint_dir checkpoint_path checkpoint_folder ckpt_dir ckpt_path dump_folder "
+    "resume resume_from resume_from_checkpoint",
     "data.path": "dataset dataset_dir dataset_name data_dir data_root data_prefix data train_data "
     "train_path train_file train_files train_bin dataset_path input_dir",
-    "data.workers": "num_workers n_workers dataloader_num_workers loader_workers",
+    "data.workers": "dataloader_num_workers loader_workers",
     "model.d_model": "hidden_size hidden_dim dim n_embd n_embed d_embed embed_dim embedding_dim "
     "model_dim width",
-    "model.layers": "n_layer n_layers num_layers num_hidden_layers depth rwkv_layers "
-    "attention_layers",
-    "model.heads": "n_head n_heads num_heads num_attention_heads attention_heads",
-    "model.ff_mult": "mlp_ratio ffn_mult ffn_dim_multiplier mlp_mult intermediate_size d_ff",
+    "model.layers": "num_hidden_layers depth attention_layers",
+    "model.heads": "num_attention_heads attention_heads",
+    "model.ff_mult": "mlp_ratio ffn_dim_multiplier mlp_mult intermediate_size d_ff",
     "model.chunk_length": "seq_len seq_length sequence_length block_size context_length ctx_len "
     "context_size max_seq_len max_seq_length max_sequence_length max_position_embeddings "
     "chunk_size",
     "model.latents": "num_latents n_latents",
     "model.sub_latents": "records",
-    "model.history_chunks": "history memory_size",
-    "compression.ramp_steps": "ramp compression_warmup",
+    "model.history_chunks": "memory_size",
+    "compression.ramp_steps": "compression_warmup",
     "optimizer.kind": "optimizer optim opt optimizer_type optimizer_name optim_type optim_name "
     "optimizer_class",
     "optimizer.lr": "learning_rate max_lr peak_lr base_lr max_learning_rate initial_lr",
-    "optimizer.min_lr_ratio": "min_lr lr_min final_lr final_lr_frac min_learning_rate "
-    "min_lr_factor alpha_f",
+    "optimizer.min_lr_ratio": "min_lr final_lr final_lr_frac min_learning_rate min_lr_factor "
+    "alpha_f",
     "optimizer.schedule": "lr_scheduler lr_scheduler_type lr_schedule scheduler scheduler_type "
     "lr_decay_style decay_type",
-    "optimizer.warmup_steps": "warmup warmup_iters num_warmup_steps lr_warmup_steps lr_warmup "
+    "optimizer.warmup_steps": "warmup_iters num_warmup_steps lr_warmup_steps lr_warmup "
     "warmup_iterations warmup_ratio warmup_fraction",
     "optimizer.decay_steps": "lr_decay_steps lr_decay_iters decay_iters t_max",
     "optimizer.decay_fraction": "decay_ratio cooldown cooldown_frac warmdown_ratio lr_decay_ratio",
@@ -50,11 +49,10 @@ SYNONYMS = {
     "train.lanes": "batch_size batch global_batch_size train_batch_size total_batch_size bs rows",
     "train.micro_batch": "micro_batch_size device_batch_size local_batch_size mbs "
     "per_device_train_batch_size per_device_batch_size train_micro_batch_size_per_gpu",
-    "train.accumulation": "gradient_accumulation_steps gradient_accumulation grad_accum "
-    "grad_accum_steps accumulate_grad_batches accumulation_steps acc_steps",
+    "train.accumulation": "gradient_accumulation_steps grad_accum grad_accum_steps "
+    "accumulate_grad_batches accumulation_steps acc_steps",
     "train.device": "gpu accelerator",
     "train.engine": "backend strategy",
-    "train.compile": "torch_compile use_compile",
     "train.clip": "grad_clip clip_grad clip_grad_norm max_grad_norm max_norm gradient_clipping "
     "grad_norm gradient_clip_val grad_norm_clip clip_norm",
     "log.every": "log_interval log_every log_freq log_frequency log_steps logging_steps "
@@ -69,8 +67,8 @@ SYNONYMS = {
     "guard.hang_seconds": "timeout hang_timeout",
     "guard.spike_factor": "spike_threshold",
     "tracking.enabled": "mlflow wandb use_wandb use_mlflow wandb_log",
-    "tracking.experiment": "project project_name wandb_project experiment_name mlflow_experiment",
-    "tracking.run_name": "name exp_name job_name wandb_run_name wandb_name",
+    "tracking.experiment": "project project_name wandb_project experiment_name",
+    "tracking.run_name": "exp_name job_name wandb_name",
 }
 MEANING = {word: name for name, words in SYNONYMS.items() for word in words.split()}
 
@@ -90,12 +88,10 @@ def suggest(name: str, known: Collection[str]) -> list[str]:
     if f"{section}.{key}" in known:
         return [f"{section}.{key}"]
     joined = f"{section}_{key}".lstrip("_")
-    for setting in known:
-        if setting.replace(".", "_") == joined:  # train_seed
-            return [setting]
+    meaning = MEANING | {setting.replace(".", "_"): setting for setting in known}  # train_seed
     for word in (joined, key):
-        if MEANING.get(word) in known:
-            return [MEANING[word]]
+        if meaning.get(word) in known:
+            return [meaning[word]]
     keys = {setting: setting.partition(".")[2] for setting in known}
     here = {setting: word for setting, word in keys.items() if setting.startswith(f"{section}.")}
     found = (
