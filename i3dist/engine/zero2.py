@@ -120,11 +120,14 @@ class Zero2Engine(Engine):
         figures = self._exchange(sums)
         norm = figures[0]
         skipped = ~(figures.isfinite().all() & (norm <= limit))
-        arriving = _Arriving(torch.cat([skipped.view(1), figures]))
+        arriving = torch.cat([skipped.view(1), figures]).to("cpu", non_blocking=True)
+        arrived = torch.get_device_module(self.device).Event()
+        arrived.record()
         self._optimizer.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
         self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self._engine.step()
-        was_skipped, norm_there, *sums_there = arriving.values()
+        arrived.synchronize()  # does not wait for the update
+        was_skipped, norm_there, *sums_there = arriving.tolist()
         return StepResult(was_skipped == 0, norm_there, sums_there)
 
     def _exchange(self, sums: Tensor) -> Tensor:
@@ -172,19 +175,3 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
         "bf16": config.get("bf16", {}) | {"check_grad_overflow": False},
         "timers": {"throughput": {"enabled": False}},
     }
-
-
-class _Arriving:
-    """A few numbers on their way from the device to the host."""
-
-    def __init__(self, numbers: Tensor):
-        self.host = numbers.to("cpu", non_blocking=True)
-        self.event = torch.cuda.Event() if numbers.is_cuda else None
-        if self.event is not None:
-            self.event.record()
-
-    def values(self) -> list[float]:
-        """Wait for the numbers, but not for work that the device was given after them."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.host.tolist()
