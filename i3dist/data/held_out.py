@@ -198,14 +198,11 @@ class HeldOut:
         begin, end = (count * r // ranks for r in (rank, rank + 1))
         seen = min(self.depth[begin * window], self.history_chunks) if begin < end else 0
         lead = -(-int(seen) // window)
-        positions = np.full((count, window), NONE)
-        positions.reshape(-1)[: len(self.places)] = np.arange(len(self.places))
-        mine = positions[begin - lead : end]
-        rows = max(1, min(rows, len(mine)))
-        batches = -(-len(mine) // rows)
-        table = np.full((batches * rows, window), NONE)
-        table[: len(mine)] = mine
-        return Share(Table(self.places, table.reshape(batches, rows, window)), lead)
+        rows = max(1, min(rows, end - begin + lead))
+        read = np.arange((begin - lead) * window, min(end * window, len(self.places)))
+        padding = -len(read) % (rows * window)
+        table = np.pad(read, (0, padding), constant_values=NONE).reshape(-1, rows, window)
+        return Share(Table(self.places, table), lead)
 
     def _dealt(self, rank: int, ranks: int, window: int, rows: int) -> Ints:
         """Whole documents dealt out to rows of about equal length: [batches, rows, K]."""

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -152,11 +152,8 @@ def _die_of_lost_windows(_: int) -> None:
 
     Python would print a traceback and continue, and the rank would wait for that window for ever.
     """
-
-    def die(*_: object) -> NoReturn:
-        os._exit(1)
-
-    Queue._on_queue_feeder_error = staticmethod(die)  # type: ignore[attr-defined]
+    die = staticmethod(lambda *_: os._exit(1))
+    Queue._on_queue_feeder_error = die  # type: ignore[attr-defined]
 
 
 def _read(loader: "DataLoader[Reading]") -> Iterator[Reading]:
