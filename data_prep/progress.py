@@ -1,7 +1,7 @@
 """The progress bar of a pass, and the table that a run ends with."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -46,7 +46,11 @@ def closing_table(
     manifests: Mapping[str, Manifest], skipped: Mapping[str, int], seconds: float
 ) -> Table:
     """A row for each split, then the time, the speed, and the skipped documents by reason."""
-    table = Table(title="Shards", caption=_caption(manifests, skipped, seconds))
+    tokens = sum(manifest.tokens for manifest in manifests.values())
+    reasons = [f"{count:,} {reason}" for reason, count in sorted(skipped.items())]
+    left_out = f"skipped documents: {', '.join(reasons)}" if reasons else "no document skipped"
+    speed = f"{seconds:,.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+    table = Table(title="Shards", caption=f"{speed}; {left_out}")
     for heading in ("split", "documents", "tokens", "chunks", "shards", "MB"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for split, manifest in sorted(manifests.items()):
@@ -54,10 +58,3 @@ def closing_table(
         counts = (manifest.documents, manifest.tokens, manifest.chunks, len(manifest.shards))
         table.add_row(split, *(f"{count:,}" for count in counts), f"{size:,.1f}")
     return table
-
-
-def _caption(manifests: Mapping[str, Manifest], skipped: Mapping[str, int], seconds: float) -> str:
-    tokens = sum(manifest.tokens for manifest in manifests.values())
-    reasons: Sequence[str] = [f"{count:,} {reason}" for reason, count in sorted(skipped.items())]
-    left_out = f"skipped documents: {', '.join(reasons)}" if reasons else "no document skipped"
-    return f"{seconds:,.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s; {left_out}"

@@ -115,7 +115,7 @@ class _Reader:
         """All settings of a file; raises `UserError`, with the line where there is one."""
         said = Said({}, {})
         try:
-            for section, line, group in self._items("", _compose(_text_of(config))):
+            for section, line, group in self._items("", _compose(config.read_text("utf-8"))):
                 said.places[section] = f"{config}, line {line}: "
                 values = said.values[section] = {}
                 for key, line, node in self._items(f"{section}.", group):
@@ -123,6 +123,9 @@ class _Reader:
                     values[key] = self._value(f"{section}.{key}", node)
         except OSError as error:
             raise UserError(f"cannot read settings {config}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise UserError(f"{config}, line {line}: cannot be parsed: not UTF-8 text") from None
         except _TextError as error:
             raise UserError(f"{config}, line {error.line}: {error}") from None
         return said
@@ -158,14 +161,6 @@ class _Reader:
         if "${" in text:
             _refuse(node, f"{name} cannot be parsed: ${{...}} is no value, write the value itself")
         return _number(text)
-
-
-def _text_of(config: Path) -> str:
-    try:
-        return config.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise _TextError("cannot be parsed: not UTF-8 text", line) from None
 
 
 def _plain(node: yaml.Node, problem: str) -> str:

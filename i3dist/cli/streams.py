@@ -82,12 +82,8 @@ class _Output(io.FileIO):
         except OSError as error:
             if self._needed:
                 raise OSError(error.errno, error.strerror, NAMES[self._number]) from None
-            self._tell(error)
+            if self._number == 1 and not self._told:
+                self._told = True
+                lost = f"{NAMES[1]}: {error.strerror}"
+                print(f"warning: {lost}; the program goes on", file=sys.stderr)
         return size
-
-    def _tell(self, error: OSError) -> None:
-        """Warn once, on standard error, that standard output is lost."""
-        if self._told or self._number != 1:
-            return
-        self._told = True
-        print(f"warning: {NAMES[1]}: {error.strerror}; the program goes on", file=sys.stderr)
