@@ -59,11 +59,10 @@ class StopRequest:
         """Take in the sum of all ranks' votes."""
         self._agreed = self._agreed or votes > 0
 
-    def vote_now(self) -> bool:
-        """Exchange votes outside of a step; returns whether to stop. Every rank calls this."""
+    def vote_now(self) -> None:
+        """Exchange votes outside of a step. Every rank calls this."""
         device = torch.device("cuda") if devices.uses_cuda() else torch.device("cpu")
         self.count(float(collectives.all_sum(torch.tensor(self.vote(), device=device))))
-        return self.agreed()
 
     def exit_to_requeue(self) -> NoReturn:
         """Wait for the other ranks, all of which have saved, and exit at once with `REQUEUE`.
