@@ -226,15 +226,12 @@ def _fast_encoder(
 
 
 def _is_plain_gpt2(spec: dict[str, Any]) -> bool:
-    splitter, model = spec["pre_tokenizer"] or {}, spec["model"]
-    plain_model = model["type"] == "BPE" and not any(
-        model.get(key)
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    model, splitter = spec["model"], (spec["pre_tokenizer"] or {}).items()
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    return (
+        model["type"] == "BPE"
+        and not any(map(model.get, odd))
+        and splitter >= {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}.items()
+        and all(token["special"] for token in spec["added_tokens"])
+        and spec["normalizer"] is None
     )
-    plain_splitter = (
-        splitter.get("type") == "ByteLevel"
-        and not splitter["add_prefix_space"]
-        and splitter["use_regex"]
-    )
-    only_specials = all(token["special"] for token in spec["added_tokens"])
-    return plain_model and plain_splitter and only_specials and spec["normalizer"] is None
