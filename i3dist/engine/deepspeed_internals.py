@@ -115,27 +115,18 @@ class ZeroInternals:
         """
         try:
             # The ZeRO optimizer, which holds partitions, buckets and reduced gradients.
-            self._zero = engine.optimizer
+            self._zero = zero = engine.optimizer
+            # With fp32 parameters DeepSpeed itself keeps its part of the reduced gradient.
+            self.keeps_fp32_gradients: bool = zero.dtype == torch.float32
+            # This rank's fp32 weights, one flat tensor a group.
+            self.partitions: list[Tensor] = zero.single_partition_of_fp32_groups
+            # Elements of each of them, with padding; the same on every rank.
+            self.partition_sizes: list[int] = zero.partition_size
             difference = self._difference(flats, optimizer)
         except Exception as error:  # whatever looking at another DeepSpeed may raise
             difference = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         for found in filter(None, collectives.gather_objects(difference)):
             raise UnknownDeepSpeedError(found)
-
-    @property
-    def keeps_fp32_gradients(self) -> bool:
-        """`dtype`: with fp32 parameters DeepSpeed itself keeps its part of the reduced gradient."""
-        return self._zero.dtype == torch.float32
-
-    @property
-    def partitions(self) -> list[Tensor]:
-        """`single_partition_of_fp32_groups`: this rank's fp32 weights, one flat tensor a group."""
-        return self._zero.single_partition_of_fp32_groups
-
-    @property
-    def partition_sizes(self) -> list[int]:
-        """`partition_size`: elements of each of them, with padding; the same on every rank."""
-        return self._zero.partition_size
 
     @property
     def gradients(self) -> dict[int, Any]:
