@@ -6,9 +6,11 @@ Figures stay on the device until lines are written, so that no step waits for th
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from i3dist.data.schedule import LaneSchedule
@@ -151,17 +153,8 @@ def lane_checksums(state: LaneState) -> Tensor:
 @lru_cache(maxsize=16)
 def _multipliers(count: int, salt: int, device: torch.device) -> Tensor:
     """[count] odd int64 that look random: splitmix64 (Steele et al., 2014) of 1, 2, ..."""
-    x = (torch.arange(1, count + 1, device=device) + (salt << 40)) * _signed(0x9E3779B97F4A7C15)
+    x: NDArray[Any] = np.arange(1, count + 1, dtype=np.uint64)
+    x = (x + (salt << 40)) * 0x9E3779B97F4A7C15
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shifted(x, shift)) * _signed(factor)
-    return (x ^ _shifted(x, 31)) | 1
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """`x` shifted right as an unsigned integer."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(word: int) -> int:
-    """The int64 with the same bits as the unsigned `word`."""
-    return word - (1 << 64) if word >> 63 else word
+        x = (x ^ (x >> shift)) * factor
+    return torch.from_numpy(((x ^ (x >> 31)) | 1).view(np.int64)).to(device)
