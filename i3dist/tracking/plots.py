@@ -16,7 +16,7 @@ with variables(MPLBACKEND="agg"):
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pyplot keeps global state
     from matplotlib.ticker import (
         EngFormatter,
         LogLocator,
@@ -59,11 +59,6 @@ def plot_run(folder: Path) -> list[Path]:
     return written
 
 
-def _figure(width: float, height: float) -> Figure:
-    # Not pyplot: it keeps global state, and may want a display.
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _column(lines: Lines, name: str) -> np.ndarray:
     """One number per line; NaN where a line lacks it or has null."""
     return np.array([np.nan if line.get(name) is None else line[name] for line in lines], float)
@@ -74,7 +69,7 @@ def _loss(metrics: Lines, validation: Lines) -> Figure | None:
     loss, held_out = _column(metrics, "loss"), _column(validation, "loss")
     if not (np.isfinite(loss).any() or np.isfinite(held_out).any()):
         return None
-    figure = _figure(8, 4.8)
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     if np.isfinite(loss).any():
         _plot_training(axes, metrics)
@@ -174,7 +169,7 @@ def _history(validation: Lines) -> Figure | None:
     measured = [line for line in validation if line.get("by_chunk")]
     if not measured:
         return None
-    figure = _figure(16, 4.4)
+    figure = Figure(figsize=(16, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     last = measured[-1]
     chunks = sorted(last["by_chunk"], key=lambda chunk: chunk["index"])
@@ -262,7 +257,7 @@ def _diagnostics(lines: Lines) -> Figure | None:
     }
     if not ages and not any(np.isfinite(_column(lines, name)).any() for name in others):
         return None
-    figure = _figure(13, 3.8)
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
     first, *rest = figure.subplots(1, 3)
     _plot_attention(figure, first, lines, {int(name.removeprefix(AGE)): name for name in ages})
     for axes, (name, (title, unit)) in zip(rest, others.items(), strict=True):
