@@ -69,7 +69,16 @@ class AsyncSaver:
         copied = (numbers, lane_state.map(lambda part: part.detach().to("cpu", copy=True)))
         self.step = state.step
         stalled = time.perf_counter() - started
-        self._writing = self._thread.submit(self._write, state, fragments, copied, stalled)
+
+        def write() -> None:
+            started = time.perf_counter()
+            path = self._save(state=state, fragments=fragments, lanes=copied)
+            written = time.perf_counter() - started
+            print_rank_0(
+                f"saved {path} (training waited {stalled:.1f} s, writing took {written:.1f} s)"
+            )
+
+        self._writing = self._thread.submit(write)
 
     def failed(self) -> bool:
         """Whether this rank knows that the last checkpoint could not be written."""
@@ -94,17 +103,3 @@ class AsyncSaver:
             self.wait()
         elif self._writing is not None:
             futures.wait([self._writing], SETTLE_SECONDS)
-
-    def _write(
-        self,
-        state: RunState,
-        fragments: Iterable[Fragment],
-        lanes: tuple[range, LaneState],
-        stalled: float,
-    ) -> None:
-        started = time.perf_counter()
-        path = self._save(state=state, fragments=fragments, lanes=lanes)
-        written = time.perf_counter() - started
-        print_rank_0(
-            f"saved {path} (training waited {stalled:.1f} s, writing took {written:.1f} s)"
-        )

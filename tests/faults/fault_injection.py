@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from i3dist.checkpoint import writer
 from i3dist.checkpoint.async_saver import AsyncSaver
 from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
@@ -23,7 +25,7 @@ KIND, RANK, *STEPS = os.environ["INJECT_FAULT"].split()
 LATE = int(os.environ.get("WRITE_LATE", "0"))
 
 forward, step = Engine.__call__, Engine.step
-write, wait = AsyncSaver._write, AsyncSaver.wait
+write, wait = writer.save, AsyncSaver.wait
 waited_for = threading.Event()  # set while training only waits for a checkpoint
 taken = micro_batches = 0  # steps so far, and forward passes of the current step
 
@@ -51,11 +53,11 @@ def counted_step(self: Engine, *inputs: object) -> object:
     return step(self, *inputs)
 
 
-def late_write(self: AsyncSaver, *what: object) -> None:
+def late_write(*what: Any, **more: Any) -> Path:
     until = taken + LATE
     while taken < until and not waited_for.is_set():
         time.sleep(0.005)
-    write(self, *what)
+    return write(*what, **more)
 
 
 def observed_wait(self: AsyncSaver) -> None:
@@ -71,6 +73,6 @@ def hang_here() -> None:
 
 
 Engine.__call__, Engine.step = faulty_forward, counted_step
-AsyncSaver._write, AsyncSaver.wait = late_write, observed_wait
+writer.save, AsyncSaver.wait = late_write, observed_wait
 sys.path.insert(0, str(ROOT))
 runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
