@@ -128,12 +128,9 @@ class HeldOut:
     def _last_documents(self, shard: int, read: ShardTokens) -> list[Place]:
         """The document that each chunk ends in, given as the place of the chunk it begins in."""
         begins = (read.tokens == self.manifest.bos_id).any(axis=1)
-        document = (shard, 0) if begins[0] else self._document_before(shard)
-        documents: list[Place] = []
-        for n, opens in enumerate(begins):
-            document = (shard, n) if opens else document
-            documents.append(document)
-        return documents
+        opened = np.maximum.accumulate(np.where(begins, np.arange(len(begins)), NONE))
+        before = (shard, 0) if begins[0] else self._document_before(shard)
+        return [before if n == NONE else (shard, n) for n in opened.tolist()]
 
     def _document_before(self, shard: int) -> Place:
         """The document that continues into a shard from the shards before it."""
@@ -161,7 +158,6 @@ class HeldOut:
         Two candidates are enough, because at most one is of the chunk's own document. But if only
         one document has the longest stretch, it may be the only one that is long enough.
         """
-        self.stretches: list[Stretch] = []
         self.stretch_of = np.full(len(self.places), NONE)
         numbers: dict[Place, int] = {}
         longest = _longest(stretches)
@@ -175,11 +171,9 @@ class HeldOut:
             near = [pool[nearest - back] for back in range(min(2, len(pool)))]
             for document in (*near, *longest[:1]):
                 if document != own and stretches[document].chunks >= needed:
-                    if document not in numbers:
-                        numbers[document] = len(self.stretches)
-                        self.stretches.append(stretches[document])
-                    self.stretch_of[position] = numbers[document]
+                    self.stretch_of[position] = numbers.setdefault(document, len(numbers))
                     break
+        self.stretches = [stretches[document] for document in numbers]
 
     def share(self, rank: int, ranks: int, window: int, rows: int, whole_documents: bool) -> Share:
         """The share of `rank` of `ranks`, in batches of at most `rows` windows of K chunks.
