@@ -157,9 +157,8 @@ def _following(below: Below, before: Tensor | None, chunks: int) -> tuple[Below,
     if before is None:
         before = torch.zeros_like(below.latents[0, :chunks])
     stream = torch.cat([before, new.flatten(0, 1)])
-    first = torch.arange(len(new), device=stream.device) * new.shape[1]
-    seen = first.unsqueeze(1) + torch.arange(chunks + new.shape[1], device=stream.device)
-    return below._replace(latents=stream[seen]), stream[-chunks:]
+    seen = stream.unfold(0, chunks + new.shape[1], new.shape[1]).movedim(-1, 1).contiguous()
+    return below._replace(latents=seen), stream[-chunks:]
 
 
 def _stretches(
