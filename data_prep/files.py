@@ -111,12 +111,10 @@ def _content_digest(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size} ".encode())
     with path.open("rb") as file:
-        if size <= _HASHED_WHOLE:
-            digest.update(file.read())
-        else:
+        if size > _HASHED_WHOLE:
             digest.update(file.read(_HASHED_END))
             file.seek(size - _HASHED_END)
-            digest.update(file.read())
+        digest.update(file.read())
     return digest.hexdigest()
 
 

@@ -16,7 +16,6 @@ from i3dist.files import utf8_path
 from i3dist.model.state import LaneState
 from i3dist.optim.optimizers import OPTIMIZERS
 
-CPU = torch.device("cpu")
 REMEDY = "restore it, or remove its folder to continue from the checkpoint before it"
 
 
@@ -111,7 +110,7 @@ def _names(path: Path, file: Any, form: re.Pattern[str]) -> Iterator[tuple[str, 
         yield match.groups()
 
 
-def _open(path: Path, device: torch.device = CPU) -> Any:
+def _open(path: Path, device: torch.device | str = "cpu") -> Any:
     """Map a safetensors file. Anything else (a pickle, for example) is refused and not run."""
     try:
         with utf8_path(path) as name:
