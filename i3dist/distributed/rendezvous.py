@@ -3,8 +3,8 @@
 import os
 import re
 import socket
-import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -77,27 +77,17 @@ def meet(job: Job, name: str, timeout: timedelta) -> Iterator[None]:
 
 def _open_store(job: Job, timeout: timedelta, listen: bool) -> torch_dist.Store:
     patience = min(FIRST_ANSWER, timeout) if job.rank == 0 else timeout
-    opened: list[torch_dist.Store | RuntimeError] = []
-
-    def connect() -> None:
-        host, port = job.master_addr, job.master_port
-        try:
-            opened.append(
-                torch_dist.TCPStore(
-                    host, port, None, listen, patience, wait_for_workers=False, multi_tenant=True
-                )
-            )
-        except RuntimeError as error:
-            opened.append(error)
-
+    options = {"wait_for_workers": False, "multi_tenant": True}
     # In a thread, because it never returns if something listens there but does not answer.
-    connecting = threading.Thread(target=connect, name="rendezvous", daemon=True)
-    connecting.start()
-    connecting.join(2 * patience.total_seconds() + 1)  # it tries twice
-    store = opened[0] if opened else RuntimeError("no answer")
-    if isinstance(store, RuntimeError):
-        raise _unreachable(job, str(store), timeout)
-    return store
+    thread = ThreadPoolExecutor(1, "rendezvous")
+    opened = thread.submit(
+        torch_dist.TCPStore, job.master_addr, job.master_port, None, listen, patience, **options
+    )
+    thread.shutdown(wait=False)
+    try:
+        return opened.result(2 * patience.total_seconds() + 1)  # it tries twice
+    except (RuntimeError, TimeoutError) as error:
+        raise _unreachable(job, str(error), timeout) from None
 
 
 def _unreachable(job: Job, why: str, timeout: timedelta) -> UserError:
