@@ -13,7 +13,7 @@ There are two schedules. A run keeps the one that it began with (`train.schedule
 """
 
 import hashlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -190,11 +190,6 @@ def divisors(lanes: int) -> list[int]:
 
 def fixed_subset(shard_chunks: Sequence[int], chunks: int, seed: int) -> tuple[int, ...]:
     """A choice of whole shards with `chunks` chunks or more, or all; it depends on the seed."""
-    chosen: list[int] = []
-    held = 0
-    for shard in permutation(seed, 0, len(shard_chunks)):
-        if held >= chunks:
-            break
-        chosen.append(shard)
-        held += shard_chunks[shard]
-    return tuple(chosen)
+    order = permutation(seed, 0, len(shard_chunks))
+    held = list(accumulate(shard_chunks[shard] for shard in order))
+    return tuple(order[: bisect_left(held, chunks) + 1])
