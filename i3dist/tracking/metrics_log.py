@@ -51,15 +51,12 @@ class MetricsLog:
 
 def _append(path: Path, lines: bytes) -> None:
     """Append lines by a single write; after a torn line they start on a fresh one."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(file).st_size
-        torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+    with path.open("a+b", buffering=0) as file:
+        size = file.tell()
+        torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
         whole = (b"\n" if torn else b"") + lines + b"\n"
-        if os.write(file, whole) != len(whole):
+        if file.write(whole) != len(whole):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    finally:
-        os.close(file)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
