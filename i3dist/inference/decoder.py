@@ -10,7 +10,7 @@ from torch import Tensor
 
 from i3dist.model.block import LayerState
 from i3dist.model.lm import I3LM
-from i3dist.model.segments import chunks_seen, history_mask, last_segment, segment_ids
+from i3dist.model.segments import causal_mask, chunks_seen, history_mask, last_segment, segment_ids
 from i3dist.ops.attention import KeysValues, attention_bias
 
 
@@ -81,8 +81,7 @@ class Decoder:
         """Attention bias of the chunk's last `new` tokens over history and the chunk so far."""
         settings = self.model.settings
         segments = segment_ids(self.chunk.tokens, self.model.bos_id)
-        position = torch.arange(segments.shape[1], device=segments.device)
-        own = (position[-new:, None] >= position) & (segments[:, -new:, None] == segments[:, None])
+        own = causal_mask(segments)[:, -new:]
         depth = torch.tensor([self.depth], device=segments.device)
         history = history_mask(segments[:, -new:], depth, settings.history_chunks)
         return attention_bias(own, history, self.gate, self.model.keys_per_chunk)
