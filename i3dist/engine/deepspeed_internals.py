@@ -68,12 +68,10 @@ def refusal(config: dict[str, Any]) -> str | None:
     """What DeepSpeed's parser says against a config, or None."""
     try:
         from deepspeed.runtime.config import DeepSpeedConfig
-    except ImportError:
-        return None  # then `deepspeed.initialize` will say it
-    try:
+
         inspect.signature(DeepSpeedConfig).bind(config)
-    except TypeError:
-        return None  # another version takes other arguments
+    except (ImportError, TypeError):
+        return None  # another version; `deepspeed.initialize` says what it refuses
     try:
         DeepSpeedConfig(config)
     except Exception as error:  # the parser lets its own errors through
