@@ -119,14 +119,10 @@ def usable_text(raw: object) -> str | Skip:
     """The text of `raw` (a str, or UTF-8 bytes), or the reason to skip it."""
     if raw is None:
         return Skip.NULL
+    if not isinstance(raw, bytes | str):
+        return Skip.NOT_TEXT
     try:
-        if isinstance(raw, bytes):
-            text = raw.decode()
-        elif isinstance(raw, str):
-            raw.encode()
-            text = raw
-        else:
-            return Skip.NOT_TEXT
+        text = (raw if isinstance(raw, bytes) else raw.encode()).decode()
     except UnicodeError:
         return Skip.UNDECODABLE
     return text if text.strip() else Skip.EMPTY
