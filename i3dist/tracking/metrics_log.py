@@ -64,10 +64,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Torn lines are skipped. If a continued run wrote a step again, its last line counts.
     """
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return []
+    text = path.read_bytes() if path.exists() else b""
     by_step = {line["step"]: line for line in map(parse_line, text.splitlines()) if line}
     return [by_step[step] for step in sorted(by_step)]
 
