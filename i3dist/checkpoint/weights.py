@@ -105,10 +105,8 @@ def _newest_in(path: Path) -> Path:
 
 def _tokenizer_of(path: Path) -> Path:
     """A checkpoint's own tokenizer.json or, if it has none, that of the run it lies in."""
-    if (path / TOKENIZER).exists():
-        return path / TOKENIZER
     typed = Path(os.path.abspath(path))
-    for folder in (typed.parent.parent, path.resolve().parent.parent, typed.parent):
+    for folder in (path, typed.parent.parent, path.resolve().parent.parent, typed.parent):
         if (folder / TOKENIZER).is_file():
             return folder / TOKENIZER
     raise UserError(
