@@ -92,13 +92,9 @@ class StopRequest:
 
     def _another_rank_is_gone(self) -> bool:
         """Whether the launcher has fewer live ranks on this host than it started."""
-        if not self._launchers:
-            return False
-        try:
-            ranks = self._launchers[0].children()
-        except psutil.Error:
-            return False
-        return sum(map(_is_alive, ranks)) < self._ranks
+        with suppress(psutil.Error, IndexError):  # it is gone, or there is none
+            return sum(map(_is_alive, self._launchers[0].children())) < self._ranks
+        return False
 
 
 def _launchers(job: Job) -> list[psutil.Process]:
@@ -117,10 +113,9 @@ def _launchers(job: Job) -> list[psutil.Process]:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    try:
+    with suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    return False
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -62,10 +63,9 @@ def read(run: Path) -> list[Entry]:
 
 def parse(line: str | bytes) -> Entry | None:
     """The entry in a line, or None if there is none."""
-    try:
+    with suppress(ValidationError):
         return Entry.model_validate_json(line)
-    except ValidationError:
-        return None
+    return None
 
 
 def first_break(entries: Sequence[Entry]) -> str | None:
