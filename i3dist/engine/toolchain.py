@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,20 +27,14 @@ def absent(module: str) -> Iterator[None]:
 @contextmanager
 def variables(**values: str | None) -> Iterator[None]:
     """Inside, environment variables have these values; None unsets them."""
-    before = {name: os.environ.get(name) for name in values}
-    _set(values)
+    before = {name: os.environ.pop(name, None) for name in values}
+    os.environ.update({name: value for name, value in values.items() if value is not None})
     try:
         yield
     finally:
-        _set(before)
-
-
-def _set(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
+        for name in values:
             os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def writable_caches(environ: MutableMapping[str, str] = os.environ) -> None:
