@@ -27,6 +27,7 @@ while it works.
 """
 
 import argparse
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -37,18 +38,24 @@ from rich.console import Console
 
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
+from data_prep.merge import Layout
 from data_prep.options import add_options
 from data_prep.output import OTHER_CONTENT, TRAIN, VALID, Output, OutputSettings
-from data_prep.pack import Framing, Packer
+from data_prep.pack import Framing, chunks_per_shard
+from data_prep.packing import PackTask, SplitPlan, pack_all
 from data_prep.passes import (
     SpillPlan,
+    count_splits,
     finished,
     forget_parts_of,
-    pack_split,
+    framed_tokens,
+    merge_runs,
+    plan_digest,
     spill_all,
     split_ranges,
 )
 from data_prep.progress import closing_table, pass_bar
+from data_prep.ranges import Partition
 from data_prep.readers import naming
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, Part, Source, clean_file_name
@@ -126,6 +133,7 @@ def settings_of(
     The source is described as it is in the `former` settings, so that they can be compared.
     """
     vocab_size = given.vocab_size if given else options.vocab_size or DEFAULT_VOCABULARY
+    former_chunks = former.chunks_per_shard if former else None
     return OutputSettings(
         source=source.name,
         revision=source.revision if former and former.has_content_digest else source.outline,
@@ -133,7 +141,7 @@ def settings_of(
         tokenizer_sample_mb=0 if given else options.tokenizer_sample_mb,
         vocab_size=vocab_size,
         chunk_length=options.chunk_length,
-        chunks_per_shard=options.chunks_per_shard,
+        chunks_per_shard=options.chunks_per_shard or former_chunks,
         valid_fraction=options.valid_fraction,
         seed=options.seed,
     )
@@ -151,13 +159,15 @@ class Preparation:
     def run(self, given: Tokenizer | None, workers: int) -> None:
         """Tokenize, shuffle, pack and publish."""
         start = time.monotonic()
+        if self.output.discard_old_runs():
+            self.console.print("an earlier version began this folder: tokenizing it again")
         parts = self.source.parts()
         plan = SpillPlan(parts, self.output.tokenizer, self.output.runs, self.settings.seed)
         touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
         tokenizer = self._tokenizer(parts, given, is_certain=not touched)
         self.output.begin(self.settings, tokenizer, self._evidence(()))
         summaries = self._spill(plan, workers)
-        manifests = self._pack(summaries)
+        manifests = self._with_chunks_chosen(summaries)._pack(summaries, workers)
         self.output.publish(manifests, self._evidence(_pieces(summaries)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
@@ -220,16 +230,26 @@ class Preparation:
         if not any(summary.documents for summary in summaries):
             self.output.abandon()
             raise no_usable_document(self.settings.source, _skipped(summaries))
-        tokens = sum(summary.tokens + 2 * summary.documents for summary in summaries)
-        if tokens > MAX_SHARDS * self.settings.chunks_per_shard * self.settings.chunk_length:
+        return summaries
+
+    def _with_chunks_chosen(self, summaries: Sequence[PartSummary]) -> "Preparation":
+        """The preparation with a number of chunks per shard, which the output keeps."""
+        tokens, settings = framed_tokens(summaries), self.settings
+        if settings.chunks_per_shard is None:
+            chosen = chunks_per_shard(tokens, settings.chunk_length)
+            settings = settings.model_copy(update={"chunks_per_shard": chosen})
+            self.output.write_settings(settings)
+        assert settings.chunks_per_shard
+        if tokens > MAX_SHARDS * settings.chunks_per_shard * settings.chunk_length:
             raise UserError(
                 f"{tokens:,} tokens make more than {MAX_SHARDS:,} shards: raise --chunks-per-shard"
             )
-        return summaries
+        return dataclasses.replace(self, settings=settings)
 
-    def _pack(self, summaries: Sequence[PartSummary]) -> dict[str, Manifest]:
-        """Pass 2: write the splits into the staging folders; returns their manifests."""
+    def _pack(self, summaries: Sequence[PartSummary], workers: int) -> dict[str, Manifest]:
+        """Pass 2: write the splits into the work folder; returns their manifests."""
         tokenizer = Tokenizer.load(self.output.tokenizer)
+        assert self.settings.chunks_per_shard
         framing = Framing(
             chunk_length=self.settings.chunk_length,
             chunks_per_shard=self.settings.chunks_per_shard,
@@ -237,22 +257,52 @@ class Preparation:
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         )
+        partitions = self._merged(summaries, workers)
+        splits = self._counted(summaries, partitions, workers)
+        digest = plan_digest(self.settings.model_dump_json(), tokenizer.sha256, splits, summaries)
+        task = PackTask(partitions, splits, framing, self.output.work, digest)
+        with pass_bar(self.console, "pack", "ranges", task.ranges) as report:
+            shards = pack_all(task, workers, report)
+        return {
+            split.name: Manifest(
+                split=split.name,
+                vocab_size=tokenizer.vocab_size,
+                tokenizer_sha256=tokenizer.sha256,
+                source=self.settings.source,
+                seed=self.settings.seed,
+                documents=split.documents,
+                tokens=split.tokens,
+                chunks=sum(shard.chunks for shard in shards[split.name]),
+                shards=shards[split.name],
+                **vars(framing),
+            )
+            for split in splits
+        }
+
+    def _merged(self, summaries: Sequence[PartSummary], workers: int) -> list[Partition]:
+        """Merge the runs if they are too many to be packed as they are."""
+        runs, merged_runs = self.output.runs, self.output.merged_runs
+        groups = Layout.of(framed_tokens(summaries), _runs(summaries)).groups
+        if not groups:
+            return merge_runs(summaries, runs, merged_runs, workers, lambda *_: None)
+        with pass_bar(self.console, "merge", "groups of runs", groups) as report:
+            return merge_runs(summaries, runs, merged_runs, workers, report)
+
+    def _counted(
+        self, summaries: Sequence[PartSummary], partitions: Sequence[Partition], workers: int
+    ) -> list[SplitPlan]:
+        """Count what each range of keys holds of each split."""
         train, valid = split_ranges(summaries, self.settings.valid_fraction)
-        ranges = {TRAIN: train, VALID: valid}
-        documents = sum(summary.documents for summary in summaries)
-        manifests = {}
-        with pass_bar(self.console, "pack", "documents", documents) as report:
-            for split in self.settings.splits:
-                packer = Packer(self.output.stage(split), framing)
-                pack_split(summaries, self.output.runs, ranges[split], packer, report)
-                manifests[split] = packer.manifest(
-                    split=split,
-                    vocab_size=tokenizer.vocab_size,
-                    tokenizer_sha256=tokenizer.sha256,
-                    source=self.settings.source,
-                    seed=self.settings.seed,
-                )
-        return manifests
+        hashes = {TRAIN: train, VALID: valid}
+        splits = {name: hashes[name] for name in self.settings.splits}
+        tokens = framed_tokens(summaries)
+        runs = sum(len(partition.runs) for partition in partitions)
+        with pass_bar(self.console, "count", "runs", runs) as report:
+            return count_splits(partitions, tokens, splits, workers, report)
+
+
+def _runs(summaries: Sequence[PartSummary]) -> int:
+    return sum(len(summary.runs) for summary in summaries)
 
 
 def _pieces(summaries: Iterable[PartSummary | None]) -> list[Piece]:

@@ -173,7 +173,7 @@ WRITES = [
     ("data_prep.output.write_whole", 1),  # shard.json
     ("data_prep.output.write_whole", 2),  # what was found of the source
     ("data_prep.output.write_whole", 3),  # tokenizer.json
-    ("data_prep.shuffle._write_run", 3),  # a run of documents
+    ("data_prep.shuffle.write_run", 3),  # a run of documents
     ("data_prep.shuffle.write_whole", 2),  # the summary of a part
     ("data_prep.output.write_whole", 1),  # shard.json again
     ("data_prep.pack.write_shard", 9),
