@@ -1,7 +1,7 @@
 """Merges runs where there are too many to read each range from all of them.
 
 Packing maps all runs of a partition at once, and takes a slice of every run for every range. With
-more than `MAX_RUNS` runs (beyond 60 billion tokens) these slices get shorter than a document and
+more than `MAX_RUNS` runs (beyond 30 billion tokens) these slices get shorter than a document and
 their number grows with the square of the corpus. Then runs are merged first: groups of `GROUP_RUNS`
 runs become one run for each partition of the keys. The partitions are as many as make a merged run
 about as long as a range. Each group is recorded when it is synced, and its old runs are removed, so
@@ -24,7 +24,7 @@ from data_prep.workers import Report, run_jobs
 from i3dist.errors import UserError
 from i3dist.files import write_whole
 
-MAX_RUNS = 4096
+MAX_RUNS = 2048
 GROUP_RUNS = 512
 
 

@@ -39,6 +39,11 @@ def add_options(parser: ArgumentParser) -> None:
     out = Path("data/fineweb-edu")
     parser.add_argument("--out", type=typed_path, default=out, help=f"folder (default: {out})")
     parser.add_argument("--tokenizer", type=typed_path, help="a tokenizer.json (default: train it)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show about what would be made, the disk and the time that it takes, and stop",
+    )
     unset = {
         "vocab-size": f"--tokenizer's, else {DEFAULT_VOCABULARY}",
         "chunks-per-shard": f"up to {MOST_CHUNKS:,}, for {SHARDS_WANTED} shards or more",

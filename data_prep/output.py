@@ -84,8 +84,7 @@ class Output:
         self.folder = folder
         self.runs = folder / _WORK_NAME / "runs"
         self.merged_runs = folder / _WORK_NAME / "merged"
-        self.staging = folder / _WORK_NAME / "splits"
-        self.work = WorkFolder(self.staging, folder / _WORK_NAME / "ranges")
+        self.work = WorkFolder(folder / _WORK_NAME / "splits", folder / _WORK_NAME / "ranges")
         self.tokenizer = folder / "tokenizer.json"
 
     def settings(self) -> OutputSettings | None:
@@ -161,6 +160,11 @@ class Output:
         """The error for a folder that was made in another way: `difference` says in which."""
         return UserError(f"{self.folder} was made {difference}: choose another --out, or delete it")
 
+    def free_bytes(self) -> int:
+        """Bytes free where the folder is, or will be."""
+        folder = Path(os.path.realpath(self.folder))
+        return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+
     def discard_old_runs(self) -> bool:
         """Discard runs that an earlier version began, and this one cannot read."""
         former = self.settings()
@@ -181,6 +185,15 @@ class Output:
         """Write down the settings."""
         write_whole(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
 
+    def take_back(self) -> None:
+        """Take splits that a killed run has moved into place back, so as not to pack them again."""
+        for split in (TRAIN, VALID):
+            final, staged = self.folder / split, self.work.split(split)
+            if final.exists() and not staged.exists():
+                (final / MANIFEST_NAME).unlink(missing_ok=True)
+                staged.parent.mkdir(parents=True, exist_ok=True)
+                final.rename(staged)
+
     def publish(self, manifests: Mapping[str, Manifest], evidence: Evidence | None) -> None:
         """Move the staged splits into place, and write their manifests last."""
         if evidence:
@@ -189,7 +202,7 @@ class Output:
             final = self.folder / split
             (final / MANIFEST_NAME).unlink(missing_ok=True)
             shutil.rmtree(final, ignore_errors=True)
-            (self.staging / split).rename(final)
+            self.work.split(split).rename(final)
         for split, manifest in manifests.items():
             manifest.write(self.folder / split)
         self._discard_work()

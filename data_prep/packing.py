@@ -9,8 +9,9 @@ packs the others only.
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from data_prep.ranges import Counts, Partition, blocks, edge
 from data_prep.records import PackedFile, RangeRecord, WorkFolder
 from data_prep.runs import Keys, RunReader
 from data_prep.workers import Report, run_jobs
-from i3dist.data.manifest import Shard
+from i3dist.data.manifest import Manifest, Shard
 from i3dist.errors import UserError
 from i3dist.files import sync, write_whole
 
@@ -53,6 +54,20 @@ class SplitPlan:
         """Where those shards begin and end in the stream."""
         shards, size = self.shards(ranges, framing), framing.shard_tokens
         return shards.start * size, min(shards.stop * size, self.tokens)
+
+    def manifest(
+        self, framing: Framing, shards: tuple[Shard, ...], origin: Mapping[str, Any]
+    ) -> Manifest:
+        """The manifest of the split; `origin` holds the fields that say what it is of."""
+        return Manifest(
+            split=self.name,
+            documents=self.documents,
+            tokens=self.tokens,
+            chunks=sum(shard.chunks for shard in shards),
+            shards=shards,
+            **vars(framing),
+            **origin,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,22 @@
 """The two passes over the documents: spill them into runs, then count and pack the runs' ranges."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from data_prep.merge import Layout, MergeTask, merged
-from data_prep.packing import SplitPlan
+from data_prep.output import TRAIN, VALID, Output, OutputSettings
+from data_prep.pack import Framing
+from data_prep.packing import PackTask, SplitPlan, pack_all
+from data_prep.progress import pass_bar
 from data_prep.ranges import CountTask, Partition, count_all, useful_workers
 from data_prep.shuffle import HASH_END, PartSummary, Spiller, summary_path
 from data_prep.sources import Part
 from data_prep.workers import Report, run_jobs
+from i3dist.data.manifest import Manifest
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
@@ -104,54 +110,71 @@ def framed_tokens(summaries: Sequence[PartSummary]) -> int:
     return sum(summary.tokens + 2 * summary.documents for summary in summaries)
 
 
-def merge_runs(
-    summaries: Sequence[PartSummary], runs: Path, merged_runs: Path, workers: int, report: Report
-) -> list[Partition]:
-    """Merge the runs if they are too many; returns the partitions. `report` counts groups.
+@dataclass(frozen=True)
+class SecondPass:
+    """Packs the runs of the first pass into the splits of an output, whose settings are whole."""
 
-    Args:
-        runs: the folder of the runs.
-        merged_runs: the folder for merged ones.
-    """
-    paths = [runs / name for summary in summaries for name in summary.runs]
-    tokens = framed_tokens(summaries)
-    layout = Layout.of(tokens, len(paths))
-    digest = hashlib.sha256(f"{layout}\n".encode())
-    _add_summaries(digest, summaries)
-    task = MergeTask(layout, merged_runs, digest.hexdigest())
-    return merged(task, paths, useful_workers(tokens, workers), report)
+    settings: OutputSettings
+    output: Output
+    console: Console
+    workers: int
+
+    def run(self, summaries: Sequence[PartSummary]) -> dict[str, Manifest]:
+        """Merge runs if they are too many, count, and pack; returns the manifests by split."""
+        tokenizer = Tokenizer.load(self.output.tokenizer)
+        assert self.settings.chunks_per_shard
+        framing = Framing(
+            chunk_length=self.settings.chunk_length,
+            chunks_per_shard=self.settings.chunks_per_shard,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
+        self.output.take_back()
+        tokens = framed_tokens(summaries)
+        useful = useful_workers(tokens, self.workers)
+        partitions = self._merge(summaries, tokens, useful)
+        splits = self._count(summaries, partitions, useful)
+        digest = _digest((self.settings.model_dump_json(), tokenizer.sha256, splits), summaries)
+        task = PackTask(partitions, splits, framing, self.output.work, digest)
+        with pass_bar(self.console, "pack", "ranges", task.ranges) as report:
+            shards = pack_all(task, self.workers, report)
+        origin = {
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer_sha256": tokenizer.sha256,
+            "source": self.settings.source,
+            "seed": self.settings.seed,
+        }
+        return {split.name: split.manifest(framing, shards[split.name], origin) for split in splits}
+
+    def _merge(
+        self, summaries: Sequence[PartSummary], tokens: int, workers: int
+    ) -> list[Partition]:
+        paths = [self.output.runs / name for summary in summaries for name in summary.runs]
+        layout = Layout.of(tokens, len(paths))
+        task = MergeTask(layout, self.output.merged_runs, _digest((layout,), summaries))
+        if not layout.groups:
+            return merged(task, paths, workers, lambda *_: None)
+        with pass_bar(self.console, "merge", "groups of runs", layout.groups) as report:
+            return merged(task, paths, workers, report)
+
+    def _count(
+        self, summaries: Sequence[PartSummary], partitions: Sequence[Partition], workers: int
+    ) -> list[SplitPlan]:
+        """Count what each range of keys holds of each split."""
+        train, valid = split_ranges(summaries, self.settings.valid_fraction)
+        hashes = {TRAIN: train, VALID: valid}
+        splits = {name: hashes[name] for name in self.settings.splits}
+        task = CountTask(partitions[-1].ranges.stop, tuple(splits.values()))
+        runs = sum(len(partition.runs) for partition in partitions)
+        with pass_bar(self.console, "count", "runs", runs) as report:
+            counts = count_all(task, partitions, workers, report)
+        return [SplitPlan(*item, found) for item, found in zip(splits.items(), counts, strict=True)]
 
 
-def count_splits(
-    partitions: Sequence[Partition],
-    tokens: int,
-    splits: Mapping[str, range],
-    workers: int,
-    report: Report,
-) -> list[SplitPlan]:
-    """Count what each range of keys holds of each split; `report` counts runs.
-
-    Args:
-        tokens: tokens of all partitions.
-        splits: the range of split hashes of each split.
-    """
-    task = CountTask(partitions[-1].ranges.stop, tuple(splits.values()))
-    counts = count_all(task, partitions, useful_workers(tokens, workers), report)
-    return [SplitPlan(*item, found) for item, found in zip(splits.items(), counts, strict=True)]
-
-
-def plan_digest(
-    settings: str, tokenizer: str, splits: Sequence[SplitPlan], summaries: Sequence[PartSummary]
-) -> str:
-    """SHA-256 of all that decides the bytes of packed ranges, and of where ranges begin."""
-    digest = hashlib.sha256(f"{settings}\n{tokenizer}\n".encode())
-    for split in splits:
-        digest.update(f"{split.name} {split.hashes}\n".encode())
-        digest.update(split.counts.tokens.tobytes() + split.counts.documents.tobytes())
-    _add_summaries(digest, summaries)
+def _digest(parts: Iterable[object], summaries: Sequence[PartSummary]) -> str:
+    """SHA-256 of some parts and of what pass 1 has read: all that decides the bytes of a step."""
+    digest = hashlib.sha256()
+    for part in (*parts, *(summary.model_dump_json() for summary in summaries)):
+        digest.update(f"{part}\n".encode())
     return digest.hexdigest()
-
-
-def _add_summaries(digest: "hashlib._Hash", summaries: Sequence[PartSummary]) -> None:
-    for summary in summaries:
-        digest.update(summary.model_dump_json().encode())

@@ -86,12 +86,11 @@ class CountTask:
 
     def _count(self, run: Run, ranges: range) -> NDArray[np.int64]:
         edges = [edge(number, self.ranges) for number in (*ranges, ranges.stop)]
-        cuts = np.searchsorted(run.column("high"), np.array(edges))
-        split = run.column("split")
+        cuts = np.searchsorted(run.high, np.array(edges))
         lengths = np.diff(run.offsets) // TOKEN_BYTES
         found = np.empty((len(self.splits), 2, len(ranges)), np.int64)
         for counts, hashes in zip(found, self.splits, strict=True):
-            inside = (split >= hashes.start) & (split < hashes.stop)
+            inside = (run.split >= hashes.start) & (run.split < hashes.stop)
             for row, numbers in zip(counts, (inside, inside * lengths), strict=True):
                 ends = np.concatenate(([0], np.cumsum(numbers)))
                 row[:] = np.diff(ends[cuts])

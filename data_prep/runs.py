@@ -14,11 +14,16 @@ from numpy.typing import NDArray
 from i3dist.data.manifest import TOKEN_BYTES
 from i3dist.errors import UserError
 
+_HASHES = ("high", "low", "split")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Run:
-    """One run, as one record batch. It is mapped; no file stays open."""
+    """One run, as one record batch. It is mapped; no file stays open.
+
+    `high`, `low` and `split` are the documents' hashes, int64 [rows]. `offsets`, int64 [rows + 1],
+    tell where each document's tokens begin in the run, in bytes, and where the last ones end.
+    """
 
     def __init__(self, path: Path) -> None:
         with pa.memory_map(os.fsencode(path)) as file:
@@ -28,20 +33,14 @@ class Run:
         except pa.ArrowException:
             folder = path.parent.parent.parent
             raise UserError(f"{path} is damaged: delete {folder} and make it again") from None
-
-    def column(self, name: str) -> NDArray[np.int64]:
-        """A column of numbers, int64 [rows]."""
-        return self.batch.column(name).to_numpy()
-
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        """Where each row's tokens begin in the run, in bytes, and where they end: [rows + 1]."""
-        return np.frombuffer(self.batch.column("tokens").buffers()[1], np.int64)
+        self.high, self.low, self.split, self.offsets = (
+            np.frombuffer(self.batch[name].buffers()[1], np.int64) for name in (*_HASHES, "tokens")
+        )
+        self._place = ctypes.c_void_p(self._bytes.address), ctypes.c_size_t(self._bytes.size)
 
     def release(self) -> None:
         """Let go of the pages that were read, so that they do not count as memory in use."""
-        address, size = ctypes.c_void_p(self._bytes.address), ctypes.c_size_t(self._bytes.size)
-        _LIBC.madvise(address, size, mmap.MADV_DONTNEED)
+        _LIBC.madvise(*self._place, mmap.MADV_DONTNEED)
 
 
 class Keys(NamedTuple):
@@ -66,9 +65,13 @@ class RunReader:
         """Go to the documents whose first key number is in [start, stop); returns their keys."""
         for run, *_ in self._rows:
             run.release()
-        found = ((run, *np.searchsorted(run.column("high"), (start, stop))) for run in self._runs)
+        ends = np.array((start, stop))
+        found = ((run, *np.searchsorted(run.high, ends)) for run in self._runs)
         self._rows = [(run, first, last) for run, first, last in found if first < last]
-        high, low, split = (self._numbers(name) for name in ("high", "low", "split"))
+        high, low, split = (
+            _joined([getattr(run, name)[first:last] for run, first, last in self._rows])
+            for name in _HASHES
+        )
         order = np.lexsort((low, high)) if len(self._rows) > 1 else np.arange(len(high))
         lengths = [
             np.diff(run.offsets[first : last + 1]) // TOKEN_BYTES for run, first, last in self._rows
@@ -117,9 +120,6 @@ class RunReader:
         _, offsets, values = whole.buffers()
         ends = np.frombuffer(offsets, np.int64)[[whole.offset, whole.offset + len(whole)]]
         return np.frombuffer(values, np.uint16)[slice(*ends // TOKEN_BYTES)]
-
-    def _numbers(self, name: str) -> NDArray[np.int64]:
-        return _joined([run.column(name)[first:last] for run, first, last in self._rows])
 
 
 def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

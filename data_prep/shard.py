@@ -22,12 +22,11 @@ number of --workers. A run that was stopped continues when it is started again.
 Until packing has ended it may continue with another --chunk-length,
 --chunks-per-shard or --valid-fraction. A folder made with other settings, or
 from other content, is refused: source.json keeps sizes, times and hashes of
-the files that were read. The tool needs disk space for about twice the shards
-while it works.
+the files that were read. The tool needs disk space for almost twice the shards
+while it works; --dry-run says how much, about.
 """
 
 import argparse
-import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -38,24 +37,19 @@ from rich.console import Console
 
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
-from data_prep.merge import Layout
+from data_prep.forecast import FORECAST_BYTES, Forecast, measure
 from data_prep.options import add_options
-from data_prep.output import OTHER_CONTENT, TRAIN, VALID, Output, OutputSettings
-from data_prep.pack import Framing, chunks_per_shard
-from data_prep.packing import PackTask, SplitPlan, pack_all
+from data_prep.output import OTHER_CONTENT, Output, OutputSettings
+from data_prep.pack import chunks_per_shard
 from data_prep.passes import (
+    SecondPass,
     SpillPlan,
-    count_splits,
     finished,
     forget_parts_of,
     framed_tokens,
-    merge_runs,
-    plan_digest,
     spill_all,
-    split_ranges,
 )
 from data_prep.progress import closing_table, pass_bar
-from data_prep.ranges import Partition
 from data_prep.readers import naming
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, Part, Source, clean_file_name
@@ -69,7 +63,7 @@ from data_prep.tokenizer import (
 from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
-from i3dist.data.manifest import MAX_SHARDS, Manifest
+from i3dist.data.manifest import MAX_SHARDS
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
@@ -90,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     preparation = Preparation(
         settings_of(options, source, given, former), output, source, Console()
     )
+    if options.dry_run:
+        preparation.foresee(given, options.workers)
+        return
     try:
         with output.locked():
             if output.is_complete(preparation.settings):
@@ -166,13 +163,22 @@ class Preparation:
         touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
         tokenizer = self._tokenizer(parts, given, is_certain=not touched)
         self.output.begin(self.settings, tokenizer, self._evidence(()))
+        if not any(finished(plan)) and sum(part.size for part in parts) >= FORECAST_BYTES:
+            self._forecast(parts, workers, Tokenizer.load(self.output.tokenizer))
         summaries = self._spill(plan, workers)
-        manifests = self._with_chunks_chosen(summaries)._pack(summaries, workers)
+        settings = self._with_chunks_chosen(framed_tokens(summaries))
+        manifests = SecondPass(settings, self.output, self.console, workers).run(summaries)
         self.output.publish(manifests, self._evidence(_pieces(summaries)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
         if self.source.left_out:
             self.console.print(f"left out: {self.source.left_out}", markup=False, soft_wrap=True)
+
+    def foresee(self, given: Tokenizer | None, workers: int) -> None:
+        """Show what a run would make, and make nothing."""
+        path = self.output.tokenizer
+        tokenizer = given or (Tokenizer.load(path) if path.exists() else None)
+        self._forecast(self.source.parts(), workers, tokenizer)
 
     def check_complete(self) -> None:
         """Refuse a complete output whose source has other content now."""
@@ -232,9 +238,9 @@ class Preparation:
             raise no_usable_document(self.settings.source, _skipped(summaries))
         return summaries
 
-    def _with_chunks_chosen(self, summaries: Sequence[PartSummary]) -> "Preparation":
-        """The preparation with a number of chunks per shard, which the output keeps."""
-        tokens, settings = framed_tokens(summaries), self.settings
+    def _with_chunks_chosen(self, tokens: int) -> OutputSettings:
+        """The settings with a number of chunks per shard, which the output keeps."""
+        settings = self.settings
         if settings.chunks_per_shard is None:
             chosen = chunks_per_shard(tokens, settings.chunk_length)
             settings = settings.model_copy(update={"chunks_per_shard": chosen})
@@ -244,65 +250,20 @@ class Preparation:
             raise UserError(
                 f"{tokens:,} tokens make more than {MAX_SHARDS:,} shards: raise --chunks-per-shard"
             )
-        return dataclasses.replace(self, settings=settings)
+        return settings
 
-    def _pack(self, summaries: Sequence[PartSummary], workers: int) -> dict[str, Manifest]:
-        """Pass 2: write the splits into the work folder; returns their manifests."""
-        tokenizer = Tokenizer.load(self.output.tokenizer)
-        assert self.settings.chunks_per_shard
-        framing = Framing(
-            chunk_length=self.settings.chunk_length,
-            chunks_per_shard=self.settings.chunks_per_shard,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-        )
-        partitions = self._merged(summaries, workers)
-        splits = self._counted(summaries, partitions, workers)
-        digest = plan_digest(self.settings.model_dump_json(), tokenizer.sha256, splits, summaries)
-        task = PackTask(partitions, splits, framing, self.output.work, digest)
-        with pass_bar(self.console, "pack", "ranges", task.ranges) as report:
-            shards = pack_all(task, workers, report)
-        return {
-            split.name: Manifest(
-                split=split.name,
-                vocab_size=tokenizer.vocab_size,
-                tokenizer_sha256=tokenizer.sha256,
-                source=self.settings.source,
-                seed=self.settings.seed,
-                documents=split.documents,
-                tokens=split.tokens,
-                chunks=sum(shard.chunks for shard in shards[split.name]),
-                shards=shards[split.name],
-                **vars(framing),
-            )
-            for split in splits
-        }
-
-    def _merged(self, summaries: Sequence[PartSummary], workers: int) -> list[Partition]:
-        """Merge the runs if they are too many to be packed as they are."""
-        runs, merged_runs = self.output.runs, self.output.merged_runs
-        groups = Layout.of(framed_tokens(summaries), _runs(summaries)).groups
-        if not groups:
-            return merge_runs(summaries, runs, merged_runs, workers, lambda *_: None)
-        with pass_bar(self.console, "merge", "groups of runs", groups) as report:
-            return merge_runs(summaries, runs, merged_runs, workers, report)
-
-    def _counted(
-        self, summaries: Sequence[PartSummary], partitions: Sequence[Partition], workers: int
-    ) -> list[SplitPlan]:
-        """Count what each range of keys holds of each split."""
-        train, valid = split_ranges(summaries, self.settings.valid_fraction)
-        hashes = {TRAIN: train, VALID: valid}
-        splits = {name: hashes[name] for name in self.settings.splits}
-        tokens = framed_tokens(summaries)
-        runs = sum(len(partition.runs) for partition in partitions)
-        with pass_bar(self.console, "count", "runs", runs) as report:
-            return count_splits(partitions, tokens, splits, workers, report)
-
-
-def _runs(summaries: Sequence[PartSummary]) -> int:
-    return sum(len(summary.runs) for summary in summaries)
+    def _forecast(self, parts: Sequence[Part], workers: int, tokenizer: Tokenizer | None) -> None:
+        """Show what will be made, and refuse what cannot be."""
+        with self.console.status("measuring a sample of the source"):
+            sample = measure(parts, tokenizer)
+        if sample is None:
+            self.console.print("no estimate: the size of this source is not known beforehand")
+            return
+        forecast = Forecast.of(sample, self.settings, workers)
+        free = self.output.free_bytes()
+        for line in forecast.lines(self.output.folder, free):
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        forecast.check(self.output.folder, free, MAX_SHARDS)
 
 
 def _pieces(summaries: Iterable[PartSummary | None]) -> list[Piece]:
