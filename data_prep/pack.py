@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data_prep.runs import int64_array
 from i3dist.data.archive import shard_bytes
 from i3dist.data.manifest import Shard, shard_name
 
@@ -86,11 +87,12 @@ def index_rows(
     end = np.minimum(bounds[row + 1], (shard + 1) * size)
     chunk, offset = np.divmod(begin - shard * size, framing.chunk_length)
     if len(row) > len(pieces):
-        ids, urls = ids.take(pa.array(row)), urls.take(pa.array(row))
+        ids, urls = ids.take(int64_array(row)), urls.take(int64_array(row))
     numbers = (first_document + row, piece, shard, chunk, offset, end - begin)
     names = [name for name in INDEX_SCHEMA.names if name not in ("id", "url")]
-    columns = dict(zip(names, map(pa.array, numbers), strict=True)) | {"id": ids, "url": urls}
-    return pa.table([columns[f.name].cast(f.type) for f in INDEX_SCHEMA], schema=INDEX_SCHEMA)
+    columns = dict(zip(names, map(int64_array, numbers), strict=True)) | {"id": ids, "url": urls}
+    arrays = [columns[f.name].cast(f.type) for f in INDEX_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA)
 
 
 class IndexWriter:
@@ -102,7 +104,7 @@ class IndexWriter:
     def __init__(self, folder: Path) -> None:
         self._file = pa.OSFile(os.fsencode(folder / INDEX_NAME), "wb")
         self._writer = pq.ParquetWriter(self._file, INDEX_SCHEMA, compression="zstd")
-        self._rows = INDEX_SCHEMA.empty_table()
+        self._rows = pa.Table.from_batches([], INDEX_SCHEMA)
 
     def add(self, rows: pa.Table) -> None:
         """Add rows."""
