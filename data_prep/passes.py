@@ -12,7 +12,7 @@ from data_prep.output import TRAIN, VALID, Output, OutputSettings
 from data_prep.pack import Framing
 from data_prep.packing import PackTask, SplitPlan, pack_all
 from data_prep.progress import pass_bar
-from data_prep.ranges import CountTask, Partition, count_all, useful_workers
+from data_prep.ranges import CountTask, Partition, count_all, counting_workers
 from data_prep.shuffle import HASH_END, PartSummary, Spiller, summary_path
 from data_prep.sources import Part
 from data_prep.workers import Report, run_jobs
@@ -132,9 +132,8 @@ class SecondPass:
         )
         self.output.take_back()
         tokens = framed_tokens(summaries)
-        useful = useful_workers(tokens, self.workers)
-        partitions = self._merge(summaries, tokens, useful)
-        splits = self._count(summaries, partitions, useful)
+        partitions = self._merge(summaries, tokens)
+        splits = self._count(summaries, partitions, tokens)
         digest = _digest((self.settings.model_dump_json(), tokenizer.sha256, splits), summaries)
         task = PackTask(partitions, splits, framing, self.output.work, digest)
         with pass_bar(self.console, "pack", "ranges", task.ranges) as report:
@@ -147,19 +146,17 @@ class SecondPass:
         }
         return {split.name: split.manifest(framing, shards[split.name], origin) for split in splits}
 
-    def _merge(
-        self, summaries: Sequence[PartSummary], tokens: int, workers: int
-    ) -> list[Partition]:
+    def _merge(self, summaries: Sequence[PartSummary], tokens: int) -> list[Partition]:
         paths = [self.output.runs / name for summary in summaries for name in summary.runs]
         layout = Layout.of(tokens, len(paths))
         task = MergeTask(layout, self.output.merged_runs, _digest((layout,), summaries))
         if not layout.groups:
-            return merged(task, paths, workers, lambda *_: None)
+            return merged(task, paths, self.workers, lambda *_: None)
         with pass_bar(self.console, "merge", "groups of runs", layout.groups) as report:
-            return merged(task, paths, workers, report)
+            return merged(task, paths, self.workers, report)
 
     def _count(
-        self, summaries: Sequence[PartSummary], partitions: Sequence[Partition], workers: int
+        self, summaries: Sequence[PartSummary], partitions: Sequence[Partition], tokens: int
     ) -> list[SplitPlan]:
         """Count what each range of keys holds of each split."""
         train, valid = split_ranges(summaries, self.settings.valid_fraction)
@@ -168,7 +165,7 @@ class SecondPass:
         task = CountTask(partitions[-1].ranges.stop, tuple(splits.values()))
         runs = sum(len(partition.runs) for partition in partitions)
         with pass_bar(self.console, "count", "runs", runs) as report:
-            counts = count_all(task, partitions, workers, report)
+            counts = count_all(task, partitions, counting_workers(tokens, self.workers), report)
         return [SplitPlan(*item, found) for item, found in zip(splits.items(), counts, strict=True)]
 
 

@@ -26,12 +26,13 @@ from tests.data_prep.corpus import text_of, tree_digest
 
 KILLS = 10
 SEED = 20
-# The tool, but with a part for each file, small as these are.
+# The tool, but with a part for each file, small as these are, and packing shared out among workers.
 PROGRAM = """
 import sys
-from data_prep import files, shard
+from data_prep import files, ranges, shard
 from i3dist.cli.program import one_line_errors
 files._SMALLEST_PART = 4000
+ranges.RANGE_TOKENS, ranges.WORKER_TOKENS = 50_000, 1
 if __name__ == "__main__":
     with one_line_errors():
         shard.main(sys.argv[1:])
