@@ -44,6 +44,11 @@ class FilePart(Part):
         return tuple(pieces)
 
     @property
+    def size(self) -> int:
+        """Bytes of the files, or of the row groups before compression."""
+        return sum(span.size for span in self.spans)
+
+    @property
     def files(self) -> frozenset[int]:
         """Numbers of the files that it reads."""
         return frozenset(span.file.number for span in self.spans)

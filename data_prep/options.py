@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.hub import DATASET, HUB_NAME
+from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
 from data_prep.readers import SUFFIXES_IN_WORDS
 from data_prep.tokenizer import DEFAULT_VOCABULARY, LARGEST_VOCABULARY, SMALLEST_VOCABULARY
 from i3dist.cli.paths import typed_path
@@ -19,7 +20,7 @@ NUMBERS = (
     ("tokenizer-sample-mb", int, 1, 10_000, 200, "train the tokenizer on the first N MB of text"),
     ("workers", int, 1, 1024, CORES, "processes that tokenize; the default is one per core"),
     ("chunk-length", int, 2, 1 << 16, 512, "tokens per chunk"),
-    ("chunks-per-shard", int, 1, 1_000_000, 256, "fewer give every lane shards of a small corpus"),
+    ("chunks-per-shard", int, 1, 1_000_000, None, "fewer give every lane shards of a small corpus"),
     ("valid-fraction", float, 0.0, 0.9, 0.005, "share of documents for validation; 0: no split"),
     ("seed", int, 0, (1 << 63) - 1, 0, "of the shuffle and the split"),
 )
@@ -38,14 +39,22 @@ def add_options(parser: ArgumentParser) -> None:
     out = Path("data/fineweb-edu")
     parser.add_argument("--out", type=typed_path, default=out, help=f"folder (default: {out})")
     parser.add_argument("--tokenizer", type=typed_path, help="a tokenizer.json (default: train it)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show about what would be made, the disk and the time that it takes, and stop",
+    )
+    unset = {
+        "vocab-size": f"--tokenizer's, else {DEFAULT_VOCABULARY}",
+        "chunks-per-shard": f"up to {MOST_CHUNKS:,}, for {SHARDS_WANTED} shards or more",
+    }
     for name, kind, least, most, default, text in NUMBERS:
-        shown = f"--tokenizer's, else {DEFAULT_VOCABULARY}" if default is None else default
         parser.add_argument(
             f"--{name}",
             type=_number(kind, least, most),
             default=default,
             metavar="N",
-            help=f"{text} (default: {shown})",
+            help=f"{text} (default: {unset.get(name, default)})",
         )
 
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from data_prep.evidence import Evidence, Saved
+from data_prep.records import WorkFolder
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.errors import UserError
 from i3dist.files import clear_partials, write_whole
@@ -32,23 +33,26 @@ _EVIDENCE_NAME = "source.json"
 _WORK_NAME = ".work"
 _BEGUN_NAME = f"{_WORK_NAME}/{_EVIDENCE_NAME}"
 _OF_PACKING = frozenset(("chunk_length", "chunks_per_shard", "valid_fraction"))
+_LAYOUT = 2
+"""Of the files in `.work`. An output that is complete serves whatever its layout was."""
 
 
 class OutputSettings(Saved):
     """Everything that decides the bytes of the output.
 
     `revision` is the source's outline: the hub's commit, or a digest of the files' names and sizes.
-    Older versions of this tool wrote a digest of the files' content.
+    Older versions of this tool wrote a digest of the files' content. `chunks_per_shard` is None
+    until it has been chosen.
     """
 
-    layout: int = 1
+    layout: int = _LAYOUT
     source: str
     revision: str
     tokenizer: str
     tokenizer_sample_mb: int
     vocab_size: int
     chunk_length: int
-    chunks_per_shard: int
+    chunks_per_shard: int | None
     valid_fraction: float
     seed: int
 
@@ -64,7 +68,7 @@ class OutputSettings(Saved):
 
     def difference(self, other: "OutputSettings", free: Set[str] = frozenset()) -> str | None:
         """The first setting that differs from `other`'s, in words; `free` ones may differ."""
-        for name, value in self.model_dump(exclude=set(free)).items():
+        for name, value in self.model_dump(exclude={"layout", *free}).items():
             theirs = getattr(other, name)
             if name == "revision" and theirs != value:
                 return OTHER_CONTENT
@@ -79,7 +83,8 @@ class Output:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runs = folder / _WORK_NAME / "runs"
-        self.staging = folder / _WORK_NAME / "splits"
+        self.merged_runs = folder / _WORK_NAME / "merged"
+        self.work = WorkFolder(folder / _WORK_NAME / "splits", folder / _WORK_NAME / "ranges")
         self.tokenizer = folder / "tokenizer.json"
 
     def settings(self) -> OutputSettings | None:
@@ -155,20 +160,39 @@ class Output:
         """The error for a folder that was made in another way: `difference` says in which."""
         return UserError(f"{self.folder} was made {difference}: choose another --out, or delete it")
 
+    def free_bytes(self) -> int:
+        """Bytes free where the folder is, or will be."""
+        folder = Path(os.path.realpath(self.folder))
+        return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+
+    def discard_old_runs(self) -> bool:
+        """Discard runs that an earlier version began, and this one cannot read."""
+        former = self.settings()
+        if former is None or former.layout == _LAYOUT or not self.runs.exists():
+            return False
+        shutil.rmtree(self.runs)
+        return True
+
     def begin(self, settings: OutputSettings, tokenizer: bytes, evidence: Evidence | None) -> None:
         """Write down what the folder is made from; a run that continues does it again."""
         self.runs.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
+        self.write_settings(settings)
         if evidence:
             write_whole(self.folder / _BEGUN_NAME, evidence.model_dump_json().encode())
         write_whole(self.tokenizer, tokenizer)
 
-    def stage(self, split: str) -> Path:
-        """An empty folder to write `split` into."""
-        folder = self.staging / split
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder
+    def write_settings(self, settings: OutputSettings) -> None:
+        """Write down the settings."""
+        write_whole(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
+
+    def take_back(self) -> None:
+        """Take splits that a killed run has moved into place back, so as not to pack them again."""
+        for split in (TRAIN, VALID):
+            final, staged = self.folder / split, self.work.split(split)
+            if final.exists() and not staged.exists():
+                (final / MANIFEST_NAME).unlink(missing_ok=True)
+                staged.parent.mkdir(parents=True, exist_ok=True)
+                final.rename(staged)
 
     def publish(self, manifests: Mapping[str, Manifest], evidence: Evidence | None) -> None:
         """Move the staged splits into place, and write their manifests last."""
@@ -178,7 +202,7 @@ class Output:
             final = self.folder / split
             (final / MANIFEST_NAME).unlink(missing_ok=True)
             shutil.rmtree(final, ignore_errors=True)
-            (self.staging / split).rename(final)
+            self.work.split(split).rename(final)
         for split, manifest in manifests.items():
             manifest.write(self.folder / split)
         self._discard_work()

@@ -1,4 +1,4 @@
-"""Pass 2: packs documents into one stream, cuts it into chunks and shards, and writes the index.
+"""The stream of a split: shards cut from it, and the index of what lies where.
 
 The stream of a split is `<BOS> document <EOS> <BOS> document <EOS> ...`, cut every `chunk_length`
 tokens; the last chunk alone is filled with <PAD>. A shard is a contiguous piece of the stream.
@@ -6,18 +6,17 @@ tokens; the last chunk alone is filled with <PAD>. A shard is a contiguous piece
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data_prep.runs import int64_array
 from i3dist.data.archive import shard_bytes
-from i3dist.data.manifest import Manifest, Shard, shard_name
+from i3dist.data.manifest import Shard, shard_name
 
 INDEX_NAME = "index.parquet"
 INDEX_SCHEMA = pa.schema(
@@ -32,10 +31,11 @@ INDEX_SCHEMA = pa.schema(
         ("length", pa.int64()),
     ]
 )
-IndexRow = tuple[int, int, str, str, int, int, int, int]
-"""Values in the order of `INDEX_SCHEMA`."""
-
 _ROWS_AT_A_TIME = 1 << 16
+
+FEWEST_CHUNKS, MOST_CHUNKS = 16, 2048
+SHARDS_WANTED = 512
+"""Shards that a corpus is cut into where it is large enough, so that every lane has some."""
 
 
 @dataclass(frozen=True)
@@ -48,96 +48,130 @@ class Framing:
     eos_id: int
     pad_id: int
 
+    @property
+    def shard_tokens(self) -> int:
+        """Tokens of a full shard."""
+        return self.chunk_length * self.chunks_per_shard
+
+    def shards_before(self, token: int) -> int:
+        """Number of shards that begin before token number `token` of the stream."""
+        return -(-token // self.shard_tokens)
+
+
+def chunks_per_shard(tokens: int, chunk_length: int) -> int:
+    """The default for so many tokens: the largest power of two that gives `SHARDS_WANTED` shards.
+
+    It lies between `FEWEST_CHUNKS` and `MOST_CHUNKS`.
+    """
+    chunks = tokens // (chunk_length * SHARDS_WANTED)
+    return max(FEWEST_CHUNKS, min(MOST_CHUNKS, 1 << max(0, chunks.bit_length() - 1)))
+
+
+def index_rows(
+    first_document: int, bounds: NDArray[np.int64], ids: pa.Array, urls: pa.Array, framing: Framing
+) -> pa.Table:
+    """The rows of the index for N consecutive documents, a row for each piece.
+
+    Args:
+        first_document: number of the first document in the stream.
+        bounds: int64 [N + 1], places in the stream where documents begin; the last one ends there.
+        ids, urls: N strings each.
+    """
+    size = framing.shard_tokens
+    first, last = bounds[:-1] // size, (bounds[1:] - 1) // size
+    pieces = last - first + 1
+    row = np.repeat(np.arange(len(pieces)), pieces)  # of the document that a piece belongs to
+    piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    shard = first[row] + piece
+    begin = np.maximum(bounds[row], shard * size)
+    end = np.minimum(bounds[row + 1], (shard + 1) * size)
+    chunk, offset = np.divmod(begin - shard * size, framing.chunk_length)
+    if len(row) > len(pieces):
+        ids, urls = ids.take(int64_array(row)), urls.take(int64_array(row))
+    numbers = (first_document + row, piece, shard, chunk, offset, end - begin)
+    names = [name for name in INDEX_SCHEMA.names if name not in ("id", "url")]
+    columns = dict(zip(names, map(int64_array, numbers), strict=True)) | {"id": ids, "url": urls}
+    arrays = [columns[f.name].cast(f.type) for f in INDEX_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA)
+
 
 class IndexWriter:
-    """Writes `index.parquet`: one row per piece of a document, in the order of the stream."""
+    """Writes `index.parquet`: one row per piece of a document, in the order of the stream.
+
+    Its bytes do not depend on how the rows are shared out over the calls of `add`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._file = pa.OSFile(os.fsencode(folder / INDEX_NAME), "wb")
         self._writer = pq.ParquetWriter(self._file, INDEX_SCHEMA, compression="zstd")
-        self._rows: list[IndexRow] = []
+        self._rows = pa.Table.from_batches([], INDEX_SCHEMA)
 
-    def add(self, row: IndexRow) -> None:
-        """Add one row."""
-        self._rows.append(row)
-        if len(self._rows) >= _ROWS_AT_A_TIME:
-            self._flush()
+    def add(self, rows: pa.Table) -> None:
+        """Add rows."""
+        self._rows = pa.concat_tables([self._rows, rows])
+        while len(self._rows) >= _ROWS_AT_A_TIME:
+            self._write(self._rows.slice(0, _ROWS_AT_A_TIME))
+            self._rows = self._rows.slice(_ROWS_AT_A_TIME)
 
     def close(self) -> None:
         """Write the remaining rows and the footer of the file."""
-        self._flush()
+        self._write(self._rows)
         self._writer.close()
         self._file.close()
 
-    def _flush(self) -> None:
-        columns = list(zip(*self._rows, strict=True)) or [()] * len(INDEX_SCHEMA)
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA))
-        self._rows.clear()
+    def _write(self, rows: pa.Table) -> None:
+        self._writer.write_table(rows.combine_chunks())
 
 
 @dataclass
-class Packer:
-    """Takes documents in stream order and writes the shards and the index of one split."""
+class ShardWriter:
+    """Writes the shards of one stretch of a split's stream.
+
+    The stretch is `start` to `stop`: from the first token of a shard to that of another, or to the
+    end of the stream.
+    """
 
     folder: Path
     framing: Framing
-    shards: list[Shard] = field(default_factory=list)
-    documents: int = 0
-    tokens: int = 0
+    start: int
+    stop: int
+    shards: dict[int, Shard] = field(default_factory=dict)
+    """The finished shards by their numbers."""
 
     def __post_init__(self) -> None:
-        framing = self.framing
-        self._index = IndexWriter(self.folder)
-        self._shard = np.empty(framing.chunks_per_shard * framing.chunk_length, dtype=np.uint16)
+        size = min(self.framing.shard_tokens, self.stop - self.start + self.framing.chunk_length)
+        self._shard = np.empty(max(0, size), np.uint16)
         self._filled = 0
+        self._number = self.start // self.framing.shard_tokens
 
-    def add(self, identifier: str, url: str, ids: NDArray[np.uint16] | Sequence[int]) -> None:
-        """Append one document, whose tokens `ids` have no <BOS> and <EOS> yet."""
-        framing = self.framing
-        rest = np.concatenate(([framing.bos_id], ids, [framing.eos_id])).astype(np.uint16)
-        self.tokens += len(rest)
-        piece = 0
-        while len(rest):
-            length = min(len(rest), len(self._shard) - self._filled)
-            chunk, offset = divmod(self._filled, framing.chunk_length)
-            place = (len(self.shards), chunk, offset)
-            self._index.add((self.documents, piece, identifier, url, *place, length))
-            self._append(rest[:length])
-            rest = rest[length:]
-            piece += 1
-        self.documents += 1
+    @property
+    def position(self) -> int:
+        """Place in the stream of the next token that it takes."""
+        return self._number * self.framing.shard_tokens + self._filled
 
-    def close(self) -> None:
-        """Fill the last chunk with <PAD>, and write the last shard and the index."""
-        if self._filled:
-            chunks = -(-self._filled // self.framing.chunk_length)
-            end = chunks * self.framing.chunk_length
-            self._shard[self._filled : end] = self.framing.pad_id
-            self._write(self._shard[:end])
-        self._index.close()
+    @property
+    def is_done(self) -> bool:
+        """Whether all shards are written."""
+        return self.position >= self.stop
 
-    def manifest(self, **origin: Any) -> Manifest:
-        """The manifest of the closed split; `origin` holds the fields that say what it is of."""
-        return Manifest(
-            documents=self.documents,
-            tokens=self.tokens,
-            chunks=sum(shard.chunks for shard in self.shards),
-            shards=tuple(self.shards),
-            **vars(self.framing),
-            **origin,
-        )
+    def add(self, tokens: NDArray[np.uint16]) -> None:
+        """Append the next tokens of the stream; the last ones complete the last shard."""
+        while len(tokens):
+            room = self.framing.shard_tokens - self._filled
+            part, tokens = tokens[:room], tokens[room:]
+            self._shard[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            if self._filled == self.framing.shard_tokens or self.position == self.stop:
+                self._write()
 
-    def _append(self, ids: NDArray[np.uint16]) -> None:
-        self._shard[self._filled : self._filled + len(ids)] = ids
-        self._filled += len(ids)
-        if self._filled == len(self._shard):
-            self._write(self._shard)
-            self._filled = 0
-
-    def _write(self, stream: NDArray[np.uint16]) -> None:
-        chunks = stream.reshape(-1, self.framing.chunk_length)
-        self.shards.append(write_shard(self.folder, len(self.shards), chunks))
+    def _write(self) -> None:
+        chunks = -(-self._filled // self.framing.chunk_length)
+        stream = self._shard[: chunks * self.framing.chunk_length]
+        stream[self._filled :] = self.framing.pad_id
+        shaped = stream.reshape(-1, self.framing.chunk_length)
+        self.shards[self._number] = write_shard(self.folder, self._number, shaped)
+        self._number += 1
+        self._filled = 0
 
 
 def write_shard(folder: Path, number: int, chunks: NDArray[np.uint16]) -> Shard:

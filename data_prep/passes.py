@@ -1,29 +1,24 @@
-"""The two passes over the documents: spill them (in parallel), then pack them in order."""
+"""The two passes over the documents: spill them into runs, then count and pack the runs' ranges."""
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from multiprocessing.sharedctypes import Synchronized
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.pack import Packer
-from data_prep.shuffle import HASH_END, PartSummary, Spiller, in_order, summary_path
+from rich.console import Console
+
+from data_prep.merge import Layout, MergeTask, merged
+from data_prep.output import TRAIN, VALID, Output, OutputSettings
+from data_prep.pack import Framing
+from data_prep.packing import PackTask, SplitPlan, pack_all
+from data_prep.progress import pass_bar
+from data_prep.ranges import CountTask, Partition, count_all, counting_workers
+from data_prep.shuffle import HASH_END, PartSummary, Spiller, summary_path
 from data_prep.sources import Part
-from i3dist.cli.extend import LOADED, load_extension
+from data_prep.workers import Report, run_jobs
+from i3dist.data.manifest import Manifest
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-
-_POLL_S = 0.25
-_spiller: Spiller | None = None
-
-Report = Callable[[int, int], None]
-"""Called with the number of (units, tokens) done since the last call."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +30,33 @@ class SpillPlan:
     folder: Path
     seed: int
 
-    def spiller(self, report: Callable[[int], None]) -> Spiller:
-        """A spiller of these parts; `report` is called with numbers of tokens."""
-        return Spiller(Tokenizer.load(self.tokenizer), self.folder, self.seed, report)
+
+@dataclass(frozen=True)
+class SpillTask:
+    """Spills parts, each given with its number."""
+
+    tokenizer: Path
+    folder: Path
+    seed: int
+
+    def start(self, report: Report) -> Callable[[tuple[int, Part]], None]:
+        """A function that spills a part."""
+        tokenizer = Tokenizer.load(self.tokenizer)
+        spiller = Spiller(tokenizer, self.folder, self.seed, lambda tokens: report(0, tokens))
+
+        def spill(job: tuple[int, Part]) -> None:
+            number, part = job
+            spiller.spill(part, number)
+            report(1, 0)
+
+        return spill
 
 
 def spill_all(plan: SpillPlan, workers: int, report: Report) -> list[PartSummary]:
     """Spill the parts that are not finished yet; returns the summaries of all parts."""
-    todo = [number for number, summary in enumerate(finished(plan)) if not summary]
+    todo = [(n, plan.parts[n]) for n, summary in enumerate(finished(plan)) if not summary]
     report(len(plan.parts) - len(todo), 0)
-    spill = _spill_here if min(workers, len(todo)) <= 1 else _spill_in_processes
-    spill(plan, todo, workers, report)
+    run_jobs(SpillTask(plan.tokenizer, plan.folder, plan.seed), todo, workers, report)
     return [summary for summary in finished(plan) if summary]
 
 
@@ -73,66 +84,6 @@ def forget_parts_of(plan: SpillPlan, touched: frozenset[int]) -> frozenset[int]:
     return unread
 
 
-def _spill_here(plan: SpillPlan, todo: Sequence[int], workers: int, report: Report) -> None:
-    spiller = plan.spiller(lambda tokens: report(0, tokens))
-    for number in todo:
-        spiller.spill(plan.parts[number], number)
-        report(1, 0)
-
-
-def _spill_in_processes(plan: SpillPlan, todo: Sequence[int], workers: int, report: Report) -> None:
-    # Spawned, not forked: the parent has threads (progress bar, Arrow) that a fork would not copy.
-    context = multiprocessing.get_context("spawn")
-    tokens = context.Value("Q", 0)
-    setup = (replace(plan, parts=()), tuple(LOADED), tokens)
-    pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, setup)
-    seen = 0
-    try:
-        pending = {pool.submit(_spill, plan.parts[number], number) for number in todo}
-        while pending:
-            finished, pending = wait(pending, _POLL_S, FIRST_COMPLETED)
-            for future in finished:
-                future.result()
-            now = tokens.value
-            report(len(finished), now - seen)
-            seen = now
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process died (out of memory?): run the same command again with "
-            "fewer --workers, and it continues"
-        ) from None
-    finally:
-        # After a failure do not wait for the running parts: the workers end with this process.
-        pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
-
-
-def _start_worker(plan: SpillPlan, extensions: Sequence[Path], tokens: "Synchronized[int]") -> None:
-    global _spiller
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    for path in extensions:  # before the parts arrive, whose classes may be in these files
-        load_extension(path)
-
-    def count(more: int) -> None:
-        with tokens.get_lock():
-            tokens.value += more
-
-    _spiller = plan.spiller(count)
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent has died, even by SIGKILL. It would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _spill(part: Part, number: int) -> None:
-    assert _spiller is not None
-    _spiller.spill(part, number)
-
-
 def split_ranges(summaries: Sequence[PartSummary], valid_fraction: float) -> tuple[range, range]:
     """The ranges of split hashes of (train, valid), each of which gets a document.
 
@@ -154,13 +105,73 @@ def split_ranges(summaries: Sequence[PartSummary], valid_fraction: float) -> tup
     return range(bound, HASH_END), range(bound)
 
 
-def pack_split(
-    summaries: Sequence[PartSummary], runs: Path, splits: range, packer: Packer, report: Report
-) -> None:
-    """Pass 2 for one split: pack its documents in the order of their keys."""
-    paths = [runs / name for summary in summaries for name in summary.runs]
-    total = sum(summary.tokens for summary in summaries)
-    for identifier, url, tokens in in_order(paths, total, splits):
-        packer.add(identifier, url, tokens)
-        report(1, len(tokens))
-    packer.close()
+def framed_tokens(summaries: Sequence[PartSummary]) -> int:
+    """Tokens of all documents with <BOS> and <EOS>."""
+    return sum(summary.tokens + 2 * summary.documents for summary in summaries)
+
+
+@dataclass(frozen=True)
+class SecondPass:
+    """Packs the runs of the first pass into the splits of an output, whose settings are whole."""
+
+    settings: OutputSettings
+    output: Output
+    console: Console
+    workers: int
+
+    def run(self, summaries: Sequence[PartSummary]) -> dict[str, Manifest]:
+        """Merge runs if they are too many, count, and pack; returns the manifests by split."""
+        tokenizer = Tokenizer.load(self.output.tokenizer)
+        assert self.settings.chunks_per_shard
+        framing = Framing(
+            chunk_length=self.settings.chunk_length,
+            chunks_per_shard=self.settings.chunks_per_shard,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
+        self.output.take_back()
+        tokens = framed_tokens(summaries)
+        partitions = self._merge(summaries, tokens)
+        splits = self._count(summaries, partitions, tokens)
+        digest = _digest((self.settings.model_dump_json(), tokenizer.sha256, splits), summaries)
+        task = PackTask(partitions, splits, framing, self.output.work, digest)
+        with pass_bar(self.console, "pack", "ranges", task.ranges) as report:
+            shards = pack_all(task, self.workers, report)
+        origin = {
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer_sha256": tokenizer.sha256,
+            "source": self.settings.source,
+            "seed": self.settings.seed,
+        }
+        return {split.name: split.manifest(framing, shards[split.name], origin) for split in splits}
+
+    def _merge(self, summaries: Sequence[PartSummary], tokens: int) -> list[Partition]:
+        paths = [self.output.runs / name for summary in summaries for name in summary.runs]
+        layout = Layout.of(tokens, len(paths))
+        task = MergeTask(layout, self.output.merged_runs, _digest((layout,), summaries))
+        if not layout.groups:
+            return merged(task, paths, self.workers, lambda *_: None)
+        with pass_bar(self.console, "merge", "groups of runs", layout.groups) as report:
+            return merged(task, paths, self.workers, report)
+
+    def _count(
+        self, summaries: Sequence[PartSummary], partitions: Sequence[Partition], tokens: int
+    ) -> list[SplitPlan]:
+        """Count what each range of keys holds of each split."""
+        train, valid = split_ranges(summaries, self.settings.valid_fraction)
+        hashes = {TRAIN: train, VALID: valid}
+        splits = {name: hashes[name] for name in self.settings.splits}
+        task = CountTask(partitions[-1].ranges.stop, tuple(splits.values()))
+        runs = sum(len(partition.runs) for partition in partitions)
+        with pass_bar(self.console, "count", "runs", runs) as report:
+            counts = count_all(task, partitions, counting_workers(tokens, self.workers), report)
+        return [SplitPlan(*item, found) for item, found in zip(splits.items(), counts, strict=True)]
+
+
+def _digest(parts: Iterable[object], summaries: Sequence[PartSummary]) -> str:
+    """SHA-256 of some parts and of what pass 1 has read: all that decides the bytes of a step."""
+    digest = hashlib.sha256()
+    for part in (*parts, *(summary.model_dump_json() for summary in summaries)):
+        digest.update(f"{part}\n".encode())
+    return digest.hexdigest()

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from data_prep.passes import Report
+from data_prep.workers import Report
 from i3dist.data.manifest import Manifest
 
 _REDRAW_S = 0.1

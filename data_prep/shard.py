@@ -22,8 +22,8 @@ number of --workers. A run that was stopped continues when it is started again.
 Until packing has ended it may continue with another --chunk-length,
 --chunks-per-shard or --valid-fraction. A folder made with other settings, or
 from other content, is refused: source.json keeps sizes, times and hashes of
-the files that were read. The tool needs disk space for about twice the shards
-while it works.
+the files that were read. The tool needs disk space for almost twice the shards
+while it works; --dry-run says how much, about.
 """
 
 import argparse
@@ -37,16 +37,17 @@ from rich.console import Console
 
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
+from data_prep.forecast import FORECAST_BYTES, Forecast, measure
 from data_prep.options import add_options
-from data_prep.output import OTHER_CONTENT, TRAIN, VALID, Output, OutputSettings
-from data_prep.pack import Framing, Packer
+from data_prep.output import OTHER_CONTENT, Output, OutputSettings
+from data_prep.pack import chunks_per_shard
 from data_prep.passes import (
+    SecondPass,
     SpillPlan,
     finished,
     forget_parts_of,
-    pack_split,
+    framed_tokens,
     spill_all,
-    split_ranges,
 )
 from data_prep.progress import closing_table, pass_bar
 from data_prep.readers import naming
@@ -62,7 +63,7 @@ from data_prep.tokenizer import (
 from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
-from i3dist.data.manifest import MAX_SHARDS, Manifest
+from i3dist.data.manifest import MAX_SHARDS
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
@@ -83,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     preparation = Preparation(
         settings_of(options, source, given, former), output, source, Console()
     )
+    if options.dry_run:
+        preparation.foresee(given, options.workers)
+        return
     try:
         with output.locked():
             if output.is_complete(preparation.settings):
@@ -126,6 +130,7 @@ def settings_of(
     The source is described as it is in the `former` settings, so that they can be compared.
     """
     vocab_size = given.vocab_size if given else options.vocab_size or DEFAULT_VOCABULARY
+    former_chunks = former.chunks_per_shard if former else None
     return OutputSettings(
         source=source.name,
         revision=source.revision if former and former.has_content_digest else source.outline,
@@ -133,7 +138,7 @@ def settings_of(
         tokenizer_sample_mb=0 if given else options.tokenizer_sample_mb,
         vocab_size=vocab_size,
         chunk_length=options.chunk_length,
-        chunks_per_shard=options.chunks_per_shard,
+        chunks_per_shard=options.chunks_per_shard or former_chunks,
         valid_fraction=options.valid_fraction,
         seed=options.seed,
     )
@@ -151,18 +156,29 @@ class Preparation:
     def run(self, given: Tokenizer | None, workers: int) -> None:
         """Tokenize, shuffle, pack and publish."""
         start = time.monotonic()
+        if self.output.discard_old_runs():
+            self.console.print("an earlier version began this folder: tokenizing it again")
         parts = self.source.parts()
         plan = SpillPlan(parts, self.output.tokenizer, self.output.runs, self.settings.seed)
         touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
         tokenizer = self._tokenizer(parts, given, is_certain=not touched)
         self.output.begin(self.settings, tokenizer, self._evidence(()))
+        if not any(finished(plan)) and sum(part.size for part in parts) >= FORECAST_BYTES:
+            self._forecast(parts, workers, Tokenizer.load(self.output.tokenizer))
         summaries = self._spill(plan, workers)
-        manifests = self._pack(summaries)
+        settings = self._with_chunks_chosen(framed_tokens(summaries))
+        manifests = SecondPass(settings, self.output, self.console, workers).run(summaries)
         self.output.publish(manifests, self._evidence(_pieces(summaries)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
         if self.source.left_out:
             self.console.print(f"left out: {self.source.left_out}", markup=False, soft_wrap=True)
+
+    def foresee(self, given: Tokenizer | None, workers: int) -> None:
+        """Show what a run would make, and make nothing."""
+        path = self.output.tokenizer
+        tokenizer = given or (Tokenizer.load(path) if path.exists() else None)
+        self._forecast(self.source.parts(), workers, tokenizer)
 
     def check_complete(self) -> None:
         """Refuse a complete output whose source has other content now."""
@@ -220,39 +236,34 @@ class Preparation:
         if not any(summary.documents for summary in summaries):
             self.output.abandon()
             raise no_usable_document(self.settings.source, _skipped(summaries))
-        tokens = sum(summary.tokens + 2 * summary.documents for summary in summaries)
-        if tokens > MAX_SHARDS * self.settings.chunks_per_shard * self.settings.chunk_length:
+        return summaries
+
+    def _with_chunks_chosen(self, tokens: int) -> OutputSettings:
+        """The settings with a number of chunks per shard, which the output keeps."""
+        settings = self.settings
+        if settings.chunks_per_shard is None:
+            chosen = chunks_per_shard(tokens, settings.chunk_length)
+            settings = settings.model_copy(update={"chunks_per_shard": chosen})
+            self.output.write_settings(settings)
+        assert settings.chunks_per_shard
+        if tokens > MAX_SHARDS * settings.chunks_per_shard * settings.chunk_length:
             raise UserError(
                 f"{tokens:,} tokens make more than {MAX_SHARDS:,} shards: raise --chunks-per-shard"
             )
-        return summaries
+        return settings
 
-    def _pack(self, summaries: Sequence[PartSummary]) -> dict[str, Manifest]:
-        """Pass 2: write the splits into the staging folders; returns their manifests."""
-        tokenizer = Tokenizer.load(self.output.tokenizer)
-        framing = Framing(
-            chunk_length=self.settings.chunk_length,
-            chunks_per_shard=self.settings.chunks_per_shard,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-        )
-        train, valid = split_ranges(summaries, self.settings.valid_fraction)
-        ranges = {TRAIN: train, VALID: valid}
-        documents = sum(summary.documents for summary in summaries)
-        manifests = {}
-        with pass_bar(self.console, "pack", "documents", documents) as report:
-            for split in self.settings.splits:
-                packer = Packer(self.output.stage(split), framing)
-                pack_split(summaries, self.output.runs, ranges[split], packer, report)
-                manifests[split] = packer.manifest(
-                    split=split,
-                    vocab_size=tokenizer.vocab_size,
-                    tokenizer_sha256=tokenizer.sha256,
-                    source=self.settings.source,
-                    seed=self.settings.seed,
-                )
-        return manifests
+    def _forecast(self, parts: Sequence[Part], workers: int, tokenizer: Tokenizer | None) -> None:
+        """Show what will be made, and refuse what cannot be."""
+        with self.console.status("measuring a sample of the source"):
+            sample = measure(parts, tokenizer)
+        if sample is None:
+            self.console.print("no estimate: the size of this source is not known beforehand")
+            return
+        forecast = Forecast.of(sample, self.settings, workers)
+        free = self.output.free_bytes()
+        for line in forecast.lines(self.output.folder, free):
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        forecast.check(self.output.folder, free, MAX_SHARDS)
 
 
 def _pieces(summaries: Iterable[PartSummary | None]) -> list[Piece]:

@@ -1,10 +1,11 @@
-"""A global shuffle in bounded memory: an external sort by hash.
+"""Pass 1 of a global shuffle in bounded memory: an external sort by hash.
 
-Pass 1 (`Spiller`, in any number of processes) tokenizes a part of the source and writes *runs*:
-Arrow files of documents sorted by a key, which is a hash of seed, position and text. Pass 2
-(`in_order`) divides the range of keys into buckets, gathers each bucket from all runs, and sorts
-it. So the order depends only on the seed and the source. Memory holds one run per process in pass
-1, and one bucket in pass 2. 10 billion tokens take 20 GB of runs and about 300 buckets.
+`Spiller`, in any number of processes, tokenizes a part of the source and writes *runs*: Arrow files
+of documents sorted by a key, which is a hash of seed, position and text. Pass 2 divides the keys
+into ranges, gathers each range from all runs, and packs it (`data_prep/ranges.py`). So the order
+depends only on the seed and the source. Memory holds one run per process. A run's tokens are framed
+(`<BOS> document <EOS>`): they are a piece of the stream as it stands. 10 billion tokens take about
+21 GB of runs.
 """
 
 import hashlib
@@ -12,7 +13,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -27,35 +27,27 @@ from i3dist.data.tokenizer import Tokenizer
 from i3dist.files import write_whole, written_aside
 
 HASH_END = 1 << 62
-"""Hashes are smaller than this, so that they and the bounds of buckets fit into int64."""
+"""Hashes are smaller than this, so that they and the bounds of ranges fit into int64."""
 
 RUN_TOKENS = 1 << 25
-BUCKET_TOKENS = 1 << 25
 _RUN_DOCUMENTS = 1 << 18
-_SCHEMA = pa.schema(
+RUN_SCHEMA = pa.schema(
     [
         ("high", pa.int64()),
         ("low", pa.int64()),
         ("split", pa.int64()),
         ("id", pa.string()),
         ("url", pa.string()),
-        ("tokens", pa.large_list(pa.uint16())),
+        # uint16. A list would do as well, but pyarrow (25.0) takes bytes three times as fast.
+        ("tokens", pa.large_binary()),
     ]
 )
 
 
-class Hashes(NamedTuple):
-    """A document's key (`high`, `low`) decides its place, and `split` decides its split."""
-
-    high: int
-    low: int
-    split: int
-
-
 class Document(NamedTuple):
-    """A tokenized document, without <BOS> and <EOS>."""
+    """A tokenized document, without <BOS> and <EOS>, and its `hashes`."""
 
-    hashes: Hashes
+    hashes: bytes
     id: str
     url: str
     tokens: NDArray[np.uint16]
@@ -84,22 +76,43 @@ class PartSummary(Saved):
             return None
 
 
-def hashes(text: str, position: str, seed: int) -> Hashes:
-    """Hash a document. Equal texts get an equal `split`, so duplicates stay in one split."""
+def hashes(text: str, position: str, seed: int) -> bytes:
+    """The three hashes of a document, 8 bytes each; `hash_columns` makes numbers of them.
+
+    The first two are its key, which decides its place. The third decides its split. Equal texts
+    have equal third hashes, so duplicates stay in one split.
+    """
     salt = seed.to_bytes(8, "little")
     digest = hashlib.blake2b(text.encode(), digest_size=16, key=salt).digest()
     key = hashlib.blake2b(digest + position.encode(), digest_size=16, key=salt).digest()
-    high, low, split = (int.from_bytes(b) % HASH_END for b in (key[:8], key[8:], digest[:8]))
-    return Hashes(high, low, split)
+    return key + digest[:8]
 
 
-def _table(run: Sequence[Document]) -> pa.Table:
-    """The run sorted by key, as one chunk."""
-    found, ids, urls, tokens = zip(*sorted(run, key=attrgetter("hashes")), strict=True)
-    offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(tokens)))
-    columns = [pa.array(column) for column in (*zip(*found, strict=True), ids, urls)]
-    return pa.Table.from_arrays([*columns, lists], schema=_SCHEMA)
+def hash_columns(found: Sequence[bytes]) -> NDArray[np.int64]:
+    """The results of `hashes` as numbers below `HASH_END`: int64 [3, N] (high, low, split)."""
+    numbers = np.frombuffer(b"".join(found), ">u8").reshape(-1, 3).T
+    return (numbers & np.uint64(HASH_END - 1)).astype(np.int64)
+
+
+def run_table(run: Sequence[Document], bos_id: int, eos_id: int) -> pa.Table:
+    """The documents of a run, framed and sorted by key, as one chunk."""
+    columns = hash_columns([document.hashes for document in run])
+    order = np.lexsort(columns[::-1])
+    documents = [run[place] for place in order]
+    offsets = np.cumsum([0, *(len(document.tokens) + 2 for document in documents)], dtype=np.int64)
+    bos, eos = np.array([[bos_id], [eos_id]], np.uint16)
+    values = np.concatenate(
+        [part for document in documents for part in (bos, document.tokens, eos)]
+    )
+    arrays = [
+        *map(pa.array, columns[:, order]),
+        pa.array([document.id for document in documents], pa.string()),
+        pa.array([document.url for document in documents], pa.string()),
+        pa.LargeBinaryArray.from_buffers(
+            pa.large_binary(), len(run), [None, pa.py_buffer(2 * offsets), pa.py_buffer(values)]
+        ),
+    ]
+    return pa.Table.from_arrays(arrays, schema=RUN_SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -120,11 +133,12 @@ class Spiller:
         pieces: list[Piece] = []
         for run in self._runs(_records(part, pieces), skipped):
             names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
-            _write_run(run, self.folder / names[-1])
+            table = run_table(run, self.tokenizer.bos_id, self.tokenizer.eos_id)
+            write_run(table, self.folder / names[-1])
             documents += len(run)
             tokens += sum(len(document.tokens) for document in run)
-            found = [document.hashes.split for document in run]
-            smallest, largest = min(smallest, *found), max(largest, *found)
+            splits = table["split"].to_numpy()
+            smallest, largest = min(smallest, int(splits.min())), max(largest, int(splits.max()))
         summary = PartSummary(
             runs=tuple(names),
             documents=documents,
@@ -168,45 +182,11 @@ def summary_path(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06d}.json"
 
 
-def in_order(
-    runs: Sequence[Path], tokens: int, splits: range
-) -> Iterator[tuple[str, str, NDArray[np.uint16]]]:
-    """(id, url, tokens) of all documents of `runs` whose split hash lies in `splits`, by key.
-
-    `tokens` is about the number of tokens in the runs. It decides the number of buckets.
-    """
-    buckets = max(1, -(-tokens // BUCKET_TOKENS))
-    for bucket in range(buckets):
-        bounds = [HASH_END * b // buckets for b in (bucket, bucket + 1)]
-        tables = [_rows(run, bounds, splits) for run in runs]
-        yield from _sorted(pa.concat_tables(tables).combine_chunks())
-
-
-def _rows(run: Path, bounds: list[int], splits: range) -> pa.Table:
-    with pa.memory_map(os.fsencode(run)) as file:
-        table = pa.ipc.open_file(file).read_all()
-        first, last = np.searchsorted(table["high"].to_numpy(), bounds)
-        rows = table.slice(first, last - first)
-        split = rows["split"].to_numpy()
-        return rows.filter(pa.array((split >= splits.start) & (split < splits.stop)))
-
-
-def _sorted(table: pa.Table) -> Iterator[tuple[str, str, NDArray[np.uint16]]]:
-    if not len(table):
-        return
-    order = np.lexsort((table["low"].to_numpy(), table["high"].to_numpy()))
-    tokens = table["tokens"].chunk(0)
-    offsets, values = tokens.offsets.to_numpy(), tokens.values.to_numpy()
-    ids, urls = table["id"], table["url"]
-    for row in order:
-        ends = offsets[row], offsets[row + 1]
-        yield ids[row].as_py(), urls[row].as_py(), values[slice(*ends)]
-
-
-def _write_run(run: Sequence[Document], path: Path) -> None:
+def write_run(table: pa.Table, path: Path) -> None:
+    """Write a run atomically, as one record batch."""
     with (
         written_aside(path) as partial,
         pa.OSFile(os.fsencode(partial), "wb") as file,
-        pa.ipc.new_file(file, _SCHEMA) as writer,
+        pa.ipc.new_file(file, RUN_SCHEMA) as writer,
     ):
-        writer.write_table(_table(run))
+        writer.write_batch(table.to_batches()[0])

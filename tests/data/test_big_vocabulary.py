@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer as HFTokenizer
 
 from data_prep import shard
-from data_prep.pack import Framing, Packer
+from data_prep.pack import Framing
 from data_prep.tokenizer import train_tokenizer
 from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus
@@ -20,6 +20,7 @@ from i3dist.data.manifest import Manifest
 from i3dist.data.shards import read_shard
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
+from tests.data_prep.oracle import Packer
 
 LARGEST = 1 << 16  # entries of a vocabulary whose ids take two bytes
 SPECIALS, BYTES = 13, 256

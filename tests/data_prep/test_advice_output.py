@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import data_prep.tokenizer
-from data_prep import files, passes, shard
+from data_prep import files, shard, workers
 from data_prep.output import Output
 from data_prep.tokenizer import check_vocabulary
 from i3dist.config import ModelSettings
@@ -211,7 +211,7 @@ def test_a_worker_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for number in range(4):
         write(tmp_path / "in" / f"{number}.jsonl", TEXTS[number::4])
     words = [tmp_path / "in", tmp_path / "out"]
-    monkeypatch.setattr(passes, "ProcessPoolExecutor", BrokenPool)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", BrokenPool)
     line = refusal(*words, "--workers", 2)
     assert "run the same command again with fewer --workers, and it continues" in line
     build(*words, "--workers", 1)

@@ -34,7 +34,7 @@ DEFAULTS = {
     "tokenizer_sample_mb": 200,
     "workers": len(os.sched_getaffinity(0)),
     "chunk_length": 512,
-    "chunks_per_shard": 256,
+    "chunks_per_shard": None,
     "valid_fraction": 0.005,
     "seed": 0,
 }

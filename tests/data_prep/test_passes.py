@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 
 from data_prep.passes import SpillPlan, spill_all
 from data_prep.sources import Record
+from data_prep.workers import Report, run_jobs
 from i3dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,6 +47,53 @@ def spill(folder: Path, tokenizer: Path, part: type[DeadlyPart] | type[EndlessPa
 def test_a_worker_that_dies_is_reported(built: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a worker process died .* it continues"):
         spill(tmp_path, built / "tokenizer.json", DeadlyPart)
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """The first job fails, the others go on for minutes."""
+
+    def start(self, report: Report) -> Callable[[int], None]:
+        def work(job: int) -> None:
+            for _ in range(6000 if job else 10):
+                time.sleep(0.05)
+                report(0, 1)
+            raise UserError(f"job {job} has failed")
+
+        return work
+
+
+def test_a_job_that_fails_ends_the_others() -> None:
+    """They would write into a folder that the next run is writing."""
+    code = "from tests.data_prep.test_passes import *; "
+    code += "run_jobs(Uneven(), range(3), 3, lambda *_: None)"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr.strip().endswith("UserError: job 0 has failed")
+
+
+def test_jobs_are_counted_and_their_results_in_order() -> None:
+    for workers in (1, 2):
+        counts = [0, 0]
+
+        def report(units: int, tokens: int, counts: list[int] = counts) -> None:
+            counts[0] += units
+            counts[1] += tokens
+
+        assert run_jobs(Squares(), range(20), workers, report) == [n * n for n in range(20)]
+        assert counts == [20, 190]
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Squares numbers."""
+
+    def start(self, report: Report) -> Callable[[int], int]:
+        def work(job: int) -> int:
+            report(1, job)
+            return job * job
+
+        return work
 
 
 def test_no_worker_outlives_a_run_that_is_killed(built: Path, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""The shuffle: an order that hangs on seed and source alone, whatever the runs and the buckets."""
+"""The shuffle: an order that hangs on seed and source alone, whatever the parts and the runs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,17 +13,30 @@ from hypothesis import strategies as st
 
 from data_prep import shuffle
 from data_prep.passes import split_ranges
-from data_prep.shuffle import HASH_END, Hashes, PartSummary, Spiller, hashes, in_order
+from data_prep.runs import RunReader
+from data_prep.shuffle import HASH_END, PartSummary, Spiller, hash_columns, hashes
 from data_prep.sources import Record
 from i3dist.errors import UserError
+
+BOS, EOS = 1000, 1001
 
 
 def _text(number: int) -> str:
     return "word " * (1 + number % 7) + str(number)
 
 
+class Hashes(NamedTuple):
+    high: int
+    low: int
+    split: int
+
+    @classmethod
+    def of(cls, text: str, position: str, seed: int) -> "Hashes":
+        return cls(*hash_columns([hashes(text, position, seed)])[:, 0].tolist())
+
+
 def _hashes_of(number: int) -> Hashes:
-    return hashes(_text(number), f"f#{number}", 0)
+    return Hashes.of(_text(number), f"f#{number}", 0)
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ def _tokenizer() -> Any:
     def encode_to_numpy(text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
-    return SimpleNamespace(encode_to_numpy=encode_to_numpy)
+    return SimpleNamespace(encode_to_numpy=encode_to_numpy, bos_id=BOS, eos_id=EOS)
 
 
 def _order(folder: Path, ends: list[int], seed: int = 0, splits: range = range(HASH_END)) -> list:
@@ -48,18 +61,21 @@ def _order(folder: Path, ends: list[int], seed: int = 0, splits: range = range(H
     spiller = Spiller(_tokenizer(), folder, seed, lambda tokens: None)
     cuts = zip([0, *ends], ends, strict=False)
     summaries = [spiller.spill(_Part(*cut), number) for number, cut in enumerate(cuts)]
-    tokens = sum(summary.tokens for summary in summaries)
-    runs = [folder / name for summary in summaries for name in summary.runs]
-    found = in_order(runs, tokens, splits)
-    return [(name, bytes(ids.astype(np.uint8))) for name, _, ids in found]
+    reader = RunReader([folder / name for summary in summaries for name in summary.runs])
+    keys = reader.seek(0, HASH_END)
+    chosen = (keys.split >= splits.start) & (keys.split < splits.stop)
+    rows, ends = keys.order[chosen], np.cumsum(keys.lengths[chosen])[:-1]
+    documents = np.split(reader.tokens(rows), ends)
+    assert all((document[0], document[-1]) == (BOS, EOS) for document in documents)
+    assert sum(summary.tokens for summary in summaries) == keys.lengths.sum() - 2 * len(keys.order)
+    names = reader.labels(rows)[0].to_pylist()
+    texts = [bytes(document[1:-1].astype(np.uint8)) for document in documents]
+    return list(zip(names, texts, strict=True))
 
 
-def test_parts_runs_and_buckets_do_not_show(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_and_runs_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _order(tmp_path / "whole", [200])
     monkeypatch.setattr(shuffle, "RUN_TOKENS", 300)
-    monkeypatch.setattr(shuffle, "BUCKET_TOKENS", 500)
     pieces = _order(tmp_path / "pieces", [3, 90, 91, 200])
     assert pieces == whole
     assert len(list((tmp_path / "pieces").glob("*.arrow"))) > 10
@@ -87,7 +103,7 @@ def test_ranges_of_split_hashes_divide_the_documents(tmp_path: Path) -> None:
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, (1 << 63) - 1))
 def test_equal_texts_share_the_split_and_not_the_place(text: str, seed: int) -> None:
-    one, other = hashes(text, "f#1", seed), hashes(text, "f#2", seed)
+    one, other = Hashes.of(text, "f#1", seed), Hashes.of(text, "f#2", seed)
     assert one.split == other.split
     assert (one.high, one.low) != (other.high, other.low)
     assert all(0 <= h < HASH_END for h in (one.high, one.low, one.split))

@@ -26,12 +26,13 @@ from tests.data_prep.corpus import text_of, tree_digest
 
 KILLS = 10
 SEED = 20
-# The tool, but with a part for each file, small as these are.
+# The tool, but with a part for each file, small as these are, and packing shared out among workers.
 PROGRAM = """
 import sys
-from data_prep import files, shard
+from data_prep import files, ranges, shard
 from i3dist.cli.program import one_line_errors
 files._SMALLEST_PART = 4000
+ranges.RANGE_TOKENS, ranges.WORKER_TOKENS = 50_000, 1
 if __name__ == "__main__":
     with one_line_errors():
         shard.main(sys.argv[1:])
@@ -173,7 +174,7 @@ WRITES = [
     ("data_prep.output.write_whole", 1),  # shard.json
     ("data_prep.output.write_whole", 2),  # what was found of the source
     ("data_prep.output.write_whole", 3),  # tokenizer.json
-    ("data_prep.shuffle._write_run", 3),  # a run of documents
+    ("data_prep.shuffle.write_run", 3),  # a run of documents
     ("data_prep.shuffle.write_whole", 2),  # the summary of a part
     ("data_prep.output.write_whole", 1),  # shard.json again
     ("data_prep.pack.write_shard", 9),

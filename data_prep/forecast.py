@@ -1,0 +1,189 @@
+"""What a run will make and take, estimated from a sample of the source."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from data_prep.options import CORES
+from data_prep.output import OutputSettings
+from data_prep.pack import chunks_per_shard
+from data_prep.sources import Part, Skip, usable_text
+from i3dist.data.manifest import TOKEN_BYTES, archive_size
+from i3dist.data.tokenizer import Tokenizer
+from i3dist.errors import UserError
+
+FORECAST_BYTES = 1 << 26
+"""Smaller sources are made sooner than estimated."""
+
+BYTES_PER_TOKEN = 4.0
+"""Where there is no tokenizer yet."""
+
+_PARTS, _SECONDS_PER_PART, _BYTES_PER_PART = 3, 2.0, 1 << 20
+_PACK_RATE = 40e6  # tokens per second of a process, docs/performance.md
+_BYTES_PER_DOCUMENT = 150  # of a run and of the index: hashes, id, url
+_TRUSTED = 0.8  # the share of an estimate that is surely needed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a source holds, about; `seconds` are of one process, None where nothing was measured."""
+
+    parts: int
+    tokens: float
+    documents: float
+    seconds: float | None
+
+
+@dataclass
+class _Measured:
+    """Sums over the parts of a sample."""
+
+    parts: int = 0
+    size: int = 0
+    text: int = 0
+    documents: int = 0
+    tokenized: int = 0
+    tokens: int = 0
+    reading: float = 0.0
+    tokenizing: float = 0.0
+
+    def add(self, part: Part, tokenizer: Tokenizer | None) -> None:
+        """Read a part for some seconds, and tokenize its first texts."""
+        start, spent, text_bytes, documents = time.monotonic(), 0.0, 0, 0
+        is_whole = True
+        for text in _texts(part):
+            size = len(text.encode())
+            text_bytes += size
+            documents += 1
+            begin = time.monotonic()
+            if tokenizer and self.tokenized < (self.parts + 1) * _BYTES_PER_PART:
+                self.tokens += len(tokenizer.encode_to_numpy(text))
+                self.tokenized += size
+            now = time.monotonic()
+            spent += now - begin
+            if now - start > _SECONDS_PER_PART:
+                is_whole = False
+                break
+        self.parts += 1
+        self.reading += time.monotonic() - start - spent
+        self.tokenizing += spent
+        self.text += text_bytes
+        self.documents += documents
+        # Of a part that takes too long, text is taken to be all that there is.
+        self.size += part.size if is_whole else text_bytes
+
+
+def _texts(part: Part) -> Iterator[str]:
+    for record in part.records():
+        text = usable_text(record.text)
+        if not isinstance(text, Skip):
+            yield text
+
+
+def measure(parts: Sequence[Part], tokenizer: Tokenizer | None) -> Sample | None:
+    """Estimate a source from a few of its parts; None where parts do not know their sizes."""
+    total = sum(part.size for part in parts)
+    if not total:
+        return None
+    count = min(_PARTS, len(parts))
+    found = _Measured()
+    for number in range(count):
+        found.add(parts[len(parts) * (2 * number + 1) // (2 * count)], tokenizer)
+    if not found.text or not found.size:
+        return None
+    scale = total / found.size
+    if not found.tokenized:
+        tokens = found.text * scale / BYTES_PER_TOKEN
+        return Sample(len(parts), tokens, found.documents * scale, None)
+    tokens = found.text * scale * found.tokens / found.tokenized
+    seconds = scale * (found.reading + found.tokenizing * found.text / found.tokenized)
+    return Sample(len(parts), tokens, found.documents * scale, seconds)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run makes and takes, about."""
+
+    tokens: int
+    shards: int
+    chunks_per_shard: int
+    output_bytes: int
+    run_bytes: int
+    processes: int
+    seconds: float | None
+
+    @classmethod
+    def of(cls, sample: Sample, settings: OutputSettings, workers: int) -> Self:
+        """The forecast for these settings and this many workers."""
+        tokens = round(sample.tokens + 2 * sample.documents)
+        labels = round(sample.documents * _BYTES_PER_DOCUMENT)
+        chunks = settings.chunks_per_shard or chunks_per_shard(tokens, settings.chunk_length)
+        shards = -(-tokens // (chunks * settings.chunk_length))
+        processes = max(1, min(workers, CORES, sample.parts))
+        seconds = None
+        if sample.seconds is not None:
+            seconds = (sample.seconds + tokens / _PACK_RATE) / processes
+        return cls(
+            tokens=tokens,
+            shards=shards,
+            chunks_per_shard=chunks,
+            output_bytes=tokens
+            * archive_size(chunks, settings.chunk_length)
+            // (chunks * settings.chunk_length)
+            + labels,
+            run_bytes=tokens * TOKEN_BYTES + labels,
+            processes=processes,
+            seconds=seconds,
+        )
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk while the run works."""
+        return self.output_bytes + self.run_bytes
+
+    def lines(self, folder: Path, free: int) -> list[str]:
+        """What to tell; `free` bytes are free where `folder` will be."""
+        made = f"about {_short(self.tokens)} tokens, {self.shards:,} shards of "
+        made += f"{self.chunks_per_shard:,} chunks, {_short(self.output_bytes)}B"
+        disk = f"about {_short(self.disk_bytes)}B of disk while it works; "
+        disk += f"{_short(free)}B are free at {folder}"
+        if self.seconds is None:
+            took = f"{BYTES_PER_TOKEN:.0f} bytes a token assumed: there is no tokenizer to measure"
+        else:
+            took = f"about {_duration(self.seconds)} in {self.processes} processes, as a sample "
+            took += "was tokenized"
+        return [made, disk, took]
+
+    def check(self, folder: Path, free: int, most_shards: int) -> None:
+        """Refuse what surely exceeds a limit or the disk.
+
+        Raises:
+            UserError: it does.
+        """
+        if self.shards * _TRUSTED > most_shards:
+            raise UserError(
+                f"about {self.shards:,} shards, more than {most_shards:,}: raise --chunks-per-shard"
+            )
+        if self.disk_bytes * _TRUSTED > free:
+            raise UserError(
+                f"about {_short(self.disk_bytes)}B of disk are needed at {folder}, and "
+                f"{_short(free)}B are free: free some, or choose another --out"
+            )
+
+
+def _short(number: float) -> str:
+    """A number with one decimal place and k, M, G or T."""
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} T"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.0f} h"

@@ -1,0 +1,133 @@
+"""Reads runs: memory-mapped Arrow files of framed documents, sorted by key."""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from i3dist.data.manifest import TOKEN_BYTES
+from i3dist.errors import UserError
+
+_HASHES = ("high", "low", "split")
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def int64_array(numbers: NDArray[np.int64]) -> pa.Array:
+    """An Arrow array over the same memory. `pa.array` would take 0.2 s to import pandas first."""
+    buffer = pa.py_buffer(np.ascontiguousarray(numbers, np.int64))
+    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, buffer])
+
+
+class Run:
+    """One run, as one record batch. It is mapped; no file stays open.
+
+    `high`, `low` and `split` are the documents' hashes, int64 [rows]. `offsets`, int64 [rows + 1],
+    tell where each document's tokens begin in `tokens`, in bytes, and where the last ones end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(os.fsencode(path)) as file:
+            self._bytes = file.read_buffer()
+        try:
+            self.batch = pa.ipc.open_file(pa.BufferReader(self._bytes)).get_batch(0)
+        except pa.ArrowException:
+            folder = path.parent.parent.parent
+            raise UserError(f"{path} is damaged: delete {folder} and make it again") from None
+        self.high, self.low, self.split, self.offsets = (
+            np.frombuffer(self.batch[name].buffers()[1], np.int64) for name in (*_HASHES, "tokens")
+        )
+        self.tokens = np.frombuffer(self.batch["tokens"].buffers()[2], np.uint16)
+        self._place = ctypes.c_void_p(self._bytes.address), ctypes.c_size_t(self._bytes.size)
+
+    def release(self) -> None:
+        """Let go of the pages that were read, so that they do not count as memory in use."""
+        _LIBC.madvise(*self._place, mmap.MADV_DONTNEED)
+
+
+class Keys(NamedTuple):
+    """All documents of a range, in the order of their keys."""
+
+    order: NDArray[np.int64]
+    """[N], for each document its row, counted over the rows of the range in all runs."""
+    split: NDArray[np.int64]
+    """[N], hashes that decide the split."""
+    lengths: NDArray[np.int64]
+    """[N], tokens with <BOS> and <EOS>."""
+
+
+class RunReader:
+    """Reads a set of runs range by range. A run is opened once."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._runs = [Run(path) for path in paths]
+        self._rows: list[tuple[Run, int, int]] = []
+        self._buffer = np.empty(0, np.uint16)
+
+    def seek(self, start: int, stop: int) -> Keys:
+        """Go to the documents whose first key number is in [start, stop); returns their keys."""
+        for run, *_ in self._rows:
+            run.release()
+        ends = np.array((start, stop))
+        found = ((run, *np.searchsorted(run.high, ends)) for run in self._runs)
+        self._rows = [(run, first, last) for run, first, last in found if first < last]
+        high, low, split = (
+            _joined([getattr(run, name)[first:last] for run, first, last in self._rows])
+            for name in _HASHES
+        )
+        order = np.lexsort((low, high)) if len(self._rows) > 1 else np.arange(len(high))
+        lengths = [
+            np.diff(run.offsets[first : last + 1]) // TOKEN_BYTES for run, first, last in self._rows
+        ]
+        return Keys(order, split[order], _joined(lengths)[order])
+
+    def table(self, rows: NDArray[np.int64]) -> pa.Table:
+        """All columns of rows of the range."""
+        slices = [run.batch[first:last] for run, first, last in self._rows]
+        return pa.Table.from_batches(slices).combine_chunks().take(int64_array(rows))
+
+    def labels(self, rows: NDArray[np.int64]) -> tuple[pa.Array, pa.Array]:
+        """Ids and urls of rows of the range."""
+        picked = int64_array(rows)
+        ids, urls = (
+            pa.concat_arrays(
+                [run.batch.column(name)[first:last] for run, first, last in self._rows]
+            ).take(picked)
+            for name in ("id", "url")
+        )
+        return ids, urls
+
+    def tokens(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
+        """The tokens of rows of the range, one after the other; they stay until the next call.
+
+        They are copied once, from the mapped files into a buffer that is used again. Arrow's
+        `concat` and `take` would copy them twice into fresh memory, whose first use costs more than
+        a slice for each document does.
+        """
+        if not len(rows):
+            return self._buffer[:0]
+        runs = np.repeat(
+            np.arange(len(self._rows)), [last - first for _, first, last in self._rows]
+        )
+        ends = [
+            _joined([run.offsets[first + n : last + n] for run, first, last in self._rows])
+            // TOKEN_BYTES
+            for n in (0, 1)
+        ]
+        starts, stops = (bounds[rows] for bounds in ends)
+        values = [run.tokens for run, *_ in self._rows]
+        places = zip(runs[rows].tolist(), starts.tolist(), stops.tolist(), strict=True)
+        total = int((stops - starts).sum())
+        if len(self._buffer) < total:
+            self._buffer = np.empty(total, np.uint16)
+        parts = [values[run][start:stop] for run, start, stop in places]
+        return np.concatenate(parts, out=self._buffer[:total])
+
+
+def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
