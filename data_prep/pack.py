@@ -95,7 +95,8 @@ class Packer:
     def add(self, identifier: str, url: str, ids: NDArray[np.uint16] | Sequence[int]) -> None:
         """Append one document, whose tokens `ids` have no <BOS> and <EOS> yet."""
         framing = self.framing
-        rest = np.concatenate(([framing.bos_id], ids, [framing.eos_id])).astype(np.uint16)
+        rest = np.empty(len(ids) + 2, dtype=np.uint16)
+        rest[0], rest[1:-1], rest[-1] = framing.bos_id, ids, framing.eos_id
         self.tokens += len(rest)
         piece = 0
         while len(rest):

@@ -156,8 +156,10 @@ class Preparation:
         touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
         tokenizer = self._tokenizer(parts, given, is_certain=not touched)
         self.output.begin(self.settings, tokenizer, self._evidence(()))
+        trained = Tokenizer.load(self.output.tokenizer)
+        self.console.print(str(trained.encoder), markup=False, highlight=False, soft_wrap=True)
         summaries = self._spill(plan, workers)
-        manifests = self._pack(summaries)
+        manifests = self._pack(summaries, trained)
         self.output.publish(manifests, self._evidence(_pieces(summaries)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
@@ -227,9 +229,8 @@ class Preparation:
             )
         return summaries
 
-    def _pack(self, summaries: Sequence[PartSummary]) -> dict[str, Manifest]:
+    def _pack(self, summaries: Sequence[PartSummary], tokenizer: Tokenizer) -> dict[str, Manifest]:
         """Pass 2: write the splits into the staging folders; returns their manifests."""
-        tokenizer = Tokenizer.load(self.output.tokenizer)
         framing = Framing(
             chunk_length=self.settings.chunk_length,
             chunks_per_shard=self.settings.chunks_per_shard,

@@ -84,10 +84,10 @@ class PartSummary(Saved):
             return None
 
 
-def hashes(text: str, position: str, seed: int) -> Hashes:
+def hashes(text: bytes, position: str, seed: int) -> Hashes:
     """Hash a document. Equal texts get an equal `split`, so duplicates stay in one split."""
     salt = seed.to_bytes(8, "little")
-    digest = hashlib.blake2b(text.encode(), digest_size=16, key=salt).digest()
+    digest = hashlib.blake2b(text, digest_size=16, key=salt).digest()
     key = hashlib.blake2b(digest + position.encode(), digest_size=16, key=salt).digest()
     high, low, split = (int.from_bytes(b) % HASH_END for b in (key[:8], key[8:], digest[:8]))
     return Hashes(high, low, split)
@@ -156,7 +156,7 @@ class Spiller:
             if isinstance(text, Skip):
                 skipped[text.value] += 1
                 continue
-            tokens = self.tokenizer.encode_to_numpy(text).astype(np.uint16)
+            tokens = self.tokenizer.encode_utf8(text).astype(np.uint16, copy=False)
             self.report(len(tokens))
             found = hashes(text, record.position, self.seed)
             run.append(Document(found, record.id, record.url, tokens))

@@ -115,21 +115,18 @@ class Skip(enum.Enum):
     UNDECODABLE = "undecodable"
 
 
-def usable_text(raw: object) -> str | Skip:
-    """The text of `raw` (a str, or UTF-8 bytes), or the reason to skip it."""
+def usable_text(raw: object) -> bytes | Skip:
+    """The text of `raw` (a str, or UTF-8 bytes) as valid UTF-8, or the reason to skip it."""
     if raw is None:
         return Skip.NULL
+    if not isinstance(raw, (bytes, str)):
+        return Skip.NOT_TEXT
     try:
-        if isinstance(raw, bytes):
-            text = raw.decode()
-        elif isinstance(raw, str):
-            raw.encode()
-            text = raw
-        else:
-            return Skip.NOT_TEXT
+        text = raw.decode() if isinstance(raw, bytes) else raw
+        data = raw if isinstance(raw, bytes) else raw.encode()
     except UnicodeError:
         return Skip.UNDECODABLE
-    return text if text.strip() else Skip.EMPTY
+    return data if text and not text.isspace() else Skip.EMPTY
 
 
 def clean_file_name(name: str) -> str:

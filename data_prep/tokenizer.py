@@ -79,8 +79,8 @@ def sample_texts(parts: Iterable[Part], source: str, megabytes: int) -> Iterator
         if isinstance(text, Skip):
             skipped[text.value] += 1
             continue
-        yield text
-        taken += len(text.encode())
+        yield text.decode()
+        taken += len(text)
         if taken >= megabytes * 1_000_000:
             return
     if not taken:
