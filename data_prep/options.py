@@ -7,7 +7,12 @@ from pathlib import Path
 
 from data_prep.hub import DATASET, HUB_NAME
 from data_prep.readers import SUFFIXES_IN_WORDS
-from data_prep.tokenizer import DEFAULT_VOCABULARY, LARGEST_VOCABULARY, SMALLEST_VOCABULARY
+from data_prep.tokenizer import (
+    DEFAULT_SAMPLE_MB,
+    DEFAULT_VOCABULARY,
+    LARGEST_VOCABULARY,
+    SMALLEST_VOCABULARY,
+)
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser
 
@@ -16,13 +21,20 @@ CORES = len(os.sched_getaffinity(0))
 # name, kind, least, most, default, help
 NUMBERS = (
     ("vocab-size", int, SMALLEST_VOCABULARY, LARGEST_VOCABULARY, None, "entries of the vocabulary"),
-    ("tokenizer-sample-mb", int, 1, 10_000, 200, "train the tokenizer on the first N MB of text"),
+    ("tokenizer-sample-mb", int, 1, 10_000, None, "train the tokenizer on N MB of the text"),
     ("workers", int, 1, 1024, CORES, "processes that tokenize; the default is one per core"),
     ("chunk-length", int, 2, 1 << 16, 512, "tokens per chunk"),
     ("chunks-per-shard", int, 1, 1_000_000, 256, "fewer give every lane shards of a small corpus"),
     ("valid-fraction", float, 0.0, 0.9, 0.005, "share of documents for validation; 0: no split"),
     ("seed", int, 0, (1 << 63) - 1, 0, "of the shuffle and the split"),
 )
+
+
+# Of options whose default depends on others, or on the folder that a run continues.
+_SHOWN_DEFAULTS = {
+    "vocab-size": f"--tokenizer's, else {DEFAULT_VOCABULARY}",
+    "tokenizer-sample-mb": DEFAULT_SAMPLE_MB,
+}
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -39,7 +51,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=typed_path, default=out, help=f"folder (default: {out})")
     parser.add_argument("--tokenizer", type=typed_path, help="a tokenizer.json (default: train it)")
     for name, kind, least, most, default, text in NUMBERS:
-        shown = f"--tokenizer's, else {DEFAULT_VOCABULARY}" if default is None else default
+        shown = _SHOWN_DEFAULTS[name] if default is None else default
         parser.add_argument(
             f"--{name}",
             type=_number(kind, least, most),

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -38,7 +38,8 @@ class OutputSettings(Saved):
     """Everything that decides the bytes of the output.
 
     `revision` is the source's outline: the hub's commit, or a digest of the files' names and sizes.
-    Older versions of this tool wrote a digest of the files' content.
+    Older versions of this tool wrote a digest of the files' content, and no `tokenizer_sample`:
+    they trained on the first texts of the source.
     """
 
     layout: int = 1
@@ -46,6 +47,7 @@ class OutputSettings(Saved):
     revision: str
     tokenizer: str
     tokenizer_sample_mb: int
+    tokenizer_sample: Literal["first", "even"] = "first"
     vocab_size: int
     chunk_length: int
     chunks_per_shard: int

@@ -53,6 +53,7 @@ from data_prep.readers import naming
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, Part, Source, clean_file_name
 from data_prep.tokenizer import (
+    DEFAULT_SAMPLE_MB,
     DEFAULT_VOCABULARY,
     check_vocabulary,
     no_usable_document,
@@ -123,14 +124,17 @@ def settings_of(
 ) -> OutputSettings:
     """What decides the bytes of the output: all options but --out and --workers.
 
-    The source is described as it is in the `former` settings, so that they can be compared.
+    The source is described as it is in the `former` settings, so that they can be compared. The
+    tokenizer's sample is the former one, so that work begun by an older version continues.
     """
     vocab_size = given.vocab_size if given else options.vocab_size or DEFAULT_VOCABULARY
+    sample_mb = former.tokenizer_sample_mb if former else DEFAULT_SAMPLE_MB
     return OutputSettings(
         source=source.name,
         revision=source.revision if former and former.has_content_digest else source.outline,
         tokenizer=f"sha256 {given.sha256}" if given else "trained",
-        tokenizer_sample_mb=0 if given else options.tokenizer_sample_mb,
+        tokenizer_sample_mb=0 if given else options.tokenizer_sample_mb or sample_mb,
+        tokenizer_sample=former.tokenizer_sample if former else "even",
         vocab_size=vocab_size,
         chunk_length=options.chunk_length,
         chunks_per_shard=options.chunks_per_shard,
@@ -208,7 +212,12 @@ class Preparation:
             return former
         if given:
             return given.data
-        texts = sample_texts(parts, self.settings.source, self.settings.tokenizer_sample_mb)
+        texts = sample_texts(
+            parts,
+            self.settings.source,
+            self.settings.tokenizer_sample_mb,
+            evenly=self.settings.tokenizer_sample == "even",
+        )
         with self.console.status("training the tokenizer"):
             data = train_tokenizer(texts, self.settings.vocab_size)
         if former and data != former:
