@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import pre_tokenizers
 
 from i3dist.data import encoders
 from i3dist.data.encoders import Gigatoken, pieces
@@ -243,13 +244,16 @@ def test_without_gigatoken_tokenizers_encodes(path: Path, monkeypatch: pytest.Mo
 
 @settings(max_examples=200, deadline=None)
 @given(texts, st.integers(0, 20))
-@example("a b\u3000 c\u2028 d\xa0\n e\u1680 f" * 3, 1)
+@example("a b\u3000  c\u2028 \n d\xa0  \n e\u1680  f    g\n\n h" * 3, 0)
 def test_pieces_of_a_text_have_its_ids(pairs: dict[str, Pair], text: str, size: int) -> None:
     cut = list(pieces(text.encode(), size))
     assert b"".join(cut).decode() == text
     pair = pairs["as trained"]
     ids = [pair.tokenizer.encode_utf8(piece) for piece in cut]
     assert np.concatenate(ids).tolist() == pair.reference(text)
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = [word for piece in cut for word, _ in splitter.pre_tokenize_str(piece.decode())]
+    assert words == [word for word, _ in splitter.pre_tokenize_str(text)]
 
 
 @pytest.mark.parametrize("kind", ["as trained", "prefix space"])
