@@ -54,12 +54,12 @@ class _Measured:
         start, spent, text_bytes, documents = time.monotonic(), 0.0, 0, 0
         is_whole = True
         for text in _texts(part):
-            size = len(text.encode())
+            size = len(text)
             text_bytes += size
             documents += 1
             begin = time.monotonic()
             if tokenizer and self.tokenized < (self.parts + 1) * _BYTES_PER_PART:
-                self.tokens += len(tokenizer.encode_to_numpy(text))
+                self.tokens += len(tokenizer.encode_utf8(text))
                 self.tokenized += size
             now = time.monotonic()
             spent += now - begin
@@ -75,7 +75,7 @@ class _Measured:
         self.size += part.size if is_whole else text_bytes
 
 
-def _texts(part: Part) -> Iterator[str]:
+def _texts(part: Part) -> Iterator[bytes]:
     for record in part.records():
         text = usable_text(record.text)
         if not isinstance(text, Skip):

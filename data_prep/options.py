@@ -8,7 +8,12 @@ from pathlib import Path
 from data_prep.hub import DATASET, HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
 from data_prep.readers import SUFFIXES_IN_WORDS
-from data_prep.tokenizer import DEFAULT_VOCABULARY, LARGEST_VOCABULARY, SMALLEST_VOCABULARY
+from data_prep.tokenizer import (
+    DEFAULT_SAMPLE_MB,
+    DEFAULT_VOCABULARY,
+    LARGEST_VOCABULARY,
+    SMALLEST_VOCABULARY,
+)
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser
 
@@ -17,7 +22,7 @@ CORES = len(os.sched_getaffinity(0))
 # name, kind, least, most, default, help
 NUMBERS = (
     ("vocab-size", int, SMALLEST_VOCABULARY, LARGEST_VOCABULARY, None, "entries of the vocabulary"),
-    ("tokenizer-sample-mb", int, 1, 10_000, 200, "train the tokenizer on the first N MB of text"),
+    ("tokenizer-sample-mb", int, 1, 10_000, None, "train the tokenizer on N MB of the text"),
     ("workers", int, 1, 1024, CORES, "processes that tokenize; the default is one per core"),
     ("chunk-length", int, 2, 1 << 16, 512, "tokens per chunk"),
     ("chunks-per-shard", int, 1, 1_000_000, None, "fewer give every lane shards of a small corpus"),
@@ -46,6 +51,7 @@ def add_options(parser: ArgumentParser) -> None:
     )
     unset = {
         "vocab-size": f"--tokenizer's, else {DEFAULT_VOCABULARY}",
+        "tokenizer-sample-mb": DEFAULT_SAMPLE_MB,
         "chunks-per-shard": f"up to {MOST_CHUNKS:,}, for {SHARDS_WANTED} shards or more",
     }
     for name, kind, least, most, default, text in NUMBERS:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -41,8 +41,9 @@ class OutputSettings(Saved):
     """Everything that decides the bytes of the output.
 
     `revision` is the source's outline: the hub's commit, or a digest of the files' names and sizes.
-    Older versions of this tool wrote a digest of the files' content. `chunks_per_shard` is None
-    until it has been chosen.
+    Older versions of this tool wrote a digest of the files' content, and no `tokenizer_sample`:
+    they trained on the first texts of the source. `chunks_per_shard` is None until it has been
+    chosen.
     """
 
     layout: int = _LAYOUT
@@ -50,6 +51,7 @@ class OutputSettings(Saved):
     revision: str
     tokenizer: str
     tokenizer_sample_mb: int
+    tokenizer_sample: Literal["first", "even"] = "first"
     vocab_size: int
     chunk_length: int
     chunks_per_shard: int | None

@@ -54,6 +54,7 @@ from data_prep.readers import naming
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, Part, Source, clean_file_name
 from data_prep.tokenizer import (
+    DEFAULT_SAMPLE_MB,
     DEFAULT_VOCABULARY,
     check_vocabulary,
     no_usable_document,
@@ -127,15 +128,18 @@ def settings_of(
 ) -> OutputSettings:
     """What decides the bytes of the output: all options but --out and --workers.
 
-    The source is described as it is in the `former` settings, so that they can be compared.
+    The source is described as it is in the `former` settings, so that they can be compared. The
+    tokenizer's sample is the former one, so that work begun by an older version continues.
     """
     vocab_size = given.vocab_size if given else options.vocab_size or DEFAULT_VOCABULARY
     former_chunks = former.chunks_per_shard if former else None
+    sample_mb = former.tokenizer_sample_mb if former else DEFAULT_SAMPLE_MB
     return OutputSettings(
         source=source.name,
         revision=source.revision if former and former.has_content_digest else source.outline,
         tokenizer=f"sha256 {given.sha256}" if given else "trained",
-        tokenizer_sample_mb=0 if given else options.tokenizer_sample_mb,
+        tokenizer_sample_mb=0 if given else options.tokenizer_sample_mb or sample_mb,
+        tokenizer_sample=former.tokenizer_sample if former else "even",
         vocab_size=vocab_size,
         chunk_length=options.chunk_length,
         chunks_per_shard=options.chunks_per_shard or former_chunks,
@@ -163,8 +167,10 @@ class Preparation:
         touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
         tokenizer = self._tokenizer(parts, given, is_certain=not touched)
         self.output.begin(self.settings, tokenizer, self._evidence(()))
+        trained = Tokenizer.load(self.output.tokenizer)
+        self.console.print(str(trained.encoder), markup=False, highlight=False, soft_wrap=True)
         if not any(finished(plan)) and sum(part.size for part in parts) >= FORECAST_BYTES:
-            self._forecast(parts, workers, Tokenizer.load(self.output.tokenizer))
+            self._forecast(parts, workers, trained)
         summaries = self._spill(plan, workers)
         settings = self._with_chunks_chosen(framed_tokens(summaries))
         manifests = SecondPass(settings, self.output, self.console, workers).run(summaries)
@@ -222,7 +228,12 @@ class Preparation:
             return former
         if given:
             return given.data
-        texts = sample_texts(parts, self.settings.source, self.settings.tokenizer_sample_mb)
+        texts = sample_texts(
+            parts,
+            self.settings.source,
+            self.settings.tokenizer_sample_mb,
+            evenly=self.settings.tokenizer_sample == "even",
+        )
         with self.console.status("training the tokenizer"):
             data = train_tokenizer(texts, self.settings.vocab_size)
         if former and data != former:

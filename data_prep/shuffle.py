@@ -76,14 +76,14 @@ class PartSummary(Saved):
             return None
 
 
-def hashes(text: str, position: str, seed: int) -> bytes:
+def hashes(text: bytes, position: str, seed: int) -> bytes:
     """The three hashes of a document, 8 bytes each; `hash_columns` makes numbers of them.
 
     The first two are its key, which decides its place. The third decides its split. Equal texts
     have equal third hashes, so duplicates stay in one split.
     """
     salt = seed.to_bytes(8, "little")
-    digest = hashlib.blake2b(text.encode(), digest_size=16, key=salt).digest()
+    digest = hashlib.blake2b(text, digest_size=16, key=salt).digest()
     key = hashlib.blake2b(digest + position.encode(), digest_size=16, key=salt).digest()
     return key + digest[:8]
 
@@ -159,7 +159,7 @@ class Spiller:
             if isinstance(text, Skip):
                 skipped[text.value] += 1
                 continue
-            tokens = self.tokenizer.encode_to_numpy(text).astype(np.uint16)
+            tokens = self.tokenizer.encode_utf8(text).astype(np.uint16, copy=False)
             self.report(len(tokens))
             found = hashes(text, record.position, self.seed)
             run.append(Document(found, record.id, record.url, tokens))

@@ -26,6 +26,7 @@ shard.py with `--extend FILE.py --source NAME`:
             return [Hundred(first) for first in range(0, 1000, 100)]
 """
 
+import codecs
 import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ class Source:
         raise NotImplementedError
 
 
+_SLICE = 1 << 22
+
 SOURCES: Registry[Callable[[], Source]] = Registry("data source", names=r"\S+")
 
 
@@ -120,17 +123,28 @@ class Skip(enum.Enum):
     UNDECODABLE = "undecodable"
 
 
-def usable_text(raw: object) -> str | Skip:
-    """The text of `raw` (a str, or UTF-8 bytes), or the reason to skip it."""
+def usable_text(raw: object) -> bytes | Skip:
+    """The text of `raw` (a str, or UTF-8 bytes) as valid UTF-8, or the reason to skip it."""
     if raw is None:
         return Skip.NULL
-    if not isinstance(raw, bytes | str):
+    if not isinstance(raw, (bytes, str)):
         return Skip.NOT_TEXT
     try:
-        text = (raw if isinstance(raw, bytes) else raw.encode()).decode()
+        text = raw if isinstance(raw, bytes) else raw.encode()
+        return Skip.EMPTY if _is_blank(text) else text
     except UnicodeError:
         return Skip.UNDECODABLE
-    return text if text.strip() else Skip.EMPTY
+
+
+def _is_blank(text: bytes) -> bool:
+    """Whether there is only white space. All of the text is decoded; bad UTF-8 is an error."""
+    # In slices, because a decoded text may take four times the memory.
+    slices = (text[start : start + _SLICE] for start in range(0, len(text), _SLICE))
+    parts = codecs.iterdecode(slices, "utf-8") if len(text) > _SLICE else (text.decode(),)
+    blank = True
+    for part in parts:
+        blank = blank and (not part or part.isspace())
+    return blank
 
 
 def clean_file_name(name: str) -> str:

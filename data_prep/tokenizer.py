@@ -1,8 +1,7 @@
-"""Trains the tokenizer on the first part of the source's own text."""
+"""Trains the tokenizer on a sample of the source's own text."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 
 import regex
 from tokenizers import Tokenizer as HFTokenizer
@@ -17,6 +16,9 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """Every byte and every special token: the vocabulary before the first merge."""
 LARGEST_VOCABULARY = 1 << 16
 """Ids in shards are uint16."""
+
+DEFAULT_SAMPLE_MB = 64
+"""Megabytes of text that the tokenizer is trained on."""
 
 LONGEST_WORD = 10_000
 """Characters of the longest word in training."""
@@ -66,25 +68,51 @@ def without_long_words(texts: Iterable[str], longest: int = LONGEST_WORD) -> Ite
         yield text[start:]
 
 
-def sample_texts(parts: Iterable[Part], source: str, megabytes: int) -> Iterator[str]:
-    """Usable texts from the start of the source, about so many megabytes.
+def sample_texts(
+    parts: Sequence[Part], source: str, megabytes: int, *, evenly: bool = True
+) -> Iterator[str]:
+    """About so many megabytes of usable texts, an equal share from the start of each part.
+
+    There are at most as many parts as megabytes, evenly spaced, because a part may be read as a
+    whole for its first text. What a part lacks is taken from those after it. With `evenly` false
+    the texts are the first ones of the source, as in older versions of this tool.
 
     Raises:
         UserError: there are none.
     """
+    wanted = megabytes * 1_000_000
     skipped: Counter[str] = Counter()
     taken = 0
-    for record in chain.from_iterable(part.records() for part in parts):
+    chosen = evenly_spaced(parts, megabytes) if evenly else parts
+    for left, part in zip(range(len(chosen), 0, -1), chosen, strict=True):
+        goal = taken + -(-(wanted - taken) // left) if evenly else wanted
+        for text in _usable_texts(part, skipped):
+            yield text.decode()
+            taken += len(text)
+            if taken >= goal:
+                break
+        if taken >= wanted:
+            return
+    if not taken and len(chosen) < len(parts):
+        yield from sample_texts(parts, source, megabytes, evenly=False)
+    elif not taken:
+        raise no_usable_document(source, skipped)
+
+
+def evenly_spaced(parts: Sequence[Part], count: int) -> Sequence[Part]:
+    """So many of the parts, from the first on; all if there are fewer."""
+    if len(parts) <= count:
+        return parts
+    return [parts[number * len(parts) // count] for number in range(count)]
+
+
+def _usable_texts(part: Part, skipped: Counter[str]) -> Iterator[bytes]:
+    for record in part.records():
         text = usable_text(record.text)
         if isinstance(text, Skip):
             skipped[text.value] += 1
-            continue
-        yield text
-        taken += len(text.encode())
-        if taken >= megabytes * 1_000_000:
-            return
-    if not taken:
-        raise no_usable_document(source, skipped)
+        else:
+            yield text
 
 
 def no_usable_document(source: str, skipped: Counter[str]) -> UserError:

@@ -1,5 +1,6 @@
 """pyproject.toml declares what the programs import, and nothing that only tests need."""
 
+import re
 import sys
 import tomllib
 
@@ -15,7 +16,7 @@ WITH_TORCH = {"triton"}
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    words = {word.split(">")[0] for word in project["dependencies"]}
+    words = {re.split("[>=]", word)[0] for word in project["dependencies"]}
     assert words >= NOT_IMPORTED
     declared = {NAMES.get(word, word) for word in words - NOT_IMPORTED}
     files = [path for folder in ("i3dist", "launch", "data_prep") for path in modules(folder)]

@@ -1,22 +1,22 @@
 """The tokenizer: byte-level BPE, stored as the `tokenizer.json` of the `tokenizers` library.
 
-Ids are those of `tokenizers`. For a plain byte-level BPE with GPT-2's split pattern, `tiktoken`
-computes the same ids several times faster; `_fast_encoder` checks that they are the same.
+Ids are those of `tokenizers`. `i3dist/data/encoders.py` finds a library that computes the same ids
+faster.
 """
 
 import codecs
 import hashlib
 import json
-import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import tiktoken
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as HFTokenizer
 
+from i3dist.data.encoders import Encoder, Ids, choose_encoder
 from i3dist.errors import UserError
 
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -35,10 +35,6 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     "[/INST]",
 )
 
-_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# tiktoken's regex engine aborts on about a million blanks in a row. A shorter text cannot hold so
-# many; a longer one is searched for them first.
-_SAFE_CHARACTERS = 500_000
 _MAX_FILE_BYTES = 1 << 28
 _LARGEST_ID = 1 << 24
 
@@ -58,15 +54,14 @@ class Tokenizer:
         self.vocab_size = len(vocab)
         if max(vocab.values(), default=0) > _LARGEST_ID:  # `to_str` counts up to it
             raise UserError(f"{path}: an id is larger than {_LARGEST_ID:,}")
-        spec = json.loads(self._backend.to_str())
-        _check_vocab(vocab, spec, path)
+        self._spec = json.loads(self._backend.to_str())
+        _check_vocab(vocab, self._spec, path)
         self.bos_id, self.eos_id, self.pad_id = (vocab[t] for t in ("<BOS>", "<EOS>", "<PAD>"))
         self.special_ids: dict[str, int] = {token: vocab[token] for token in SPECIAL_TOKENS}
         """Id of each special token. Chat tokens are made only from here, never from text."""
-        self._bytes = _bytes_of_ids(vocab, spec, path)
-        self._fast = _fast_encoder(self._backend, spec, self._bytes)
+        self._bytes = _bytes_of_ids(vocab, self._spec, path)
         specials = set(self.special_ids.values())
-        if any(specials.intersection(self.encode(token)) for token in SPECIAL_TOKENS):
+        if any(specials.intersection(self._backend.encode(t).ids) for t in SPECIAL_TOKENS):
             raise UserError(f"{path}: it makes special ids out of plain text; train another")
 
     @classmethod
@@ -84,20 +79,24 @@ class Tokenizer:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         return cls(data, path)
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder in use. It is chosen when it is first needed: choosing compares ids."""
+        return choose_encoder(self._spec, self._backend, self._bytes)
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, never special ids. A lone surrogate in the text is a `UserError`."""
-        return self.encode_to_numpy(text).tolist()
-
-    def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
-        """As `encode`, [T]."""
         try:
-            text.encode()
+            return self.encode_utf8(text.encode()).tolist()
         except UnicodeEncodeError:
             raise UserError("the text is not valid Unicode: it has a lone surrogate") from None
-        if self._fast is not None and _is_safe(text):
-            return self._fast.encode_to_numpy(text, disallowed_special=())
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        return np.array(ids, dtype=np.uint32)
+
+    def encode_utf8(self, text: bytes) -> Ids:
+        """Ids of plain text in valid UTF-8, [T]: uint16, or uint32 for more than 65,536 entries.
+
+        The caller has checked that the UTF-8 is valid.
+        """
+        return self.encoder.encode(text)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         """Text of `ids`. Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
@@ -133,13 +132,6 @@ def _checked(token: int, vocab_size: int) -> int:
     if not 0 <= token < vocab_size:
         raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")
     return token
-
-
-def _is_safe(text: str) -> bool:
-    if len(text) < _SAFE_CHARACTERS:
-        return True
-    runs = re.finditer(r"\s+", text)
-    return all(run.end() - run.start() < _SAFE_CHARACTERS for run in runs)
 
 
 def _parse(data: bytes, path: Path) -> HFTokenizer:
@@ -196,42 +188,3 @@ def _bytes_of_ids(vocab: dict[str, int], spec: dict[str, Any], path: Path) -> li
         else:
             raise UserError(f"{path}: its token {token!r} is neither bytes nor an added token")
     return table
-
-
-def _fast_encoder(
-    backend: HFTokenizer, spec: dict[str, Any], bytes_of_ids: list[bytes]
-) -> tiktoken.Encoding | None:
-    """A tiktoken encoding with the same ids, or None if they may differ.
-
-    `tokenizers` merges the pair whose *merge* comes first; tiktoken merges the pair whose *joined
-    bytes* have the lowest id. The two agree if merges are numbered in order and the text of each
-    token, alone, encodes to that token. For then two neighbours that join to a token are always the
-    pair of its merge: inside their span BPE did what it does on that text alone.
-    """
-    if not _is_plain_gpt2(spec):
-        return None
-    special = {token["id"] for token in spec["added_tokens"]}
-    vocab = backend.get_vocab(with_added_tokens=False)
-    pairs = (m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"])
-    merged = [vocab["".join(pair)] for pair in pairs]
-    if merged != sorted(set(merged)) or len(merged) + 256 + len(special) != len(bytes_of_ids):
-        return None
-    texts = ((token, number) for token, number in vocab.items() if number not in special)
-    if any([t.id for t in backend.model.tokenize(text)] != [n] for text, n in texts):
-        return None
-    ranks = {token: n for n, token in enumerate(bytes_of_ids) if n not in special}
-    return tiktoken.Encoding(
-        "i3dist", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
-
-
-def _is_plain_gpt2(spec: dict[str, Any]) -> bool:
-    model, splitter = spec["model"], (spec["pre_tokenizer"] or {}).items()
-    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-    return (
-        model["type"] == "BPE"
-        and not any(map(model.get, odd))
-        and splitter >= {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}.items()
-        and all(token["special"] for token in spec["added_tokens"])
-        and spec["normalizer"] is None
-    )

@@ -1,18 +1,20 @@
 """A source that holds something else is refused, one that was touched or copied is not."""
 
 import gzip
+import json
 import os
 import random
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import evidence, files, shuffle
+from data_prep import evidence, files, shard, shuffle
 from data_prep.files import file_source
 from data_prep.output import Output
 from i3dist.errors import UserError
@@ -289,6 +291,24 @@ def test_what_older_versions_made_is_still_complete_and_goes_on(
     change(source / "0.jsonl")
     with pytest.raises(UserError, match=REFUSED):
         build(source, out, *options)
+
+
+def test_a_tokenizer_of_an_older_version_is_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was trained on the first texts, up to 200 MB, and settings did not say so."""
+    out = tmp_path / "out"
+    interrupt(source, out, 5)
+    settings = json.loads((out / "shard.json").read_text())
+    assert (settings["tokenizer_sample_mb"], settings.pop("tokenizer_sample")) == (64, "even")
+    (out / "shard.json").write_text(json.dumps(settings | {"tokenizer_sample_mb": 200}))
+    touch(source)  # so the tokenizer is trained again, to compare
+    sample = MagicMock(wraps=shard.sample_texts)
+    monkeypatch.setattr(shard, "sample_texts", sample)
+    build(source, out)
+    assert (sample.call_args.args[2], sample.call_args.kwargs) == (200, {"evenly": False})
+    build(source, tmp_path / "whole")
+    assert tree_digest(out / "train") == tree_digest(tmp_path / "whole" / "train")
 
 
 def test_an_output_that_does_not_say_what_was_read_is_refused(

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.files import file_source
-from data_prep.sources import Record, Skip, usable_text
+from data_prep.sources import Record, Skip
 from i3dist.errors import UserError
-from tests.data_prep.test_streams import ENCODED, PACKERS
+from tests.data_prep.test_streams import ENCODED, PACKERS, text_of
 
 DAMAGED = [b"document 0", b"bad \xff", None, b"", "é".encode(), b"document 5"]
 EXPECTED = ["document 0", Skip.UNDECODABLE, Skip.NULL, Skip.EMPTY, "é", "document 5"]
@@ -26,7 +26,7 @@ def read(path: Path) -> list[Record]:
 
 
 def texts(path: Path) -> list[str | Skip]:
-    return [usable_text(record.text) for record in read(path)]
+    return [text_of(record) for record in read(path)]
 
 
 def damaged(kind: pa.DataType) -> pa.Array:
@@ -160,7 +160,7 @@ def test_odd_tables_of_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table([["a"], [1], [2]], ["text", "id", "id"]), tmp_path / "two-ids.parquet")
     dotted = pa.table({"text.n": [1], "text": ["a"], "id.n": [1]})
     pq.write_table(dotted, tmp_path / "dots.parquet")
-    found = [(record.id, usable_text(record.text)) for record in read(tmp_path)]
+    found = [(record.id, text_of(record)) for record in read(tmp_path)]
     ids = ["dots.parquet#0", "empty-groups.parquet#0", "empty-groups.parquet#1", "1"]
     assert found == [(name, "a") for name in ids]
 
@@ -210,7 +210,7 @@ def test_a_line_of_json_is_read_or_skipped_for_a_reason(tmp_path: Path, kind: st
     lines = "\n".join(['{"text": "before"}', "", line, '{"text": "after"}'])
     (tmp_path / "a.jsonl").write_bytes(lines.encode("utf-8", "surrogateescape"))
     records = read(tmp_path)
-    assert [usable_text(r.text) for r in records] == ["before", expected, "after"]
+    assert [text_of(r) for r in records] == ["before", expected, "after"]
     assert [r.position for r in records] == [f"a.jsonl#{row}" for row in (0, 2, 3)]
     assert all(r.id.encode() for r in records)
 

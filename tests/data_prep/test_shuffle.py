@@ -32,7 +32,7 @@ class Hashes(NamedTuple):
 
     @classmethod
     def of(cls, text: str, position: str, seed: int) -> "Hashes":
-        return cls(*hash_columns([hashes(text, position, seed)])[:, 0].tolist())
+        return cls(*hash_columns([hashes(text.encode(), position, seed)])[:, 0].tolist())
 
 
 def _hashes_of(number: int) -> Hashes:
@@ -50,10 +50,10 @@ class _Part:
 
 
 def _tokenizer() -> Any:
-    def encode_to_numpy(text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
+    def encode_utf8(text: bytes) -> np.ndarray:
+        return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 
-    return SimpleNamespace(encode_to_numpy=encode_to_numpy, bos_id=BOS, eos_id=EOS)
+    return SimpleNamespace(encode_utf8=encode_utf8, bos_id=BOS, eos_id=EOS)
 
 
 def _order(folder: Path, ends: list[int], seed: int = 0, splits: range = range(HASH_END)) -> list:

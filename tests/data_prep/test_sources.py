@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep import hub
+from data_prep import hub, sources
 from data_prep.files import file_source, stdlib_source
 from data_prep.shard import main
-from data_prep.sources import Record, Source
+from data_prep.sources import Record, Skip, Source, usable_text
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep.corpus import build
@@ -187,3 +187,26 @@ def test_a_stream_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError, match=r"cannot read .* from the hub .*gone away") as caught:
         list(hub.HubPart("main", 0, 1).records())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("slice_bytes", [3, 1 << 22])
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (None, Skip.NULL),
+        (5, Skip.NOT_TEXT),
+        ("", Skip.EMPTY),
+        (" \t\u3000\n" * 3, Skip.EMPTY),
+        (" " * 9 + "x", None),
+        ("x" + " " * 9, None),
+        ("世界😀" * 3, None),
+        (b"text " * 2 + b"\xff", Skip.UNDECODABLE),
+        ("text 世".encode()[:-1], Skip.UNDECODABLE),
+        ("text \ud800", Skip.UNDECODABLE),
+    ],
+)
+def test_usable_text_is_valid_utf8(
+    monkeypatch: pytest.MonkeyPatch, slice_bytes: int, raw: object, expected: Skip | None
+) -> None:
+    monkeypatch.setattr(sources, "_SLICE", slice_bytes)
+    assert usable_text(raw) == (expected or str(raw).encode())

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.files import file_source
-from data_prep.sources import usable_text
+from data_prep.sources import Record, Skip, usable_text
 from data_prep.streams import decompressed
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
@@ -56,7 +56,13 @@ LINES = [
 
 def texts(path: Path) -> list[object]:
     records = [record for part in file_source(path).parts() for record in part.records()]
-    return [usable_text(record.text) for record in records]
+    return [text_of(record) for record in records]
+
+
+def text_of(record: Record) -> str | Skip:
+    """The text of a record, or the reason to skip it."""
+    text = usable_text(record.text)
+    return text if isinstance(text, Skip) else text.decode()
 
 
 @pytest.mark.parametrize("ending", PACKERS)

@@ -1,0 +1,177 @@
+"""Encoders: the libraries that turn text into the ids of a `tokenizer.json`.
+
+`tokenizers` defines the ids. The encoders in `ENCODERS` are faster. One of them is used only if it
+gives the same ids on `trial_texts`. Otherwise the next one is tried, and at last `tokenizers`.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as HFTokenizer
+
+Ids = NDArray[np.unsignedinteger]
+Encode = Callable[[bytes], Ids]
+"""Ids [T] of a text in valid UTF-8: uint16 where all ids of the vocabulary fit, else uint32."""
+
+_PIECE_BYTES = 1 << 22
+_CACHE_BYTES = 1 << 26
+_BYTES_BETWEEN_LOOKS = 1 << 22
+
+# GPT-2's pattern always splits before a blank that follows a character which is not white space.
+# The bytes B0 to BF end no white space.
+_PLACE_TO_CUT = re.compile(rb"[!-~\xb0-\xbf][ \n]")
+
+
+class UnsuitableError(Exception):
+    """An encoder gives other ids than `tokenizers`; the message says for which text."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder that was chosen, by the name of its library."""
+
+    name: str
+    encode: Encode
+    rejected: Mapping[str, str]
+    """Why the encoders before it in `ENCODERS` were not taken, by name."""
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; {name} is not used: {why}" for name, why in self.rejected.items())
+        return f"encoding with {self.name} {metadata.version(self.name)}{reasons}"
+
+
+class Gigatoken:
+    """gigatoken, on the calling thread and in bounded memory.
+
+    It keeps the ids of every word that it has seen, without a limit. When the process has grown by
+    64 MiB, the encoder is built again. Long texts are encoded in pieces, so that this also happens
+    within a text.
+    """
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        """Build from the content of a `tokenizer.json`."""
+        # gigatoken makes special ids of special tokens in a text, unless it does not know them.
+        self._json = json.dumps({**spec, "added_tokens": []})
+        self._dtype = _dtype_of(max(spec["model"]["vocab"].values()) + 1)
+        self._splits_at_blanks = _splits_at_blanks(spec)
+        self._process = psutil.Process()
+        self._encode, self._limit = self._build()
+        self._unseen = 0
+
+    def __call__(self, text: bytes) -> Ids:
+        """Ids of a text, [T]."""
+        if len(text) <= _PIECE_BYTES or not self._splits_at_blanks:
+            return self._encode_piece(text)
+        ids = bytearray()  # grows in place, while `np.concatenate` would hold everything twice
+        for piece in pieces(text, _PIECE_BYTES):
+            ids += self._encode_piece(piece).data
+        return np.frombuffer(ids, self._dtype)
+
+    def _encode_piece(self, text: bytes) -> Ids:
+        self._unseen += len(text)
+        if self._unseen > _BYTES_BETWEEN_LOOKS:
+            self._unseen = 0
+            if self._process.memory_info().rss > self._limit:
+                del self._encode  # before the next one is built
+                self._encode, self._limit = self._build()
+        ids: Ids = self._encode(text).astype(self._dtype, copy=False)
+        return ids
+
+    def _build(self) -> tuple[Any, int]:
+        """A new encoder, and the memory of the process above which to build the next one."""
+        from gigatoken import Tokenizer
+
+        encode = Tokenizer.from_json(self._json).backend.encode
+        return encode, self._process.memory_info().rss + _CACHE_BYTES
+
+
+ENCODERS: dict[str, Callable[[Mapping[str, Any]], Encode]] = {"gigatoken": Gigatoken}
+"""Makers of encoders, fastest first. Each takes the content of a `tokenizer.json`."""
+
+
+def choose_encoder(
+    spec: Mapping[str, Any], backend: HFTokenizer, tokens: Sequence[bytes]
+) -> Encoder:
+    """The first of `ENCODERS` whose ids are those of `backend`, else `backend` itself.
+
+    `spec` is the content of the `tokenizer.json`, and `tokens` are the bytes of its ids.
+    """
+
+    dtype = _dtype_of(len(tokens))
+
+    def reference(text: bytes) -> Ids:
+        return np.array(backend.encode(text.decode(), add_special_tokens=False).ids, dtype)
+
+    rejected: dict[str, str] = {}
+    for name, make in ENCODERS.items():
+        try:
+            encode = make(spec)
+            for text in trial_texts(tokens, [token["content"] for token in spec["added_tokens"]]):
+                _compare(encode, reference, text)
+        except ImportError:
+            rejected[name] = "it is not installed"
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
+            rejected[name] = " ".join(str(error).split())[:120] or type(error).__name__
+        else:
+            return Encoder(name, encode, rejected)
+    return Encoder("tokenizers", reference, rejected)
+
+
+def _compare(encode: Encode, reference: Encode, text: str) -> None:
+    data = text.encode()
+    if not np.array_equal(encode(data), reference(data)):
+        start = ascii(text[:20])
+        raise UnsuitableError(f"it gives other ids for a text that begins with {start}")
+
+
+def trial_texts(tokens: Sequence[bytes], added: Iterable[str]) -> Iterator[str]:
+    """Texts on which encoders may differ.
+
+    They hold every token as a word of its own and all in one string, added tokens, characters of
+    all kinds beside letters, digits and blanks, contractions, and long words.
+    """
+    whole = [text for token in tokens if (text := token.decode(errors="ignore")).encode() == token]
+    yield "\n".join(whole)
+    yield "".join(random.Random(0).sample(whole, len(whole)))
+    for token in added:
+        yield from (token, f"a{token}b {token}  {token}\n")
+    codes = (*range(0x600), *range(0x600, 0x3100, 7), *range(0x3100, 0x110000, 499))
+    characters = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
+    yield "".join(f"a{char}1{char} {char}{char}  !{char}\n" for char in characters)
+    yield "I'll can't we've 'S 'LL x''s 1's\u2019s  \t\n \r\n\n  end \n"
+    for word in ("ab", "7", " ", "\n", "!", "é", "\u4e16", "\u0301"):
+        yield f"x{word * 4000}y"
+
+
+def pieces(text: bytes, size: int) -> Iterator[bytes]:
+    """Pieces of about `size` bytes or more, cut only where GPT-2's pattern splits any text."""
+    start = 0
+    while found := _PLACE_TO_CUT.search(text, start + size):
+        yield text[start : found.start() + 1]
+        start = found.start() + 1
+    yield text[start:]
+
+
+def _dtype_of(vocab_size: int) -> type[np.unsignedinteger]:
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def _splits_at_blanks(spec: Mapping[str, Any]) -> bool:
+    """Whether the text is split by GPT-2's pattern and nothing else."""
+    splitter = spec["pre_tokenizer"] or {}
+    return (
+        splitter.get("type") == "ByteLevel"
+        and splitter["use_regex"]
+        and not splitter["add_prefix_space"]
+        and spec["normalizer"] is None
+    )

@@ -1,0 +1,292 @@
+"""Encoders: the ids of `tokenizers` on every text, and no encoder that gives others."""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import pre_tokenizers
+
+from i3dist.data import encoders
+from i3dist.data.encoders import Gigatoken, pieces
+from i3dist.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.data.test_tokenizer import REAL_TEXTS, edited, texts
+from tests.data.test_tokenizer import path as path  # a fixture
+
+Spec = dict[str, Any]
+Edit = Callable[[Spec], object]
+
+
+def shuffle_ids(spec: Spec) -> None:
+    """Give all tokens but the special ones other ids: merge rank and id order disagree."""
+    vocab = spec["model"]["vocab"]
+    names = [name for name in vocab if name not in SPECIAL_TOKENS]
+    ids = [vocab[name] for name in names]
+    random.Random(0).shuffle(ids)
+    vocab.update(zip(names, ids, strict=True))
+
+
+def shuffle_merges(spec: Spec) -> None:
+    """Let merges come in an order in which no training would find them."""
+    random.Random(1).shuffle(spec["model"]["merges"])
+
+
+def drop_merges(spec: Spec) -> None:
+    """Leave tokens that no merge makes."""
+    del spec["model"]["merges"][100:110]
+
+
+def specials_last(spec: Spec) -> None:
+    vocab, count = spec["model"]["vocab"], len(SPECIAL_TOKENS)
+    size = len(vocab)
+    vocab.update({name: (number - count) % size for name, number in vocab.items()})
+    for token in spec["added_tokens"]:
+        token["id"] = vocab[token["content"]]
+
+
+def word_is_special(spec: Spec) -> None:
+    """Make a special token of a word that texts hold."""
+    number = spec["model"]["vocab"]["Ġthe"]
+    special = {**spec["added_tokens"][0], "id": number, "content": "Ġthe"}
+    spec["added_tokens"].append(special)
+
+
+def add_plain_token(spec: Spec) -> None:
+    size = len(spec["model"]["vocab"])
+    plain = {**spec["added_tokens"][0], "id": size, "content": "def f", "special": False}
+    spec["added_tokens"].append(plain)
+
+
+VOCABULARIES: dict[str, Edit] = {
+    "as trained": lambda spec: None,
+    "shuffled ids": shuffle_ids,
+    "shuffled merges": shuffle_merges,
+    "special tokens last": specials_last,
+}
+OTHERS: dict[str, Edit] = {
+    "dropped merges": drop_merges,
+    "a special word": word_is_special,
+    "an added token": add_plain_token,
+    "ignored merges": lambda spec: spec["model"].update(ignore_merges=True),
+    "normalized": lambda spec: spec.update(normalizer={"type": "NFC"}),
+    "lower case": lambda spec: spec.update(normalizer={"type": "Lowercase"}),
+    "prefix space": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
+    "no pattern": lambda spec: spec["pre_tokenizer"].update(use_regex=False),
+    "another pattern": lambda spec: spec.update(
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, spec["pre_tokenizer"]],
+        }
+    ),
+}
+
+
+class Pair:
+    """A tokenizer and the ids that `tokenizers` makes with the same file."""
+
+    def __init__(self, file: Path) -> None:
+        self.tokenizer = Tokenizer.load(file)
+        self._backend = HFTokenizer.from_file(str(file))
+        self._backend.encode_special_tokens = True
+
+    def reference(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def check(self, text: str) -> None:
+        # Not `==`: pytest would explain the difference of two lists of a million ids.
+        found = self.tokenizer.encode_utf8(text.encode())
+        assert np.array_equal(found, self.reference(text)), ascii(text[:80])
+
+
+@pytest.fixture(scope="module")
+def pairs(path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    folder = tmp_path_factory.mktemp("vocabularies")
+    kinds = enumerate((VOCABULARIES | OTHERS).items())
+    return {name: Pair(edited(path, edit, folder / f"{n}.json")) for n, (name, edit) in kinds}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_gigatoken_encodes_with_every_vocabulary_of_gpt2s_kind(
+    pairs: dict[str, Pair], kind: str
+) -> None:
+    assert pairs[kind].tokenizer.encoder.name == "gigatoken"
+    assert not pairs[kind].tokenizer.encoder.rejected
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES | OTHERS)
+def test_ids_are_those_of_tokenizers_with_every_vocabulary(
+    pairs: dict[str, Pair], kind: str
+) -> None:
+    pair = pairs[kind]
+    mixed = " ".join(REAL_TEXTS)[:200_000]
+    for text in (*REAL_TEXTS, mixed.swapcase(), mixed[::-1], mixed.replace("e", "é世")):
+        pair.check(text)
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+@settings(max_examples=150, deadline=None)
+@given(texts)
+@example("<BOS>[INST] <|endoftext|>[/INST]<PAD>")
+@example("".join(map(chr, range(0x180))))
+@example("\x00\x01\x1c\x1f \x85\xa0 \u2028\u200b\ufeff\r\n \n")
+@example("Привет мир こんにちは 世界 مرحبا שלום नमस्ते 👩\u200d👩\u200d👧 e\u0301\u0301x" * 9)
+def test_ids_are_those_of_tokenizers_on_any_text(
+    pairs: dict[str, Pair], kind: str, text: str
+) -> None:
+    pairs[kind].check(text)
+
+
+@pytest.mark.parametrize("plane", range(17))
+def test_every_character_is_split_alike(pairs: dict[str, Pair], plane: int) -> None:
+    codes = range(plane << 16, (plane + 1) << 16)
+    if plane > 3 and plane != 14:  # not assigned or for private use: all are of one class
+        codes = codes[::16]
+    text = "".join(f"a{chr(n)}1{chr(n)} {chr(n)}\n" for n in codes if not 0xD800 <= n < 0xE000)
+    pairs["as trained"].check(text)
+
+
+@pytest.mark.parametrize(
+    "kind", ["abcdefghij", "a", "0123456789", " ", "\n", "!?", "é", "世", "😀"]
+)
+def test_a_word_of_megabytes_takes_about_linear_time(pairs: dict[str, Pair], kind: str) -> None:
+    pair = pairs["as trained"]
+    seconds = []
+    for size in (250_000, 1_000_000):
+        text = "x" + "".join(random.Random(size).choices(kind, k=size // len(kind[0].encode())))
+        start = time.process_time()
+        ids = pair.tokenizer.encode_utf8(text.encode())
+        seconds.append(time.process_time() - start)
+        assert np.array_equal(ids, pair.reference(text))
+    assert seconds[1] < 8 * seconds[0] + 0.5  # with the square of the length: 16
+
+
+def wrong(change: Callable[[bytes, np.ndarray], np.ndarray]) -> Callable[[Spec], object]:
+    """A maker of encoders whose ids `change` has spoiled."""
+
+    def make(spec: Spec) -> Callable[[bytes], np.ndarray]:
+        right = Gigatoken(spec)
+        return lambda text: change(text, right(text).copy())
+
+    return make
+
+
+def one_id(text: bytes, ids: np.ndarray) -> np.ndarray:
+    """Mistake one token for its neighbor in the vocabulary."""
+    return np.where(ids == 1234, 1235, ids)
+
+
+def no_long_words(text: bytes, ids: np.ndarray) -> np.ndarray:
+    return ids[:-1] if max(map(len, text.split()), default=0) > 3000 else ids
+
+
+def a_special(text: bytes, ids: np.ndarray) -> np.ndarray:
+    return ids[:1] if b"[/INST]" in text else ids
+
+
+def panic(spec: Spec) -> object:
+    raise BaseException("index\nout of bounds")
+
+
+def not_installed(spec: Spec) -> object:
+    raise ModuleNotFoundError("no such library")
+
+
+class KnowsSpecials(Gigatoken):
+    """gigatoken as it comes."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self._json = json.dumps(spec)
+        self._encode, _ = self._build()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (wrong(one_id), "it gives other ids for a text that begins with"),
+        (wrong(no_long_words), "it gives other ids for a text that begins with 'xab"),
+        (wrong(a_special), "it gives other ids"),
+        (KnowsSpecials, "it gives other ids for a text that begins with '<UNK>'"),
+        (panic, "index out of bounds"),
+        (not_installed, "it is not installed"),
+    ],
+)
+def test_an_encoder_that_does_not_serve_is_passed_over_and_named(
+    path: Path, monkeypatch: pytest.MonkeyPatch, make: object, reason: str
+) -> None:
+    monkeypatch.setattr(encoders, "ENCODERS", {"first": make, "gigatoken": Gigatoken})
+    pair = Pair(path)
+    assert pair.tokenizer.encoder.name == "gigatoken"
+    assert list(pair.tokenizer.encoder.rejected) == ["first"]
+    said = str(pair.tokenizer.encoder)
+    assert said.startswith("encoding with gigatoken 0.") and "\n" not in said
+    assert f"; first is not used: {reason}" in said
+    monkeypatch.setattr(encoders, "ENCODERS", {"first": make})
+    alone = Pair(path)
+    assert alone.tokenizer.encoder.name == "tokenizers"
+    alone.check(REAL_TEXTS[0] + "<BOS>")
+
+
+def test_without_gigatoken_tokenizers_encodes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    pair = Pair(path)
+    assert str(pair.tokenizer.encoder).endswith("; gigatoken is not used: it is not installed")
+    pair.check(REAL_TEXTS[1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts, st.integers(0, 20))
+@example("a b\u3000  c\u2028 \n d\xa0  \n e\u1680  f    g\n\n h" * 3, 0)
+def test_pieces_of_a_text_have_its_ids(pairs: dict[str, Pair], text: str, size: int) -> None:
+    cut = list(pieces(text.encode(), size))
+    assert b"".join(cut).decode() == text
+    pair = pairs["as trained"]
+    ids = [pair.tokenizer.encode_utf8(piece) for piece in cut]
+    assert np.concatenate(ids).tolist() == pair.reference(text)
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = [word for piece in cut for word, _ in splitter.pre_tokenize_str(piece.decode())]
+    assert words == [word for word, _ in splitter.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("kind", ["as trained", "prefix space"])
+def test_a_long_text_and_a_new_encoder_change_no_id(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(encoders, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(encoders, "_BYTES_BETWEEN_LOOKS", 5000)
+    monkeypatch.setattr(encoders, "_CACHE_BYTES", -(1 << 40))
+    pair = Pair(edited(path, (VOCABULARIES | OTHERS)[kind], tmp_path / "t.json"))
+    assert pair.tokenizer.encoder.name == "gigatoken"
+    built = []
+
+    def build(self: Gigatoken, then: Callable[[Gigatoken], Any] = Gigatoken._build) -> Any:
+        built.append(self)
+        return then(self)
+
+    monkeypatch.setattr(Gigatoken, "_build", build)
+    for text in REAL_TEXTS:
+        pair.check(text)
+    assert len(built) >= 4
+
+
+def test_the_memory_of_words_that_were_seen_is_bounded(pairs: dict[str, Pair]) -> None:
+    """100 MB of words that never come again would take 700 MB."""
+    gigatoken = pairs["as trained"].tokenizer.encoder.encode
+    assert isinstance(gigatoken, Gigatoken)
+    rng = np.random.default_rng(0)
+    before = gigatoken._process.memory_info().rss
+    peak = 0
+    for _ in range(50):
+        letters = rng.integers(97, 123, size=2_000_000, dtype=np.uint8)
+        letters[np.cumsum(rng.integers(4, 12, size=160_000))] = 32
+        gigatoken(letters.tobytes())
+        peak = max(peak, gigatoken._process.memory_info().rss - before)
+    assert peak < 400_000_000
