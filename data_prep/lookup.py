@@ -59,7 +59,8 @@ class SplitReader:
             raise UserError(
                 f"{self.tokenizer.path} is not the tokenizer that made {self.folder}: restore it"
             )
-        self._shard = lru_cache(maxsize=8)(self._read)
+        self.shard = lru_cache(maxsize=8)(self._read)
+        """Tokens of a shard, uint16 [N, T]."""
 
     def _read(self, shard: int) -> Tokens:
         return read_shard(self.folder, self.manifest, shard).tokens
@@ -76,7 +77,7 @@ class SplitReader:
         if not 0 <= chunk < shards[shard].chunks:
             last = shards[shard].chunks - 1
             raise UserError(f"{shards[shard].name} has no chunk {chunk}: the last is {last}")
-        return self._shard(shard)[chunk]
+        return self.shard(shard)[chunk]
 
     def parts(self, shard: int, chunk: int) -> list[Part]:
         """What a chunk holds, in order; padding is left out."""
@@ -114,7 +115,7 @@ class SplitReader:
     def tokens(self, piece: Piece) -> Tokens:
         """The tokens of a piece, with <BOS> and <EOS>."""
         start = piece.chunk * self.manifest.chunk_length + piece.offset
-        return self._shard(piece.shard).reshape(-1)[start : start + piece.length]
+        return self.shard(piece.shard).reshape(-1)[start : start + piece.length]
 
     def text(self, pieces: Sequence[Piece]) -> str:
         """The text of a document."""
