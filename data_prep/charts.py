@@ -55,7 +55,7 @@ def bars(
         places = range(len(labels))
         drawn = axes.bar(places, values, 0.8, color=_BAR, edgecolor="none")
         names = [f"{v:.1%}" if shares else short(v) for v in values]
-        axes.bar_label(drawn, names, padding=2, fontsize=8)
+        axes.bar_label(drawn, names, padding=2, fontsize=9)
         turned = sum(map(len, labels)) > 50
         axes.set_xticks(
             places, labels, rotation=35 if turned else 0, ha="right" if turned else "center"
@@ -74,11 +74,12 @@ def short(value: float, _: Any = None) -> str:
 
 
 def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(axis="y", linewidth=0.8)
+    axes.margins(y=0.1)
     return figure, axes
 
 

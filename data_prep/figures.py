@@ -36,21 +36,21 @@ class Figures:
         drawn = examples(reader, stream, statistics, seed)
         return cls(reader, statistics, bytes_per_token(reader, seed), drawn)
 
-    def totals(self) -> list[tuple[str, str]]:
-        """What the split is, by name."""
+    def totals(self) -> list[tuple[str, str, str]]:
+        """What the split is: names, values, notes."""
         manifest, sample = self.reader.manifest, self.bytes_per_token
         size = sum(shard.size for shard in manifest.shards) / 1e6
         part = f"sample of {sample.shards:,} of {sample.of:,} shards"
         if sample.shards == sample.of:
-            part = "all shards"
+            part = "of all shards"
         return [
-            ("source", manifest.source),
-            ("documents", f"{manifest.documents:,}"),
-            ("tokens", f"{manifest.tokens:,}"),
-            ("chunks", f"{manifest.chunks:,} of {manifest.chunk_length:,} tokens"),
-            ("shards", f"{len(manifest.shards):,}, {size:,.1f} MB"),
-            ("vocabulary", f"{manifest.vocab_size:,} entries"),
-            ("bytes per token", f"{sample.value:.3f} ({part})"),
+            ("source", manifest.source, ""),
+            ("documents", f"{manifest.documents:,}", ""),
+            ("tokens", f"{manifest.tokens:,}", ""),
+            ("chunks", f"{manifest.chunks:,}", f"of {manifest.chunk_length:,} tokens"),
+            ("shards", f"{len(manifest.shards):,}", f"{size:,.1f} MB"),
+            ("vocabulary", f"{manifest.vocab_size:,}", "entries"),
+            ("bytes per token", f"{sample.value:.3f}", part),
         ]
 
     def lengths(self) -> list[tuple[str, str]]:
@@ -97,4 +97,5 @@ class Figures:
                 "way, so a figure may be too low."
             )
         number = len(found.tokens)
-        return "There is 1 domain." if number == 1 else f"There are {number:,} domains."
+        counted = "There is 1 domain." if number == 1 else f"There are {number:,} domains."
+        return f"{counted} Where a document has no URL, the first part of its name stands for it."

@@ -63,8 +63,8 @@ def page(figures: Figures) -> str:
         "they are said to be of a sample.</p>",
         _tiles(figures.totals()),
         "<h2>Lengths of documents</h2>",
-        "<p>Tokens count &lt;BOS&gt; and &lt;EOS&gt;. Each bar is 1.41 times as long as the one "
-        "before.</p>",
+        "<p>&lt;BOS&gt; and &lt;EOS&gt; count as tokens. Each bar ends at 1.41 times the length at "
+        "which it begins.</p>",
         _wide(length_chart, ("documents", "tokens"), figures.lengths()),
         "<h2>Chunks per document</h2>",
         f"<p>A chunk has {reader.manifest.chunk_length:,} tokens. A document counts every chunk "
@@ -95,10 +95,11 @@ def _columns(rows: Iterable[tuple[str, float]]) -> tuple[list[str], list[float]]
     return list(labels), list(values)
 
 
-def _tiles(totals: Sequence[tuple[str, str]]) -> str:
+def _tiles(totals: Sequence[tuple[str, str, str]]) -> str:
     tiles = (
-        f'<div class="tile"><span>{escape(name)}</span><b>{escape(printable(value))}</b></div>'
-        for name, value in totals
+        f'<div class="tile"><span>{escape(name)}</span><b>{escape(printable(value))}</b>'
+        f"<span>{escape(note)}</span></div>"
+        for name, value, note in totals
     )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def print_tables(figures: Figures, console: Console) -> None:
     """Print all figures but the examples."""
-    console.print(_table("Totals", ("", ""), figures.totals()))
+    console.print(_table("Totals", ("", "", ""), figures.totals()))
     console.print(_table("Lengths of documents", ("", "tokens"), figures.lengths()))
     chunks = [(label, f"{count:,}") for label, count in figures.chunks()]
     console.print(_table("Chunks per document", ("chunks", "documents"), chunks))
