@@ -22,7 +22,7 @@ h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p { margin: .5rem 0; } .soft { color: var(--soft); }
 .tiles { display: grid; gap: .75rem; margin: 1.25rem 0;
-  grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
 .tile { background: var(--panel); border-radius: .5rem; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.1rem; overflow-wrap: anywhere; }
 .tile span, th { color: var(--soft); font-size: .85rem; font-weight: normal; }

@@ -23,9 +23,9 @@ from i3dist.errors import UserError
 
 # Bytes of shards in a task: enough that handing it to a worker costs little.
 TASK_BYTES = 1 << 26
-# Bytes for which starting another worker pays: a process takes half a second to import what it
-# needs, and reads about a gigabyte in that time.
-WORKER_BYTES = 1 << 30
+# Bytes for which starting another worker pays: a process takes half a second of CPU time to import
+# what it needs, and checks half a gigabyte in that time.
+WORKER_BYTES = 1 << 32
 WAITING_TASKS = 4  # for each worker
 
 Result = TypeVar("Result")

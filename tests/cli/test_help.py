@@ -17,6 +17,7 @@ OTHERS = (
     *(f"data_prep/{name}.py" for name in ("shard", "verify", "show", "report")),
     "benchmarks/books.py",
     "benchmarks/several_gpus.py",
+    "benchmarks/verifying.py",
 )
 # Prints --help of several files, in forks that have imported torch.
 FORKS = """
