@@ -102,8 +102,9 @@ class _Check:
                 data = blocks.read(file, count)
                 if len(data) < count * blocks.stride:
                     raise OSError(0, "it became shorter")
-                digest.update(data)
+                # Before it is hashed: hashing would push the block out of the cache.
                 self._note(first, blocks.check(self.number, first, count))
+                digest.update(data)
             tail = file.read()
             digest.update(tail)
         self.sha256 = digest.hexdigest()

@@ -23,7 +23,6 @@ from i3dist.data.manifest import (
 # The checksum's place in a header: six octal digits, a zero byte and a blank.
 _SUM = slice(148, 156)
 _SHIFTS = np.arange(15, -1, -3)
-_LONGEST_PREFIX = 16  # bytes of a name before the chunk's number
 _KEPT_CHECKSUMS = 1 << 20
 
 
@@ -60,6 +59,7 @@ class Headers:
         self._blank[_SUM] = ord(" ")  # the sum is defined with blanks in its own place
         self._sums = self._names.sum(axis=1, dtype=np.int64) + int(self._blank.sum())
         self._fields: dict[int, NDArray[np.uint8]] = {}
+        self._widest = 0  # bytes before a chunk's number, of all names so far
 
     def blank(self, count: int) -> NDArray[np.uint8]:
         """Headers [count, TAR_BLOCK] without names and checksums."""
@@ -75,7 +75,9 @@ class Headers:
         end = len(prefix) + self._names.shape[1]
         blank[:, : len(prefix)] = prefix
         blank[:, len(prefix) : end] = self._names[chunks]
-        blank[:, end : end + _LONGEST_PREFIX] = 0
+        if len(prefix) < self._widest:
+            blank[:, end : end + self._widest - len(prefix)] = 0
+        self._widest = max(self._widest, len(prefix))
         blank[:, _SUM] = self._checksums(int(prefix.sum()))[chunks]
         return blank
 
