@@ -67,6 +67,10 @@ class IndexCheck:
             for group in range(meta.num_row_groups)
             for column in range(meta.num_columns)
         ]
+        rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        # pyarrow would give as many rows as the shortest column has.
+        if any(c.num_values != rows[n // meta.num_columns] for n, c in enumerate(columns)):
+            raise ValueError("its columns differ in length")
         if any(column.compression != "ZSTD" for column in columns):
             self.damages.append(Damage(self.stream.file(INDEX_NAME), "", "is not zstd throughout"))
         with open(self.stream.folder / INDEX_NAME, "rb") as raw:
