@@ -1,10 +1,8 @@
 """The command line of shard.py."""
 
-import argparse
-import os
-from collections.abc import Callable
 from pathlib import Path
 
+from data_prep.arguments import CORES, number_in
 from data_prep.hub import DATASET, HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
 from data_prep.readers import SUFFIXES_IN_WORDS
@@ -16,8 +14,6 @@ from data_prep.tokenizer import (
 )
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser
-
-CORES = len(os.sched_getaffinity(0))
 
 # name, kind, least, most, default, help
 NUMBERS = (
@@ -57,7 +53,7 @@ def add_options(parser: ArgumentParser) -> None:
     for name, kind, least, most, default, text in NUMBERS:
         parser.add_argument(
             f"--{name}",
-            type=_number(kind, least, most),
+            type=number_in(kind, least, most),
             default=default,
             metavar="N",
             help=f"{text} (default: {unset.get(name, default)})",
@@ -68,19 +64,3 @@ def _source(text: str) -> str:
     """The name or path of a source. Which of the two it is depends on the registered names."""
     typed_path(text)
     return text
-
-
-def _number(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
-    """A parser of numbers from `least` to `most`, both included."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {least:,} to {most:,}")
-        return value
-
-    return parse

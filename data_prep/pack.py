@@ -103,7 +103,9 @@ class IndexWriter:
 
     def __init__(self, folder: Path) -> None:
         self._file = pa.OSFile(os.fsencode(folder / INDEX_NAME), "wb")
-        self._writer = pq.ParquetWriter(self._file, INDEX_SCHEMA, compression="zstd")
+        self._writer = pq.ParquetWriter(
+            self._file, INDEX_SCHEMA, compression="zstd", write_page_checksum=True
+        )
         self._rows = pa.Table.from_batches([], INDEX_SCHEMA)
 
     def add(self, rows: pa.Table) -> None:

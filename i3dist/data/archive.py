@@ -22,6 +22,8 @@ from i3dist.data.manifest import (
 
 # The checksum's place in a header: six octal digits, a zero byte and a blank.
 _SUM = slice(148, 156)
+_SHIFTS = np.arange(15, -1, -3)
+_KEPT_CHECKSUMS = 1 << 20
 
 
 def shard_bytes(number: int, chunks: NDArray[np.uint16]) -> bytes:
@@ -30,7 +32,8 @@ def shard_bytes(number: int, chunks: NDArray[np.uint16]) -> bytes:
     stride, payload = member_stride(length), length * TOKEN_BYTES
     data = np.zeros(archive_size(count, length), np.uint8)
     members = data[: count * stride].reshape(count, stride)
-    members[:, :TAR_BLOCK] = _headers(number, count, payload)
+    headers = Headers(payload, count)
+    members[:, :TAR_BLOCK] = headers.number(headers.blank(count), number, 0)
     members[:, TAR_BLOCK : TAR_BLOCK + payload] = np.ascontiguousarray(chunks, "<u2").view(np.uint8)
     return data.tobytes()
 
@@ -43,16 +46,49 @@ def chunks_of(data: bytes, count: int, length: int) -> NDArray[np.uint16]:
     return payload.view("<u2").astype(np.uint16, copy=False)
 
 
-def _headers(number: int, count: int, payload: int) -> NDArray[np.uint8]:
-    """Headers of a shard's members, uint8 [N, TAR_BLOCK]: `tarfile` makes the first, for all."""
-    names = [member_name(number, chunk) for chunk in range(count)]
-    first = tarfile.TarInfo(names[0])
-    first.size, first.mode = payload, 0o444
-    headers = np.tile(np.frombuffer(first.tobuf(tarfile.USTAR_FORMAT), np.uint8), (count, 1))
-    headers[:, : len(names[0])] = np.array(names, "S").view(np.uint8).reshape(count, -1)
-    headers[:, _SUM] = ord(" ")  # the sum is defined with blanks in its own place
-    sums = headers.sum(axis=1, dtype=np.int64)
-    digits = sums[:, None] >> np.arange(15, -1, -3) & 7
-    headers[:, _SUM] = np.pad(digits + ord("0"), ((0, 0), (0, 2)))
-    headers[:, _SUM.stop - 1] = ord(" ")
-    return headers
+class Headers:
+    """Makes the headers of members that all have one size: they differ in name and checksum."""
+
+    def __init__(self, payload: int, chunks: int) -> None:
+        """For members of `payload` bytes, in shards of at most so many chunks."""
+        names = [member_name(0, chunk).partition("-")[2] for chunk in range(chunks)]
+        self._names = np.array(names, "S").view(np.uint8).reshape(chunks, -1)
+        member = tarfile.TarInfo()
+        member.size, member.mode = payload, 0o444
+        self._blank = np.frombuffer(member.tobuf(tarfile.USTAR_FORMAT), np.uint8).copy()
+        self._blank[_SUM] = ord(" ")  # the sum is defined with blanks in its own place
+        self._sums = self._names.sum(axis=1, dtype=np.int64) + int(self._blank.sum())
+        self._fields: dict[int, NDArray[np.uint8]] = {}
+        self._widest = 0  # bytes before a chunk's number, of all names so far
+
+    def blank(self, count: int) -> NDArray[np.uint8]:
+        """Headers [count, TAR_BLOCK] without names and checksums."""
+        return np.tile(self._blank, (count, 1))
+
+    def number(self, blank: NDArray[np.uint8], shard: int, first: int) -> NDArray[np.uint8]:
+        """Write names and checksums of chunks `first` and on of a shard into `blank`.
+
+        What stands there from an earlier call is replaced.
+        """
+        chunks = slice(first, first + len(blank))
+        prefix = np.frombuffer((member_name(shard, 0).partition("-")[0] + "-").encode(), np.uint8)
+        end = len(prefix) + self._names.shape[1]
+        blank[:, : len(prefix)] = prefix
+        blank[:, len(prefix) : end] = self._names[chunks]
+        if len(prefix) < self._widest:
+            blank[:, end : end + self._widest - len(prefix)] = 0
+        self._widest = max(self._widest, len(prefix))
+        blank[:, _SUM] = self._checksums(int(prefix.sum()))[chunks]
+        return blank
+
+    def _checksums(self, prefix: int) -> NDArray[np.uint8]:
+        """The checksum fields of a shard, [chunks, 8], if the bytes of its number add up so."""
+        if prefix not in self._fields:
+            if len(self._fields) * len(self._sums) > _KEPT_CHECKSUMS:
+                self._fields.clear()
+            sums = self._sums + prefix
+            fields = np.zeros((len(sums), _SUM.stop - _SUM.start), np.uint8)
+            fields[:, :6] = (sums[:, None] >> _SHIFTS & 7) + ord("0")
+            fields[:, -1] = ord(" ")
+            self._fields[prefix] = fields
+        return self._fields[prefix]

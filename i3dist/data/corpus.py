@@ -100,5 +100,9 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of both splits' manifests, which hold the hash of every shard."""
-        both = self.train.manifest.fingerprint + self.valid.manifest.fingerprint
-        return hashlib.sha256(both.encode()).hexdigest()
+        return fingerprint_of(self.train.manifest, self.valid.manifest)
+
+
+def fingerprint_of(train: Manifest, valid: Manifest) -> str:
+    """As `Corpus.fingerprint`, of the manifests alone."""
+    return hashlib.sha256((train.fingerprint + valid.fingerprint).encode()).hexdigest()

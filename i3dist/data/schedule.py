@@ -81,6 +81,14 @@ class LaneSchedule:
         """The K (shard, chunk) that `lane` reads in window `index`; None where it idles."""
         raise NotImplementedError
 
+    def first_reading(self, shard: int, chunk: int) -> tuple[int, int, int]:
+        """(window, lane, chunk in the window) at which the first epoch reads a chunk of a shard."""
+        count = len(self.shard_chunks)
+        turn, lane = divmod(permutation(self.seed, 0, count).index(shard), self.lanes)
+        before = self.plans(0)[lane].ends[turn - 1] if turn else 0
+        window, k = divmod(before + chunk, self.window)
+        return window, lane, k
+
     @property
     def epochs(self) -> int:
         """Epochs of a round."""

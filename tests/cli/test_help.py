@@ -13,7 +13,12 @@ from i3dist.config import Settings
 from tests.conftest import ROOT, environment, program
 
 PROGRAMS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").glob("*.py"))
-OTHERS = ("data_prep/shard.py", "benchmarks/books.py", "benchmarks/several_gpus.py")
+OTHERS = (
+    *(f"data_prep/{name}.py" for name in ("shard", "verify", "show", "report")),
+    "benchmarks/books.py",
+    "benchmarks/several_gpus.py",
+    "benchmarks/verifying.py",
+)
 # Prints --help of several files, in forks that have imported torch.
 FORKS = """
 import os, runpy, sys, torch

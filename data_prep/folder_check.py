@@ -1,0 +1,126 @@
+"""Checks an output folder apart from the content of shards and indexes.
+
+Which files there are, manifests, the tokenizer, and whether they and shard.json agree.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from data_prep.damage import Damage
+from data_prep.output import TRAIN, VALID, Output, OutputSettings
+from data_prep.pack import INDEX_NAME
+from i3dist.data.manifest import MANIFEST_NAME, Manifest
+from i3dist.data.tokenizer import Tokenizer
+from i3dist.errors import UserError
+
+SPLITS = (TRAIN, VALID)
+SETTINGS_NAME, EVIDENCE_NAME, TOKENIZER_NAME = "shard.json", "source.json", "tokenizer.json"
+
+
+class FolderCheck:
+    """An output folder: its settings, tokenizer and manifests, as far as they can be read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the small files of a folder.
+
+        Raises:
+            UserError: the folder is not there, or holds no split.
+        """
+        self.folder = folder
+        self.damages: list[Damage] = []
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: name an output of data_prep/shard.py")
+        self.splits = [split for split in SPLITS if (folder / split).is_dir()]
+        if not self.splits:
+            raise UserError(f"{folder} holds neither train/ nor valid/: name a finished output")
+        self.settings = self._settings()
+        self.tokenizer = self._tokenizer()
+        self.manifests = {split: m for split in self.splits if (m := self._manifest(split))}
+        self.damages += _listing(folder, self.splits, self.settings)
+        for split, manifest in self.manifests.items():
+            self.damages += _files_of_split(folder / split, manifest)
+            self.damages += self._agreement(split, manifest)
+        self.damages += _between_splits(self.manifests)
+
+    def _settings(self) -> OutputSettings | None:
+        output = Output(self.folder)
+        try:
+            output.evidence()
+        except (UserError, OSError):
+            self.damages.append(Damage(EVIDENCE_NAME, "", "is damaged"))
+        try:
+            return output.settings()
+        except (UserError, OSError):
+            self.damages.append(Damage(SETTINGS_NAME, "", "is damaged"))
+        return None
+
+    def _tokenizer(self) -> Tokenizer | None:
+        path = self.folder / TOKENIZER_NAME
+        if not path.exists():
+            return None  # `_listing` says so
+        try:
+            return Tokenizer.load(path)
+        except UserError as error:
+            problem = str(error).removeprefix(str(path)).lstrip(": ")
+            self.damages.append(Damage(TOKENIZER_NAME, "", problem))
+        return None
+
+    def _manifest(self, split: str) -> Manifest | None:
+        path = self.folder / split / MANIFEST_NAME
+        try:
+            return Manifest.load(path.parent)
+        except UserError as error:
+            problem = str(error).removeprefix(f"{path} ")
+            self.damages.append(Damage(f"{split}/{MANIFEST_NAME}", "", problem, ""))
+        return None
+
+    def _agreement(self, split: str, manifest: Manifest) -> Iterator[Damage]:
+        """Whether a manifest agrees with its folder, the tokenizer and shard.json."""
+        wanted: list[tuple[str, object, str]] = [("split", split, "its folder")]
+        if self.tokenizer:
+            names = ("vocab_size", "bos_id", "eos_id", "pad_id")
+            wanted += [(name, getattr(self.tokenizer, name), TOKENIZER_NAME) for name in names]
+            wanted.append(("tokenizer_sha256", self.tokenizer.sha256, TOKENIZER_NAME))
+        if self.settings:
+            names = ("source", "seed", "chunk_length", "chunks_per_shard")
+            wanted += [(name, getattr(self.settings, name), SETTINGS_NAME) for name in names]
+        for name, value, where in wanted:
+            stated = getattr(manifest, name)
+            if stated != value:
+                problem = f"says {stated!r}, {where} {value!r}"
+                yield Damage(f"{split}/{MANIFEST_NAME}", f"key {name}", problem)
+
+
+def _listing(folder: Path, splits: list[str], settings: OutputSettings | None) -> Iterator[Damage]:
+    """Files and folders of DIR that are missing, or do not belong there."""
+    needed = {TOKENIZER_NAME, SETTINGS_NAME, TRAIN}
+    if settings is None or settings.valid_fraction:
+        needed.add(VALID)
+    yield from _compare(folder, "", needed, {EVIDENCE_NAME, *splits})
+
+
+def _files_of_split(folder: Path, manifest: Manifest) -> Iterator[Damage]:
+    """Files of a split that are missing, or do not belong there."""
+    shards = {shard.name for shard in manifest.shards}
+    yield from _compare(folder, f"{folder.name}/", {MANIFEST_NAME, INDEX_NAME, *shards}, set())
+
+
+def _compare(folder: Path, below: str, needed: set[str], allowed: set[str]) -> Iterator[Damage]:
+    found = set(os.listdir(folder))
+    for name in sorted(needed - found):
+        yield Damage(below + name, "", "is missing")
+    for name in sorted(found - needed - allowed):
+        remedy = "run shard.py again, or remove it" if name == ".work" else "remove it"
+        yield Damage(below + name, "", "does not belong to the output", remedy)
+
+
+def _between_splits(manifests: Mapping[str, Manifest]) -> Iterator[Damage]:
+    """Whether both splits were made in one go."""
+    if len(manifests) < 2:
+        return
+    train, valid = (manifests[split] for split in SPLITS)
+    for name in ("chunk_length", "chunks_per_shard", "source", "seed"):
+        if getattr(train, name) != getattr(valid, name):
+            problem = f"says {getattr(valid, name)!r}, that of {TRAIN} {getattr(train, name)!r}"
+            yield Damage(f"{VALID}/{MANIFEST_NAME}", f"key {name}", problem)

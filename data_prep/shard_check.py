@@ -1,0 +1,218 @@
+"""Checks one shard against manifest, format and index, in one read.
+
+The file is read in blocks of whole members. Each block is hashed, compared with the archive that
+docs/data-format.md describes, and searched for special ids while it is in the processor's cache.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.block_check import BlockCheck, Findings, Ints
+from data_prep.damage import MAKE_AGAIN, RESTORE, Damage, by_chunk, token_place
+from data_prep.index_rows import Rows, compare_rows
+from data_prep.stream import Stream
+from i3dist.data.manifest import Shard
+
+
+class Ends(NamedTuple):
+    """How a shard begins and ends, to join it with its neighbors."""
+
+    begins_inside: bool  # a document that began in an earlier shard
+    ends_inside: bool  # a document that goes on in the next shard
+    begins_with_eos: bool
+    ends_with_bos: bool
+
+
+class ShardReport(NamedTuple):
+    """What a check of a shard has found; `ends` is None if its tokens could not be read."""
+
+    number: int
+    damages: list[Damage]
+    sha256: str = ""
+    ends: Ends | None = None
+    documents: int = 0  # that begin in the shard
+
+
+def check_shard(
+    stream: Stream, number: int, shard: Shard, rows: Rows | None, blocks: BlockCheck
+) -> ShardReport:
+    """Check shard `number` against its line in the manifest and its rows in the index.
+
+    Args:
+        stream: the split.
+        number: the shard's.
+        shard: its line in the manifest.
+        rows: its rows in the index; None if the index is not readable.
+        blocks: reads and checks blocks of this split.
+    """
+    check = _Check(stream, number, shard, blocks)
+    try:
+        is_read = check.read()
+    except OSError as error:
+        check.add("", f"cannot be read ({error.strerror})")
+        is_read = False
+    if not is_read:
+        return ShardReport(number, check.damages)
+    ends, documents = check.boundaries(rows)
+    return ShardReport(number, check.damages, check.sha256, ends, documents)
+
+
+@dataclass
+class _Check:
+    stream: Stream
+    number: int
+    shard: Shard
+    blocks: BlockCheck
+    damages: list[Damage] = field(default_factory=list)
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        self._positions: list[Ints] = []  # of special ids
+        self._ids: list[NDArray[np.uint16]] = []
+
+    def add(self, place: str, problem: str, remedy: str = RESTORE) -> None:
+        """Note a damage of the shard."""
+        self.damages.append(Damage(self.stream.file(self.shard.name), place, problem, remedy))
+
+    def add_by_chunk(self, positions: NDArray[Any], problem: str, remedy: str = RESTORE) -> None:
+        """Note one damage for each chunk that holds some of the positions."""
+        for first, count in by_chunk(positions, self.stream.chunk_length):
+            more = f" (and {count - 1} more in this chunk)" if count > 1 else ""
+            self.add(token_place(first, self.stream.chunk_length), f"{problem}{more}", remedy)
+
+    def read(self) -> bool:
+        """Read the file and check all but the boundaries of documents; False if it is cut."""
+        stream, chunks, blocks = self.stream, self.shard.chunks, self.blocks
+        digest = hashlib.sha256()
+        with open(stream.folder / self.shard.name, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != self.shard.size:
+                self.add(
+                    f"chunk {min(size // blocks.stride, chunks - 1)}",
+                    f"the file has {size:,} bytes, not {self.shard.size:,}",
+                )
+                return False
+            for first in range(0, chunks, blocks.members):
+                count = min(blocks.members, chunks - first)
+                data = blocks.read(file, count)
+                if len(data) < count * blocks.stride:
+                    raise OSError(0, "it became shorter")
+                # Before it is hashed: hashing would push the block out of the cache.
+                self._note(first, blocks.check(self.number, first, count))
+                digest.update(data)
+            tail = file.read()
+            digest.update(tail)
+        self.sha256 = digest.hexdigest()
+        if tail.count(0) < len(tail):
+            self.add("end of the archive", "it has other bytes than zeros")
+        if self.sha256 != self.shard.sha256:
+            # First, as it is the whole of the damage where an ordinary id became another.
+            problem = "its SHA-256 is not the manifest's"
+            self.damages.insert(0, Damage(stream.file(self.shard.name), "", problem, RESTORE))
+        return True
+
+    def _note(self, first: int, found: Findings) -> None:
+        """Note what was found in the block that begins with chunk `first`."""
+        for chunk in found.malformed:
+            self.add(f"chunk {chunk}", "its header or padding is not that of the format")
+        if len(found.beyond):
+            problem = f"its id is not below vocab_size {self.stream.vocab_size:,}"
+            self.add_by_chunk(found.beyond, problem)
+        self._positions.append(found.positions)
+        self._ids.append(found.ids)
+
+    def boundaries(self, rows: Rows | None) -> tuple[Ends, int]:
+        """Check <BOS>, <EOS> and <PAD>, and the shard's rows in the index."""
+        stream = self.stream
+        positions, ids = np.concatenate(self._positions), np.concatenate(self._ids)
+        is_bos, is_eos = ids == stream.bos_id, ids == stream.eos_id
+        bos, eos = positions[is_bos], positions[is_eos]
+        end = self.shard.chunks * stream.chunk_length
+        if self.number == stream.shards - 1 or len(bos) + len(eos) < len(ids):
+            if (unused := np.isin(ids, stream.unused)).any():
+                self.add_by_chunk(positions[unused], "a special id stands in the text", MAKE_AGAIN)
+            end = self._end_of_text(positions[ids == stream.pad_id])
+            bos, eos = bos[bos < end], eos[eos < end]
+        ends, starts, stops = _pieces(bos, eos, end)
+        if not _alternate(ends, starts, stops, end):
+            framing = (is_bos | is_eos) & (positions < end)
+            self._add_disorder(positions[framing], is_bos[framing], end)
+            stops = np.append(starts[1:], end)[: len(starts)]
+        if rows is not None:
+            found = compare_rows(stream, self.number, rows, starts, stops, ends.begins_inside)
+            self.damages.extend(found)
+        return ends, len(bos)
+
+    def _end_of_text(self, padding: Ints) -> int:
+        """Number of the shard's tokens before the <PAD> at its end, as far as there is any."""
+        stream, total = self.stream, self.shard.chunks * self.stream.chunk_length
+        # The run of <PAD> that ends with the shard.
+        trailing = padding - np.arange(len(padding)) == total - len(padding)
+        end = total - int(trailing.sum())
+        if len(padding) > trailing.sum():
+            self.add_by_chunk(padding[~trailing], "<PAD> stands before the end of the split")
+        wanted = min(total, stream.tokens - self.number * stream.shard_tokens)
+        if end != wanted:
+            problem = (
+                f"<PAD> should fill the last {total - wanted:,} tokens of the shard by the "
+                f"manifest's `tokens`, and fills {total - end:,}"
+            )
+            self.add(token_place(min(end, wanted), stream.chunk_length), problem)
+        return end
+
+    def _add_disorder(self, positions: Ints, begins: NDArray[np.bool_], end: int) -> None:
+        """Note where <BOS> and <EOS> do not alternate; `begins` tells which are <BOS>."""
+        before, after = begins[:-1], begins[1:]
+        close = np.diff(positions) == 1
+        faults = (
+            (before & after, "<BOS> follows <BOS>: the document before has no <EOS>"),
+            (~before & ~after, "<EOS> follows <EOS>: this document has no <BOS>"),
+            (~before & after & ~close, "tokens stand between <EOS> and this <BOS>"),
+            (before & ~after & close, "a document is empty: <EOS> follows <BOS>"),
+        )
+        for where, problem in faults:
+            self.add_by_chunk(positions[1:][where], problem)
+        if begins[:1].any() and positions[0] > 0:
+            self.add_by_chunk(positions[:1], "the document before this <BOS> has no <EOS>")
+        if len(begins) and not begins[-1] and positions[-1] != end - 1:
+            self.add_by_chunk(positions[-1:], "tokens follow this <EOS> without a <BOS>")
+
+
+def _pieces(bos: Ints, eos: Ints, end: int) -> tuple[Ends, Ints, Ints]:
+    """How a shard begins and ends, and where its pieces start and stop.
+
+    Args:
+        bos: positions of <BOS>, ascending.
+        eos: positions of <EOS>, ascending.
+        end: number of tokens before the padding.
+    """
+    first_bos, first_eos = (int(some[0]) if len(some) else end for some in (bos, eos))
+    last_bos, last_eos = (int(some[-1]) if len(some) else -1 for some in (bos, eos))
+    ends = Ends(
+        begins_inside=first_bos > 0,
+        ends_inside=last_bos > last_eos or not len(bos) + len(eos),
+        begins_with_eos=first_eos == 0,
+        ends_with_bos=last_bos == end - 1,
+    )
+    stops = eos + 1
+    if ends.begins_inside:
+        bos = np.concatenate(([0], bos))
+    if ends.ends_inside:
+        stops = np.concatenate((stops, [end]))
+    return ends, bos, stops
+
+
+def _alternate(ends: Ends, starts: Ints, stops: Ints, end: int) -> bool:
+    """Whether the pieces fill the shard one after the other, and no document is empty."""
+    if len(starts) != len(stops) or starts[0] != 0 or stops[-1] != end:
+        return False
+    if (starts[1:] != stops[:-1]).any():
+        return False
+    # A document that lies in the shard as a whole has <BOS>, one token or more, and <EOS>.
+    whole = (stops - starts)[ends.begins_inside : len(starts) - ends.ends_inside]
+    return not len(whole) or int(whole.min()) > 2

@@ -1,0 +1,61 @@
+"""What a manifest says about the stream of a split, in a form that is cheap to send to workers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from i3dist.data.manifest import Manifest
+from i3dist.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The stream of a split: its cuts and its ids."""
+
+    folder: Path  # of the split
+    chunk_length: int
+    chunks_per_shard: int
+    shards: int
+    tokens: int
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    unused: tuple[int, ...] = ()  # special ids that no document has
+
+    @classmethod
+    def of(cls, folder: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> Self:
+        """The stream of a manifest. Without a tokenizer the other special ids are unknown."""
+        framing = {manifest.bos_id, manifest.eos_id, manifest.pad_id}
+        special = set(tokenizer.special_ids.values()) if tokenizer else set()
+        return cls(
+            folder,
+            manifest.chunk_length,
+            manifest.chunks_per_shard,
+            len(manifest.shards),
+            manifest.tokens,
+            manifest.vocab_size,
+            manifest.bos_id,
+            manifest.eos_id,
+            manifest.pad_id,
+            tuple(sorted(special - framing)),
+        )
+
+    @property
+    def shard_tokens(self) -> int:
+        """Tokens of a full shard."""
+        return self.chunk_length * self.chunks_per_shard
+
+    def file(self, name: str) -> str:
+        """A file of the split as damages name it."""
+        return f"{self.folder.name}/{name}"
+
+    def special_ranges(self) -> list[tuple[int, int]]:
+        """The first and last id of each run of consecutive special ids."""
+        ranges: list[tuple[int, int]] = []
+        for number in sorted({self.bos_id, self.eos_id, self.pad_id, *self.unused}):
+            if ranges and number == ranges[-1][1] + 1:
+                ranges[-1] = (ranges[-1][0], number)
+            else:
+                ranges.append((number, number))
+        return ranges

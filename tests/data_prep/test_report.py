@@ -1,0 +1,229 @@
+"""report.py: its figures equal those counted from the shards, and its page stands alone."""
+
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep import index_check, index_statistics, report
+from data_prep.figures import Figures
+from data_prep.index_statistics import HISTORY, Domains, domains_of, geometric, measure
+from data_prep.lookup import SplitReader
+from data_prep.page import page
+from data_prep.stream import Stream
+from i3dist.data.corpus import Split
+from i3dist.data.shards import read_shard
+from i3dist.errors import UserError
+from tests.data.splits import documents_of, split_of
+from tests.data_prep.corpus import read_chunks, read_documents
+
+Corpus = tuple[Path, dict[str, str]]
+
+
+@pytest.fixture(scope="module", params=["train", "valid"])
+def figures(built: Path, request: pytest.FixtureRequest) -> Figures:
+    return Figures.of(built, request.param, 0)
+
+
+def test_lengths_and_chunks_are_those_of_the_shards(figures: Figures) -> None:
+    reader, statistics = figures.reader, figures.statistics
+    manifest = reader.manifest
+    lengths: list[int] = []
+    chunks: list[set[tuple[int, int]]] = []
+    for number, shard in enumerate(manifest.shards):
+        for chunk, tokens in enumerate(read_chunks(reader.folder / shard.name)):
+            for token in tokens.tolist():
+                if token == manifest.bos_id:
+                    lengths.append(0)
+                    chunks.append(set())
+                if token != manifest.pad_id:
+                    lengths[-1] += 1
+                    chunks[-1].add((number, chunk))
+    assert np.flatnonzero(statistics.lengths).tolist() == sorted(set(lengths))
+    assert Counter(lengths) == {n: c for n, c in enumerate(statistics.lengths.tolist()) if c}
+    counts = Counter(map(len, chunks))
+    assert counts == {n: c for n, c in enumerate(statistics.chunks.tolist()) if c}
+    assert statistics.longest == max(lengths)
+    assert statistics.quantile(0.5) == sorted(lengths)[(len(lengths) - 1) // 2]
+    assert (statistics.documents, statistics.tokens) == (manifest.documents, manifest.tokens)
+
+
+def history_of_shards(reader: SplitReader | Split) -> list[int]:
+    """Tokens by history: the depth of their chunk, if their document began before the chunk."""
+    manifest = reader.manifest
+    counts = np.zeros(HISTORY + 1, np.int64)
+    for shard in range(len(manifest.shards)):
+        tokens, depths = read_shard(reader.folder, manifest, shard)[:2]
+        for depth, chunk in zip(depths.tolist(), tokens, strict=True):
+            begins = np.flatnonzero(chunk == manifest.bos_id)
+            end = int((chunk != manifest.pad_id).sum())
+            continued = int(begins[0]) if len(begins) else end
+            counts[min(depth, HISTORY)] += continued
+            counts[0] += end - continued
+    return counts.tolist()
+
+
+def test_history_is_what_training_sees(figures: Figures) -> None:
+    assert figures.statistics.history.tolist() == history_of_shards(figures.reader)
+
+
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=20), per_shard=st.integers(1, 40))
+def test_history_of_documents_that_are_long_beside_chunks(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], per_shard: int
+) -> None:
+    documents = documents_of(0, lengths, 100)
+    split = split_of(tmp_path_factory.mktemp("h") / "train", documents, 8, per_shard, 100)
+    statistics = measure(Stream.of(split.folder, split.manifest, None))
+    assert statistics.history.tolist() == history_of_shards(split)
+    found = Counter({n: c for n, c in enumerate(statistics.lengths.tolist()) if c})
+    assert found == Counter(length + 2 for length in lengths)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_statistics_do_not_depend_on_how_the_index_is_read(
+    built: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    reader = SplitReader(built, "train")
+    stream = Stream.of(reader.folder, reader.manifest, reader.tokenizer)
+    whole = measure(stream)
+    monkeypatch.setattr(index_check, "ROWS_AT_A_TIME", rows)
+    monkeypatch.setattr(index_statistics, "ROWS_AT_A_TIME", rows)
+    parts = measure(stream)
+    assert (whole.lengths == parts.lengths).all() and (whole.chunks == parts.chunks).all()
+    assert (whole.history == parts.history).all()
+    assert whole.domains == parts.domains
+
+
+def test_bytes_per_token_are_those_of_the_text(corpus: Corpus, figures: Figures) -> None:
+    reader = figures.reader
+    texts = [text for _, _, text in read_documents(reader.folder, reader.tokenizer)]
+    tokens = reader.manifest.tokens - 2 * reader.manifest.documents
+    assert figures.bytes_per_token.of == len(reader.manifest.shards)
+    exact = sum(len(text.encode()) for text in texts) / tokens
+    is_all = figures.bytes_per_token.shards == figures.bytes_per_token.of
+    assert figures.bytes_per_token.value == pytest.approx(exact, rel=1e-9 if is_all else 0.1)
+
+
+def test_domains(figures: Figures) -> None:
+    urls = [
+        "https://www.example.org/a?b#c",
+        "http://user@example.org:8080",
+        "s3://bucket/key",
+        "folder/file.jsonl#5",
+        "odd.jsonl#5",
+        "",
+        None,
+    ]
+    assert domains_of(pa.array(urls)).to_pylist() == [
+        *("example.org", "example.org", "bucket", "folder", "odd.jsonl", "(no URL)", "(no URL)")
+    ]
+    assert sum(figures.statistics.domains.tokens.values()) == figures.reader.manifest.tokens
+    assert figures.domains()[0][0] == "example.org"
+
+
+def test_too_many_domains_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_statistics, "MOST_DOMAINS", 4)
+    domains = Domains()
+    for batch in range(5):
+        names = ["big", *(f"{batch}-{n}" for n in range(3))]
+        domains.add(pa.array(names), pa.array([100, 1, 1, 1]))
+    assert len(domains.tokens) <= 4
+    assert domains.top(1) == [("big", 500)]
+    assert domains.merged + sum(domains.tokens.values()) == 515
+
+
+def test_geometric_bins_hold_everything_once() -> None:
+    counts = np.zeros(1025, np.int64)
+    counts[[3, 4, 100, 1024]] = 1, 2, 3, 4
+    edges, bins = geometric(counts, per_octave=1)
+    assert sum(bins) == 10 and len(edges) == len(bins) + 1
+    assert edges[0] == 2 and edges[-1] == 1025
+
+
+def test_examples_are_documents_of_the_source(corpus: Corpus, figures: Figures) -> None:
+    assert [example.kind for example in figures.examples] == [
+        *("short", "short", "median", "median", "long", "long")
+    ]
+    tokens = [example.tokens for example in figures.examples]
+    assert tokens[0] <= tokens[2] <= tokens[4]
+    for example in figures.examples:
+        text = corpus[1][example.id]
+        assert text.startswith(example.begin) and text.endswith(example.end or example.begin)
+
+
+def test_the_seed_draws_the_examples(built: Path) -> None:
+    drawn = [[e.id for e in Figures.of(built, "train", seed).examples] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+class Page(HTMLParser):
+    """Notes the tags of a page, and whether each that is opened is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen[tag] += 1
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone(figures: Figures) -> None:
+    text = page(figures)
+    assert page(figures) == text, "not the same twice"
+    parsed = Page()
+    parsed.feed(text)
+    assert parsed.open == [] and parsed.seen["svg"] == 3 and parsed.seen["article"] == 6
+    assert not parsed.seen["script"] and all(link.startswith("#") for link in parsed.links)
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    for name, value, _ in figures.totals():
+        assert name in text and value in text
+    assert "#010203" not in text and "var(--accent)" in text
+
+
+def test_text_cannot_break_the_page(figures: Figures) -> None:
+    evil = "<script>alert(1)</script>\x00\x1b&"
+    changed = figures.examples[0]._replace(begin=evil, id=evil, url=evil)
+    figures = Figures(figures.reader, figures.statistics, figures.bytes_per_token, [changed])
+    figures.statistics.domains.tokens[evil] = 1 << 40
+    text = page(figures)
+    del figures.statistics.domains.tokens[evil]
+    assert "<script" not in text and "\x00" not in text and "\x1b" not in text
+
+
+def test_the_program_prints_tables_and_writes_the_page(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "a.html"
+    report.main([str(built), "--html", str(target)])
+    out = capsys.readouterr().out
+    manifest = SplitReader(built, "train").manifest
+    assert f"{manifest.documents:,}" in out and f"{manifest.tokens:,}" in out
+    assert "can gain from compressed history" in out and "\x1b" not in out
+    assert target.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_bad_input_is_one_line(built: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no manifest at"):
+        report.main([str(tmp_path)])
+    with pytest.raises(UserError, match=r"cannot write --html .*none/a\.html"):
+        report.main([str(built), "--html", str(tmp_path / "none" / "a.html")])
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match=r"index\.parquet is missing"):
+        report.main([str(tmp_path)])
