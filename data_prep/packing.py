@@ -226,6 +226,7 @@ def _assemble(
             with pa.memory_map(os.fsencode(path)) as file:
                 index.add(pa.ipc.open_file(file).read_all())
     index.close()
+    sync(index.path)
     files = [file for record in records for file in record.shards[split.name]]
     full = task.framing.chunks_per_shard
     chunks = -(-split.tokens // task.framing.chunk_length)
