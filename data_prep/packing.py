@@ -161,20 +161,24 @@ class _Block:
         self._index[number][split.name] = PackedFile.of(path, hashlib.sha256(data).hexdigest())
 
     def _record_finished(self) -> None:
-        """Record the ranges whose shards are all written."""
-        splits = list(zip(self._task.splits, self._writers, strict=True))
-        framing = self._task.framing
+        """Record the ranges whose shards are all written.
+
+        A shard of a small split may take many ranges to fill. Only the range in which it begins
+        waits for it.
+        """
         for number in list(self._index):
             only = range(number, number + 1)
-            if any(w.position < split.stretch(only, framing)[1] for split, w in splits):
-                break
+            held = [
+                (split.name, writer, split.shards(only, self._task.framing))
+                for split, writer in zip(self._task.splits, self._writers, strict=True)
+            ]
+            if any(shard not in writer.shards for _, writer, shards in held for shard in shards):
+                continue
             shards = {
-                split.name: tuple(
-                    self._finished(writer, shard) for shard in split.shards(only, framing)
-                )
-                for split, writer in splits
+                name: tuple(self._finished(writer, shard) for shard in shards)
+                for name, writer, shards in held
             }
-            for _, writer in splits:
+            for writer in self._writers:
                 sync(writer.folder)
             index = self._index.pop(number)
             record = RangeRecord(plan=self._task.digest, shards=shards, index=index)
