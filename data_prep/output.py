@@ -22,7 +22,7 @@ from data_prep.evidence import Evidence, Saved
 from data_prep.records import WorkFolder
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.errors import UserError
-from i3dist.files import clear_partials, write_whole
+from i3dist.files import clear_partials, sync, write_whole
 
 Model = TypeVar("Model", bound=Saved)
 
@@ -205,6 +205,7 @@ class Output:
             (final / MANIFEST_NAME).unlink(missing_ok=True)
             shutil.rmtree(final, ignore_errors=True)
             self.work.split(split).rename(final)
+        sync(self.folder)
         for split, manifest in manifests.items():
             manifest.write(self.folder / split)
         self._discard_work()

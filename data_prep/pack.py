@@ -102,7 +102,8 @@ class IndexWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = pa.OSFile(os.fsencode(folder / INDEX_NAME), "wb")
+        self.path = folder / INDEX_NAME
+        self._file = pa.OSFile(os.fsencode(self.path), "wb")
         self._writer = pq.ParquetWriter(
             self._file, INDEX_SCHEMA, compression="zstd", write_page_checksum=True
         )

@@ -136,7 +136,7 @@ class _Block:
         begin, end = split.counts.tokens[number : number + 2]
         bounds = begin + np.concatenate(([0], np.cumsum(keys.lengths[inside])))
         if bounds[-1] != end:
-            raise UserError("the files in .work have changed: run the same command again")
+            raise _changed()
         if number in self._index and len(rows):
             self._write_index(number, split, rows, bounds)
         if writer.position < min(end, writer.stop):
@@ -161,20 +161,24 @@ class _Block:
         self._index[number][split.name] = PackedFile.of(path, hashlib.sha256(data).hexdigest())
 
     def _record_finished(self) -> None:
-        """Record the ranges whose shards are all written."""
-        splits = list(zip(self._task.splits, self._writers, strict=True))
-        framing = self._task.framing
+        """Record the ranges whose shards are all written.
+
+        A shard of a small split may take many ranges to fill. Only the range in which it begins
+        waits for it.
+        """
         for number in list(self._index):
             only = range(number, number + 1)
-            if any(w.position < split.stretch(only, framing)[1] for split, w in splits):
-                break
+            held = [
+                (split.name, writer, split.shards(only, self._task.framing))
+                for split, writer in zip(self._task.splits, self._writers, strict=True)
+            ]
+            if any(shard not in writer.shards for _, writer, shards in held for shard in shards):
+                continue
             shards = {
-                split.name: tuple(
-                    self._finished(writer, shard) for shard in split.shards(only, framing)
-                )
-                for split, writer in splits
+                name: tuple(self._finished(writer, shard) for shard in shards)
+                for name, writer, shards in held
             }
-            for _, writer in splits:
+            for writer in self._writers:
                 sync(writer.folder)
             index = self._index.pop(number)
             record = RangeRecord(plan=self._task.digest, shards=shards, index=index)
@@ -192,49 +196,42 @@ def pack_all(task: PackTask, workers: int, report: Report) -> dict[str, tuple[Sh
 
     `report` counts ranges.
     """
-    records = _records(task)
-    done = [record for record in records if record]
-    task.work.prepare(
-        {
-            split.name: {file.name for record in done for file in record.shards[split.name]}
-            for split in task.splits
-        }
-    )
-    todo = [number for number, record in enumerate(records) if not record]
-    report(len(done), 0)
+    todo: list[int] = []
+    kept: dict[str, set[str]] = {split.name: set() for split in task.splits}
+    for number in range(task.ranges):
+        if record := task.work.finished(number, task.digest):
+            for name, files in record.shards.items():
+                kept[name].update(file.name for file in files)
+        else:
+            todo.append(number)
+    task.work.prepare(kept)
+    report(task.ranges - len(todo), 0)
     tokens = sum(split.tokens for split in task.splits)
     run_jobs(task, blocks(task.partitions, todo, tokens, workers), workers, report)
-    records = _records(task)
-    if not all(records):
-        raise UserError("the files in .work have changed: run the same command again")
-    found = [record for record in records if record]
-    return {split.name: _assemble(task, split, found) for split in task.splits}
+    return {split.name: _assemble(task, split) for split in task.splits}
 
 
-def _records(task: PackTask) -> list[RangeRecord | None]:
-    return [task.work.finished(number, task.digest) for number in range(task.ranges)]
-
-
-def _assemble(
-    task: PackTask, split: SplitPlan, records: Sequence[RangeRecord]
-) -> tuple[Shard, ...]:
+def _assemble(task: PackTask, split: SplitPlan) -> tuple[Shard, ...]:
     """Write the index of a split from those of the ranges; returns its shards."""
     index = IndexWriter(task.work.split(split.name))
-    for record in records:
+    shards: list[Shard] = []
+    full = task.framing.chunks_per_shard
+    chunks = -(-split.tokens // task.framing.chunk_length)
+    for number in range(task.ranges):
+        record = task.work.finished(number, task.digest)
+        if record is None:
+            raise _changed()
         if split.name in record.index:
             path = task.work.ranges / record.index[split.name].name
             with pa.memory_map(os.fsencode(path)) as file:
                 index.add(pa.ipc.open_file(file).read_all())
+        for file in record.shards[split.name]:
+            count = min(full, chunks - len(shards) * full)
+            shards.append(file.shard(count))
     index.close()
-    files = [file for record in records for file in record.shards[split.name]]
-    full = task.framing.chunks_per_shard
-    chunks = -(-split.tokens // task.framing.chunk_length)
-    return tuple(
-        Shard(
-            name=file.name,
-            chunks=min(full, chunks - number * full),
-            size=file.state[0],
-            sha256=file.sha256,
-        )
-        for number, file in enumerate(files)
-    )
+    sync(index.path)
+    return tuple(shards)
+
+
+def _changed() -> UserError:
+    return UserError("the files in .work have changed: run the same command again")

@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import ValidationError
 
 from data_prep.evidence import Saved, State, state_of
+from i3dist.data.manifest import Shard
 from i3dist.files import write_whole
 
 
@@ -22,6 +23,10 @@ class PackedFile(Saved):
     def of(cls, path: Path, sha256: str) -> Self:
         """The file as it is now."""
         return cls(name=path.name, sha256=sha256, state=state_of(path))
+
+    def shard(self, chunks: int) -> Shard:
+        """The manifest's entry of a shard of so many chunks."""
+        return Shard(name=self.name, chunks=chunks, size=self.state[0], sha256=self.sha256)
 
     def is_whole(self, folder: Path) -> bool:
         """Whether the file is unchanged. It is read only if its times differ and its size not."""

@@ -100,10 +100,11 @@ def run_table(run: Sequence[Document], bos_id: int, eos_id: int) -> pa.Table:
     order = np.lexsort(columns[::-1])
     documents = [run[place] for place in order]
     offsets = np.cumsum([0, *(len(document.tokens) + 2 for document in documents)], dtype=np.int64)
-    bos, eos = np.array([[bos_id], [eos_id]], np.uint16)
-    values = np.concatenate(
-        [part for document in documents for part in (bos, document.tokens, eos)]
-    )
+    bounds = offsets.tolist()
+    values = np.empty(bounds[-1], np.uint16)
+    for start, stop, document in zip(bounds, bounds[1:], documents, strict=False):
+        values[start + 1 : stop - 1] = document.tokens
+    values[offsets[:-1]], values[offsets[1:] - 1] = bos_id, eos_id
     arrays = [
         *map(pa.array, columns[:, order]),
         pa.array([document.id for document in documents], pa.string()),

@@ -27,6 +27,7 @@ WHOLE = {
 }
 DEFAULTS = {
     "extend": None,
+    "dry_run": False,
     "source": DATASET,
     "out": Path("data/fineweb-edu"),
     "tokenizer": None,

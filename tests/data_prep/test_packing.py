@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import merge, packing, ranges
-from data_prep.pack import Framing
+from data_prep.pack import Framing, write_shard
 from data_prep.shuffle import HASH_END
+from i3dist.data.manifest import Shard
 from i3dist.errors import UserError
 from tests.data_prep.corpus import tree_digest
 from tests.data_prep.runs import (
@@ -258,6 +259,30 @@ def test_only_what_is_missing_or_damaged_is_packed_again(tmp_path: Path) -> None
             assert outcome(tmp_path) == whole
         shard.touch()  # the same bytes
         assert packed_ranges(task) == []
+
+
+def test_a_small_split_does_not_keep_ranges_from_being_recorded(tmp_path: Path) -> None:
+    """Its only shard begins in the first range and ends in the last."""
+    documents = [made._replace(split=HASH_END - 1) for made in some(200, 40)]
+    documents += [Made(high, 0, 0, 900 + high % 9, 2) for high in (1, HASH_END - 1)]
+    (tmp_path / "runs").mkdir()
+    runs = write_runs(tmp_path / "runs", documents, 3)
+    naive(tmp_path / "naive", documents, halves(), FRAMING)
+    with constants(RANGE_TOKENS=500, WORKER_TOKENS=1):
+        task = task_of(tmp_path, runs, documents, halves(), FRAMING)
+        last = task.splits[1].shards(range(task.ranges), FRAMING)[-1]
+        with pytest.MonkeyPatch.context() as patched:
+
+            def write(folder: Path, number: int, chunks: object, real=write_shard) -> Shard:  # type: ignore[no-untyped-def]
+                if number == last:
+                    raise Killed
+                return real(folder, number, chunks)
+
+            patched.setattr("data_prep.pack.write_shard", write)
+            with pytest.raises(Killed):
+                pack(task)
+        assert packed_ranges(task) == [0, task.ranges - 2, task.ranges - 1] and task.ranges > 6
+        assert outcome(tmp_path) == tree_digest(tmp_path / "naive")
 
 
 def test_other_settings_of_packing_pack_all_again(tmp_path: Path) -> None:
