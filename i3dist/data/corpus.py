@@ -34,12 +34,12 @@ class Split:
         self, lanes: int, window: int, seed: int, version: Version = NEWEST
     ) -> LaneSchedule:
         """The order in which `lanes` lanes read this split, in windows of `window` chunks."""
-        sizes = tuple(shard.chunks for shard in self.manifest.shards)
+        sizes = self.manifest.shard_chunks
         return (EpochSchedule if version == 1 else Schedule)(sizes, lanes, window, seed)
 
     def held_out(self, history_chunks: int, chunks: int | None = None) -> HeldOut:
         """The split for evaluation: all of it, or whole shards with `chunks` chunks or more."""
-        sizes = [shard.chunks for shard in self.manifest.shards]
+        sizes = self.manifest.shard_chunks
         shards = range(len(sizes)) if chunks is None else fixed_subset(sizes, chunks, SUBSET_SEED)
         return HeldOut(self.folder, self.manifest, shards, history_chunks)
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
+import numpy as np
+
 from i3dist.errors import UserError
 
 Version = Literal[1, 2]
@@ -32,10 +34,14 @@ Place = tuple[int, int]
 def permutation(seed: int, epoch: int, count: int) -> list[int]:
     """A uniformly random order of range(count), the same on every machine and library version."""
 
-    def key(item: int) -> bytes:
-        return hashlib.blake2b(f"{seed}/{epoch}/{item}".encode(), digest_size=16).digest()
-
-    return sorted(range(count), key=key)
+    prefix = f"{seed}/{epoch}/"
+    keys = b"".join(
+        hashlib.blake2b(f"{prefix}{item}".encode(), digest_size=16).digest()
+        for item in range(count)
+    )
+    halves = np.frombuffer(keys, ">u8").reshape(count, 2)
+    order: list[int] = np.lexsort((halves[:, 1], halves[:, 0])).tolist()
+    return order
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ Notation: N chunks of a shard, T tokens of a chunk.
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from i3dist.config import OnDamage
 from i3dist.data.archive import chunks_of, shard_bytes
 from i3dist.data.manifest import Manifest
+from i3dist.data.shard_table import shard_number
 from i3dist.errors import UserError
 
 
@@ -30,6 +31,8 @@ class ShardTokens(NamedTuple):
 
 # On a network file system each size takes a while, so many are asked for at once.
 STAT_THREADS = 16
+STAT_BATCH = 1 << 14
+MISSING = -1
 
 
 class DamagedShardError(UserError):
@@ -43,37 +46,42 @@ def check_shards(folder: Path, manifest: Manifest, on_damage: OnDamage = "stop")
         UserError: a shard is missing, or has another size and `on_damage` is "stop". The message
             names the first such shard and counts the others.
     """
-    sizes = _sizes(folder, {shard.name for shard in manifest.shards})
-    wrong = [s for s in manifest.shards if sizes.get(s.name) != s.size]
-    missing = [shard for shard in wrong if shard.name not in sizes]
-    if on_damage == "quarantine":
-        wrong = missing
-    if not wrong:
+    sizes = _sizes(folder, len(manifest.shards))
+    missing = sizes == MISSING
+    wrong = np.flatnonzero(missing if on_damage == "quarantine" else sizes != manifest.shard_sizes)
+    if not len(wrong):
         return
-    first, others = wrong[0], len(wrong) - 1
-    if first.name in sizes:
-        what = f"differs from its manifest ({sizes[first.name]:,} of {first.size:,} bytes)"
-    else:
+    first, others = manifest.shards[wrong[0]], len(wrong) - 1
+    if missing[wrong[0]]:
         what = "cannot be read (No such file or directory)"
+    else:
+        what = f"differs from its manifest ({sizes[wrong[0]]:,} of {first.size:,} bytes)"
     more = f", and {others:,} more are missing or have another size" if others else ""
-    remedy = _remedy(manifest, can_go_on=not missing)
+    remedy = _remedy(manifest, can_go_on=not missing.any())
     raise UserError(f"{folder / first.name}: shard {what}{more}; {remedy}")
 
 
-def _sizes(folder: Path, names: Set[str]) -> dict[str, int]:
-    """Sizes in bytes of the named files, as far as they are in a folder; links are followed."""
+def _sizes(folder: Path, count: int) -> npt.NDArray[np.int64]:
+    """Sizes in bytes of the first `count` shards, `MISSING` where there is no file.
 
-    def measure(entries: list[os.DirEntry[str]]) -> dict[str, int]:
-        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    Links are followed.
+    """
+    sizes = np.full(count, MISSING)
+
+    def measure(entries: list[os.DirEntry[str]]) -> None:
+        for entry in entries:
+            number = shard_number(entry.name)
+            if number is not None and number < count and entry.is_file():
+                sizes[number] = entry.stat().st_size
 
     try:
-        with os.scandir(folder) as listing:
-            there = [entry for entry in listing if entry.name in names]
-        with ThreadPoolExecutor(STAT_THREADS) as pool:
-            parts = pool.map(measure, (there[n::STAT_THREADS] for n in range(STAT_THREADS)))
-            return {name: size for part in parts for name, size in part.items()}
+        with os.scandir(folder) as listing, ThreadPoolExecutor(STAT_THREADS) as pool:
+            while there := list(islice(listing, STAT_BATCH)):  # not all at once: there are millions
+                for _ in pool.map(measure, (there[n::STAT_THREADS] for n in range(STAT_THREADS))):
+                    pass
     except OSError as error:
         raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+    return sizes
 
 
 def _remedy(manifest: Manifest, can_go_on: bool = True, first: str = "") -> str:

@@ -134,6 +134,6 @@ def test_tokens_of_a_shard_are_its_share(tmp_path: Path) -> None:
 def test_a_file_larger_than_any_manifest_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / MANIFEST_NAME
     path.touch()
-    os.truncate(path, (256 << 20) + 1)  # takes no room: nothing is written
+    os.truncate(path, (1 << 30) + 1)  # takes no room: nothing is written
     with pytest.raises(UserError, match="larger than any manifest"):
         Manifest.load(tmp_path)
