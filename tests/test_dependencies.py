@@ -7,8 +7,8 @@ from tests.test_imports import ROOT, imports, modules
 
 # Declared under another name than it is imported by.
 NAMES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
-# For readers of the shards; of MLflow, which logs the use of GPUs with it.
-NOT_IMPORTED = {"webdataset", "nvidia-ml-py"}
+# Of MLflow, which logs the use of GPUs with it.
+NOT_IMPORTED = {"nvidia-ml-py"}
 # Comes with torch where there are GPUs.
 WITH_TORCH = {"triton"}
 

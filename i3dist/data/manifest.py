@@ -7,6 +7,7 @@ same size, so the tokens of chunk k begin at byte `k * member_stride(chunk_lengt
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from itertools import repeat
@@ -19,6 +20,7 @@ from pydantic import Field, GetPydanticSchema, ValidationError, WrapSerializer, 
 from pydantic_core import CoreSchema, core_schema
 
 from i3dist.cli.paths import path_text
+from i3dist.data.folder import Folder, open_file
 from i3dist.data.shard_table import (
     Count,
     Frozen,
@@ -160,17 +162,19 @@ class Manifest(_Header):
         return self
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Folder) -> Self:
         """Read and check `folder/manifest.json`.
 
         Raises:
-            UserError: it is missing, unreadable or wrong; the message says in what.
+            UserError: it is missing, unreadable or wrong; the message says in what. One at a URL
+                cannot be fetched.
         """
         path = folder / MANIFEST_NAME
         try:
-            with path.open("rb") as file:
-                if path.stat().st_size > MAX_MANIFEST_BYTES:
+            with open_file(path, MAX_MANIFEST_BYTES) as file:
+                if file.seek(0, os.SEEK_END) > MAX_MANIFEST_BYTES:
                     raise UserError(f"{path} is larger than any manifest; {_remedy(path)}")
+                file.seek(0)
                 return cls._read(file)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(_missing(path)) from None
@@ -268,7 +272,8 @@ def _shapes(header: _Header) -> Iterator[Shape]:
         yield Shape(chunks, archive_size(chunks, header.chunk_length))
 
 
-def _missing(path: Path) -> str:
+def _missing(path: Folder) -> str:
+    assert isinstance(path, Path)
     out = shlex.quote(path_text(path.parent.parent))
     return (
         f"no manifest at {path}: make the shards with `python data_prep/shard.py --out {out}`, "
@@ -276,7 +281,7 @@ def _missing(path: Path) -> str:
     )
 
 
-def _remedy(path: Path) -> str:
+def _remedy(path: Folder) -> str:
     # Delete it, because shard.py takes the folder for complete.
     return f"restore it, or delete {path.parent.parent} and make it again"
 

@@ -87,6 +87,15 @@ class LaneSchedule:
         """The K (shard, chunk) that `lane` reads in window `index`; None where it idles."""
         raise NotImplementedError
 
+    def shard_after(self, index: int, lane: int) -> list[int]:
+        """The shard that `lane` reads after those of window `index`; none if it idles then."""
+        read = [place[0] for place in self.chunks(index, lane) if place]
+        for later in range(index + 1, index + 2 + self.shard_chunks[read[-1]] // self.window):
+            places = filter(None, self.chunks(later, lane))
+            if new := [shard for shard, _ in places if shard != read[-1]]:
+                return new[:1]
+        return []
+
     @property
     def epochs(self) -> int:
         """Epochs of a round."""

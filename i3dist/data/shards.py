@@ -3,7 +3,6 @@
 Notation: N chunks of a shard, T tokens of a chunk.
 """
 
-import hashlib
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from i3dist.config import OnDamage
 from i3dist.data.archive import chunks_of, shard_bytes
+from i3dist.data.folder import Folder, is_intact
 from i3dist.data.manifest import Manifest
 from i3dist.data.shard_table import shard_number
 from i3dist.errors import UserError
@@ -39,13 +39,17 @@ class DamagedShardError(UserError):
     """A shard that can be read but is not the manifest's."""
 
 
-def check_shards(folder: Path, manifest: Manifest, on_damage: OnDamage = "stop") -> None:
+def check_shards(folder: Folder, manifest: Manifest, on_damage: OnDamage = "stop") -> None:
     """Check that every shard of a split exists and has its size, without opening any.
+
+    At a URL nothing is checked: that would take a request for every shard.
 
     Raises:
         UserError: a shard is missing, or has another size and `on_damage` is "stop". The message
             names the first such shard and counts the others.
     """
+    if not isinstance(folder, Path):
+        return
     sizes = _sizes(folder, len(manifest.shards))
     missing = sizes == MISSING
     wrong = np.flatnonzero(missing if on_damage == "quarantine" else sizes != manifest.shard_sizes)
@@ -95,7 +99,7 @@ def _remedy(manifest: Manifest, can_go_on: bool = True, first: str = "") -> str:
     return f"restore it or {again}"
 
 
-def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
+def read_shard(folder: Folder, manifest: Manifest, index: int) -> ShardTokens:
     """Read one shard of a split.
 
     The file's size and SHA-256 are compared with the manifest before anything in it is used, so a
@@ -109,12 +113,16 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
     shard = manifest.shards[index]
     path = folder / shard.name
     try:
-        data = path.read_bytes() if path.stat().st_size == shard.size else b""
+        if isinstance(folder, Path):
+            local = folder / shard.name
+            data = local.read_bytes() if local.stat().st_size == shard.size else b""
+        else:
+            data = folder.read(shard)
     except OSError as error:
         raise UserError(
             f"{path}: shard cannot be read ({error.strerror}); restore it or make the data again"
         ) from None
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
+    if not is_intact(data, shard):
         raise DamagedShardError(
             f"{path}: shard differs from its manifest (size or SHA-256); "
             f"{_remedy(manifest, first=f' (delete {folder.parent} first)')}"
@@ -128,7 +136,7 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
     return ShardTokens(tokens, document_depth(tokens, manifest.bos_id))
 
 
-def quarantined(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
+def quarantined(folder: Folder, manifest: Manifest, index: int) -> ShardTokens:
     """A stand-in for a damaged shard: as many chunks of padding, which have no targets.
 
     The lane idles meanwhile and no other chunk moves, so the stream still depends only on seed,
@@ -167,7 +175,7 @@ def document_depth(tokens: npt.NDArray[np.uint16], bos_id: int) -> npt.NDArray[n
 class ShardCache:
     """Keeps the shards that lanes are reading; drops the least recently used one."""
 
-    def __init__(self, folder: Path, manifest: Manifest, capacity: int, on_damage: OnDamage):
+    def __init__(self, folder: Folder, manifest: Manifest, capacity: int, on_damage: OnDamage):
         self.folder = folder
         self.manifest = manifest
         self.capacity = capacity
