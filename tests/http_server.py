@@ -20,6 +20,7 @@ class Behavior:
 
     delay: float = 0.0  # seconds before each answer
     failures: float = 0.0  # share of requests for shards that fail, each in one of `KINDS`
+    failures_first: int = 0  # of each shard, so many first requests fail
     kinds: tuple[str, ...] = KINDS
     always: dict[str, int] = field(default_factory=dict)  # by name: the status of every answer
     silent: set[str] = field(default_factory=set)  # names that are never answered
@@ -45,7 +46,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(status)
             return
         data = path.read_bytes()
-        fails = name.endswith(".tar") and behavior.chance.random() < behavior.failures
+        fails = name.endswith(".tar") and (
+            behavior.chance.random() < behavior.failures
+            or behavior.asked[self.path] <= behavior.failures_first
+        )
         kind = behavior.chance.choice(behavior.kinds) if fails else ""
         if kind == "busy":
             self.send_error(503)
