@@ -1,9 +1,9 @@
 """Times how fast one process reads chunks from local shards, beside other libraries.
 
-    python benchmarks/reading.py --data DATA [--rounds 5] [--json FILE]
+    python benchmarks/reading.py [--shards 160] [--rounds 5] [--json FILE]
 
-DATA is an output of data_prep/shard.py. Contestants take turns, each in a process of its own, and
-read the whole train split from the page cache:
+It makes shards of 256 chunks of 512 tokens. Contestants take turns, each in a process of its own,
+and read all of them from the page cache:
 
 - windows: what a loader process of a run does. Shards are verified by SHA-256, and batches of lanes
   are made of tokens, targets and depths.
@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import synthetic
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Split
@@ -40,6 +41,7 @@ from i3dist.data.shards import read_shard
 from i3dist.errors import UserError
 
 LANES, WINDOW = 4, 8
+VOCABULARY, LENGTH, PER_SHARD = 32_000, 512, 256
 FORK = multiprocessing.get_context("fork")
 # Reads everything, and returns the number of chunks and the sum of all tokens.
 Contestant = Callable[[], tuple[int, int]]
@@ -144,21 +146,23 @@ def measure(contestant: Contestant) -> tuple[float, float, tuple[int, int]]:
 def main() -> None:
     """Print a table, and write the figures as JSON."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="output of data_prep/shard.py")
+    parser.add_argument("--shards", type=int, default=160, help="of 256 chunks each")
     parser.add_argument("--rounds", type=int, default=5, help="readings of each contestant")
     parser.add_argument("--json", type=Path, help="write all readings here")
     options = parser.parse_args()
-    split = Split(options.data / "train", Manifest.load(options.data / "train"))
-    contestants: dict[str, Contestant] = {
-        "windows": partial(read_windows, split),
-        "shards": partial(read_shards, split),
-        "webdataset": partial(read_webdataset, split),
-    }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        synthetic.Data.write(folder, VOCABULARY, LENGTH, options.shards, PER_SHARD)
+        split = Split(folder, Manifest.load(folder))
+        contestants: dict[str, Contestant] = {
+            "windows": partial(read_windows, split),
+            "shards": partial(read_shards, split),
+            "webdataset": partial(read_webdataset, split),
+        }
         if streaming := find_streaming():
-            write_mds(split, Path(folder))
+            write_mds(split, folder / "mds")
             pad = split.manifest.pad_id
-            contestants["streaming"] = partial(read_streaming, Path(folder), pad)
+            contestants["streaming"] = partial(read_streaming, folder / "mds", pad)
         else:
             print("streaming is skipped: mosaicml-streaming is not installed")
         readings = take_turns(contestants, options.rounds)

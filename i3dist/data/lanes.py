@@ -10,6 +10,7 @@ import re
 import signal
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -81,13 +82,14 @@ class LaneWindows(Dataset[Reading]):
         self.lanes = lanes
         # A lane may end one shard and begin the next within a window.
         self.shards = ShardCache(folder, manifest, capacity=2 * len(lanes), on_damage=on_damage)
-        self._ahead = Ahead(folder)
+        # For local files there is nothing to fetch, and looking ahead takes a third of the time.
+        self._ahead = None if isinstance(folder, Path) else Ahead(folder)
         self._reads: dict[int, int] = {}  # by lane: the shard that it reads
 
     def __getitem__(self, index: int) -> Reading:
         damage: list[str] = []
-        if isinstance(self.schedule, LaneSchedule):
-            self._fetch_ahead(index, self.schedule)
+        if self._ahead is not None and isinstance(self.schedule, LaneSchedule):
+            self._fetch_ahead(index, self.schedule, self._ahead)
         try:
             rows = [self._row(index, lane, damage) for lane in self.lanes]
         except UserError as error:
@@ -95,7 +97,7 @@ class LaneWindows(Dataset[Reading]):
         parts = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
         return Batch(*parts), damage
 
-    def _fetch_ahead(self, index: int, schedule: LaneSchedule) -> None:
+    def _fetch_ahead(self, index: int, schedule: LaneSchedule, ahead: Ahead) -> None:
         """Have the shards of window `index` fetched, then the shard that each lane reads next."""
         now, later = [], []
         for lane in self.lanes:
@@ -105,7 +107,7 @@ class LaneWindows(Dataset[Reading]):
                 self._reads[lane] = shards[-1]
                 now += shards
                 later += schedule.shard_after(index, lane)
-        self._ahead.want(self.manifest.shards[shard] for shard in dict.fromkeys(now + later))
+        ahead.want(self.manifest.shards[shard] for shard in dict.fromkeys(now + later))
 
     def _row(
         self, index: int, lane: int, damage: list[str]
