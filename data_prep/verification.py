@@ -3,7 +3,7 @@
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class ShardTask:
 
     stream: Stream
     first: int
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]
     rows: Rows | None
     owners: tuple[int, ...] = ()  # number of rows of each shard
 

@@ -20,7 +20,7 @@ from pydantic import (
 
 from i3dist.cli.former_settings import translate
 from i3dist.cli.layer_pattern import CARD_LAYERS, plain_layers, read_layers
-from i3dist.cli.paths import as_unicode
+from i3dist.cli.paths import Place, as_unicode, is_url
 from i3dist.cli.settings_file import Nothing
 from i3dist.cli.settings_text import commented_yaml
 from i3dist.cli.settings_tree import Section, SettingsTree
@@ -37,6 +37,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Schedule = Annotated[str, AfterValidator(schedule_name)]
 # A folder's name may hold bytes that are no text; in JSON they become "?".
 AnyPath = Annotated[Path, PlainSerializer(as_unicode, when_used="json")]
+AutoPath = Annotated[Path | Auto, PlainSerializer(as_unicode, when_used="json")]
+AnyPlace = Annotated[
+    Place,
+    BeforeValidator(lambda v: Path(v) if isinstance(v, str) and not is_url(v) else v),
+    PlainSerializer(as_unicode, when_used="json"),
+]
 # May be left empty, or be null, in a file.
 OptionalName = Annotated[
     str | None, BeforeValidator(lambda value: None if isinstance(value, Nothing) else value)
@@ -55,8 +61,17 @@ class RunSettings(Section):
 class DataSettings(Section):
     """What the run reads."""
 
-    path: AnyPath = Path("data/fineweb-edu")
-    """Output folder of data_prep/shard.py, with train/ and valid/ in it."""
+    path: AnyPlace = Path("data/fineweb-edu")
+    """Output folder of data_prep/shard.py, with train/ and valid/ in it, or its URL: http, https,
+    or another that webdataset opens. pipe:COMMAND is a command that writes a file. Where {} stands
+    in a URL or command, the name of a file such as train/manifest.json goes; else it is added at
+    the end, after a slash."""
+    cache: AutoPath = "auto"
+    """Folder for shards fetched from a URL; runs and ranks of a host share it. auto is
+    $XDG_CACHE_HOME/i3dist, or ~/.cache/i3dist. A disk of the host is best."""
+    cache_gb: Annotated[float, Field(gt=0, le=1e6)] = 32
+    """Largest size of that folder, in units of 10^9 bytes. Shards that were not used for longest
+    are removed first."""
     workers: Annotated[int, Field(ge=0, le=256)] = 1
     """Loader processes per rank; 0 reads in the training process. Never changes the stream."""
     on_damage: OnDamage = "stop"

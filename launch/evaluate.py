@@ -12,7 +12,7 @@ from rich.table import Table
 
 from i3dist.checkpoint.weights import add_model_arguments, load_run
 from i3dist.cli import streams
-from i3dist.cli.paths import typed_path
+from i3dist.cli.paths import typed_path, typed_place
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import check_shards
@@ -29,7 +29,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument(
-        "--data", type=typed_path, required=True, metavar="DIR", help="shard.py's output"
+        "--data",
+        type=typed_place,
+        required=True,
+        metavar="DIR",
+        help="shard.py's output, or its URL (see data.path in train.py --help)",
     )
     parser.add_argument(
         "--json", type=typed_path, metavar="FILE", help="write the results here too"
@@ -72,7 +76,7 @@ def main() -> None:
     model, settings, tokenizer = load_run(
         arguments.checkpoint, devices.pick_device(arguments.device)
     )
-    corpus = Corpus.open(arguments.data, settings.model, trained_with=tokenizer)
+    corpus = Corpus.open(arguments.data, settings.model, tokenizer, settings.data)
     check_shards(corpus.valid.folder, corpus.valid.manifest)
     result = evaluate(
         model,

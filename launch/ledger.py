@@ -11,10 +11,11 @@ from pathlib import Path
 
 from i3dist.checkpoint import store
 from i3dist.cli.extend import add_extend_option
-from i3dist.cli.paths import typed_path
+from i3dist.cli.paths import Place, typed_path, typed_place
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import Settings
 from i3dist.data.corpus import Split
+from i3dist.data.folder import open_folder
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from i3dist.training.continuing import of_saved_run
@@ -38,9 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--data",
-        type=typed_path,
+        type=typed_place,
         metavar="DIR",
-        help="the run's data, to check what each step read",
+        help="the run's data (path or URL), to check what each step read",
     )
     parser.add_argument(
         "--tolerance",
@@ -53,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def checked(run: Path, data: Path | None) -> list[Entry]:
+def checked(run: Path, data: Place | None) -> list[Entry]:
     """A run's ledger, unbroken.
 
     Raises:
@@ -63,7 +64,8 @@ def checked(run: Path, data: Path | None) -> list[Entry]:
     fault = first_break(entries) or unsaved(entries, run)
     if fault is None and data is not None:
         train = of_saved_run(Settings.load(run / store.SETTINGS)).train
-        split = Split(data / "train", Manifest.load(data / "train"))
+        folder = open_folder(data) / "train"
+        split = Split(folder, Manifest.load(folder))
         schedule = split.schedule(
             train.lane_count, train.window_chunks, train.seed, train.schedule_version
         )

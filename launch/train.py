@@ -96,8 +96,10 @@ def parse_arguments() -> argparse.Namespace:
 def dry_run(settings: Settings, job: Job) -> None:
     """Print settings, parameters, tokens per step and memory; without data, the card's."""
     vocab_size = settings.model.vocab
-    if settings.data.path.exists():
-        vocab_size = Corpus.open(settings.data.path, settings.model).tokenizer.vocab_size
+    path = settings.data.path
+    if isinstance(path, str) or path.exists():
+        corpus = Corpus.open(path, settings.model, data=settings.data)
+        vocab_size = corpus.tokenizer.vocab_size
     if job.rank == 0:
         settings = decide(settings, job.world_size, vocab_size)
         print_tables(settings, job.world_size)
@@ -204,7 +206,7 @@ def main() -> None:
     if arguments.dry_run:
         dry_run(settings, job)
         return
-    corpus = Corpus.open(settings.data.path, settings.model)
+    corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
     trainer = build(arguments, settings, job, corpus, stop)
     with recorded(trainer.log.tracker):
         done = trainer.fit()

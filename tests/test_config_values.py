@@ -59,6 +59,7 @@ def test_paths_and_names_are_literal_by_their_type() -> None:
     assert set(literal_settings(Settings)) == {
         "run.path",
         "data.path",
+        "data.cache",
         "model.compressor",
         "optimizer.kind",
         "tracking.experiment",

@@ -8,10 +8,10 @@ from tests.test_imports import ROOT, imports, modules
 
 # Declared under another name than it is imported by.
 NAMES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
-# For readers of the shards; of MLflow, which logs the use of GPUs with it.
-NOT_IMPORTED = {"webdataset", "nvidia-ml-py"}
-# Comes with torch where there are GPUs.
-WITH_TORCH = {"triton"}
+# Of MLflow, which logs the use of GPUs with it.
+NOT_IMPORTED = {"nvidia-ml-py"}
+# Come with torch, where there are GPUs, and with pydantic, as the module of its schemas.
+WITH_OTHERS = {"triton", "pydantic_core"}
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
@@ -21,5 +21,5 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     declared = {NAMES.get(word, word) for word in words - NOT_IMPORTED}
     files = [path for folder in ("i3dist", "launch", "data_prep") for path in modules(folder)]
     used = {name.partition(".")[0] for path in files for name in imports(path)}
-    ours = {"i3dist", "data_prep"} | WITH_TORCH
+    ours = {"i3dist", "data_prep"} | WITH_OTHERS
     assert used - set(sys.stdlib_module_names) - ours == declared

@@ -2,7 +2,12 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
+from typing import Literal
+
+Place = Path | str
+"""A path, or a URL as text."""
 
 
 def literal_path(text: str) -> Path:
@@ -22,9 +27,28 @@ def literal_path(text: str) -> Path:
     return Path(expanded)
 
 
+def is_url(text: str) -> bool:
+    """Whether a text is a URL: SCHEME://... or pipe:COMMAND."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", text) is not None
+
+
+def literal_place(text: str) -> Place:
+    """The URL or the path that a user typed.
+
+    Raises:
+        ValueError: as `literal_path`, and for a URL with bytes that are no text.
+    """
+    return literal_name(text) if is_url(text) else literal_path(text)
+
+
+def path_or_auto(text: str) -> Path | Literal["auto"]:
+    """The path that a user typed, or the word auto (./auto is a path)."""
+    return "auto" if text == "auto" else literal_path(text)
+
+
 def path_text(path: Path) -> str:
-    """The inverse of `literal_path`."""
-    return f"./{path}" if str(path).startswith("~") else str(path)
+    """The inverse of `literal_path` and of `literal_place`."""
+    return f"./{path}" if str(path).startswith("~") or is_url(str(path)) else str(path)
 
 
 def as_unicode(name: object) -> str:
@@ -43,6 +67,14 @@ def literal_name(text: str) -> str:
     if "\0" in text or text != as_unicode(text):
         raise ValueError("the name has bytes that are no text: give another")
     return text
+
+
+def typed_place(text: str) -> Place:
+    """`literal_place`, as the `type` of a command-line option; errors as `typed_path`'s."""
+    try:
+        return literal_place(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def typed_path(text: str) -> Path:

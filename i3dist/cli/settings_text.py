@@ -7,11 +7,12 @@ Docstrings of sections and settings are their descriptions.
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from i3dist.cli.paths import literal_name, literal_path
+from i3dist.cli.paths import Place, literal_name, literal_path, literal_place, path_or_auto
 from i3dist.cli.settings_file import Literals, Nothing, write_values
 from i3dist.cli.suggest import hint
 
@@ -37,7 +38,13 @@ def all_settings(tree: Tree) -> dict[str, FieldInfo]:
 
 def literal_settings(tree: Tree) -> Literals:
     """How a typed text becomes the value of each setting that is a path or a name."""
-    readers = {Path: literal_path, str: literal_name, str | None: literal_name}
+    readers = {
+        Path: literal_path,
+        Path | Literal["auto"]: path_or_auto,
+        Place: literal_place,
+        str: literal_name,
+        str | None: literal_name,
+    }
     return {
         name: reader
         for name, field in all_settings(tree).items()

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from i3dist.config import ModelSettings
+from i3dist.cli.paths import Place
+from i3dist.config import DataSettings, ModelSettings
+from i3dist.data.folder import Folder, open_folder
 from i3dist.data.held_out import HeldOut
 from i3dist.data.manifest import Manifest
 from i3dist.data.schedule import (
@@ -27,19 +29,19 @@ SUBSET_SEED = 0
 class Split:
     """One stream of chunks, cut into shards."""
 
-    folder: Path
+    folder: Folder
     manifest: Manifest
 
     def schedule(
         self, lanes: int, window: int, seed: int, version: Version = NEWEST
     ) -> LaneSchedule:
         """The order in which `lanes` lanes read this split, in windows of `window` chunks."""
-        sizes = tuple(shard.chunks for shard in self.manifest.shards)
+        sizes = self.manifest.shard_chunks
         return (EpochSchedule if version == 1 else Schedule)(sizes, lanes, window, seed)
 
     def held_out(self, history_chunks: int, chunks: int | None = None) -> HeldOut:
         """The split for evaluation: all of it, or whole shards with `chunks` chunks or more."""
-        sizes = [shard.chunks for shard in self.manifest.shards]
+        sizes = self.manifest.shard_chunks
         shards = range(len(sizes)) if chunks is None else fixed_subset(sizes, chunks, SUBSET_SEED)
         return HeldOut(self.folder, self.manifest, shards, history_chunks)
 
@@ -54,20 +56,26 @@ class Corpus:
 
     @classmethod
     def open(
-        cls, path: Path, model: ModelSettings, trained_with: Tokenizer | None = None
+        cls,
+        place: Place,
+        model: ModelSettings,
+        trained_with: Tokenizer | None = None,
+        data: DataSettings | None = None,
     ) -> "Corpus":
         """Open a data folder, and check that its parts and the model's settings fit together.
 
         Args:
-            path: output folder of data_prep/shard.py.
+            place: path or URL of an output folder of data_prep/shard.py.
             model: settings of the model that is to read it.
             trained_with: the tokenizer of a trained model, which the data must have too.
+            data: settings that say where shards from a URL are cached.
 
         Raises:
             UserError: a part is missing or of other data; the chunk length or the vocabulary is not
                 the model's.
         """
-        if (path / "train").is_dir() and not (path / "valid").exists():
+        path = open_folder(place, data)
+        if isinstance(path, Path) and (path / "train").is_dir() and not (path / "valid").exists():
             raise UserError(f"{path} has no valid split: make data with a --valid-fraction above 0")
         splits = {
             name: Split(path / name, Manifest.load(path / name)) for name in ("train", "valid")

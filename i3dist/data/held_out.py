@@ -19,12 +19,12 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from i3dist.data.folder import Ahead, Folder
 from i3dist.data.manifest import Manifest
 from i3dist.data.schedule import Place
 from i3dist.data.shards import ShardTokens, read_shard
@@ -32,6 +32,8 @@ from i3dist.data.shards import ShardTokens, read_shard
 # Number of consecutive chunks that share their stretches, whose latents are computed in addition.
 BLOCK = 128
 NONE = -1
+# Number of shards that are fetched ahead where the data lie at a URL.
+AHEAD = 8
 
 Ints = npt.NDArray[np.int64]
 
@@ -90,7 +92,7 @@ class HeldOut:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, shards: Sequence[int], history_chunks: int
+        self, folder: Folder, manifest: Manifest, shards: Sequence[int], history_chunks: int
     ):
         """Read the shards of a split.
 
@@ -111,7 +113,10 @@ class HeldOut:
         depth: list[Ints] = []
         continued: list[Place | None] = []  # the document that each chunk continues
         stretches: dict[Place, Stretch] = {}  # by the document
-        for shard in shards:
+        ahead = Ahead(folder)
+        for number, shard in enumerate(shards):
+            new = shards[:AHEAD] if number == 0 else shards[number + AHEAD - 1 : number + AHEAD]
+            ahead.want(manifest.shards[following] for following in new)
             read = read_shard(folder, manifest, shard)
             last = self._last_documents(shard, read)
             self._ends[shard] = last[-1]

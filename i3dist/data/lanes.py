@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from i3dist.config import OnDamage
+from i3dist.data.folder import Ahead, Folder
 from i3dist.data.held_out import Table
 from i3dist.data.manifest import Manifest
 from i3dist.data.schedule import LaneSchedule
@@ -70,7 +71,7 @@ class LaneWindows(Dataset[Reading]):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Folder,
         manifest: Manifest,
         schedule: LaneSchedule | Table,
         lanes: range,
@@ -81,15 +82,32 @@ class LaneWindows(Dataset[Reading]):
         self.lanes = lanes
         # A lane may end one shard and begin the next within a window.
         self.shards = ShardCache(folder, manifest, capacity=2 * len(lanes), on_damage=on_damage)
+        # For local files there is nothing to fetch, and looking ahead takes a third of the time.
+        self._ahead = None if isinstance(folder, Path) else Ahead(folder)
+        self._reads: dict[int, int] = {}  # by lane: the shard that it reads
 
     def __getitem__(self, index: int) -> Reading:
         damage: list[str] = []
+        if self._ahead is not None and isinstance(self.schedule, LaneSchedule):
+            self._fetch_ahead(index, self.schedule, self._ahead)
         try:
             rows = [self._row(index, lane, damage) for lane in self.lanes]
         except UserError as error:
             return error
         parts = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
         return Batch(*parts), damage
+
+    def _fetch_ahead(self, index: int, schedule: LaneSchedule, ahead: Ahead) -> None:
+        """Have the shards of window `index` fetched, then the shard that each lane reads next."""
+        now, later = [], []
+        for lane in self.lanes:
+            places = filter(None, schedule.chunks(index, lane))
+            shards = list(dict.fromkeys(shard for shard, _ in places))
+            if shards and self._reads.get(lane) != shards[-1]:
+                self._reads[lane] = shards[-1]
+                now += shards
+                later += schedule.shard_after(index, lane)
+        ahead.want(self.manifest.shards[shard] for shard in dict.fromkeys(now + later))
 
     def _row(
         self, index: int, lane: int, damage: list[str]

@@ -7,15 +7,34 @@ same size, so the tokens of chunk k begin at byte `k * member_stride(chunk_lengt
 
 import hashlib
 import json
+import os
 import shlex
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, GetPydanticSchema, ValidationError, WrapSerializer, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from i3dist.cli.paths import path_text
+from i3dist.data.folder import Folder, open_file
+from i3dist.data.shard_table import (
+    Count,
+    Frozen,
+    RowStyle,
+    Sha256,
+    Shape,
+    Shard,
+    ShardTable,
+    canonical_row,
+    shard_name,
+    written_row,
+)
 from i3dist.errors import UserError
-from i3dist.files import write_whole
+from i3dist.files import written_aside
 
 TAR_BLOCK = 512
 """Bytes of a tar block. A member's header is one block, and its payload is padded to blocks."""
@@ -28,19 +47,19 @@ TOKEN_BYTES = 2
 MAX_SHARDS = 4_000_000
 MAX_MANIFEST_BYTES = 1 << 30
 
-Count = Annotated[int, Field(ge=1, le=1 << 53)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 16)]
-Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+
+# How `Manifest.write` goes on after its first keys, and how it ends. No string in JSON holds a line
+# break, so these stand nowhere else. The first keys are shorter than _MOST_BEFORE_SHARDS bytes.
+_BEFORE_SHARDS = b',\n "shards": ['
+_AFTER_SHARDS = b"\n ]\n}\n"
+_MOST_BEFORE_SHARDS = 1 << 16
+_CANONICAL: Any = {"sort_keys": True, "separators": (",", ":")}
 
 
 def member_name(shard: int, chunk: int) -> str:
     """Name of the member that holds chunk number `chunk` of shard number `shard`."""
     return f"{shard:06d}-{chunk:06d}.u16"
-
-
-def shard_name(shard: int) -> str:
-    """File name of shard `shard`."""
-    return f"shard-{shard:06d}.tar"
 
 
 def member_stride(chunk_length: int) -> int:
@@ -55,21 +74,25 @@ def archive_size(chunks: int, chunk_length: int) -> int:
     return -(-used // TAR_RECORD) * TAR_RECORD
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+def _tuple_or_table(_source: Any, handler: Any) -> CoreSchema:
+    """The schema of a manifest's shards: a tuple of them, or a `ShardTable` as it is."""
+    shards = Annotated[tuple[Shard, ...], Field(min_length=1, max_length=MAX_SHARDS)]
+    in_json = handler(shards)
+    in_python = core_schema.no_info_wrap_validator_function(
+        lambda value, check: value if isinstance(value, ShardTable) else check(value), in_json
+    )
+    return core_schema.json_or_python_schema(in_json, in_python)
 
 
-class Shard(_Frozen):
-    """One shard file: its name, its number of chunks, its size in bytes and its SHA-256."""
-
-    name: Annotated[str, Field(max_length=64)]
-    chunks: Annotated[int, Field(ge=1, le=1_000_000)]
-    size: Count
-    sha256: Sha256
+Shards = Annotated[
+    Sequence[Shard],
+    WrapSerializer(lambda shards, dump: dump(tuple(shards))),
+    GetPydanticSchema(_tuple_or_table),
+]
 
 
-class Manifest(_Frozen):
-    """What one split holds. `tokens` counts <BOS> and <EOS>, and not <PAD>."""
+class _Header(Frozen):
+    """All of a manifest but its shards."""
 
     format: Literal["i3dist-chunks"] = "i3dist-chunks"
     version: Literal[1] = 1
@@ -87,7 +110,6 @@ class Manifest(_Frozen):
     documents: Count
     tokens: Count
     chunks: Count
-    shards: Annotated[tuple[Shard, ...], Field(min_length=1, max_length=MAX_SHARDS)]
 
     @model_validator(mode="after")
     def _ids_are_in_the_vocabulary(self) -> Self:
@@ -98,10 +120,23 @@ class Manifest(_Frozen):
             raise ValueError(f"special ids {ids} are not all different")
         return self
 
+    def head(self) -> bytes:
+        """How the manifest's file begins, up to `_BEFORE_SHARDS`."""
+        return self.model_dump_json(indent=1, exclude={"shards"}).encode().removesuffix(b"\n}")
+
+
+class Manifest(_Header):
+    """What one split holds. `tokens` counts <BOS> and <EOS>, and not <PAD>."""
+
+    shards: Shards
+
     @model_validator(mode="after")
     def _shards_are_consecutive(self) -> Self:
         last = len(self.shards) - 1
-        for number, shard in enumerate(self.shards):
+        # The shards of a table are alike, and numbered by themselves.
+        numbers = {0, last} if isinstance(self.shards, ShardTable) else range(last + 1)
+        for number in numbers:
+            shard = self.shards[number]
             if shard.name != shard_name(number):
                 raise ValueError(
                     f"shard {number} is named {shard.name!r}, not {shard_name(number)!r}"
@@ -117,7 +152,7 @@ class Manifest(_Frozen):
 
     @model_validator(mode="after")
     def _totals_agree(self) -> Self:
-        counted = sum(shard.chunks for shard in self.shards)
+        counted = sum(self.shard_chunks)
         if counted != self.chunks:
             raise ValueError(f"the shards hold {counted} chunks, chunks says {self.chunks}")
         if -(-self.tokens // self.chunk_length) != self.chunks:
@@ -127,17 +162,20 @@ class Manifest(_Frozen):
         return self
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Folder) -> Self:
         """Read and check `folder/manifest.json`.
 
         Raises:
-            UserError: it is missing, unreadable or wrong; the message says in what.
+            UserError: it is missing, unreadable or wrong; the message says in what. One at a URL
+                cannot be fetched.
         """
         path = folder / MANIFEST_NAME
         try:
-            if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise UserError(f"{path} is larger than any manifest; {_remedy(path)}")
-            return cls.model_validate_json(path.read_bytes())
+            with open_file(path, MAX_MANIFEST_BYTES) as file:
+                if file.seek(0, os.SEEK_END) > MAX_MANIFEST_BYTES:
+                    raise UserError(f"{path} is larger than any manifest; {_remedy(path)}")
+                file.seek(0)
+                return cls._read(file)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(_missing(path)) from None
         except OSError as error:
@@ -146,9 +184,44 @@ class Manifest(_Frozen):
             problem = f"{_first_problem(error)}; {_remedy(path)}"
             raise UserError(f"{path} is not a valid manifest: {problem}") from None
 
+    @classmethod
+    def _read(cls, file: BinaryIO) -> Self:
+        """Read a manifest; raises `ValidationError`."""
+        if written := cls._read_as_written(file):
+            return written
+        file.seek(0)
+        return cls.model_validate_json(file.read())
+
+    @classmethod
+    def _read_as_written(cls, file: BinaryIO) -> Self | None:
+        """Read a manifest that is, byte for byte, what `write` makes of it; None otherwise.
+
+        The shards are not parsed. They are compared with those that the header calls for.
+        """
+        head, found, _ = file.read(_MOST_BEFORE_SHARDS).partition(_BEFORE_SHARDS)
+        if not found:
+            return None
+        try:
+            header = _Header.model_validate_json(head + b"}")
+            count = -(-header.chunks // header.chunks_per_shard)
+            file.seek(len(head) + len(found))
+            if count > MAX_SHARDS:
+                return None
+            table = ShardTable.read(file, count, *_shapes(header))
+            if table is None:
+                return None
+            manifest = cls(**header.model_dump(), shards=table)
+        except ValidationError:
+            return None
+        end = file.read(len(_AFTER_SHARDS) + 1)
+        return manifest if (manifest.head(), end) == (head, _AFTER_SHARDS) else None
+
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`; a reader sees either the whole file or none."""
-        write_whole(folder / MANIFEST_NAME, self.model_dump_json(indent=1).encode() + b"\n")
+        with written_aside(folder / MANIFEST_NAME) as partial, partial.open("wb") as file:
+            file.write(self.head() + _BEFORE_SHARDS)
+            file.writelines(self._rows(written_row))
+            file.write(_AFTER_SHARDS)
 
     def tokens_in(self, shard: int) -> int:
         """Tokens of one shard, without <PAD>."""
@@ -156,13 +229,51 @@ class Manifest(_Frozen):
         return min(self.shards[shard].chunks * self.chunk_length, self.tokens - before)
 
     @property
+    def shard_chunks(self) -> tuple[int, ...]:
+        """Chunks of each shard."""
+        if isinstance(self.shards, ShardTable):
+            full, last = self.shards.full, self.shards.last
+            return (*repeat(full.chunks, len(self.shards) - 1), last.chunks)
+        return tuple(shard.chunks for shard in self.shards)
+
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """Bytes of each shard, [N]."""
+        chunks = np.array(self.shard_chunks)
+        shapes = {count: archive_size(count, self.chunk_length) for count in set(chunks[[0, -1]])}
+        return np.where(chunks == chunks[0], shapes[chunks[0]], shapes[chunks[-1]])
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON: equal if and only if the contents are equal."""
-        canonical = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        header = self.model_dump(exclude={"shards"})
+        before, after = (
+            json.dumps({k: v for k, v in header.items() if (k < "shards") == first}, **_CANONICAL)
+            for first in (True, False)
+        )
+        digest = hashlib.sha256(f'{before[:-1]},"shards":['.encode())
+        for rows in self._rows(canonical_row):
+            digest.update(rows)
+        digest.update(f"],{after[1:]}".encode())
+        return digest.hexdigest()
+
+    def _rows(self, style: RowStyle) -> Iterator[bytes]:
+        """The shards as text, in pieces, with commas between them."""
+        if isinstance(self.shards, ShardTable):
+            return self.shards.text(style)
+        rows = (style(shard).encode() for shard in self.shards)
+        return (row if number else row[1:] for number, row in enumerate(rows))
 
 
-def _missing(path: Path) -> str:
+def _shapes(header: _Header) -> Iterator[Shape]:
+    """The shapes of all shards but the last, and of the last."""
+    before = (header.chunks - 1) // header.chunks_per_shard * header.chunks_per_shard
+    for chunks in (header.chunks_per_shard, header.chunks - before):
+        yield Shape(chunks, archive_size(chunks, header.chunk_length))
+
+
+def _missing(path: Folder) -> str:
+    assert isinstance(path, Path)
     out = shlex.quote(path_text(path.parent.parent))
     return (
         f"no manifest at {path}: make the shards with `python data_prep/shard.py --out {out}`, "
@@ -170,7 +281,7 @@ def _missing(path: Path) -> str:
     )
 
 
-def _remedy(path: Path) -> str:
+def _remedy(path: Folder) -> str:
     # Delete it, because shard.py takes the folder for complete.
     return f"restore it, or delete {path.parent.parent} and make it again"
 

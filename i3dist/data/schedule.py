@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
+import numpy as np
+
 from i3dist.errors import UserError
 
 Version = Literal[1, 2]
@@ -32,10 +34,14 @@ Place = tuple[int, int]
 def permutation(seed: int, epoch: int, count: int) -> list[int]:
     """A uniformly random order of range(count), the same on every machine and library version."""
 
-    def key(item: int) -> bytes:
-        return hashlib.blake2b(f"{seed}/{epoch}/{item}".encode(), digest_size=16).digest()
-
-    return sorted(range(count), key=key)
+    prefix = f"{seed}/{epoch}/"
+    keys = b"".join(
+        hashlib.blake2b(f"{prefix}{item}".encode(), digest_size=16).digest()
+        for item in range(count)
+    )
+    halves = np.frombuffer(keys, ">u8").reshape(count, 2)
+    order: list[int] = np.lexsort((halves[:, 1], halves[:, 0])).tolist()
+    return order
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,15 @@ class LaneSchedule:
         before = self.plans(0)[lane].ends[turn - 1] if turn else 0
         window, k = divmod(before + chunk, self.window)
         return window, lane, k
+
+    def shard_after(self, index: int, lane: int) -> list[int]:
+        """The shard that `lane` reads after those of window `index`; none if it idles then."""
+        read = [place[0] for place in self.chunks(index, lane) if place]
+        for later in range(index + 1, index + 2 + self.shard_chunks[read[-1]] // self.window):
+            places = filter(None, self.chunks(later, lane))
+            if new := [shard for shard, _ in places if shard != read[-1]]:
+                return new[:1]
+        return []
 
     @property
     def epochs(self) -> int:

@@ -3,11 +3,10 @@
 Notation: N chunks of a shard, T tokens of a chunk.
 """
 
-import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,9 @@ import numpy.typing as npt
 
 from i3dist.config import OnDamage
 from i3dist.data.archive import chunks_of, shard_bytes
+from i3dist.data.folder import Folder, is_intact
 from i3dist.data.manifest import Manifest
+from i3dist.data.shard_table import shard_number
 from i3dist.errors import UserError
 
 
@@ -30,50 +31,61 @@ class ShardTokens(NamedTuple):
 
 # On a network file system each size takes a while, so many are asked for at once.
 STAT_THREADS = 16
+STAT_BATCH = 1 << 14
+MISSING = -1
 
 
 class DamagedShardError(UserError):
     """A shard that can be read but is not the manifest's."""
 
 
-def check_shards(folder: Path, manifest: Manifest, on_damage: OnDamage = "stop") -> None:
+def check_shards(folder: Folder, manifest: Manifest, on_damage: OnDamage = "stop") -> None:
     """Check that every shard of a split exists and has its size, without opening any.
+
+    At a URL nothing is checked: that would take a request for every shard.
 
     Raises:
         UserError: a shard is missing, or has another size and `on_damage` is "stop". The message
             names the first such shard and counts the others.
     """
-    sizes = _sizes(folder, {shard.name for shard in manifest.shards})
-    wrong = [s for s in manifest.shards if sizes.get(s.name) != s.size]
-    missing = [shard for shard in wrong if shard.name not in sizes]
-    if on_damage == "quarantine":
-        wrong = missing
-    if not wrong:
+    if not isinstance(folder, Path):
         return
-    first, others = wrong[0], len(wrong) - 1
-    if first.name in sizes:
-        what = f"differs from its manifest ({sizes[first.name]:,} of {first.size:,} bytes)"
-    else:
+    sizes = _sizes(folder, len(manifest.shards))
+    missing = sizes == MISSING
+    wrong = np.flatnonzero(missing if on_damage == "quarantine" else sizes != manifest.shard_sizes)
+    if not len(wrong):
+        return
+    first, others = manifest.shards[wrong[0]], len(wrong) - 1
+    if missing[wrong[0]]:
         what = "cannot be read (No such file or directory)"
+    else:
+        what = f"differs from its manifest ({sizes[wrong[0]]:,} of {first.size:,} bytes)"
     more = f", and {others:,} more are missing or have another size" if others else ""
-    remedy = _remedy(manifest, can_go_on=not missing)
+    remedy = _remedy(manifest, can_go_on=not missing.any())
     raise UserError(f"{folder / first.name}: shard {what}{more}; {remedy}")
 
 
-def _sizes(folder: Path, names: Set[str]) -> dict[str, int]:
-    """Sizes in bytes of the named files, as far as they are in a folder; links are followed."""
+def _sizes(folder: Path, count: int) -> npt.NDArray[np.int64]:
+    """Sizes in bytes of the first `count` shards, `MISSING` where there is no file.
 
-    def measure(entries: list[os.DirEntry[str]]) -> dict[str, int]:
-        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    Links are followed.
+    """
+    sizes = np.full(count, MISSING)
+
+    def measure(entries: list[os.DirEntry[str]]) -> None:
+        for entry in entries:
+            number = shard_number(entry.name)
+            if number is not None and number < count and entry.is_file():
+                sizes[number] = entry.stat().st_size
 
     try:
-        with os.scandir(folder) as listing:
-            there = [entry for entry in listing if entry.name in names]
-        with ThreadPoolExecutor(STAT_THREADS) as pool:
-            parts = pool.map(measure, (there[n::STAT_THREADS] for n in range(STAT_THREADS)))
-            return {name: size for part in parts for name, size in part.items()}
+        with os.scandir(folder) as listing, ThreadPoolExecutor(STAT_THREADS) as pool:
+            while there := list(islice(listing, STAT_BATCH)):  # not all at once: there are millions
+                for _ in pool.map(measure, (there[n::STAT_THREADS] for n in range(STAT_THREADS))):
+                    pass
     except OSError as error:
         raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+    return sizes
 
 
 def _remedy(manifest: Manifest, can_go_on: bool = True, first: str = "") -> str:
@@ -87,7 +99,7 @@ def _remedy(manifest: Manifest, can_go_on: bool = True, first: str = "") -> str:
     return f"restore it or {again}"
 
 
-def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
+def read_shard(folder: Folder, manifest: Manifest, index: int) -> ShardTokens:
     """Read one shard of a split.
 
     The file's size and SHA-256 are compared with the manifest before anything in it is used, so a
@@ -101,12 +113,16 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
     shard = manifest.shards[index]
     path = folder / shard.name
     try:
-        data = path.read_bytes() if path.stat().st_size == shard.size else b""
+        if isinstance(folder, Path):
+            local = folder / shard.name
+            data = local.read_bytes() if local.stat().st_size == shard.size else b""
+        else:
+            data = folder.read(shard)
     except OSError as error:
         raise UserError(
             f"{path}: shard cannot be read ({error.strerror}); restore it or make the data again"
         ) from None
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
+    if not is_intact(data, shard):
         raise DamagedShardError(
             f"{path}: shard differs from its manifest (size or SHA-256); "
             f"{_remedy(manifest, first=f' (delete {folder.parent} first)')}"
@@ -120,7 +136,7 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
     return ShardTokens(tokens, document_depth(tokens, manifest.bos_id))
 
 
-def quarantined(folder: Path, manifest: Manifest, index: int) -> ShardTokens:
+def quarantined(folder: Folder, manifest: Manifest, index: int) -> ShardTokens:
     """A stand-in for a damaged shard: as many chunks of padding, which have no targets.
 
     The lane idles meanwhile and no other chunk moves, so the stream still depends only on seed,
@@ -159,7 +175,7 @@ def document_depth(tokens: npt.NDArray[np.uint16], bos_id: int) -> npt.NDArray[n
 class ShardCache:
     """Keeps the shards that lanes are reading; drops the least recently used one."""
 
-    def __init__(self, folder: Path, manifest: Manifest, capacity: int, on_damage: OnDamage):
+    def __init__(self, folder: Folder, manifest: Manifest, capacity: int, on_damage: OnDamage):
         self.folder = folder
         self.manifest = manifest
         self.capacity = capacity

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as HFTokenizer
 
 from i3dist.data.encoders import Encoder, Ids, choose_encoder
+from i3dist.data.folder import Folder, open_file
 from i3dist.errors import UserError
 
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -42,7 +42,7 @@ _LARGEST_ID = 1 << 24
 class Tokenizer:
     """Text to token ids and back. Text never makes special ids: "<BOS>" in a text stays text."""
 
-    def __init__(self, data: bytes, path: Path) -> None:
+    def __init__(self, data: bytes, path: Folder) -> None:
         """Build from the bytes of the `tokenizer.json` at `path`."""
         self.path = path
         self.sha256 = hashlib.sha256(data).hexdigest()
@@ -65,16 +65,17 @@ class Tokenizer:
             raise UserError(f"{path}: it makes special ids out of plain text; train another")
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Folder) -> Self:
         """Read a `tokenizer.json`.
 
         Raises:
             UserError: it cannot be read, is not byte-level, or lacks special tokens (listed).
         """
         try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
+            with open_file(path, _MAX_FILE_BYTES) as file:
+                data = file.read(_MAX_FILE_BYTES + 1)
+            if len(data) > _MAX_FILE_BYTES:
                 raise UserError(f"{path} is too large to be a tokenizer.json")
-            data = path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         return cls(data, path)
@@ -134,7 +135,7 @@ def _checked(token: int, vocab_size: int) -> int:
     return token
 
 
-def _parse(data: bytes, path: Path) -> HFTokenizer:
+def _parse(data: bytes, path: Folder) -> HFTokenizer:
     try:
         backend = HFTokenizer.from_str(data.decode())
     except UnicodeDecodeError:
@@ -150,7 +151,7 @@ def _parse(data: bytes, path: Path) -> HFTokenizer:
     return backend
 
 
-def _check_vocab(vocab: dict[str, int], spec: dict[str, Any], path: Path) -> None:
+def _check_vocab(vocab: dict[str, int], spec: dict[str, Any], path: Folder) -> None:
     if (spec.get("decoder") or {}).get("type") != "ByteLevel":
         raise UserError(f"{path} is not a byte-level tokenizer, so not every text round-trips")
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
@@ -176,7 +177,7 @@ def _byte_characters() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_characters()
 
 
-def _bytes_of_ids(vocab: dict[str, int], spec: dict[str, Any], path: Path) -> list[bytes]:
+def _bytes_of_ids(vocab: dict[str, int], spec: dict[str, Any], path: Folder) -> list[bytes]:
     """The bytes of each id: none for special tokens, the text of other added tokens."""
     added = {token["id"]: token for token in spec["added_tokens"]}
     table = [b""] * len(vocab)

@@ -13,6 +13,7 @@ import torch
 from i3dist.cli.paths import as_unicode
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
+from i3dist.data.download import shown
 
 GIT_TIMEOUT_S = 5.0
 
@@ -49,10 +50,10 @@ def describe(settings: Settings, corpus: Corpus, parameters: int, world_size: in
     }
     profile = {"tokens": data.tokens, "documents": data.documents, "chunks": data.chunks}
     dataset = {
-        "name": as_unicode(settings.data.path.name),
+        "name": as_unicode(shown(str(settings.data.path)).rstrip("/").rpartition("/")[2]),
         "digest": corpus.fingerprint[:16],
-        "source_type": "local",
-        "source": as_unicode(settings.data.path),
+        "source_type": "local" if isinstance(settings.data.path, Path) else "http",
+        "source": as_unicode(shown(str(settings.data.path))),
         "profile": json.dumps(profile),
     }
     return Origin({name: as_unicode(text) for name, text in tags.items()}, dataset)

@@ -8,6 +8,8 @@ from i3dist.config import Settings
 FREE_TO_CHANGE = (
     "run.path",
     "data.path",  # the data itself is compared by its fingerprint
+    "data.cache",
+    "data.cache_gb",
     "data.workers",
     "data.on_damage",  # changes only what is read in place of damaged shards
     "train.steps",

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
+from i3dist.data.download import shown
 from i3dist.errors import UserError
 from i3dist.model.layer_kinds import LAYER_KINDS
 from i3dist.model.lm import I3LM, parameters_by_part
@@ -72,8 +73,8 @@ def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
         f"{model.d_model:,}",
         "history": f"{model.history_chunks} chunks of {model.latents} latents each; off for "
         f"{gate.off_steps:,} steps, full after {gate.off_steps + gate.ramp_steps:,}",
-        "data": f"{settings.data.path}: {data.tokens / 1e6:,.1f}M tokens in {len(data.shards):,} "
-        f"shards, vocabulary {data.vocab_size:,}",
+        "data": f"{shown(str(settings.data.path))}: {data.tokens / 1e6:,.1f}M tokens in "
+        f"{len(data.shards):,} shards, vocabulary {data.vocab_size:,}",
         "batch": f"{per_step:,} tokens: {train.lanes} lanes x {windows}"
         f"{train.window_chunks} chunks x {model.chunk_length}",
         "training": f"{train.steps:,} steps, {tokens / 1e6:,.1f}M tokens "

@@ -31,7 +31,6 @@ DEFAULTS = {
     "source": DATASET,
     "out": Path("data/fineweb-edu"),
     "tokenizer": None,
-    "dry_run": False,
     "vocab_size": None,
     "tokenizer_sample_mb": None,
     "workers": len(os.sched_getaffinity(0)),

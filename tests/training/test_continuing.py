@@ -24,6 +24,8 @@ from tests.known import Known, documents, make
 FREE = {
     "run.path": "elsewhere",
     "data.path": "elsewhere",
+    "data.cache": "elsewhere",
+    "data.cache_gb": 2.5,
     "data.workers": 3,
     "data.on_damage": "quarantine",
     "train.steps": 9,
