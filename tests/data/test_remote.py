@@ -385,3 +385,14 @@ def test_two_ranks_share_a_cache(
     corpus = Corpus.open(data, ModelSettings())
     names = {f"/train/{corpus.train.manifest.shards[n].name}" for n in shards_read(corpus)}
     assert {server.asked[name] for name in names} == {1}
+
+
+def test_a_process_that_is_forked_while_a_lock_is_held_does_not_keep_it(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "cache", 1000)
+    child = FORK.Process(target=time.sleep, args=(60,), daemon=True)
+    with cache._counted():
+        child.start()
+    with (cache.folder / ".lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    child.kill()
+    child.join()
