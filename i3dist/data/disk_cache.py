@@ -9,7 +9,9 @@ releases when a process ends, however it ends:
   It has its full size from the start. Nobody holds that of a killed process, so it is removed.
 - A finished file is held, shared with other readers, while it is in use. Those are not evicted.
 
-Nobody waits for another lock while holding `.lock`, so there is no deadlock.
+Nobody waits for another lock while holding `.lock`, so there is no deadlock. Every lock is released
+by its name (`LOCK_UN`), not by closing its file alone: a process that is forked meanwhile has a
+copy of the open file, which would keep the lock.
 """
 
 import errno
@@ -53,7 +55,7 @@ class DiskCache:
                 return None
             fcntl.flock(file, fcntl.LOCK_SH)
             if not os.fstat(file.fileno()).st_nlink:  # evicted meanwhile
-                file.close()
+                release(file)
                 return None
             with suppress(OSError):
                 os.utime(file.fileno())  # the time of its latest use
@@ -67,6 +69,7 @@ class DiskCache:
             self._partial(shard).open("rb") as file,
         ):
             fcntl.flock(file, fcntl.LOCK_SH)
+            release(file)
 
     @contextmanager
     def room(self, shard: Shard) -> Iterator["Room | None"]:
@@ -89,7 +92,7 @@ class DiskCache:
             if not room.filled:
                 with self._explained():
                     self._give_up(shard)
-            file.close()
+            release(file)
 
     def discard(self, shard: Shard) -> None:
         """Remove a shard, for example because the disk damaged it."""
@@ -121,14 +124,14 @@ class DiskCache:
                 if not self._make_room(count, shard.size - there, path):
                     path.unlink()
                     count.add(-there)
-                    file.close()
+                    release(file)
                     return None
                 os.posix_fallocate(file.fileno(), 0, shard.size)
                 os.ftruncate(file.fileno(), shard.size)
             except OSError:
                 path.unlink()
                 count.add(-shard.size)
-                file.close()
+                release(file)
                 raise
         return file
 
@@ -170,6 +173,7 @@ class DiskCache:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield _Count(handle)
         finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
     @contextmanager
@@ -221,6 +225,12 @@ class _Count:
             self.set(self.total + more)
 
 
+def release(file: BinaryIO) -> None:
+    """Unlock and close a file."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
+
+
 def _lock(file: BinaryIO, kind: int) -> bool:
     """Lock a file; False if another holds it."""
     try:
@@ -235,4 +245,5 @@ def _remove_unless_held(path: str) -> bool:
         if not _lock(file, fcntl.LOCK_EX):
             return False
         os.unlink(path)
+        release(file)
     return True

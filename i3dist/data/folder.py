@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from i3dist.cli.paths import Place
 from i3dist.config import DataSettings
-from i3dist.data.disk_cache import BusyError, DiskCache
+from i3dist.data.disk_cache import BusyError, DiskCache, release
 from i3dist.data.download import FetchError, download, download_once, shown, tried
 from i3dist.data.shard_table import Shard
 from i3dist.errors import UserError
@@ -68,8 +68,8 @@ class RemoteFolder:
         while True:
             held = self._held.pop(shard.sha256, None) or self.cache.open(shard)
             if held is not None:
-                with held:
-                    data = held.read()
+                data = held.read()
+                release(held)
                 if is_intact(data, shard):
                     return data
                 self.cache.discard(shard)
@@ -103,7 +103,7 @@ class RemoteFolder:
             if shard.sha256 in self._expected:
                 self._held[shard.sha256] = held
             else:  # it has been read meanwhile
-                held.close()
+                release(held)
 
     def expect(self, shard: Shard) -> None:
         """Say that `fetch_ahead` will be asked for a shard, and `read` after it."""
