@@ -47,6 +47,7 @@ BELOW_1, ABOVE_1 = math.nextafter(1, 0), math.nextafter(1, 2)
 LARGE = 1.7e308
 # (legal, illegal) of other numbers; none takes what is not finite.
 REAL = {
+    "data.cache_gb": ((LEAST, 1e6), (0.0, -LEAST, math.nextafter(1e6, math.inf))),
     "optimizer.lr": ((LEAST, LARGE), (0.0, -LEAST)),
     "optimizer.min_lr_ratio": ((0.0, 1.0), (-LEAST, ABOVE_1)),
     "optimizer.decay_fraction": ((LEAST, 1.0), (0.0, -LEAST, ABOVE_1)),
@@ -76,7 +77,7 @@ WORDS = {
     "tracking.system_metrics": (True, False),
 }
 NAMES = (
-    *("run.path", "data.path", "model.compressor", "optimizer.kind"),
+    *("run.path", "data.path", "data.cache", "model.compressor", "optimizer.kind"),
     *("tracking.experiment", "tracking.run_name"),
 )
 LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1xof-mine,1024xof_mine2")

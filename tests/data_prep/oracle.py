@@ -25,7 +25,9 @@ class RowWriter:
 
     def __init__(self, folder: Path) -> None:
         self._file = pa.OSFile(os.fsencode(folder / INDEX_NAME), "wb")
-        self._writer = pq.ParquetWriter(self._file, INDEX_SCHEMA, compression="zstd")
+        self._writer = pq.ParquetWriter(
+            self._file, INDEX_SCHEMA, compression="zstd", write_page_checksum=True
+        )
         self._rows: list[IndexRow] = []
 
     def add(self, row: IndexRow) -> None:
