@@ -16,7 +16,7 @@ softmax. n(x) = w . x + b begins at `RESERVE`, and z_own gets no gradient.
 History is read with the projections of tokens, and gets no say in them: queries, and the weights
 for keys and values, get their gradient from the chunk's own tokens alone. What is learned there
 serves history from the moment that it is learned. Latents, slots, logits of ages and n learn from
-history (docs/history.md has what each of these is worth).
+history.
 """
 
 from collections.abc import Callable
