@@ -13,7 +13,6 @@ from i3dist.model.compressor_records import RecordsCompressor
 from i3dist.model.dual_attention import DualAttention
 from i3dist.model.layers import Channels, Linear
 from i3dist.ops.attention import Branch, KeysValues
-from i3dist.ops.precision import widen
 
 
 class OwnProjections(Attention):
@@ -60,12 +59,9 @@ class Mixed(DualAttention):
 class Pulled(DualAttention):
     """Dual attention whose own logits learn from the share that history is given."""
 
-    def join(self, x: Tensor, own: Branch, past: Branch) -> Tensor:
-        """As `DualAttention.join`."""
-        reserve = widen(self.reserve(x)) + self.reserve_bias[: self.heads]
-        share = (past.total - own.total - reserve).sigmoid()
-        read = (part.mixed.unflatten(-1, (self.heads, -1)) for part in (own, past))
-        return self.weigh(share.unsqueeze(-1).to(x.dtype), *read).flatten(-2)
+    def lead(self, own: Branch, past: Branch) -> Tensor:
+        """As `DualAttention.lead`, with gradient."""
+        return past.total - own.total
 
 
 class Views(DualAttention):

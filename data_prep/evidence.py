@@ -8,9 +8,9 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 _BLOCK = 1 << 20
 
@@ -22,6 +22,14 @@ class Saved(BaseModel):
     """What is written to a JSON file of the output, and read back by a later run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """Read it; None if it is missing or damaged."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
 
 
 class Piece(Saved):

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from pydantic import ValidationError
-
 from data_prep import ranges
 from data_prep.evidence import Saved
 from data_prep.ranges import Partition, edge, number_of_ranges
@@ -59,14 +57,6 @@ class GroupRecord(Saved):
 
     digest: str
     sizes: Mapping[int, int]
-
-    @classmethod
-    def load(cls, path: Path) -> Self | None:
-        """Read a record; None if it is missing or damaged."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (FileNotFoundError, ValidationError):
-            return None
 
 
 @dataclass(frozen=True)

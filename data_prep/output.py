@@ -117,23 +117,12 @@ class Output:
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
         try:
-            self._lock(handle)
+            _lock(handle, self.folder)
             yield
         finally:
             os.close(handle)
             with suppress(OSError):
                 folder.rmdir()
-
-    def _lock(self, handle: int) -> None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {self.folder}: wait for it") from None
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} lies on a file system without locks ({error.strerror}): choose an "
-                "--out on a local disk, and move the folder when it is complete"
-            ) from None
 
     def is_complete(self, settings: OutputSettings) -> bool:
         """Whether all work is done.
@@ -219,6 +208,18 @@ class Output:
     def _discard_work(self) -> None:
         shutil.rmtree(self.folder / _WORK_NAME, ignore_errors=True)
         clear_partials(self.folder)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing {folder}: wait for it") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder} lies on a file system without locks ({error.strerror}): choose an "
+            "--out on a local disk, and move the folder when it is complete"
+        ) from None
 
 
 def is_output(folder: Path) -> bool:

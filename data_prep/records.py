@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from pydantic import ValidationError
-
 from data_prep.evidence import Saved, State, state_of
 from i3dist.data.manifest import Shard
 from i3dist.files import write_whole
@@ -56,14 +54,6 @@ class RangeRecord(Saved):
     plan: str
     shards: Mapping[str, tuple[PackedFile, ...]]
     index: Mapping[str, PackedFile]
-
-    @classmethod
-    def load(cls, path: Path) -> Self | None:
-        """Read a record; None if it is missing or damaged."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (FileNotFoundError, ValidationError):
-            return None
 
     def write(self, path: Path) -> None:
         """Write the record; a reader sees either the whole file or none."""

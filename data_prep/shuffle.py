@@ -14,12 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from data_prep.evidence import Piece, Saved
 from data_prep.sources import Part, Record, Skip, usable_text
@@ -66,14 +65,6 @@ class PartSummary(Saved):
     smallest_split: int
     largest_split: int
     pieces: tuple[Piece, ...] = ()
-
-    @classmethod
-    def load(cls, path: Path) -> Self | None:
-        """Read a summary; None if it is missing or damaged."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (FileNotFoundError, ValidationError):
-            return None
 
 
 def hashes(text: bytes, position: str, seed: int) -> bytes:

@@ -18,7 +18,7 @@ from data_prep.index_rows import Rows
 from data_prep.pack import INDEX_NAME
 from data_prep.shard_check import Ends, ShardReport, check_shard
 from data_prep.stream import Stream
-from i3dist.data.manifest import Manifest, Shard
+from i3dist.data.manifest import MANIFEST_NAME, Manifest, Shard
 from i3dist.errors import UserError
 
 # Bytes of shards in a task: enough that handing it to a worker costs little.
@@ -175,7 +175,7 @@ class _Joiner:
         wanted = self._manifest.documents
         if self._all_read and self.documents != wanted:
             problem = f"says {wanted:,}, the shards hold {self.documents:,}"
-            yield Damage(self._stream.file("manifest.json"), "key documents", problem)
+            yield Damage(self._stream.file(MANIFEST_NAME), "key documents", problem)
 
     def _explained(self, damage: Damage, sha256: str) -> Damage:
         """The damage of a wrong hash; names the shard whose content it is."""

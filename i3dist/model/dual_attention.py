@@ -74,9 +74,13 @@ class DualAttention(Attention):
     def join(self, x: Tensor, own: Branch, past: Branch) -> Tensor:
         """What was read of both: x [B, K, T, D] -> the same."""
         reserve = widen(self.reserve(x)) + self.reserve_bias[: self.heads]  # longer where packed
-        share = (past.total - own.total.detach() - reserve).sigmoid()  # [B, K, T, H]
+        share = (self.lead(own, past) - reserve).sigmoid()  # [B, K, T, H]
         read = (part.mixed.unflatten(-1, (self.heads, -1)) for part in (own, past))
         return self.weigh(share.unsqueeze(-1).to(x.dtype), *read).flatten(-2)
+
+    def lead(self, own: Branch, past: Branch) -> Tensor:
+        """How far z_history is above z_own, which gets no gradient: [B, K, T, H]."""
+        return past.total - own.total.detach()
 
     def weigh(self, share: Tensor, own: Tensor, past: Tensor) -> Tensor:
         """share [B, K, T, H, 1], own and past [B, K, T, H, D/H] -> the same."""
