@@ -48,6 +48,26 @@ class Taught(DualAttention):
         return query
 
 
+class Later(DualAttention):
+    """Dual attention whose projections learn from history as well once `learns` is 1, not 0."""
+
+    def __init__(self, width: Channels, heads: int, chunks: int):
+        super().__init__(width, heads, chunks)
+        self.register_buffer("learns", torch.zeros(()), persistent=False)
+
+    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
+        """As `Attention.history`, with gradient times `learns`."""
+
+        def learnt(weight: Tensor) -> Tensor:
+            return project(weight.detach().lerp(weight, self.learns.to(weight.dtype)))
+
+        return Attention.history(self, learnt)
+
+    def history_queries(self, x: Tensor, query: Tensor) -> Tensor:
+        """As `DualAttention.history_queries`, with gradient times `learns`."""
+        return super().history_queries(x, query).lerp(query, self.learns.to(query.dtype))
+
+
 class Mixed(DualAttention):
     """Dual attention that adds (1 - p) times what was read of the chunk."""
 

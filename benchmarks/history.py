@@ -26,6 +26,7 @@ from unittest import mock
 import history_report
 import numpy as np
 import torch
+from attentions import Later
 from history_arms import ARMS, Arm, build, named_arm
 from i3_steps import I3Steps, Shape, in_bare_loop, in_engine
 from torch import Tensor
@@ -111,11 +112,14 @@ class Experiment:
         optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
         arm = Arm.parse(plan.arm)
         gates, drops = arm.gate, "drop" in arm.added
+        later = [part for part in model.modules() if isinstance(part, Later)]
         curve = Curve()
         span = range(plan.marks[-1])
         batches = read(self.train, plan.lanes, plan.seed, span, self.device)
         for step, batch in enumerate(batches):
             steps.gate.fill_(gates.gate_at(step))
+            for attention in later:
+                attention.learns.fill_(float(step >= arm.added["later"]))
             if drops:
                 batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)

@@ -16,6 +16,7 @@ Additions to these:
   -dual       dual attention: a softmax for the chunk, and one for history
   -reserveN   of it: n begins at N instead of 3
   -taught     of it: queries, keys and values of tokens get their gradient from history as well
+  -laterN     of it: the same from step N on
   -mixed      of it: what a head reads of its chunk gives way to what it reads of history
   -pulled     of it: logits of the chunk learn from the share that history is given
   -asks       of it: queries of history are the tokens' plus what a matrix of its own gives
@@ -41,7 +42,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from attentions import Asks, Mixed, OwnProjections, Pulled, Taught, Views
+from attentions import Asks, Later, Mixed, OwnProjections, Pulled, Taught, Views
 from compressors import (
     Alone,
     Detached,
@@ -70,12 +71,13 @@ PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carr
 WITHOUT_SUB_LATENTS = ("none", "literal", "mean", "ceiling", "carry")
 COMPRESSORS = {"even": Even, "spans": Spans, "alone": Alone, "each": Each, "joint": Joint}
 BLOCKS = ("lower", "upper")  # of attention
-WITH_NUMBER = ("from", "reserve")
-OF_DUAL = ("taught", "mixed", "pulled", "views", "asks", "reserve")
+WITH_NUMBER = ("from", "reserve", "later")
+OF_DUAL = ("taught", "later", "mixed", "pulled", "views", "asks", "reserve")
 ALTERNATIVES = (
     tuple(COMPRESSORS),
     ("dual", "own"),
     ("soon", "from"),
+    ("taught", "later"),
     BLOCKS,
     ("views", "detached"),
     *(("match", other) for other in ("detached", "early", "own", "joint")),
@@ -98,7 +100,14 @@ ARMS = [
 SHUT = -1e4  # an initial logit of history with which no query sees it; it gets no gradient
 
 
-DUAL = {"views": Views, "asks": Asks, "taught": Taught, "mixed": Mixed, "pulled": Pulled}
+DUAL = {
+    "views": Views,
+    "asks": Asks,
+    "taught": Taught,
+    "later": Later,
+    "mixed": Mixed,
+    "pulled": Pulled,
+}
 
 
 @dataclass(frozen=True)
