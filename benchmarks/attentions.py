@@ -3,16 +3,15 @@
 Notation: B lanes, K chunks of a window, T tokens of a chunk, H heads, D width.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from i3dist.model.attention import Attention
-from i3dist.model.compressor_records import RecordsCompressor
+from i3dist.model.block import Project
 from i3dist.model.dual_attention import DualAttention
 from i3dist.model.layers import Channels, Linear
 from i3dist.ops.attention import Branch, KeysValues
+from i3dist.ops.precision import widen
 
 
 class OwnProjections(Attention):
@@ -27,45 +26,31 @@ class OwnProjections(Attention):
         super().reset_parameters()
         self.of_history.weight.copy_(self.key_value.weight)
 
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
-        """As `Attention.history`."""
-        tokens, self.key_value = self.key_value, self.of_history
-        try:
-            return super().history(project)
-        finally:
-            self.key_value = tokens
+    def past_keys_values(self, project: Project) -> KeysValues:
+        """As `Attention.past_keys_values`."""
+        both = project(self.of_history.computed(self.of_history.weight))
+        return KeysValues(*both.chunk(2, dim=-1))
+
+
+class Shared(DualAttention):
+    """Dual attention that sees sub-latents by one view, for keys and for values."""
+
+    def past_keys_values(self, project: Project) -> KeysValues:
+        """As `DualAttention.past_keys_values`."""
+        return super().past_keys_values(lambda weight, view=0: project(weight))
 
 
 class Taught(DualAttention):
     """Dual attention whose projections learn from history as well."""
 
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
-        """As `Attention.history`."""
-        return Attention.history(self, project)
+    def past_keys_values(self, project: Project) -> KeysValues:
+        """As `DualAttention.past_keys_values`, with gradient."""
+        weight = self.key_value.computed(self.key_value.weight)
+        return KeysValues(*(project(rows, view) for view, rows in enumerate(weight.chunk(2))))
 
     def history_queries(self, x: Tensor, query: Tensor) -> Tensor:
         """As they are, with their gradient."""
         return query
-
-
-class Later(DualAttention):
-    """Dual attention whose projections learn from history as well once `learns` is 1, not 0."""
-
-    def __init__(self, width: Channels, heads: int, chunks: int):
-        super().__init__(width, heads, chunks)
-        self.register_buffer("learns", torch.zeros(()), persistent=False)
-
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
-        """As `Attention.history`, with gradient times `learns`."""
-
-        def learnt(weight: Tensor) -> Tensor:
-            return project(weight.detach().lerp(weight, self.learns.to(weight.dtype)))
-
-        return Attention.history(self, learnt)
-
-    def history_queries(self, x: Tensor, query: Tensor) -> Tensor:
-        """As `DualAttention.history_queries`, with gradient times `learns`."""
-        return super().history_queries(x, query).lerp(query, self.learns.to(query.dtype))
 
 
 class Mixed(DualAttention):
@@ -84,48 +69,30 @@ class Pulled(DualAttention):
         return past.total - own.total
 
 
-class Views(DualAttention):
-    """Dual attention that unfolds sub-latents by matrices of its own, for keys and for values."""
+class Yields(DualAttention):
+    """Dual attention that adds (1 - y p) times what was read of the chunk: y is learned.
 
-    def of(self, compressor: RecordsCompressor) -> None:
-        """Build the matrices, in place of the compressor's one for all blocks."""
-        object.__setattr__(self, "compressor", compressor)  # not a submodule
-        token = compressor.token
-        self.views = nn.ModuleList(Linear(token.d_in, token.d_out) for _ in "kv")
+    y(x) = sigmoid(w . x + b) of each head begins at `FIRST`, so it begins as dual attention.
+    """
 
-    def reset_parameters(self) -> None:
-        """Start with the compressor's."""
-        super().reset_parameters()
-        for view in self.views:
-            view.weight.copy_(self.compressor.token.weight)
-
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
-        """As `DualAttention.history`."""
-        compressor, shared = self.compressor, self.compressor.token
-
-        def seen(weight: Tensor) -> Tensor:
-            parts = []
-            for view, rows in zip(self.views, weight.chunk(2), strict=True):
-                compressor.token = view
-                parts.append(project(rows))
-            compressor.token = shared
-            return torch.cat(parts, dim=-1)
-
-        return super().history(seen)
-
-
-class Asks(DualAttention):
-    """Dual attention with a matrix of its own that is added to the queries of history."""
+    FIRST = 0.02
 
     def __init__(self, width: Channels, heads: int, chunks: int):
         super().__init__(width, heads, chunks)
-        self.asks = Linear(width, self.inner)
+        self.yields = Linear(width, Channels(self.heads, alignment=1))
+        first = torch.tensor(self.FIRST).logit().item()
+        self.yields_bias = nn.Parameter(torch.full((self.heads,), first))
 
     def reset_parameters(self) -> None:
-        """Start with nothing to add."""
+        """Start with a y that is the same for every query."""
         super().reset_parameters()
-        nn.init.zeros_(self.asks.weight)
+        nn.init.zeros_(self.yields.weight)
 
-    def history_queries(self, x: Tensor, query: Tensor) -> Tensor:
-        """As `DualAttention.history_queries`."""
-        return super().history_queries(x, query) + self.asks(x)
+    def join(self, x: Tensor, own: Branch, past: Branch) -> Tensor:
+        """As `DualAttention.join`."""
+        reserve = widen(self.reserve(x)) + self.reserve_bias[: self.heads]
+        share = (self.lead(own, past) - reserve).sigmoid()
+        yields = (widen(self.yields(x)) + self.yields_bias[: self.heads]).sigmoid()
+        kept, share = ((part.unsqueeze(-1)).to(x.dtype) for part in (1 - yields * share, share))
+        of_own, of_past = (part.mixed.unflatten(-1, (self.heads, -1)) for part in (own, past))
+        return (kept * of_own + share * of_past).flatten(-2)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from i3dist.config import ModelSettings
 from i3dist.model.compressor import Compressor
 from i3dist.model.compressor_records import RecordsCompressor, highest
-from i3dist.model.layers import Channels, FeedForward, LayerNorm
+from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear
 from i3dist.ops.linear import linear
+from i3dist.ops.precision import widen
 
 
 class Uncompressed(Compressor):
@@ -58,9 +59,11 @@ class Detached(nn.Module):
         """As the compressor's, without gradient."""
         return self.inner(hidden, keep).detach()
 
-    def project(self, latents: Tensor, weight: Tensor) -> Tensor:
+    def project(self, latents: Tensor, weight: Tensor, view: int = 0) -> Tensor:
         """As the compressor's, with a gradient for the weight only."""
-        return linear(self.inner.token(self.inner.split(latents)).detach(), weight)
+        c = self.inner
+        token = c.token.computed(c.token.weight).chunk(c.views)[view]
+        return linear(linear(c.split(latents), token).detach(), weight)
 
 
 class Even(RecordsCompressor):
@@ -82,6 +85,27 @@ class Spans(RecordsCompressor):
         spans = scores.unflatten(-1, (len(self.queries), -1))
         first = torch.arange(len(self.queries), device=scores.device) * spans.shape[-1]
         return (highest(spans, self.sub_latents) + first.unsqueeze(-1)).flatten(-2)
+
+
+class Wise(RecordsCompressor):
+    """The router has a hidden layer as well, which sees each token and the one after it."""
+
+    def __init__(self, settings: ModelSettings, width: Channels):
+        super().__init__(settings, width)
+        self.hidden = Linear(width.times(2), self.part)
+        self.score = Linear(self.part, Channels(1, alignment=1))
+
+    def router_scores(self, normed: Tensor) -> Tensor:
+        """As `RecordsCompressor.router_scores`."""
+        after = F.pad(normed[..., 1:, :], (0, 0, 0, 1))
+        hidden = F.gelu(self.hidden(torch.cat([normed, after], dim=-1)))
+        weight = self.score.computed(self.score.weight)[0]
+        return super().router_scores(normed) + (widen(hidden) * widen(weight)).sum(-1)
+
+    def reset_parameters(self) -> None:
+        """Start with the scores of the linear router."""
+        super().reset_parameters()
+        nn.init.zeros_(self.score.weight)
 
 
 class Alone(RecordsCompressor):

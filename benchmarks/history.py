@@ -26,8 +26,7 @@ from unittest import mock
 import history_report
 import numpy as np
 import torch
-from attentions import Later
-from history_arms import ARMS, Arm, build, named_arm
+from history_arms import ARMS, Arm, CarriesLater, build, named_arm
 from i3_steps import I3Steps, Shape, in_bare_loop, in_engine
 from torch import Tensor
 from unigram import counts
@@ -112,14 +111,13 @@ class Experiment:
         optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
         arm = Arm.parse(plan.arm)
         gates, drops = arm.gate, "drop" in arm.added
-        later = [part for part in model.modules() if isinstance(part, Later)]
         curve = Curve()
         span = range(plan.marks[-1])
         batches = read(self.train, plan.lanes, plan.seed, span, self.device)
         for step, batch in enumerate(batches):
             steps.gate.fill_(gates.gate_at(step))
-            for attention in later:
-                attention.learns.fill_(float(step >= arm.added["later"]))
+            if isinstance(model, CarriesLater):
+                model.carries.fill_(float(step >= arm.added["carries"]))
             if drops:
                 batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)

@@ -13,17 +13,18 @@
 Additions to these:
 
   -soon       history is on from step 100, as on the card, instead of 1,000; -fromN: from step N
+  -carriesN   RWKV state carried, from step N on
   -dual       dual attention: a softmax for the chunk, and one for history
-  -reserveN   of it: n begins at N instead of 3
+  -reserveN   of it: n begins at N instead of 0
+  -shared     of it: sub-latents are unfolded by one matrix, for all layers, keys and values
   -taught     of it: queries, keys and values of tokens get their gradient from history as well
-  -laterN     of it: the same from step N on
   -mixed      of it: what a head reads of its chunk gives way to what it reads of history
   -pulled     of it: logits of the chunk learn from the share that history is given
-  -asks       of it: queries of history are the tokens' plus what a matrix of its own gives
-  -views      of it: each block unfolds sub-latents by matrices of its own for keys and for values
+  -yields     of it: the same to a degree that is learned
   -open       the logit of history starts at 0 instead of low
   -even       the last of every four tokens has a sub-latent, whatever its score
   -spans      the highest scores of each latent's span have its sub-latents
+  -wise       the router has a hidden layer, and sees the token after each
   -alone      a sub-latent holds its token and nothing else: no cross-attention
   -each       one feed-forward refines sub-latents one by one
   -joint      one norm for all sub-latents of a latent
@@ -42,7 +43,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from attentions import Asks, Later, Mixed, OwnProjections, Pulled, Taught, Views
+from attentions import Mixed, OwnProjections, Pulled, Shared, Taught, Yields
 from compressors import (
     Alone,
     Detached,
@@ -52,6 +53,7 @@ from compressors import (
     MeanPool,
     Spans,
     Uncompressed,
+    Wise,
 )
 from i3_steps import WithoutHistory
 from torch import Tensor, nn
@@ -59,8 +61,10 @@ from torch import Tensor, nn
 from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.errors import UserError
 from i3dist.model.attention import CLOSED, Attention, Slots
+from i3dist.model.block import LayerState
 from i3dist.model.compressor_literal import LiteralCompressor
 from i3dist.model.compressor_records import RecordsCompressor
+from i3dist.model.layer_kinds import Stack
 from i3dist.model.layers import Channels
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
@@ -69,45 +73,46 @@ from i3dist.ops.linear import linear
 
 PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
 WITHOUT_SUB_LATENTS = ("none", "literal", "mean", "ceiling", "carry")
-COMPRESSORS = {"even": Even, "spans": Spans, "alone": Alone, "each": Each, "joint": Joint}
+COMPRESSORS = {
+    "even": Even,
+    "spans": Spans,
+    "alone": Alone,
+    "each": Each,
+    "joint": Joint,
+    "wise": Wise,
+}
 BLOCKS = ("lower", "upper")  # of attention
-WITH_NUMBER = ("from", "reserve", "later")
-OF_DUAL = ("taught", "later", "mixed", "pulled", "views", "asks", "reserve")
+WITH_NUMBER = ("from", "reserve", "carries")
+OF_DUAL = ("taught", "mixed", "pulled", "yields", "shared", "reserve")
 ALTERNATIVES = (
     tuple(COMPRESSORS),
     ("dual", "own"),
     ("soon", "from"),
-    ("taught", "later"),
     BLOCKS,
-    ("views", "detached"),
-    *(("match", other) for other in ("detached", "early", "own", "joint")),
+    *(("match", other) for other in ("detached", "early", "own", "joint", "dual")),
+    ("carry", "carries", "match"),
+    ("mixed", "yields"),
     *(("early", other) for other in ("still", "carry")),
 )
-OF_SUB_LATENTS = ("match", "views", *COMPRESSORS)
+OF_SUB_LATENTS = ("match", "shared", *COMPRESSORS)
 OF_HISTORY = (
     *("open", "own", "dual", "drop", "early", "still", "detached", "from"),
     *dict.fromkeys((*BLOCKS, *OF_SUB_LATENTS, *OF_DUAL)),
 )
-ADDED = ("soon", "carry", *OF_HISTORY)
+ADDED = ("soon", "carry", "carries", *OF_HISTORY)
 ARMS = [
     *("none", "recipe", "literal", "mean", "ceiling", "carry"),
-    *(f"recipe-{added}" for added in ADDED if added not in (*OF_DUAL, "from")),
+    *(f"recipe-{added}" for added in ADDED if added not in (*OF_DUAL, "from", "carries")),
     *("recipe-from500", "recipe-dual-taught", "recipe-dual-mixed", "recipe-dual-taught-mixed"),
-    *("recipe-dual-views", "recipe-dual-asks", "recipe-dual-mixed-pulled"),
-    *("recipe-dual-reserve6-soon", "ceiling-dual", "literal-dual", "recipe-dual-carry"),
+    *("recipe-dual-shared", "recipe-dual-yields", "recipe-dual-mixed-pulled"),
+    *("recipe-dual-reserve3-soon", "ceiling-dual", "literal-dual", "recipe-dual-carry"),
+    "recipe-dual-carries500",
     *("records1", "records2", "records8", "picks", "every", "ceiling-open", "literal-open"),
 ]
 SHUT = -1e4  # an initial logit of history with which no query sees it; it gets no gradient
 
 
-DUAL = {
-    "views": Views,
-    "asks": Asks,
-    "taught": Taught,
-    "later": Later,
-    "mixed": Mixed,
-    "pulled": Pulled,
-}
+DUAL = {"shared": Shared, "taught": Taught, "mixed": Mixed, "pulled": Pulled, "yields": Yields}
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class Arm:
 
     def settings(self, card: ModelSettings) -> ModelSettings:
         """The model's."""
-        length, carries = card.chunk_length, "carry" in (self.base, *self.added)
+        length, carries = card.chunk_length, bool({"carry", "carries"} & {self.base, *self.added})
         changes: dict[str, object] = {"state_carry": carries}
         if "dual" in self.added:
             changes["layers"] = card.layers.replace("attention", "dual-attention")
@@ -236,6 +241,21 @@ class Matched(I3LM):
         return (errors / sizes).unsqueeze(-1)
 
 
+class CarriesLater(I3LM):
+    """RWKV state is emptied before every chunk until `carries` is 1, not 0."""
+
+    def __init__(self, settings: ModelSettings, bos_id: int):
+        super().__init__(settings, bos_id)
+        self.register_buffer("carries", torch.ones(()), persistent=False)
+
+    def run_lower(
+        self, x: Tensor, restart: Tensor, states: list[LayerState] | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """As `I3LM.run_lower`."""
+        begins = torch.arange(x.shape[1], device=x.device) % self.settings.chunk_length == 0
+        return super().run_lower(x, restart | (begins & (self.carries == 0)), states)
+
+
 def named_arm(name: str) -> str:
     """The name, if there is such an arm: a type for argparse."""
     Arm.parse(name)
@@ -256,6 +276,10 @@ def read_halfway(model: I3LM) -> None:
 def replace_history(model: I3LM, arm: Arm) -> None:
     """Replace compressor and attention by those of the arm."""
     settings = model.settings
+    if "shared" in arm.added:
+        joint = settings.layers.replace("dual-attention", "attention")
+        settings = settings.model_copy(update={"layers": joint})
+        model.stack = Stack.of(settings)
     model.compressor = arm.compressor(model.width, settings)  # type: ignore[assignment]
     model.slots = Slots(model.width, model.keys_per_chunk)
     if "early" in arm.added:
@@ -263,8 +287,6 @@ def replace_history(model: I3LM, arm: Arm) -> None:
     for place, block in zip(BLOCKS, model.upper, strict=True):
         if kind := arm.attention:
             block.attention = kind(model.width, settings.heads, settings.history_chunks)
-        if "views" in arm.added:
-            block.attention.of(model.compressor)
         if "reserve" in arm.added:
             nn.init.constant_(block.attention.reserve_bias, arm.added["reserve"])
         nn.init.constant_(block.attention.age_bias, arm.bias(place))
@@ -277,8 +299,9 @@ def build(name: str, settings: ModelSettings, bos_id: int, seed: int) -> I3LM:
     """
     arm = Arm.parse(name)
     settings = arm.settings(settings)
-    matched = Matched if "match" in arm.added else I3LM
-    model = (matched if arm.has_history else WithoutHistory)(settings, bos_id)
+    special = {"match": Matched, "carries": CarriesLater}
+    with_history = next((kind for name, kind in special.items() if name in arm.added), I3LM)
+    model = (with_history if arm.has_history else WithoutHistory)(settings, bos_id)
     if arm.has_history:
         replace_history(model, arm)
     torch.manual_seed(seed)

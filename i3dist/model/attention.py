@@ -10,7 +10,6 @@ al., 2018, arXiv:1803.02155). This logit starts low: untrained history holds not
 more keys than the chunk itself and would draw attention from it.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3dist.model.block import HistoryBlock, Place
+from i3dist.model.block import HistoryBlock, Place, Project
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.model.segments import causal_mask, history_mask
 from i3dist.ops.attention import (
@@ -98,16 +97,19 @@ class Attention(nn.Module):
         """x [..., S, D] -> keys and values, the same each."""
         return KeysValues(*self.key_value(x).chunk(2, dim=-1))
 
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
+    def history(self, project: Project) -> KeysValues:
         """See `HistoryBlock.history`."""
-        both = project(self.key_value.computed(self.key_value.weight))
-        keys, values = both.chunk(2, dim=-1)
-        count = torch.arange(both.shape[1], device=both.device)
+        keys, values = self.past_keys_values(project)
+        count = torch.arange(keys.shape[1], device=keys.device)
         own = F.one_hot(count % self.chunks, self.chunks).to(keys.dtype)  # [C + K, C]
         first, last = self._channels
         marks = F.pad(own, (first, self.inner.computed // self.heads - last))
         keys = keys.unflatten(-1, (self.heads, -1)) + marks[:, None, None]
         return KeysValues(keys.flatten(-2).flatten(1, 2), values.flatten(1, 2))
+
+    def past_keys_values(self, project: Project) -> KeysValues:
+        """Of each chunk's M keys, without the channels of ages: [B, C + K, M, D] each."""
+        return KeysValues(*project(self.key_value.computed(self.key_value.weight)).chunk(2, dim=-1))
 
     @property
     def _channels(self) -> tuple[int, int]:
@@ -136,7 +138,7 @@ class AttentionBlock(HistoryBlock):
         """See `Block.reset_parameters`."""
         self.attention.reset_parameters()
 
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
+    def history(self, project: Project) -> KeysValues:
         """See `HistoryBlock.history`."""
         return self.attention.history(project)
 

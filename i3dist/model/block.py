@@ -3,8 +3,7 @@
 Notation: N rows, T tokens, D width.
 """
 
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -22,6 +21,19 @@ class Place(NamedTuple):
     width: Channels  # D
     nth: int  # from the bottom, 0 first
     total: int  # number of them
+
+
+class Project(Protocol):
+    """Multiplies what a layer sees of earlier chunks by a matrix."""
+
+    def __call__(self, weight: Tensor, view: int = 0) -> Tensor:
+        """[out, D] -> [B, C + K, M, out], the oldest chunk first.
+
+        Args:
+            weight: the matrix.
+            view: which of the layer's views is multiplied.
+        """
+        ...
 
 
 class Block(nn.Module):
@@ -76,6 +88,8 @@ class HistoryBlock(Block):
     """
 
     sees_history = True
+    views: ClassVar[int] = 0
+    """Views of latents that are the layer's own (`Compressor.project`); layers with 0 share one."""
 
     @staticmethod
     def fused_visibility(window: Window, gate: Tensor) -> Visibility:
@@ -83,13 +97,8 @@ class HistoryBlock(Block):
         `attend`. Elsewhere every kind is given the matrix of `attention_bias`."""
         return block_visibility(window, gate)
 
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
-        """Keys and values of all chunks that a window sees: [B, (C + K) * M, D] each.
-
-        Args:
-            project: multiplies what is seen of these chunks by a matrix: [out, D] ->
-                [B, C + K, M, out], oldest first.
-        """
+    def history(self, project: Project) -> KeysValues:
+        """Keys and values of all chunks that a window sees: [B, (C + K) * M, D] each."""
         raise NotImplementedError
 
     def forward(

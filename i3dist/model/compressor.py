@@ -40,8 +40,15 @@ class Compressor(nn.Module):
         """
         raise NotImplementedError
 
-    def project(self, latents: Tensor, weight: Tensor) -> Tensor:
-        """What attention sees of latents [..., M, D], times a weight [out, D]: [..., M R, out]."""
+    def project(self, latents: Tensor, weight: Tensor, view: int = 0) -> Tensor:
+        """What attention sees of latents [..., M, D], times a weight [out, D]: [..., M R, out].
+
+        Args:
+            latents: of any chunks.
+            weight: the matrix.
+            view: which of `Stack.views`, for compressors that show latents to layers in different
+                ways; by default all see the latents as they are.
+        """
         return linear(latents, weight)
 
     def reset_parameters(self) -> None:

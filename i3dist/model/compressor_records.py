@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
 from i3dist.model.compressor import Compressor
+from i3dist.model.layer_kinds import Stack
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.linear import linear
 from i3dist.ops.precision import multipliable, widen
@@ -32,9 +33,10 @@ NEAR, NEARBY, ANYWHERE = 8, 0.05, 0.01  # tokens; initial shares of a sub-latent
 
 
 class RecordsCompressor(Compressor):
-    """[..., T, D] hidden states -> [..., M, D] latents. (2 mult + 4 / R) D^2 parameters.
+    """[..., T, D] hidden states -> [..., M, D] latents. (2 mult + (3 + V) / R) D^2 parameters.
 
-    R is `settings.sub_latents`, adjusted to a divisor of D with M R <= T and D / R >= `LEAST`.
+    V is the number of views (`Stack.views`): matrices that unfold a sub-latent to width D. R is
+    `settings.sub_latents`, adjusted to a divisor of D with M R <= T and D / R >= `LEAST`.
     """
 
     of_latents = ("ff",)
@@ -58,7 +60,8 @@ class RecordsCompressor(Compressor):
         self.norm_ff = LayerNorm(width)
         self.ff = FeedForward(width, settings.ff_mult)
         self.norm_out = LayerNorm(part)
-        self.token = Linear(part, width)
+        self.views = max(views.stop for views in Stack.of(settings).views)
+        self.token = Linear(part, width.times(self.views).split(self.views))
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
         """Compress the kept positions of each chunk.
@@ -128,19 +131,20 @@ class RecordsCompressor(Compressor):
         parts = self.width.trim(latents).unflatten(-1, (self.sub_latents, -1))
         return self.part.pad(parts.flatten(-3, -2))
 
-    def project(self, latents: Tensor, weight: Tensor) -> Tensor:
+    def project(self, latents: Tensor, weight: Tensor, view: int = 0) -> Tensor:
         """What attention sees of latents [..., M, D], times a weight [out, D]: [..., S, out].
 
-        It sees `token` of each sub-latent. The two matrices are multiplied first; their product is
-        R times as small as `weight`.
+        It sees each sub-latent times a view, a block of the rows of `token`. The two matrices are
+        multiplied first; their product is R times as small as `weight`.
         """
-        token = multipliable(self.token.computed(self.token.weight))
-        return linear(self.split(latents), multipliable(weight) @ token)
+        token = self.token.computed(self.token.weight).chunk(self.views)[view]
+        return linear(self.split(latents), multipliable(weight) @ multipliable(token))
 
     def reset_parameters(self) -> None:
-        """Start with an orthonormal projection to sub-latents, and with its inverse back."""
+        """Start with an orthonormal projection to sub-latents; every view is its inverse."""
         nn.init.orthogonal_(self.record.weight)
-        self.token.weight.copy_(self.record.weight.T * self.sub_latents**0.5)
+        inverse = self.record.weight.T * self.sub_latents**0.5
+        self.token.weight.copy_(inverse.repeat(self.views, 1))
 
 
 def highest(scores: Tensor, count: int) -> Tensor:

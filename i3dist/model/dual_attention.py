@@ -10,21 +10,23 @@ attention adds its branches so: Yuan et al., 2025, arXiv:2502.11089):
 
     o = A_own + p A_history        p = sigmoid(z_history - z_own - n(x))
 
-z is the log of a softmax's denominator, so with n = 0 p would be history's share of a joint
-softmax. n(x) = w . x + b begins at `RESERVE`, and z_own gets no gradient.
+z is the log of a softmax's denominator, so with n = 0 p is history's share of a joint softmax.
+n(x) = w . x + b begins as 0, and z_own gets no gradient.
 
 History is read with the projections of tokens, and gets no say in them: queries, and the weights
 for keys and values, get their gradient from the chunk's own tokens alone. What is learned there
-serves history from the moment that it is learned. Latents, slots, logits of ages and n learn from
-history.
+serves history from the moment that it is learned. What history needs beyond that is learned by two
+views of latents, one for keys and one for values, which are the layer's own. Latents, slots, logits
+of ages and n learn from history too.
 """
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from i3dist.model.attention import Attention, AttentionBlock
+from i3dist.model.block import Project
 from i3dist.model.layers import Channels, Linear
 from i3dist.ops.attention import (
     ApartVisibility,
@@ -37,25 +39,26 @@ from i3dist.ops.attention import (
 )
 from i3dist.ops.precision import widen
 
-RESERVE = 3.0  # initial n
-
 
 class DualAttention(Attention):
     """Multi-head attention with a softmax for each. (4 D + H C) D + H D parameters and a few."""
 
+    views: ClassVar[int] = 2  # of latents, for keys and for values
+
     def __init__(self, width: Channels, heads: int, chunks: int):
         super().__init__(width, heads, chunks)
         self.reserve = Linear(width, Channels(self.heads, alignment=1))
-        self.reserve_bias = nn.Parameter(torch.full((self.heads,), RESERVE))
+        self.reserve_bias = nn.Parameter(torch.zeros(self.heads))
 
     def reset_parameters(self) -> None:
         """Start with an n that is the same for every query."""
         super().reset_parameters()
         nn.init.zeros_(self.reserve.weight)
 
-    def history(self, project: Callable[[Tensor], Tensor]) -> KeysValues:
-        """See `HistoryBlock.history`."""
-        return super().history(lambda weight: project(weight.detach()))
+    def past_keys_values(self, project: Project) -> KeysValues:
+        """As `Attention.past_keys_values`; the weight gets no gradient."""
+        weight = self.key_value.computed(self.key_value.weight).detach()
+        return KeysValues(*(project(rows, view) for view, rows in enumerate(weight.chunk(2))))
 
     def forward(self, x: Tensor, past: KeysValues, own: KeysValues, visible: Visibility) -> Tensor:
         """x [B, K, T, D], past [B, (C + K) * M, D], own [B, K, S, D] -> [B, K, T, D]."""
@@ -91,6 +94,7 @@ class DualAttentionBlock(AttentionBlock):
     """As `AttentionBlock`, with a softmax for the chunk and one for history."""
 
     attention_kind = DualAttention
+    views = DualAttention.views
 
     @staticmethod
     def fused_visibility(window: Window, gate: Tensor) -> ApartVisibility:

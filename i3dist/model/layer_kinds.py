@@ -4,12 +4,13 @@ To add a kind, derive a class from `LowerBlock` or `HistoryBlock` and register i
 (docs/extending.md).
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 from i3dist.config import ModelSettings
 from i3dist.errors import UserError
 from i3dist.model.attention import AttentionBlock
-from i3dist.model.block import Block, LowerBlock
+from i3dist.model.block import Block, HistoryBlock, LowerBlock
 from i3dist.model.dual_attention import DualAttentionBlock
 from i3dist.model.rwkv import RwkvBlock
 from i3dist.registry import Registry
@@ -60,6 +61,22 @@ class Stack(NamedTuple):
         if not stack.upper:
             raise UserError(f"{setting} has no layer that sees history: add attention on top")
         return stack
+
+    @property
+    def views(self) -> list[range]:
+        """Numbers of the views that each upper layer has of latents: its own, or 0, which layers
+        without any share."""
+        own = [upper_kind(layer).views for layer in self.upper]
+        stops = accumulate(own, initial=int(0 in own))
+        pairs = zip(own, list(stops)[1:], strict=True)
+        return [range(stop - count, stop) if count else range(1) for count, stop in pairs]
+
+
+def upper_kind(layer: Layer) -> type[HistoryBlock]:
+    """The class of a layer above the compressor."""
+    kind = LAYER_KINDS.of(layer.kind)
+    assert issubclass(kind, HistoryBlock)
+    return kind
 
 
 def lower_kind(layer: Layer) -> type[LowerBlock]:

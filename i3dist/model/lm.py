@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from i3dist.config import ModelSettings
 from i3dist.errors import UserError
 from i3dist.model.attention import Slots, window_bias
-from i3dist.model.block import Block, HistoryBlock, LayerState, LowerBlock, Place
+from i3dist.model.block import Block, HistoryBlock, LayerState, LowerBlock, Place, Project
 from i3dist.model.compressor import Compressor
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import LAYER_KINDS, Layer, Stack
@@ -210,10 +210,15 @@ class I3LM(nn.Module):
         """
         latents = torch.where(seen[..., None, None], latents, 0.0)
 
-        def project(weight: Tensor) -> Tensor:
-            return self.compressor.project(latents, weight) + self.slots.project(weight)
+        def seen_by(views: range) -> Project:
+            def project(weight: Tensor, view: int = 0) -> Tensor:
+                seen = self.compressor.project(latents, weight, views[view])
+                return seen + self.slots.project(weight)
 
-        return [block.history(project) for block in self.upper]
+            return project
+
+        pairs = zip(self.upper, self.stack.views, strict=True)
+        return [block.history(seen_by(views)) for block, views in pairs]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

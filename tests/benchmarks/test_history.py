@@ -142,7 +142,7 @@ def test_dual_attention_with_all_of_it_undone_is_attention() -> None:
     tokens = stream(3, 4, 32, 64, 1000)
     one, two = (
         history_arms.build(arm, SIZES, BOS, seed=0).double()
-        for arm in ("recipe", "recipe-dual-taught-mixed-pulled-reserve0")
+        for arm in ("recipe", "recipe-dual-taught-mixed-pulled-shared")
     )
     torch.nn.init.normal_(one.upper[0].attention.query.weight)
     weights = {n.replace("attention.", "dual-attention.", 1) if n.startswith("attention") else n: p

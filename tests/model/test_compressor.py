@@ -75,8 +75,10 @@ def test_projecting_sub_latents_equals_projecting_what_they_unfold_to(model: I3L
     torch.manual_seed(0)
     latents = torch.randn(2, 3, SMALL["latents"], model.width.computed).double()
     weight = torch.randn(5, model.width.computed).double()
-    wanted = linear(model.compressor.token(model.compressor.split(latents)), weight)
-    torch.testing.assert_close(model.compressor.project(latents, weight), wanted, **CLOSE)
+    unfolded = model.compressor.token(model.compressor.split(latents))  # by all views
+    for view, seen in enumerate(unfolded.chunk(model.compressor.views, dim=-1)):
+        found = model.compressor.project(latents, weight, view)
+        torch.testing.assert_close(found, linear(seen, weight), **CLOSE)
 
 
 @given(seed=seeds)

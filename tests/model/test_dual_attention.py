@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from i3dist.model.dual_attention import RESERVE, DualAttention
+from i3dist.config import ModelSettings
+from i3dist.model.attention import CLOSED
+from i3dist.model.dual_attention import DualAttention
+from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
 from tests.model.conftest import SMALL, build
 from tests.model.small import random_stream
@@ -58,23 +61,61 @@ def test_its_own_chunk_is_read_as_without_history() -> None:
 
 
 def test_history_begins_low() -> None:
-    """An untrained history of equal logits has e^-RESERVE of the odds of a joint softmax."""
+    """An untrained history of equal logits has e^CLOSED of the odds of its keys."""
     model = build(layers=DUAL)
     shares: list[Tensor] = []
     for block in model.upper:
         attention = block.attention
         attention.reset_parameters()
-        torch.nn.init.constant_(attention.reserve_bias, RESERVE)
         attention.weigh = lambda share, own, past: shares.append(share) or own
         torch.nn.init.zeros_(attention.query.weight)
-        torch.nn.init.zeros_(attention.age_bias)
     tokens = random_stream(5, mean_document=1e9)
     logits(model, tokens)
     keys = SMALL["history_chunks"] * SMALL["latents"] * SMALL["sub_latents"]
     last = shares[0][0, -1, :, 0, 0]  # of a chunk with a whole history
     own = torch.arange(1, SMALL["chunk_length"] + 1).double()
-    odds = keys / own * torch.tensor(-RESERVE).exp()
+    odds = keys / own * torch.tensor(CLOSED).exp()
     torch.testing.assert_close(last, odds / (1 + odds), rtol=1e-6, atol=0)
+
+
+def test_keys_and_values_of_each_layer_have_views_of_their_own() -> None:
+    """Another view moves what its layer sees by it, and nothing else."""
+    model, tokens = build(layers=DUAL), random_stream(7, mean_document=1e9)
+    below, _ = model.below(tokens, depth_of(tokens), empty(model))
+    every = torch.ones(below.latents.shape[:2], dtype=torch.bool)
+
+    def seen() -> list[Tensor]:
+        return [part for layer in model.history(below.latents, every) for part in layer]
+
+    before, token = seen(), model.compressor.token.weight
+    assert len(token) == len(before) * SMALL["d_model"]
+    for view in range(len(before)):
+        with torch.no_grad():
+            token.unflatten(0, (len(before), -1))[view] += 1.0
+        after = seen()
+        assert [not torch.equal(*pair) for pair in zip(before, after, strict=True)] == [
+            other == view for other in range(len(before))
+        ]
+        before = after
+
+
+@pytest.mark.parametrize(
+    ("layers", "views"),
+    [
+        ("1xrwkv,2xattention", [range(1), range(1)]),
+        ("1xrwkv,2xdual-attention", [range(2), range(2, 4)]),
+        (
+            "1xrwkv,1xattention,2xdual-attention,1xattention",
+            [range(1), range(1, 3), range(3, 5), range(1)],
+        ),
+    ],
+)
+def test_layers_without_views_of_their_own_share_one(layers: str, views: list[range]) -> None:
+    settings = ModelSettings.model_validate(SMALL | {"layers": layers})
+    assert Stack.of(settings).views == views
+    model, tokens = build(layers=layers), random_stream(8, mean_document=1e9)
+    assert len(model.compressor.token.weight) == SMALL["d_model"] * max(v.stop for v in views)
+    assert not torch.equal(logits(model, tokens, 1.0), logits(model, tokens, 0.0))
 
 
 @pytest.mark.parametrize("kind", ["attention", "dual-attention"])

@@ -107,9 +107,15 @@ class Written:
             self.feed_forward(latents, f"{part}.norm_ff", f"{part}.ff"), f"{part}.norm_out"
         )
 
-    def unfold(self, latents: Tensor) -> Tensor:
-        """What attention sees of a chunk: one row for each key."""
-        return latents if self.literal else self.times(latents, "compressor", "token")
+    def unfold(self, latents: Tensor, block: str) -> list[Tensor]:
+        """What a block sees of a chunk for keys and for values: one row for each key."""
+        if self.literal:
+            return 2 * [latents]
+        kind, number = block.split(".")
+        views = self.of("compressor", "token.weight").unflatten(0, (-1, D))
+        first = 2 * int(number) if kind == "dual-attention" else 0
+        second = first + 1 if kind == "dual-attention" else 0
+        return [latents @ views[view].T for view in (first, second)]
 
     def attend(
         self, x: Tensor, block: str, segments: Tensor, history: list[Tensor], gate: float
@@ -130,10 +136,11 @@ class Written:
                 values_read = n[own] @ values[h].T
                 past, past_read = [scores[:0]], [values_read[:0]]
                 for age, latents in enumerate(history if segments[t] == 0 else [], 1):
-                    e = self.unfold(latents) + self.of("slots", "slot")
-                    scored = e @ keys[h].T @ q[t] / math.sqrt(D // H)
+                    slots = self.of("slots", "slot")
+                    for_keys, for_values = self.unfold(latents, block)
+                    scored = (for_keys + slots) @ keys[h].T @ q[t] / math.sqrt(D // H)
                     past.append(scored + ages[t, age - 1] + math.log(gate))
-                    past_read.append(e @ values[h].T)
+                    past_read.append((for_values + slots) @ values[h].T)
                 read[t] = self.joined(
                     (scores, values_read),
                     (torch.cat(past), torch.cat(past_read)),
