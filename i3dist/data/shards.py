@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from i3dist.config import OnDamage
 from i3dist.data.archive import chunks_of, shard_bytes
-from i3dist.data.folder import Folder, is_intact
+from i3dist.data.folder import Folder, RemoteFolder, is_intact
 from i3dist.data.manifest import Manifest
 from i3dist.data.shard_table import shard_number
 from i3dist.errors import UserError
@@ -42,13 +42,15 @@ class DamagedShardError(UserError):
 def check_shards(folder: Folder, manifest: Manifest, on_damage: OnDamage = "stop") -> None:
     """Check that every shard of a split exists and has its size, without opening any.
 
-    At a URL nothing is checked: that would take a request for every shard.
+    At a URL that would take a request for every shard. There the last one is fetched, which is
+    missing where an upload has not ended.
 
     Raises:
         UserError: a shard is missing, or has another size and `on_damage` is "stop". The message
             names the first such shard and counts the others.
     """
     if not isinstance(folder, Path):
+        _check_last(folder, manifest, on_damage)
         return
     sizes = _sizes(folder, len(manifest.shards))
     missing = sizes == MISSING
@@ -63,6 +65,13 @@ def check_shards(folder: Folder, manifest: Manifest, on_damage: OnDamage = "stop
     more = f", and {others:,} more are missing or have another size" if others else ""
     remedy = _remedy(manifest, can_go_on=not missing.any())
     raise UserError(f"{folder / first.name}: shard {what}{more}; {remedy}")
+
+
+def _check_last(folder: RemoteFolder, manifest: Manifest, on_damage: OnDamage) -> None:
+    shard = manifest.shards[-1]
+    if not is_intact(folder.read(shard), shard) and on_damage == "stop":
+        what = "shard differs from its manifest"
+        raise UserError(f"{folder / shard.name}: {what}; {_remedy(manifest)}")
 
 
 def _sizes(folder: Path, count: int) -> npt.NDArray[np.int64]:

@@ -138,6 +138,27 @@ def test_the_stream_is_that_of_local_files(
     assert {server.asked[name] for name in read} == {1}  # once, by one of the processes
 
 
+def test_an_upload_that_has_not_ended_is_found_before_the_first_step(
+    server: Behavior, tmp_path: Path
+) -> None:
+    corpus = opened(server, tmp_path / "cache")
+    folder, manifest = corpus.train.folder, corpus.train.manifest
+    last = manifest.shards[-1].name
+    server.always[last] = 404
+    with pytest.raises(UserError, match=rf"train/{last} cannot be fetched \(HTTP 404"):
+        check_shards(folder, manifest, "quarantine")
+    server.always.clear()
+    server.failures, server.kinds = 1.0, ("wrong",)
+    check_shards(folder, manifest, "quarantine")
+    with pytest.raises(UserError, match=f"train/{last}: shard differs from its manifest; restore"):
+        check_shards(folder, manifest)
+    server.failures = 0.0
+    check_shards(folder, manifest)
+    assert server.asked[f"/train/{last}"] > 0
+    assert set(server.asked) == {"/train/manifest.json", "/valid/manifest.json",
+                                 "/tokenizer.json", f"/train/{last}"}  # fmt: skip
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("shards", [0.5, 1, 3.5])
 def test_a_cache_that_is_too_small_is_never_exceeded(

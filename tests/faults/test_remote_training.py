@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import QUICK, SAVING, STEPS, differences, error_line, program, run_ranks
-from tests.http_server import Behavior, serving
+from tests.http_server import KINDS, Behavior, serving
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def test_two_ranks_train_from_a_plain_server(server: Behavior, whole: Path, tmp_
 def test_a_run_that_is_cut_trains_from_a_slow_server_that_fails(
     server: Behavior, whole: Path, tmp_path: Path
 ) -> None:
-    """Each shard's first two requests fail, and the cache evicts most of what it gets."""
+    """Each shard's first two requests fail, some with status 503; the cache evicts most shards."""
     server.delay, server.failures_first = 0.05, 2
-    server.kinds = ("reset", "cut", "wrong")
+    server.kinds = KINDS
     small = words(server, tmp_path, shards=6)
     for steps in (7, STEPS):
         result = run_ranks(*small, f"train.steps={steps}", "data.workers=2")
