@@ -1,28 +1,62 @@
-"""benchmarks/shard_throughput.py on a few documents: every encoder is measured on the same ids."""
+"""benchmarks/shard_throughput.py on a few documents: programs are run, and all their CPU counts."""
 
-import re
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from data_prep.tokenizer import train_tokenizer
 from tests.conftest import ROOT
 
-PROGRAM = str(ROOT / "benchmarks" / "shard_throughput.py")
+sys.path.append(str(ROOT / "benchmarks"))
+
+import shard_throughput
 
 
-def test_every_encoder_is_measured(tmp_path: Path) -> None:
+def test_both_programs_write_the_same_documents(tmp_path: Path) -> None:
+    """The tars lack what is left of a chunk at each end."""
     texts = [f"document {number} <BOS> naïve 世界 " * 20 for number in range(200)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"text": texts, "id": texts, "url": texts}), tmp_path / name)
     (tmp_path / "t.json").write_bytes(train_tokenizer(texts, 400))
-    words = [sys.executable, PROGRAM, str(tmp_path / "*.parquet"), "--repeats", "2"]
-    words += ["--tokenizer", str(tmp_path / "t.json")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    program, results = str(ROOT / "benchmarks" / "shard_throughput.py"), tmp_path / "runs.jsonl"
+    for name in ("a", "b"):
+        (tmp_path / name).rename(tmp_path / f"{name}.parquet")
+    words = [str(tmp_path / "*.parquet"), "--tokenizer", str(tmp_path / "t.json")]
+    words += ["--rounds", "1", "--json", str(results)]
+    done = subprocess.run([sys.executable, program, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    bytes_of_text = sum(len(text.encode()) for text in texts)
-    assert f" {bytes_of_text:,} bytes, equal ids in all runs" in done.stdout
-    for name in ("gigatoken", "encode", "encode_batch_fast"):
-        assert re.search(rf"^{name} +[\d.]+ \([\d.]+ to [\d.]+\)$", done.stdout, re.MULTILINE)
+    runs = {run["name"]: run for run in map(json.loads, results.read_text().splitlines())}
+    assert list(runs) == ["shard.py", "tars"]
+    gap = runs["shard.py"]["tokens"] - runs["tars"]["tokens"]
+    assert 0 <= gap < 2 * 512
+    assert all(run["cpu_s"] > 0.1 and run["memory"] > 1e7 for run in runs.values())
+
+
+def test_processes_whose_parent_has_ended_are_counted() -> None:
+    """As those of a fork server are, which its program does not wait for."""
+    busy = "import time; x = time.process_time\nwhile x() < 0.5: pass"
+    orphaning = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {busy!r}])"
+    code = f"""
+import subprocess, sys
+sys.path.append({str(ROOT / "benchmarks")!r})
+import shard_throughput
+shard_throughput.adopt()
+process = subprocess.Popen([sys.executable, "-c", {orphaning!r}])
+print(sum(used.ru_utime for _, _, used in shard_throughput.ended()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 0.3
+
+
+def test_a_contestant_that_fails_is_named(tmp_path: Path) -> None:
+    fails = [sys.executable, "-c", "import sys; sys.exit('no such tokenizer')"]
+    contestant = shard_throughput.Contestant(fails, shard_throughput.printed)
+    with pytest.raises(Exception, match="no such tokenizer"):
+        contestant.run(tmp_path / "out", tmp_path / "log")
+    assert os.listdir(tmp_path) == ["log"]
