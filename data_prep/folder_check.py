@@ -85,6 +85,9 @@ class FolderCheck:
         if self.settings:
             names = ("source", "seed", "chunk_length", "chunks_per_shard")
             wanted += [(name, getattr(self.settings, name), SETTINGS_NAME) for name in names]
+        if self.tokenizer and self.settings:
+            kind = self.settings.token_type(self.tokenizer.vocab_size)
+            wanted.append(("dtype", kind.name, f"{SETTINGS_NAME} and {TOKENIZER_NAME}"))
         for name, value, where in wanted:
             stated = getattr(manifest, name)
             if stated != value:
@@ -120,7 +123,7 @@ def _between_splits(manifests: Mapping[str, Manifest]) -> Iterator[Damage]:
     if len(manifests) < 2:
         return
     train, valid = (manifests[split] for split in SPLITS)
-    for name in ("chunk_length", "chunks_per_shard", "source", "seed"):
+    for name in ("chunk_length", "chunks_per_shard", "dtype", "source", "seed"):
         if getattr(train, name) != getattr(valid, name):
             problem = f"says {getattr(valid, name)!r}, that of {TRAIN} {getattr(train, name)!r}"
             yield Damage(f"{VALID}/{MANIFEST_NAME}", f"key {name}", problem)

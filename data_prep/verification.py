@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from data_prep.block_check import BlockCheck
-from data_prep.damage import Damage
+from data_prep.damage import MAKE_AGAIN, Damage
 from data_prep.folder_check import FolderCheck
 from data_prep.index_check import IndexCheck, TextReport, check_texts, join_texts
 from data_prep.index_rows import Rows
@@ -166,6 +166,9 @@ class _Joiner:
             yield Damage(file, place, "the document before this <BOS> has no <EOS>")
         elif before.ends_with_bos and after.begins_with_eos:
             yield Damage(file, place, "a document is empty: <EOS> follows <BOS>")
+        if before.ends_in_answer != after.begins_in_answer:
+            problem = "the mask of learned tokens does not follow the answers"
+            yield Damage(file, place, problem, MAKE_AGAIN)
 
     def finish(self) -> Iterator[Damage]:
         """The damages of the stream's end and of the total of documents."""

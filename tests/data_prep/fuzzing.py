@@ -1,5 +1,6 @@
 """Random changes to an output folder, and whether a change leaves its content equal."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,9 @@ import pyarrow.parquet as pq
 
 from data_prep.index_check import UNREADABLE, open_index
 from data_prep.verification import Verification
+from i3dist.data.archive import chunks_of, shard_bytes
+from i3dist.data.manifest import Manifest
+from i3dist.data.token_types import Stored
 
 
 def copied(folder: Path, target: Path) -> Path:
@@ -21,6 +25,20 @@ def copied(folder: Path, target: Path) -> Path:
 def found(folder: Path, workers: int = 1) -> list[str]:
     """The lines of a check."""
     return [str(damage) for damage in Verification(folder, workers).damages()]
+
+
+def rewrite(split: Path, number: int, change: Callable[[Stored], object]) -> None:
+    """Change the stored tokens of a shard, and make archive and manifest fit them."""
+    manifest = Manifest.load(split)
+    shard, dtype = manifest.shards[number], manifest.token_type.dtype
+    data = (split / shard.name).read_bytes()
+    tokens = chunks_of(data, shard.chunks, manifest.chunk_length, dtype).copy()
+    change(tokens.reshape(-1))
+    data = shard_bytes(number, tokens)
+    (split / shard.name).write_bytes(data)
+    raw = json.loads((split / "manifest.json").read_bytes())
+    raw["shards"][number]["sha256"] = hashlib.sha256(data).hexdigest()
+    (split / "manifest.json").write_text(json.dumps(raw))
 
 
 def flip(data: bytearray, random: Random) -> None:

@@ -1,6 +1,5 @@
 """verify.py: a sound folder passes, and every damage is found and named."""
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from data_prep import verification, verify
 from data_prep.page_header import has_checksum
 from data_prep.verification import Verification
-from i3dist.data.archive import chunks_of, shard_bytes
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep import fuzzing
@@ -33,20 +31,6 @@ def sound(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "out"))
-
-
-def rewrite(split: Path, number: int, change: object) -> None:
-    """Change the tokens of a shard, and make archive and manifest fit them."""
-    manifest = Manifest.load(split)
-    shard = manifest.shards[number]
-    tokens = chunks_of((split / shard.name).read_bytes(), shard.chunks, manifest.chunk_length)
-    tokens = tokens.copy()
-    change(tokens.reshape(-1))  # type: ignore[operator]
-    data = shard_bytes(number, tokens)
-    (split / shard.name).write_bytes(data)
-    raw = json.loads((split / "manifest.json").read_bytes())
-    raw["shards"][number]["sha256"] = hashlib.sha256(data).hexdigest()
-    (split / "manifest.json").write_text(json.dumps(raw))
 
 
 def change_manifest(folder: Path, **values: object) -> None:
@@ -202,7 +186,7 @@ WRONG_TOKENS = {
 @pytest.mark.parametrize("change", WRONG_TOKENS, ids=lambda change: change.__name__)
 def test_wrong_tokens_are_found_though_archive_and_manifest_fit(out: Path, change: object) -> None:
     number = shard_of_several(out / "train")
-    rewrite(out / "train", number, change)
+    fuzzing.rewrite(out / "train", number, change)
     lines = found(out)
     start, expected = f"train/shard-{number:06d}.tar, chunk ", WRONG_TOKENS[change]  # type: ignore[index]
     assert any(line.startswith(start) and expected in line for line in lines), lines
@@ -217,7 +201,7 @@ def test_tokens_after_the_last_document_are_found(out: Path) -> None:
     def last_without_bos(ids: Tokens) -> None:
         ids[np.flatnonzero(ids == BOS)[-1]] = 99
 
-    rewrite(split, number, last_without_bos)
+    fuzzing.rewrite(split, number, last_without_bos)
     assert any("tokens follow this <EOS> without a <BOS>" in line for line in found(out))
 
 
@@ -229,7 +213,7 @@ def test_documents_join_across_shards(out: Path) -> None:
     def begin(ids: Tokens) -> None:
         ids[0] = BOS
 
-    rewrite(out / "train", continued, begin)
+    fuzzing.rewrite(out / "train", continued, begin)
     lines = found(out)
     name = f"train/shard-{continued:06d}.tar, chunk 0, token 0"
     assert any(line.startswith(name) and "has no <EOS>" in line for line in lines), lines
@@ -242,7 +226,7 @@ def test_a_last_document_without_eos_and_a_wrong_total_are_found(out: Path) -> N
     def unended(ids: Tokens) -> None:
         ids[np.flatnonzero(ids == EOS)[-1]] = 99
 
-    rewrite(split, len(manifest.shards) - 1, unended)
+    fuzzing.rewrite(split, len(manifest.shards) - 1, unended)
     assert any("the last document has no <EOS>" in line for line in found(out))
 
 
