@@ -4,8 +4,7 @@ The mask follows from these tokens: what stands after ``<|assistant|>`` up to th
 ``<|im_end|>`` is learned, and nothing else.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,10 @@ for _pair in ((_BOS, _BEGIN), (_BEGIN, _ROLE), (_END, _BEGIN), (_END, _EOS), (_E
 _MAY_FOLLOW[_ROLE, _END] = _AFTER_TEXT
 
 
+WRONG_ORDER = "a token of the chat template stands in the wrong place"
+WRONG_MASK = "the mask of learned tokens does not follow the answers"
+
+
 class Marks(NamedTuple):
     """What a shard tells of its mask and conversations.
 
@@ -36,46 +39,86 @@ class Marks(NamedTuple):
     changes: Ints
     end: int  # number of tokens before the padding
 
+    @property
+    def begins_in_answer(self) -> bool:
+        """Whether the first token is learned."""
+        return bool(len(self.changes) and self.changes[0] == 0)
+
+
+class ChatEnds(NamedTuple):
+    """How a shard begins and ends, to join it with its neighbors.
+
+    `first` and `last` are its first and last special token: the id, and whether it is the first
+    or last token of all. None without special tokens.
+    """
+
+    begins_in_answer: bool
+    ends_in_answer: bool  # the first token of the next shard is to be learned
+    first: tuple[int, bool] | None
+    last: tuple[int, bool] | None
+
+    @classmethod
+    def of(cls, stream: Stream, marks: Marks) -> "ChatEnds":
+        """The ends of a shard."""
+        assert stream.chat
+        begins = marks.begins_in_answer
+        if not len(marks.ids):
+            return cls(begins, begins, None, None)
+        first, last = marks.ids[[0, -1]].tolist()
+        start, stop = marks.positions[[0, -1]].tolist()
+        ends = last == stream.chat.answers
+        return cls(begins, ends, (first, start == 0), (last, stop == marks.end - 1))
+
+    @classmethod
+    def before_all(cls, stream: Stream) -> "ChatEnds":
+        """What the first shard follows: the end of a document."""
+        return cls(False, False, None, (stream.eos_id, True))
+
+
+def join(stream: Stream, before: ChatEnds, after: ChatEnds) -> tuple[list[str], ChatEnds]:
+    """The problems where two shards meet, and the ends of both together."""
+    problems = []
+    if before.ends_in_answer != after.begins_in_answer:
+        problems.append(WRONG_MASK)
+    if after.first is None:
+        return problems, after._replace(last=before.last and (before.last[0], False))
+    if before.last:
+        pair = np.array([before.last[0], after.first[0]])
+        if not _in_order(stream, pair, np.array([before.last[1] and after.first[1]]))[0]:
+            problems.append(WRONG_ORDER)
+    return problems, after
+
 
 def disorder(stream: Stream, marks: Marks) -> Ints:
     """Positions of special tokens that may not follow the special token before them."""
+    return marks.positions[1:][~_in_order(stream, marks.ids, np.diff(marks.positions) == 1)]
+
+
+def _in_order(stream: Stream, ids: NDArray[Any], directly: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """For each special token [N] but the first, whether it may follow the one before it.
+
+    Args:
+        stream: the split.
+        ids: [N].
+        directly: [N - 1], whether nothing stands between the two.
+    """
     assert stream.chat
-    kinds = np.full(len(marks.ids), _ROLE)
+    kinds = np.full(len(ids), _ROLE)
     for kind, number in (
         (_BOS, stream.bos_id),
         (_EOS, stream.eos_id),
         (_BEGIN, stream.chat.begin),
         (_END, stream.chat.end),
     ):
-        kinds[marks.ids == number] = kind
-    wanted = _MAY_FOLLOW[kinds[:-1], kinds[1:]]
-    found = np.where(np.diff(marks.positions) == 1, _DIRECTLY, _AFTER_TEXT)
-    return marks.positions[1:][found != wanted]
+        kinds[ids == number] = kind
+    return _MAY_FOLLOW[kinds[:-1], kinds[1:]] == np.where(directly, _DIRECTLY, _AFTER_TEXT)
 
 
 def wrong_mask(stream: Stream, marks: Marks) -> Ints:
     """Positions where the mask changes and should not, or does not and should."""
-    return np.setxor1d(marks.changes, np.fromiter(_expected_changes(stream, marks), np.int64))
-
-
-def ends_in_answer(stream: Stream, marks: Marks) -> bool:
-    """Whether the first token of the next shard is to be learned."""
-    assert stream.chat
-    if not len(marks.ids):
-        return begins_in_answer(marks)
-    return bool(marks.ids[-1] == stream.chat.answers)
-
-
-def begins_in_answer(marks: Marks) -> bool:
-    """Whether the first token of the shard is learned."""
-    return bool(len(marks.changes) and marks.changes[0] == 0)
-
-
-def _expected_changes(stream: Stream, marks: Marks) -> Iterator[int]:
     assert stream.chat
     is_answer = marks.ids == stream.chat.answers
-    before = np.concatenate(([begins_in_answer(marks)], is_answer))[: len(marks.ids)]
-    if begins_in_answer(marks):
-        yield 0
-    for after in (marks.positions[is_answer], marks.positions[before]):
-        yield from (position + 1 for position in after.tolist() if position + 1 < marks.end)
+    ends_answer = np.concatenate(([marks.begins_in_answer], is_answer[:-1]))[: len(marks.ids)]
+    expected = np.concatenate((marks.positions[is_answer], marks.positions[ends_answer])) + 1
+    expected = expected[expected < marks.end]
+    return np.setxor1d(marks.changes[int(marks.begins_in_answer) :], expected)

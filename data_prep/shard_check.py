@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from data_prep.block_check import BlockCheck, Findings, Ints
 from data_prep.chat_check import (
+    WRONG_MASK,
+    WRONG_ORDER,
+    ChatEnds,
     Marks,
-    begins_in_answer,
     disorder,
-    ends_in_answer,
     wrong_mask,
 )
 from data_prep.damage import MAKE_AGAIN, RESTORE, Damage, by_chunk, token_place
@@ -34,8 +35,7 @@ class Ends(NamedTuple):
     ends_inside: bool  # a document that goes on in the next shard
     begins_with_eos: bool
     ends_with_bos: bool
-    begins_in_answer: bool = False  # of a conversation: its first token is learned
-    ends_in_answer: bool = False  # the first token of the next shard is to be learned
+    chat: ChatEnds | None = None  # of conversations
 
 
 class ShardReport(NamedTuple):
@@ -163,17 +163,12 @@ class _Check:
         return ends, len(bos)
 
     def _check_chat(self, ends: Ends, marks: Marks) -> Ends:
-        """Check the shard's conversations; returns its ends with what they say of answers."""
+        """Check the shard's conversations; returns its ends with theirs."""
         text = marks.positions < marks.end
         marks = marks._replace(positions=marks.positions[text], ids=marks.ids[text])
-        problem = "a token of the chat template stands in the wrong place"
-        self.add_by_chunk(disorder(self.stream, marks), problem, MAKE_AGAIN)
-        problem = "the mask of learned tokens does not follow the answers"
-        self.add_by_chunk(wrong_mask(self.stream, marks), problem, MAKE_AGAIN)
-        return ends._replace(
-            begins_in_answer=begins_in_answer(marks),
-            ends_in_answer=ends_in_answer(self.stream, marks),
-        )
+        self.add_by_chunk(disorder(self.stream, marks), WRONG_ORDER, MAKE_AGAIN)
+        self.add_by_chunk(wrong_mask(self.stream, marks), WRONG_MASK, MAKE_AGAIN)
+        return ends._replace(chat=ChatEnds.of(self.stream, marks))
 
     def _end_of_text(self, padding: Ints) -> int:
         """Number of the shard's tokens before the <PAD> at its end, as far as there is any."""
