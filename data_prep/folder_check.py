@@ -123,7 +123,7 @@ def _between_splits(manifests: Mapping[str, Manifest]) -> Iterator[Damage]:
     if len(manifests) < 2:
         return
     train, valid = (manifests[split] for split in SPLITS)
-    for name in ("chunk_length", "chunks_per_shard", "dtype", "source", "seed"):
+    for name in ("chunk_length", "chunks_per_shard", "source", "seed"):
         if getattr(train, name) != getattr(valid, name):
             problem = f"says {getattr(valid, name)!r}, that of {TRAIN} {getattr(train, name)!r}"
             yield Damage(f"{VALID}/{MANIFEST_NAME}", f"key {name}", problem)

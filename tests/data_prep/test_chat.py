@@ -12,7 +12,7 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import report, shard, show, verify
+from data_prep import block_check, report, shard, show, verify
 from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import LaneWindows, windows
@@ -215,6 +215,12 @@ def test_any_wrong_bit_of_the_mask_is_found_though_hashes_fit(
     assert lines and all(line.startswith(tuple(near)) and "the mask" in line for line in lines)
     fuzzing.rewrite(copy / "train", number, flip)
     assert found(copy) == []
+
+
+def test_blocks_of_one_chunk_join(chats: Chats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer may begin in one block of a shard, and end in the next."""
+    monkeypatch.setattr(block_check, "BLOCK", 1)
+    assert found(chats[1]) == []
 
 
 IM_START, IM_END, USER, ASSISTANT, INST = 4, 5, 7, 8, 11
