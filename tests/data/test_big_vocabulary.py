@@ -18,7 +18,7 @@ from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import LaneWindows, windows
 from i3dist.data.manifest import Manifest
-from i3dist.data.shards import read_shard
+from i3dist.data.shards import ShardCache, read_shard
 from i3dist.data.token_types import LARGEST_VOCABULARY
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
@@ -112,11 +112,20 @@ def test_the_largest_ids_of_a_shard_arrive_as_inputs_and_targets(
     assert batch.targets.ravel().tolist() == [*stream[1:], -100]
 
 
+def specials_last(spec: dict[str, Any]) -> None:
+    """As in vocabularies that lacked them at first."""
+    vocab, added = spec["model"]["vocab"], spec["added_tokens"]
+    for name, number in vocab.items():
+        vocab[name] = (number - SPECIALS) % len(vocab)
+    for token in added:
+        token["id"] += len(vocab) - SPECIALS
+
+
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What shard.py makes with a vocabulary whose ids do not fit two bytes."""
+    """What shard.py makes with a vocabulary whose ids, also of <BOS>, do not fit two bytes."""
     folder = tmp_path_factory.mktemp("big")
-    (folder / "big.json").write_bytes(vocabulary(LARGEST + 100))
+    (folder / "big.json").write_bytes(vocabulary(LARGEST + 100, specials_last))
     texts = [f"zz zy the zebra {n} " + "zx" * n for n in range(40)]
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     build(folder / "in.jsonl", folder / "out", "--tokenizer", folder / "big.json")
@@ -132,7 +141,9 @@ def test_a_larger_vocabulary_is_stored_as_uint32(big: Path) -> None:
         assert all(text.startswith("zz zy the zebra") for _, _, text in documents)
         reader = LaneWindows(split.folder, split.manifest, split.schedule(1, 2, 0), range(1))
         batch = next(windows(reader, 0, 1, 0, torch.device("cpu")))
-        assert batch.tokens.max() == batch.targets.max() > LARGEST
+        bos, eos = split.manifest.bos_id, split.manifest.eos_id
+        assert batch.tokens.max() == batch.targets.max() == eos > bos > LARGEST
+        assert (batch.tokens == bos).any() and not (batch.targets == bos).any()
     assert found(big) == []
 
 
@@ -152,6 +163,16 @@ def test_wrong_tokens_of_uint32_shards_are_found(big: Path, tmp_path: Path) -> N
     fuzzing.rewrite(out / "train", 0, lambda ids: np.put(ids, [5, 9], [LARGEST + 100, LARGEST + 2]))
     assert any("not below vocab_size 65,636" in line for line in found(out))
     assert not any("special id" in line for line in found(out))
+
+
+def test_a_quarantined_shard_is_padding(big: Path, tmp_path: Path) -> None:
+    out = fuzzing.copied(big, tmp_path / "out")
+    path = out / "train" / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    train = Corpus.open(out, ModelSettings(chunk_length=64)).train
+    assert train.manifest.pad_id > LARGEST
+    held = ShardCache(train.folder, train.manifest, 1, "quarantine")[0]
+    assert (held.tokens == train.manifest.pad_id).all() and "quarantined" in held.damage
 
 
 def test_a_vocabulary_beyond_all_limits_is_refused() -> None:
