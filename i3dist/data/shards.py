@@ -29,16 +29,12 @@ class ShardTokens(NamedTuple):
     damage: str = ""  # of a quarantined shard, what is not trained on, in words
     learned: npt.NDArray[np.bool_] | None = None  # [N, T] which tokens are; None: all
 
-    def targets(self, chunk: int, ignore: int) -> npt.NDArray[np.int64]:
-        """The token after each of a chunk's, [T]; `ignore` where it is not learned, or not here."""
+    def not_learned(self, chunk: int) -> npt.NDArray[np.intp]:
+        """Places in a chunk after which stands a token that is not learned. There is a mask."""
+        assert self.learned is not None
         length = self.tokens.shape[1]
-        after = slice(chunk * length + 1, (chunk + 1) * length + 1)
-        found = np.full(length, ignore, np.int64)
-        tokens = self.tokens.reshape(-1)[after]
-        found[: len(tokens)] = tokens
-        if self.learned is not None:
-            found[: len(tokens)][~self.learned.reshape(-1)[after]] = ignore
-        return found
+        after = self.learned.reshape(-1)[chunk * length + 1 : (chunk + 1) * length + 1]
+        return np.flatnonzero(~after)
 
 
 # On a network file system each size takes a while, so many are asked for at once.
