@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.data_prep import fuzzing
 from tests.data_prep.corpus import build, read_documents
 from tests.data_prep.fuzzing import found
 from tests.data_prep.oracle import Packer
+from tests.data_prep.test_verify import goes_unnoticed
 
 LARGEST = 1 << 16  # entries of a vocabulary whose ids take two bytes
 SPECIALS, BYTES = 13, 256
@@ -163,6 +165,17 @@ def test_wrong_tokens_of_uint32_shards_are_found(big: Path, tmp_path: Path) -> N
     fuzzing.rewrite(out / "train", 0, lambda ids: np.put(ids, [5, 9], [LARGEST + 100, LARGEST + 2]))
     assert any("not below vocab_size 65,636" in line for line in found(out))
     assert not any("special id" in line for line in found(out))
+
+
+def test_random_changes_of_uint32_shards_are_found(
+    big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer.load(big / "tokenizer.json")  # which takes longer than all checks
+    monkeypatch.setattr("data_prep.folder_check.Tokenizer.load", lambda _: tokenizer)
+    out = fuzzing.copied(big, tmp_path / "out")
+    missed = [how for seed in range(100) if (how := goes_unnoticed(big, Random(seed), out))]
+    assert missed == []
+    assert found(out) == []
 
 
 def test_a_quarantined_shard_is_padding(big: Path, tmp_path: Path) -> None:
