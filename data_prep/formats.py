@@ -5,7 +5,7 @@ decide which documents are equal.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +36,10 @@ def _encode_text(tokenizer: Tokenizer, document: bytes) -> Stored:
 
 
 def usable_conversation(raw: object) -> bytes | Skip:
-    """A list of messages, each a role and a text, as JSON; or the reason to skip it.
+    """The bytes of a list of messages, each with a role and a text; or the reason to skip it.
 
-    A conversation has at least one answer, and no message is blank.
+    A conversation has at least one answer, and no message is blank. `messages_of` reads the bytes:
+    a line of JSON with the role and the length of each text, then the texts.
     """
     if raw is None:
         return Skip.NULL
@@ -54,7 +55,8 @@ def usable_conversation(raw: object) -> bytes | Skip:
         messages.append(found)
     if not any(message.role == ANSWERS for message in messages):
         return Skip.NO_ANSWER
-    return json.dumps(messages, ensure_ascii=False).encode()
+    head = json.dumps([(message.role, len(message.content)) for message in messages])
+    return b"".join((head.encode(), b"\n", *(message.content for message in messages)))
 
 
 def _usable_message(raw: Any) -> Message | Skip:
@@ -63,24 +65,26 @@ def _usable_message(raw: Any) -> Message | Skip:
     role, content = raw["role"], raw["content"]
     if not isinstance(role, str) or role not in ROLES:
         return Skip.UNKNOWN_ROLE
-    if not isinstance(content, str):
-        return Skip.NOT_TEXT
-    text = usable_text(content)
+    text = usable_text(content) if isinstance(content, str) else Skip.NOT_TEXT
     if text is Skip.EMPTY:
         return Skip.EMPTY_MESSAGE
-    return text if isinstance(text, Skip) else Message(role, content)
+    return text if isinstance(text, Skip) else Message(role, text)
 
 
-def _messages(document: bytes) -> list[Message]:
-    return [Message(*message) for message in json.loads(document)]
+def messages_of(document: bytes) -> Iterator[Message]:
+    """The messages in the bytes of a conversation."""
+    start = document.index(b"\n") + 1
+    for role, length in json.loads(document[:start]):
+        yield Message(role, document[start : start + length])
+        start += length
 
 
 def _conversation_text(document: bytes) -> bytes:
-    return "\n".join(message.content for message in _messages(document)).encode()
+    return b"\n".join(message.content for message in messages_of(document))
 
 
 def _encode_conversation(tokenizer: Tokenizer, document: bytes) -> Stored:
-    return with_mask(*encode_conversation(tokenizer, _messages(document)))
+    return with_mask(*encode_conversation(tokenizer, messages_of(document)))
 
 
 FORMATS = {

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from i3dist.data.encoders import Ids
 from i3dist.data.tokenizer import Tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
@@ -20,10 +21,10 @@ ROLES = {role: f"<|{role}|>" for role in ("system", "user", ANSWERS)}
 
 
 class Message(NamedTuple):
-    """A turn of a conversation; `role` is one of `ROLES`."""
+    """A turn of a conversation: one of `ROLES`, and a text in valid UTF-8."""
 
     role: str
-    content: str
+    content: bytes
 
 
 class ChatIds(NamedTuple):
@@ -50,19 +51,17 @@ class ChatIds(NamedTuple):
 def encode_conversation(
     tokenizer: Tokenizer, messages: Iterable[Message]
 ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-    """The ids [T] of a conversation, without <BOS> and <EOS>, and which of them are learned [T].
-
-    Texts must be valid Unicode.
-    """
+    """The ids [T] of a conversation, without <BOS> and <EOS>, and which of them are learned [T]."""
     chat = ChatIds.of(tokenizer)
-    ids, learned = [], []
+    parts: list[Sequence[int] | Ids] = []
+    counts, learned = [], []
     for role, content in messages:
-        head = (chat.begin, tokenizer.special_ids[ROLES[role]])
-        text = tokenizer.encode_utf8(content.encode())
-        ids.append(np.concatenate((head, text, [chat.end])).astype(np.uint32))
-        learned.append(np.full(len(ids[-1]), role == ANSWERS))
-        learned[-1][: len(head)] = False
-    return np.concatenate(ids), np.concatenate(learned)
+        text = tokenizer.encode_utf8(content)
+        parts += [(chat.begin, tokenizer.special_ids[ROLES[role]]), text, (chat.end,)]
+        counts += [2, len(text) + 1]
+        learned += [False, role == ANSWERS]
+    ids = np.concatenate(parts, dtype=np.uint32, casting="unsafe")
+    return ids, np.repeat(learned, counts)
 
 
 def transcript(tokenizer: Tokenizer, ids: Sequence[int] | NDArray[np.integer]) -> str:

@@ -54,4 +54,5 @@ def token_type(vocab_size: int, *, has_mask: bool = False) -> TokenType:
 
 def with_mask(ids: Stored, learned: NDArray[np.bool_]) -> NDArray[np.uint32]:
     """Tokens as `MASKED` stores them."""
-    return np.where(learned, ids | LEARNED, ids).astype(np.uint32, copy=False)
+    stored = ids.astype(np.uint32)
+    return np.bitwise_or(stored, LEARNED, out=stored, where=learned)

@@ -25,9 +25,8 @@ from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 from tests.data_prep import fuzzing
 from tests.data_prep.corpus import build, read_documents
-from tests.data_prep.fuzzing import found
+from tests.data_prep.fuzzing import found, goes_unnoticed
 from tests.data_prep.oracle import Packer
-from tests.data_prep.test_verify import goes_unnoticed
 
 LARGEST = 1 << 16  # entries of a vocabulary whose ids take two bytes
 SPECIALS, BYTES = 13, 256

@@ -14,7 +14,7 @@ from tests.known import TOKENIZER
 
 texts = st.lists(st.one_of(st.sampled_from(SPECIAL_TOKENS), st.text()), max_size=5).map("".join)
 conversations = st.lists(
-    st.builds(Message, st.sampled_from([*ROLES]), texts), min_size=1, max_size=6
+    st.builds(Message, st.sampled_from([*ROLES]), texts.map(str.encode)), min_size=1, max_size=6
 )
 
 
@@ -29,14 +29,18 @@ def naive(tokenizer: Tokenizer, messages: list[Message]) -> list[tuple[int, bool
     for role, content in messages:
         answer = role == "assistant"
         found += [(ids["<|im_start|>"], False), (ids[f"<|{role}|>"], False)]
-        found += [(token, answer) for token in tokenizer.encode(content)]
+        found += [(token, answer) for token in tokenizer.encode(content.decode())]
         found.append((ids["<|im_end|>"], answer))
     return found
 
 
 def test_a_conversation_in_full(tokenizer: Tokenizer) -> None:
     """The template, written out."""
-    messages = [Message("user", "a"), Message("assistant", "b<|im_end|>"), Message("system", "ab")]
+    messages = [
+        Message("user", b"a"),
+        Message("assistant", b"b<|im_end|>"),
+        Message("system", b"ab"),
+    ]
     ids, learned = encode_conversation(tokenizer, messages)
     assert transcript(tokenizer, ids) == (
         "<|im_start|><|user|>a<|im_end|><|im_start|><|assistant|>b<|im_end|><|im_end|>"
@@ -54,7 +58,7 @@ def test_any_conversation_is_that_of_the_definition(
     assert list(zip(ids.tolist(), learned.tolist(), strict=True)) == naive(tokenizer, messages)
     special = np.isin(ids, list(tokenizer.special_ids.values()))
     assert special.sum() == 3 * len(messages), "special tokens in a text stay text"
-    parts = (f"<|im_start|><|{role}|>{content}<|im_end|>" for role, content in messages)
+    parts = (f"<|im_start|><|{role}|>{content.decode()}<|im_end|>" for role, content in messages)
     assert transcript(tokenizer, ids) == "".join(parts)
 
 

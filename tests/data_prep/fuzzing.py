@@ -139,3 +139,33 @@ def content(path: Path) -> Any:
         except (*UNREADABLE, IndexError, KeyError):
             return None
     return path.read_bytes()
+
+
+def random_change(folder: Path, random: Random) -> tuple[str, list[Path]]:
+    """Damage a folder; returns how, and the files that were changed."""
+    split = folder / random.choice(("train", "train", "valid"))
+    shards = sorted(split.glob("*.tar"))
+    index, manifest = split / "index.parquet", split / "manifest.json"
+    kind = random.choice(("shard", "index", "index", "manifest", "rows", "value", "swap"))
+    if kind == "rows":
+        swap_rows(index, random)
+    elif kind == "value":
+        change_value(index, random)
+    elif kind == "swap":
+        pair = random.sample(shards, 2)
+        swap_files(*pair)
+        return kind, pair
+    elif kind in ("shard", "index", "manifest"):
+        path = {"shard": random.choice(shards), "index": index, "manifest": manifest}[kind]
+        return f"{change_file(path, random)} in {path.name}", [path]
+    return kind, [index]
+
+
+def goes_unnoticed(sound: Path, random: Random, target: Path) -> str | None:
+    """How a random change was made that a check did not find, or None."""
+    how, changed = random_change(target, random)
+    pairs = [(path, sound / path.relative_to(target)) for path in changed]
+    missed = not found(target) and any(content(path) != content(former) for path, former in pairs)
+    for path, former in pairs:
+        shutil.copy(former, path)
+    return how if missed else None

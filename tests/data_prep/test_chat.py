@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,8 +25,7 @@ from i3dist.ops.cross_entropy import IGNORE
 from tests.data_prep import fuzzing
 from tests.data_prep.chats import Turns, expected, write_chats
 from tests.data_prep.corpus import build, read_chunks, tree_digest
-from tests.data_prep.fuzzing import found
-from tests.data_prep.test_verify import goes_unnoticed
+from tests.data_prep.fuzzing import found, goes_unnoticed
 
 CHANGES = 200
 SPLITS = ("train", "valid")
@@ -188,7 +188,7 @@ def test_each_of_many_random_changes_is_found(chats: Chats, copy: Path) -> None:
     missed = [
         (seed, how)
         for seed in range(CHANGES)
-        if (how := goes_unnoticed(sound, fuzzing.Random(seed), copy)) is not None
+        if (how := goes_unnoticed(sound, Random(seed), copy)) is not None
     ]
     assert missed == []
     assert found(copy) == []

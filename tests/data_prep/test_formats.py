@@ -1,13 +1,12 @@
 """Which conversations are usable, and why others are skipped."""
 
-import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.formats import FORMATS, usable_conversation
+from data_prep.formats import FORMATS, messages_of, usable_conversation
 from data_prep.sources import Skip
 
 QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -53,7 +52,8 @@ json_values = st.recursive(
 def test_nothing_in_json_raises(raw: Any) -> None:
     found = usable_conversation(raw)
     if isinstance(found, bytes):
-        assert json.loads(found) == [[message["role"], message["content"]] for message in raw]
+        told = [(message["role"], message["content"]) for message in raw]
+        assert [(role, content.decode()) for role, content in messages_of(found)] == told
 
 
 @given(

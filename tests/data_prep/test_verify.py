@@ -74,43 +74,11 @@ def test_several_processes_find_the_same_in_the_same_order(
     assert sum("SHA-256" in line for line in alone) == 3
 
 
-def random_change(folder: Path, random: Random) -> tuple[str, list[Path]]:
-    """Damage a folder; returns how, and the files that were changed."""
-    split = folder / random.choice(("train", "train", "valid"))
-    shards = sorted(split.glob("*.tar"))
-    index, manifest = split / "index.parquet", split / "manifest.json"
-    kind = random.choice(("shard", "index", "index", "manifest", "rows", "value", "swap"))
-    if kind == "rows":
-        fuzzing.swap_rows(index, random)
-    elif kind == "value":
-        fuzzing.change_value(index, random)
-    elif kind == "swap":
-        pair = random.sample(shards, 2)
-        fuzzing.swap_files(*pair)
-        return kind, pair
-    elif kind in ("shard", "index", "manifest"):
-        path = {"shard": random.choice(shards), "index": index, "manifest": manifest}[kind]
-        return f"{fuzzing.change_file(path, random)} in {path.name}", [path]
-    return kind, [index]
-
-
-def goes_unnoticed(sound: Path, random: Random, target: Path) -> str | None:
-    """How a random change was made that a check did not find, or None."""
-    how, changed = random_change(target, random)
-    pairs = [(path, sound / path.relative_to(target)) for path in changed]
-    missed = not found(target) and any(
-        fuzzing.content(path) != fuzzing.content(former) for path, former in pairs
-    )
-    for path, former in pairs:
-        shutil.copy(former, path)
-    return how if missed else None
-
-
 def test_each_of_many_random_changes_is_found(sound: Path, out: Path) -> None:
     missed = [
         (seed, how)
         for seed in range(CHANGES)
-        if (how := goes_unnoticed(sound, Random(seed), out)) is not None
+        if (how := fuzzing.goes_unnoticed(sound, Random(seed), out)) is not None
     ]
     assert missed == []
     assert found(out) == []
@@ -132,7 +100,7 @@ def test_changes_of_the_indexs_footer_are_found(sound: Path, out: Path) -> None:
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(random=st.randoms(use_true_random=False))
 def test_any_change_is_found(sound: Path, out: Path, random: Random) -> None:
-    assert goes_unnoticed(sound, random, out) is None
+    assert fuzzing.goes_unnoticed(sound, random, out) is None
 
 
 BOS, EOS, PAD, CHAT = 2, 3, 1, 4  # of a tokenizer that shard.py trains
