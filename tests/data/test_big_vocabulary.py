@@ -17,6 +17,7 @@ from data_prep.pack import Framing
 from data_prep.tokenizer import check_vocabulary, train_tokenizer
 from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus
+from i3dist.data.encoders import Gigatoken
 from i3dist.data.lanes import LaneWindows, windows
 from i3dist.data.manifest import Manifest
 from i3dist.data.shards import ShardCache, read_shard
@@ -185,6 +186,16 @@ def test_a_quarantined_shard_is_padding(big: Path, tmp_path: Path) -> None:
     assert train.manifest.pad_id > LARGEST
     held = ShardCache(train.folder, train.manifest, 1, "quarantine")[0]
     assert (held.tokens == train.manifest.pad_id).all() and "quarantined" in held.damage
+
+
+def test_added_tokens_count_for_the_size_of_ids() -> None:
+    """Where they alone do not fit two bytes, text still gets ids of the type of shards."""
+    spec = json.loads(vocabulary(LARGEST - 5, specials_last))
+    for token in spec["added_tokens"]:
+        del spec["model"]["vocab"][token["content"]]
+        token["id"] += 10
+    assert max(spec["model"]["vocab"].values()) < LARGEST < spec["added_tokens"][-1]["id"]
+    assert Gigatoken(spec)(b"zebra").dtype == np.uint32
 
 
 def test_a_vocabulary_beyond_all_limits_is_refused() -> None:
