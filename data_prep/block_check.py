@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from data_prep.stream import Stream
 from i3dist.data.archive import Headers
-from i3dist.data.manifest import TAR_BLOCK, TOKEN_BYTES, member_stride
+from i3dist.data.manifest import TAR_BLOCK, member_stride
+from i3dist.data.token_types import Stored
 
 # Bytes that are read at once.
 BLOCK = 1 << 19
@@ -26,7 +27,8 @@ class Findings(NamedTuple):
     malformed: list[int]  # chunks whose header or padding is not that of the format
     beyond: Ints  # positions of ids outside the vocabulary
     positions: Ints  # of special ids, ascending
-    ids: NDArray[np.uint16]  # these ids
+    ids: Stored  # these ids
+    changes: Ints  # positions whose mask differs from that of the token before, if there is a mask
 
 
 class BlockCheck:
@@ -34,17 +36,19 @@ class BlockCheck:
 
     def __init__(self, stream: Stream) -> None:
         """Make arrays for blocks of at most `members` members."""
-        self.length = stream.chunk_length
-        self.stride = member_stride(self.length)
+        self.length, self._kind = stream.chunk_length, stream.token_type
+        self._payload = self.length * self._kind.dtype.itemsize
+        self.stride = member_stride(self.length, self._kind.dtype.itemsize)
         self.members = min(max(1, BLOCK // self.stride), stream.chunks_per_shard)
         self._vocab_size, self._ranges = stream.vocab_size, stream.special_ranges()
         self._data = memoryview(bytearray(self.members * self.stride))
-        self._headers = Headers(self.length * TOKEN_BYTES, stream.chunks_per_shard)
+        self._headers = Headers(self._payload, stream.chunks_per_shard, self._kind.dtype.itemsize)
         self._made = self._headers.blank(self.members)
-        self._tokens = np.empty((self.members, self.length), "<u2")
+        self._tokens = np.empty((self.members, self.length), self._kind.dtype)
         self._shifted = np.empty_like(self._tokens)
         self._within = np.empty(self._tokens.shape, bool)
         self._found = np.empty_like(self._within)
+        self._learned_before = False  # the last token of the block before
 
     def read(self, file: FileIO, count: int) -> memoryview:
         """Read `count` members; fewer bytes if the file ends before.
@@ -58,35 +62,48 @@ class BlockCheck:
 
     def check(self, number: int, first: int, count: int) -> Findings:
         """Check the `count` members last read, which are chunks `first` and on of a shard."""
-        end = TAR_BLOCK + self.length * TOKEN_BYTES
+        end = TAR_BLOCK + self._payload
         data = np.frombuffer(self._data[: count * self.stride], np.uint8)
         members = data.reshape(count, self.stride)
         tokens = self._tokens[:count]
-        np.copyto(tokens, members[:, TAR_BLOCK:end].view("<u2"))
+        np.copyto(tokens, members[:, TAR_BLOCK:end].view(self._kind.dtype))
         start = first * self.length
+        changes = self._changes(tokens, first) + start
+        tokens = self._kind.ids(tokens)
         beyond = np.empty(0, np.int64)
         if tokens.max() >= self._vocab_size:
             beyond = np.flatnonzero(tokens >= self._vocab_size) + start
         places = _flatnonzero(self._special(tokens).reshape(-1))
         ids = tokens.reshape(-1)[places]
-        return Findings(self._malformed(number, first, members), beyond, places + start, ids)
+        malformed = self._malformed(number, first, members)
+        return Findings(malformed, beyond, places + start, ids, changes)
+
+    def _changes(self, tokens: Stored, first: int) -> Ints:
+        """Where the mask of a block changes, given the number of its first chunk."""
+        learned = self._kind.learned(tokens.reshape(-1))
+        if learned is None:
+            return np.empty(0, np.int64)
+        before = self._learned_before if first else False
+        self._learned_before = bool(learned[-1])
+        return np.flatnonzero(learned != np.concatenate(([before], learned[:-1])))
 
     def _malformed(self, number: int, first: int, members: NDArray[np.uint8]) -> list[int]:
         made = self._headers.number(self._made[: len(members)], number, first)
-        stored, padding = members[:, :TAR_BLOCK], members[:, TAR_BLOCK + 2 * self.length :]
+        stored, padding = members[:, :TAR_BLOCK], members[:, TAR_BLOCK + self._payload :]
         alike = np.array_equal(stored.view(np.uint64), made.view(np.uint64))
         if alike and not (padding.size and padding.any()):
             return []
         wrong = (stored != made).any(axis=1) | padding.any(axis=1)
         return (np.flatnonzero(wrong) + first).tolist()
 
-    def _special(self, tokens: NDArray[np.uint16]) -> NDArray[np.bool_]:
+    def _special(self, tokens: Stored) -> NDArray[np.bool_]:
         """Where special ids are."""
         found, within = self._found[: len(tokens)], self._within[: len(tokens)]
         for number, (low, high) in enumerate(self._ranges):
             shifted = tokens
             if low:  # unsigned: ids below `low` wrap around to large numbers
-                shifted = np.subtract(tokens, np.uint16(low), out=self._shifted[: len(tokens)])
+                low_id = self._kind.dtype.type(low)
+                shifted = np.subtract(tokens, low_id, out=self._shifted[: len(tokens)])
             np.less_equal(shifted, high - low, out=within if number else found)
             if number:
                 np.logical_or(found, within, out=found)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.index_statistics import HISTORY, Statistics, geometric, measure
 from data_prep.lookup import SplitReader
-from data_prep.samples import BytesPerToken, Example, bytes_per_token, examples
+from data_prep.samples import Example, ShardSample, examples, sample
 from data_prep.stream import Stream
 
 TOP_DOMAINS = 20
@@ -20,7 +20,7 @@ class Figures:
 
     reader: SplitReader
     statistics: Statistics
-    bytes_per_token: BytesPerToken
+    sample: ShardSample
     examples: Sequence[Example]
 
     @classmethod
@@ -34,15 +34,18 @@ class Figures:
         stream = Stream.of(reader.folder, reader.manifest, reader.tokenizer)
         statistics = measure(stream)
         drawn = examples(reader, stream, statistics, seed)
-        return cls(reader, statistics, bytes_per_token(reader, seed), drawn)
+        return cls(reader, statistics, sample(reader, seed), drawn)
 
     def totals(self) -> list[tuple[str, str, str]]:
         """What the split is: names, values, notes."""
-        manifest, sample = self.reader.manifest, self.bytes_per_token
+        manifest, sample = self.reader.manifest, self.sample
         size = sum(shard.size for shard in manifest.shards) / 1e6
         part = f"sample of {sample.shards:,} of {sample.of:,} shards"
         if sample.shards == sample.of:
             part = "of all shards"
+        learned = []
+        if sample.learned is not None:
+            learned = [("learned", f"{sample.learned:.1%}", f"of the tokens, {part}")]
         return [
             ("source", manifest.source, ""),
             ("documents", f"{manifest.documents:,}", ""),
@@ -50,7 +53,8 @@ class Figures:
             ("chunks", f"{manifest.chunks:,}", f"of {manifest.chunk_length:,} tokens"),
             ("shards", f"{len(manifest.shards):,}", f"{size:,.1f} MB"),
             ("vocabulary", f"{manifest.vocab_size:,}", "entries"),
-            ("bytes per token", f"{sample.value:.3f}", part),
+            ("bytes per token", f"{sample.bytes_per_token:.3f}", part),
+            *learned,
         ]
 
     def lengths(self) -> list[tuple[str, str]]:

@@ -11,14 +11,23 @@ import platform
 import sysconfig
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from data_prep.evidence import Piece, State, state_of
+from data_prep.formats import FORMATS
 from data_prep.listing import Listing, named, walk
-from data_prep.readers import SUFFIXES, SUFFIXES_IN_WORDS, SourceFile, Span, naming, spans_of
-from data_prep.sources import SOURCES, NamedFile, Part, Record, Source, clean_file_name
+from data_prep.readers import (
+    JSON_LINES,
+    SUFFIXES,
+    SUFFIXES_IN_WORDS,
+    SourceFile,
+    Span,
+    naming,
+    spans_of,
+)
+from data_prep.sources import CHAT, SOURCES, TEXT, NamedFile, Part, Record, Source, clean_file_name
 from i3dist.errors import UserError
 
 STDLIB = "stdlib"
@@ -70,6 +79,7 @@ class FileSource(Source):
     files: tuple[NamedFile, ...]
     scheme: str = ""
     left_out: str = ""
+    format: str = TEXT
 
     @cached_property
     def states(self) -> tuple[State, ...]:
@@ -101,10 +111,11 @@ class FileSource(Source):
     def parts(self) -> Sequence[FilePart]:
         """Parts of about equal size, small enough that every worker has some."""
         files = enumerate(zip(self.files, self.states, strict=True))
+        key = FORMATS[self.format].key
         spans = [
             span
             for number, ((path, name), state) in files
-            for span in spans_of(SourceFile(path, name, number, state, self.scheme))
+            for span in spans_of(SourceFile(path, name, number, state, self.scheme, key))
         ]
         total = sum(span.size for span in spans)
         limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
@@ -136,12 +147,29 @@ def _grouped(spans: Iterable[Span], limit: int) -> Iterator[tuple[Span, ...]]:
         yield tuple(group)
 
 
-def file_source(spec: str | Path) -> FileSource:
+def file_source(spec: str | Path, documents: str = TEXT) -> FileSource:
     """The files that `--source spec` names: a file, a folder or a glob.
 
+    Args:
+        spec: as typed.
+        documents: the format of what they hold.
+
     Raises:
-        UserError: there is no such file, or nothing there is a file of text.
+        UserError: there is no such file, or nothing there is a file of text; conversations are
+            asked for, and a file is no jsonl.
     """
+    source = _file_source(spec)
+    if documents == CHAT:
+        for file, name in source.files:
+            if not name.lower().endswith(JSON_LINES):
+                raise UserError(
+                    f"{file} is not .jsonl or .ndjson, which conversations are read from: name "
+                    "those files alone, for example --source 'FOLDER/*.jsonl'"
+                )
+    return replace(source, format=documents)
+
+
+def _file_source(spec: str | Path) -> FileSource:
     path = Path(spec)
     with naming(path), suppress(FileNotFoundError, NotADirectoryError):
         path.stat()

@@ -85,6 +85,9 @@ class FolderCheck:
         if self.settings:
             names = ("source", "seed", "chunk_length", "chunks_per_shard")
             wanted += [(name, getattr(self.settings, name), SETTINGS_NAME) for name in names]
+        if self.tokenizer and self.settings:
+            kind = self.settings.token_type(self.tokenizer.vocab_size)
+            wanted.append(("dtype", kind.name, f"{SETTINGS_NAME} and {TOKENIZER_NAME}"))
         for name, value, where in wanted:
             stated = getattr(manifest, name)
             if stated != value:

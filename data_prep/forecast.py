@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from data_prep.formats import FORMATS, Format
 from data_prep.options import CORES
 from data_prep.output import OutputSettings
 from data_prep.pack import chunks_per_shard
-from data_prep.sources import Part, Skip, usable_text
-from i3dist.data.manifest import TOKEN_BYTES, archive_size
+from data_prep.sources import TEXT, Part, Skip
+from i3dist.data.manifest import archive_size
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
@@ -40,6 +41,7 @@ class Sample:
 class _Measured:
     """Sums over the parts of a sample."""
 
+    format: Format
     parts: int = 0
     size: int = 0
     text: int = 0
@@ -53,13 +55,13 @@ class _Measured:
         """Read a part for some seconds, and tokenize its first texts."""
         start, spent, text_bytes, documents = time.monotonic(), 0.0, 0, 0
         is_whole = True
-        for text in _texts(part):
-            size = len(text)
+        for document in self._documents(part):
+            size = len(document)
             text_bytes += size
             documents += 1
             begin = time.monotonic()
             if tokenizer and self.tokenized < (self.parts + 1) * _BYTES_PER_PART:
-                self.tokens += len(tokenizer.encode_utf8(text))
+                self.tokens += len(self.format.encode(tokenizer, document))
                 self.tokenized += size
             now = time.monotonic()
             spent += now - begin
@@ -74,21 +76,22 @@ class _Measured:
         # Of a part that takes too long, text is taken to be all that there is.
         self.size += part.size if is_whole else text_bytes
 
+    def _documents(self, part: Part) -> Iterator[bytes]:
+        for record in part.records():
+            document = self.format.usable(record.text)
+            if not isinstance(document, Skip):
+                yield document
 
-def _texts(part: Part) -> Iterator[bytes]:
-    for record in part.records():
-        text = usable_text(record.text)
-        if not isinstance(text, Skip):
-            yield text
 
-
-def measure(parts: Sequence[Part], tokenizer: Tokenizer | None) -> Sample | None:
+def measure(
+    parts: Sequence[Part], tokenizer: Tokenizer | None, documents: Format = FORMATS[TEXT]
+) -> Sample | None:
     """Estimate a source from a few of its parts; None where parts do not know their sizes."""
     total = sum(part.size for part in parts)
     if not total:
         return None
     count = min(_PARTS, len(parts))
-    found = _Measured()
+    found = _Measured(documents)
     for number in range(count):
         found.add(parts[len(parts) * (2 * number + 1) // (2 * count)], tokenizer)
     if not found.text or not found.size:
@@ -121,6 +124,7 @@ class Forecast:
         labels = round(sample.documents * _BYTES_PER_DOCUMENT)
         chunks = settings.chunks_per_shard or chunks_per_shard(tokens, settings.chunk_length)
         shards = -(-tokens // (chunks * settings.chunk_length))
+        token_bytes = settings.token_type(settings.vocab_size).dtype.itemsize
         processes = max(1, min(workers, CORES, sample.parts))
         seconds = None
         if sample.seconds is not None:
@@ -130,10 +134,10 @@ class Forecast:
             shards=shards,
             chunks_per_shard=chunks,
             output_bytes=tokens
-            * archive_size(chunks, settings.chunk_length)
+            * archive_size(chunks, settings.chunk_length, token_bytes)
             // (chunks * settings.chunk_length)
             + labels,
-            run_bytes=tokens * TOKEN_BYTES + labels,
+            run_bytes=tokens * token_bytes + labels,
             processes=processes,
             seconds=seconds,
         )

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from data_prep.index_check import UNREADABLE
 from data_prep.pack import INDEX_NAME
+from i3dist.data.chat import transcript
 from i3dist.data.manifest import Manifest
-from i3dist.data.shards import read_shard
+from i3dist.data.shards import ShardTokens, read_shard
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
-Tokens = NDArray[np.uint16]
+Tokens = NDArray[np.unsignedinteger]
 
 
 class Piece(NamedTuple):
@@ -59,14 +60,29 @@ class SplitReader:
             raise UserError(
                 f"{self.tokenizer.path} is not the tokenizer that made {self.folder}: restore it"
             )
-        self.shard = lru_cache(maxsize=8)(self._read)
-        """Tokens of a shard, uint16 [N, T]."""
+        self.read = lru_cache(maxsize=8)(self._read)
+        """A shard."""
 
-    def _read(self, shard: int) -> Tokens:
-        return read_shard(self.folder, self.manifest, shard).tokens
+    def _read(self, shard: int) -> ShardTokens:
+        return read_shard(self.folder, self.manifest, shard)
+
+    def shard(self, shard: int) -> Tokens:
+        """The ids of a shard, [N, T]."""
+        return self.read(shard).tokens
+
+    def learned(self, shard: int, chunk: int) -> int | None:
+        """How many tokens of a chunk are learned; None where all are."""
+        learned = self.read(shard).learned
+        return None if learned is None else int(learned[chunk].sum())
+
+    def decode(self, ids: Tokens) -> str:
+        """The text of `ids`; in conversations with the names of the chat tokens."""
+        if self.manifest.token_type.has_mask:
+            return transcript(self.tokenizer, ids)
+        return self.tokenizer.decode(ids)
 
     def chunk(self, shard: int, chunk: int) -> Tokens:
-        """The tokens of a chunk, uint16 [T].
+        """The ids of a chunk, [T].
 
         Raises:
             UserError: there is no such chunk, or the shard is damaged.
@@ -89,7 +105,7 @@ class SplitReader:
             start, stop = max(begin - first, 0), min(begin + piece.length - first, length)
             if start < stop:
                 before = self._before(piece) + first + start - begin
-                text = self.tokenizer.decode(tokens[start:stop])
+                text = self.decode(tokens[start:stop])
                 parts.append(Part(piece, start, stop, before, text))
         return parts
 
@@ -113,13 +129,13 @@ class SplitReader:
         return [list(group) for _, group in groupby(found, key=lambda piece: piece.document)]
 
     def tokens(self, piece: Piece) -> Tokens:
-        """The tokens of a piece, with <BOS> and <EOS>."""
+        """The ids of a piece, with <BOS> and <EOS>."""
         start = piece.chunk * self.manifest.chunk_length + piece.offset
         return self.shard(piece.shard).reshape(-1)[start : start + piece.length]
 
     def text(self, pieces: Sequence[Piece]) -> str:
         """The text of a document."""
-        return self.tokenizer.decode(np.concatenate([self.tokens(piece) for piece in pieces]))
+        return self.decode(np.concatenate([self.tokens(piece) for piece in pieces]))
 
     def _before(self, piece: Piece) -> int:
         """Tokens of a document in the pieces before this one."""

@@ -3,17 +3,19 @@
 from pathlib import Path
 
 from data_prep.arguments import CORES, number_in
+from data_prep.formats import FORMATS
 from data_prep.hub import DATASET, HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
 from data_prep.readers import SUFFIXES_IN_WORDS
+from data_prep.sources import TEXT
 from data_prep.tokenizer import (
     DEFAULT_SAMPLE_MB,
     DEFAULT_VOCABULARY,
-    LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
 )
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser
+from i3dist.data.token_types import LARGEST_VOCABULARY
 
 # name, kind, least, most, default, help
 NUMBERS = (
@@ -36,6 +38,13 @@ def add_options(parser: ArgumentParser) -> None:
         help=f"a file, a folder or a glob of {SUFFIXES_IN_WORDS}; `stdlib`, the text of this "
         "Python's standard library; or a name that --extend adds (default: "
         f"{HUB_NAME}, streamed from the hub)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=TEXT,
+        help="what documents are: text, or chat: conversations, of which answers alone are learned "
+        "(default: text)",
     )
     out = Path("data/fineweb-edu")
     parser.add_argument("--out", type=typed_path, default=out, help=f"folder (default: {out})")

@@ -16,11 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from data_prep.evidence import Evidence, Saved
+from data_prep.formats import FORMATS
 from data_prep.records import WorkFolder
+from data_prep.sources import TEXT
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
+from i3dist.data.token_types import TokenType, token_type
 from i3dist.errors import UserError
 from i3dist.files import clear_partials, sync, write_whole
 
@@ -57,6 +60,8 @@ class OutputSettings(Saved):
     chunks_per_shard: int | None
     valid_fraction: float
     seed: int
+    # Not written where it is the default, as older versions of this tool did not know it.
+    format: Literal["text", "chat"] = Field(TEXT, exclude_if=lambda name: name == TEXT)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -68,10 +73,16 @@ class OutputSettings(Saved):
         """Whether `revision` is the digest that older versions wrote for files."""
         return re.fullmatch("[0-9a-f]{64}", self.revision) is not None
 
+    def token_type(self, vocab_size: int) -> TokenType:
+        """How shards store tokens of a vocabulary."""
+        return token_type(vocab_size, has_mask=FORMATS[self.format].has_mask)
+
     def difference(self, other: "OutputSettings", free: Set[str] = frozenset()) -> str | None:
         """The first setting that differs from `other`'s, in words; `free` ones may differ."""
-        for name, value in self.model_dump(exclude={"layout", *free}).items():
-            theirs = getattr(other, name)
+        for name in type(self).model_fields:
+            if name in ("layout", *free):
+                continue
+            value, theirs = getattr(self, name), getattr(other, name)
             if name == "revision" and theirs != value:
                 return OTHER_CONTENT
             if theirs != value:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data_prep.runs import int64_array
 from i3dist.data.archive import shard_bytes
 from i3dist.data.manifest import Shard, shard_name
+from i3dist.data.token_types import TOKEN_TYPES, UINT16, Stored, TokenType
 
 INDEX_NAME = "index.parquet"
 INDEX_SCHEMA = pa.schema(
@@ -47,6 +48,12 @@ class Framing:
     bos_id: int
     eos_id: int
     pad_id: int
+    dtype: str = UINT16.name
+
+    @property
+    def token_type(self) -> TokenType:
+        """How tokens are stored."""
+        return TOKEN_TYPES[self.dtype]
 
     @property
     def shard_tokens(self) -> int:
@@ -143,7 +150,7 @@ class ShardWriter:
 
     def __post_init__(self) -> None:
         size = min(self.framing.shard_tokens, self.stop - self.start + self.framing.chunk_length)
-        self._shard = np.empty(max(0, size), np.uint16)
+        self._shard = np.empty(max(0, size), self.framing.token_type.dtype)
         self._filled = 0
         self._number = self.start // self.framing.shard_tokens
 
@@ -157,7 +164,7 @@ class ShardWriter:
         """Whether all shards are written."""
         return self.position >= self.stop
 
-    def add(self, tokens: NDArray[np.uint16]) -> None:
+    def add(self, tokens: Stored) -> None:
         """Append the next tokens of the stream; the last ones complete the last shard."""
         while len(tokens):
             room = self.framing.shard_tokens - self._filled
@@ -177,7 +184,7 @@ class ShardWriter:
         self._filled = 0
 
 
-def write_shard(folder: Path, number: int, chunks: NDArray[np.uint16]) -> Shard:
+def write_shard(folder: Path, number: int, chunks: Stored) -> Shard:
     """Write `chunks`, shape [chunks, chunk_length], as shard `number` into `folder`."""
     data = shard_bytes(number, chunks)
     name = shard_name(number)

@@ -60,6 +60,7 @@ class SplitPlan:
     ) -> Manifest:
         """The manifest of the split; `origin` holds the fields that say what it is of."""
         return Manifest(
+            version=framing.token_type.version,
             split=self.name,
             documents=self.documents,
             tokens=self.tokens,

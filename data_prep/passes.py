@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_prep.formats import FORMATS
 from data_prep.merge import Layout, MergeTask, merged
 from data_prep.output import TRAIN, VALID, Output, OutputSettings
 from data_prep.pack import Framing
@@ -14,7 +15,7 @@ from data_prep.packing import PackTask, SplitPlan, pack_all
 from data_prep.progress import pass_bar
 from data_prep.ranges import CountTask, Partition, count_all, counting_workers
 from data_prep.shuffle import HASH_END, PartSummary, Spiller, summary_path
-from data_prep.sources import Part
+from data_prep.sources import TEXT, Part
 from data_prep.workers import Report, run_jobs
 from i3dist.data.manifest import Manifest
 from i3dist.data.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ class SpillPlan:
     tokenizer: Path
     folder: Path
     seed: int
+    format: str = TEXT
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,17 @@ class SpillTask:
     tokenizer: Path
     folder: Path
     seed: int
+    format: str
 
     def start(self, report: Report) -> Callable[[tuple[int, Part]], None]:
         """A function that spills a part."""
-        tokenizer = Tokenizer.load(self.tokenizer)
-        spiller = Spiller(tokenizer, self.folder, self.seed, lambda tokens: report(0, tokens))
+        spiller = Spiller(
+            Tokenizer.load(self.tokenizer),
+            self.folder,
+            self.seed,
+            lambda tokens: report(0, tokens),
+            FORMATS[self.format],
+        )
 
         def spill(job: tuple[int, Part]) -> None:
             number, part = job
@@ -56,7 +64,8 @@ def spill_all(plan: SpillPlan, workers: int, report: Report) -> list[PartSummary
     """Spill the parts that are not finished yet; returns the summaries of all parts."""
     todo = [(n, plan.parts[n]) for n, summary in enumerate(finished(plan)) if not summary]
     report(len(plan.parts) - len(todo), 0)
-    run_jobs(SpillTask(plan.tokenizer, plan.folder, plan.seed), todo, workers, report)
+    task = SpillTask(plan.tokenizer, plan.folder, plan.seed, plan.format)
+    run_jobs(task, todo, workers, report)
     return [summary for summary in finished(plan) if summary]
 
 
@@ -129,6 +138,7 @@ class SecondPass:
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
+            dtype=self.settings.token_type(tokenizer.vocab_size).name,
         )
         self.output.take_back()
         tokens = framed_tokens(summaries)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from data_prep.runs import Run
 from data_prep.shuffle import HASH_END
 from data_prep.workers import Report, run_jobs
-from i3dist.data.manifest import TOKEN_BYTES
 
 RANGE_TOKENS = 1 << 25
 WORKER_TOKENS = 1 << 28
@@ -90,7 +89,7 @@ class CountTask:
     def _count(self, run: Run, ranges: range) -> NDArray[np.int64]:
         edges = [edge(number, self.ranges) for number in (*ranges, ranges.stop)]
         cuts = np.searchsorted(run.high, np.array(edges))
-        lengths = np.diff(run.offsets) // TOKEN_BYTES
+        lengths = np.diff(run.bounds(0, len(run.high)))
         found = np.empty((len(self.splits), 2, len(ranges)), np.int64)
         for counts, hashes in zip(found, self.splits, strict=True):
             inside = (run.split >= hashes.start) & (run.split < hashes.stop)

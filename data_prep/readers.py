@@ -24,8 +24,8 @@ from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
 
 PARQUET = ".parquet"
-_JSON_LINES = tuple(kind + packing for kind in (".jsonl", ".ndjson") for packing in PACKINGS)
-SUFFIXES = (PARQUET, *_JSON_LINES, *(".txt" + packing for packing in PACKINGS))
+JSON_LINES = tuple(kind + packing for kind in (".jsonl", ".ndjson") for packing in PACKINGS)
+SUFFIXES = (PARQUET, *JSON_LINES, *(".txt" + packing for packing in PACKINGS))
 SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (all but {PARQUET} also with " + (
     f"{', '.join(PACKINGS[1:-1])} or {PACKINGS[-1]} after it)"
 )
@@ -42,7 +42,7 @@ class SourceFile:
     """A file of a source.
 
     `name` is its path below the source's root, and `number` its place in the order of names. The
-    url of a txt file is `scheme` and `name`.
+    url of a txt file is `scheme` and `name`. `key` is that of a document in a line of jsonl.
     """
 
     path: Path
@@ -50,6 +50,7 @@ class SourceFile:
     number: int
     state: State
     scheme: str = ""
+    key: str = "text"
 
     def is_a(self, *suffixes: str) -> bool:
         """Whether the name ends in one of these, in upper or lower case."""
@@ -163,7 +164,8 @@ def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:
     with _open_parquet(file) as parquet:
         columns = [_text(parquet, span), *(_labels(parquet, span, key) for key in _LABELS)]
         for values in zip(*columns, strict=False):
-            yield _record(f"{name}#{row}", dict(zip(("text", *_LABELS), values, strict=True)))
+            fields = dict(zip(("text", *_LABELS), values, strict=True))
+            yield _record(f"{name}#{row}", fields, "text")
             row += 1
 
 
@@ -234,42 +236,43 @@ def _values(column: pa.Array, is_text: bool) -> list[Any]:
 
 def _read_text(file: SourceFile, stream: HashedFile, encoding: str | None) -> Iterator[Record]:
     name = clean_file_name(file.name)
-    if not file.is_a(*_JSON_LINES):
+    if not file.is_a(*JSON_LINES):
         yield Record(name, name, file.scheme + name, read_text(stream, file.name, encoding))
         return
     for row, line in enumerate(read_lines(stream, file.name, encoding)):
         # Bad bytes become lone surrogates, which `usable_text` finds.
         text = line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
         if text and not text.isspace():
-            yield _record(f"{name}#{row}", _parse_line(text, f"{file.path}, line {row + 1}"))
+            fields = _parse_line(text, file.key, f"{file.path}, line {row + 1}")
+            yield _record(f"{name}#{row}", fields, file.key)
 
 
-def _parse_line(line: str, place: str) -> dict[str, Any]:
+def _parse_line(line: str, key: str, place: str) -> dict[str, Any]:
     try:
-        fields = _loads(line)
+        fields = _loads(line, key)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deep, or a number too long")
         raise UserError(f"{place}: broken JSON ({reason}); repair or remove it") from None
-    if not isinstance(fields, dict) or "text" not in fields:
-        raise UserError(f"{place}: no key 'text'")
+    if not isinstance(fields, dict) or key not in fields:
+        raise UserError(f"{place}: no key {key!r}")
     return fields
 
 
-def _loads(line: str) -> Any:
+def _loads(line: str, key: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError:
         raise
     except ValueError:  # a whole number with more digits than `int` takes
         fields = json.loads(line, parse_int=Decimal)
-        if isinstance(fields, dict) and "text" in fields:
+        if isinstance(fields, dict) and key in fields:
             return fields
         raise
 
 
-def _record(position: str, fields: dict[str, Any]) -> Record:
-    identifier, url = (_label(fields.get(key), position) for key in _LABELS)
-    return Record(position, identifier, url, fields["text"])
+def _record(position: str, fields: dict[str, Any], key: str) -> Record:
+    identifier, url = (_label(fields.get(label), position) for label in _LABELS)
+    return Record(position, identifier, url, fields[key])
 
 
 def _label(value: object, default: str) -> str:

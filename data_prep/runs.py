@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from i3dist.data.manifest import TOKEN_BYTES
+from data_prep.shuffle import token_dtype
+from i3dist.data.token_types import UINT16, Stored
 from i3dist.errors import UserError
 
 _HASHES = ("high", "low", "split")
@@ -27,8 +28,9 @@ def int64_array(numbers: NDArray[np.int64]) -> pa.Array:
 class Run:
     """One run, as one record batch. It is mapped; no file stays open.
 
-    `high`, `low` and `split` are the documents' hashes, int64 [rows]. `offsets`, int64 [rows + 1],
-    tell where each document's tokens begin in `tokens`, in bytes, and where the last ones end.
+    `high`, `low` and `split` are the documents' hashes, int64 [rows]. `tokens` are those of all
+    documents, as shards store them. `offsets`, int64 [rows + 1], tell where each document's tokens
+    begin in them, in bytes, and where the last ones end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,8 +44,14 @@ class Run:
         self.high, self.low, self.split, self.offsets = (
             np.frombuffer(self.batch[name].buffers()[1], np.int64) for name in (*_HASHES, "tokens")
         )
-        self.tokens = np.frombuffer(self.batch["tokens"].buffers()[2], np.uint16)
+        self.tokens = np.frombuffer(
+            self.batch["tokens"].buffers()[2], token_dtype(self.batch.schema)
+        )
         self._place = ctypes.c_void_p(self._bytes.address), ctypes.c_size_t(self._bytes.size)
+
+    def bounds(self, first: int, last: int) -> NDArray[np.int64]:
+        """Where documents `first` to `last` begin in `tokens`, in tokens: [last - first + 1]."""
+        return self.offsets[first : last + 1] // self.tokens.itemsize
 
     def release(self) -> None:
         """Let go of the pages that were read, so that they do not count as memory in use."""
@@ -67,7 +75,8 @@ class RunReader:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._runs = [Run(path) for path in paths]
         self._rows: list[tuple[Run, int, int]] = []
-        self._buffer = np.empty(0, np.uint16)
+        dtype = self._runs[0].tokens.dtype if self._runs else UINT16.dtype
+        self._buffer: Stored = np.empty(0, dtype)
 
     def seek(self, start: int, stop: int) -> Keys:
         """Go to the documents whose first key number is in [start, stop); returns their keys."""
@@ -81,9 +90,7 @@ class RunReader:
             for name in _HASHES
         )
         order = np.lexsort((low, high)) if len(self._rows) > 1 else np.arange(len(high))
-        lengths = [
-            np.diff(run.offsets[first : last + 1]) // TOKEN_BYTES for run, first, last in self._rows
-        ]
+        lengths = [np.diff(run.bounds(first, last)) for run, first, last in self._rows]
         return Keys(order, split[order], _joined(lengths)[order])
 
     def table(self, rows: NDArray[np.int64]) -> pa.Table:
@@ -102,7 +109,7 @@ class RunReader:
         )
         return ids, urls
 
-    def tokens(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
+    def tokens(self, rows: NDArray[np.int64]) -> Stored:
         """The tokens of rows of the range, one after the other; they stay until the next call.
 
         They are copied once, from the mapped files into a buffer that is used again. Arrow's
@@ -115,8 +122,7 @@ class RunReader:
             np.arange(len(self._rows)), [last - first for _, first, last in self._rows]
         )
         ends = [
-            _joined([run.offsets[first + n : last + n] for run, first, last in self._rows])
-            // TOKEN_BYTES
+            _joined([run.bounds(first + n, last + n - 1) for run, first, last in self._rows])
             for n in (0, 1)
         ]
         starts, stops = (bounds[rows] for bounds in ends)
@@ -124,7 +130,7 @@ class RunReader:
         places = zip(runs[rows].tolist(), starts.tolist(), stops.tolist(), strict=True)
         total = int((stops - starts).sum())
         if len(self._buffer) < total:
-            self._buffer = np.empty(total, np.uint16)
+            self._buffer = np.empty(total, self._buffer.dtype)
         parts = [values[run][start:stop] for run, start, stop in places]
         return np.concatenate(parts, out=self._buffer[:total])
 

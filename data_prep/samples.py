@@ -1,4 +1,4 @@
-"""What needs the text itself, from a sample of a split: bytes per token, and examples."""
+"""What needs the text itself: a sample of a split's shards, and examples."""
 
 from typing import NamedTuple
 
@@ -17,10 +17,11 @@ SHOWN = 280  # characters at the beginning, and at the end
 BANDS = (("short", 0.0, 0.1), ("median", 0.45, 0.55), ("long", 0.95, 1.0))
 
 
-class BytesPerToken(NamedTuple):
-    """UTF-8 bytes of text for each token of text, in the sampled shards."""
+class ShardSample(NamedTuple):
+    """What the sampled shards hold."""
 
-    value: float
+    bytes_per_token: float  # UTF-8 bytes of text for each token of text
+    learned: float | None  # share of all tokens but <PAD> that are learned; None without a mask
     shards: int
     of: int
 
@@ -37,18 +38,23 @@ class Example(NamedTuple):
     end: str
 
 
-def bytes_per_token(reader: SplitReader, seed: int) -> BytesPerToken:
-    """Mean bytes per token, <BOS>, <EOS> and <PAD> left out, of at most `SAMPLED_SHARDS` shards."""
+def sample(reader: SplitReader, seed: int) -> ShardSample:
+    """Read at most `SAMPLED_SHARDS` shards. Special tokens are no text."""
     total = len(reader.manifest.shards)
     count = min(total, SAMPLED_SHARDS)
     chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
     sizes = reader.tokenizer.token_bytes()
-    size = tokens = 0
+    size = tokens = learned = everything = 0
     for shard in chosen.tolist():
+        mask = reader.read(shard).learned
+        learned += 0 if mask is None else int(mask.sum())
+        everything += reader.manifest.tokens_in(shard)
         counts = np.bincount(reader.shard(shard).reshape(-1), minlength=len(sizes))
         size += int(counts @ sizes)
         tokens += int(counts[sizes > 0].sum())
-    return BytesPerToken(size / max(tokens, 1), count, total)
+    has_mask = reader.manifest.token_type.has_mask
+    share = learned / everything if has_mask else None
+    return ShardSample(size / max(tokens, 1), share, count, total)
 
 
 def examples(
@@ -86,7 +92,7 @@ def _example(reader: SplitReader, kind: str, number: int) -> Example:
     # A token has one byte or more, so these hold enough characters in nearly all scripts.
     first, last = reader.tokens(pieces[0])[: 4 * SHOWN], reader.tokens(pieces[-1])[-4 * SHOWN :]
     tokens = sum(piece.length for piece in pieces)
-    begin, end = reader.tokenizer.decode(first), reader.tokenizer.decode(last)
+    begin, end = reader.decode(first), reader.decode(last)
     if tokens <= len(first) and len(begin) <= 2 * SHOWN:
         end = ""
     else:

@@ -7,13 +7,17 @@ examples:
     python data_prep/shard.py --source stdlib --vocab-size 4096 --out data/lib
   your own:
     python data_prep/shard.py --source 'texts/*.parquet' --out data/texts
+  conversations, of which the model learns the answers:
+    python data_prep/shard.py --source chats.jsonl --format chat --out data/chats
 
 A document is a row of parquet, a line of jsonl or ndjson (an object), or a txt
-file. Rows and lines have a `text`, and optionally an `id` and a `url`. Text is
-UTF-8 unless its byte-order mark says otherwise. A folder is read with all its
-subfolders, as by `find -L`, except for hidden names, folders whose names begin
-with _ , and the output of this tool. Skipped documents and left-out files are
-counted by reason at the end. A broken file ends the run.
+file. Rows and lines have a `text`, and optionally an `id` and a `url`. With
+--format chat a document is a line with `messages`, a list of {"role": ROLE,
+"content": TEXT}, where ROLE is system, user or assistant. Text is UTF-8 unless
+its byte-order mark says otherwise. A folder is read with all its subfolders, as
+by `find -L`, except for hidden names, folders whose names begin with _ , and
+the output of this tool. Skipped documents and left-out files are counted by
+reason at the end. A broken file ends the run.
 
 The output holds train/ and valid/, each with shard-000000.tar ...,
 index.parquet (where every document lies) and manifest.json, beside
@@ -38,6 +42,7 @@ from rich.console import Console
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
+from data_prep.formats import FORMATS
 from data_prep.options import add_options
 from data_prep.output import OTHER_CONTENT, Output, OutputSettings
 from data_prep.pack import chunks_per_shard
@@ -81,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given:
         check_vocabulary(given, options.vocab_size)
     former = output.settings()
-    source = open_source(options.source, former)
+    source = open_source(options.source, options.format, former)
     preparation = Preparation(
         settings_of(options, source, given, former), output, source, Console()
     )
@@ -112,9 +117,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def open_source(spec: str | Path, former: OutputSettings | None) -> Source:
-    """The source of this name or path; where the output was begun, at the revision of then."""
-    source = SOURCES[spec]() if isinstance(spec, str) else file_source(spec)
+def open_source(spec: str | Path, documents: str, former: OutputSettings | None) -> Source:
+    """The source of this name or path, of documents of this format.
+
+    Where the output was begun, it is the source at the revision of then.
+    """
+    source = SOURCES[spec]() if isinstance(spec, str) else file_source(spec, documents)
+    if source.format != documents:
+        raise UserError(
+            f"--source {spec} has documents of format {source.format}: name it with --format "
+            f"{source.format}, or name jsonl files of conversations for --format chat"
+        )
     if former and former.source == source.name:
         source.pin(former.revision)
     return source
@@ -145,6 +158,7 @@ def settings_of(
         chunks_per_shard=options.chunks_per_shard or former_chunks,
         valid_fraction=options.valid_fraction,
         seed=options.seed,
+        format=options.format,
     )
 
 
@@ -163,7 +177,13 @@ class Preparation:
         if self.output.discard_old_runs():
             self.console.print("an earlier version began this folder: tokenizing it again")
         parts = self.source.parts()
-        plan = SpillPlan(parts, self.output.tokenizer, self.output.runs, self.settings.seed)
+        plan = SpillPlan(
+            parts,
+            self.output.tokenizer,
+            self.output.runs,
+            self.settings.seed,
+            self.settings.format,
+        )
         touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
         tokenizer = self._tokenizer(parts, given, is_certain=not touched)
         self.output.begin(self.settings, tokenizer, self._evidence(()))
@@ -233,6 +253,7 @@ class Preparation:
             self.settings.source,
             self.settings.tokenizer_sample_mb,
             evenly=self.settings.tokenizer_sample == "even",
+            documents=FORMATS[self.settings.format],
         )
         with self.console.status("training the tokenizer"):
             data = train_tokenizer(texts, self.settings.vocab_size)
@@ -266,7 +287,7 @@ class Preparation:
     def _forecast(self, parts: Sequence[Part], workers: int, tokenizer: Tokenizer | None) -> None:
         """Show what will be made, and refuse what cannot be."""
         with self.console.status("measuring a sample of the source"):
-            sample = measure(parts, tokenizer)
+            sample = measure(parts, tokenizer, FORMATS[self.settings.format])
         if sample is None:
             self.console.print("no estimate: the size of this source is not known beforehand")
             return

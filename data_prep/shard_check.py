@@ -13,10 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.block_check import BlockCheck, Findings, Ints
+from data_prep.chat_check import (
+    WRONG_MASK,
+    WRONG_ORDER,
+    ChatEnds,
+    Marks,
+    disorder,
+    wrong_mask,
+)
 from data_prep.damage import MAKE_AGAIN, RESTORE, Damage, by_chunk, token_place
 from data_prep.index_rows import Rows, compare_rows
 from data_prep.stream import Stream
 from i3dist.data.manifest import Shard
+from i3dist.data.token_types import Stored
 
 
 class Ends(NamedTuple):
@@ -26,6 +35,7 @@ class Ends(NamedTuple):
     ends_inside: bool  # a document that goes on in the next shard
     begins_with_eos: bool
     ends_with_bos: bool
+    chat: ChatEnds | None = None  # of conversations
 
 
 class ShardReport(NamedTuple):
@@ -73,7 +83,8 @@ class _Check:
 
     def __post_init__(self) -> None:
         self._positions: list[Ints] = []  # of special ids
-        self._ids: list[NDArray[np.uint16]] = []
+        self._ids: list[Stored] = []
+        self._changes: list[Ints] = []  # of the mask
 
     def add(self, place: str, problem: str, remedy: str = RESTORE) -> None:
         """Note a damage of the shard."""
@@ -125,6 +136,7 @@ class _Check:
             self.add_by_chunk(found.beyond, problem)
         self._positions.append(found.positions)
         self._ids.append(found.ids)
+        self._changes.append(found.changes)
 
     def boundaries(self, rows: Rows | None) -> tuple[Ends, int]:
         """Check <BOS>, <EOS> and <PAD>, and the shard's rows in the index."""
@@ -143,10 +155,20 @@ class _Check:
             framing = (is_bos | is_eos) & (positions < end)
             self._add_disorder(positions[framing], is_bos[framing], end)
             stops = np.append(starts[1:], end)[: len(starts)]
+        if stream.chat:
+            ends = self._check_chat(ends, Marks(positions, ids, np.concatenate(self._changes), end))
         if rows is not None:
             found = compare_rows(stream, self.number, rows, starts, stops, ends.begins_inside)
             self.damages.extend(found)
         return ends, len(bos)
+
+    def _check_chat(self, ends: Ends, marks: Marks) -> Ends:
+        """Check the shard's conversations; returns its ends with theirs."""
+        text = marks.positions < marks.end
+        marks = marks._replace(positions=marks.positions[text], ids=marks.ids[text])
+        self.add_by_chunk(disorder(self.stream, marks), WRONG_ORDER, MAKE_AGAIN)
+        self.add_by_chunk(wrong_mask(self.stream, marks), WRONG_MASK, MAKE_AGAIN)
+        return ends._replace(chat=ChatEnds.of(self.stream, marks))
 
     def _end_of_text(self, padding: Ints) -> int:
         """Number of the shard's tokens before the <PAD> at its end, as far as there is any."""

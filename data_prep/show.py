@@ -15,6 +15,7 @@ chunks in the first epoch. So a trained token leads to its source, and back.
 Steps count from 1, as in the ledger. Shards, chunks, tokens, documents and
 lanes count from 0. The number of ranks plays no part: lanes are those of the
 whole job. Bytes that are half of a character at a chunk's end show as U+FFFD.
+Of conversations the chat tokens show by their names.
 """
 
 import argparse
@@ -107,7 +108,10 @@ class Show:
         parts = self.reader.parts(shard, chunk)
         manifest = self.reader.manifest
         place = f"{manifest.split}/{shard_name(shard)}, chunk {chunk}"
-        self._line(f"{place}: {manifest.chunk_length} tokens, {_count(len(parts), 'document')}")
+        learned = self.reader.learned(shard, chunk)
+        of_them = "" if learned is None else f", {learned} of them learned"
+        documents = _count(len(parts), "document")
+        self._line(f"{place}: {manifest.chunk_length} tokens{of_them}, {documents}")
         for part in parts:
             self._heading(part.piece)
             self._line(_range(part), "dim")

@@ -21,7 +21,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_prep.evidence import Piece, Saved
-from data_prep.sources import Part, Record, Skip, usable_text
+from data_prep.formats import FORMATS, Format
+from data_prep.sources import TEXT, Part, Record, Skip
+from i3dist.data.token_types import UINT16, Stored
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.files import write_whole, written_aside
 
@@ -30,6 +32,7 @@ HASH_END = 1 << 62
 
 RUN_TOKENS = 1 << 25
 _RUN_DOCUMENTS = 1 << 18
+_DTYPE = b"dtype"
 RUN_SCHEMA = pa.schema(
     [
         ("high", pa.int64()),
@@ -37,19 +40,24 @@ RUN_SCHEMA = pa.schema(
         ("split", pa.int64()),
         ("id", pa.string()),
         ("url", pa.string()),
-        # uint16. A list would do as well, but pyarrow (25.0) takes bytes three times as fast.
+        # As shards store them. A list would do as well, but pyarrow (25.0) takes bytes three times
+        # as fast.
         ("tokens", pa.large_binary()),
     ]
 )
+"""Of a run whose tokens are uint16; that of others names their type in its metadata."""
 
 
 class Document(NamedTuple):
-    """A tokenized document, without <BOS> and <EOS>, and its `hashes`."""
+    """A tokenized document, without <BOS> and <EOS>, and its `hashes`.
+
+    Its tokens are as shards store them.
+    """
 
     hashes: bytes
     id: str
     url: str
-    tokens: NDArray[np.uint16]
+    tokens: Stored
 
 
 class PartSummary(Saved):
@@ -85,6 +93,17 @@ def hash_columns(found: Sequence[bytes]) -> NDArray[np.int64]:
     return (numbers & np.uint64(HASH_END - 1)).astype(np.int64)
 
 
+def run_schema(dtype: np.dtype[np.unsignedinteger]) -> pa.Schema:
+    """The schema of a run whose tokens have this type."""
+    return RUN_SCHEMA if dtype == UINT16.dtype else RUN_SCHEMA.with_metadata({_DTYPE: dtype.str})
+
+
+def token_dtype(schema: pa.Schema) -> np.dtype[np.unsignedinteger]:
+    """The type of the tokens in a run of this schema."""
+    metadata = schema.metadata or {}
+    return np.dtype(metadata.get(_DTYPE, UINT16.dtype.str.encode()).decode())
+
+
 def run_table(run: Sequence[Document], bos_id: int, eos_id: int) -> pa.Table:
     """The documents of a run, framed and sorted by key, as one chunk."""
     columns = hash_columns([document.hashes for document in run])
@@ -92,19 +111,18 @@ def run_table(run: Sequence[Document], bos_id: int, eos_id: int) -> pa.Table:
     documents = [run[place] for place in order]
     offsets = np.cumsum([0, *(len(document.tokens) + 2 for document in documents)], dtype=np.int64)
     bounds = offsets.tolist()
-    values = np.empty(bounds[-1], np.uint16)
+    values = np.empty(bounds[-1], run[0].tokens.dtype)
     for start, stop, document in zip(bounds, bounds[1:], documents, strict=False):
         values[start + 1 : stop - 1] = document.tokens
     values[offsets[:-1]], values[offsets[1:] - 1] = bos_id, eos_id
+    buffers = [None, pa.py_buffer(values.itemsize * offsets), pa.py_buffer(values)]
     arrays = [
         *map(pa.array, columns[:, order]),
         pa.array([document.id for document in documents], pa.string()),
         pa.array([document.url for document in documents], pa.string()),
-        pa.LargeBinaryArray.from_buffers(
-            pa.large_binary(), len(run), [None, pa.py_buffer(2 * offsets), pa.py_buffer(values)]
-        ),
+        pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(run), buffers),
     ]
-    return pa.Table.from_arrays(arrays, schema=RUN_SCHEMA)
+    return pa.Table.from_arrays(arrays, schema=run_schema(values.dtype))
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,7 @@ class Spiller:
     folder: Path
     seed: int
     report: Callable[[int], None]
+    format: Format = FORMATS[TEXT]
 
     def spill(self, part: Part, number: int) -> PartSummary:
         """Tokenize part `number` into runs, and write its summary last."""
@@ -147,11 +166,11 @@ class Spiller:
         run: list[Document] = []
         size = 0
         for record in records:
-            text = usable_text(record.text)
+            text = self.format.usable(record.text)
             if isinstance(text, Skip):
                 skipped[text.value] += 1
                 continue
-            tokens = self.tokenizer.encode_utf8(text).astype(np.uint16, copy=False)
+            tokens = self.format.encode(self.tokenizer, text)
             self.report(len(tokens))
             found = hashes(text, record.position, self.seed)
             run.append(Document(found, record.id, record.url, tokens))
@@ -179,6 +198,6 @@ def write_run(table: pa.Table, path: Path) -> None:
     with (
         written_aside(path) as partial,
         pa.OSFile(os.fsencode(partial), "wb") as file,
-        pa.ipc.new_file(file, RUN_SCHEMA) as writer,
+        pa.ipc.new_file(file, table.schema) as writer,
     ):
         writer.write_batch(table.to_batches()[0])

@@ -31,9 +31,14 @@ import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from data_prep.evidence import Piece, State
 from i3dist.registry import Registry
+
+TEXT: Final = "text"
+CHAT: Final = "chat"
+"""Formats of documents: see `data_prep/formats.py`."""
 
 NamedFile = tuple[Path, str]
 """A file, and its path below the root of its source."""
@@ -44,8 +49,8 @@ class Record:
     """A document as a source gives it.
 
     `position` is its place in the source. It decides the document's place in the shuffled order,
-    so it differs for every document. `text` is a str or UTF-8 bytes; a document with anything else
-    is skipped, and counted by reason.
+    so it differs for every document. `text` is a str or UTF-8 bytes, in the format chat a list of
+    messages; a document with anything else is skipped, and counted by reason.
     """
 
     position: str
@@ -83,6 +88,8 @@ class Source:
     """What the manifest calls it."""
     files: Sequence[NamedFile] = ()
     """The files in the order of their names, where the content is that of files."""
+    format: str = TEXT
+    """What its documents are: `TEXT`, or `CHAT` for conversations."""
     left_out: str = ""
     """What `--source` covers and the source does not read, in words."""
 
@@ -121,6 +128,11 @@ class Skip(enum.Enum):
     EMPTY = "empty"
     NOT_TEXT = "not text"
     UNDECODABLE = "undecodable"
+    # Of conversations:
+    NOT_MESSAGES = "not messages"
+    UNKNOWN_ROLE = "unknown role"
+    EMPTY_MESSAGE = "empty message"
+    NO_ANSWER = "no answer"
 
 
 def usable_text(raw: object) -> bytes | Skip:

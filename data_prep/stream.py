@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from i3dist.data.chat import ChatIds
 from i3dist.data.manifest import Manifest
+from i3dist.data.token_types import UINT16, TokenType
 from i3dist.data.tokenizer import Tokenizer
 
 
@@ -22,12 +24,16 @@ class Stream:
     eos_id: int
     pad_id: int
     unused: tuple[int, ...] = ()  # special ids that no document has
+    token_type: TokenType = UINT16
+    chat: ChatIds | None = None  # of conversations, the ids of their template
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> Self:
         """The stream of a manifest. Without a tokenizer the other special ids are unknown."""
         framing = {manifest.bos_id, manifest.eos_id, manifest.pad_id}
         special = set(tokenizer.special_ids.values()) if tokenizer else set()
+        kind = manifest.token_type
+        chat = ChatIds.of(tokenizer) if tokenizer and kind.has_mask else None
         return cls(
             folder,
             manifest.chunk_length,
@@ -38,7 +44,9 @@ class Stream:
             manifest.bos_id,
             manifest.eos_id,
             manifest.pad_id,
-            tuple(sorted(special - framing)),
+            tuple(sorted(special - framing - set(chat.all if chat else ()))),
+            kind,
+            chat,
         )
 
     @property
@@ -53,7 +61,8 @@ class Stream:
     def special_ranges(self) -> list[tuple[int, int]]:
         """The first and last id of each run of consecutive special ids."""
         ranges: list[tuple[int, int]] = []
-        for number in sorted({self.bos_id, self.eos_id, self.pad_id, *self.unused}):
+        chat = self.chat.all if self.chat else ()
+        for number in sorted({self.bos_id, self.eos_id, self.pad_id, *self.unused, *chat}):
             if ranges and number == ranges[-1][1] + 1:
                 ranges[-1] = (ranges[-1][0], number)
             else:

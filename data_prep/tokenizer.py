@@ -7,16 +7,15 @@ import regex
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data_prep.sources import Part, Skip, usable_text
+from data_prep.formats import FORMATS, Format
+from data_prep.sources import TEXT, Part, Skip
+from i3dist.data.token_types import LARGEST_VOCABULARY
 from i3dist.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from i3dist.errors import UserError
 
 DEFAULT_VOCABULARY = 32_000
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """Every byte and every special token: the vocabulary before the first merge."""
-LARGEST_VOCABULARY = 1 << 16
-"""Ids in shards are uint16."""
-
 DEFAULT_SAMPLE_MB = 64
 """Megabytes of text that the tokenizer is trained on."""
 
@@ -69,7 +68,12 @@ def without_long_words(texts: Iterable[str], longest: int = LONGEST_WORD) -> Ite
 
 
 def sample_texts(
-    parts: Sequence[Part], source: str, megabytes: int, *, evenly: bool = True
+    parts: Sequence[Part],
+    source: str,
+    megabytes: int,
+    *,
+    evenly: bool = True,
+    documents: Format = FORMATS[TEXT],
 ) -> Iterator[str]:
     """About so many megabytes of usable texts, an equal share from the start of each part.
 
@@ -86,7 +90,7 @@ def sample_texts(
     chosen = evenly_spaced(parts, megabytes) if evenly else parts
     for left, part in zip(range(len(chosen), 0, -1), chosen, strict=True):
         goal = taken + -(-(wanted - taken) // left) if evenly else wanted
-        for text in _usable_texts(part, skipped):
+        for text in _usable_texts(part, documents, skipped):
             yield text.decode()
             taken += len(text)
             if taken >= goal:
@@ -94,7 +98,7 @@ def sample_texts(
         if taken >= wanted:
             return
     if not taken and len(chosen) < len(parts):
-        yield from sample_texts(parts, source, megabytes, evenly=False)
+        yield from sample_texts(parts, source, megabytes, evenly=False, documents=documents)
     elif not taken:
         raise no_usable_document(source, skipped)
 
@@ -106,13 +110,13 @@ def evenly_spaced(parts: Sequence[Part], count: int) -> Sequence[Part]:
     return [parts[number * len(parts) // count] for number in range(count)]
 
 
-def _usable_texts(part: Part, skipped: Counter[str]) -> Iterator[bytes]:
+def _usable_texts(part: Part, documents: Format, skipped: Counter[str]) -> Iterator[bytes]:
     for record in part.records():
-        text = usable_text(record.text)
-        if isinstance(text, Skip):
-            skipped[text.value] += 1
+        document = documents.usable(record.text)
+        if isinstance(document, Skip):
+            skipped[document.value] += 1
         else:
-            yield text
+            yield documents.text(document)
 
 
 def no_usable_document(source: str, skipped: Counter[str]) -> UserError:
@@ -131,6 +135,6 @@ def check_vocabulary(tokenizer: Tokenizer, wanted: int | None) -> None:
         )
     if tokenizer.vocab_size > LARGEST_VOCABULARY:
         raise UserError(
-            f"{tokenizer.path} has a vocabulary of {tokenizer.vocab_size}, and a token in a shard "
-            f"can be one of {LARGEST_VOCABULARY} at most: name another --tokenizer"
+            f"{tokenizer.path} has a vocabulary of {tokenizer.vocab_size}, and the most is "
+            f"{LARGEST_VOCABULARY}: name another --tokenizer"
         )

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from data_prep.block_check import BlockCheck
-from data_prep.damage import Damage
+from data_prep.chat_check import ChatEnds, join
+from data_prep.damage import MAKE_AGAIN, Damage
 from data_prep.folder_check import FolderCheck
 from data_prep.index_check import IndexCheck, TextReport, check_texts, join_texts
 from data_prep.index_rows import Rows
@@ -142,7 +143,8 @@ class _Joiner:
     def __init__(self, stream: Stream, manifest: Manifest) -> None:
         self.documents = 0
         self._stream, self._manifest = stream, manifest
-        self._before: Ends | None = Ends(False, False, False, False)
+        chat = ChatEnds.before_all(stream) if stream.chat else None
+        self._before: Ends | None = Ends(False, False, False, False, chat)
         self._all_read = True
         self._numbers: dict[str, int] | None = None
 
@@ -166,6 +168,11 @@ class _Joiner:
             yield Damage(file, place, "the document before this <BOS> has no <EOS>")
         elif before.ends_with_bos and after.begins_with_eos:
             yield Damage(file, place, "a document is empty: <EOS> follows <BOS>")
+        if before.chat and after.chat:
+            problems, chat = join(self._stream, before.chat, after.chat)
+            self._before = after._replace(chat=chat)
+            for problem in problems:
+                yield Damage(file, place, problem, MAKE_AGAIN)
 
     def finish(self) -> Iterator[Damage]:
         """The damages of the stream's end and of the total of documents."""

@@ -5,11 +5,11 @@ examples:
   python data_prep/verify.py data/mine --workers 4 --most 10
 
 Every shard is read once: its size, its SHA-256, the bytes of the archive, the
-range of its ids, <BOS>, <EOS> and <PAD> along the whole stream, and the pieces
-that index.parquet says it holds. The index is read once: its columns, document
-and piece numbers, ids and URLs. Manifests, tokenizer.json and shard.json have
-to agree with each other and with the totals, and no file may be missing or
-foreign.
+range of its ids, <BOS>, <EOS> and <PAD> along the whole stream, the chat tokens
+and the mask of conversations, and the pieces that index.parquet says it holds.
+The index is read once: its columns, document and piece numbers, ids and URLs.
+Manifests, tokenizer.json and shard.json have to agree with each other and with
+the totals, and no file may be missing or foreign.
 
 A sound folder gives one line and status 0. Otherwise each damage is one line on
 standard output: the file, the place in it, the problem, what to do. Status 1

@@ -82,7 +82,7 @@ class DataSettings(Section):
 class ModelSettings(Section):
     """The architecture. The defaults are i3-4096ctx, about 340M parameters."""
 
-    vocab_size: Annotated[int, Field(ge=16, le=65_536)] | Auto = "auto"
+    vocab_size: Annotated[int, Field(ge=16, le=16_777_216)] | Auto = "auto"
     """Size of the vocabulary; auto is that of the data's tokenizer (32,000 without data)."""
     d_model: Annotated[int, Field(ge=8, le=65_536)] = 1180
     """Width D of the residual stream."""

@@ -14,7 +14,7 @@ COUNT_OR_ZERO = (0, MOST)
 # (lowest, highest) of whole numbers.
 WHOLE = {
     "data.workers": (0, 256),
-    "model.vocab_size": (16, 65_536),
+    "model.vocab_size": (16, 16_777_216),
     "model.d_model": (8, 65_536),
     "model.heads": (1, 4096),
     "model.ff_mult": (1, 64),

@@ -19,6 +19,7 @@ from i3dist.data.manifest import (
     member_name,
     member_stride,
 )
+from i3dist.data.token_types import UINT16, Stored
 
 # The checksum's place in a header: six octal digits, a zero byte and a blank.
 _SUM = slice(148, 156)
@@ -26,32 +27,35 @@ _SHIFTS = np.arange(15, -1, -3)
 _KEPT_CHECKSUMS = 1 << 20
 
 
-def shard_bytes(number: int, chunks: NDArray[np.uint16]) -> bytes:
+def shard_bytes(number: int, chunks: Stored) -> bytes:
     """The archive of `chunks`, [N, T]. It depends only on the tokens and the shard's number."""
-    count, length = chunks.shape
-    stride, payload = member_stride(length), length * TOKEN_BYTES
-    data = np.zeros(archive_size(count, length), np.uint8)
+    (count, length), size = chunks.shape, chunks.dtype.itemsize
+    stride, payload = member_stride(length, size), length * size
+    data = np.zeros(archive_size(count, length, size), np.uint8)
     members = data[: count * stride].reshape(count, stride)
-    headers = Headers(payload, count)
+    headers = Headers(payload, count, size)
     members[:, :TAR_BLOCK] = headers.number(headers.blank(count), number, 0)
-    members[:, TAR_BLOCK : TAR_BLOCK + payload] = np.ascontiguousarray(chunks, "<u2").view(np.uint8)
+    little_endian = np.ascontiguousarray(chunks, f"<u{size}")
+    members[:, TAR_BLOCK : TAR_BLOCK + payload] = little_endian.view(np.uint8)
     return data.tobytes()
 
 
-def chunks_of(data: bytes, count: int, length: int) -> NDArray[np.uint16]:
-    """The tokens [N, T] in an archive of `count` chunks of `length` tokens."""
-    stride = member_stride(length)
+def chunks_of(
+    data: bytes, count: int, length: int, dtype: np.dtype[np.unsignedinteger] = UINT16.dtype
+) -> Stored:
+    """The tokens [N, T] in an archive of `count` chunks of `length` tokens, as they are stored."""
+    stride = member_stride(length, dtype.itemsize)
     members = np.frombuffer(data, np.uint8, count * stride).reshape(count, stride)
-    payload = np.ascontiguousarray(members[:, TAR_BLOCK : TAR_BLOCK + length * TOKEN_BYTES])
-    return payload.view("<u2").astype(np.uint16, copy=False)
+    payload = np.ascontiguousarray(members[:, TAR_BLOCK : TAR_BLOCK + length * dtype.itemsize])
+    return payload.view(dtype).astype(dtype.newbyteorder("="), copy=False)
 
 
 class Headers:
     """Makes the headers of members that all have one size: they differ in name and checksum."""
 
-    def __init__(self, payload: int, chunks: int) -> None:
+    def __init__(self, payload: int, chunks: int, token_bytes: int = TOKEN_BYTES) -> None:
         """For members of `payload` bytes, in shards of at most so many chunks."""
-        names = [member_name(0, chunk).partition("-")[2] for chunk in range(chunks)]
+        names = [member_name(0, n, token_bytes).partition("-")[2] for n in range(chunks)]
         self._names = np.array(names, "S").view(np.uint8).reshape(chunks, -1)
         member = tarfile.TarInfo()
         member.size, member.mode = payload, 0o444

@@ -60,7 +60,8 @@ class Gigatoken:
         """Build from the content of a `tokenizer.json`."""
         # gigatoken makes special ids of special tokens in a text, unless it does not know them.
         self._json = json.dumps({**spec, "added_tokens": []})
-        self._dtype = _dtype_of(max(spec["model"]["vocab"].values()) + 1)
+        added = (token["id"] for token in spec["added_tokens"])
+        self._dtype = _dtype_of(max(*spec["model"]["vocab"].values(), *added) + 1)
         self._splits_at_blanks = _splits_at_blanks(spec)
         self._process = psutil.Process()
         self._encode, self._limit = self._build()

@@ -128,6 +128,8 @@ class LaneWindows(Dataset[Reading]):
             targets[k, :-1] = shard.tokens[chunk, 1:]
             if chunk + 1 < len(shard.tokens):
                 targets[k, -1] = shard.tokens[chunk + 1, 0]
+            if shard.learned is not None:
+                targets[k, shard.not_learned(chunk)] = IGNORE
             depth[k] = shard.depth[chunk]
         targets[(targets == m.bos_id) | (targets == m.pad_id)] = IGNORE
         return tokens, targets, depth

@@ -2,7 +2,7 @@
 
 A split is a folder with `manifest.json`, `index.parquet` and the shards; docs/data-format.md
 describes them. A shard is a POSIX ustar archive with one member per chunk. All members have the
-same size, so the tokens of chunk k begin at byte `k * member_stride(chunk_length) + TAR_BLOCK`.
+same size, so the tokens of chunk k begin at byte `k * member_stride(...) + TAR_BLOCK`.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ from i3dist.data.shard_table import (
     shard_name,
     written_row,
 )
+from i3dist.data.token_types import LARGEST_VOCABULARY, TOKEN_TYPES, UINT16, TokenType
 from i3dist.errors import UserError
 from i3dist.files import written_aside
 
@@ -43,11 +44,11 @@ TAR_RECORD = 10_240
 """Bytes of a tar record. An archive's length is a multiple of it."""
 
 MANIFEST_NAME = "manifest.json"
-TOKEN_BYTES = 2
+TOKEN_BYTES = UINT16.dtype.itemsize
 MAX_SHARDS = 4_000_000
 MAX_MANIFEST_BYTES = 1 << 30
 
-TokenId = Annotated[int, Field(ge=0, lt=1 << 16)]
+TokenId = Annotated[int, Field(ge=0, lt=LARGEST_VOCABULARY)]
 
 # How `Manifest.write` goes on after its first keys, and how it ends. No string in JSON holds a line
 # break, so these stand nowhere else. The first keys are shorter than _MOST_BEFORE_SHARDS bytes.
@@ -57,20 +58,20 @@ _MOST_BEFORE_SHARDS = 1 << 16
 _CANONICAL: Any = {"sort_keys": True, "separators": (",", ":")}
 
 
-def member_name(shard: int, chunk: int) -> str:
+def member_name(shard: int, chunk: int, token_bytes: int = TOKEN_BYTES) -> str:
     """Name of the member that holds chunk number `chunk` of shard number `shard`."""
-    return f"{shard:06d}-{chunk:06d}.u16"
+    return f"{shard:06d}-{chunk:06d}.u{8 * token_bytes}"
 
 
-def member_stride(chunk_length: int) -> int:
+def member_stride(chunk_length: int, token_bytes: int = TOKEN_BYTES) -> int:
     """Bytes from one member to the next."""
-    payload = chunk_length * TOKEN_BYTES
+    payload = chunk_length * token_bytes
     return TAR_BLOCK + -(-payload // TAR_BLOCK) * TAR_BLOCK
 
 
-def archive_size(chunks: int, chunk_length: int) -> int:
+def archive_size(chunks: int, chunk_length: int, token_bytes: int = TOKEN_BYTES) -> int:
     """Bytes of a shard of `chunks` chunks: members, two zero blocks, filled up to a record."""
-    used = chunks * member_stride(chunk_length) + 2 * TAR_BLOCK
+    used = chunks * member_stride(chunk_length, token_bytes) + 2 * TAR_BLOCK
     return -(-used // TAR_RECORD) * TAR_RECORD
 
 
@@ -95,12 +96,12 @@ class _Header(Frozen):
     """All of a manifest but its shards."""
 
     format: Literal["i3dist-chunks"] = "i3dist-chunks"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     split: Annotated[str, Field(pattern=r"\A[a-z][a-z0-9_-]{0,31}\z")]
     chunk_length: Annotated[int, Field(ge=2, le=1 << 16)]
     chunks_per_shard: Annotated[int, Field(ge=1, le=1_000_000)]
-    dtype: Literal["uint16-le"] = "uint16-le"
-    vocab_size: Annotated[int, Field(ge=1, le=1 << 16)]
+    dtype: Literal["uint16-le", "uint32-le", "uint32-le-masked"] = "uint16-le"
+    vocab_size: Annotated[int, Field(ge=1, le=LARGEST_VOCABULARY)]
     tokenizer_sha256: Sha256
     bos_id: TokenId
     eos_id: TokenId
@@ -110,6 +111,24 @@ class _Header(Frozen):
     documents: Count
     tokens: Count
     chunks: Count
+
+    @property
+    def token_type(self) -> TokenType:
+        """How shards store tokens."""
+        return TOKEN_TYPES[self.dtype]
+
+    def archive_size(self, chunks: int) -> int:
+        """Bytes of a shard of so many chunks."""
+        return archive_size(chunks, self.chunk_length, self.token_type.dtype.itemsize)
+
+    @model_validator(mode="after")
+    def _version_and_vocabulary_fit_the_dtype(self) -> Self:
+        kind = self.token_type
+        if self.version != kind.version:
+            raise ValueError(f"dtype {self.dtype} is of version {kind.version}, not {self.version}")
+        if self.vocab_size > kind.vocabulary:
+            raise ValueError(f"vocab_size {self.vocab_size} is too large for dtype {self.dtype}")
+        return self
 
     @model_validator(mode="after")
     def _ids_are_in_the_vocabulary(self) -> Self:
@@ -145,7 +164,7 @@ class Manifest(_Header):
                 raise ValueError(f"{shard.name} has more than {self.chunks_per_shard} chunks")
             if number < last and shard.chunks != self.chunks_per_shard:
                 raise ValueError(f"{shard.name} is not the last and has {shard.chunks} chunks only")
-            expected = archive_size(shard.chunks, self.chunk_length)
+            expected = self.archive_size(shard.chunks)
             if shard.size != expected:
                 raise ValueError(f"{shard.name} has size {shard.size}, its chunks make {expected}")
         return self
@@ -240,7 +259,7 @@ class Manifest(_Header):
     def shard_sizes(self) -> NDArray[np.int64]:
         """Bytes of each shard, [N]."""
         chunks = np.array(self.shard_chunks)
-        shapes = {count: archive_size(count, self.chunk_length) for count in set(chunks[[0, -1]])}
+        shapes = {count: self.archive_size(count) for count in set(chunks[[0, -1]].tolist())}
         return np.where(chunks == chunks[0], shapes[chunks[0]], shapes[chunks[-1]])
 
     @property
@@ -269,7 +288,7 @@ def _shapes(header: _Header) -> Iterator[Shape]:
     """The shapes of all shards but the last, and of the last."""
     before = (header.chunks - 1) // header.chunks_per_shard * header.chunks_per_shard
     for chunks in (header.chunks_per_shard, header.chunks - before):
-        yield Shape(chunks, archive_size(chunks, header.chunk_length))
+        yield Shape(chunks, header.archive_size(chunks))
 
 
 def _missing(path: Folder) -> str:

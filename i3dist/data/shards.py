@@ -24,9 +24,17 @@ from i3dist.errors import UserError
 class ShardTokens(NamedTuple):
     """One shard in memory."""
 
-    tokens: npt.NDArray[np.uint16]  # [N, T]
+    tokens: npt.NDArray[np.unsignedinteger]  # [N, T] ids: uint16, or uint32 as the manifest says
     depth: npt.NDArray[np.int64]  # [N] chunks before each that belong to the document it continues
     damage: str = ""  # of a quarantined shard, what is not trained on, in words
+    learned: npt.NDArray[np.bool_] | None = None  # [N, T] which tokens are; None: all
+
+    def not_learned(self, chunk: int) -> npt.NDArray[np.intp]:
+        """Places in a chunk after which stands a token that is not learned. There is a mask."""
+        assert self.learned is not None
+        length = self.tokens.shape[1]
+        after = self.learned.reshape(-1)[chunk * length + 1 : (chunk + 1) * length + 1]
+        return np.flatnonzero(~after)
 
 
 # On a network file system each size takes a while, so many are asked for at once.
@@ -136,13 +144,16 @@ def read_shard(folder: Folder, manifest: Manifest, index: int) -> ShardTokens:
             f"{path}: shard differs from its manifest (size or SHA-256); "
             f"{_remedy(manifest, first=f' (delete {folder.parent} first)')}"
         )
-    tokens = chunks_of(data, shard.chunks, manifest.chunk_length)
-    if shard_bytes(index, tokens) != data or tokens.max() >= manifest.vocab_size:
+    kind = manifest.token_type
+    stored = chunks_of(data, shard.chunks, manifest.chunk_length, kind.dtype)
+    tokens = kind.ids(stored)
+    if shard_bytes(index, stored) != data or tokens.max() >= manifest.vocab_size:
         raise UserError(
             f"{path}: not a shard of this vocabulary and format, though its SHA-256 is the "
             "manifest's; make the data with data_prep/shard.py"
         )
-    return ShardTokens(tokens, document_depth(tokens, manifest.bos_id))
+    depth = document_depth(tokens, manifest.bos_id)
+    return ShardTokens(tokens, depth, learned=kind.learned(stored))
 
 
 def quarantined(folder: Folder, manifest: Manifest, index: int) -> ShardTokens:
@@ -152,7 +163,8 @@ def quarantined(folder: Folder, manifest: Manifest, index: int) -> ShardTokens:
     epoch, lanes and data.
     """
     shard = manifest.shards[index]
-    tokens = np.full((shard.chunks, manifest.chunk_length), manifest.pad_id, np.uint16)
+    shape = (shard.chunks, manifest.chunk_length)
+    tokens = np.full(shape, manifest.pad_id, manifest.token_type.dtype)
     damage = (
         f"{folder / shard.name} is damaged and quarantined: its {shard.chunks} chunks of "
         f"{manifest.tokens_in(index):,} tokens are not trained on"
@@ -160,7 +172,7 @@ def quarantined(folder: Folder, manifest: Manifest, index: int) -> ShardTokens:
     return ShardTokens(tokens, np.zeros(shard.chunks, np.int64), damage)
 
 
-def document_depth(tokens: npt.NDArray[np.uint16], bos_id: int) -> npt.NDArray[np.int64]:
+def document_depth(tokens: npt.NDArray[np.unsignedinteger], bos_id: int) -> npt.NDArray[np.int64]:
     """The number of chunks before each one that belong to the document it continues.
 
     0 for the first chunk of a shard, whose history is in another shard, and for a chunk that begins

@@ -25,10 +25,14 @@ def split_of(
     per_shard: int,
     vocab: int,
     tokenizer_sha256: str = "0" * 64,
+    dtype: str = "uint16-le",
 ) -> Split:
-    """A split of these documents in chunks of `length` tokens, named after its folder."""
+    """A split of these documents in chunks of `length` tokens, named after its folder.
+
+    Their tokens are given as they are stored.
+    """
     folder.mkdir(parents=True)
-    packer = Packer(folder, Framing(length, per_shard, BOS, EOS, PAD))
+    packer = Packer(folder, Framing(length, per_shard, BOS, EOS, PAD, dtype))
     for number, ids in enumerate(documents):
         packer.add(str(number), "", ids)
     packer.close()

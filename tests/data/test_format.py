@@ -13,6 +13,7 @@ from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.manifest import Manifest, Shard
 from i3dist.data.tokenizer import Tokenizer
+from tests.data_prep.chats import framed, write_chats
 from tests.data_prep.corpus import build, write_corpus
 
 DOCUMENT = (Path(__file__).parent.parent.parent / "docs" / "data-format.md").read_text()
@@ -51,6 +52,18 @@ def test_the_reader_gives_exactly_the_token_ids_of_every_document(
     expected = [tokenizer.encode(texts[row["id"]]) for row in rows if row["piece"] == 0]
     assert list(reader["documents"](out / split)) == expected
     assert max(row["piece"] for row in rows) > 1, "documents run over the ends of shards"
+
+
+def test_the_reader_reads_conversations(
+    reader: dict[str, Callable[..., Any]], tmp_path: Path
+) -> None:
+    chats = write_chats(tmp_path, 12)
+    build(tmp_path, tmp_path / "out", "--format", "chat", "--chunk-length", 32)
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    rows = pq.read_table(tmp_path / "out" / "train" / "index.parquet").to_pylist()
+    names = [row["id"] for row in rows if row["piece"] == 0]
+    expected = [[token for token, _ in framed(tokenizer, chats[name])[1:-1]] for name in names]
+    assert list(reader["documents"](tmp_path / "out" / "train")) == expected
 
 
 def test_the_reader_refuses_a_damaged_shard(

@@ -19,6 +19,7 @@ from i3dist.data.manifest import (
     member_stride,
     shard_name,
 )
+from i3dist.data.token_types import TOKEN_TYPES
 from i3dist.errors import UserError
 
 here = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -32,12 +33,15 @@ def manifests(draw: st.DrawFn) -> Manifest:
     tokens = draw(st.integers((chunks - 1) * length + 1, chunks * length))
     tokens = max(tokens, 2)
     full, rest = divmod(chunks, per_shard)
+    kind = draw(st.sampled_from([*TOKEN_TYPES.values()]))
     counts = [per_shard] * full + [rest] * bool(rest)
     return Manifest(
         split=draw(st.sampled_from(["train", "valid"])),
         chunk_length=length,
         chunks_per_shard=per_shard,
-        vocab_size=draw(st.integers(4, 1 << 16)),
+        version=kind.version,
+        dtype=kind.name,  # type: ignore[arg-type]
+        vocab_size=draw(st.integers(4, kind.vocabulary)),
         tokenizer_sha256=draw(st.text("0123456789abcdef", min_size=64, max_size=64)),
         bos_id=2,
         eos_id=3,
@@ -48,7 +52,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
         tokens=tokens,
         chunks=chunks,
         shards=tuple(
-            Shard(name=shard_name(i), chunks=n, size=archive_size(n, length), sha256="0" * 64)
+            Shard(
+                name=shard_name(i),
+                chunks=n,
+                size=archive_size(n, length, kind.dtype.itemsize),
+                sha256="0" * 64,
+            )
             for i, n in enumerate(counts)
         ),
     )
@@ -82,11 +91,13 @@ def example() -> dict[str, Any]:
 
 def test_places_in_a_shard() -> None:
     assert member_name(3, 41) == "000003-000041.u16"
+    assert member_name(3, 41, 4) == "000003-000041.u32"
     assert TAR_BLOCK == 512
     assert member_stride(512) == 1536
     assert member_stride(513) == 2048
     assert archive_size(1, 512) == 10_240
     assert archive_size(256, 512) == 399_360
+    assert (member_stride(512, 4), archive_size(1, 512, 4)) == (2560, 10_240)
 
 
 @here
@@ -147,7 +158,10 @@ def test_whatever_the_file_holds_the_error_is_one_line(tmp_path: Path, data: st.
         ({"split": "../train"}, "split"),
         ({"version": 2}, "version"),
         ({"format": "other"}, "format"),
-        ({"dtype": "uint32-le"}, "dtype"),
+        ({"dtype": "uint32-le"}, "dtype uint32-le is of version 2, not 1"),
+        ({"dtype": "uint32-le", "version": 2}, "has size"),
+        ({"dtype": "uint32-le-masked", "version": 2, "vocab_size": (1 << 24) + 1}, "vocab_size"),
+        ({"version": 3}, "version"),
         ({"shards": []}, "shards"),
         ({"shards": example()["shards"][::-1]}, "is named"),
         ({"shards": example()["shards"][:2], "chunks": 8, "tokens": 4000}, None),

@@ -95,11 +95,12 @@ def tree_digest(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def read_chunks(path: Path) -> NDArray[np.uint16]:
-    """Chunks of a shard, read by `tarfile`: shape [chunks, chunk_length]."""
+def read_chunks(path: Path) -> NDArray[np.unsignedinteger]:
+    """Chunks of a shard as stored, read by `tarfile`: shape [chunks, chunk_length]."""
+    types = {".u16": "<u2", ".u32": "<u4"}
     with tarfile.open(fileobj=io.BytesIO(path.read_bytes())) as archive:
-        payloads = [archive.extractfile(member).read() for member in archive]  # type: ignore[union-attr]
-    return np.stack([np.frombuffer(payload, dtype="<u2") for payload in payloads])
+        payloads = [(archive.extractfile(m).read(), m.name) for m in archive]  # type: ignore[union-attr]
+    return np.stack([np.frombuffer(data, types[Path(name).suffix]) for data, name in payloads])
 
 
 def read_documents(folder: Path, tokenizer: Tokenizer) -> list[tuple[str, str, str]]:

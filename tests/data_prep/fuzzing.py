@@ -1,5 +1,6 @@
 """Random changes to an output folder, and whether a change leaves its content equal."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,9 @@ import pyarrow.parquet as pq
 
 from data_prep.index_check import UNREADABLE, open_index
 from data_prep.verification import Verification
+from i3dist.data.archive import chunks_of, shard_bytes
+from i3dist.data.manifest import Manifest
+from i3dist.data.token_types import Stored
 
 
 def copied(folder: Path, target: Path) -> Path:
@@ -21,6 +25,20 @@ def copied(folder: Path, target: Path) -> Path:
 def found(folder: Path, workers: int = 1) -> list[str]:
     """The lines of a check."""
     return [str(damage) for damage in Verification(folder, workers).damages()]
+
+
+def rewrite(split: Path, number: int, change: Callable[[Stored], object]) -> None:
+    """Change the stored tokens of a shard, and make archive and manifest fit them."""
+    manifest = Manifest.load(split)
+    shard, dtype = manifest.shards[number], manifest.token_type.dtype
+    data = (split / shard.name).read_bytes()
+    tokens = chunks_of(data, shard.chunks, manifest.chunk_length, dtype).copy()
+    change(tokens.reshape(-1))
+    data = shard_bytes(number, tokens)
+    (split / shard.name).write_bytes(data)
+    raw = json.loads((split / "manifest.json").read_bytes())
+    raw["shards"][number]["sha256"] = hashlib.sha256(data).hexdigest()
+    (split / "manifest.json").write_text(json.dumps(raw))
 
 
 def flip(data: bytearray, random: Random) -> None:
@@ -121,3 +139,33 @@ def content(path: Path) -> Any:
         except (*UNREADABLE, IndexError, KeyError):
             return None
     return path.read_bytes()
+
+
+def random_change(folder: Path, random: Random) -> tuple[str, list[Path]]:
+    """Damage a folder; returns how, and the files that were changed."""
+    split = folder / random.choice(("train", "train", "valid"))
+    shards = sorted(split.glob("*.tar"))
+    index, manifest = split / "index.parquet", split / "manifest.json"
+    kind = random.choice(("shard", "index", "index", "manifest", "rows", "value", "swap"))
+    if kind == "rows":
+        swap_rows(index, random)
+    elif kind == "value":
+        change_value(index, random)
+    elif kind == "swap":
+        pair = random.sample(shards, 2)
+        swap_files(*pair)
+        return kind, pair
+    elif kind in ("shard", "index", "manifest"):
+        path = {"shard": random.choice(shards), "index": index, "manifest": manifest}[kind]
+        return f"{change_file(path, random)} in {path.name}", [path]
+    return kind, [index]
+
+
+def goes_unnoticed(sound: Path, random: Random, target: Path) -> str | None:
+    """How a random change was made that a check did not find, or None."""
+    how, changed = random_change(target, random)
+    pairs = [(path, sound / path.relative_to(target)) for path in changed]
+    missed = not found(target) and any(content(path) != content(former) for path, former in pairs)
+    for path, former in pairs:
+        shutil.copy(former, path)
+    return how if missed else None

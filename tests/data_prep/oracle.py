@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from data_prep.pack import INDEX_NAME, INDEX_SCHEMA, Framing, write_shard
 from i3dist.data.manifest import Manifest, Shard
+from i3dist.data.token_types import Stored
 
 IndexRow = tuple[int, int, str, str, int, int, int, int]
 """Values in the order of `INDEX_SCHEMA`."""
@@ -60,13 +60,15 @@ class Packer:
     def __post_init__(self) -> None:
         framing = self.framing
         self._index = RowWriter(self.folder)
-        self._shard = np.empty(framing.chunks_per_shard * framing.chunk_length, dtype=np.uint16)
+        size = framing.chunks_per_shard * framing.chunk_length
+        self._shard = np.empty(size, framing.token_type.dtype)
         self._filled = 0
 
-    def add(self, identifier: str, url: str, ids: NDArray[np.uint16] | Sequence[int]) -> None:
-        """Append one document, whose tokens `ids` have no <BOS> and <EOS> yet."""
+    def add(self, identifier: str, url: str, ids: Stored | Sequence[int]) -> None:
+        """Append one document, whose tokens, as stored, have no <BOS> and <EOS> yet."""
         framing = self.framing
-        rest = np.concatenate(([framing.bos_id], ids, [framing.eos_id])).astype(np.uint16)
+        rest = np.concatenate(([framing.bos_id], ids, [framing.eos_id]))
+        rest = rest.astype(framing.token_type.dtype)
         self.tokens += len(rest)
         piece = 0
         while len(rest):
@@ -91,6 +93,7 @@ class Packer:
     def manifest(self, **origin: Any) -> Manifest:
         """The manifest of the closed split; `origin` holds the fields that say what it is of."""
         return Manifest(
+            version=self.framing.token_type.version,
             documents=self.documents,
             tokens=self.tokens,
             chunks=sum(shard.chunks for shard in self.shards),
@@ -99,13 +102,13 @@ class Packer:
             **origin,
         )
 
-    def _append(self, ids: NDArray[np.uint16]) -> None:
+    def _append(self, ids: Stored) -> None:
         self._shard[self._filled : self._filled + len(ids)] = ids
         self._filled += len(ids)
         if self._filled == len(self._shard):
             self._write(self._shard)
             self._filled = 0
 
-    def _write(self, stream: NDArray[np.uint16]) -> None:
+    def _write(self, stream: Stored) -> None:
         chunks = stream.reshape(-1, self.framing.chunk_length)
         self.shards.append(write_shard(self.folder, len(self.shards), chunks))

@@ -14,8 +14,9 @@ from data_prep.pack import Framing
 from data_prep.packing import PackTask, SplitPlan, pack_all
 from data_prep.ranges import CountTask, count_all
 from data_prep.records import WorkFolder
-from data_prep.shuffle import HASH_END, RUN_SCHEMA, Document, run_table
+from data_prep.shuffle import HASH_END, Document, run_table
 from i3dist.data.manifest import Shard
+from i3dist.data.token_types import UINT16, Stored, TokenType
 from tests.data_prep.oracle import Packer
 
 BOS, EOS, PAD = 2, 3, 1
@@ -30,31 +31,35 @@ class Made(NamedTuple):
     number: int
     length: int
 
-    @property
-    def tokens(self) -> np.ndarray:
-        return np.random.default_rng(self.number).integers(10, 1 << 16, self.length, np.uint16)
+    def tokens(self, kind: TokenType = UINT16) -> Stored:
+        """As `kind` stores them; with a mask some are learned."""
+        end = 1 << 8 * kind.dtype.itemsize
+        return np.random.default_rng(self.number).integers(10, end, self.length, kind.dtype.type)
 
-    @property
-    def document(self) -> Document:
+    def document(self, kind: TokenType = UINT16) -> Document:
         hashes = b"".join(n.to_bytes(8) for n in (self.high, self.low, self.split))
-        return Document(hashes, f"id {self.number}", f"url {self.number}", self.tokens)
+        return Document(hashes, f"id {self.number}", f"url {self.number}", self.tokens(kind))
 
 
-def write_run(path: Path, documents: Sequence[Made]) -> Path:
-    table = run_table([made.document for made in documents], BOS, EOS)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, RUN_SCHEMA) as writer:
+def write_run(path: Path, documents: Sequence[Made], kind: TokenType = UINT16) -> Path:
+    table = run_table([made.document(kind) for made in documents], BOS, EOS)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     return path
 
 
-def write_runs(folder: Path, documents: Sequence[Made], runs: int) -> list[Path]:
+def write_runs(
+    folder: Path, documents: Sequence[Made], runs: int, kind: TokenType = UINT16
+) -> list[Path]:
     """Share the documents out among so many runs, at random."""
     rng = random.Random(len(documents))
     shared: list[list[Made]] = [[] for _ in range(runs)]
     for made in documents:
         rng.choice(shared).append(made)
     return [
-        write_run(folder / f"{number}.arrow", held) for number, held in enumerate(shared) if held
+        write_run(folder / f"{number}.arrow", held, kind)
+        for number, held in enumerate(shared)
+        if held
     ]
 
 
@@ -68,7 +73,9 @@ def naive(
         packer = Packer(folder / name, framing)
         for made in sorted(documents):
             if made.split in hashes:
-                packer.add(f"id {made.number}", f"url {made.number}", made.tokens)
+                packer.add(
+                    f"id {made.number}", f"url {made.number}", made.tokens(framing.token_type)
+                )
         packer.close()
         shards[name] = packer.shards
     return shards

@@ -10,6 +10,8 @@ import pytest
 from data_prep import sources
 from data_prep.shard import parse
 from i3dist.cli.extend import LOADED
+from i3dist.data.manifest import Manifest
+from i3dist.data.token_types import MASKED
 from i3dist.errors import UserError
 from tests.data_prep.corpus import build, tree_digest
 
@@ -58,3 +60,19 @@ def test_a_source_whose_revision_differs_is_refused(
     monkeypatch.setattr(sources.SOURCES["numbers"], "revision", "2")
     with pytest.raises(UserError, match="other content of the same source"):
         build("numbers", tmp_path / "out", *options)
+
+
+def test_a_source_of_conversations_says_so(example: Path, tmp_path: Path) -> None:
+    code = example.read_text().replace(
+        'f"{number} is a number"',
+        '[{"role": "user", "content": "a?"}, {"role": "assistant", "content": f"{number}!"}]',
+    )
+    example.write_text(code)
+    options = ["--extend", example, "--format", "chat"]
+    with pytest.raises(UserError, match="numbers has documents of format text: name it with"):
+        build("numbers", tmp_path / "out", *options)
+    example.write_text(code.replace('= "numbers", "1"', '= "numbers", "1"\n    format = "chat"'))
+    sources.SOURCES.pop("numbers")
+    LOADED.clear()
+    build("numbers", tmp_path / "out", *options)
+    assert Manifest.load(tmp_path / "out" / "train").token_type is MASKED

@@ -47,6 +47,14 @@ def test_ten_billion_tokens_by_hand() -> None:
     ]
 
 
+@pytest.mark.parametrize("changes", [{"vocab_size": 128_256}, {"format": "chat"}])
+def test_tokens_of_four_bytes_take_twice_the_disk(changes: dict[str, object]) -> None:
+    settings = SETTINGS.model_copy(update=changes)
+    found = Forecast.of(Sample(1000, 10e9, 10e6, 7200.0), settings, 2)
+    assert found.output_bytes == pytest.approx(10.02e9 * 2560 / 512 + 1.5e9, rel=0.01)
+    assert found.run_bytes == pytest.approx(40e9 + 1.5e9, rel=0.01)
+
+
 def test_limits_and_disk() -> None:
     found = Forecast.of(Sample(1000, 10e9, 10e6, None), SETTINGS, 2)
     found.check(Path("out"), 53 * 10**9, 9556)

@@ -18,7 +18,7 @@ from data_prep.tokenizer import check_vocabulary
 from i3dist.errors import UserError
 
 WHOLE = {
-    "vocab-size": (269, 65_536),
+    "vocab-size": (269, 16_777_216),
     "tokenizer-sample-mb": (1, 10_000),
     "workers": (1, 1024),
     "chunk-length": (2, 65_536),
@@ -28,6 +28,7 @@ WHOLE = {
 DEFAULTS = {
     "extend": None,
     "dry_run": False,
+    "format": "text",
     "source": DATASET,
     "out": Path("data/fineweb-edu"),
     "tokenizer": None,

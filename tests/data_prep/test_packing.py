@@ -16,6 +16,7 @@ from data_prep import merge, packing, ranges
 from data_prep.pack import Framing, write_shard
 from data_prep.shuffle import HASH_END
 from i3dist.data.manifest import Shard
+from i3dist.data.token_types import TOKEN_TYPES
 from i3dist.errors import UserError
 from tests.data_prep.corpus import tree_digest
 from tests.data_prep.runs import (
@@ -63,7 +64,7 @@ def compare(
         folder = Path(name)
         expected = naive(folder / "naive", documents, halves(), framing)
         (folder / "runs").mkdir()
-        paths = write_runs(folder / "runs", documents, runs)
+        paths = write_runs(folder / "runs", documents, runs, framing.token_type)
         task = task_of(folder / "out", paths, documents, halves(), framing)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(packing, "run_jobs", one_after_the_other)
@@ -105,12 +106,20 @@ made_documents = st.lists(
     st.integers(3, 400),
     st.integers(1, 5),
     st.integers(1, 6),
+    st.sampled_from(list(TOKEN_TYPES)),
 )
 def test_any_cut_gives_the_bytes_of_one_loop(
-    documents: list[Made], length: int, per_shard: int, range_tokens: int, runs: int, workers: int
+    documents: list[Made],
+    length: int,
+    per_shard: int,
+    range_tokens: int,
+    runs: int,
+    workers: int,
+    dtype: str,
 ) -> None:
     """Ranges smaller than a shard, documents longer than shards and ranges, and empty ranges."""
-    compare(documents, Framing(length, per_shard, BOS, EOS, PAD), range_tokens, runs, workers)
+    framing = Framing(length, per_shard, BOS, EOS, PAD, dtype)
+    compare(documents, framing, range_tokens, runs, workers)
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,10 @@ def test_bytes_per_token_are_those_of_the_text(corpus: Corpus, figures: Figures)
     reader = figures.reader
     texts = [text for _, _, text in read_documents(reader.folder, reader.tokenizer)]
     tokens = reader.manifest.tokens - 2 * reader.manifest.documents
-    assert figures.bytes_per_token.of == len(reader.manifest.shards)
+    assert figures.sample.of == len(reader.manifest.shards)
     exact = sum(len(text.encode()) for text in texts) / tokens
-    is_all = figures.bytes_per_token.shards == figures.bytes_per_token.of
-    assert figures.bytes_per_token.value == pytest.approx(exact, rel=1e-9 if is_all else 0.1)
+    is_all = figures.sample.shards == figures.sample.of
+    assert figures.sample.bytes_per_token == pytest.approx(exact, rel=1e-9 if is_all else 0.1)
 
 
 def test_domains(figures: Figures) -> None:
@@ -200,7 +200,7 @@ def test_the_page_stands_alone(figures: Figures) -> None:
 def test_text_cannot_break_the_page(figures: Figures) -> None:
     evil = "<script>alert(1)</script>\x00\x1b&"
     changed = figures.examples[0]._replace(begin=evil, id=evil, url=evil)
-    figures = Figures(figures.reader, figures.statistics, figures.bytes_per_token, [changed])
+    figures = Figures(figures.reader, figures.statistics, figures.sample, [changed])
     figures.statistics.domains.tokens[evil] = 1 << 40
     text = page(figures)
     del figures.statistics.domains.tokens[evil]

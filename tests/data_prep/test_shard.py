@@ -211,8 +211,8 @@ def test_what_a_killed_run_left_before_its_settings_is_no_obstacle(
     [
         (["--workers", "0"], "'0' is not a whole number from 1"),
         (["--workers", "two"], "'two' is not a whole number"),
-        (["--vocab-size", "268"], "from 269 to 65,536"),
-        (["--vocab-size", "65537"], "from 269 to 65,536"),
+        (["--vocab-size", "268"], "from 269 to 16,777,216"),
+        (["--vocab-size", "16777217"], "from 269 to 16,777,216"),
         (["--chunks-per-shard", "0"], "--chunks-per-shard"),
         (["--chunk-length", "1"], "--chunk-length"),
         (["--valid-fraction", "1"], "--valid-fraction"),

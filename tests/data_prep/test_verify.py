@@ -1,6 +1,5 @@
 """verify.py: a sound folder passes, and every damage is found and named."""
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from data_prep import verification, verify
 from data_prep.page_header import has_checksum
 from data_prep.verification import Verification
-from i3dist.data.archive import chunks_of, shard_bytes
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep import fuzzing
@@ -33,20 +31,6 @@ def sound(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "out"))
-
-
-def rewrite(split: Path, number: int, change: object) -> None:
-    """Change the tokens of a shard, and make archive and manifest fit them."""
-    manifest = Manifest.load(split)
-    shard = manifest.shards[number]
-    tokens = chunks_of((split / shard.name).read_bytes(), shard.chunks, manifest.chunk_length)
-    tokens = tokens.copy()
-    change(tokens.reshape(-1))  # type: ignore[operator]
-    data = shard_bytes(number, tokens)
-    (split / shard.name).write_bytes(data)
-    raw = json.loads((split / "manifest.json").read_bytes())
-    raw["shards"][number]["sha256"] = hashlib.sha256(data).hexdigest()
-    (split / "manifest.json").write_text(json.dumps(raw))
 
 
 def change_manifest(folder: Path, **values: object) -> None:
@@ -90,43 +74,11 @@ def test_several_processes_find_the_same_in_the_same_order(
     assert sum("SHA-256" in line for line in alone) == 3
 
 
-def random_change(folder: Path, random: Random) -> tuple[str, list[Path]]:
-    """Damage a folder; returns how, and the files that were changed."""
-    split = folder / random.choice(("train", "train", "valid"))
-    shards = sorted(split.glob("*.tar"))
-    index, manifest = split / "index.parquet", split / "manifest.json"
-    kind = random.choice(("shard", "index", "index", "manifest", "rows", "value", "swap"))
-    if kind == "rows":
-        fuzzing.swap_rows(index, random)
-    elif kind == "value":
-        fuzzing.change_value(index, random)
-    elif kind == "swap":
-        pair = random.sample(shards, 2)
-        fuzzing.swap_files(*pair)
-        return kind, pair
-    elif kind in ("shard", "index", "manifest"):
-        path = {"shard": random.choice(shards), "index": index, "manifest": manifest}[kind]
-        return f"{fuzzing.change_file(path, random)} in {path.name}", [path]
-    return kind, [index]
-
-
-def goes_unnoticed(sound: Path, random: Random, target: Path) -> str | None:
-    """How a random change was made that a check did not find, or None."""
-    how, changed = random_change(target, random)
-    pairs = [(path, sound / path.relative_to(target)) for path in changed]
-    missed = not found(target) and any(
-        fuzzing.content(path) != fuzzing.content(former) for path, former in pairs
-    )
-    for path, former in pairs:
-        shutil.copy(former, path)
-    return how if missed else None
-
-
 def test_each_of_many_random_changes_is_found(sound: Path, out: Path) -> None:
     missed = [
         (seed, how)
         for seed in range(CHANGES)
-        if (how := goes_unnoticed(sound, Random(seed), out)) is not None
+        if (how := fuzzing.goes_unnoticed(sound, Random(seed), out)) is not None
     ]
     assert missed == []
     assert found(out) == []
@@ -148,7 +100,7 @@ def test_changes_of_the_indexs_footer_are_found(sound: Path, out: Path) -> None:
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(random=st.randoms(use_true_random=False))
 def test_any_change_is_found(sound: Path, out: Path, random: Random) -> None:
-    assert goes_unnoticed(sound, random, out) is None
+    assert fuzzing.goes_unnoticed(sound, random, out) is None
 
 
 BOS, EOS, PAD, CHAT = 2, 3, 1, 4  # of a tokenizer that shard.py trains
@@ -202,7 +154,7 @@ WRONG_TOKENS = {
 @pytest.mark.parametrize("change", WRONG_TOKENS, ids=lambda change: change.__name__)
 def test_wrong_tokens_are_found_though_archive_and_manifest_fit(out: Path, change: object) -> None:
     number = shard_of_several(out / "train")
-    rewrite(out / "train", number, change)
+    fuzzing.rewrite(out / "train", number, change)
     lines = found(out)
     start, expected = f"train/shard-{number:06d}.tar, chunk ", WRONG_TOKENS[change]  # type: ignore[index]
     assert any(line.startswith(start) and expected in line for line in lines), lines
@@ -217,7 +169,7 @@ def test_tokens_after_the_last_document_are_found(out: Path) -> None:
     def last_without_bos(ids: Tokens) -> None:
         ids[np.flatnonzero(ids == BOS)[-1]] = 99
 
-    rewrite(split, number, last_without_bos)
+    fuzzing.rewrite(split, number, last_without_bos)
     assert any("tokens follow this <EOS> without a <BOS>" in line for line in found(out))
 
 
@@ -229,7 +181,7 @@ def test_documents_join_across_shards(out: Path) -> None:
     def begin(ids: Tokens) -> None:
         ids[0] = BOS
 
-    rewrite(out / "train", continued, begin)
+    fuzzing.rewrite(out / "train", continued, begin)
     lines = found(out)
     name = f"train/shard-{continued:06d}.tar, chunk 0, token 0"
     assert any(line.startswith(name) and "has no <EOS>" in line for line in lines), lines
@@ -242,7 +194,7 @@ def test_a_last_document_without_eos_and_a_wrong_total_are_found(out: Path) -> N
     def unended(ids: Tokens) -> None:
         ids[np.flatnonzero(ids == EOS)[-1]] = 99
 
-    rewrite(split, len(manifest.shards) - 1, unended)
+    fuzzing.rewrite(split, len(manifest.shards) - 1, unended)
     assert any("the last document has no <EOS>" in line for line in found(out))
 
 

@@ -45,13 +45,17 @@ def start(job: None, known: Known) -> Iterator[Start]:
     made: list[Engine] = []
 
     def put_together(
-        folder: Path, stop: Asked | None = None, bad: set[int] | None = None, **changes: Any
+        folder: Path,
+        stop: Asked | None = None,
+        bad: set[int] | None = None,
+        data: Path = known.folder,
+        **changes: Any,
     ) -> TrainedRun:
         settings = Settings().with_values(
-            **VALUES, **{"data.path": str(known.folder), "run.path": str(folder)}
+            **VALUES, **{"data.path": str(data), "run.path": str(folder)}
         )
         settings = settings.with_values(**changes)
-        corpus = Corpus.open(known.folder, settings.model.model_copy(update={"vocab_size": "auto"}))
+        corpus = Corpus.open(data, settings.model.model_copy(update={"vocab_size": "auto"}))
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         recorder = Recorder(
