@@ -1,7 +1,7 @@
 """Files as a source: a file, a folder, a glob, or this Python's standard library.
 
-Files are grouped into parts of about equal size, and a large parquet file is cut between its row
-groups. The output does not depend on where parts are cut.
+Files are grouped into parts of about equal size. A large parquet file is cut between row groups,
+and a large jsonl file between lines. The output does not depend on where parts are cut.
 """
 
 import glob
@@ -17,7 +17,15 @@ from pathlib import Path
 
 from data_prep.evidence import Piece, State, state_of
 from data_prep.listing import Listing, named, walk
-from data_prep.readers import SUFFIXES, SUFFIXES_IN_WORDS, SourceFile, Span, naming, spans_of
+from data_prep.readers import (
+    SUFFIXES,
+    SUFFIXES_IN_WORDS,
+    SourceFile,
+    Span,
+    lines_of,
+    naming,
+    spans_of,
+)
 from data_prep.sources import SOURCES, NamedFile, Part, Record, Source, clean_file_name
 from i3dist.errors import UserError
 
@@ -27,6 +35,8 @@ _LEFT_OUT = frozenset(
 )
 _SMALLEST_PART, _LARGEST_PART = 1 << 22, 1 << 26
 _PARTS_WANTED = 64
+_SHORTEST_RANGE = 1 << 22
+"""Bytes of jsonl that are worth a part of their own."""
 _HASHED_WHOLE, _HASHED_END = 1 << 26, 1 << 23
 
 
@@ -56,10 +66,10 @@ class FilePart(Part):
     def is_made_of(self, pieces: Sequence[Piece]) -> bool:
         """Whether these are the pieces of files that this part reads.
 
-        Older versions of this tool kept no pieces. Their parts count as the same.
+        A part may have been cut in another way: by another version, or before the file changed.
         """
         places = [(span.file.number, span.start, span.stop) for span in self.spans]
-        return not pieces or places == [(p.file, p.start, p.stop) for p in pieces]
+        return places == [(p.file, p.start, p.stop) for p in pieces]
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,9 @@ class FileSource(Source):
         ]
         total = sum(span.size for span in spans)
         limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
-        return [FilePart(group) for group in _grouped(spans, limit)]
+        shortest = max(limit, _SHORTEST_RANGE)
+        cut = (piece for span in spans for piece in lines_of(span, shortest))
+        return [FilePart(group) for group in _grouped(cut, limit)]
 
 
 def _content_digest(path: Path) -> str:

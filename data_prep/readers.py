@@ -18,13 +18,15 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
+from data_prep.line_ranges import line_ranges
 from data_prep.sources import Record, clean_file_name
 from data_prep.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
 from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
 
 PARQUET = ".parquet"
-_JSON_LINES = tuple(kind + packing for kind in (".jsonl", ".ndjson") for packing in PACKINGS)
+_PLAIN_LINES = (".jsonl", ".ndjson")
+_JSON_LINES = tuple(kind + packing for kind in _PLAIN_LINES for packing in PACKINGS)
 SUFFIXES = (PARQUET, *_JSON_LINES, *(".txt" + packing for packing in PACKINGS))
 SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (all but {PARQUET} also with " + (
     f"{', '.join(PACKINGS[1:-1])} or {PACKINGS[-1]} after it)"
@@ -58,10 +60,11 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Span:
-    """What is read of a file in one go: all of it, or one row group of a parquet file.
+    """What is read of a file in one go: all of it, a row group of parquet, or some lines of jsonl.
 
     `size` estimates the bytes of text. `start` and `stop` bound the bytes that the span hashes. The
-    row groups of a parquet file share its bytes out, each about where it lies.
+    row groups of a parquet file share its bytes out, each about where it lies. Of jsonl they are
+    the bytes that are read. `first_row` is the number of the first row or line.
     """
 
     file: SourceFile
@@ -93,8 +96,9 @@ class Span:
             return sha256
         if not self.file.state[0] and self.file.is_a(*PACKINGS[1:]):
             raise EOFError("it is empty")  # as the gzip command says; Python's module says nothing
-        hashed = HashedFile(file)
-        yield from _read_text(self.file, hashed, encoding_of(self.file.path))
+        file.seek(self.start)
+        hashed = HashedFile(file, self.stop - self.start)
+        yield from _read_text(self, hashed, encoding_of(self.file.path))
         return hashed.sha256()
 
     def _check_state(self, file: BinaryIO) -> None:
@@ -232,12 +236,28 @@ def _values(column: pa.Array, is_text: bool) -> list[Any]:
     return [None] * len(column)
 
 
-def _read_text(file: SourceFile, stream: HashedFile, encoding: str | None) -> Iterator[Record]:
+def lines_of(span: Span, size: int) -> list[Span]:
+    """The span of a large jsonl file as several, of `size` bytes or more; any other as it is.
+
+    Compressed files and other encodings than UTF-8 cannot be cut.
+    """
+    file, parts = span.file, span.stop // size
+    if parts < 2 or not file.is_a(*_PLAIN_LINES):
+        return [span]
+    with naming(file.path), file.path.open("rb") as handle:
+        if encoding_of(file.path):
+            return [span]
+        ranges = line_ranges(handle, span.stop, parts)
+    return [Span(file, stop - start, start, stop, first_row=line) for start, stop, line in ranges]
+
+
+def _read_text(span: Span, stream: HashedFile, encoding: str | None) -> Iterator[Record]:
+    file = span.file
     name = clean_file_name(file.name)
     if not file.is_a(*_JSON_LINES):
         yield Record(name, name, file.scheme + name, read_text(stream, file.name, encoding))
         return
-    for row, line in enumerate(read_lines(stream, file.name, encoding)):
+    for row, line in enumerate(read_lines(stream, file.name, encoding), span.first_row):
         # Bad bytes become lone surrogates, which `usable_text` finds.
         text = line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
         if text and not text.isspace():
