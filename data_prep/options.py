@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data_prep.arguments import CORES, number_in
-from data_prep.hub import DATASET, HUB_NAME
+from data_prep.hub import HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
 from data_prep.readers import SUFFIXES_IN_WORDS
 from data_prep.tokenizer import (
@@ -31,10 +31,12 @@ def add_options(parser: ArgumentParser) -> None:
     """Add all options."""
     parser.add_argument(
         "--source",
+        action="append",
         type=_source,
-        default=DATASET,
+        metavar="SOURCE[:WEIGHT]",
         help=f"a file, a folder or a glob of {SUFFIXES_IN_WORDS}; `stdlib`, the text of this "
-        "Python's standard library; or a name that --extend adds (default: "
+        "Python's standard library; or a name that --extend adds; repeatable. A WEIGHT of 0.3 "
+        "takes 30%% of the documents, 2.5 takes all twice and half of them once more (default: "
         f"{HUB_NAME}, streamed from the hub)",
     )
     out = Path("data/fineweb-edu")
@@ -61,6 +63,6 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def _source(text: str) -> str:
-    """The name or path of a source. Which of the two it is depends on the registered names."""
+    """A source as typed, with its weight. What it names depends on the registered names."""
     typed_path(text)
     return text

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,7 +17,7 @@ from data_prep.ranges import CountTask, Partition, count_all, counting_workers
 from data_prep.shuffle import HASH_END, PartSummary, Spiller, summary_path
 from data_prep.sources import Part
 from data_prep.workers import Report, run_jobs
-from i3dist.data.manifest import Manifest
+from i3dist.data.manifest import Manifest, SourceCounts
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
@@ -118,6 +119,7 @@ class SecondPass:
     output: Output
     console: Console
     workers: int
+    sources: tuple[SourceCounts, ...] | None = None
 
     def run(self, summaries: Sequence[PartSummary]) -> dict[str, Manifest]:
         """Merge runs if they are too many, count, and pack; returns the manifests by split."""
@@ -138,12 +140,14 @@ class SecondPass:
         task = PackTask(partitions, splits, framing, self.output.work, digest)
         with pass_bar(self.console, "pack", "ranges", task.ranges) as report:
             shards = pack_all(task, self.workers, report)
-        origin = {
+        origin: dict[str, Any] = {
             "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": tokenizer.sha256,
             "source": self.settings.source,
             "seed": self.settings.seed,
         }
+        if self.sources:
+            origin |= {"version": 2, "sources": self.sources}
         return {split.name: split.manifest(framing, shards[split.name], origin) for split in splits}
 
     def _merge(self, summaries: Sequence[PartSummary], tokens: int) -> list[Partition]:

@@ -38,6 +38,8 @@ from rich.console import Console
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
+from data_prep.hub import DATASET
+from data_prep.mixture import Weighted, count_sources, mixed, split_weight
 from data_prep.options import add_options
 from data_prep.output import OTHER_CONTENT, Output, OutputSettings
 from data_prep.pack import chunks_per_shard
@@ -49,7 +51,7 @@ from data_prep.passes import (
     framed_tokens,
     spill_all,
 )
-from data_prep.progress import closing_table, pass_bar
+from data_prep.progress import closing_table, pass_bar, sources_table
 from data_prep.readers import naming
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, Part, Source, clean_file_name
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given:
         check_vocabulary(given, options.vocab_size)
     former = output.settings()
-    source = open_source(options.source, former)
+    source = open_sources(options.source, former)
     preparation = Preparation(
         settings_of(options, source, given, former), output, source, Console()
     )
@@ -107,17 +109,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser)
     add_extend_option(parser)
     options = parser.parse_args(arguments)
-    if options.source not in SOURCES:  # after all options, as --extend adds names
-        options.source = typed_path(options.source)
+    # After all options, as --extend adds names.
+    options.source = [_typed_source(text) for text in options.source or [DATASET]]
     return options
 
 
-def open_source(spec: str | Path, former: OutputSettings | None) -> Source:
-    """The source of this name or path; where the output was begun, at the revision of then."""
-    source = SOURCES[spec]() if isinstance(spec, str) else file_source(spec)
+def _typed_source(text: str) -> tuple[str | Path, float]:
+    """A name or path, and the weight of the source."""
+    spec, weight = split_weight(text)
+    return spec if spec in SOURCES else typed_path(spec), weight
+
+
+def open_sources(
+    specs: Sequence[tuple[str | Path, float]], former: OutputSettings | None
+) -> Source:
+    """The sources of these names or paths; where the output was begun, at the revision of then."""
+    source = mixed([Weighted(open_source(spec), weight) for spec, weight in specs])
     if former and former.source == source.name:
         source.pin(former.revision)
     return source
+
+
+def open_source(spec: str | Path) -> Source:
+    """The source of this name or path."""
+    return SOURCES[spec]() if isinstance(spec, str) else file_source(spec)
 
 
 def settings_of(
@@ -173,10 +188,14 @@ class Preparation:
             self._forecast(parts, workers, trained)
         summaries = self._spill(plan, workers)
         settings = self._with_chunks_chosen(framed_tokens(summaries))
-        manifests = SecondPass(settings, self.output, self.console, workers).run(summaries)
+        sources = count_sources(self.source, parts, summaries)
+        packing = SecondPass(settings, self.output, self.console, workers, sources)
+        manifests = packing.run(summaries)
         self.output.publish(manifests, self._evidence(_pieces(summaries)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
+        if sources:
+            self.console.print(sources_table(sources))
         if self.source.left_out:
             self.console.print(f"left out: {self.source.left_out}", markup=False, soft_wrap=True)
 
@@ -246,6 +265,11 @@ class Preparation:
             summaries = spill_all(plan, workers, report)
         if not any(summary.documents for summary in summaries):
             self.output.abandon()
+            if any(summary.usable for summary in summaries):
+                raise UserError(
+                    f"of {self.settings.source} no document is taken: raise the weight of a "
+                    "--source, or set another --seed"
+                )
             raise no_usable_document(self.settings.source, _skipped(summaries))
         return summaries
 

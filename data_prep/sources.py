@@ -54,8 +54,19 @@ class Record:
     text: object
 
 
+@dataclass(frozen=True)
+class Share:
+    """Of a mixture: the number of a source, and how often its documents are taken."""
+
+    source: int
+    weight: float
+
+
 class Part:
     """A part of a source. It is pickled and sent to a worker process."""
+
+    share: Share | None = None
+    """Where the source is one of several, or has a weight."""
 
     def records(self) -> Iterable[Record]:
         """Read the documents in order. A generator may return the pieces of files that it read."""

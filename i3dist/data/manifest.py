@@ -91,11 +91,32 @@ Shards = Annotated[
 ]
 
 
+CountFromZero = Annotated[int, Field(ge=0)]
+
+
+class SourceCounts(Frozen):
+    """What all splits hold of one of several sources. `tokens` counts <BOS> and <EOS>."""
+
+    name: Annotated[str, Field(max_length=4096)]
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """How many times its documents were to be taken."""
+    usable: CountFromZero
+    """Its documents, each counted once."""
+    documents: CountFromZero
+    """Documents of the output that are its, copies included."""
+    tokens: CountFromZero
+
+    @property
+    def epochs(self) -> float:
+        """How many times its documents were taken, on average."""
+        return self.documents / self.usable if self.usable else 0.0
+
+
 class _Header(Frozen):
     """All of a manifest but its shards."""
 
     format: Literal["i3dist-chunks"] = "i3dist-chunks"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     split: Annotated[str, Field(pattern=r"\A[a-z][a-z0-9_-]{0,31}\z")]
     chunk_length: Annotated[int, Field(ge=2, le=1 << 16)]
     chunks_per_shard: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -106,6 +127,10 @@ class _Header(Frozen):
     eos_id: TokenId
     pad_id: TokenId
     source: Annotated[str, Field(max_length=4096)]
+    sources: Annotated[tuple[SourceCounts, ...], Field(min_length=1)] | None = Field(
+        default=None, exclude_if=lambda sources: sources is None
+    )
+    """Of version 2, where there are several sources or weights."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
     documents: Count
     tokens: Count
@@ -118,6 +143,12 @@ class _Header(Frozen):
             raise ValueError(f"special ids {ids} do not all lie below vocab_size {self.vocab_size}")
         if len(set(ids)) != len(ids):
             raise ValueError(f"special ids {ids} are not all different")
+        return self
+
+    @model_validator(mode="after")
+    def _version_is_the_lowest(self) -> Self:
+        if (self.sources is None) != (self.version == 1):
+            raise ValueError("sources are part of version 2, and of no other")
         return self
 
     def head(self) -> bytes:
