@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.mixture import MOST_SOURCES
+from data_prep.files import file_source
+from data_prep.mixture import MOST_SOURCES, Weighted, mixed
 from data_prep.shuffle import copies, hashes
 from data_prep.sources import Share
 from data_prep.verify import main as verify
@@ -108,6 +109,17 @@ def test_a_single_source_of_weight_1_is_what_it_was(
     assert '"version": 1' in text and "sources" not in text
 
 
+def test_files_of_all_sources_are_numbered_one_after_the_other(sources: list[Path]) -> None:
+    source = mixed([Weighted(file_source(folder), 1.0) for folder in sources])
+    for part in source.parts():
+        (number,) = part.files
+        path, _ = source.files[number]
+        first = next(iter(part.records()))
+        assert isinstance(first.text, str)
+        name, file = first.text.split()[:2]
+        assert (path.parent.parent.name, path.stem) == (name, file)
+
+
 def test_another_weight_or_order_is_another_output(
     sources: list[Path], tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -126,7 +138,7 @@ def test_a_sample_for_the_tokenizer_is_drawn_by_size_and_weight(
 ) -> None:
     """With a share of a thousandth the words of a source are not worth an entry."""
     specs = [f"{sources[0]}:0.001", str(sources[1])]
-    build(specs[0], tmp_path / "out", "--source", specs[1], "--tokenizer-sample-mb", 1)
+    build(specs[0], tmp_path / "out", "--source", specs[1], "--tokenizer-sample-mb", 9)
     vocabulary = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
     assert "Ġtwo" in vocabulary and "Ġone" not in vocabulary
 
