@@ -11,7 +11,7 @@ import platform
 import sysconfig
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from data_prep.listing import Listing, named, walk
 from data_prep.readers import (
     SUFFIXES,
     SUFFIXES_IN_WORDS,
+    TEXT,
     SourceFile,
     Span,
     lines_of,
@@ -80,6 +81,7 @@ class FileSource(Source):
     files: tuple[NamedFile, ...]
     scheme: str = ""
     left_out: str = ""
+    column: str = TEXT
 
     @cached_property
     def states(self) -> tuple[State, ...]:
@@ -108,13 +110,20 @@ class FileSource(Source):
             digest.update(line.encode())
         return digest.hexdigest()
 
+    def with_text_column(self, column: str) -> "FileSource":
+        """The source with another column, or key, as its text."""
+        return replace(self, name=f"{self.name}, column {column}", column=column)
+
+    def _file(self, number: int, path: Path, name: str, state: State) -> SourceFile:
+        return SourceFile(name, number, path, state, scheme=self.scheme, column=self.column)
+
     def parts(self) -> Sequence[FilePart]:
         """Parts of about equal size, small enough that every worker has some."""
         files = enumerate(zip(self.files, self.states, strict=True))
         spans = [
             span
             for number, ((path, name), state) in files
-            for span in spans_of(SourceFile(path, name, number, state, self.scheme))
+            for span in spans_of(self._file(number, path, name, state))
         ]
         total = sum(span.size for span in spans)
         limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)

@@ -1,18 +1,19 @@
 """The command line of shard.py."""
 
+import argparse
 from pathlib import Path
 
 from data_prep.arguments import CORES, number_in
 from data_prep.hub import HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
-from data_prep.readers import SUFFIXES_IN_WORDS
+from data_prep.readers import SUFFIXES_IN_WORDS, TEXT
 from data_prep.tokenizer import (
     DEFAULT_SAMPLE_MB,
     DEFAULT_VOCABULARY,
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
 )
-from i3dist.cli.paths import typed_path
+from i3dist.cli.paths import literal_name, typed_path
 from i3dist.cli.program import ArgumentParser
 
 # name, kind, least, most, default, help
@@ -33,11 +34,19 @@ def add_options(parser: ArgumentParser) -> None:
         "--source",
         action="append",
         type=_source,
-        metavar="SOURCE[:WEIGHT]",
+        metavar="SOURCE",
         help=f"a file, a folder or a glob of {SUFFIXES_IN_WORDS}; `stdlib`, the text of this "
-        "Python's standard library; or a name that --extend adds; repeatable. A WEIGHT of 0.3 "
-        "takes 30%% of the documents, 2.5 takes all twice and half of them once more (default: "
+        "Python's standard library; or a name that --extend adds; repeatable. SOURCE:0.3 takes "
+        "30%% of its documents, SOURCE:2.5 all twice and half of them once more (default: "
         f"{HUB_NAME}, streamed from the hub)",
+    )
+    parser.add_argument(
+        "--text-column",
+        action="append",
+        type=_column,
+        metavar="NAME",
+        help="the column of parquet, or the key of jsonl, that holds the text; given once, or "
+        f"once for each --source (default: {TEXT})",
     )
     out = Path("data/fineweb-edu")
     parser.add_argument("--out", type=typed_path, default=out, help=f"folder (default: {out})")
@@ -60,6 +69,13 @@ def add_options(parser: ArgumentParser) -> None:
             metavar="N",
             help=f"{text} (default: {unset.get(name, default)})",
         )
+
+
+def _column(text: str) -> str:
+    try:
+        return literal_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def _source(text: str) -> str:

@@ -8,10 +8,10 @@ import os
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,8 @@ from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
 
 PARQUET = ".parquet"
+TEXT = "text"
+"""The column, or the key, that holds text where no other is named."""
 _PLAIN_LINES = (".jsonl", ".ndjson")
 _JSON_LINES = tuple(kind + packing for kind in _PLAIN_LINES for packing in PACKINGS)
 SUFFIXES = (PARQUET, *_JSON_LINES, *(".txt" + packing for packing in PACKINGS))
@@ -40,22 +42,44 @@ _NO_VALUE = ValueError, OverflowError, LookupError, pa.ArrowException
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class TextFile:
     """A file of a source.
 
     `name` is its path below the source's root, and `number` its place in the order of names. The
-    url of a txt file is `scheme` and `name`.
+    url of a txt file is `scheme` and `name`. `column` is the column, or the key, that holds text.
     """
 
-    path: Path
     name: str
     number: int
-    state: State
-    scheme: str = ""
+    scheme: str = field(default="", kw_only=True)
+    column: str = field(default=TEXT, kw_only=True)
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        raise NotImplementedError
+
+    @property
+    def file_name(self) -> str:
+        """A name that ends as its content asks for."""
+        return self.name
 
     def is_a(self, *suffixes: str) -> bool:
         """Whether the name ends in one of these, in upper or lower case."""
-        return self.name.lower().endswith(suffixes)
+        return self.file_name.lower().endswith(suffixes)
+
+
+@dataclass(frozen=True)
+class SourceFile(TextFile):
+    """A file on disk, and the state that it must have when it is read."""
+
+    path: Path
+    state: State
+
+    @property
+    def place(self) -> str:
+        """Its path."""
+        return str(self.path)
 
 
 @dataclass(frozen=True)
@@ -92,13 +116,15 @@ class Span:
         if self.file.is_a(PARQUET):
             # A row group is not read in order, but its bytes are in memory once they are hashed.
             sha256 = sha256_between(file, self.start, self.stop)
-            yield from _read_parquet(self, file)
+            if self.row_group is not None:
+                with open_parquet(file, self.file.column) as parquet:
+                    yield from read_rows(parquet, self.file, self.row_group, self.first_row)
             return sha256
         if not self.file.state[0] and self.file.is_a(*PACKINGS[1:]):
             raise EOFError("it is empty")  # as the gzip command says; Python's module says nothing
         file.seek(self.start)
         hashed = HashedFile(file, self.stop - self.start)
-        yield from _read_text(self, hashed, encoding_of(self.file.path))
+        yield from read_text_file(self.file, hashed, _encoding(self.file), self.first_row)
         return hashed.sha256()
 
     def _check_state(self, file: BinaryIO) -> None:
@@ -139,76 +165,97 @@ def spans_of(file: SourceFile) -> list[Span]:
     size = file.state[0]
     if not file.is_a(PARQUET):
         return [Span(file, size, 0, size)]
-    with naming(file.path), file.path.open("rb") as handle, pq.ParquetFile(handle) as parquet:
-        names = parquet.schema_arrow.names
-        if (count := names.count("text")) != 1:
-            found = ", ".join(names[:20])
-            wrong = f"has {count} columns 'text'" if count else "has no column 'text'"
-            raise UserError(f"{file.path} {wrong}; its columns are {found}")
-        groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
-        if sum(group.num_rows for group in groups) != parquet.metadata.num_rows:
-            raise ValueError("its footer contradicts itself on the number of rows")
+    with naming(file.path), file.path.open("rb") as handle:
+        groups = row_groups(handle, file)
     if not groups:
         return [Span(file, 0, 0, size)]
     # Not at the groups' own offsets: pyarrow aborts where a damaged footer holds wrong ones.
     cuts = [size * number // len(groups) for number in range(len(groups) + 1)]
-    first_rows = itertools.accumulate((group.num_rows for group in groups), initial=0)
     return [
-        Span(file, group.total_byte_size, cuts[n], cuts[n + 1], n, row)
-        for n, (group, row) in enumerate(zip(groups, first_rows, strict=False))
+        Span(file, group.size, cuts[n], cuts[n + 1], n, group.first_row)
+        for n, group in enumerate(groups)
     ]
 
 
-def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:
-    if span.row_group is None:
-        return
-    name = clean_file_name(span.file.name)
-    row = span.first_row
-    with _open_parquet(file) as parquet:
-        columns = [_text(parquet, span), *(_labels(parquet, span, key) for key in _LABELS)]
-        for values in zip(*columns, strict=False):
-            yield _record(f"{name}#{row}", dict(zip(("text", *_LABELS), values, strict=True)))
-            row += 1
+class RowGroup(NamedTuple):
+    """A row group: its bytes before compression, and the number of its first row."""
+
+    size: int
+    first_row: int
 
 
-def _text(parquet: pq.ParquetFile, span: Span) -> Iterator[Any]:
-    """The values of the column `text`, which are counted: pyarrow skips a damaged page silently."""
-    expected = parquet.metadata.row_group(span.row_group).num_rows
+def row_groups(handle: BinaryIO, file: TextFile) -> list[RowGroup]:
+    """The row groups of a parquet file.
+
+    Raises:
+        UserError: there is not exactly one column of text.
+    """
+    with pq.ParquetFile(handle) as parquet:
+        names = parquet.schema_arrow.names
+        if (count := names.count(file.column)) != 1:
+            found = ", ".join(names[:20])
+            wrong = f"has {count} columns" if count else "has no column"
+            raise UserError(
+                f"{file.place} {wrong} {file.column!r}; its columns are {found} (--text-column "
+                "names the one that holds the text)"
+            )
+        groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
+        if sum(group.num_rows for group in groups) != parquet.metadata.num_rows:
+            raise ValueError("its footer contradicts itself on the number of rows")
+    first_rows = itertools.accumulate((group.num_rows for group in groups), initial=0)
+    return [
+        RowGroup(group.total_byte_size, row) for group, row in zip(groups, first_rows, strict=False)
+    ]
+
+
+def read_rows(
+    parquet: pq.ParquetFile, file: TextFile, group: int, first_row: int
+) -> Iterator[Record]:
+    """Read the documents of a row group."""
+    name = clean_file_name(file.name)
+    text = _text(parquet, group, file.column)
+    labels = (_labels(parquet, group, key) for key in _LABELS)
+    for row, values in enumerate(zip(text, *labels, strict=False), first_row):
+        yield _record(f"{name}#{row}", dict(zip((TEXT, *_LABELS), values, strict=True)))
+
+
+def _text(parquet: pq.ParquetFile, group: int, key: str) -> Iterator[Any]:
+    """The values of the column of text. They are counted: pyarrow skips a damaged page silently."""
+    expected = parquet.metadata.row_group(group).num_rows
     rows = 0
-    for value in _column(parquet, span, "text"):
+    for value in _column(parquet, group, key, is_text=True):
         yield value
         rows += 1
     if rows != expected:
         raise EOFError(f"it holds {rows} rows of text, not {expected}")
 
 
-def _labels(parquet: pq.ParquetFile, span: Span, key: str) -> Iterator[Any]:
+def _labels(parquet: pq.ParquetFile, group: int, key: str) -> Iterator[Any]:
     """The values of a column, then None without end; values end where one cannot be read.
 
     Labels are not read together with the text, because an unreadable label must not cost the text.
     """
     if key in parquet.schema_arrow.names:
         with suppress(*_NO_VALUE):
-            yield from _column(parquet, span, key)
+            yield from _column(parquet, group, key, is_text=False)
     yield from itertools.repeat(None)
 
 
-def _column(parquet: pq.ParquetFile, span: Span, key: str) -> Iterator[Any]:
-    batches = parquet.iter_batches(_ROWS_AT_A_TIME, [span.row_group], [key], use_threads=False)
-    for batch in batches:
+def _column(parquet: pq.ParquetFile, group: int, key: str, *, is_text: bool) -> Iterator[Any]:
+    for batch in parquet.iter_batches(_ROWS_AT_A_TIME, [group], [key], use_threads=False):
         # There may be two columns `id`: the first counts.
-        yield from _values(batch.column(batch.schema.names.index(key)), key == "text")
+        yield from _values(batch.column(batch.schema.names.index(key)), is_text)
 
 
-def _open_parquet(file: BinaryIO) -> pq.ParquetFile:
+def open_parquet(file: BinaryIO, text_column: str) -> pq.ParquetFile:
     """The file with its dictionary columns as plain ones.
 
     pyarrow refuses a whole dictionary column for one value of bad UTF-8. The footer asks for
     dictionaries under the key `ARROW:schema`, which is hidden from pyarrow here.
     """
     parquet = pq.ParquetFile(file)
-    fields = [field for field in parquet.schema_arrow if field.name in ("text", *_LABELS)]
-    if not any(pa.types.is_dictionary(field.type) for field in fields):
+    read = [column for column in parquet.schema_arrow if column.name in (text_column, *_LABELS)]
+    if not any(pa.types.is_dictionary(column.type) for column in read):
         return parquet
     file.seek(-8, os.SEEK_END)
     size = int.from_bytes(file.read(4), "little")
@@ -245,51 +292,61 @@ def lines_of(span: Span, size: int) -> list[Span]:
     if parts < 2 or not file.is_a(*_PLAIN_LINES):
         return [span]
     with naming(file.path), file.path.open("rb") as handle:
-        if encoding_of(file.path):
+        if _encoding(file):
             return [span]
         ranges = line_ranges(handle, span.stop, parts)
     return [Span(file, stop - start, start, stop, first_row=line) for start, stop, line in ranges]
 
 
-def _read_text(span: Span, stream: HashedFile, encoding: str | None) -> Iterator[Record]:
-    file = span.file
+def _encoding(file: SourceFile) -> str | None:
+    with file.path.open("rb") as start:
+        return encoding_of(start, file.name)
+
+
+def read_text_file(
+    file: TextFile, stream: HashedFile, encoding: str | None, first_row: int
+) -> Iterator[Record]:
+    """Read the documents of a jsonl or txt file, from the line that has number `first_row` on."""
     name = clean_file_name(file.name)
     if not file.is_a(*_JSON_LINES):
-        yield Record(name, name, file.scheme + name, read_text(stream, file.name, encoding))
+        whole = read_text(stream, file.file_name, encoding)
+        yield Record(name, name, file.scheme + name, whole)
         return
-    for row, line in enumerate(read_lines(stream, file.name, encoding), span.first_row):
+    for row, line in enumerate(read_lines(stream, file.file_name, encoding), first_row):
         # Bad bytes become lone surrogates, which `usable_text` finds.
         text = line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
         if text and not text.isspace():
-            yield _record(f"{name}#{row}", _parse_line(text, f"{file.path}, line {row + 1}"))
+            fields = _parse_line(text, f"{file.place}, line {row + 1}", file.column)
+            yield _record(f"{name}#{row}", fields)
 
 
-def _parse_line(line: str, place: str) -> dict[str, Any]:
+def _parse_line(line: str, place: str, key: str) -> dict[str, Any]:
+    """The fields of a line; its text stands under `TEXT`."""
     try:
-        fields = _loads(line)
+        fields = _loads(line, key)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deep, or a number too long")
         raise UserError(f"{place}: broken JSON ({reason}); repair or remove it") from None
-    if not isinstance(fields, dict) or "text" not in fields:
-        raise UserError(f"{place}: no key 'text'")
-    return fields
+    if not isinstance(fields, dict) or key not in fields:
+        raise UserError(f"{place}: no key {key!r} (--text-column names the one with the text)")
+    return fields if key == TEXT else fields | {TEXT: fields[key]}
 
 
-def _loads(line: str) -> Any:
+def _loads(line: str, key: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError:
         raise
     except ValueError:  # a whole number with more digits than `int` takes
         fields = json.loads(line, parse_int=Decimal)
-        if isinstance(fields, dict) and "text" in fields:
+        if isinstance(fields, dict) and key in fields:
             return fields
         raise
 
 
 def _record(position: str, fields: dict[str, Any]) -> Record:
     identifier, url = (_label(fields.get(key), position) for key in _LABELS)
-    return Record(position, identifier, url, fields["text"])
+    return Record(position, identifier, url, fields[TEXT])
 
 
 def _label(value: object, default: str) -> str:

@@ -7,13 +7,19 @@ examples:
     python data_prep/shard.py --source stdlib --vocab-size 4096 --out data/lib
   your own:
     python data_prep/shard.py --source 'texts/*.parquet' --out data/texts
+  all of one source, and 30% of the documents of another:
+    python data_prep/shard.py --source a.jsonl --source web:0.3 --out data/mix
 
 A document is a row of parquet, a line of jsonl or ndjson (an object), or a txt
-file. Rows and lines have a `text`, and optionally an `id` and a `url`. Text is
-UTF-8 unless its byte-order mark says otherwise. A folder is read with all its
-subfolders, as by `find -L`, except for hidden names, folders whose names begin
-with _ , and the output of this tool. Skipped documents and left-out files are
-counted by reason at the end. A broken file ends the run.
+file. Rows and lines have a `text` (or another --text-column), and optionally
+an `id` and a `url`. Text is UTF-8 unless its byte-order mark says otherwise.
+A folder is read with all its subfolders, as by `find -L`, except for hidden
+names, folders whose names begin with _ , and the output of this tool. Skipped
+documents and left-out files are counted by reason at the end. A broken file
+ends the run.
+
+With several sources documents of all are shuffled together. Each is taken as
+often as the source's weight says; copies get places of their own.
 
 The output holds train/ and valid/, each with shard-000000.tar ...,
 index.parquet (where every document lies) and manifest.json, beside
@@ -52,7 +58,7 @@ from data_prep.passes import (
     spill_all,
 )
 from data_prep.progress import closing_table, pass_bar, sources_table
-from data_prep.readers import naming
+from data_prep.readers import TEXT, naming
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, Part, Source, clean_file_name
 from data_prep.tokenizer import (
@@ -83,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given:
         check_vocabulary(given, options.vocab_size)
     former = output.settings()
-    source = open_sources(options.source, former)
+    source = open_sources(options, former)
     preparation = Preparation(
         settings_of(options, source, given, former), output, source, Console()
     )
@@ -120,19 +126,26 @@ def _typed_source(text: str) -> tuple[str | Path, float]:
     return spec if spec in SOURCES else typed_path(spec), weight
 
 
-def open_sources(
-    specs: Sequence[tuple[str | Path, float]], former: OutputSettings | None
-) -> Source:
-    """The sources of these names or paths; where the output was begun, at the revision of then."""
-    source = mixed([Weighted(open_source(spec), weight) for spec, weight in specs])
+def open_sources(options: argparse.Namespace, former: OutputSettings | None) -> Source:
+    """All sources as one; where the output was begun, at the revision of then."""
+    columns = options.text_column or [TEXT]
+    if len(columns) not in (1, len(options.source)):
+        raise UserError(
+            f"there are {len(columns)} --text-column and {len(options.source)} --source: give the "
+            "column once, or once for each source"
+        )
+    columns *= len(options.source) // len(columns)
+    pairs = zip(options.source, columns, strict=True)
+    source = mixed([Weighted(open_source(spec, text), weight) for (spec, weight), text in pairs])
     if former and former.source == source.name:
         source.pin(former.revision)
     return source
 
 
-def open_source(spec: str | Path) -> Source:
-    """The source of this name or path."""
-    return SOURCES[spec]() if isinstance(spec, str) else file_source(spec)
+def open_source(spec: str | Path, column: str = TEXT) -> Source:
+    """The source of this name or path; `column` holds the text."""
+    source = SOURCES[spec]() if isinstance(spec, str) else file_source(spec)
+    return source if column == TEXT else source.with_text_column(column)
 
 
 def settings_of(

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.evidence import Piece, State
+from i3dist.errors import UserError
 from i3dist.registry import Registry
 
 NamedFile = tuple[Path, str]
@@ -118,6 +119,10 @@ class Source:
     def parts(self) -> Sequence[Part]:
         """The parts, in order."""
         raise NotImplementedError
+
+    def with_text_column(self, column: str) -> "Source":
+        """The source with another column, or key, as its text."""
+        raise UserError(f"--text-column {column}: the source {self.name} has no columns; omit it")
 
 
 _SLICE = 1 << 22

@@ -13,7 +13,6 @@ import io
 import lzma
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
@@ -141,10 +140,12 @@ def read_lines(file: HashedFile, name: str, encoding: str | None) -> Iterator[by
             yield line.encode("utf-8", "surrogatepass")
 
 
-def encoding_of(path: Path) -> str | None:
-    """The encoding named by a byte-order mark at the start; None for UTF-8, marked or not."""
-    with path.open("rb") as file:
-        start = decompressed(file, path.name).read(4)
+def encoding_of(file: BinaryIO, name: str) -> str | None:
+    """The encoding named by a byte-order mark at the start; None for UTF-8, marked or not.
+
+    `file` stands at its start, and is closed afterwards.
+    """
+    start = decompressed(file, name).read(4)
     # A mark with nothing after it does not count: two such bytes are no text in any encoding.
     return next((code for mark, code in _MARKS if start.startswith(mark) and len(start) == 4), None)
 

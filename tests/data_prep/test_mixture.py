@@ -208,3 +208,19 @@ def test_the_command_line_of_a_mixture(sources: list[Path], tmp_path: Path) -> N
     """`arguments` gives one source; others come after it."""
     words = arguments(f"{sources[0]}:0.5", tmp_path / "out", "--source", sources[1])
     assert words.count("--source") == 2
+
+
+def test_a_column_is_given_once_or_for_each_source(
+    sources: list[Path], tokenizer: Path, tmp_path: Path
+) -> None:
+    path = sources[1] / "0.jsonl"
+    path.write_text(path.read_text().replace('"text"', '"body"'))
+    specs = [str(sources[0]), str(path)]
+    columns = ("--text-column", "text", "--text-column", "body")
+    mix(tmp_path / "out", tokenizer, *specs, more=columns)
+    assert {text.split()[0] for text in taken(tmp_path / "out")} == {"one", "two"}
+    assert Manifest.load(tmp_path / "out" / "train").source == "data:1 + 0.jsonl, column body:1"
+    with pytest.raises(UserError, match=r"column body.*was made|was made with source"):
+        mix(tmp_path / "out", tokenizer, *specs)
+    with pytest.raises(UserError, match=r"2 --text-column and 1 --source: give the column once"):
+        mix(tmp_path / "one", tokenizer, specs[0], more=columns)

@@ -30,6 +30,7 @@ DEFAULTS = {
     "dry_run": False,
     "source": [(DATASET, 1.0)],
     "out": Path("data/fineweb-edu"),
+    "text_column": None,
     "tokenizer": None,
     "vocab_size": None,
     "tokenizer_sample_mb": None,

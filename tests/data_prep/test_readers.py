@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import json
 import random
 import time
 import uuid
@@ -276,3 +277,25 @@ def test_one_word_of_megabytes_is_read_in_linear_time(tmp_path: Path) -> None:
     start = time.process_time()
     assert set(texts(tmp_path)) == {word}
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("column", ["body", "id", "text.n", " "])
+def test_another_column_or_key_is_the_text(tmp_path: Path, column: str) -> None:
+    rows = [{"text": 1, "id": "id", "url": "u", column: f"text {n}"} for n in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = file_source(tmp_path).with_text_column(column)
+    assert source.name.endswith(f", column {column}")
+    found = [record for part in source.parts() for record in part.records()]
+    assert [text_of(record) for record in found] == [f"text {n}" for n in range(3)] * 2
+    ids = {f"text {n}" for n in range(3)} if column == "id" else {"id"}
+    assert {record.id for record in found} == ids
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for name in ("a.parquet", "a.jsonl"):
+        pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+        (tmp_path / "a.jsonl").write_text('{"body": "x"}')
+        source = file_source(tmp_path / name).with_text_column("words")
+        with pytest.raises(UserError, match=rf"{name}.* 'words'.*--text-column"):
+            [record for part in source.parts() for record in part.records()]
