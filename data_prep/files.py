@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from data_prep.evidence import Piece, State, state_of
 from data_prep.listing import Listing, named, walk
@@ -129,7 +130,7 @@ class FileSource(Source):
         limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
         shortest = max(limit, _SHORTEST_RANGE)
         cut = (piece for span in spans for piece in lines_of(span, shortest))
-        return [FilePart(group) for group in _grouped(cut, limit)]
+        return [FilePart(group) for group in grouped(cut, limit)]
 
 
 def _content_digest(path: Path) -> str:
@@ -144,8 +145,19 @@ def _content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _grouped(spans: Iterable[Span], limit: int) -> Iterator[tuple[Span, ...]]:
-    group: list[Span] = []
+class Sized(Protocol):
+    """Something of so many bytes."""
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+
+Some = TypeVar("Some", bound=Sized)
+
+
+def grouped(spans: Iterable[Some], limit: int) -> Iterator[tuple[Some, ...]]:
+    """Consecutive spans in groups of at most `limit` bytes; a larger span is a group of its own."""
+    group: list[Some] = []
     size = 0
     for span in spans:
         if group and size + span.size > limit:

@@ -77,6 +77,11 @@ class MixedPart(Part):
         return self.part.size
 
     @property
+    def identity(self) -> str:
+        """Text that differs where the part reads something else."""
+        return self.part.identity
+
+    @property
     def files(self) -> frozenset[int]:
         """Numbers of the files that it reads."""
         return frozenset(self.first_file + number for number in self.part.files)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from data_prep.arguments import CORES, number_in
-from data_prep.hub import HUB_NAME
+from data_prep.hub import CONFIGS, DATASET, HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
 from data_prep.readers import SUFFIXES_IN_WORDS, TEXT
 from data_prep.tokenizer import (
@@ -13,7 +13,7 @@ from data_prep.tokenizer import (
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
 )
-from i3dist.cli.paths import literal_name, typed_path
+from i3dist.cli.paths import is_url, literal_name, typed_path
 from i3dist.cli.program import ArgumentParser
 
 # name, kind, least, most, default, help
@@ -35,8 +35,10 @@ def add_options(parser: ArgumentParser) -> None:
         action="append",
         type=_source,
         metavar="SOURCE",
-        help=f"a file, a folder or a glob of {SUFFIXES_IN_WORDS}; `stdlib`, the text of this "
-        "Python's standard library; or a name that --extend adds; repeatable. SOURCE:0.3 takes "
+        help=f"a file, a folder or a glob of {SUFFIXES_IN_WORDS}; the same at any URL that fsspec "
+        "opens (s3, gs, http, ...); hf://datasets/OWNER/NAME/CONFIG; "
+        f"{DATASET}/CONFIG, where CONFIG is {', '.join(CONFIGS)}; `stdlib`, the text of this "
+        "Python's standard library; or a name that --extend adds. Repeatable: SOURCE:0.3 takes "
         "30%% of its documents, SOURCE:2.5 all twice and half of them once more (default: "
         f"{HUB_NAME}, streamed from the hub)",
     )
@@ -49,7 +51,7 @@ def add_options(parser: ArgumentParser) -> None:
         f"once for each --source (default: {TEXT})",
     )
     out = Path("data/fineweb-edu")
-    parser.add_argument("--out", type=typed_path, default=out, help=f"folder (default: {out})")
+    parser.add_argument("--out", type=_out, default=out, help=f"folder (default: {out})")
     parser.add_argument("--tokenizer", type=typed_path, help="a tokenizer.json (default: train it)")
     parser.add_argument(
         "--dry-run",
@@ -76,6 +78,15 @@ def _column(text: str) -> str:
         return literal_name(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _out(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URL, and shards are made on a disk: name a folder, and copy it to the "
+            "URL when it is complete"
+        )
+    return typed_path(text)
 
 
 def _source(text: str) -> str:

@@ -66,7 +66,9 @@ def finished(plan: SpillPlan) -> list[PartSummary | None]:
     summaries: list[PartSummary | None] = []
     for number, part in enumerate(plan.parts):
         summary = PartSummary.load(summary_path(plan.folder, number))
-        summaries.append(summary if summary and part.is_made_of(summary.pieces) else None)
+        if summary and not (summary.identity == part.identity and part.is_made_of(summary.pieces)):
+            summary = None
+        summaries.append(summary)
     return summaries
 
 

@@ -44,7 +44,7 @@ from rich.console import Console
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
-from data_prep.hub import DATASET
+from data_prep.hub import DATASET, source_at
 from data_prep.mixture import Weighted, count_sources, mixed, split_weight
 from data_prep.options import add_options
 from data_prep.output import OTHER_CONTENT, Output, OutputSettings
@@ -70,7 +70,7 @@ from data_prep.tokenizer import (
     train_tokenizer,
 )
 from i3dist.cli.extend import add_extend_option
-from i3dist.cli.paths import typed_path
+from i3dist.cli.paths import is_url, typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.manifest import MAX_SHARDS
 from i3dist.data.tokenizer import Tokenizer
@@ -121,9 +121,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _typed_source(text: str) -> tuple[str | Path, float]:
-    """A name or path, and the weight of the source."""
+    """A name, URL or path, and the weight of the source."""
     spec, weight = split_weight(text)
-    return spec if spec in SOURCES else typed_path(spec), weight
+    return spec if spec in SOURCES or is_url(spec) else typed_path(spec), weight
 
 
 def open_sources(options: argparse.Namespace, former: OutputSettings | None) -> Source:
@@ -143,8 +143,11 @@ def open_sources(options: argparse.Namespace, former: OutputSettings | None) -> 
 
 
 def open_source(spec: str | Path, column: str = TEXT) -> Source:
-    """The source of this name or path; `column` holds the text."""
-    source = SOURCES[spec]() if isinstance(spec, str) else file_source(spec)
+    """The source of this name, URL or path; `column` holds the text."""
+    if isinstance(spec, Path):
+        source: Source = file_source(spec)
+    else:
+        source = SOURCES[spec]() if spec in SOURCES else source_at(spec)
     return source if column == TEXT else source.with_text_column(column)
 
 
@@ -261,7 +264,7 @@ class Preparation:
         if given:
             return given.data
         texts = sample_texts(
-            parts,
+            self.source.sample_parts(parts),
             self.settings.source,
             self.settings.tokenizer_sample_mb,
             evenly=self.settings.tokenizer_sample == "even",

@@ -67,6 +67,8 @@ class PartSummary(Saved):
     pieces: tuple[Piece, ...] = ()
     usable: int = 0
     """Documents that were read and not skipped, whether they were taken, and how often, or not."""
+    identity: str = ""
+    """The part's."""
 
 
 def hashes(text: bytes, position: str, seed: int) -> bytes:
@@ -166,6 +168,7 @@ class Spiller:
             largest_split=largest,
             pieces=tuple(pieces),
             usable=tally.usable,
+            identity=part.identity,
         )
         write_whole(summary_path(self.folder, number), summary.model_dump_json().encode())
         return summary

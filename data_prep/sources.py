@@ -79,6 +79,11 @@ class Part:
         return 0
 
     @property
+    def identity(self) -> str:
+        """Text that differs where a part reads something else, unless its files tell that."""
+        return ""
+
+    @property
     def files(self) -> frozenset[int]:
         """Which of the source's files it reads, by their numbers."""
         return frozenset()
@@ -119,6 +124,10 @@ class Source:
     def parts(self) -> Sequence[Part]:
         """The parts, in order."""
         raise NotImplementedError
+
+    def sample_parts(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """What a sample for the tokenizer is taken from; `parts` are all parts."""
+        return parts
 
     def with_text_column(self, column: str) -> "Source":
         """The source with another column, or key, as its text."""
