@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from data_prep.arguments import CORES, number_in
+from data_prep.given_tokenizer import typed_tokenizer
 from data_prep.hub import CONFIGS, DATASET, HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
 from data_prep.readers import SUFFIXES_IN_WORDS, TEXT
@@ -52,7 +53,12 @@ def add_options(parser: ArgumentParser) -> None:
     )
     out = Path("data/fineweb-edu")
     parser.add_argument("--out", type=_out, default=out, help=f"folder (default: {out})")
-    parser.add_argument("--tokenizer", type=typed_path, help="a tokenizer.json (default: train it)")
+    parser.add_argument(
+        "--tokenizer",
+        type=typed_tokenizer,
+        help="a tokenizer.json of byte-level BPE, or OWNER/NAME of one on the hub; special tokens "
+        "that it lacks are added (default: train it)",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -44,6 +44,7 @@ from rich.console import Console
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
+from data_prep.given_tokenizer import given_tokenizer
 from data_prep.hub import DATASET, source_at
 from data_prep.mixture import Weighted, count_sources, mixed, split_weight
 from data_prep.options import add_options
@@ -85,9 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = parse(arguments)
     output = Output(options.out)
-    given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
-    if given:
+    given = None
+    if options.tokenizer:
+        given, added = given_tokenizer(options.tokenizer)
         check_vocabulary(given, options.vocab_size)
+        if added:
+            print(clean_file_name(f"added to {given.path}: {' '.join(added)}"))
     former = output.settings()
     source = open_sources(options, former)
     preparation = Preparation(

@@ -1,7 +1,8 @@
 """A local imitation of the Hugging Face hub for one dataset, which can be slow or fail.
 
 It serves what `huggingface_hub` and `datasets` ask for: the commit, lists of files, and files, also
-parts of them. Every file is served below /plain too, as by an ordinary web server.
+parts of them. The files are those of a model of the same name too, and they are served below
+/plain, as by an ordinary web server.
 """
 
 import hashlib
@@ -76,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_tree(path.removeprefix(f"{api}/tree/{COMMIT}").strip("/"))
         elif path.startswith(f"/datasets/{DATASET}/resolve/{COMMIT}/"):
             self.send_file(path.removeprefix(f"/datasets/{DATASET}/resolve/{COMMIT}/"))
+        elif path.startswith(f"/{DATASET}/resolve/main/"):  # a model of the same name
+            self.send_file(path.removeprefix(f"/{DATASET}/resolve/main/"))
         elif path.startswith("/plain/"):
             self.send_file(path.removeprefix("/plain/"))
         else:
