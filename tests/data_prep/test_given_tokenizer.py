@@ -51,16 +51,17 @@ def gpt2() -> HFTokenizer:
 
 
 def llama3() -> HFTokenizer:
-    """As Llama 3's: its own pattern, and a token that it puts before every text."""
+    """As Llama 3's: its own pattern, and tokens that it puts around every text."""
     parts = [
         pre_tokenizers.Split(Regex(LLAMA), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
     tokenizer = trained(models.BPE(ignore_merges=True), pre_tokenizers.Sequence(parts))  # type: ignore[arg-type]
     tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
-    begin = tokenizer.token_to_id("<|begin_of_text|>")
+    around = ("<|begin_of_text|>", "<|eot_id|>")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)]
+        single="<|begin_of_text|> $A <|eot_id|>",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in around],
     )
     return tokenizer
 
@@ -84,6 +85,8 @@ def test_ids_stay_and_special_tokens_come_behind(tmp_path: Path, kind: str) -> N
     assert not set(ours.encode(HARD)) & set(ours.special_ids.values())
     read = HFTokenizer.from_str(ours.data.decode())
     assert {token: read.token_to_id(token) for token in SPECIAL_TOKENS} == ours.special_ids
+    written = {token["content"]: token["id"] for token in json.loads(ours.data)["added_tokens"]}
+    assert ours.special_ids.items() <= written.items()
     assert completed(ours.data) == (ours.data, ())
 
 
@@ -108,7 +111,7 @@ def test_data_are_made_with_it(
 
 def test_a_whole_tokenizer_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    path.write_bytes(train_tokenizer([TEXT], 400))
+    path.write_text(json.dumps(json.loads(train_tokenizer([TEXT], 400))))
     tokenizer, added = given_tokenizer(path)
     assert tokenizer.data == path.read_bytes() and not added
 
