@@ -35,6 +35,9 @@ SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (all but {PARQUET} also
 )
 _LABELS = ("id", "url")
 _ROWS_AT_A_TIME = 128
+_GENTLY: Any = {"pre_buffer": False, "buffer_size": 1 << 21}
+"""Options of pyarrow under which it holds 2 MB of a column, not all of a row group."""
+
 _MARK = codecs.BOM_UTF8.decode()
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 _BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
@@ -253,7 +256,7 @@ def open_parquet(file: BinaryIO, text_column: str) -> pq.ParquetFile:
     pyarrow refuses a whole dictionary column for one value of bad UTF-8. The footer asks for
     dictionaries under the key `ARROW:schema`, which is hidden from pyarrow here.
     """
-    parquet = pq.ParquetFile(file)
+    parquet = pq.ParquetFile(file, **_GENTLY)
     read = [column for column in parquet.schema_arrow if column.name in (text_column, *_LABELS)]
     if not any(pa.types.is_dictionary(column.type) for column in read):
         return parquet
@@ -261,7 +264,8 @@ def open_parquet(file: BinaryIO, text_column: str) -> pq.ParquetFile:
     size = int.from_bytes(file.read(4), "little")
     file.seek(-8 - size, os.SEEK_END)
     footer = file.read(size).replace(b"ARROW:schema", b"arrow:schema") + file.read()
-    return pq.ParquetFile(file, metadata=pq.read_metadata(pa.BufferReader(b"PAR1" + footer)))
+    metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+    return pq.ParquetFile(file, metadata=metadata, **_GENTLY)
 
 
 def _values(column: pa.Array, is_text: bool) -> list[Any]:

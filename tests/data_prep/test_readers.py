@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import io
 import json
 import random
 import time
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.files import file_source
+from data_prep.readers import SourceFile, open_parquet, read_rows
 from data_prep.sources import Record, Skip
 from i3dist.errors import UserError
 from tests.data_prep.test_streams import ENCODED, PACKERS, text_of
@@ -299,3 +301,26 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
         source = file_source(tmp_path / name).with_text_column("words")
         with pytest.raises(UserError, match=rf"{name}.* 'words'.*--text-column"):
             [record for part in source.parts() for record in part.records()]
+
+
+class Watched(io.FileIO):
+    """A file that remembers the longest read."""
+
+    longest = 0
+
+    def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
+        data = super().read(size)
+        self.longest = max(self.longest, len(data))
+        return data
+
+
+def test_of_a_large_row_group_little_is_in_memory(tmp_path: Path) -> None:
+    texts = [random.Random(n).randbytes(10_000).hex() for n in range(1000)]
+    table = pa.table({"text": texts, "id": [f"{n}" for n in range(1000)]})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    file = SourceFile("a.parquet", 0, tmp_path / "a.parquet", (0, 0, 0))
+    with Watched(tmp_path / "a.parquet") as handle, open_parquet(handle, "text") as parquet:
+        assert parquet.metadata.row_group(0).column(0).total_compressed_size > 8_000_000
+        found = [record.text for record in read_rows(parquet, file, 0, 0)]
+    assert found == [text.encode() for text in texts]
+    assert handle.longest < 3_000_000
