@@ -1,7 +1,7 @@
 """Files as a source: a file, a folder, a glob, or this Python's standard library.
 
-Files are grouped into parts of about equal size, and a large parquet file is cut between its row
-groups. The output does not depend on where parts are cut.
+Files are grouped into parts of about equal size. A large parquet file is cut between row groups,
+and a large jsonl file between lines. The output does not depend on where parts are cut.
 """
 
 import glob
@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from data_prep.evidence import Piece, State, state_of
 from data_prep.formats import FORMATS
@@ -24,6 +25,7 @@ from data_prep.readers import (
     SUFFIXES_IN_WORDS,
     SourceFile,
     Span,
+    lines_of,
     naming,
     spans_of,
 )
@@ -36,6 +38,8 @@ _LEFT_OUT = frozenset(
 )
 _SMALLEST_PART, _LARGEST_PART = 1 << 22, 1 << 26
 _PARTS_WANTED = 64
+_SHORTEST_RANGE = 1 << 22
+"""Bytes of jsonl that are worth a part of their own."""
 _HASHED_WHOLE, _HASHED_END = 1 << 26, 1 << 23
 
 
@@ -65,10 +69,10 @@ class FilePart(Part):
     def is_made_of(self, pieces: Sequence[Piece]) -> bool:
         """Whether these are the pieces of files that this part reads.
 
-        Older versions of this tool kept no pieces. Their parts count as the same.
+        A part may have been cut in another way: by another version, or before the file changed.
         """
         places = [(span.file.number, span.start, span.stop) for span in self.spans]
-        return not pieces or places == [(p.file, p.start, p.stop) for p in pieces]
+        return places == [(p.file, p.start, p.stop) for p in pieces]
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class FileSource(Source):
     scheme: str = ""
     left_out: str = ""
     format: str = TEXT
+    column: str = FORMATS[TEXT].key
 
     @cached_property
     def states(self) -> tuple[State, ...]:
@@ -108,18 +113,26 @@ class FileSource(Source):
             digest.update(line.encode())
         return digest.hexdigest()
 
+    def with_text_column(self, column: str) -> "FileSource":
+        """The source with another column, or key, as its text."""
+        return replace(self, name=f"{self.name}, column {column}", column=column)
+
+    def _file(self, number: int, path: Path, name: str, state: State) -> SourceFile:
+        return SourceFile(name, number, path, state, scheme=self.scheme, column=self.column)
+
     def parts(self) -> Sequence[FilePart]:
         """Parts of about equal size, small enough that every worker has some."""
         files = enumerate(zip(self.files, self.states, strict=True))
-        key = FORMATS[self.format].key
         spans = [
             span
             for number, ((path, name), state) in files
-            for span in spans_of(SourceFile(path, name, number, state, self.scheme, key))
+            for span in spans_of(self._file(number, path, name, state))
         ]
         total = sum(span.size for span in spans)
         limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
-        return [FilePart(group) for group in _grouped(spans, limit)]
+        shortest = max(limit, _SHORTEST_RANGE)
+        cut = (piece for span in spans for piece in lines_of(span, shortest))
+        return [FilePart(group) for group in grouped(cut, limit)]
 
 
 def _content_digest(path: Path) -> str:
@@ -134,8 +147,19 @@ def _content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _grouped(spans: Iterable[Span], limit: int) -> Iterator[tuple[Span, ...]]:
-    group: list[Span] = []
+class Sized(Protocol):
+    """Something of so many bytes."""
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+
+Some = TypeVar("Some", bound=Sized)
+
+
+def grouped(spans: Iterable[Some], limit: int) -> Iterator[tuple[Some, ...]]:
+    """Consecutive spans in groups of at most `limit` bytes; a larger span is a group of its own."""
+    group: list[Some] = []
     size = 0
     for span in spans:
         if group and size + span.size > limit:
@@ -166,7 +190,7 @@ def file_source(spec: str | Path, documents: str = TEXT) -> FileSource:
                     f"{file} is not .jsonl or .ndjson, which conversations are read from: name "
                     "those files alone, for example --source 'FOLDER/*.jsonl'"
                 )
-    return replace(source, format=documents)
+    return replace(source, format=documents, column=FORMATS[documents].key)
 
 
 def _file_source(spec: str | Path) -> FileSource:

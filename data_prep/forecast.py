@@ -87,7 +87,7 @@ def measure(
     parts: Sequence[Part], tokenizer: Tokenizer | None, documents: Format = FORMATS[TEXT]
 ) -> Sample | None:
     """Estimate a source from a few of its parts; None where parts do not know their sizes."""
-    total = sum(part.size for part in parts)
+    total = sum(part.size * (part.share.weight if part.share else 1) for part in parts)
     if not total:
         return None
     count = min(_PARTS, len(parts))

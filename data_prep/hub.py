@@ -1,86 +1,143 @@
-"""FineWeb-Edu, streamed from the Hugging Face hub: nothing is downloaded as a whole."""
+"""Datasets of the Hugging Face hub, read in place: nothing is downloaded as a whole.
 
+The library `datasets` tells which files a configuration has. They are read as files at URLs.
+"""
+
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
-from data_prep.sources import SOURCES, Part, Record, Source
-from i3dist.cli.paths import as_unicode
+from data_prep.readers import SUFFIXES, TEXT
+from data_prep.remote import RemoteFile, RemotePart, remote_parts, url_source
+from data_prep.retries import is_final, retried, why
+from data_prep.sources import SOURCES, Part, Source
 from i3dist.errors import UserError
 
 DATASET = "HuggingFaceFW/fineweb-edu"
 CONFIG = "sample-10BT"
 HUB_NAME = f"{DATASET} {CONFIG}"
+CONFIGS = (CONFIG, "sample-100BT", "sample-350BT", "default")
+"""Of FineWeb-Edu: three samples, and all of it."""
+
 _TIMEOUT_S = 15.0
+_URL = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/([^/*]+))?/?")
 
 
-@dataclass(frozen=True)
-class HubPart(Part):
-    """One of the dataset's `of` files, at one revision."""
-
-    revision: str
-    number: int
-    of: int
-
-    def records(self) -> Iterator[Record]:
-        """Stream the documents in order."""
-        with _network():
-            dataset = _stream(self.revision).select_columns(["text", "id", "url"])
-            dataset = dataset.shard(num_shards=self.of, index=self.number)
-            for row, fields in enumerate(dataset):
-                position = f"{CONFIG}/{self.number:05d}#{row}"
-                identifier, url = (as_unicode(fields.get(k) or position) for k in ("id", "url"))
-                yield Record(position, identifier, url, fields["text"])
-
-
-@SOURCES.register(DATASET)
 class HubSource(Source):
-    """The dataset at one commit. A run that continues keeps the commit that it began with."""
+    """A configuration of a dataset, at one commit.
 
-    name = HUB_NAME
+    A run that continues keeps the commit that it began with.
+    """
+
+    def __init__(
+        self,
+        dataset: str = DATASET,
+        config: str | None = CONFIG,
+        at: str | None = None,
+        column: str = TEXT,
+    ) -> None:
+        self.dataset, self.config, self.at, self.column = dataset, config, at, column
+        self.name = " ".join(filter(None, (dataset, config, at and f"at {at}")))
+        if column != TEXT:
+            self.name += f", column {column}"
 
     @cached_property
     def revision(self) -> str:
         """The commit to read: the newest unless one is pinned."""
-        with _network():
-            return _check_reachable(None)
+        with self._network():
+            return _commit(self.dataset, self.at)
 
     def pin(self, revision: str) -> None:
         """Read this commit."""
         self.revision = revision
 
-    def parts(self) -> Sequence[HubPart]:
-        """One part per file of the dataset."""
-        with _network():
-            _check_reachable(self.revision)
-            files = _stream(self.revision).num_shards
-        return [HubPart(self.revision, number, files) for number in range(files)]
+    def parts(self) -> Sequence[RemotePart]:
+        """Parts of about equal size, each of some row groups."""
+        with self._network():
+            _commit(self.dataset, self.revision)
+            urls = retried(lambda: _data_files(self.dataset, self.config, self.revision), self.name)
+            sizes = retried(lambda: _sizes(urls), self.name)
+        folder = self.config or "default"
+        files = [
+            RemoteFile(f"{folder}/{number:05d}", number, url, url, size, column=self.column)
+            for number, (url, size) in enumerate(zip(urls, sizes, strict=True))
+        ]
+        return remote_parts(files, self.revision)
+
+    def sample_parts(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """A part for each file: a sample reads their beginnings."""
+        spans = [span for part in parts if isinstance(part, RemotePart) for span in part.spans]
+        files = dict.fromkeys(span.file for span in spans)
+        return [
+            RemotePart(tuple(span for span in spans if span.file == file), self.revision)
+            for file in files
+        ]
+
+    def with_text_column(self, column: str) -> "HubSource":
+        """The source with another column, or key, as its text."""
+        return HubSource(self.dataset, self.config, self.at, column)
+
+    @contextmanager
+    def _network(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # the libraries below raise dozens of kinds, some of them bare
+            raise UserError(
+                f"cannot read {self.name} from the hub ({why(error)}): run this again with a "
+                "network, or name text of your own with --source (`--source stdlib` is always "
+                "there)"
+            ) from None
 
 
-def _stream(revision: str) -> Any:
-    from datasets import load_dataset
+SOURCES.register(DATASET)(HubSource)
+for _config in CONFIGS:
+    SOURCES.register(f"{DATASET}/{_config}")(partial(HubSource, DATASET, _config))
 
-    return load_dataset(DATASET, CONFIG, split="train", streaming=True, revision=revision)
+
+def source_at(url: str) -> Source:
+    """The source at a URL: hf://datasets/OWNER/NAME[@COMMIT][/CONFIG], or files."""
+    found = _URL.fullmatch(url)
+    if found is None or (found[3] or "").lower().endswith(SUFFIXES):
+        return url_source(url)
+    return HubSource(found[1], found[3], found[2])
 
 
-def _check_reachable(revision: str | None) -> str:
-    """Ask the hub for the dataset once, without retries; returns the commit."""
+def _commit(dataset: str, at: str | None) -> str:
+    """Ask the hub for a dataset; returns the commit. An answer is asked for once."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return str(HfApi().dataset_info(DATASET, revision=revision, timeout=_TIMEOUT_S).sha)
+    def ask() -> str:
+        return str(HfApi().dataset_info(dataset, revision=at, timeout=_TIMEOUT_S).sha)
 
-
-@contextmanager
-def _network() -> Iterator[None]:
     try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # the libraries below raise dozens of kinds, some of them bare
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UserError(
-            f"cannot read {HUB_NAME} from the hub ({reason}): run this again with a network, "
-            "or name text of your own with --source (`--source stdlib` is always there)"
-        ) from None
+        return ask()
+    except HfHubHTTPError as error:
+        if is_final(error):
+            raise
+        return retried(ask, dataset)
+
+
+def _data_files(dataset: str, config: str | None, revision: str) -> list[str]:
+    """The URLs of the files of a configuration's training split."""
+    from datasets import load_dataset_builder
+
+    files = load_dataset_builder(dataset, config, revision=revision).config.data_files or {}
+    if "train" in files:
+        return list(files["train"])
+    if len(files) == 1:
+        return list(next(iter(files.values())))
+    raise UserError(
+        f"{dataset} {config or ''} has no split train, but {', '.join(files) or 'no files'}: name "
+        f"its files with --source hf://datasets/{dataset}/..."
+    )
+
+
+def _sizes(urls: Sequence[str]) -> list[int]:
+    from huggingface_hub import HfFileSystem
+
+    filesystem = HfFileSystem()
+    return [int(filesystem.info(url)["size"]) for url in urls]

@@ -1,19 +1,21 @@
 """The command line of shard.py."""
 
+import argparse
 from pathlib import Path
 
 from data_prep.arguments import CORES, number_in
 from data_prep.formats import FORMATS
-from data_prep.hub import DATASET, HUB_NAME
+from data_prep.given_tokenizer import typed_tokenizer
+from data_prep.hub import CONFIGS, DATASET, HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
 from data_prep.readers import SUFFIXES_IN_WORDS
-from data_prep.sources import TEXT
+from data_prep.sources import CHAT, TEXT
 from data_prep.tokenizer import (
     DEFAULT_SAMPLE_MB,
     DEFAULT_VOCABULARY,
     SMALLEST_VOCABULARY,
 )
-from i3dist.cli.paths import typed_path
+from i3dist.cli.paths import is_url, literal_name, typed_path
 from i3dist.cli.program import ArgumentParser
 from i3dist.data.token_types import LARGEST_VOCABULARY
 
@@ -33,10 +35,14 @@ def add_options(parser: ArgumentParser) -> None:
     """Add all options."""
     parser.add_argument(
         "--source",
+        action="append",
         type=_source,
-        default=DATASET,
-        help=f"a file, a folder or a glob of {SUFFIXES_IN_WORDS}; `stdlib`, the text of this "
-        "Python's standard library; or a name that --extend adds (default: "
+        metavar="SOURCE",
+        help=f"a file, a folder or a glob of {SUFFIXES_IN_WORDS}; the same at any URL that fsspec "
+        "opens (s3, gs, http, ...); hf://datasets/OWNER/NAME/CONFIG; "
+        f"{DATASET}/CONFIG, where CONFIG is {', '.join(CONFIGS)}; `stdlib`, the text of this "
+        "Python's standard library; or a name that --extend adds. Repeatable: SOURCE:0.3 takes "
+        "30%% of its documents, SOURCE:2.5 all twice and half of them once more (default: "
         f"{HUB_NAME}, streamed from the hub)",
     )
     parser.add_argument(
@@ -46,9 +52,23 @@ def add_options(parser: ArgumentParser) -> None:
         help="what documents are: text, or chat: conversations, of which answers alone are learned "
         "(default: text)",
     )
+    parser.add_argument(
+        "--text-column",
+        action="append",
+        type=_column,
+        metavar="NAME",
+        help="the column of parquet, or the key of jsonl, that holds the document; given once, or "
+        f"once for each --source (default: {FORMATS[TEXT].key}; with --format chat "
+        f"{FORMATS[CHAT].key})",
+    )
     out = Path("data/fineweb-edu")
-    parser.add_argument("--out", type=typed_path, default=out, help=f"folder (default: {out})")
-    parser.add_argument("--tokenizer", type=typed_path, help="a tokenizer.json (default: train it)")
+    parser.add_argument("--out", type=_out, default=out, help=f"folder (default: {out})")
+    parser.add_argument(
+        "--tokenizer",
+        type=typed_tokenizer,
+        help="a tokenizer.json of byte-level BPE, or OWNER/NAME of one on the hub; special tokens "
+        "that it lacks are added (default: train it)",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -69,7 +89,23 @@ def add_options(parser: ArgumentParser) -> None:
         )
 
 
+def _column(text: str) -> str:
+    try:
+        return literal_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _out(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URL, and shards are made on a disk: name a folder, and copy it to the "
+            "URL when it is complete"
+        )
+    return typed_path(text)
+
+
 def _source(text: str) -> str:
-    """The name or path of a source. Which of the two it is depends on the registered names."""
+    """A source as typed, with its weight. What it names depends on the registered names."""
     typed_path(text)
     return text

@@ -22,7 +22,7 @@ from data_prep.ranges import Counts, Partition, blocks, edge
 from data_prep.records import PackedFile, RangeRecord, WorkFolder
 from data_prep.runs import Keys, RunReader
 from data_prep.workers import Report, run_jobs
-from i3dist.data.manifest import Manifest, Shard
+from i3dist.data.manifest import Manifest, Shard, lowest_version
 from i3dist.errors import UserError
 from i3dist.files import sync, write_whole
 
@@ -60,7 +60,7 @@ class SplitPlan:
     ) -> Manifest:
         """The manifest of the split; `origin` holds the fields that say what it is of."""
         return Manifest(
-            version=framing.token_type.version,
+            version=lowest_version(framing.token_type, origin.get("sources")),
             split=self.name,
             documents=self.documents,
             tokens=self.tokens,

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from data_prep.ranges import CountTask, Partition, count_all, counting_workers
 from data_prep.shuffle import HASH_END, PartSummary, Spiller, summary_path
 from data_prep.sources import TEXT, Part
 from data_prep.workers import Report, run_jobs
-from i3dist.data.manifest import Manifest
+from i3dist.data.manifest import Manifest, SourceCounts
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
@@ -74,7 +75,9 @@ def finished(plan: SpillPlan) -> list[PartSummary | None]:
     summaries: list[PartSummary | None] = []
     for number, part in enumerate(plan.parts):
         summary = PartSummary.load(summary_path(plan.folder, number))
-        summaries.append(summary if summary and part.is_made_of(summary.pieces) else None)
+        if summary and not (summary.identity == part.identity and part.is_made_of(summary.pieces)):
+            summary = None
+        summaries.append(summary)
     return summaries
 
 
@@ -127,6 +130,7 @@ class SecondPass:
     output: Output
     console: Console
     workers: int
+    sources: tuple[SourceCounts, ...] | None = None
 
     def run(self, summaries: Sequence[PartSummary]) -> dict[str, Manifest]:
         """Merge runs if they are too many, count, and pack; returns the manifests by split."""
@@ -148,10 +152,11 @@ class SecondPass:
         task = PackTask(partitions, splits, framing, self.output.work, digest)
         with pass_bar(self.console, "pack", "ranges", task.ranges) as report:
             shards = pack_all(task, self.workers, report)
-        origin = {
+        origin: dict[str, Any] = {
             "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": tokenizer.sha256,
             "source": self.settings.source,
+            "sources": self.sources,
             "seed": self.settings.seed,
         }
         return {split.name: split.manifest(framing, shards[split.name], origin) for split in splits}

@@ -1,15 +1,16 @@
 """The progress bar of a pass, and the table that a run ends with."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data_prep.workers import Report
-from i3dist.data.manifest import Manifest
+from i3dist.data.manifest import Manifest, SourceCounts
 
 _REDRAW_S = 0.1
 
@@ -57,4 +58,15 @@ def closing_table(
         size = sum(shard.size for shard in manifest.shards) / 1e6
         counts = (manifest.documents, manifest.tokens, manifest.chunks, len(manifest.shards))
         table.add_row(split, *(f"{count:,}" for count in counts), f"{size:,.1f}")
+    return table
+
+
+def sources_table(sources: Iterable[SourceCounts]) -> Table:
+    """A row for each of several sources."""
+    table = Table(title="Sources")
+    for heading in ("source", "weight", "documents", "tokens", "epochs"):
+        table.add_column(heading, justify="left" if heading == "source" else "right")
+    for source in sources:
+        counts = f"{source.documents:,}", f"{source.tokens:,}", f"{source.epochs:,.3f}"
+        table.add_row(escape(source.name), f"{source.weight:g}", *counts)
     return table

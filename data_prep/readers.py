@@ -8,29 +8,36 @@ import os
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
+from data_prep.line_ranges import line_ranges
 from data_prep.sources import Record, clean_file_name
 from data_prep.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
 from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
 
 PARQUET = ".parquet"
-JSON_LINES = tuple(kind + packing for kind in (".jsonl", ".ndjson") for packing in PACKINGS)
+TEXT = "text"
+"""The column, or the key, that holds documents where no other is named."""
+_PLAIN_LINES = (".jsonl", ".ndjson")
+JSON_LINES = tuple(kind + packing for kind in _PLAIN_LINES for packing in PACKINGS)
 SUFFIXES = (PARQUET, *JSON_LINES, *(".txt" + packing for packing in PACKINGS))
 SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (all but {PARQUET} also with " + (
     f"{', '.join(PACKINGS[1:-1])} or {PACKINGS[-1]} after it)"
 )
 _LABELS = ("id", "url")
 _ROWS_AT_A_TIME = 128
+_GENTLY: Any = {"pre_buffer": False, "buffer_size": 1 << 21}
+"""Options of pyarrow under which it holds 2 MB of a column, not all of a row group."""
+
 _MARK = codecs.BOM_UTF8.decode()
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 _BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
@@ -38,31 +45,54 @@ _NO_VALUE = ValueError, OverflowError, LookupError, pa.ArrowException
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class TextFile:
     """A file of a source.
 
     `name` is its path below the source's root, and `number` its place in the order of names. The
-    url of a txt file is `scheme` and `name`. `key` is that of a document in a line of jsonl.
+    url of a txt file is `scheme` and `name`. `column` is the column, or the key, that holds
+    documents.
     """
 
-    path: Path
     name: str
     number: int
-    state: State
-    scheme: str = ""
-    key: str = "text"
+    scheme: str = field(default="", kw_only=True)
+    column: str = field(default=TEXT, kw_only=True)
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        raise NotImplementedError
+
+    @property
+    def file_name(self) -> str:
+        """A name that ends as its content asks for."""
+        return self.name
 
     def is_a(self, *suffixes: str) -> bool:
         """Whether the name ends in one of these, in upper or lower case."""
-        return self.name.lower().endswith(suffixes)
+        return self.file_name.lower().endswith(suffixes)
+
+
+@dataclass(frozen=True)
+class SourceFile(TextFile):
+    """A file on disk, and the state that it must have when it is read."""
+
+    path: Path
+    state: State
+
+    @property
+    def place(self) -> str:
+        """Its path."""
+        return str(self.path)
 
 
 @dataclass(frozen=True)
 class Span:
-    """What is read of a file in one go: all of it, or one row group of a parquet file.
+    """What is read of a file in one go: all of it, a row group of parquet, or some lines of jsonl.
 
     `size` estimates the bytes of text. `start` and `stop` bound the bytes that the span hashes. The
-    row groups of a parquet file share its bytes out, each about where it lies.
+    row groups of a parquet file share its bytes out, each about where it lies. Of jsonl they are
+    the bytes that are read. `first_row` is the number of the first row or line.
     """
 
     file: SourceFile
@@ -90,12 +120,15 @@ class Span:
         if self.file.is_a(PARQUET):
             # A row group is not read in order, but its bytes are in memory once they are hashed.
             sha256 = sha256_between(file, self.start, self.stop)
-            yield from _read_parquet(self, file)
+            if self.row_group is not None:
+                with open_parquet(file, self.file.column) as parquet:
+                    yield from read_rows(parquet, self.file, self.row_group, self.first_row)
             return sha256
         if not self.file.state[0] and self.file.is_a(*PACKINGS[1:]):
             raise EOFError("it is empty")  # as the gzip command says; Python's module says nothing
-        hashed = HashedFile(file)
-        yield from _read_text(self.file, hashed, encoding_of(self.file.path))
+        file.seek(self.start)
+        hashed = HashedFile(file, self.stop - self.start)
+        yield from read_text_file(self.file, hashed, _encoding(self.file), self.first_row)
         return hashed.sha256()
 
     def _check_state(self, file: BinaryIO) -> None:
@@ -136,83 +169,104 @@ def spans_of(file: SourceFile) -> list[Span]:
     size = file.state[0]
     if not file.is_a(PARQUET):
         return [Span(file, size, 0, size)]
-    with naming(file.path), file.path.open("rb") as handle, pq.ParquetFile(handle) as parquet:
-        names = parquet.schema_arrow.names
-        if (count := names.count("text")) != 1:
-            found = ", ".join(names[:20])
-            wrong = f"has {count} columns 'text'" if count else "has no column 'text'"
-            raise UserError(f"{file.path} {wrong}; its columns are {found}")
-        groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
-        if sum(group.num_rows for group in groups) != parquet.metadata.num_rows:
-            raise ValueError("its footer contradicts itself on the number of rows")
+    with naming(file.path), file.path.open("rb") as handle:
+        groups = row_groups(handle, file)
     if not groups:
         return [Span(file, 0, 0, size)]
     # Not at the groups' own offsets: pyarrow aborts where a damaged footer holds wrong ones.
     cuts = [size * number // len(groups) for number in range(len(groups) + 1)]
-    first_rows = itertools.accumulate((group.num_rows for group in groups), initial=0)
     return [
-        Span(file, group.total_byte_size, cuts[n], cuts[n + 1], n, row)
-        for n, (group, row) in enumerate(zip(groups, first_rows, strict=False))
+        Span(file, group.size, cuts[n], cuts[n + 1], n, group.first_row)
+        for n, group in enumerate(groups)
     ]
 
 
-def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:
-    if span.row_group is None:
-        return
-    name = clean_file_name(span.file.name)
-    row = span.first_row
-    with _open_parquet(file) as parquet:
-        columns = [_text(parquet, span), *(_labels(parquet, span, key) for key in _LABELS)]
-        for values in zip(*columns, strict=False):
-            fields = dict(zip(("text", *_LABELS), values, strict=True))
-            yield _record(f"{name}#{row}", fields, "text")
-            row += 1
+class RowGroup(NamedTuple):
+    """A row group: its bytes before compression, and the number of its first row."""
+
+    size: int
+    first_row: int
 
 
-def _text(parquet: pq.ParquetFile, span: Span) -> Iterator[Any]:
-    """The values of the column `text`, which are counted: pyarrow skips a damaged page silently."""
-    expected = parquet.metadata.row_group(span.row_group).num_rows
+def row_groups(handle: BinaryIO, file: TextFile) -> list[RowGroup]:
+    """The row groups of a parquet file.
+
+    Raises:
+        UserError: there is not exactly one column of text.
+    """
+    with pq.ParquetFile(handle) as parquet:
+        names = parquet.schema_arrow.names
+        if (count := names.count(file.column)) != 1:
+            found = ", ".join(names[:20])
+            wrong = f"has {count} columns" if count else "has no column"
+            raise UserError(
+                f"{file.place} {wrong} {file.column!r}; its columns are {found} (--text-column "
+                "names the one that holds the text)"
+            )
+        groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
+        if sum(group.num_rows for group in groups) != parquet.metadata.num_rows:
+            raise ValueError("its footer contradicts itself on the number of rows")
+    first_rows = itertools.accumulate((group.num_rows for group in groups), initial=0)
+    return [
+        RowGroup(group.total_byte_size, row) for group, row in zip(groups, first_rows, strict=False)
+    ]
+
+
+def read_rows(
+    parquet: pq.ParquetFile, file: TextFile, group: int, first_row: int
+) -> Iterator[Record]:
+    """Read the documents of a row group."""
+    name = clean_file_name(file.name)
+    text = _text(parquet, group, file.column)
+    labels = (_labels(parquet, group, key) for key in _LABELS)
+    for row, values in enumerate(zip(text, *labels, strict=False), first_row):
+        yield _record(f"{name}#{row}", dict(zip((TEXT, *_LABELS), values, strict=True)))
+
+
+def _text(parquet: pq.ParquetFile, group: int, key: str) -> Iterator[Any]:
+    """The values of the column of text. They are counted: pyarrow skips a damaged page silently."""
+    expected = parquet.metadata.row_group(group).num_rows
     rows = 0
-    for value in _column(parquet, span, "text"):
+    for value in _column(parquet, group, key, is_text=True):
         yield value
         rows += 1
     if rows != expected:
         raise EOFError(f"it holds {rows} rows of text, not {expected}")
 
 
-def _labels(parquet: pq.ParquetFile, span: Span, key: str) -> Iterator[Any]:
+def _labels(parquet: pq.ParquetFile, group: int, key: str) -> Iterator[Any]:
     """The values of a column, then None without end; values end where one cannot be read.
 
     Labels are not read together with the text, because an unreadable label must not cost the text.
     """
     if key in parquet.schema_arrow.names:
         with suppress(*_NO_VALUE):
-            yield from _column(parquet, span, key)
+            yield from _column(parquet, group, key, is_text=False)
     yield from itertools.repeat(None)
 
 
-def _column(parquet: pq.ParquetFile, span: Span, key: str) -> Iterator[Any]:
-    batches = parquet.iter_batches(_ROWS_AT_A_TIME, [span.row_group], [key], use_threads=False)
-    for batch in batches:
+def _column(parquet: pq.ParquetFile, group: int, key: str, *, is_text: bool) -> Iterator[Any]:
+    for batch in parquet.iter_batches(_ROWS_AT_A_TIME, [group], [key], use_threads=False):
         # There may be two columns `id`: the first counts.
-        yield from _values(batch.column(batch.schema.names.index(key)), key == "text")
+        yield from _values(batch.column(batch.schema.names.index(key)), is_text)
 
 
-def _open_parquet(file: BinaryIO) -> pq.ParquetFile:
+def open_parquet(file: BinaryIO, text_column: str) -> pq.ParquetFile:
     """The file with its dictionary columns as plain ones.
 
     pyarrow refuses a whole dictionary column for one value of bad UTF-8. The footer asks for
     dictionaries under the key `ARROW:schema`, which is hidden from pyarrow here.
     """
-    parquet = pq.ParquetFile(file)
-    fields = [field for field in parquet.schema_arrow if field.name in ("text", *_LABELS)]
-    if not any(pa.types.is_dictionary(field.type) for field in fields):
+    parquet = pq.ParquetFile(file, **_GENTLY)
+    read = [column for column in parquet.schema_arrow if column.name in (text_column, *_LABELS)]
+    if not any(pa.types.is_dictionary(column.type) for column in read):
         return parquet
     file.seek(-8, os.SEEK_END)
     size = int.from_bytes(file.read(4), "little")
     file.seek(-8 - size, os.SEEK_END)
     footer = file.read(size).replace(b"ARROW:schema", b"arrow:schema") + file.read()
-    return pq.ParquetFile(file, metadata=pq.read_metadata(pa.BufferReader(b"PAR1" + footer)))
+    metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+    return pq.ParquetFile(file, metadata=metadata, **_GENTLY)
 
 
 def _values(column: pa.Array, is_text: bool) -> list[Any]:
@@ -234,28 +288,53 @@ def _values(column: pa.Array, is_text: bool) -> list[Any]:
     return [None] * len(column)
 
 
-def _read_text(file: SourceFile, stream: HashedFile, encoding: str | None) -> Iterator[Record]:
+def lines_of(span: Span, size: int) -> list[Span]:
+    """The span of a large jsonl file as several, of `size` bytes or more; any other as it is.
+
+    Compressed files and other encodings than UTF-8 cannot be cut.
+    """
+    file, parts = span.file, span.stop // size
+    if parts < 2 or not file.is_a(*_PLAIN_LINES):
+        return [span]
+    with naming(file.path), file.path.open("rb") as handle:
+        if _encoding(file):
+            return [span]
+        ranges = line_ranges(handle, span.stop, parts)
+    return [Span(file, stop - start, start, stop, first_row=line) for start, stop, line in ranges]
+
+
+def _encoding(file: SourceFile) -> str | None:
+    with file.path.open("rb") as start:
+        return encoding_of(start, file.name)
+
+
+def read_text_file(
+    file: TextFile, stream: HashedFile, encoding: str | None, first_row: int
+) -> Iterator[Record]:
+    """Read the documents of a jsonl or txt file, from the line that has number `first_row` on."""
     name = clean_file_name(file.name)
     if not file.is_a(*JSON_LINES):
-        yield Record(name, name, file.scheme + name, read_text(stream, file.name, encoding))
+        whole = read_text(stream, file.file_name, encoding)
+        yield Record(name, name, file.scheme + name, whole)
         return
-    for row, line in enumerate(read_lines(stream, file.name, encoding)):
+    for row, line in enumerate(read_lines(stream, file.file_name, encoding), first_row):
         # Bad bytes become lone surrogates, which `usable_text` finds.
         text = line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
         if text and not text.isspace():
-            fields = _parse_line(text, file.key, f"{file.path}, line {row + 1}")
-            yield _record(f"{name}#{row}", fields, file.key)
+            fields = _parse_line(text, f"{file.place}, line {row + 1}", file.column)
+            yield _record(f"{name}#{row}", fields)
 
 
-def _parse_line(line: str, key: str, place: str) -> dict[str, Any]:
+def _parse_line(line: str, place: str, key: str) -> dict[str, Any]:
+    """The fields of a line; its text stands under `TEXT`."""
     try:
         fields = _loads(line, key)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deep, or a number too long")
         raise UserError(f"{place}: broken JSON ({reason}); repair or remove it") from None
     if not isinstance(fields, dict) or key not in fields:
-        raise UserError(f"{place}: no key {key!r}")
-    return fields
+        raise UserError(f"{place}: no key {key!r} (--text-column names the one with the text)")
+    return fields if key == TEXT else fields | {TEXT: fields[key]}
 
 
 def _loads(line: str, key: str) -> Any:
@@ -270,9 +349,9 @@ def _loads(line: str, key: str) -> Any:
         raise
 
 
-def _record(position: str, fields: dict[str, Any], key: str) -> Record:
-    identifier, url = (_label(fields.get(label), position) for label in _LABELS)
-    return Record(position, identifier, url, fields[key])
+def _record(position: str, fields: dict[str, Any]) -> Record:
+    identifier, url = (_label(fields.get(key), position) for key in _LABELS)
+    return Record(position, identifier, url, fields[TEXT])
 
 
 def _label(value: object, default: str) -> str:

@@ -7,17 +7,22 @@ examples:
     python data_prep/shard.py --source stdlib --vocab-size 4096 --out data/lib
   your own:
     python data_prep/shard.py --source 'texts/*.parquet' --out data/texts
+  all of one source, and 30% of the documents of another:
+    python data_prep/shard.py --source a.jsonl --source web:0.3 --out data/mix
   conversations, of which the model learns the answers:
     python data_prep/shard.py --source chats.jsonl --format chat --out data/chats
 
 A document is a row of parquet, a line of jsonl or ndjson (an object), or a txt
-file. Rows and lines have a `text`, and optionally an `id` and a `url`. With
---format chat a document is a line with `messages`, a list of {"role": ROLE,
-"content": TEXT}, where ROLE is system, user or assistant. Text is UTF-8 unless
-its byte-order mark says otherwise. A folder is read with all its subfolders, as
-by `find -L`, except for hidden names, folders whose names begin with _ , and
-the output of this tool. Skipped documents and left-out files are counted by
-reason at the end. A broken file ends the run.
+file. Rows and lines have a `text` (or another --text-column), and optionally
+an `id` and a `url`. With --format chat a document is a line with `messages`, a
+list of {"role": ROLE, "content": TEXT}, where ROLE is system, user or
+assistant. Text is UTF-8 unless its byte-order mark says otherwise. A folder is
+read with all its subfolders, as by `find -L`, except for hidden names, folders
+whose names begin with _ , and the output of this tool. Skipped documents and
+left-out files are counted by reason at the end. A broken file ends the run.
+
+With several sources documents of all are shuffled together. Each is taken as
+often as the source's weight says; copies get places of their own.
 
 The output holds train/ and valid/, each with shard-000000.tar ...,
 index.parquet (where every document lies) and manifest.json, beside
@@ -43,6 +48,9 @@ from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
 from data_prep.formats import FORMATS
+from data_prep.given_tokenizer import given_tokenizer
+from data_prep.hub import DATASET, source_at
+from data_prep.mixture import Weighted, count_sources, mixed, split_weight
 from data_prep.options import add_options
 from data_prep.output import OTHER_CONTENT, Output, OutputSettings
 from data_prep.pack import chunks_per_shard
@@ -54,10 +62,10 @@ from data_prep.passes import (
     framed_tokens,
     spill_all,
 )
-from data_prep.progress import closing_table, pass_bar
+from data_prep.progress import closing_table, pass_bar, sources_table
 from data_prep.readers import naming
 from data_prep.shuffle import PartSummary
-from data_prep.sources import SOURCES, Part, Source, clean_file_name
+from data_prep.sources import SOURCES, TEXT, Part, Source, clean_file_name
 from data_prep.tokenizer import (
     DEFAULT_SAMPLE_MB,
     DEFAULT_VOCABULARY,
@@ -67,7 +75,7 @@ from data_prep.tokenizer import (
     train_tokenizer,
 )
 from i3dist.cli.extend import add_extend_option
-from i3dist.cli.paths import typed_path
+from i3dist.cli.paths import is_url, typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.manifest import MAX_SHARDS
 from i3dist.data.tokenizer import Tokenizer
@@ -82,11 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = parse(arguments)
     output = Output(options.out)
-    given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
-    if given:
+    given = None
+    if options.tokenizer:
+        given, added = given_tokenizer(options.tokenizer)
         check_vocabulary(given, options.vocab_size)
+        if added:
+            print(clean_file_name(f"added to {given.path}: {' '.join(added)}"))
     former = output.settings()
-    source = open_source(options.source, options.format, former)
+    source = open_sources(options, former)
     preparation = Preparation(
         settings_of(options, source, given, former), output, source, Console()
     )
@@ -112,25 +123,58 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser)
     add_extend_option(parser)
     options = parser.parse_args(arguments)
-    if options.source not in SOURCES:  # after all options, as --extend adds names
-        options.source = typed_path(options.source)
+    # After all options, as --extend adds names.
+    options.source = [_typed_source(text) for text in options.source or [DATASET]]
     return options
 
 
-def open_source(spec: str | Path, documents: str, former: OutputSettings | None) -> Source:
-    """The source of this name or path, of documents of this format.
+def _typed_source(text: str) -> tuple[str | Path, float]:
+    """A name, URL or path, and the weight of the source."""
+    spec, weight = split_weight(text)
+    return spec if spec in SOURCES or is_url(spec) else typed_path(spec), weight
 
-    Where the output was begun, it is the source at the revision of then.
+
+def open_sources(options: argparse.Namespace, former: OutputSettings | None) -> Source:
+    """All sources as one; where the output was begun, at the revision of then."""
+    columns = options.text_column or [None]
+    if len(columns) not in (1, len(options.source)):
+        raise UserError(
+            f"there are {len(columns)} --text-column and {len(options.source)} --source: give the "
+            "column once, or once for each source"
+        )
+    columns *= len(options.source) // len(columns)
+    pairs = zip(options.source, columns, strict=True)
+    source = mixed(
+        [
+            Weighted(open_source(spec, options.format, column), weight)
+            for (spec, weight), column in pairs
+        ]
+    )
+    if former and former.source == source.name:
+        source.pin(former.revision)
+    return source
+
+
+def open_source(spec: str | Path, documents: str = TEXT, column: str | None = None) -> Source:
+    """The source of this name, URL or path.
+
+    Args:
+        spec: as typed.
+        documents: their format.
+        column: what holds them, if not the format's own key.
     """
-    source = SOURCES[spec]() if isinstance(spec, str) else file_source(spec, documents)
+    if isinstance(spec, Path):
+        source: Source = file_source(spec, documents)
+    else:
+        source = SOURCES[spec]() if spec in SOURCES else source_at(spec)
     if source.format != documents:
         raise UserError(
             f"--source {spec} has documents of format {source.format}: name it with --format "
             f"{source.format}, or name jsonl files of conversations for --format chat"
         )
-    if former and former.source == source.name:
-        source.pin(former.revision)
-    return source
+    return (
+        source.with_text_column(column) if column not in (None, FORMATS[documents].key) else source
+    )
 
 
 def settings_of(
@@ -193,10 +237,14 @@ class Preparation:
             self._forecast(parts, workers, trained)
         summaries = self._spill(plan, workers)
         settings = self._with_chunks_chosen(framed_tokens(summaries))
-        manifests = SecondPass(settings, self.output, self.console, workers).run(summaries)
+        sources = count_sources(self.source, parts, summaries)
+        packing = SecondPass(settings, self.output, self.console, workers, sources)
+        manifests = packing.run(summaries)
         self.output.publish(manifests, self._evidence(_pieces(summaries)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
+        if sources:
+            self.console.print(sources_table(sources))
         if self.source.left_out:
             self.console.print(f"left out: {self.source.left_out}", markup=False, soft_wrap=True)
 
@@ -249,7 +297,7 @@ class Preparation:
         if given:
             return given.data
         texts = sample_texts(
-            parts,
+            self.source.sample_parts(parts),
             self.settings.source,
             self.settings.tokenizer_sample_mb,
             evenly=self.settings.tokenizer_sample == "even",
@@ -267,6 +315,11 @@ class Preparation:
             summaries = spill_all(plan, workers, report)
         if not any(summary.documents for summary in summaries):
             self.output.abandon()
+            if any(summary.usable for summary in summaries):
+                raise UserError(
+                    f"of {self.settings.source} no document is taken: raise the weight of a "
+                    "--source, or set another --seed"
+                )
             raise no_usable_document(self.settings.source, _skipped(summaries))
         return summaries
 

@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from data_prep.evidence import Piece, Saved
 from data_prep.formats import FORMATS, Format
-from data_prep.sources import TEXT, Part, Record, Skip
+from data_prep.sources import TEXT, Part, Record, Share, Skip
 from i3dist.data.token_types import UINT16, Stored
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.files import write_whole, written_aside
@@ -73,6 +73,10 @@ class PartSummary(Saved):
     smallest_split: int
     largest_split: int
     pieces: tuple[Piece, ...] = ()
+    usable: int = 0
+    """Documents that were read and not skipped, whether they were taken, and how often, or not."""
+    identity: str = ""
+    """The part's."""
 
 
 def hashes(text: bytes, position: str, seed: int) -> bytes:
@@ -85,6 +89,22 @@ def hashes(text: bytes, position: str, seed: int) -> bytes:
     digest = hashlib.blake2b(text, digest_size=16, key=salt).digest()
     key = hashlib.blake2b(digest + position.encode(), digest_size=16, key=salt).digest()
     return key + digest[:8]
+
+
+def copies(text: bytes, position: str, seed: int, share: Share | None) -> list[bytes]:
+    """The hashes of each copy of a document that is taken: one without a `share`.
+
+    Whether a document is taken once more than the whole part of the weight says follows from a
+    hash that depends on nothing else, so that it says nothing about the document's place.
+    """
+    if share is None:
+        return [hashes(text, position, seed)]
+    place = f"{share.source}\0{position}" if share.source else position
+    first = hashes(text, place, seed)
+    drawn = hashlib.blake2b(first, digest_size=8, person=b"share").digest()
+    count = int(share.weight) + (int.from_bytes(drawn) < share.weight % 1 * 2**64)
+    more = (hashes(text, f"{place}\0{number}", seed) for number in range(1, count))
+    return [first, *more] if count else []
 
 
 def hash_columns(found: Sequence[bytes]) -> NDArray[np.int64]:
@@ -125,6 +145,14 @@ def run_table(run: Sequence[Document], bos_id: int, eos_id: int) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=run_schema(values.dtype))
 
 
+@dataclass
+class _Tally:
+    """Documents of a part: the number `skipped`, by reason, and that of all others."""
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    usable: int = 0
+
+
 @dataclass(frozen=True)
 class Spiller:
     """Pass 1: writes the runs of a part into `folder`, and calls `report` with counts of tokens."""
@@ -137,12 +165,12 @@ class Spiller:
 
     def spill(self, part: Part, number: int) -> PartSummary:
         """Tokenize part `number` into runs, and write its summary last."""
-        skipped: Counter[str] = Counter()
+        tally = _Tally()
         names: list[str] = []
         documents = tokens = 0
         smallest, largest = HASH_END, -1
         pieces: list[Piece] = []
-        for run in self._runs(_records(part, pieces), skipped):
+        for run in self._runs(_records(part, pieces), part.share, tally):
             names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
             table = run_table(run, self.tokenizer.bos_id, self.tokenizer.eos_id)
             write_run(table, self.folder / names[-1])
@@ -154,27 +182,34 @@ class Spiller:
             runs=tuple(names),
             documents=documents,
             tokens=tokens,
-            skipped=dict(skipped),
+            skipped=dict(tally.skipped),
             smallest_split=smallest,
             largest_split=largest,
             pieces=tuple(pieces),
+            usable=tally.usable,
+            identity=part.identity,
         )
         write_whole(summary_path(self.folder, number), summary.model_dump_json().encode())
         return summary
 
-    def _runs(self, records: Iterable[Record], skipped: Counter[str]) -> Iterator[list[Document]]:
+    def _runs(
+        self, records: Iterable[Record], share: Share | None, tally: _Tally
+    ) -> Iterator[list[Document]]:
         run: list[Document] = []
         size = 0
         for record in records:
             text = self.format.usable(record.text)
             if isinstance(text, Skip):
-                skipped[text.value] += 1
+                tally.skipped[text.value] += 1
+                continue
+            tally.usable += 1
+            found = copies(text, record.position, self.seed, share)
+            if not found:
                 continue
             tokens = self.format.encode(self.tokenizer, text)
-            self.report(len(tokens))
-            found = hashes(text, record.position, self.seed)
-            run.append(Document(found, record.id, record.url, tokens))
-            size += len(tokens)
+            self.report(len(tokens) * len(found))
+            run += [Document(each, record.id, record.url, tokens) for each in found]
+            size += len(tokens) * len(found)
             if size >= RUN_TOKENS or len(run) >= _RUN_DOCUMENTS:
                 yield run
                 run, size = [], 0

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Final
 
 from data_prep.evidence import Piece, State
+from i3dist.errors import UserError
 from i3dist.registry import Registry
 
 TEXT: Final = "text"
@@ -59,8 +60,19 @@ class Record:
     text: object
 
 
+@dataclass(frozen=True)
+class Share:
+    """Of a mixture: the number of a source, and how often its documents are taken."""
+
+    source: int
+    weight: float
+
+
 class Part:
     """A part of a source. It is pickled and sent to a worker process."""
+
+    share: Share | None = None
+    """Where the source is one of several, or has a weight."""
 
     def records(self) -> Iterable[Record]:
         """Read the documents in order. A generator may return the pieces of files that it read."""
@@ -70,6 +82,11 @@ class Part:
     def size(self) -> int:
         """About how many bytes it has, 0 if that is not known; they serve to estimate."""
         return 0
+
+    @property
+    def identity(self) -> str:
+        """Text that differs where a part reads something else, unless its files tell that."""
+        return ""
 
     @property
     def files(self) -> frozenset[int]:
@@ -114,6 +131,14 @@ class Source:
     def parts(self) -> Sequence[Part]:
         """The parts, in order."""
         raise NotImplementedError
+
+    def sample_parts(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """What a sample for the tokenizer is taken from; `parts` are all parts."""
+        return parts
+
+    def with_text_column(self, column: str) -> "Source":
+        """The source with another column, or key, as its text."""
+        raise UserError(f"--text-column {column}: the source {self.name} has no columns; omit it")
 
 
 _SLICE = 1 << 22

@@ -11,8 +11,8 @@ import gzip
 import hashlib
 import io
 import lzma
+import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
@@ -32,10 +32,11 @@ _MARKS = (
 
 
 class HashedFile(io.RawIOBase):
-    """A file that hashes what is read from it."""
+    """The next `length` bytes of a file, or all; hashes what is read."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, length: int = sys.maxsize) -> None:
         self._file = file
+        self._left = length
         self._digest = hashlib.sha256()
 
     def readable(self) -> bool:
@@ -44,13 +45,14 @@ class HashedFile(io.RawIOBase):
 
     def readinto(self, target: memoryview) -> int:  # type: ignore[override]
         """Read into `target`; returns the number of bytes."""
-        data = self._file.read(len(target))
+        data = self._file.read(min(len(target), self._left))
+        self._left -= len(data)
         self._digest.update(data)
         target[: len(data)] = data
         return len(data)
 
     def sha256(self) -> str:
-        """SHA-256 of the whole file; reads what is left of it."""
+        """SHA-256 of all of it; reads what is left."""
         while self.read(_BUFFER):
             pass
         return self._digest.hexdigest()
@@ -138,10 +140,12 @@ def read_lines(file: HashedFile, name: str, encoding: str | None) -> Iterator[by
             yield line.encode("utf-8", "surrogatepass")
 
 
-def encoding_of(path: Path) -> str | None:
-    """The encoding named by a byte-order mark at the start; None for UTF-8, marked or not."""
-    with path.open("rb") as file:
-        start = decompressed(file, path.name).read(4)
+def encoding_of(file: BinaryIO, name: str) -> str | None:
+    """The encoding named by a byte-order mark at the start; None for UTF-8, marked or not.
+
+    `file` stands at its start, and is closed afterwards.
+    """
+    start = decompressed(file, name).read(4)
     # A mark with nothing after it does not count: two such bytes are no text in any encoding.
     return next((code for mark, code in _MARKS if start.startswith(mark) and len(start) == 4), None)
 

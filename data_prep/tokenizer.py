@@ -1,5 +1,7 @@
 """Trains the tokenizer on a sample of the source's own text."""
 
+import bisect
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -87,9 +89,11 @@ def sample_texts(
     wanted = megabytes * 1_000_000
     skipped: Counter[str] = Counter()
     taken = 0
-    chosen = evenly_spaced(parts, megabytes) if evenly else parts
-    for left, part in zip(range(len(chosen), 0, -1), chosen, strict=True):
-        goal = taken + -(-(wanted - taken) // left) if evenly else wanted
+    chosen = shares_of(parts, megabytes) if evenly else [(part, 1) for part in parts]
+    left = sum(shares for _, shares in chosen)
+    for part, shares in chosen:
+        goal = taken + -(-(wanted - taken) * shares // left) if evenly else wanted
+        left -= shares
         for text in _usable_texts(part, documents, skipped):
             yield text.decode()
             taken += len(text)
@@ -101,6 +105,20 @@ def sample_texts(
         yield from sample_texts(parts, source, megabytes, evenly=False, documents=documents)
     elif not taken:
         raise no_usable_document(source, skipped)
+
+
+def shares_of(parts: Sequence[Part], count: int) -> list[tuple[Part, int]]:
+    """At most `count` parts of the sample, and how many equal shares of it each has.
+
+    Of a mixture a source has shares by its size and weight.
+    """
+    if not any(part.share for part in parts):
+        return [(part, 1) for part in evenly_spaced(parts, count)]
+    sizes = [part.size * (part.share.weight if part.share else 1) or 1 for part in parts]
+    ends = list(itertools.accumulate(sizes))
+    marks = (ends[-1] * (2 * number + 1) / (2 * count) for number in range(count))
+    hits = Counter(bisect.bisect(ends, mark) for mark in marks)
+    return [(parts[place], shares) for place, shares in sorted(hits.items())]
 
 
 def evenly_spaced(parts: Sequence[Part], count: int) -> Sequence[Part]:

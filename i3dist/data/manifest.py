@@ -92,6 +92,32 @@ Shards = Annotated[
 ]
 
 
+CountFromZero = Annotated[int, Field(ge=0)]
+
+
+class SourceCounts(Frozen):
+    """What all splits hold of one of several sources. `tokens` counts <BOS> and <EOS>."""
+
+    name: Annotated[str, Field(max_length=4096)]
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """How many times its documents were to be taken."""
+    usable: CountFromZero
+    """Its documents, each counted once."""
+    documents: CountFromZero
+    """Documents of the output that are its, copies included."""
+    tokens: CountFromZero
+
+    @property
+    def epochs(self) -> float:
+        """How many times its documents were taken, on average."""
+        return self.documents / self.usable if self.usable else 0.0
+
+
+def lowest_version(kind: TokenType, *of_version_2: object) -> Literal[1, 2]:
+    """The lowest version of the format that has a token type and keys, None where there is none."""
+    return 2 if any(value is not None for value in of_version_2) else kind.version
+
+
 class _Header(Frozen):
     """All of a manifest but its shards."""
 
@@ -107,6 +133,10 @@ class _Header(Frozen):
     eos_id: TokenId
     pad_id: TokenId
     source: Annotated[str, Field(max_length=4096)]
+    sources: Annotated[tuple[SourceCounts, ...], Field(min_length=1)] | None = Field(
+        default=None, exclude_if=lambda sources: sources is None
+    )
+    """Of version 2, where there are several sources or weights."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
     documents: Count
     tokens: Count
@@ -122,10 +152,8 @@ class _Header(Frozen):
         return archive_size(chunks, self.chunk_length, self.token_type.dtype.itemsize)
 
     @model_validator(mode="after")
-    def _version_and_vocabulary_fit_the_dtype(self) -> Self:
+    def _vocabulary_fits_the_dtype(self) -> Self:
         kind = self.token_type
-        if self.version != kind.version:
-            raise ValueError(f"dtype {self.dtype} is of version {kind.version}, not {self.version}")
         if self.vocab_size > kind.vocabulary:
             raise ValueError(f"vocab_size {self.vocab_size} is too large for dtype {self.dtype}")
         return self
@@ -137,6 +165,13 @@ class _Header(Frozen):
             raise ValueError(f"special ids {ids} do not all lie below vocab_size {self.vocab_size}")
         if len(set(ids)) != len(ids):
             raise ValueError(f"special ids {ids} are not all different")
+        return self
+
+    @model_validator(mode="after")
+    def _version_is_the_lowest(self) -> Self:
+        lowest = lowest_version(self.token_type, self.sources)
+        if self.version != lowest:
+            raise ValueError(f"version {self.version} where dtype and keys are of {lowest}")
         return self
 
     def head(self) -> bytes:

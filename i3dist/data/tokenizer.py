@@ -60,9 +60,12 @@ class Tokenizer:
         self.special_ids: dict[str, int] = {token: vocab[token] for token in SPECIAL_TOKENS}
         """Id of each special token. Chat tokens are made only from here, never from text."""
         self._bytes = _bytes_of_ids(vocab, self._spec, path)
-        specials = set(self.special_ids.values())
-        if any(specials.intersection(self._backend.encode(t).ids) for t in SPECIAL_TOKENS):
-            raise UserError(f"{path}: it makes special ids out of plain text; train another")
+        made = [token for token in SPECIAL_TOKENS if self._is_made_of_text(token)]
+        if made:
+            names = " ".join(made)
+            raise UserError(
+                f"{path}: it makes special ids out of plain text ({names}); train another"
+            )
 
     @classmethod
     def load(cls, path: Folder) -> Self:
@@ -71,14 +74,11 @@ class Tokenizer:
         Raises:
             UserError: it cannot be read, is not byte-level, or lacks special tokens (listed).
         """
-        try:
-            with open_file(path, _MAX_FILE_BYTES) as file:
-                data = file.read(_MAX_FILE_BYTES + 1)
-            if len(data) > _MAX_FILE_BYTES:
-                raise UserError(f"{path} is too large to be a tokenizer.json")
-        except OSError as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-        return cls(data, path)
+        return cls(read_file(path), path)
+
+    def _is_made_of_text(self, token: str) -> bool:
+        ids = self._backend.encode(token, add_special_tokens=False).ids
+        return not set(self.special_ids.values()).isdisjoint(ids)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -111,6 +111,22 @@ class Tokenizer:
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder that takes ids one by one, as they are generated."""
         return StreamDecoder(self._bytes)
+
+
+def read_file(path: Folder) -> bytes:
+    """The bytes of a `tokenizer.json`.
+
+    Raises:
+        UserError: it cannot be read, or is too large.
+    """
+    try:
+        with open_file(path, _MAX_FILE_BYTES) as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise UserError(f"{path} is too large to be a tokenizer.json")
+    return data
 
 
 class StreamDecoder:

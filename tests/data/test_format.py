@@ -11,7 +11,7 @@ import pytest
 from data_prep.pack import INDEX_SCHEMA
 from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
-from i3dist.data.manifest import Manifest, Shard
+from i3dist.data.manifest import Manifest, Shard, SourceCounts
 from i3dist.data.tokenizer import Tokenizer
 from tests.data_prep.chats import framed, write_chats
 from tests.data_prep.corpus import build, write_corpus
@@ -89,7 +89,8 @@ def test_every_field_and_column_is_described() -> None:
     described = {
         name: kind.strip() for names, kind in rows for name in re.findall(r"`(\w+)`", names)
     }
-    fields = (*Manifest.model_fields, *Shard.model_fields, *INDEX_SCHEMA.names)
+    models = (Manifest, Shard, SourceCounts)
+    fields = (*(name for model in models for name in model.model_fields), *INDEX_SCHEMA.names)
     assert set(described) == set(fields)
     assert all(described[field.name] == field.type for field in INDEX_SCHEMA)
 

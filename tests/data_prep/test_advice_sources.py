@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +18,7 @@ from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep import corpus as helpers
 from tests.data_prep.advice import TEXTS, build, counting, is_followed, refusal, write
+from tests.data_prep.test_sources import serve_from
 
 # Sources.
 
@@ -128,26 +128,21 @@ def test_a_link_that_leads_in_circles(texts: Path, tmp_path: Path) -> None:
 
 def test_the_hub_out_of_reach(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`run this again with a network, or name text of your own with --source (...)`."""
+    (tmp_path / "files").mkdir()
     table = pa.table({"text": TEXTS, "id": TEXTS, "url": TEXTS})
-    pq.write_table(table, tmp_path / "hub.parquet")
+    pq.write_table(table, tmp_path / "files" / "hub.parquet")
 
-    def unreachable(revision: str | None) -> str:
+    def unreachable(dataset: str, at: str | None) -> str:
         raise ConnectionError("no route to host")
-
-    def stream(*_: object) -> Any:
-        import datasets
-
-        files = [str(tmp_path / "hub.parquet")]
-        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
 
     def run(out: Path, *source: object) -> None:
         words = ["--out", out, "--vocab-size", 300, "--workers", 1, "--valid-fraction", 0.2]
         shard.main([str(word) for word in (*words, *source)])
         Manifest.load(out / "train")
 
-    monkeypatch.setattr(hub, "_stream", stream)
+    serve_from(tmp_path / "files", monkeypatch)
     with monkeypatch.context() as patched:
-        patched.setattr(hub, "_check_reachable", unreachable)
+        patched.setattr(hub, "_commit", unreachable)
         with pytest.raises(UserError, match=r"no route .*network, or .*--source stdlib`") as error:
             run(tmp_path / "hub")
         library = tmp_path / "library"
@@ -158,7 +153,6 @@ def test_the_hub_out_of_reach(texts: Path, tmp_path: Path, monkeypatch: pytest.M
         words = re.findall(r"`(.*?)`", str(error.value))
         run(tmp_path / "stdlib", *shlex.split(words[0]))
         run(tmp_path / "own", "--source", texts)
-    monkeypatch.setattr(hub, "_check_reachable", lambda revision: revision or "newest")
     run(tmp_path / "hub")
 
 

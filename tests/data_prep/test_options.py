@@ -29,8 +29,9 @@ DEFAULTS = {
     "extend": None,
     "dry_run": False,
     "format": "text",
-    "source": DATASET,
+    "source": [(DATASET, 1.0)],
     "out": Path("data/fineweb-edu"),
+    "text_column": None,
     "tokenizer": None,
     "vocab_size": None,
     "tokenizer_sample_mb": None,
@@ -66,9 +67,32 @@ def test_the_fraction_reaches_from_end_to_end() -> None:
             value("valid-fraction", wrong)
 
 
-@pytest.mark.parametrize("name", ["source", "out", "tokenizer"])
+@pytest.mark.parametrize("name", ["out", "tokenizer"])
 def test_a_place_is_what_was_typed(name: str) -> None:
     assert str(value(name, "a b#c")) == "a b#c"
+
+
+def test_sources_are_what_was_typed_each_with_its_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c:2").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    words = ["a b#c", "d:0.25", "e:3", "stdlib:1e-3", "f:x", "c:2", "c:2:2", "g:", "./h:.5"]
+    typed = parse([word for text in words for word in ("--source", text)]).source
+    assert [(str(spec), weight) for spec, weight in typed] == [
+        ("a b#c", 1.0),
+        ("d", 0.25),
+        ("e", 3.0),
+        ("stdlib", 0.001),
+        ("f:x", 1.0),
+        ("c:2", 1.0),
+        ("c:2", 2.0),
+        ("g:", 1.0),
+        ("h", 0.5),
+    ]
+    for wrong in ("a:0", "a:-1", "a:1001", "a:1e-7", "a:1e999"):
+        with pytest.raises(UserError, match=r"a weight is a number from 0\.000001 to 1000, not"):
+            parse(["--source", wrong])
 
 
 SOURCE = SimpleNamespace(name="texts", outline="r1", revision="r2")

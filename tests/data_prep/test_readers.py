@@ -2,6 +2,8 @@
 
 import datetime
 import decimal
+import io
+import json
 import random
 import time
 import uuid
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.files import file_source
+from data_prep.readers import SourceFile, open_parquet, read_rows
 from data_prep.sources import Record, Skip
 from i3dist.errors import UserError
 from tests.data_prep.test_streams import ENCODED, PACKERS, text_of
@@ -276,3 +279,48 @@ def test_one_word_of_megabytes_is_read_in_linear_time(tmp_path: Path) -> None:
     start = time.process_time()
     assert set(texts(tmp_path)) == {word}
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("column", ["body", "id", "text.n", " "])
+def test_another_column_or_key_is_the_text(tmp_path: Path, column: str) -> None:
+    rows = [{"text": 1, "id": "id", "url": "u", column: f"text {n}"} for n in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = file_source(tmp_path).with_text_column(column)
+    assert source.name.endswith(f", column {column}")
+    found = [record for part in source.parts() for record in part.records()]
+    assert [text_of(record) for record in found] == [f"text {n}" for n in range(3)] * 2
+    ids = {f"text {n}" for n in range(3)} if column == "id" else {"id"}
+    assert {record.id for record in found} == ids
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for name in ("a.parquet", "a.jsonl"):
+        pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+        (tmp_path / "a.jsonl").write_text('{"body": "x"}')
+        source = file_source(tmp_path / name).with_text_column("words")
+        with pytest.raises(UserError, match=rf"{name}.* 'words'.*--text-column"):
+            [record for part in source.parts() for record in part.records()]
+
+
+class Watched(io.FileIO):
+    """A file that remembers the longest read."""
+
+    longest = 0
+
+    def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
+        data = super().read(size)
+        self.longest = max(self.longest, len(data))
+        return data
+
+
+def test_of_a_large_row_group_little_is_in_memory(tmp_path: Path) -> None:
+    texts = [random.Random(n).randbytes(10_000).hex() for n in range(1000)]
+    table = pa.table({"text": texts, "id": [f"{n}" for n in range(1000)]})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    file = SourceFile("a.parquet", 0, tmp_path / "a.parquet", (0, 0, 0))
+    with Watched(tmp_path / "a.parquet") as handle, open_parquet(handle, "text") as parquet:
+        assert parquet.metadata.row_group(0).column(0).total_compressed_size > 8_000_000
+        found = [record.text for record in read_rows(parquet, file, 0, 0)]
+    assert found == [text.encode() for text in texts]
+    assert handle.longest < 3_000_000

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep import hub, sources
+from data_prep import hub, remote, sources
 from data_prep.files import file_source, stdlib_source
 from data_prep.shard import main
 from data_prep.sources import Record, Skip, Source, usable_text
@@ -132,61 +131,89 @@ def test_a_broken_file_is_named_by_a_worker_process(
         build(tmp_path, tmp_path / "out", "--workers", 2, "--tokenizer", built / "tokenizer.json")
 
 
-def _local(folder: Path) -> Callable[..., object]:
-    import datasets
+def serve_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """Have the hub's dataset be the parquet files of a folder; returns the commits asked for."""
+    asked: list[str | None] = []
+    paths = sorted(folder.glob("*.parquet"))
 
+    def commit(dataset: str, at: str | None) -> str:
+        assert dataset == hub.DATASET
+        asked.append(at)
+        return at or "newest"
+
+    monkeypatch.setattr(hub, "_commit", commit)
+    monkeypatch.setattr(hub, "_data_files", lambda *_: [path.as_uri() for path in paths])
+    monkeypatch.setattr(hub, "_sizes", lambda _: [path.stat().st_size for path in paths])
+    return asked
+
+
+@pytest.fixture
+def three_files(tmp_path: Path) -> Path:
+    folder = tmp_path / "hub"
+    folder.mkdir()
     for number in range(3):
         rows = [{"text": f"text {number} {i}", "id": f"{number}-{i}", "n": i} for i in range(4)]
         table = pa.Table.from_pylist(rows).append_column("url", pa.array(["u"] * 4))
-        pq.write_table(table, folder / f"{number}.parquet")
-    files = sorted(str(path) for path in folder.glob("*.parquet"))
-    load = datasets.load_dataset
-    return lambda *_, **__: load("parquet", data_files=files, split="train", streaming=True)
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=2)
+    return folder
 
 
-def test_the_hub_is_streamed_file_by_file_at_one_revision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_hub_is_read_by_row_groups_at_one_revision(
+    three_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str | None] = []
-    monkeypatch.setattr(hub, "_check_reachable", lambda r: asked.append(r) or r or "newest")
-    monkeypatch.setattr("datasets.load_dataset", _local(tmp_path))
+    asked = serve_from(three_files, monkeypatch)
     source = hub.HubSource()
+    assert len(source.parts()) == 1
+    monkeypatch.setattr(remote, "_PART", 1)
     parts = source.parts()
-    assert [part.number for part in parts] == [0, 1, 2]
-    assert {part.revision for part in parts} == {"newest"} and asked == [None, "newest"]
+    assert len(parts) == 6 and asked == [None, "newest", "newest"]
     found = records(source)
     assert [record.id for record in found] == [f"{n}-{i}" for n in range(3) for i in range(4)]
-    assert found[5].url == "u" and found[5].text == "text 1 1"
+    assert [record.position for record in found] == [
+        f"sample-10BT/{n:05d}#{i}" for n in range(3) for i in range(4)
+    ], "as older versions had them, so that their outputs stay what they are"
+    assert found[5].url == "u" and found[5].text == b"text 1 1"
+    samples = source.sample_parts(parts)
+    assert [len(list(part.records())) for part in samples] == [4, 4, 4]
     pinned = hub.HubSource()
     pinned.pin("old")
     assert pinned.parts()[0].revision == "old"
+    assert len({part.identity for part in (*parts, *pinned.parts())}) == 12
 
 
 def test_a_finished_output_from_the_hub_needs_no_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    three_files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def unreachable(revision: str | None) -> str:
+    def unreachable(dataset: str, at: str | None) -> str:
         raise ConnectionError
 
     arguments = ["--out", str(tmp_path / "out"), "--vocab-size", "300", "--workers", "1"]
-    monkeypatch.setattr(hub, "_check_reachable", lambda revision: revision or "newest")
-    with monkeypatch.context() as patched:
-        patched.setattr("datasets.load_dataset", _local(tmp_path))
-        main(arguments)
+    serve_from(three_files, monkeypatch)
+    main(arguments)
     assert Manifest.load(tmp_path / "out" / "train").source == hub.HUB_NAME
-    monkeypatch.setattr(hub, "_check_reachable", unreachable)
+    monkeypatch.setattr(hub, "_commit", unreachable)
     main(arguments)
     assert capsys.readouterr().out.endswith("is already complete\n")
 
 
-def test_a_stream_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
+def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> str:
         raise ConnectionError("gone\naway")
 
-    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr(hub, "_commit", fail)
     with pytest.raises(UserError, match=r"cannot read .* from the hub .*gone away") as caught:
-        list(hub.HubPart("main", 0, 1).records())
+        hub.HubSource().parts()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", hub.CONFIGS)
+def test_samples_of_the_default_dataset_have_names(config: str) -> None:
+    source = sources.SOURCES[f"{hub.DATASET}/{config}"]()
+    assert source.name == f"{hub.DATASET} {config}"
+    assert sources.SOURCES[hub.DATASET]().name == f"{hub.DATASET} sample-10BT"
 
 
 @pytest.mark.parametrize("slice_bytes", [3, 1 << 22])

@@ -1,0 +1,186 @@
+"""Several sources as one, each with a weight: how many times its documents are taken.
+
+A document of a source of weight 2.5 is taken twice, and once more if its hash is in the lower half.
+So what is taken follows from seed, source and document alone, and a smaller weight takes some of
+the documents of a larger one. Each copy has a place of its own in the shuffled order.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from data_prep.evidence import Piece, State
+from data_prep.shuffle import PartSummary
+from data_prep.sources import SOURCES, NamedFile, Part, Record, Share, Source
+from i3dist.cli.paths import is_url
+from i3dist.data.manifest import SourceCounts
+from i3dist.errors import UserError
+
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1000.0
+MOST_SOURCES = 100
+_LONGEST_NAME = 2000
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+
+class Weighted(NamedTuple):
+    """A source and its weight."""
+
+    source: Source
+    weight: float
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """What `--source PATH:WEIGHT` names, and the weight; 1 where none is given.
+
+    A name or path that exists is taken as it is, also with a colon in it.
+
+    Raises:
+        UserError: the weight is not in the range.
+    """
+    head, colon, tail = text.rpartition(":")
+    is_number = head and colon and _NUMBER.fullmatch(tail)
+    is_port = is_url(head) and not urlsplit(head).path
+    if not is_number or is_port or text in SOURCES or os.path.lexists(text):
+        return text, 1.0
+    weight = float(tail)
+    if not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:
+        raise UserError(
+            f"--source {text}: a weight is a number from {SMALLEST_WEIGHT:f} to "
+            f"{LARGEST_WEIGHT:.0f}, not {tail}"
+        )
+    return head, weight
+
+
+@dataclass(frozen=True)
+class MixedPart(Part):
+    """A part of one of the sources; `first_file` is the number of that source's first file."""
+
+    part: Part
+    first_file: int
+    share: Share
+
+    def records(self) -> Generator[Record, None, tuple[Piece, ...]]:
+        """Read the documents in order; returns the pieces of files that were read."""
+        read: Any = self.part.records()
+        return tuple(_shifted((yield from read) or (), self.first_file))
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it has, each counted once."""
+        return self.part.size
+
+    @property
+    def identity(self) -> str:
+        """Text that differs where the part reads something else."""
+        return self.part.identity
+
+    @property
+    def files(self) -> frozenset[int]:
+        """Numbers of the files that it reads."""
+        return frozenset(self.first_file + number for number in self.part.files)
+
+    def is_made_of(self, pieces: Sequence[Piece]) -> bool:
+        """Whether these are the pieces of files that this part reads."""
+        return self.part.is_made_of(_shifted(pieces, -self.first_file))
+
+
+def _shifted(pieces: Sequence[Piece], by: int) -> list[Piece]:
+    return [piece.model_copy(update={"file": piece.file + by}) for piece in pieces]
+
+
+class Mixture(Source):
+    """Sources in the order in which they were given."""
+
+    def __init__(self, members: Sequence[Weighted]) -> None:
+        if len(members) > MOST_SOURCES:
+            raise UserError(
+                f"{len(members)} sources are more than {MOST_SOURCES}: put files of equal weight "
+                "into one folder"
+            )
+        self.members = members
+        self.name = _name(members)
+        left_out = (f"{m.source.name}: {m.source.left_out}" for m in members if m.source.left_out)
+        self.left_out = "; ".join(left_out)
+
+    @cached_property
+    def files(self) -> Sequence[NamedFile]:  # type: ignore[override]
+        """The files of all sources."""
+        return [file for member in self.members for file in member.source.files]
+
+    @cached_property
+    def states(self) -> tuple[State, ...]:
+        """The states of all files when they were first asked for."""
+        return tuple(state for member in self.members for state in member.source.states)
+
+    @property
+    def revision(self) -> str:
+        """The revisions of all sources."""
+        return json.dumps([member.source.revision for member in self.members])
+
+    @property
+    def outline(self) -> str:
+        """The outlines of all sources."""
+        return json.dumps([member.source.outline for member in self.members])
+
+    def pin(self, revision: str) -> None:
+        """Stay at the revisions of all sources."""
+        for member, pinned in zip(self.members, json.loads(revision), strict=True):
+            member.source.pin(pinned)
+
+    def parts(self) -> Sequence[MixedPart]:
+        """The parts of all sources."""
+        firsts = accumulate((len(member.source.files) for member in self.members), initial=0)
+        return [
+            MixedPart(part, first, Share(number, member.weight))
+            for number, (member, first) in enumerate(zip(self.members, firsts, strict=False))
+            for part in member.source.parts()
+        ]
+
+
+def _name(members: Sequence[Weighted]) -> str:
+    name = " + ".join(f"{source.name}:{_short(weight)}" for source, weight in members)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{len(members)} sources {hashlib.sha256(name.encode()).hexdigest()}"
+
+
+def _short(weight: float) -> str:
+    return repr(weight).removesuffix(".0")
+
+
+def mixed(members: Sequence[Weighted]) -> Source:
+    """The sources as one; a single one of weight 1 is itself."""
+    first, *others = members
+    return Mixture(members) if others or first.weight != 1 else first.source
+
+
+def count_sources(
+    source: Source, parts: Sequence[Part], summaries: Sequence[PartSummary]
+) -> tuple[SourceCounts, ...] | None:
+    """What the output holds of each source; None where the source is a single one of weight 1."""
+    if not isinstance(source, Mixture):
+        return None
+    documents, tokens, usable = ([0] * len(source.members) for _ in range(3))
+    for part, summary in zip(parts, summaries, strict=True):
+        assert part.share
+        number = part.share.source
+        documents[number] += summary.documents
+        tokens[number] += summary.tokens + 2 * summary.documents
+        usable[number] += summary.usable
+    return tuple(
+        SourceCounts(
+            name=member.source.name[:_LONGEST_NAME],
+            weight=member.weight,
+            usable=usable[number],
+            documents=documents[number],
+            tokens=tokens[number],
+        )
+        for number, member in enumerate(source.members)
+    )

@@ -1,0 +1,64 @@
+"""Does work on a network again until it succeeds, with growing pauses."""
+
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from i3dist.data.download import shown
+from i3dist.errors import UserError
+
+Result = TypeVar("Result")
+
+PATIENCE_SECONDS = 300.0
+"""How long work may fail without a success."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+# Of the answers 400 to 499, those that may be others next time.
+_TEMPORARY = (408, 425, 429)
+_FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
+
+
+def retried(work: Callable[[], Result], place: str) -> Result:
+    """Do `work`, and again while it raises what may be temporary; `place` is what it reads.
+
+    Raises:
+        UserError: it has failed for good, or for `PATIENCE_SECONDS`.
+    """
+    start = time.monotonic()
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return work()
+        except UserError:
+            raise
+        except Exception as error:  # libraries of many kinds of stores raise as many kinds
+            tried = time.monotonic() - start
+            if is_final(error):
+                raise UserError(f"cannot read {place}: {why(error)}; check the URL") from None
+            if tried + pause > PATIENCE_SECONDS:
+                raise UserError(
+                    f"cannot read {place} ({why(error)}; tried for {tried:.0f} s): run the same "
+                    "command again when it can be reached, and it continues"
+                ) from None
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether trying again is of no use."""
+    # fsspec says that a file is not there for whatever went wrong; the cause tells what did.
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    status = getattr(cause, "status", None) or getattr(
+        getattr(cause, "response", None), "status_code", None
+    )
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in _TEMPORARY
+    return isinstance(cause, _FINAL)
+
+
+def why(error: BaseException) -> str:
+    """An error of a library in a few words, without the passwords that its URLs may hold."""
+    text = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
+    return re.sub(r"\S+://\S+", lambda url: shown(url[0]), text)[:200]
