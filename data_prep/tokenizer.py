@@ -153,6 +153,6 @@ def check_vocabulary(tokenizer: Tokenizer, wanted: int | None) -> None:
         )
     if tokenizer.vocab_size > LARGEST_VOCABULARY:
         raise UserError(
-            f"{tokenizer.path} has a vocabulary of {tokenizer.vocab_size}, and the most is "
-            f"{LARGEST_VOCABULARY}: name another --tokenizer"
+            f"{tokenizer.path} has a vocabulary of {tokenizer.vocab_size}, and a token in a shard "
+            f"can be one of {LARGEST_VOCABULARY} at most: name another --tokenizer"
         )

@@ -23,7 +23,10 @@ from i3dist.errors import UserError
         ("train.lanes=x", "should be a valid integer.*should be 'auto'"),
         ("optimizer.lr=-1", "optimizer.lr=-1 should be greater than 0"),
         ("optimizer.lr=nan", "finite"),
-        ("model.vocab_size=70000", "model.vocab_size=70000 should be less than or equal to 65536"),
+        (
+            "model.vocab_size=16777217",
+            "model.vocab_size=16777217 should be less than or equal to 16777216",
+        ),
         ("model.state_carry=maybe", "should be a valid boolean"),
         ("train.steps=${nope}", "cannot be parsed"),
         ("train.seed=[1", "cannot be parsed"),
