@@ -11,7 +11,7 @@ import platform
 import sysconfig
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -74,7 +74,7 @@ class FilePart(Part):
         return places == [(p.file, p.start, p.stop) for p in pieces]
 
 
-@dataclass(frozen=True)
+@dataclass
 class FileSource(Source):
     """Files in the order of their names below the root."""
 
@@ -83,6 +83,8 @@ class FileSource(Source):
     scheme: str = ""
     left_out: str = ""
     column: str = TEXT
+    kept: Path | None = field(default=None, compare=False)
+    """The folder for what took long to find out."""
 
     @cached_property
     def states(self) -> tuple[State, ...]:
@@ -115,6 +117,10 @@ class FileSource(Source):
         """The source with another column, or key, as its text."""
         return replace(self, name=f"{self.name}, column {column}", column=column)
 
+    def keep_in(self, folder: Path) -> None:
+        """Keep the numbers of lines of large jsonl files."""
+        self.kept = folder
+
     def _file(self, number: int, path: Path, name: str, state: State) -> SourceFile:
         return SourceFile(name, number, path, state, scheme=self.scheme, column=self.column)
 
@@ -129,7 +135,7 @@ class FileSource(Source):
         total = sum(span.size for span in spans)
         limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
         shortest = max(limit, _SHORTEST_RANGE)
-        cut = (piece for span in spans for piece in lines_of(span, shortest))
+        cut = (piece for span in spans for piece in lines_of(span, shortest, self.kept))
         return [FilePart(group) for group in grouped(cut, limit)]
 
 

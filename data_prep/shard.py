@@ -197,6 +197,7 @@ class Preparation:
         start = time.monotonic()
         if self.output.discard_old_runs():
             self.console.print("an earlier version began this folder: tokenizing it again")
+        self.source.keep_in(self.output.facts)
         parts = self.source.parts()
         plan = SpillPlan(parts, self.output.tokenizer, self.output.runs, self.settings.seed)
         touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))

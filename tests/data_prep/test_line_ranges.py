@@ -6,12 +6,14 @@ import json
 import random
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import files
+from data_prep import line_ranges as line_module
 from data_prep.files import FilePart, file_source
 from data_prep.line_ranges import line_ranges
 from data_prep.sources import Record
@@ -141,3 +143,27 @@ def test_a_broken_line_of_a_later_range_has_its_number(tmp_path: Path) -> None:
     number = whole.count("\n") + 1
     with pytest.raises(UserError, match=rf"a\.jsonl, line {number}: broken JSON"):
         records(list(file_source(tmp_path).parts()))
+
+
+def test_lines_are_counted_once_while_the_file_stays(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jsonl").write_text(lines(90))
+    counted = MagicMock(wraps=line_ranges)
+    monkeypatch.setattr(line_module, "line_ranges", counted)
+    options = ["--tokenizer", tokenizer]
+    build(source, tmp_path / "whole", *options)
+    interrupt(source, tmp_path / "out", 3, *options)
+    assert counted.call_count == 2
+    build(source, tmp_path / "out", *options)
+    assert counted.call_count == 2
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
+    interrupt(source, tmp_path / "later", 0, *options)
+    others = "".join(sorted(lines(90).splitlines(keepends=True)))  # of the same size
+    (source / "a.jsonl").write_text(others)
+    build(source, tmp_path / "later", *options)
+    assert counted.call_count == 4
+    build(source, tmp_path / "fresh", *options)
+    assert tree_digest(tmp_path / "later") == tree_digest(tmp_path / "fresh")
