@@ -113,6 +113,12 @@ class FileSource(Source):
             digest.update(line.encode())
         return digest.hexdigest()
 
+    def sample_parts(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """The parts with no jsonl file cut, as older versions had them: so a sample stays equal."""
+        spans = [span for part in parts if isinstance(part, FilePart) for span in part.spans]
+        whole = [span.uncut() for span in spans if span.row_group is not None or not span.start]
+        return [FilePart(group) for group in grouped(whole, _part_size(whole))]
+
     def with_text_column(self, column: str) -> "FileSource":
         """The source with another column, or key, as its text."""
         return replace(self, name=f"{self.name}, column {column}", column=column)
@@ -132,11 +138,15 @@ class FileSource(Source):
             for number, ((path, name), state) in files
             for span in spans_of(self._file(number, path, name, state))
         ]
-        total = sum(span.size for span in spans)
-        limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
+        limit = _part_size(spans)
         shortest = max(limit, _SHORTEST_RANGE)
         cut = (piece for span in spans for piece in lines_of(span, shortest, self.kept))
         return [FilePart(group) for group in grouped(cut, limit)]
+
+
+def _part_size(spans: Sequence[Span]) -> int:
+    total = sum(span.size for span in spans)
+    return min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
 
 
 def _content_digest(path: Path) -> str:

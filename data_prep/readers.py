@@ -101,6 +101,11 @@ class Span:
     row_group: int | None = None
     first_row: int = 0
 
+    def uncut(self) -> "Span":
+        """Of a first range of lines, all of its file; any other span as it is."""
+        size = self.file.state[0]
+        return self if self.file.is_a(PARQUET) else Span(self.file, size, 0, size)
+
     def records(self) -> Generator[Record, None, Piece]:
         """Read the documents in order; returns what was read."""
         path = self.file.path

@@ -94,18 +94,24 @@ def test_what_is_one_document_or_cannot_be_cut_stays_whole(tmp_path: Path) -> No
         assert all(span.start == 0 for span in part.spans)
 
 
+@pytest.mark.parametrize("given", [False, True])
 def test_any_cut_gives_the_bytes_of_the_whole_file(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, given: bool
 ) -> None:
+    """A tokenizer that is trained is the same too, though its sample is less than the file."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text(lines(90))
+    halves = (f'{{"text": "{word * 500} {n}"}}\n' for word in ("ab ", "xy ") for n in range(600))
+    (tmp_path / "in" / "b.jsonl").write_text("".join(halves))
+    options = ["--tokenizer", tokenizer] if given else ["--tokenizer-sample-mb", 1]
     made = {}
-    for size, workers in ((1 << 30, 1), (2000, 1), (5000, 3)):
+    monkeypatch.setattr(files, "_SMALLEST_PART", 100_000)
+    for size, workers in ((1 << 30, 1), (100_000, 1), (300_000, 3)):
         monkeypatch.setattr(files, "_SHORTEST_RANGE", size)
         out = tmp_path / f"out-{size}"
-        build(tmp_path / "in", out, "--workers", workers, "--tokenizer", tokenizer)
+        build(tmp_path / "in", out, "--workers", workers, "--chunks-per-shard", 256, *options)
         made[size] = texts_of(out)
-    assert made[2000] == made[5000] == made[1 << 30]
+    assert made[100_000] == made[300_000] == made[1 << 30]
 
 
 def test_a_stopped_run_goes_on_and_never_mixes_two_cuts(

@@ -14,6 +14,8 @@ from data_prep.mixture import MOST_SOURCES, Weighted, mixed
 from data_prep.shuffle import copies, hashes
 from data_prep.sources import Share
 from data_prep.verify import main as verify
+from i3dist.config import ModelSettings
+from i3dist.data.corpus import Corpus
 from i3dist.data.manifest import Manifest
 from i3dist.data.shard_table import ShardTable
 from i3dist.data.tokenizer import Tokenizer
@@ -83,6 +85,7 @@ def test_each_source_is_taken_as_its_weight_says(
     for source in counts:
         assert f"{source.epochs:.3f}" in said and f"{source.tokens:,}" in said
     verify([str(tmp_path / "out")])
+    assert Corpus.open(tmp_path / "out", ModelSettings(chunk_length=64)).fingerprint
 
 
 def test_workers_and_a_stop_change_no_byte(
