@@ -11,7 +11,7 @@ import platform
 import sysconfig
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -75,7 +75,7 @@ class FilePart(Part):
         return places == [(p.file, p.start, p.stop) for p in pieces]
 
 
-@dataclass(frozen=True)
+@dataclass
 class FileSource(Source):
     """Files in the order of their names below the root."""
 
@@ -85,6 +85,8 @@ class FileSource(Source):
     left_out: str = ""
     format: str = TEXT
     column: str = FORMATS[TEXT].key
+    kept: Path | None = field(default=None, compare=False)
+    """The folder for what took long to find out."""
 
     @cached_property
     def states(self) -> tuple[State, ...]:
@@ -113,9 +115,19 @@ class FileSource(Source):
             digest.update(line.encode())
         return digest.hexdigest()
 
+    def sample_parts(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """The parts with no jsonl file cut, as older versions had them: so a sample stays equal."""
+        spans = [span for part in parts if isinstance(part, FilePart) for span in part.spans]
+        whole = [span.uncut() for span in spans if span.row_group is not None or not span.start]
+        return [FilePart(group) for group in grouped(whole, _part_size(whole))]
+
     def with_text_column(self, column: str) -> "FileSource":
         """The source with another column, or key, as its text."""
         return replace(self, name=f"{self.name}, column {column}", column=column)
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep the numbers of lines of large jsonl files."""
+        self.kept = folder
 
     def _file(self, number: int, path: Path, name: str, state: State) -> SourceFile:
         return SourceFile(name, number, path, state, scheme=self.scheme, column=self.column)
@@ -128,11 +140,15 @@ class FileSource(Source):
             for number, ((path, name), state) in files
             for span in spans_of(self._file(number, path, name, state))
         ]
-        total = sum(span.size for span in spans)
-        limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
+        limit = _part_size(spans)
         shortest = max(limit, _SHORTEST_RANGE)
-        cut = (piece for span in spans for piece in lines_of(span, shortest))
+        cut = (piece for span in spans for piece in lines_of(span, shortest, self.kept))
         return [FilePart(group) for group in grouped(cut, limit)]
+
+
+def _part_size(spans: Sequence[Span]) -> int:
+    total = sum(span.size for span in spans)
+    return min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
 
 
 def _content_digest(path: Path) -> str:

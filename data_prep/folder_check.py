@@ -4,7 +4,7 @@ Which files there are, manifests, the tokenizer, and whether they and shard.json
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.damage import Damage
@@ -42,6 +42,8 @@ class FolderCheck:
             self.damages += _files_of_split(folder / split, manifest)
             self.damages += self._agreement(split, manifest)
         self.damages += _between_splits(self.manifests)
+        if self.settings and set(self.manifests) == set(self.settings.splits):
+            self.damages += _totals_of_sources(list(self.manifests.values()))
 
     def _settings(self) -> OutputSettings | None:
         output = Output(self.folder)
@@ -127,3 +129,17 @@ def _between_splits(manifests: Mapping[str, Manifest]) -> Iterator[Damage]:
         if getattr(train, name) != getattr(valid, name):
             problem = f"says {getattr(valid, name)!r}, that of {TRAIN} {getattr(train, name)!r}"
             yield Damage(f"{VALID}/{MANIFEST_NAME}", f"key {name}", problem)
+    if train.sources != valid.sources:
+        problem = f"says something else than that of {TRAIN}"
+        yield Damage(f"{VALID}/{MANIFEST_NAME}", "key sources", problem)
+
+
+def _totals_of_sources(manifests: Sequence[Manifest]) -> Iterator[Damage]:
+    """Whether all sources together have what all splits together have."""
+    sources = manifests[0].sources
+    for name in ("documents", "tokens") if sources else ():
+        stated = sum(getattr(source, name) for source in sources or ())
+        found = sum(getattr(manifest, name) for manifest in manifests)
+        if stated != found:
+            problem = f"the sources have {stated:,} {name}, the splits {found:,}"
+            yield Damage(f"{manifests[0].split}/{MANIFEST_NAME}", "key sources", problem)

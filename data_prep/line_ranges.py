@@ -1,12 +1,16 @@
 """Cuts a text file at line ends, so that several workers can read it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+
+from data_prep.evidence import Saved, State
+from i3dist.files import write_whole
 
 _BLOCK = 1 << 20
 _THREADS = 8
@@ -19,6 +23,29 @@ class LineRange(NamedTuple):
     start: int
     stop: int
     first_line: int
+
+
+class LineRecord(Saved):
+    """The ranges that a file of this state was cut into."""
+
+    state: State
+    parts: int
+    ranges: tuple[LineRange, ...]
+
+    @classmethod
+    def ranges_of(
+        cls, file: BinaryIO, state: State, parts: int, path: Path | None
+    ) -> Sequence[LineRange]:
+        """As `line_ranges`; kept at `path`, and taken from there if the file has the same state."""
+        former = cls.load(path) if path else None
+        if former and (former.state, former.parts) == (state, parts):
+            return former.ranges
+        ranges = line_ranges(file, state[0], parts)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record = cls(state=state, parts=parts, ranges=tuple(ranges))
+            write_whole(path, record.model_dump_json().encode())
+        return ranges
 
 
 class _Lines(NamedTuple):

@@ -13,6 +13,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -133,6 +134,11 @@ class Mixture(Source):
         """Stay at the revisions of all sources."""
         for member, pinned in zip(self.members, json.loads(revision), strict=True):
             member.source.pin(pinned)
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep what took long to find out, a folder for each source."""
+        for number, member in enumerate(self.members):
+            member.source.keep_in(folder / f"{number:03d}")
 
     def parts(self) -> Sequence[MixedPart]:
         """The parts of all sources."""

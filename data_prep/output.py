@@ -96,6 +96,7 @@ class Output:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runs = folder / _WORK_NAME / "runs"
+        self.facts = folder / _WORK_NAME / "source"
         self.merged_runs = folder / _WORK_NAME / "merged"
         self.work = WorkFolder(folder / _WORK_NAME / "splits", folder / _WORK_NAME / "ranges")
         self.tokenizer = folder / "tokenizer.json"

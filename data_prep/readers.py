@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
-from data_prep.line_ranges import line_ranges
+from data_prep.line_ranges import LineRecord
 from data_prep.sources import Record, clean_file_name
 from data_prep.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
 from i3dist.cli.paths import as_unicode
@@ -101,6 +101,11 @@ class Span:
     stop: int
     row_group: int | None = None
     first_row: int = 0
+
+    def uncut(self) -> "Span":
+        """Of a first range of lines, all of its file; any other span as it is."""
+        size = self.file.state[0]
+        return self if self.file.is_a(PARQUET) else Span(self.file, size, 0, size)
 
     def records(self) -> Generator[Record, None, Piece]:
         """Read the documents in order; returns what was read."""
@@ -288,10 +293,11 @@ def _values(column: pa.Array, is_text: bool) -> list[Any]:
     return [None] * len(column)
 
 
-def lines_of(span: Span, size: int) -> list[Span]:
+def lines_of(span: Span, size: int, kept: Path | None) -> list[Span]:
     """The span of a large jsonl file as several, of `size` bytes or more; any other as it is.
 
-    Compressed files and other encodings than UTF-8 cannot be cut.
+    Compressed files and other encodings than UTF-8 cannot be cut. What was found is kept in the
+    folder `kept`, if there is one, and serves while the file has the same state.
     """
     file, parts = span.file, span.stop // size
     if parts < 2 or not file.is_a(*_PLAIN_LINES):
@@ -299,7 +305,8 @@ def lines_of(span: Span, size: int) -> list[Span]:
     with naming(file.path), file.path.open("rb") as handle:
         if _encoding(file):
             return [span]
-        ranges = line_ranges(handle, span.stop, parts)
+        path = kept and kept / f"lines-{file.number:06d}.json"
+        ranges = LineRecord.ranges_of(handle, file.state, parts, path)
     return [Span(file, stop - start, start, stop, first_row=line) for start, stop, line in ranges]
 
 

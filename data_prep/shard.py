@@ -220,6 +220,7 @@ class Preparation:
         start = time.monotonic()
         if self.output.discard_old_runs():
             self.console.print("an earlier version began this folder: tokenizing it again")
+        self.source.keep_in(self.output.facts)
         parts = self.source.parts()
         plan = SpillPlan(
             parts,

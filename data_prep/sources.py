@@ -132,6 +132,9 @@ class Source:
         """The parts, in order."""
         raise NotImplementedError
 
+    def keep_in(self, folder: Path) -> None:
+        """Keep in a folder what took long to find out, for `parts` of a later run."""
+
     def sample_parts(self, parts: Sequence[Part]) -> Sequence[Part]:
         """What a sample for the tokenizer is taken from; `parts` are all parts."""
         return parts

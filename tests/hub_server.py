@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 DATASET = "owner/words"
 COMMIT = "c0ffee" + 34 * "0"
-KINDS = ("busy", "reset", "cut")
+KINDS = ("busy", "reset", "cut", "short")
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Behavior:
     busy_until: float = 0.0  # on time.monotonic(): until then every request gets 503
     busy_after: int | None = None  # so many requests for data are answered, and no more
     busy_seconds: float = 0.0  # the first request for data is followed by so many of 503
+    stalls: int = 0  # so many of the next answers stop after their headers for a while
+    stall_seconds: float = 3.0
     ranges: bool = True  # whether parts of files are served
     asked: Counter[str] = field(default_factory=Counter)  # by path
     sent: int = 0  # bytes of files
@@ -140,11 +142,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Accept-Ranges", "bytes")
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", str(stop - start))
+        body = data[start : (start + stop) // 2 if kind == "short" else stop]
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
             return
-        body = data[start:stop]
+        if self.behavior.stalls:
+            self.behavior.stalls -= 1
+            time.sleep(self.behavior.stall_seconds)
         if kind in ("cut", "reset"):
             body = body[: len(body) // 2 if kind == "cut" else 0]
             self.close_connection = True

@@ -44,12 +44,14 @@ def test_a_source_of_ones_own_gives_the_same_bytes_for_any_number_of_workers(
 
 
 def test_a_name_is_a_source_only_with_its_file(example: Path) -> None:
-    assert parse(["--source", "numbers"]).source == Path("numbers")
-    assert parse(["--source", "./numbers", "--extend", str(example)]).source == Path("numbers")
+    assert parse(["--source", "numbers"]).source == [(Path("numbers"), 1.0)]
+    given = parse(["--source", "./numbers", "--extend", str(example)]).source
+    assert given == [(Path("numbers"), 1.0)]
 
 
 def test_a_name_may_come_before_its_file(example: Path) -> None:
-    assert parse(["--source", "numbers", "--extend", str(example)]).source == "numbers"
+    given = parse(["--source", "numbers", "--extend", str(example)]).source
+    assert given == [("numbers", 1.0)]
 
 
 def test_a_source_whose_revision_differs_is_refused(

@@ -6,12 +6,14 @@ import json
 import random
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import files
+from data_prep import line_ranges as line_module
 from data_prep.files import FilePart, file_source
 from data_prep.line_ranges import line_ranges
 from data_prep.sources import Record
@@ -92,18 +94,24 @@ def test_what_is_one_document_or_cannot_be_cut_stays_whole(tmp_path: Path) -> No
         assert all(span.start == 0 for span in part.spans)
 
 
+@pytest.mark.parametrize("given", [False, True])
 def test_any_cut_gives_the_bytes_of_the_whole_file(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, given: bool
 ) -> None:
+    """A tokenizer that is trained is the same too, though its sample is less than the file."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text(lines(90))
+    halves = (f'{{"text": "{word * 500} {n}"}}\n' for word in ("ab ", "xy ") for n in range(600))
+    (tmp_path / "in" / "b.jsonl").write_text("".join(halves))
+    options = ["--tokenizer", tokenizer] if given else ["--tokenizer-sample-mb", 1]
     made = {}
-    for size, workers in ((1 << 30, 1), (2000, 1), (5000, 3)):
+    monkeypatch.setattr(files, "_SMALLEST_PART", 100_000)
+    for size, workers in ((1 << 30, 1), (100_000, 1), (300_000, 3)):
         monkeypatch.setattr(files, "_SHORTEST_RANGE", size)
         out = tmp_path / f"out-{size}"
-        build(tmp_path / "in", out, "--workers", workers, "--tokenizer", tokenizer)
+        build(tmp_path / "in", out, "--workers", workers, "--chunks-per-shard", 256, *options)
         made[size] = texts_of(out)
-    assert made[2000] == made[5000] == made[1 << 30]
+    assert made[100_000] == made[300_000] == made[1 << 30]
 
 
 def test_a_stopped_run_goes_on_and_never_mixes_two_cuts(
@@ -141,3 +149,27 @@ def test_a_broken_line_of_a_later_range_has_its_number(tmp_path: Path) -> None:
     number = whole.count("\n") + 1
     with pytest.raises(UserError, match=rf"a\.jsonl, line {number}: broken JSON"):
         records(list(file_source(tmp_path).parts()))
+
+
+def test_lines_are_counted_once_while_the_file_stays(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jsonl").write_text(lines(90))
+    counted = MagicMock(wraps=line_ranges)
+    monkeypatch.setattr(line_module, "line_ranges", counted)
+    options = ["--tokenizer", tokenizer]
+    build(source, tmp_path / "whole", *options)
+    interrupt(source, tmp_path / "out", 3, *options)
+    assert counted.call_count == 2
+    build(source, tmp_path / "out", *options)
+    assert counted.call_count == 2
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
+    interrupt(source, tmp_path / "later", 0, *options)
+    others = "".join(sorted(lines(90).splitlines(keepends=True)))  # of the same size
+    (source / "a.jsonl").write_text(others)
+    build(source, tmp_path / "later", *options)
+    assert counted.call_count == 4
+    build(source, tmp_path / "fresh", *options)
+    assert tree_digest(tmp_path / "later") == tree_digest(tmp_path / "fresh")

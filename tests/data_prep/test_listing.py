@@ -99,7 +99,7 @@ def test_a_name_is_literal_before_it_is_a_pattern(tmp_path: Path) -> None:
 
 def test_the_command_line_takes_a_home_and_no_empty_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    assert parse(["--source", "~/a b"]).source == Path("/home/someone/a b")
+    assert parse(["--source", "~/a b"]).source == [(Path("/home/someone/a b"), 1.0)]
     assert parse(["--source", "./stdlib"]).source != parse(["--source", "stdlib"]).source
     for option in ("--source", "--out", "--tokenizer"):
         with pytest.raises(UserError, match="path is empty"):

@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.files import file_source
+from data_prep.folder_check import FolderCheck
 from data_prep.mixture import MOST_SOURCES, Weighted, mixed
 from data_prep.shuffle import copies, hashes
 from data_prep.sources import Share
 from data_prep.verify import main as verify
+from i3dist.config import ModelSettings
+from i3dist.data.corpus import Corpus
 from i3dist.data.manifest import Manifest
 from i3dist.data.shard_table import ShardTable
 from i3dist.data.tokenizer import Tokenizer
@@ -82,6 +85,7 @@ def test_each_source_is_taken_as_its_weight_says(
     for source in counts:
         assert f"{source.epochs:.3f}" in said and f"{source.tokens:,}" in said
     verify([str(tmp_path / "out")])
+    assert Corpus.open(tmp_path / "out", ModelSettings(chunk_length=64)).fingerprint
 
 
 def test_workers_and_a_stop_change_no_byte(
@@ -224,3 +228,21 @@ def test_a_column_is_given_once_or_for_each_source(
         mix(tmp_path / "out", tokenizer, *specs)
     with pytest.raises(UserError, match=r"2 --text-column and 1 --source: give the column once"):
         mix(tmp_path / "one", tokenizer, specs[0], more=columns)
+
+
+@pytest.mark.parametrize("key", ["name", "weight", "usable", "documents", "tokens"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_wrong_count_of_a_source_is_found(
+    sources: list[Path], tokenizer: Path, tmp_path: Path, key: str, both: bool
+) -> None:
+    """In one manifest any; in both what the splits contradict."""
+    mix(tmp_path / "out", tokenizer, *weights(sources[:2], 1, 0.3))
+    for split in ("train", "valid") if both else ("valid",):
+        path = tmp_path / "out" / split / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["sources"][1][key] *= 2
+        path.write_text(json.dumps(manifest))
+    found = FolderCheck(tmp_path / "out").damages
+    assert [damage.place for damage in found] == ["key sources"] * (
+        1 if not both else key in ("documents", "tokens")
+    )

@@ -317,7 +317,7 @@ class Watched(io.FileIO):
 def test_of_a_large_row_group_little_is_in_memory(tmp_path: Path) -> None:
     texts = [random.Random(n).randbytes(10_000).hex() for n in range(1000)]
     table = pa.table({"text": texts, "id": [f"{n}" for n in range(1000)]})
-    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False, write_batch_size=10)
     file = SourceFile("a.parquet", 0, tmp_path / "a.parquet", (0, 0, 0))
     with Watched(tmp_path / "a.parquet") as handle, open_parquet(handle, "text") as parquet:
         assert parquet.metadata.row_group(0).column(0).total_compressed_size > 8_000_000

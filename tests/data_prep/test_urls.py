@@ -294,6 +294,14 @@ def test_a_server_that_is_not_there_at_first_is_waited_for(server: Behavior) -> 
     assert len(records(url_source(f"{server.url}/plain/data/0.parquet"))) == ROWS
 
 
+def test_a_silent_server_is_asked_again(server: Behavior, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_SOCKET_SECONDS", 0.3)
+    source = url_source(f"{server.url}/plain/lines/a.jsonl")
+    server.stalls, start = 2, time.monotonic()
+    assert len(records(source)) == ROWS and not server.stalls
+    assert time.monotonic() - start < server.stall_seconds
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
