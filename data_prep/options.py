@@ -1,8 +1,9 @@
 """The command line of shard.py."""
 
+import argparse
 from pathlib import Path
 
-from data_prep.arguments import CORES, number_in
+from data_prep.arguments import CORES, Share, number_in
 from data_prep.hub import DATASET, HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
 from data_prep.readers import SUFFIXES_IN_WORDS
@@ -40,11 +41,7 @@ def add_options(parser: ArgumentParser) -> None:
     out = Path("data/fineweb-edu")
     parser.add_argument("--out", type=typed_path, default=out, help=f"folder (default: {out})")
     parser.add_argument("--tokenizer", type=typed_path, help="a tokenizer.json (default: train it)")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show about what would be made, the disk and the time that it takes, and stop",
-    )
+    _add_steps(parser.add_mutually_exclusive_group())
     unset = {
         "vocab-size": f"--tokenizer's, else {DEFAULT_VOCABULARY}",
         "tokenizer-sample-mb": DEFAULT_SAMPLE_MB,
@@ -58,6 +55,26 @@ def add_options(parser: ArgumentParser) -> None:
             metavar="N",
             help=f"{text} (default: {unset.get(name, default)})",
         )
+
+
+def _add_steps(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show about what would be made, the disk and the time that it takes, and stop",
+    )
+    group.add_argument(
+        "--begin", action="store_true", help="show that, make the tokenizer, and stop"
+    )
+    group.add_argument(
+        "--task",
+        type=Share.parse,
+        metavar="I/N",
+        help="tokenize one of N shares of the parts, I = 1 to N, beside other tasks, and stop",
+    )
+    group.add_argument(
+        "--merge", action="store_true", help="pack what the tasks have tokenized, all of it"
+    )
 
 
 def _source(text: str) -> str:

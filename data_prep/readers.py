@@ -70,9 +70,13 @@ class Span:
     stop: int
     row_group: int | None = None
     first_row: int = 0
+    error: str | None = None
+    """Why the file cannot be opened."""
 
     def records(self) -> Generator[Record, None, Piece]:
         """Read the documents in order; returns what was read."""
+        if self.error:
+            raise UserError(self.error)
         path = self.file.path
         group = "" if self.row_group is None else f", row group {self.row_group}"
         with naming(f"{path}{group}"), path.open("rb") as file:
@@ -153,6 +157,15 @@ def spans_of(file: SourceFile) -> list[Span]:
         Span(file, group.total_byte_size, cuts[n], cuts[n + 1], n, row)
         for n, (group, row) in enumerate(zip(groups, first_rows, strict=False))
     ]
+
+
+def spans_or_error(file: SourceFile) -> list[Span]:
+    """The spans of a file; of one that cannot be opened one span, which raises the error."""
+    try:
+        return spans_of(file)
+    except UserError as error:
+        size = file.state[0]
+        return [Span(file, size, 0, size, error=str(error))]
 
 
 def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:

@@ -27,14 +27,17 @@ while it works; --dry-run says how much, about.
 """
 
 import argparse
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 from rich.console import Console
 
+from data_prep.arguments import Share
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
@@ -44,11 +47,14 @@ from data_prep.pack import chunks_per_shard
 from data_prep.passes import (
     SecondPass,
     SpillPlan,
+    failures,
     finished,
     forget_parts_of,
     framed_tokens,
     spill_all,
+    spill_some,
 )
+from data_prep.plan import Plan
 from data_prep.progress import closing_table, pass_bar
 from data_prep.readers import naming
 from data_prep.shuffle import PartSummary
@@ -89,15 +95,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preparation.foresee(given, options.workers)
         return
     try:
-        with output.locked():
-            if output.is_complete(preparation.settings):
-                preparation.check_complete()
-                print(clean_file_name(f"{output.folder} is already complete"))
+        with output.locked(shared=options.task is not None):
+            if preparation.is_complete(given):
                 return
-            preparation.run(given, options.workers)
+            with output.locked_work(shared=options.task is not None):
+                if not preparation.is_complete(given):  # by a run on another host
+                    step_of(options, preparation)(given, options.workers)
     except OSError as error:
         place = error.filename or output.folder
         raise UserError(f"cannot write to {place}: {error.strerror or error}") from None
+
+
+def step_of(
+    options: argparse.Namespace, preparation: "Preparation"
+) -> Callable[[Tokenizer | None, int], object]:
+    """The step that was asked for."""
+    if options.task:
+        return partial(preparation.run_task, options.task)
+    if options.begin:
+        return preparation.begin
+    return preparation.merge if options.merge else preparation.run
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -160,25 +177,121 @@ class Preparation:
     def run(self, given: Tokenizer | None, workers: int) -> None:
         """Tokenize, shuffle, pack and publish."""
         start = time.monotonic()
-        if self.output.discard_old_runs():
-            self.console.print("an earlier version began this folder: tokenizing it again")
-        parts = self.source.parts()
-        plan = SpillPlan(parts, self.output.tokenizer, self.output.runs, self.settings.seed)
-        touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
-        tokenizer = self._tokenizer(parts, given, is_certain=not touched)
+        if self.output.has_old_runs():
+            self._say("an earlier version began this folder: tokenizing it again")
+            shutil.rmtree(self.output.runs)
+        plan = self._plan(self._whole_parts)
+        self._begin(plan, given, workers)
+        self._finish(self._spill(plan, workers), workers, start)
+
+    def begin(self, given: Tokenizer | None, workers: int) -> None:
+        """Make the tokenizer, and all that tasks have in common."""
+        self._refuse_old_runs()
+        plan = self._plan(self._parts(given))
+        self._begin(plan, given, workers)
+        self._say(f"{self.output.folder} is begun: {len(plan.parts):,} parts are to be tokenized")
+
+    def run_task(self, share: Share, given: Tokenizer | None, workers: int) -> None:
+        """Tokenize a share of the parts. It needs nothing of other tasks.
+
+        Raises:
+            UserError: some parts cannot be read; all others are done.
+        """
+        with self.output.locked_task(str(share)):
+            self._refuse_old_runs()
+            is_begun = self.output.tokenizer.exists()
+            plan = self._plan(self._parts(given))
+            self._begin(plan, given, None if is_begun else workers)
+            numbers = share.numbers(len(plan.parts))
+            with pass_bar(self.console, "tokenize", "parts", len(numbers)) as report:
+                errors = spill_some(plan, numbers, workers, report)
+        for error in errors:
+            self._say(f"not done: {error}")
+        if errors:
+            raise UserError(
+                f"{len(errors)} of {len(numbers):,} parts of task {share} cannot be tokenized, "
+                f"the others are done; the first: {errors[0]}; then run the same command again"
+            )
+        self._say(f"task {share} is done: {len(numbers):,} of {len(plan.parts):,} parts")
+
+    def merge(self, given: Tokenizer | None, workers: int) -> None:
+        """Pack what the tasks have tokenized.
+
+        Raises:
+            UserError: some parts are not tokenized.
+        """
+        start = time.monotonic()
+        self._refuse_old_runs()
+        if not self.output.tokenizer.exists():
+            raise UserError(f"nothing is tokenized in {self.output.folder}: run its tasks first")
+        plan = self._plan(self._parts(given))
+        self._begin(plan, given, None)
+        summaries = [summary for summary in finished(plan) if summary]
+        if missing := len(plan.parts) - len(summaries):
+            reason = "".join(f"; {f.message}" for f in failures(self.output.runs)[:1])
+            raise UserError(
+                f"{missing:,} of {len(plan.parts):,} parts are not tokenized{reason}; run their "
+                "tasks again, or this command without --merge, which tokenizes them here"
+            )
+        self._finish(summaries, workers, start)
+
+    def is_complete(self, given: Tokenizer | None) -> bool:
+        """Whether all work is done; says so."""
+        if not self.output.is_complete(self.settings, self._may_differ(given)):
+            return False
+        self.check_complete()
+        print(clean_file_name(f"{self.output.folder} is already complete"))
+        return True
+
+    def _refuse_old_runs(self) -> None:
+        if self.output.has_old_runs():
+            raise UserError(
+                f"an earlier version began {self.output.folder}: delete it, or continue without "
+                "--begin, --task and --merge"
+            )
+
+    def _parts(self, given: Tokenizer | None) -> Sequence[Part]:
+        """The parts for tasks, which leave broken files for later; training needs them all."""
+        if given or self.output.tokenizer.exists():
+            return self.source.parts_with_broken()
+        return self._whole_parts
+
+    @cached_property
+    def _whole_parts(self) -> Sequence[Part]:
+        """The parts of a source that can be opened as a whole."""
+        return self.source.parts()
+
+    def _plan(self, parts: Sequence[Part]) -> SpillPlan:
+        """What pass 1 is to do, with the parts that the work was begun with."""
+        former = Plan.load(self.output.plan)
+        parts = former.arranged(parts) if former else parts
+        return SpillPlan(parts, self.output.tokenizer, self.output.runs, self.settings.seed)
+
+    def _begin(self, plan: SpillPlan, given: Tokenizer | None, workers: int | None) -> None:
+        """Write down what the output is made from, and show what so many workers will make."""
+        touched = self._touched(_pieces(finished(plan)))
+        unread = forget_parts_of(plan, touched, self._broken())
+        tokenizer = self._tokenizer(given, is_certain=not unread)
         self.output.begin(self.settings, tokenizer, self._evidence(()))
+        Plan.of(plan.parts).write(self.output.plan)
         trained = Tokenizer.load(self.output.tokenizer)
-        self.console.print(str(trained.encoder), markup=False, highlight=False, soft_wrap=True)
-        if not any(finished(plan)) and sum(part.size for part in parts) >= FORECAST_BYTES:
-            self._forecast(parts, workers, trained)
-        summaries = self._spill(plan, workers)
+        self._say(str(trained.encoder))
+        is_large = sum(part.size for part in plan.parts) >= FORECAST_BYTES
+        if workers and is_large and not any(finished(plan)):
+            self._forecast(plan.parts, workers, trained)
+
+    def _finish(self, summaries: Sequence[PartSummary], workers: int, start: float) -> None:
+        """Pass 2: pack all runs; `start` is the time to count from."""
         settings = self._with_chunks_chosen(framed_tokens(summaries))
         manifests = SecondPass(settings, self.output, self.console, workers).run(summaries)
-        self.output.publish(manifests, self._evidence(_pieces(summaries)))
+        self.output.publish(manifests, self._evidence(sorted(_pieces(summaries), key=_place)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
         if self.source.left_out:
-            self.console.print(f"left out: {self.source.left_out}", markup=False, soft_wrap=True)
+            self._say(f"left out: {self.source.left_out}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def foresee(self, given: Tokenizer | None, workers: int) -> None:
         """Show what a run would make, and make nothing."""
@@ -201,6 +314,29 @@ class Preparation:
             return None
         return Evidence(states=self.source.states, pieces=tuple(pieces))
 
+    def _may_differ(self, given: Tokenizer | None) -> set[str]:
+        """Settings that may differ from those that the work was begun with.
+
+        Broken files may have been repaired, and the tokenizer that was trained may be given now.
+        """
+        former, evidence = self.output.settings(), self.output.evidence()
+        free = set()
+        if former and evidence and len(evidence.states) == len(self.source.files):
+            pairs = enumerate(zip(evidence.states, self.source.states, strict=True))
+            resized = {number for number, (then, now) in pairs if then[0] != now[0]}
+            is_same = self.source.outline_at(evidence.states) == former.revision
+            if is_same and resized <= self._broken():
+                free.add("revision")
+        path = self.output.tokenizer
+        is_trained = former and former.tokenizer == "trained" and path.exists()
+        if given and is_trained and given.data == path.read_bytes():
+            free |= {"tokenizer", "tokenizer_sample_mb", "vocab_size"}
+        return free
+
+    def _broken(self) -> frozenset[int]:
+        """Numbers of the files of parts that could not be read."""
+        return frozenset(n for failure in failures(self.output.runs) for n in failure.files)
+
     def _touched(self, pieces: Sequence[Piece]) -> frozenset[int]:
         """Numbers of the files whose times have changed since the work began.
 
@@ -212,15 +348,16 @@ class Preparation:
         if not evidence:
             return frozenset()
         touched = evidence.touched(self.source.states)
+        known = touched - self._broken()
         with self.console.status("comparing the source with what was read"):
             for piece in (*evidence.pieces, *pieces):
                 path, _ = self.source.files[piece.file]
                 with naming(path):
-                    if piece.file in touched and not piece.is_in(path):
+                    if piece.file in known and not piece.is_in(path):
                         raise self.output.refusal(f"before {path} changed, {OTHER_CONTENT}")
         return touched
 
-    def _tokenizer(self, parts: Sequence[Part], given: Tokenizer | None, is_certain: bool) -> bytes:
+    def _tokenizer(self, given: Tokenizer | None, is_certain: bool) -> bytes:
         """The tokenizer's file. One of an earlier run is trained again unless it `is_certain`."""
         path = self.output.tokenizer
         former = path.read_bytes() if path.exists() else None
@@ -229,7 +366,7 @@ class Preparation:
         if given:
             return given.data
         texts = sample_texts(
-            parts,
+            self._whole_parts,
             self.settings.source,
             self.settings.tokenizer_sample_mb,
             evenly=self.settings.tokenizer_sample == "even",
@@ -237,7 +374,8 @@ class Preparation:
         with self.console.status("training the tokenizer"):
             data = train_tokenizer(texts, self.settings.vocab_size)
         if former and data != former:
-            raise self.output.refusal(OTHER_CONTENT)
+            refusal = self.output.refusal(OTHER_CONTENT)
+            raise UserError(f"{refusal}, or keep its tokenizer: --tokenizer {path}")
         return data
 
     def _spill(self, plan: SpillPlan, workers: int) -> list[PartSummary]:
@@ -279,6 +417,10 @@ class Preparation:
 
 def _pieces(summaries: Iterable[PartSummary | None]) -> list[Piece]:
     return [piece for summary in summaries if summary for piece in summary.pieces]
+
+
+def _place(piece: Piece) -> tuple[int, int]:
+    return piece.file, piece.start
 
 
 def _skipped(summaries: Sequence[PartSummary]) -> Counter[str]:

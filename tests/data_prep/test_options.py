@@ -28,6 +28,9 @@ WHOLE = {
 DEFAULTS = {
     "extend": None,
     "dry_run": False,
+    "begin": False,
+    "task": None,
+    "merge": False,
     "source": DATASET,
     "out": Path("data/fineweb-edu"),
     "tokenizer": None,
