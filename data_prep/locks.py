@@ -25,7 +25,8 @@ def lock(handle: int, folder: Path, busy: str, shared: bool = False) -> None:
     except OSError as error:
         raise UserError(
             f"{folder} lies on a file system without locks ({error.strerror}): choose an "
-            "--out on a local disk, and move the folder when it is complete"
+            "--out on a local disk, and move the folder when it is complete; tasks need one that "
+            "has them, such as NFS, or Lustre mounted with -o flock"
         ) from None
 
 

@@ -31,6 +31,16 @@ class SpillPlan:
     tokenizer: Path
     folder: Path
     seed: int
+    merged: Path | None = None
+    """The folder of merged runs: once it exists, runs may be gone."""
+
+    def summary(self, number: int) -> PartSummary | None:
+        """The summary of a part; None if the part is not finished, or its runs are not whole."""
+        summary = PartSummary.load(summary_path(self.folder, number))
+        if summary is None or not self.parts[number].is_made_of(summary.pieces):
+            return None
+        has_runs = self.merged is None or not self.merged.exists()
+        return None if has_runs and not summary.is_whole(self.folder) else summary
 
 
 @dataclass(frozen=True)
@@ -90,8 +100,7 @@ def _unfinished(plan: SpillPlan, numbers: Sequence[int]) -> list[tuple[int, Part
 
     So a part that ends its process, for want of memory perhaps, does so when the others are done.
     """
-    summaries = finished(plan)
-    todo = [number for number in numbers if not summaries[number]]
+    todo = [number for number in numbers if not plan.summary(number)]
     todo.sort(key=lambda number: failed_at(plan.folder, number))
     return [(number, plan.parts[number]) for number in todo]
 
@@ -132,11 +141,7 @@ def failures(folder: Path) -> list[Failure]:
 
 def finished(plan: SpillPlan) -> list[PartSummary | None]:
     """The summary of each part; None if the part is not finished."""
-    summaries: list[PartSummary | None] = []
-    for number, part in enumerate(plan.parts):
-        summary = PartSummary.load(summary_path(plan.folder, number))
-        summaries.append(summary if summary and part.is_made_of(summary.pieces) else None)
-    return summaries
+    return [plan.summary(number) for number in range(len(plan.parts))]
 
 
 def forget_parts_of(

@@ -7,18 +7,24 @@ examples:
     python data_prep/shard.py --source stdlib --vocab-size 4096 --out data/lib
   your own:
     python data_prep/shard.py --source 'texts/*.parquet' --out data/texts
+  the same with two machines that share a disk, each command on any of them:
+    python data_prep/shard.py --source texts --out data/texts --begin
+    python data_prep/shard.py --source texts --out data/texts --task 1/2
+    python data_prep/shard.py --source texts --out data/texts --task 2/2
+    python data_prep/shard.py --source texts --out data/texts --merge
 
 A document is a row of parquet, a line of jsonl or ndjson (an object), or a txt
 file. Rows and lines have a `text`, and optionally an `id` and a `url`. Text is
 UTF-8 unless its byte-order mark says otherwise. A folder is read with all its
 subfolders, as by `find -L`, except for hidden names, folders whose names begin
 with _ , and the output of this tool. Skipped documents and left-out files are
-counted by reason at the end. A broken file ends the run.
+counted by reason at the end. A broken file ends the run; a task does all else
+first. Once it is repaired, its own parts are tokenized again, and no others.
 
 The output holds train/ and valid/, each with shard-000000.tar ...,
 index.parquet (where every document lies) and manifest.json, beside
 tokenizer.json. The same source and settings give the same shards for any
-number of --workers. A run that was stopped continues when it is started again.
+number of --workers and tasks. What was stopped continues when it is started again.
 Until packing has ended it may continue with another --chunk-length,
 --chunks-per-shard or --valid-fraction. A folder made with other settings, or
 from other content, is refused: source.json keeps sizes, times and hashes of
@@ -38,6 +44,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data_prep.arguments import Share
+from data_prep.begun import Begun
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
@@ -56,7 +63,6 @@ from data_prep.passes import (
 )
 from data_prep.plan import Plan
 from data_prep.progress import closing_table, pass_bar
-from data_prep.readers import naming
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, Part, Source, clean_file_name
 from data_prep.tokenizer import (
@@ -237,7 +243,8 @@ class Preparation:
 
     def is_complete(self, given: Tokenizer | None) -> bool:
         """Whether all work is done; says so."""
-        if not self.output.is_complete(self.settings, self._may_differ(given)):
+        free = Begun(self.output, self.source).may_differ(given)
+        if not self.output.is_complete(self.settings, free):
             return False
         self.check_complete()
         print(clean_file_name(f"{self.output.folder} is already complete"))
@@ -265,12 +272,17 @@ class Preparation:
         """What pass 1 is to do, with the parts that the work was begun with."""
         former = Plan.load(self.output.plan)
         parts = former.arranged(parts) if former else parts
-        return SpillPlan(parts, self.output.tokenizer, self.output.runs, self.settings.seed)
+        output = self.output
+        return SpillPlan(
+            parts, output.tokenizer, output.runs, self.settings.seed, output.merged_runs
+        )
 
     def _begin(self, plan: SpillPlan, given: Tokenizer | None, workers: int | None) -> None:
         """Write down what the output is made from, and show what so many workers will make."""
-        touched = self._touched(_pieces(finished(plan)))
-        unread = forget_parts_of(plan, touched, self._broken())
+        unread = self._touched(lambda: _pieces(finished(plan)))
+        if unread:
+            broken = Begun(self.output, self.source).broken()
+            unread = forget_parts_of(plan, unread, broken)
         tokenizer = self._tokenizer(given, is_certain=not unread)
         self.output.begin(self.settings, tokenizer, self._evidence(()))
         Plan.of(plan.parts).write(self.output.plan)
@@ -306,7 +318,7 @@ class Preparation:
                 f"{self.output.folder} does not say what it was made from (source.json is "
                 "missing): delete it and make it again"
             )
-        self._touched(())
+        self._touched(tuple)
 
     def _evidence(self, pieces: Sequence[Piece]) -> Evidence | None:
         """What tells whether the source is still the same; None where its revision tells that."""
@@ -314,47 +326,17 @@ class Preparation:
             return None
         return Evidence(states=self.source.states, pieces=tuple(pieces))
 
-    def _may_differ(self, given: Tokenizer | None) -> set[str]:
-        """Settings that may differ from those that the work was begun with.
-
-        Broken files may have been repaired, and the tokenizer that was trained may be given now.
-        """
-        former, evidence = self.output.settings(), self.output.evidence()
-        free = set()
-        if former and evidence and len(evidence.states) == len(self.source.files):
-            pairs = enumerate(zip(evidence.states, self.source.states, strict=True))
-            resized = {number for number, (then, now) in pairs if then[0] != now[0]}
-            is_same = self.source.outline_at(evidence.states) == former.revision
-            if is_same and resized <= self._broken():
-                free.add("revision")
-        path = self.output.tokenizer
-        is_trained = former and former.tokenizer == "trained" and path.exists()
-        if given and is_trained and given.data == path.read_bytes():
-            free |= {"tokenizer", "tokenizer_sample_mb", "vocab_size"}
-        return free
-
-    def _broken(self) -> frozenset[int]:
-        """Numbers of the files of parts that could not be read."""
-        return frozenset(n for failure in failures(self.output.runs) for n in failure.files)
-
-    def _touched(self, pieces: Sequence[Piece]) -> frozenset[int]:
+    def _touched(self, read: Callable[[], Iterable[Piece]]) -> frozenset[int]:
         """Numbers of the files whose times have changed since the work began.
 
         Raises:
-            UserError: such a file has other content where one of `pieces`, or of the finished
-                output's pieces, was read.
+            UserError: such a file has other content where one of the pieces `read`, or of the
+                finished output's pieces, was read.
         """
-        evidence = self.output.evidence()
-        if not evidence:
-            return frozenset()
-        touched = evidence.touched(self.source.states)
-        known = touched - self._broken()
-        with self.console.status("comparing the source with what was read"):
-            for piece in (*evidence.pieces, *pieces):
-                path, _ = self.source.files[piece.file]
-                with naming(path):
-                    if piece.file in known and not piece.is_in(path):
-                        raise self.output.refusal(f"before {path} changed, {OTHER_CONTENT}")
+        begun = Begun(self.output, self.source)
+        if touched := begun.touched():
+            with self.console.status("comparing the source with what was read"):
+                begun.check(touched, read())
         return touched
 
     def _tokenizer(self, given: Tokenizer | None, is_certain: bool) -> bytes:

@@ -56,6 +56,7 @@ class PartSummary(Saved):
     """The result of pass 1 for a part; `tokens` does not count <BOS> and <EOS>.
 
     `pieces` are the pieces of files that were read; a part that is not made of files has none.
+    `sizes` are those of the runs in bytes; older versions kept none.
     """
 
     runs: tuple[str, ...]
@@ -65,6 +66,15 @@ class PartSummary(Saved):
     smallest_split: int
     largest_split: int
     pieces: tuple[Piece, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether the runs are there, each of its size."""
+        try:
+            found = [(folder / name).stat().st_size for name in self.runs]
+        except FileNotFoundError:
+            return False
+        return not self.sizes or found == list(self.sizes)
 
 
 def hashes(text: bytes, position: str, seed: int) -> bytes:
@@ -139,6 +149,7 @@ class Spiller:
             smallest_split=smallest,
             largest_split=largest,
             pieces=tuple(pieces),
+            sizes=tuple((self.folder / name).stat().st_size for name in names),
         )
         write_whole(summary_path(self.folder, number), summary.model_dump_json().encode())
         return summary

@@ -106,6 +106,22 @@ def test_a_finished_task_does_nothing_again(
     assert len(spilled) == len(range(1, parts, 3))
 
 
+def test_a_part_whose_runs_are_not_whole_is_made_again(
+    corpus: Corpus, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    build(corpus[0], out, "--task", "1/1")
+    runs = sorted(out.glob(".work/runs/part-*.arrow"))
+    runs[2].unlink()
+    os.truncate(runs[5], runs[5].stat().st_size - 1)
+    with pytest.raises(UserError, match=r"2 of .* parts are not tokenized"):
+        build(corpus[0], out, "--merge")
+    spilled = counting(monkeypatch)
+    run_all(corpus[0], out, ["1/1"])
+    assert spilled == [2, 5]
+    assert tree_digest(out) == tree_digest(built)
+
+
 @pytest.mark.parametrize("task", ["0/2", "3/2", "1", "1/0", "a/2", "1/2/3", "-1/2", "1/1000000000"])
 def test_what_is_no_task_is_refused(corpus: Corpus, tmp_path: Path, task: str) -> None:
     with pytest.raises(UserError, match=r"is not I/N with I from 1 to N"):
