@@ -290,6 +290,13 @@ def swell(path: Path) -> None:
     path.write_bytes(b"no parquet" * 999)
 
 
+def spoil(path: Path) -> None:
+    """Spoil a row group in the middle; the others can be read."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -297,6 +304,7 @@ def swell(path: Path) -> None:
         ("3.jsonl", break_line),
         ("3b.parquet", cut),
         ("3b.parquet", swell),
+        ("3b.parquet", spoil),
         ("5b.txt.gz", cut),
     ],
 )
@@ -330,7 +338,7 @@ def test_a_broken_file_costs_its_own_parts(
     (source / name).write_bytes(good)
     spilled = counting(monkeypatch)
     run_all(source, out, ["1/2", "2/2"], *options)
-    assert spilled == bad
+    assert sorted(spilled) == bad
     monkeypatch.undo()
     build(source, tmp_path / "whole", *options)
     assert tree_digest(out) == tree_digest(tmp_path / "whole")
