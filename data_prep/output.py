@@ -155,10 +155,11 @@ class Output:
         Raises:
             UserError: the folder was made with other settings, is damaged, or is not ours.
         """
-        former = self.settings()
+        found = [entry.name for entry in self.folder.iterdir()]
+        former = self.settings()  # read after that: another task may begin the folder just now
         if former is None:
             ours = (_WORK_NAME, f".{_SETTINGS_NAME}.")  # a killed run may have left the second
-            if not all(entry.name.startswith(ours) for entry in self.folder.iterdir()):
+            if not all(name.startswith(ours) for name in found):
                 raise UserError(f"{self.folder} holds other files: choose another --out")
             return False
         is_packed = any((self.folder / split).exists() for split in (TRAIN, VALID))
@@ -187,13 +188,24 @@ class Output:
         former = self.settings()
         return former is not None and former.layout != _LAYOUT and self.runs.exists()
 
-    def begin(self, settings: OutputSettings, tokenizer: bytes, evidence: Evidence | None) -> None:
+    def begin(
+        self,
+        settings: OutputSettings,
+        tokenizer: bytes,
+        evidence: Evidence | None,
+        free: Set[str] = frozenset(),
+    ) -> None:
         """Write down what the folder is made from; a run that continues does it again.
 
         Raises:
-            UserError: another run has just written another tokenizer.
+            UserError: another task has just begun it with other settings than the `free` ones, or
+                with another tokenizer.
         """
         self.runs.mkdir(parents=True, exist_ok=True)
+        write_first(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
+        former = self.settings()
+        if former and (difference := former.difference(settings, _OF_PACKING | free)):
+            raise self.refusal(difference)
         self.write_settings(settings)
         if evidence:
             write_whole(self.folder / _BEGUN_NAME, evidence.model_dump_json().encode())

@@ -11,14 +11,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from data_prep.files import FilePart, file_source
+from data_prep.files import FilePart, FileSource, file_source
 from data_prep.output import Output
 from data_prep.passes import failures
 from data_prep.plan import Plan
@@ -41,7 +42,7 @@ def run_all(source: Path, out: Path, tasks: Sequence[str], *options: object) -> 
 plans = st.integers(1, 5).flatmap(lambda n: st.permutations([f"{i}/{n}" for i in range(1, n + 1)]))
 
 
-@settings(max_examples=6)
+@settings(max_examples=6, phases=[Phase.generate])
 @given(
     tasks=plans,
     others=st.lists(st.sampled_from(["1/2", "2/3", "4/4"]), max_size=2),
@@ -191,6 +192,27 @@ def test_another_tokenizer_that_came_first_is_not_replaced(
     with pytest.raises(UserError, match="with another tokenizer just now"):
         build(corpus[0], out, "--task", "1/2")
     assert (out / "tokenizer.json").read_bytes() == b"another"
+
+
+def test_a_task_that_begins_with_other_settings_at_the_same_time_is_refused(
+    corpus: Corpus, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at two revisions of the hub."""
+    out = tmp_path / "out"
+    options = ["--tokenizer", built / "tokenizer.json"]
+
+    build(corpus[0], tmp_path / "other", "--begin", *options, "--seed", 1)
+
+    def parts(*_: Any, real: Any = FileSource.parts_with_broken) -> Any:
+        shutil.copytree(tmp_path / "other", out, dirs_exist_ok=True)
+        return real(*_)
+
+    monkeypatch.setattr(FileSource, "parts_with_broken", parts)
+    with pytest.raises(UserError, match="was made with seed 1, not 0: choose another --out"):
+        build(corpus[0], out, "--task", "1/2", *options)
+    settings = Output(out).settings()
+    assert settings is not None and settings.seed == 1
+    assert not list(out.glob(".work/runs/*"))
 
 
 # Tasks that are killed.
