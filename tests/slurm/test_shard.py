@@ -33,7 +33,7 @@ if __name__ == "__main__":
         shard.main(sys.argv[1:])
 """
 KILLED = 'first and "2/4" in sys.argv and os.kill(os.getpid(), 9)'
-SLOW = 'first and "3/4" in sys.argv and (open("ready", "w"), time.sleep(600))'
+SLOW = 'first and "{task}" in sys.argv and (open("ready", "w"), time.sleep(600))'
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +152,28 @@ def test_a_broken_file_fails_its_task_alone_and_is_repaired(
 def test_a_task_whose_time_is_up_stops_and_comes_back(
     cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    array = submit(cluster, tmp_path, source, SLOW, "--vocab-size", 400)
+    array = submit(cluster, tmp_path, source, SLOW.format(task="3/4"), "--vocab-size", 400)
     wait_for((tmp_path / "ready").exists)
     cluster.command("scancel", "--batch", "--signal=USR1", f"{array}_3")
     found = finished(cluster, array)
     assert states(found) == {"COMPLETED"}
     assert restarts(found) == {"3": "1"}
+    assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
+
+
+def test_a_task_whose_node_fails_is_done_on_another(
+    cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    array = submit(cluster, tmp_path, source, SLOW.format(task="4/4"), "--vocab-size", 400)
+    wait_for((tmp_path / "ready").exists)
+    node = jobs(cluster, array)["4"]["BatchHost"]
+    cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    try:
+        found = finished(cluster, array)
+    finally:
+        cluster.command("scontrol", "update", f"nodename={node}", "state=resume")
+    assert states(found) == {"COMPLETED"}
+    assert restarts(found) == {"4": "1"} and found["4"]["BatchHost"] != node
     assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
 
 
