@@ -25,12 +25,21 @@ from data_prep.passes import failures
 from data_prep.plan import Plan
 from data_prep.readers import SourceFile, Span
 from data_prep.sources import Part
+from i3dist.data import encoders
 from i3dist.errors import UserError
 from tests.data_prep.advice import counting
 from tests.data_prep.corpus import arguments, build, text_of, tree_digest
 
 ROOT = Path(__file__).parents[2]
 Corpus = tuple[Path, dict[str, str]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _encoders_are_not_compared() -> Iterator[None]:
+    """To save time: every command would do it twice."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(encoders, "_compare", lambda *_: None)
+        yield
 
 
 def run_all(source: Path, out: Path, tasks: Sequence[str], *options: object) -> None:
