@@ -92,7 +92,13 @@ def spill_some(
     todo = _unfinished(plan, numbers)
     report(len(numbers) - len(todo), 0)
     task = SpillTask(plan.tokenizer, plan.folder, plan.seed, goes_on=True)
-    return [error for error in run_jobs(task, todo, workers, report) if error]
+    return [error for error in run_jobs(task, todo, workers, report, _died) if error]
+
+
+def _died(job: tuple[int, Part]) -> UserError:
+    return UserError(
+        f"the worker process of part {job[0]} died (out of memory?); try fewer --workers"
+    )
 
 
 def _unfinished(plan: SpillPlan, numbers: Sequence[int]) -> list[tuple[int, Part]]:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -275,16 +276,25 @@ def test_tasks_killed_at_random_repeat_only_what_is_not_finished(
     assert tree_digest(out) == tree_digest(built)
 
 
-def test_a_part_that_ends_its_process_comes_last_the_next_time(
-    corpus: Corpus, tmp_path: Path
+@pytest.mark.parametrize(("workers", "attempts"), [(1, 3), (2, 1)])
+def test_a_part_that_ends_its_process_keeps_no_other_from_being_done(
+    corpus: Corpus, tmp_path: Path, workers: int, attempts: int
 ) -> None:
+    """The task's own process begins with the others the next time; a worker is replaced."""
     out = tmp_path / "out"
     build(corpus[0], out, "--begin")
     parts = len(file_source(corpus[0]).parts())
-    words = [sys.executable, "-c", DEADLY + PROGRAM, *arguments(corpus[0], out, "--task", "1/1")]
-    for _ in range(3):
-        done = subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
-        assert done.returncode == -signal.SIGKILL
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    options = ["--task", "1/1", "--workers", workers, "--extend", tmp_path / "deadly.py"]
+    words = [sys.executable, "-c", PROGRAM, *arguments(corpus[0], out, *options)]
+    for _ in range(attempts):
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        if workers == 1:
+            assert done.returncode == -signal.SIGKILL
+        else:
+            assert done.returncode == 1
+            assert "2 of 14 parts of task 1/1 cannot be tokenized" in done.stderr
+            assert re.search(r"the worker process of part [13] died", done.stderr)
     assert len(list(out.glob(".work/runs/part-*.json"))) == parts - 2
     with pytest.raises(UserError, match=r"2 of .* not tokenized; a process ended while it read"):
         build(corpus[0], out, "--merge")
