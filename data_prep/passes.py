@@ -22,6 +22,8 @@ from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 from i3dist.files import write_whole
 
+_CUT_SHORT = "a process ended while it read a part"
+
 
 @dataclass(frozen=True)
 class SpillPlan:
@@ -61,8 +63,9 @@ class SpillTask:
         def spill(job: tuple[int, Part]) -> UserError | None:
             number, part = job
             path = failure_path(self.folder, number)
-            failure = Failure(message=_DIED, files=tuple(sorted(part.files)))
+            failure = Failure(message=_CUT_SHORT, files=tuple(sorted(part.files)))
             failure.write(path)  # for the case that this process dies
+            summary_path(self.folder, number).unlink(missing_ok=True)  # of runs that are lost
             try:
                 spiller.spill(part, number)
             except UserError as error:
@@ -92,10 +95,10 @@ def spill_some(
     todo = _unfinished(plan, numbers)
     report(len(numbers) - len(todo), 0)
     task = SpillTask(plan.tokenizer, plan.folder, plan.seed, goes_on=True)
-    return [error for error in run_jobs(task, todo, workers, report, _died) if error]
+    return [error for error in run_jobs(task, todo, workers, report, _worker_died) if error]
 
 
-def _died(job: tuple[int, Part]) -> UserError:
+def _worker_died(job: tuple[int, Part]) -> UserError:
     return UserError(
         f"the worker process of part {job[0]} died (out of memory?); try fewer --workers"
     )
@@ -109,9 +112,6 @@ def _unfinished(plan: SpillPlan, numbers: Sequence[int]) -> list[tuple[int, Part
     todo = [number for number in numbers if not plan.summary(number)]
     todo.sort(key=lambda number: failed_at(plan.folder, number))
     return [(number, plan.parts[number]) for number in todo]
-
-
-_DIED = "a process ended while it read a part"
 
 
 class Failure(Saved):

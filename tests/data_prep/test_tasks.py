@@ -117,6 +117,10 @@ def test_a_finished_task_does_nothing_again(
     assert len(spilled) == len(range(1, parts, 3))
 
 
+def fail(*_: object) -> None:
+    raise UserError("no luck")
+
+
 def test_a_part_whose_runs_are_not_whole_is_made_again(
     corpus: Corpus, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,9 +131,14 @@ def test_a_part_whose_runs_are_not_whole_is_made_again(
     os.truncate(runs[5], runs[5].stat().st_size - 1)
     with pytest.raises(UserError, match=r"2 of .* parts are not tokenized"):
         build(corpus[0], out, "--merge")
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.shuffle.write_run", fail)
+        with pytest.raises(UserError, match="2 of 14 parts of task 1/1 cannot be tokenized"):
+            build(corpus[0], out, "--task", "1/1")
+    assert len(failures(out / ".work" / "runs")) == 2, "they are no longer taken for finished"
     spilled = counting(monkeypatch)
     run_all(corpus[0], out, ["1/1"])
-    assert spilled == [2, 5]
+    assert sorted(spilled) == [2, 5]
     assert tree_digest(out) == tree_digest(built)
 
 
