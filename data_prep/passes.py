@@ -20,7 +20,7 @@ from data_prep.workers import Report, run_jobs
 from i3dist.data.manifest import Manifest
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-from i3dist.files import write_whole
+from i3dist.files import PARTIAL, write_whole
 
 _CUT_SHORT = "a process ended while it read a part"
 
@@ -108,9 +108,14 @@ def _unfinished(plan: SpillPlan, numbers: Sequence[int]) -> list[tuple[int, Part
     """Parts to be spilled with their numbers: new ones, then failed ones from the oldest failure.
 
     So a part that ends its process, for want of memory perhaps, does so when the others are done.
+    What a killed process has left of these parts is removed.
     """
     todo = [number for number in numbers if not plan.summary(number)]
     todo.sort(key=lambda number: failed_at(plan.folder, number))
+    unfinished = set(todo)
+    for path in plan.folder.glob(f".part-*{PARTIAL}"):
+        if int(path.name.split("-")[1].split(".")[0]) in unfinished:
+            path.unlink(missing_ok=True)
     return [(number, plan.parts[number]) for number in todo]
 
 

@@ -28,6 +28,7 @@ from data_prep.readers import SourceFile, Span
 from data_prep.sources import Part
 from i3dist.data import encoders
 from i3dist.errors import UserError
+from i3dist.files import PARTIAL
 from tests.data_prep.advice import counting
 from tests.data_prep.corpus import arguments, build, text_of, tree_digest
 
@@ -305,10 +306,13 @@ def test_a_part_that_ends_its_process_keeps_no_other_from_being_done(
             assert "2 of 14 parts of task 1/1 cannot be tokenized" in done.stderr
             assert re.search(r"the worker process of part [13] died", done.stderr)
     assert len(list(out.glob(".work/runs/part-*.json"))) == parts - 2
+    for number in (1, 3):
+        (out / ".work" / "runs" / f".part-{number:06d}-run-000000.arrow.0f{PARTIAL}").touch()
     with pytest.raises(UserError, match=r"2 of .* not tokenized; a process ended while it read"):
         build(corpus[0], out, "--merge")
     build(corpus[0], out, "--task", "1/1")
     assert not failures(out / ".work" / "runs")
+    assert not list(out.glob(f".work/runs/.*{PARTIAL}")), "nothing of killed processes is left"
 
 
 # Broken files.
