@@ -31,7 +31,7 @@ def number_in(
 
 
 @dataclass(frozen=True)
-class Share:
+class TaskShare:
     """Every `of`-th thing, from number `index` on, which counts from 1."""
 
     index: int

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from data_prep.arguments import CORES, Share, number_in
+from data_prep.arguments import CORES, TaskShare, number_in
 from data_prep.hub import DATASET, HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
 from data_prep.readers import SUFFIXES_IN_WORDS
@@ -68,7 +68,7 @@ def _add_steps(group: argparse._MutuallyExclusiveGroup) -> None:
     )
     group.add_argument(
         "--task",
-        type=Share.parse,
+        type=TaskShare.parse,
         metavar="I/N",
         help="tokenize one of N shares of the parts, I = 1 to N, beside other tasks, and stop",
     )

@@ -43,7 +43,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_prep.arguments import Share
+from data_prep.arguments import TaskShare
 from data_prep.begun import Begun
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
@@ -197,7 +197,7 @@ class Preparation:
         self._begin(plan, given, workers)
         self._say(f"{self.output.folder} is begun: {len(plan.parts):,} parts are to be tokenized")
 
-    def run_task(self, share: Share, given: Tokenizer | None, workers: int) -> None:
+    def run_task(self, share: TaskShare, given: Tokenizer | None, workers: int) -> None:
         """Tokenize a share of the parts. It needs nothing of other tasks.
 
         Raises:

@@ -453,9 +453,11 @@ def test_a_repair_where_the_tokenizer_was_trained_on_part_of_the_file(
 
 
 def part(*places: tuple[int, int, int]) -> FilePart:
-    state = (0, 0, 0)
-    made = [(SourceFile(Path("f"), "f", file, state), start, stop) for file, start, stop in places]
-    return FilePart(tuple(Span(file, stop - start, start, stop) for file, start, stop in made))
+    def span(file: int, start: int, stop: int) -> Span:
+        source = SourceFile(path=Path("f"), name="f", number=file, state=(0, 0, 0))
+        return Span(file=source, size=stop - start, start=start, stop=stop)
+
+    return FilePart(tuple(span(*place) for place in places))
 
 
 @st.composite
