@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Self, TypeVar
 
 Number = TypeVar("Number", int, float)
 
@@ -26,3 +28,27 @@ def number_in(
         return value
 
     return parse
+
+
+@dataclass(frozen=True)
+class TaskShare:
+    """Every `of`-th thing, from number `index` on, which counts from 1."""
+
+    index: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `I/N`."""
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
+        return cls(int(found[1]), int(found[2]))
+
+    def numbers(self, total: int) -> range:
+        """Which of the numbers below `total` it has."""
+        return range(self.index - 1, total, self.of)
+
+    def __str__(self) -> str:
+        """As it was typed."""
+        return f"{self.index}/{self.of}"

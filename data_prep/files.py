@@ -9,7 +9,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,8 +28,19 @@ from data_prep.readers import (
     lines_of,
     naming,
     spans_of,
+    spans_or_error,
 )
-from data_prep.sources import CHAT, SOURCES, TEXT, NamedFile, Part, Record, Source, clean_file_name
+from data_prep.sources import (
+    CHAT,
+    SOURCES,
+    TEXT,
+    NamedFile,
+    Part,
+    Place,
+    Record,
+    Source,
+    clean_file_name,
+)
 from i3dist.errors import UserError
 
 STDLIB = "stdlib"
@@ -66,13 +77,17 @@ class FilePart(Part):
         """Numbers of the files that it reads."""
         return frozenset(span.file.number for span in self.spans)
 
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The file and the bounds of each span."""
+        return tuple((span.file.number, span.start, span.stop) for span in self.spans)
+
     def is_made_of(self, pieces: Sequence[Piece]) -> bool:
         """Whether these are the pieces of files that this part reads.
 
         A part may have been cut in another way: by another version, or before the file changed.
         """
-        places = [(span.file.number, span.start, span.stop) for span in self.spans]
-        return places == [(p.file, p.start, p.stop) for p in pieces]
+        return self.places == tuple((p.file, p.start, p.stop) for p in pieces)
 
 
 @dataclass
@@ -100,8 +115,12 @@ class FileSource(Source):
     @cached_property
     def outline(self) -> str:
         """A digest of every file's name and size."""
+        return self.outline_at(self.states)
+
+    def outline_at(self, states: Sequence[State]) -> str:
+        """The outline with the sizes of these states; without more or fewer of them."""
         digest = hashlib.sha256()
-        for (_, name), (size, _, _) in zip(self.files, self.states, strict=True):
+        for (_, name), (size, _, _) in zip(self.files, states, strict=False):
             digest.update(f"{os.fsencode(name).hex()} {size}\n".encode())
         return f"names and sizes {digest.hexdigest()}"
 
@@ -134,6 +153,13 @@ class FileSource(Source):
 
     def parts(self) -> Sequence[FilePart]:
         """Parts of about equal size, small enough that every worker has some."""
+        return self._parts(spans_of)
+
+    def parts_with_broken(self) -> Sequence[FilePart]:
+        """As `parts`, but what cannot be opened is a span whose `records` raises the error."""
+        return self._parts(spans_or_error)
+
+    def _parts(self, spans_of: Callable[[SourceFile], Sequence[Span]]) -> Sequence[FilePart]:
         files = enumerate(zip(self.files, self.states, strict=True))
         spans = [
             span

@@ -12,7 +12,7 @@ import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -130,6 +130,12 @@ class Mixture(Source):
         """The outlines of all sources."""
         return json.dumps([member.source.outline for member in self.members])
 
+    def outline_at(self, states: Sequence[State]) -> str:
+        """The outlines of all sources when their files had these states."""
+        left = iter(states)
+        each = [(m.source, islice(left, len(m.source.files))) for m in self.members]
+        return json.dumps([source.outline_at(tuple(own)) for source, own in each])
+
     def pin(self, revision: str) -> None:
         """Stay at the revisions of all sources."""
         for member, pinned in zip(self.members, json.loads(revision), strict=True):
@@ -142,11 +148,18 @@ class Mixture(Source):
 
     def parts(self) -> Sequence[MixedPart]:
         """The parts of all sources."""
+        return self._parts([member.source.parts() for member in self.members])
+
+    def parts_with_broken(self) -> Sequence[MixedPart]:
+        """As `parts`, but what cannot be opened is a part whose `records` raises the error."""
+        return self._parts([member.source.parts_with_broken() for member in self.members])
+
+    def _parts(self, given: Sequence[Sequence[Part]]) -> Sequence[MixedPart]:
         firsts = accumulate((len(member.source.files) for member in self.members), initial=0)
         return [
             MixedPart(part, first, Share(number, member.weight))
             for number, (member, first) in enumerate(zip(self.members, firsts, strict=False))
-            for part in member.source.parts()
+            for part in given[number]
         ]
 
 

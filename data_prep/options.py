@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from data_prep.arguments import CORES, number_in
+from data_prep.arguments import CORES, TaskShare, number_in
 from data_prep.formats import FORMATS
 from data_prep.given_tokenizer import typed_tokenizer
 from data_prep.hub import CONFIGS, DATASET, HUB_NAME
@@ -69,11 +69,7 @@ def add_options(parser: ArgumentParser) -> None:
         help="a tokenizer.json of byte-level BPE, or OWNER/NAME of one on the hub; special tokens "
         "that it lacks are added (default: train it)",
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show about what would be made, the disk and the time that it takes, and stop",
-    )
+    _add_steps(parser.add_mutually_exclusive_group())
     unset = {
         "vocab-size": f"--tokenizer's, else {DEFAULT_VOCABULARY}",
         "tokenizer-sample-mb": DEFAULT_SAMPLE_MB,
@@ -103,6 +99,26 @@ def _out(text: str) -> Path:
             "URL when it is complete"
         )
     return typed_path(text)
+
+
+def _add_steps(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show about what would be made, the disk and the time that it takes, and stop",
+    )
+    group.add_argument(
+        "--begin", action="store_true", help="show that, make the tokenizer, and stop"
+    )
+    group.add_argument(
+        "--task",
+        type=TaskShare.parse,
+        metavar="I/N",
+        help="tokenize one of N shares of the parts, I = 1 to N, beside other tasks, and stop",
+    )
+    group.add_argument(
+        "--merge", action="store_true", help="pack what the tasks have tokenized, all of it"
+    )
 
 
 def _source(text: str) -> str:

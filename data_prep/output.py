@@ -7,12 +7,11 @@ share of validation) may change until the first split is in place, because no ot
 them.
 """
 
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -20,12 +19,13 @@ from pydantic import Field, ValidationError
 
 from data_prep.evidence import Evidence, Saved
 from data_prep.formats import FORMATS
+from data_prep.locks import lock, locked_file
 from data_prep.records import WorkFolder
 from data_prep.sources import TEXT
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.data.token_types import TokenType, token_type
 from i3dist.errors import UserError
-from i3dist.files import clear_partials, sync, write_whole
+from i3dist.files import clear_partials, sync, write_first, write_whole
 
 Model = TypeVar("Model", bound=Saved)
 
@@ -97,6 +97,7 @@ class Output:
         self.folder = folder
         self.runs = folder / _WORK_NAME / "runs"
         self.facts = folder / _WORK_NAME / "source"
+        self.plan = folder / _WORK_NAME / "plan.json"
         self.merged_runs = folder / _WORK_NAME / "merged"
         self.work = WorkFolder(folder / _WORK_NAME / "splits", folder / _WORK_NAME / "ranges")
         self.tokenizer = folder / "tokenizer.json"
@@ -120,36 +121,62 @@ class Output:
             raise UserError(f"{path} is damaged: {advice}") from None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Create the folder and lock out other runs; a folder left empty is removed again."""
+    def locked(self, shared: bool = False) -> Iterator[None]:
+        """Create the folder and lock out other runs; a folder left empty is removed again.
+
+        With `shared` others that share it may come in.
+        """
         folder = Path(os.path.realpath(self.folder))  # the target of a link
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
+        busy = f"another run is writing {self.folder}: wait for it"
         try:
-            _lock(handle, self.folder)
+            lock(handle, self.folder, busy, shared)
             yield
         finally:
             os.close(handle)
             with suppress(OSError):
                 folder.rmdir()
 
-    def is_complete(self, settings: OutputSettings) -> bool:
+    @contextmanager
+    def locked_work(self, shared: bool = False) -> Iterator[None]:
+        """Lock runs on other hosts out, too; if nothing is begun, nothing is left."""
+        work = self.folder / _WORK_NAME
+        busy = f"another run, or a task, is writing {self.folder}: wait for it"
+        try:
+            with locked_file(work / "lock", busy, shared):
+                yield
+        finally:
+            with suppress(OSError):
+                work.rmdir()
+
+    def locked_task(self, task: str) -> AbstractContextManager[None]:
+        """Lock out another process that does the same task."""
+        name = f"task-{task.replace('/', '-of-')}.lock"
+        busy = f"task {task} is at work in {self.folder} already: wait for it"
+        return locked_file(self.folder / _WORK_NAME / name, busy)
+
+    def is_complete(self, settings: OutputSettings, free: Set[str] = frozenset()) -> bool:
         """Whether all work is done.
+
+        Until the first split is in place, the settings `free` may differ from those of the folder.
 
         Raises:
             UserError: the folder was made with other settings, is damaged, or is not ours.
         """
-        former = self.settings()
+        found = [entry.name for entry in self.folder.iterdir()]
+        former = self.settings()  # read after that: another task may begin the folder just now
         if former is None:
             ours = (_WORK_NAME, f".{_SETTINGS_NAME}.")  # a killed run may have left the second
-            if not all(entry.name.startswith(ours) for entry in self.folder.iterdir()):
+            if not all(name.startswith(ours) for name in found):
                 raise UserError(f"{self.folder} holds other files: choose another --out")
             return False
         is_packed = any((self.folder / split).exists() for split in (TRAIN, VALID))
-        if difference := former.difference(settings, frozenset() if is_packed else _OF_PACKING):
+        free = frozenset() if is_packed else _OF_PACKING | free
+        if difference := former.difference(settings, free):
             raise self.refusal(difference)
         folders = [self.folder / split for split in settings.splits]
         if not all((folder / MANIFEST_NAME).exists() for folder in folders):
@@ -168,21 +195,35 @@ class Output:
         folder = Path(os.path.realpath(self.folder))
         return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
 
-    def discard_old_runs(self) -> bool:
-        """Discard runs that an earlier version began, and this one cannot read."""
+    def has_old_runs(self) -> bool:
+        """Whether an earlier version began the folder, whose runs this one cannot read."""
         former = self.settings()
-        if former is None or former.layout == _LAYOUT or not self.runs.exists():
-            return False
-        shutil.rmtree(self.runs)
-        return True
+        return former is not None and former.layout != _LAYOUT and self.runs.exists()
 
-    def begin(self, settings: OutputSettings, tokenizer: bytes, evidence: Evidence | None) -> None:
-        """Write down what the folder is made from; a run that continues does it again."""
+    def begin(
+        self,
+        settings: OutputSettings,
+        tokenizer: bytes,
+        evidence: Evidence | None,
+        free: Set[str] = frozenset(),
+    ) -> None:
+        """Write down what the folder is made from; a run that continues does it again.
+
+        Raises:
+            UserError: another task has just begun it with other settings than the `free` ones, or
+                with another tokenizer.
+        """
         self.runs.mkdir(parents=True, exist_ok=True)
+        write_first(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
+        former = self.settings()
+        if former and (difference := former.difference(settings, _OF_PACKING | free)):
+            raise self.refusal(difference)
         self.write_settings(settings)
         if evidence:
             write_whole(self.folder / _BEGUN_NAME, evidence.model_dump_json().encode())
-        write_whole(self.tokenizer, tokenizer)
+        write_first(self.tokenizer, tokenizer)
+        if self.tokenizer.read_bytes() != tokenizer:
+            raise self.refusal("with another tokenizer just now")
 
     def write_settings(self, settings: OutputSettings) -> None:
         """Write down the settings."""
@@ -220,18 +261,6 @@ class Output:
     def _discard_work(self) -> None:
         shutil.rmtree(self.folder / _WORK_NAME, ignore_errors=True)
         clear_partials(self.folder)
-
-
-def _lock(handle: int, folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing {folder}: wait for it") from None
-    except OSError as error:
-        raise UserError(
-            f"{folder} lies on a file system without locks ({error.strerror}): choose an "
-            "--out on a local disk, and move the folder when it is complete"
-        ) from None
 
 
 def is_output(folder: Path) -> bool:

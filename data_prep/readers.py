@@ -101,6 +101,8 @@ class Span:
     stop: int
     row_group: int | None = None
     first_row: int = 0
+    error: str | None = None
+    """Why the file cannot be opened."""
 
     def uncut(self) -> "Span":
         """Of a first range of lines, all of its file; any other span as it is."""
@@ -109,6 +111,8 @@ class Span:
 
     def records(self) -> Generator[Record, None, Piece]:
         """Read the documents in order; returns what was read."""
+        if self.error:
+            raise UserError(self.error)
         path = self.file.path
         group = "" if self.row_group is None else f", row group {self.row_group}"
         with naming(f"{path}{group}"), path.open("rb") as file:
@@ -184,6 +188,15 @@ def spans_of(file: SourceFile) -> list[Span]:
         Span(file, group.size, cuts[n], cuts[n + 1], n, group.first_row)
         for n, group in enumerate(groups)
     ]
+
+
+def spans_or_error(file: SourceFile) -> list[Span]:
+    """The spans of a file; of one that cannot be opened one span, which raises the error."""
+    try:
+        return spans_of(file)
+    except UserError as error:
+        size = file.state[0]
+        return [Span(file, size, 0, size, error=str(error))]
 
 
 class RowGroup(NamedTuple):
@@ -300,7 +313,7 @@ def lines_of(span: Span, size: int, kept: Path | None) -> list[Span]:
     folder `kept`, if there is one, and serves while the file has the same state.
     """
     file, parts = span.file, span.stop // size
-    if parts < 2 or not file.is_a(*_PLAIN_LINES):
+    if parts < 2 or span.error or not file.is_a(*_PLAIN_LINES):
         return [span]
     with naming(file.path), file.path.open("rb") as handle:
         if _encoding(file):

@@ -11,6 +11,11 @@ examples:
     python data_prep/shard.py --source a.jsonl --source web:0.3 --out data/mix
   conversations, of which the model learns the answers:
     python data_prep/shard.py --source chats.jsonl --format chat --out data/chats
+  your own with two machines that share a disk, each command on any of them:
+    python data_prep/shard.py --source texts --out data/texts --begin
+    python data_prep/shard.py --source texts --out data/texts --task 1/2
+    python data_prep/shard.py --source texts --out data/texts --task 2/2
+    python data_prep/shard.py --source texts --out data/texts --merge
 
 A document is a row of parquet, a line of jsonl or ndjson (an object), or a txt
 file. Rows and lines have a `text` (or another --text-column), and optionally
@@ -19,7 +24,9 @@ list of {"role": ROLE, "content": TEXT}, where ROLE is system, user or
 assistant. Text is UTF-8 unless its byte-order mark says otherwise. A folder is
 read with all its subfolders, as by `find -L`, except for hidden names, folders
 whose names begin with _ , and the output of this tool. Skipped documents and
-left-out files are counted by reason at the end. A broken file ends the run.
+left-out files are counted by reason at the end. A broken file ends the run; a
+task does all else first. Once it is repaired, its own parts are tokenized
+again, and no others.
 
 With several sources documents of all are shuffled together. Each is taken as
 often as the source's weight says; copies get places of their own.
@@ -27,7 +34,7 @@ often as the source's weight says; copies get places of their own.
 The output holds train/ and valid/, each with shard-000000.tar ...,
 index.parquet (where every document lies) and manifest.json, beside
 tokenizer.json. The same source and settings give the same shards for any
-number of --workers. A run that was stopped continues when it is started again.
+number of --workers and tasks. What was stopped continues when it is started again.
 Until packing has ended it may continue with another --chunk-length,
 --chunks-per-shard or --valid-fraction. A folder made with other settings, or
 from other content, is refused: source.json keeps sizes, times and hashes of
@@ -36,14 +43,18 @@ while it works; --dry-run says how much, about.
 """
 
 import argparse
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 from rich.console import Console
 
+from data_prep.arguments import TaskShare
+from data_prep.begun import Begun
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
@@ -57,13 +68,15 @@ from data_prep.pack import chunks_per_shard
 from data_prep.passes import (
     SecondPass,
     SpillPlan,
+    failures,
     finished,
     forget_parts_of,
     framed_tokens,
     spill_all,
+    spill_some,
 )
+from data_prep.plan import Plan
 from data_prep.progress import closing_table, pass_bar, sources_table
-from data_prep.readers import naming
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, TEXT, Part, Source, clean_file_name
 from data_prep.tokenizer import (
@@ -105,15 +118,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preparation.foresee(given, options.workers)
         return
     try:
-        with output.locked():
-            if output.is_complete(preparation.settings):
-                preparation.check_complete()
-                print(clean_file_name(f"{output.folder} is already complete"))
+        with output.locked(shared=options.task is not None):
+            if preparation.is_complete(given):
                 return
-            preparation.run(given, options.workers)
+            with output.locked_work(shared=options.task is not None):
+                if not preparation.is_complete(given):  # by a run on another host
+                    step_of(options, preparation)(given, options.workers)
     except OSError as error:
         place = error.filename or output.folder
         raise UserError(f"cannot write to {place}: {error.strerror or error}") from None
+
+
+def step_of(
+    options: argparse.Namespace, preparation: "Preparation"
+) -> Callable[[Tokenizer | None, int], object]:
+    """The step that was asked for."""
+    if options.task:
+        return partial(preparation.run_task, options.task)
+    if options.begin:
+        return preparation.begin
+    return preparation.merge if options.merge else preparation.run
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -218,36 +242,141 @@ class Preparation:
     def run(self, given: Tokenizer | None, workers: int) -> None:
         """Tokenize, shuffle, pack and publish."""
         start = time.monotonic()
-        if self.output.discard_old_runs():
-            self.console.print("an earlier version began this folder: tokenizing it again")
+        if self.output.has_old_runs():
+            self._say("an earlier version began this folder: tokenizing it again")
+            shutil.rmtree(self.output.runs)
+        plan = self._plan(self._whole_parts)
+        self._begin(plan, given, workers)
+        self._finish(plan, self._spill(plan, workers), workers, start)
+
+    def begin(self, given: Tokenizer | None, workers: int) -> None:
+        """Make the tokenizer, and all that tasks have in common."""
+        self._refuse_old_runs()
+        plan = self._plan(self._parts(given))
+        self._begin(plan, given, workers)
+        self._say(f"{self.output.folder} is begun: {len(plan.parts):,} parts are to be tokenized")
+
+    def run_task(self, share: TaskShare, given: Tokenizer | None, workers: int) -> None:
+        """Tokenize a share of the parts. It needs nothing of other tasks.
+
+        Raises:
+            UserError: some parts cannot be read; all others are done.
+        """
+        with self.output.locked_task(str(share)):
+            self._refuse_old_runs()
+            is_begun = self.output.tokenizer.exists()
+            plan = self._plan(self._parts(given))
+            self._begin(plan, given, None if is_begun else workers)
+            numbers = share.numbers(len(plan.parts))
+            with pass_bar(self.console, "tokenize", "parts", len(numbers)) as report:
+                errors = spill_some(plan, numbers, workers, report)
+        for error in errors:
+            self._say(f"not done: {error}")
+        if errors:
+            raise UserError(
+                f"{len(errors)} of {len(numbers):,} parts of task {share} cannot be tokenized, "
+                f"the others are done; the first: {errors[0]}; then run the same command again"
+            )
+        self._say(f"task {share} is done: {len(numbers):,} of {len(plan.parts):,} parts")
+
+    def merge(self, given: Tokenizer | None, workers: int) -> None:
+        """Pack what the tasks have tokenized.
+
+        Raises:
+            UserError: some parts are not tokenized.
+        """
+        start = time.monotonic()
+        self._refuse_old_runs()
+        if not self.output.tokenizer.exists():
+            raise UserError(f"nothing is tokenized in {self.output.folder}: run its tasks first")
+        plan = self._plan(self._parts(given))
+        self._begin(plan, given, None)
+        summaries = [summary for summary in finished(plan) if summary]
+        if missing := len(plan.parts) - len(summaries):
+            reason = "".join(f"; {f.message}" for f in failures(self.output.runs)[:1])
+            raise UserError(
+                f"{missing:,} of {len(plan.parts):,} parts are not tokenized{reason}; run their "
+                "tasks again, or this command without --merge, which tokenizes them here"
+            )
+        self._finish(plan, summaries, workers, start)
+
+    def is_complete(self, given: Tokenizer | None) -> bool:
+        """Whether all work is done; says so."""
+        free = Begun(self.output, self.source).may_differ(given)
+        if not self.output.is_complete(self.settings, free):
+            return False
+        self.check_complete()
+        print(clean_file_name(f"{self.output.folder} is already complete"))
+        return True
+
+    def _refuse_old_runs(self) -> None:
+        if self.output.has_old_runs():
+            raise UserError(
+                f"an earlier version began {self.output.folder}: delete it, or continue without "
+                "--begin, --task and --merge"
+            )
+
+    def _parts(self, given: Tokenizer | None) -> Sequence[Part]:
+        """The parts for tasks, which leave broken files for later; training needs them all."""
+        if given or self.output.tokenizer.exists():
+            self.source.keep_in(self.output.facts)
+            return self.source.parts_with_broken()
+        return self._whole_parts
+
+    @cached_property
+    def _whole_parts(self) -> Sequence[Part]:
+        """The parts of a source that can be opened as a whole."""
         self.source.keep_in(self.output.facts)
-        parts = self.source.parts()
-        plan = SpillPlan(
+        return self.source.parts()
+
+    def _plan(self, parts: Sequence[Part]) -> SpillPlan:
+        """What pass 1 is to do, with the parts that the work was begun with."""
+        former = Plan.load(self.output.plan)
+        parts = former.arranged(parts) if former else parts
+        output = self.output
+        return SpillPlan(
             parts,
-            self.output.tokenizer,
-            self.output.runs,
+            output.tokenizer,
+            output.runs,
             self.settings.seed,
             self.settings.format,
+            output.merged_runs,
         )
-        touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
-        tokenizer = self._tokenizer(parts, given, is_certain=not touched)
-        self.output.begin(self.settings, tokenizer, self._evidence(()))
+
+    def _begin(self, plan: SpillPlan, given: Tokenizer | None, workers: int | None) -> None:
+        """Write down what the output is made from, and show what so many workers will make."""
+        unread = self._touched(lambda: _pieces(finished(plan)))
+        if unread:
+            broken = Begun(self.output, self.source).broken()
+            unread = forget_parts_of(plan, unread, broken)
+        tokenizer = self._tokenizer(given, is_certain=not unread)
+        free = Begun(self.output, self.source).may_differ(given)
+        self.output.begin(self.settings, tokenizer, self._evidence(()), free)
+        Plan.of(plan.parts).write(self.output.plan)
         trained = Tokenizer.load(self.output.tokenizer)
-        self.console.print(str(trained.encoder), markup=False, highlight=False, soft_wrap=True)
-        if not any(finished(plan)) and sum(part.size for part in parts) >= FORECAST_BYTES:
-            self._forecast(parts, workers, trained)
-        summaries = self._spill(plan, workers)
+        self._say(str(trained.encoder))
+        is_large = sum(part.size for part in plan.parts) >= FORECAST_BYTES
+        if workers and is_large and not any(finished(plan)):
+            self._forecast(plan.parts, workers, trained)
+
+    def _finish(
+        self, plan: SpillPlan, summaries: Sequence[PartSummary], workers: int, start: float
+    ) -> None:
+        """Pass 2: pack all runs; `start` is the time to count from."""
         settings = self._with_chunks_chosen(framed_tokens(summaries))
-        sources = count_sources(self.source, parts, summaries)
+        sources = count_sources(self.source, plan.parts, summaries)
         packing = SecondPass(settings, self.output, self.console, workers, sources)
         manifests = packing.run(summaries)
-        self.output.publish(manifests, self._evidence(_pieces(summaries)))
+        self.output.publish(manifests, self._evidence(sorted(_pieces(summaries), key=_place)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
         if sources:
             self.console.print(sources_table(sources))
         if self.source.left_out:
-            self.console.print(f"left out: {self.source.left_out}", markup=False, soft_wrap=True)
+            self._say(f"left out: {self.source.left_out}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def foresee(self, given: Tokenizer | None, workers: int) -> None:
         """Show what a run would make, and make nothing."""
@@ -262,7 +391,7 @@ class Preparation:
                 f"{self.output.folder} does not say what it was made from (source.json is "
                 "missing): delete it and make it again"
             )
-        self._touched(())
+        self._touched(tuple)
 
     def _evidence(self, pieces: Sequence[Piece]) -> Evidence | None:
         """What tells whether the source is still the same; None where its revision tells that."""
@@ -270,26 +399,20 @@ class Preparation:
             return None
         return Evidence(states=self.source.states, pieces=tuple(pieces))
 
-    def _touched(self, pieces: Sequence[Piece]) -> frozenset[int]:
+    def _touched(self, read: Callable[[], Iterable[Piece]]) -> frozenset[int]:
         """Numbers of the files whose times have changed since the work began.
 
         Raises:
-            UserError: such a file has other content where one of `pieces`, or of the finished
-                output's pieces, was read.
+            UserError: such a file has other content where one of the pieces `read`, or of the
+                finished output's pieces, was read.
         """
-        evidence = self.output.evidence()
-        if not evidence:
-            return frozenset()
-        touched = evidence.touched(self.source.states)
-        with self.console.status("comparing the source with what was read"):
-            for piece in (*evidence.pieces, *pieces):
-                path, _ = self.source.files[piece.file]
-                with naming(path):
-                    if piece.file in touched and not piece.is_in(path):
-                        raise self.output.refusal(f"before {path} changed, {OTHER_CONTENT}")
+        begun = Begun(self.output, self.source)
+        if touched := begun.touched():
+            with self.console.status("comparing the source with what was read"):
+                begun.check(touched, read())
         return touched
 
-    def _tokenizer(self, parts: Sequence[Part], given: Tokenizer | None, is_certain: bool) -> bytes:
+    def _tokenizer(self, given: Tokenizer | None, is_certain: bool) -> bytes:
         """The tokenizer's file. One of an earlier run is trained again unless it `is_certain`."""
         path = self.output.tokenizer
         former = path.read_bytes() if path.exists() else None
@@ -298,7 +421,7 @@ class Preparation:
         if given:
             return given.data
         texts = sample_texts(
-            self.source.sample_parts(parts),
+            self.source.sample_parts(self._whole_parts),
             self.settings.source,
             self.settings.tokenizer_sample_mb,
             evenly=self.settings.tokenizer_sample == "even",
@@ -307,7 +430,8 @@ class Preparation:
         with self.console.status("training the tokenizer"):
             data = train_tokenizer(texts, self.settings.vocab_size)
         if former and data != former:
-            raise self.output.refusal(OTHER_CONTENT)
+            refusal = self.output.refusal(OTHER_CONTENT)
+            raise UserError(f"{refusal}, or keep its tokenizer: --tokenizer {path}")
         return data
 
     def _spill(self, plan: SpillPlan, workers: int) -> list[PartSummary]:
@@ -354,6 +478,10 @@ class Preparation:
 
 def _pieces(summaries: Iterable[PartSummary | None]) -> list[Piece]:
     return [piece for summary in summaries if summary for piece in summary.pieces]
+
+
+def _place(piece: Piece) -> tuple[int, int]:
+    return piece.file, piece.start
 
 
 def _skipped(summaries: Sequence[PartSummary]) -> Counter[str]:

@@ -64,6 +64,7 @@ class PartSummary(Saved):
     """The result of pass 1 for a part; `tokens` does not count <BOS> and <EOS>.
 
     `pieces` are the pieces of files that were read; a part that is not made of files has none.
+    `sizes` are those of the runs in bytes; older versions kept none.
     """
 
     runs: tuple[str, ...]
@@ -77,6 +78,15 @@ class PartSummary(Saved):
     """Documents that were read and not skipped, whether they were taken, and how often, or not."""
     identity: str = ""
     """The part's."""
+    sizes: tuple[int, ...] = ()
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether the runs are there, each of its size."""
+        try:
+            found = [(folder / name).stat().st_size for name in self.runs]
+        except FileNotFoundError:
+            return False
+        return not self.sizes or found == list(self.sizes)
 
 
 def hashes(text: bytes, position: str, seed: int) -> bytes:
@@ -188,6 +198,7 @@ class Spiller:
             pieces=tuple(pieces),
             usable=tally.usable,
             identity=part.identity,
+            sizes=tuple((self.folder / name).stat().st_size for name in names),
         )
         write_whole(summary_path(self.folder, number), summary.model_dump_json().encode())
         return summary

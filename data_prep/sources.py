@@ -45,6 +45,10 @@ NamedFile = tuple[Path, str]
 """A file, and its path below the root of its source."""
 
 
+Place = tuple[int, int, int]
+"""The number of a file, and where a piece of it begins and ends, in bytes."""
+
+
 @dataclass(frozen=True)
 class Record:
     """A document as a source gives it.
@@ -93,6 +97,11 @@ class Part:
         """Which of the source's files it reads, by their numbers."""
         return frozenset()
 
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Which pieces of the source's files it reads: the number of each file, start and stop."""
+        return ()
+
     def is_made_of(self, pieces: Sequence[Piece]) -> bool:
         """Whether these are the pieces of files that this part reads."""
         return True
@@ -125,6 +134,10 @@ class Source:
         """Size and times of each file when they were first asked for."""
         return ()
 
+    def outline_at(self, states: Sequence[State]) -> str:
+        """What the outline was when its files had these states."""
+        return self.outline
+
     def pin(self, revision: str) -> None:
         """Stay at this revision, from which the output was begun."""
 
@@ -142,6 +155,10 @@ class Source:
     def with_text_column(self, column: str) -> "Source":
         """The source with another column, or key, as its text."""
         raise UserError(f"--text-column {column}: the source {self.name} has no columns; omit it")
+
+    def parts_with_broken(self) -> Sequence[Part]:
+        """As `parts`, but what cannot be opened is a part whose `records` raises the error."""
+        return self.parts()
 
 
 _SLICE = 1 << 22

@@ -6,9 +6,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.sharedctypes import SynchronizedArray
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ from i3dist.cli.extend import LOADED, load_extension
 from i3dist.errors import UserError
 
 _POLL_S = 0.25
-_UNITS, _TOKENS, _STOPPED = range(3)
+_UNITS, _TOKENS = range(2)
 _work: Callable[[Any], Any] | None = None
 
 Report = Callable[[int, int], None]
@@ -35,12 +35,18 @@ class Task(Protocol[Job, Result]):
 
 
 def run_jobs(
-    task: Task[Job, Result], jobs: Sequence[Job], workers: int, report: Report
+    task: Task[Job, Result],
+    jobs: Sequence[Job],
+    workers: int,
+    report: Report,
+    died: Callable[[Job], Result] | None = None,
 ) -> list[Result]:
     """Do all jobs in up to `workers` processes; returns the results in the order of `jobs`.
 
+    `died` gives the result of a job whose process died, and the other jobs go on.
+
     Raises:
-        UserError: a worker process died, or a job raised one.
+        UserError: a worker process died and there is no `died`, or a job raised one.
     """
     if not jobs:
         return []
@@ -49,21 +55,11 @@ def run_jobs(
         return [work(job) for job in jobs]
     # Spawned, not forked: the parent has threads (progress bar, Arrow) that a fork would not copy.
     context = multiprocessing.get_context("spawn")
-    counts = context.Array("Q", 3)
-    setup = (task, tuple(LOADED), counts)
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, setup)
-    seen = [0, 0]
+    stopped = context.RawValue("b", 0)
+    pool = [_Worker(context, task, stopped) for _ in range(min(workers, len(jobs)))]
     try:
-        futures = [pool.submit(_do, job) for job in jobs]
-        pending = set(futures)
-        while pending:
-            finished, pending = wait(pending, _POLL_S, FIRST_COMPLETED)
-            for future in finished:
-                future.result()
-            now = counts[:_STOPPED]
-            report(now[_UNITS] - seen[_UNITS], now[_TOKENS] - seen[_TOKENS])
-            seen = now
-        return [future.result() for future in futures]
+        found = _share_out(jobs, pool, report, died)
+        return [found[number] for number in range(len(jobs))]
     except BrokenProcessPool:
         raise UserError(
             "a worker process died (out of memory?): run the same command again with "
@@ -71,8 +67,63 @@ def run_jobs(
         ) from None
     finally:
         # After a failure do not wait for the running jobs: they end at their next report.
-        counts[_STOPPED] = 1
-        pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
+        stopped.value = 1
+        for worker in pool:
+            worker.executor.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
+
+
+class _Worker:
+    """A process that does one job at a time.
+
+    It is alone in its pool, so that its death breaks no other process. Only it writes its counts of
+    units and tokens, so they need no lock, which a killed process could keep.
+    """
+
+    def __init__(self, context: SpawnContext, task: Task[Any, Any], stopped: Any) -> None:
+        self.counts: Any = context.RawArray("Q", 2)
+        self._context = context
+        self._setup = (task, tuple(LOADED), self.counts, stopped)
+        self.start()
+
+    def start(self) -> None:
+        """Start anew; the process itself begins with its first job."""
+        self.executor = ProcessPoolExecutor(1, self._context, _start_worker, self._setup)
+
+
+def _share_out(
+    jobs: Sequence[Job],
+    pool: Sequence[_Worker],
+    report: Report,
+    died: Callable[[Job], Result] | None,
+) -> dict[int, Result]:
+    """Give each worker a job as soon as it is free; returns the results by the jobs' numbers."""
+    found: dict[int, Result] = {}
+    todo = iter(range(len(jobs)))
+    running: dict[Future[Result], tuple[int, _Worker]] = {}
+
+    def give(worker: _Worker) -> None:
+        number = next(todo, None)
+        if number is not None:
+            running[worker.executor.submit(_do, jobs[number])] = number, worker
+
+    for worker in pool:
+        give(worker)
+    seen = [0, 0]
+    while running:
+        for future in wait(running, _POLL_S, FIRST_COMPLETED).done:
+            number, worker = running.pop(future)
+            try:
+                found[number] = future.result()
+            except BrokenProcessPool:
+                if died is None:
+                    raise
+                found[number] = died(jobs[number])
+                worker.start()
+            give(worker)
+        now = [sum(worker.counts[kind] for worker in pool) for kind in (_UNITS, _TOKENS)]
+        report(now[_UNITS] - seen[_UNITS], now[_TOKENS] - seen[_TOKENS])
+        seen = now
+    return found
 
 
 class _StoppedError(Exception):
@@ -80,7 +131,7 @@ class _StoppedError(Exception):
 
 
 def _start_worker(
-    task: Task[Any, Any], extensions: Sequence[Path], counts: "SynchronizedArray[int]"
+    task: Task[Any, Any], extensions: Sequence[Path], counts: Any, stopped: Any
 ) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -89,10 +140,9 @@ def _start_worker(
         load_extension(path)
 
     def report(units: int, tokens: int) -> None:
-        with counts.get_lock():
-            counts[_UNITS] += units
-            counts[_TOKENS] += tokens
-        if counts[_STOPPED]:
+        counts[_UNITS] += units
+        counts[_TOKENS] += tokens
+        if stopped.value:
             raise _StoppedError
 
     _work = task.start(report)

@@ -1,6 +1,7 @@
 """Atomic writes: a reader, or a power cut, finds the whole old file or the whole new one."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +26,33 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+def write_first(path: Path, data: bytes) -> None:
+    """Write a file atomically unless it exists: of several writers the first one counts."""
+    if path.exists():
+        return
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+    try:
+        partial.write_bytes(data)
+        sync(partial)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary name to write to; afterwards sync that file, rename it, sync its folder.
 
     If anything fails (such as a full disk), the file stays what it was.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    # At random, because processes of several hosts may write the same file and have the same id.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
         yield partial
         sync(partial)

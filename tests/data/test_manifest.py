@@ -158,7 +158,7 @@ def test_whatever_the_file_holds_the_error_is_one_line(tmp_path: Path, data: st.
         ({"split": "../train"}, "split"),
         ({"version": 2}, "version"),
         ({"format": "other"}, "format"),
-        ({"dtype": "uint32-le"}, "dtype uint32-le is of version 2, not 1"),
+        ({"dtype": "uint32-le"}, "version 1 where dtype and keys are of 2"),
         ({"dtype": "uint32-le", "version": 2}, "has size"),
         ({"dtype": "uint32-le-masked", "version": 2, "vocab_size": (1 << 24) + 1}, "vocab_size"),
         ({"version": 3}, "version"),

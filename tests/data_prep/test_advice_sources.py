@@ -18,6 +18,7 @@ from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep import corpus as helpers
 from tests.data_prep.advice import TEXTS, build, counting, is_followed, refusal, write
+from tests.data_prep.corpus import tree_digest
 from tests.data_prep.test_sources import serve_from
 
 # Sources.
@@ -94,7 +95,7 @@ def test_a_broken_line_is_repaired_or_removed(texts: Path, tmp_path: Path, remed
 def test_a_file_that_breaks_begun_work(
     texts: Path, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, remedy: str
 ) -> None:
-    """A file of the same size is one that was restored: then the work goes on."""
+    """The work goes on with the part that failed; a source with other files is another one."""
     monkeypatch.setattr(files, "_SMALLEST_PART", 100)
     path = write(texts / "b.jsonl", TEXTS[:3])
     good = path.read_bytes()
@@ -103,17 +104,16 @@ def test_a_file_that_breaks_begun_work(
     words = [texts, out, "--tokenizer", tokenizer, "--vocab-size", 400]
     with pytest.raises(UserError, match=r"; repair or remove it$"):
         build(*words)
-    if remedy == "restore":
-        path.write_bytes(good)
-        spilled = counting(monkeypatch)
-        build(*words)
-        assert spilled == [1]
-        return
-    if remedy == "repair":
-        path.write_bytes(good)
-    else:
+    if remedy == "remove":
         path.unlink()
-    is_followed(refusal(*words), *words)
+        is_followed(refusal(*words), *words)
+        return
+    path.write_bytes(good)
+    spilled = counting(monkeypatch)
+    build(*words)
+    assert spilled == [1]
+    build(texts, tmp_path / "whole", *words[2:])
+    assert tree_digest(out) == tree_digest(tmp_path / "whole")
 
 
 def test_a_link_that_leads_in_circles(texts: Path, tmp_path: Path) -> None:

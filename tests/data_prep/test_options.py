@@ -28,6 +28,9 @@ WHOLE = {
 DEFAULTS = {
     "extend": None,
     "dry_run": False,
+    "begin": False,
+    "task": None,
+    "merge": False,
     "format": "text",
     "source": [(DATASET, 1.0)],
     "out": Path("data/fineweb-edu"),

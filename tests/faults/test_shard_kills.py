@@ -171,15 +171,16 @@ def test_a_full_disk_leaves_the_old_file(small_disk: Path) -> None:
 
 # Every kind of file that the tool makes, in this order: which call of what writes it.
 WRITES = [
-    ("data_prep.output.write_whole", 1),  # shard.json
+    ("data_prep.output.write_first", 1),  # shard.json
     ("data_prep.output.write_whole", 2),  # what was found of the source
-    ("data_prep.output.write_whole", 3),  # tokenizer.json
+    ("data_prep.output.write_first", 2),  # tokenizer.json
+    ("data_prep.plan.write_whole", 1),  # how the source is cut into parts
     ("data_prep.shuffle.write_run", 3),  # a run of documents
     ("data_prep.shuffle.write_whole", 2),  # the summary of a part
     ("data_prep.output.write_whole", 1),  # shard.json again
     ("data_prep.pack.write_shard", 9),
     ("data_prep.pack.IndexWriter.close", 1),
-    ("data_prep.output.write_whole", 4),  # what was read of the source
+    ("data_prep.output.write_whole", 3),  # what was read of the source
     ("data_prep.output.Manifest.write", 1),  # of the validation split
     ("data_prep.output.Manifest.write", 2),  # of the other
 ]

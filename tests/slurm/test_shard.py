@@ -1,0 +1,208 @@
+"""slurm/shard.sbatch on a real cluster: an array of tasks and the merge that depends on it.
+
+About a minute.
+"""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, program
+from tests.data_prep.corpus import text_of, tree_digest
+from tests.slurm.cluster import Cluster
+
+OPTIONS = ["--chunk-length", "64", "--chunks-per-shard", "4", "--valid-fraction", "0.2"]
+
+# Stands for data_prep/shard.py: small parts, and the trouble of {trouble} first.
+STAND_IN = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from data_prep import files, shard
+from i3dist.cli.program import one_line_errors
+files._SMALLEST_PART = 4000
+print("on", os.environ["SLURMD_NODENAME"], flush=True)
+first = "SLURM_RESTART_COUNT" not in os.environ
+if __name__ == "__main__":
+    {trouble}
+    with one_line_errors():
+        shard.main(sys.argv[1:])
+"""
+KILLED = 'first and "2/4" in sys.argv and os.kill(os.getpid(), 9)'
+SLOW = 'first and "{task}" in sys.argv and (open("ready", "w"), time.sleep(600))'
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    for part in range(6):
+        lines = [json.dumps({"text": text_of(100 * part + n)}) + "\n" for n in range(30)]
+        (folder / f"{part}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+    """That of what one process makes of the source, which is beside it."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    words = ["--source", source, "--out", out, "--vocab-size", 400, *OPTIONS, "--workers", 1]
+    done = program("data_prep/shard.py", *words)
+    assert done.returncode == 0, done.stderr
+    return out / "tokenizer.json"
+
+
+def submit(cluster: Cluster, folder: Path, source: Path, trouble: str, *words: object) -> str:
+    """Submit an array of four tasks from `folder`; returns the job."""
+    for name in ("slurm", "data_prep"):
+        (folder / name).mkdir(exist_ok=True)
+    shutil.copy(ROOT / "slurm" / "shard.sbatch", folder / "slurm")
+    text = STAND_IN.format(root=str(ROOT), trouble=trouble)
+    (folder / "data_prep" / "shard.py").write_text(text)
+    options = ["--array=1-4", "--cpus-per-task=1", "--mem=500", "--time=10"]
+    given = ["--source", source, "--out", "out", *OPTIONS, *words]
+    return cluster.submit(*options, "slurm/shard.sbatch", *given, cwd=folder)
+
+
+def jobs(cluster: Cluster, array: str) -> dict[str, dict[str, str]]:
+    """What Slurm says of the tasks of an array, by number, and of the merge after it."""
+    found = {}
+    for block in cluster.command("scontrol", "--oneliner", "show", "job").splitlines():
+        job = dict(re.findall(r"(\w+)=(\S*)", block))
+        if job.get("ArrayJobId") == array and job["ArrayTaskId"].isdigit():
+            found[job["ArrayTaskId"]] = job
+        elif job["JobName"] == f"i3dist-merge-{array}":
+            found["merge"] = job
+    return found
+
+
+def finished(cluster: Cluster, array: str, seconds: float = 90) -> dict[str, dict[str, str]]:
+    """The same, when all of it is over."""
+    deadline = time.monotonic() + seconds
+    over = ("COMPLETED", "FAILED", "CANCELLED")
+    while len(found := jobs(cluster, array)) < 5 or any(
+        job["JobState"] not in over for job in found.values()
+    ):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    return found
+
+
+def said(folder: Path, array: str, found: dict[str, dict[str, str]], task: str) -> str:
+    name = found["merge"]["JobId"] if task == "merge" else f"{array}_{task}"
+    return (folder / f"slurm-{name}.out").read_text()
+
+
+def states(found: dict[str, dict[str, str]]) -> set[str]:
+    return {job["JobState"] for job in found.values()}
+
+
+def restarts(found: dict[str, dict[str, str]]) -> dict[str, str]:
+    return {name: job["Restarts"] for name, job in found.items() if job["Restarts"] != "0"}
+
+
+def test_an_array_on_two_nodes_and_its_merge_make_the_bytes_of_one_process(
+    cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """A task that is killed on its way goes back into the queue alone."""
+    array = submit(cluster, tmp_path, source, KILLED, "--vocab-size", 400)
+    found = finished(cluster, array)
+    assert states(found) == {"COMPLETED"}, said(tmp_path, array, found, "merge")
+    assert restarts(found) == {"2": "1"}
+    assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
+    outputs = [said(tmp_path, array, found, str(task)) for task in range(1, 5)]
+    assert {node for text in outputs for node in re.findall(r"on (node\d)", text)} == {
+        "node1",
+        "node2",
+    }
+    for name in ("NumCPUs", "TimeLimit", "Partition"):
+        assert found["merge"][name] == found["1"][name]
+
+
+def test_a_broken_file_fails_its_task_alone_and_is_repaired(
+    cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(source, tmp_path / "in" / source.name)
+    broken = tmp_path / "in" / source.name / "4.jsonl"
+    good = broken.read_text()
+    broken.write_text(good[:-3])
+    words = ["--tokenizer", tokenizer]
+    array = submit(cluster, tmp_path, broken.parent, "", *words)
+    found = finished(cluster, array)
+    failed = {name for name, job in found.items() if job["JobState"] == "FAILED"}
+    assert len(failed) == 2 and "merge" in failed
+    (task,) = failed - {"merge"}
+    assert restarts(found) == {task: "2"}, "neither the others nor the merge"
+    for name in failed:
+        assert f"{broken}, line 30: broken JSON" in said(tmp_path, array, found, name)
+    broken.write_text(good)
+    array = submit(cluster, tmp_path, broken.parent, "", *words)
+    assert states(finished(cluster, array)) == {"COMPLETED"}
+    one = program(
+        "data_prep/shard.py",
+        *("--source", broken.parent, "--out", tmp_path / "one", *OPTIONS, *words),
+    )
+    assert one.returncode == 0, one.stderr
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "one")
+
+
+def test_a_task_whose_time_is_up_stops_and_comes_back(
+    cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    array = submit(cluster, tmp_path, source, SLOW.format(task="3/4"), "--vocab-size", 400)
+    wait_for((tmp_path / "ready").exists)
+    cluster.command("scancel", "--batch", "--signal=USR1", f"{array}_3")
+    found = finished(cluster, array)
+    assert states(found) == {"COMPLETED"}
+    assert restarts(found) == {"3": "1"}
+    assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
+
+
+def test_a_task_whose_node_fails_is_done_on_another(
+    cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    array = submit(cluster, tmp_path, source, SLOW.format(task="4/4"), "--vocab-size", 400)
+    wait_for((tmp_path / "ready").exists)
+    node = jobs(cluster, array)["4"]["BatchHost"]
+    cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    try:
+        found = finished(cluster, array)
+    finally:
+        cluster.command("scontrol", "update", f"nodename={node}", "state=resume")
+    assert states(found) == {"COMPLETED"}
+    assert restarts(found) == {"4": "1"} and found["4"]["BatchHost"] != node
+    assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
+
+
+def test_without_an_array_it_is_one_run(
+    cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    words = ["--source", source, "--out", tmp_path / "out", *OPTIONS, "--vocab-size", 400]
+    options = ["--cpus-per-task=1", f"--output={tmp_path / 'job.out'}"]
+    job = cluster.submit(*options, ROOT / "slurm" / "shard.sbatch", *words, cwd=ROOT)
+    assert cluster.wait(job, 60) == "COMPLETED", (tmp_path / "job.out").read_text()
+    assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
+
+
+def test_what_it_refuses_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    script = ROOT / "slurm" / "shard.sbatch"
+    job = cluster.submit("--output=a.out", "--cpus-per-task=1", script, cwd=tmp_path)
+    assert cluster.wait(job, 60) == "FAILED"
+    (line,) = (tmp_path / "a.out").read_text().splitlines()
+    assert "data_prep/shard.py" in line and "root of the repository" in line
+    output = f"--output={tmp_path / 'b.out'}"
+    job = cluster.submit("--array=1,3", output, "--cpus-per-task=1", script, cwd=ROOT)
+    assert cluster.wait(job, 60) == "FAILED"
+    assert set((tmp_path / "b.out").read_text().splitlines()) == {
+        "error: the array has gaps: ask for --array=1-N"
+    }
+
+
+def wait_for(ready: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
