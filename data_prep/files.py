@@ -11,14 +11,25 @@ import platform
 import sysconfig
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from data_prep.evidence import Piece, State, state_of
 from data_prep.listing import Listing, named, walk
-from data_prep.readers import SUFFIXES, SUFFIXES_IN_WORDS, SourceFile, Span, naming, spans_of
+from data_prep.readers import (
+    JSON_LINES,
+    PARQUET,
+    SUFFIXES,
+    SUFFIXES_IN_WORDS,
+    SourceFile,
+    Span,
+    naming,
+    spans_of,
+)
+from data_prep.row_filter import for_sample
 from data_prep.sources import SOURCES, NamedFile, Part, Record, Source, clean_file_name
+from data_prep.where import Where
 from i3dist.errors import UserError
 
 STDLIB = "stdlib"
@@ -70,6 +81,7 @@ class FileSource(Source):
     files: tuple[NamedFile, ...]
     scheme: str = ""
     left_out: str = ""
+    where: Where | None = None
 
     @cached_property
     def states(self) -> tuple[State, ...]:
@@ -98,17 +110,44 @@ class FileSource(Source):
             digest.update(line.encode())
         return digest.hexdigest()
 
+    def chosen(self, where: str) -> "FileSource":
+        """The source without the rows of which the expression `where` is not true.
+
+        Raises:
+            UserError: a file has no columns, or the expression is wrong.
+        """
+        for path, name in self.files:
+            if not name.lower().endswith((PARQUET, *JSON_LINES)):
+                raise UserError(
+                    f"--where needs rows with columns, and {path} has none: name only parquet and "
+                    "jsonl with --source, or omit --where"
+                )
+        return replace(self, where=Where.parse(where))
+
     def parts(self) -> Sequence[FilePart]:
         """Parts of about equal size, small enough that every worker has some."""
         files = enumerate(zip(self.files, self.states, strict=True))
         spans = [
             span
             for number, ((path, name), state) in files
-            for span in spans_of(SourceFile(path, name, number, state, self.scheme))
+            for span in spans_of(SourceFile(path, name, number, state, self.scheme), self.where)
         ]
+        if self.where:
+            spans = _with_columns_of_lines(spans, self.where)
         total = sum(span.size for span in spans)
         limit = min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
         return [FilePart(group) for group in _grouped(spans, limit)]
+
+
+def _with_columns_of_lines(spans: Sequence[Span], where: Where) -> list[Span]:
+    """The spans; those of jsonl with the condition for the columns in a sample of their lines."""
+    lines = [span for span in spans if span.file.is_a(*JSON_LINES)]
+    if not lines:
+        return list(spans)
+    firsts = [span for span in lines if not span.start]
+    place = lines[0].file.path if len(firsts) == 1 else "the jsonl"
+    where = for_sample(where, [span.records for span in firsts], place)
+    return [replace(span, where=where) if span.file.is_a(*JSON_LINES) else span for span in spans]
 
 
 def _content_digest(path: Path) -> str:

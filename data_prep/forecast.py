@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from data_prep.choice import ALL, Choice
 from data_prep.options import CORES
 from data_prep.output import OutputSettings
 from data_prep.pack import chunks_per_shard
@@ -23,6 +24,7 @@ BYTES_PER_TOKEN = 4.0
 _PARTS, _SECONDS_PER_PART, _BYTES_PER_PART = 3, 2.0, 1 << 20
 _PACK_RATE = 40e6  # tokens per second of a process, docs/performance.md
 _BYTES_PER_DOCUMENT = 150  # of a run and of the index: hashes, id, url
+_BYTES_PER_HASH = 52  # of --deduplicate: beside the run, and sorted
 _TRUSTED = 0.8  # the share of an estimate that is surely needed
 
 
@@ -45,22 +47,26 @@ class _Measured:
     text: int = 0
     documents: int = 0
     tokenized: int = 0
+    """Bytes of text that were tokenized, and the documents, and what the choice keeps of these."""
+    tokenized_documents: int = 0
+    kept_documents: int = 0
     tokens: int = 0
     reading: float = 0.0
     tokenizing: float = 0.0
 
-    def add(self, part: Part, tokenizer: Tokenizer | None) -> None:
+    def add(self, part: Part, tokenizer: Tokenizer | None, choice: Choice) -> None:
         """Read a part for some seconds, and tokenize its first texts."""
-        start, spent, text_bytes, documents = time.monotonic(), 0.0, 0, 0
+        start, spent, text_bytes, documents, excluded = time.monotonic(), 0.0, 0, 0, 0
         is_whole = True
         for text in _texts(part):
-            size = len(text)
-            text_bytes += size
-            documents += 1
             begin = time.monotonic()
-            if tokenizer and self.tokenized < (self.parts + 1) * _BYTES_PER_PART:
-                self.tokens += len(tokenizer.encode_utf8(text))
-                self.tokenized += size
+            if text is None:
+                excluded += 1
+            else:
+                text_bytes += len(text)
+                documents += 1
+                if tokenizer and self.tokenized < (self.parts + 1) * _BYTES_PER_PART:
+                    self._tokenize(text, part, tokenizer, choice)
             now = time.monotonic()
             spent += now - begin
             if now - start > _SECONDS_PER_PART:
@@ -71,26 +77,44 @@ class _Measured:
         self.tokenizing += spent
         self.text += text_bytes
         self.documents += documents
-        # Of a part that takes too long, text is taken to be all that there is.
-        self.size += part.size if is_whole else text_bytes
+        # Of a part that takes too long, text is taken to be all that there is, and excluded texts
+        # to be as long as others.
+        in_time = text_bytes * (documents + excluded) // documents if documents else part.size
+        self.size += part.size if is_whole else in_time
+
+    def _tokenize(self, text: bytes, part: Part, tokenizer: Tokenizer, choice: Choice) -> None:
+        count = len(tokenizer.encode_utf8(text))
+        self.tokenized += len(text)
+        self.tokenized_documents += 1
+        if not choice.skip(part, count):
+            self.kept_documents += 1
+            self.tokens += count
 
 
-def _texts(part: Part) -> Iterator[bytes]:
+def _texts(part: Part) -> Iterator[bytes | None]:
+    """The usable texts of a part; None for one that --where excludes."""
     for record in part.records():
         text = usable_text(record.text)
         if not isinstance(text, Skip):
             yield text
+        elif text is Skip.WHERE:
+            yield None
 
 
-def measure(parts: Sequence[Part], tokenizer: Tokenizer | None) -> Sample | None:
-    """Estimate a source from a few of its parts; None where parts do not know their sizes."""
+def measure(
+    parts: Sequence[Part], tokenizer: Tokenizer | None, choice: Choice = ALL
+) -> Sample | None:
+    """Estimate a source from a few of its parts.
+
+    None where parts do not know their sizes, or the sample has no text.
+    """
     total = sum(part.size for part in parts)
     if not total:
         return None
     count = min(_PARTS, len(parts))
     found = _Measured()
     for number in range(count):
-        found.add(parts[len(parts) * (2 * number + 1) // (2 * count)], tokenizer)
+        found.add(parts[len(parts) * (2 * number + 1) // (2 * count)], tokenizer, choice)
     if not found.text or not found.size:
         return None
     scale = total / found.size
@@ -99,7 +123,8 @@ def measure(parts: Sequence[Part], tokenizer: Tokenizer | None) -> Sample | None
         return Sample(len(parts), tokens, found.documents * scale, None)
     tokens = found.text * scale * found.tokens / found.tokenized
     seconds = scale * (found.reading + found.tokenizing * found.text / found.tokenized)
-    return Sample(len(parts), tokens, found.documents * scale, seconds)
+    documents = found.documents * scale * found.kept_documents / found.tokenized_documents
+    return Sample(len(parts), tokens, documents, seconds)
 
 
 @dataclass(frozen=True)
@@ -113,12 +138,14 @@ class Forecast:
     run_bytes: int
     processes: int
     seconds: float | None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, sample: Sample, settings: OutputSettings, workers: int) -> Self:
         """The forecast for these settings and this many workers."""
         tokens = round(sample.tokens + 2 * sample.documents)
         labels = round(sample.documents * _BYTES_PER_DOCUMENT)
+        hashed = round(sample.documents * _BYTES_PER_HASH) if settings.deduplicate else 0
         chunks = settings.chunks_per_shard or chunks_per_shard(tokens, settings.chunk_length)
         shards = -(-tokens // (chunks * settings.chunk_length))
         processes = max(1, min(workers, CORES, sample.parts))
@@ -133,9 +160,10 @@ class Forecast:
             * archive_size(chunks, settings.chunk_length)
             // (chunks * settings.chunk_length)
             + labels,
-            run_bytes=tokens * TOKEN_BYTES + labels,
+            run_bytes=tokens * TOKEN_BYTES + labels + hashed,
             processes=processes,
             seconds=seconds,
+            notes=tuple(_notes(sample, settings)),
         )
 
     @property
@@ -154,7 +182,7 @@ class Forecast:
         else:
             took = f"about {_duration(self.seconds)} in {self.processes} processes, as a sample "
             took += "was tokenized"
-        return [made, disk, took]
+        return [made, disk, took, *self.notes]
 
     def check(self, folder: Path, free: int, most_shards: int) -> None:
         """Refuse what surely exceeds a limit or the disk.
@@ -171,6 +199,14 @@ class Forecast:
                 f"about {_short(self.disk_bytes)}B of disk are needed at {folder}, and "
                 f"{_short(free)}B are free: free some, or choose another --out"
             )
+
+
+def _notes(sample: Sample, settings: OutputSettings) -> Iterator[str]:
+    """What the estimate leaves out."""
+    if settings.deduplicate:
+        yield "duplicates are counted in: how many there are is not known beforehand"
+    if sample.seconds is None and (settings.min_tokens or settings.max_tokens):
+        yield "documents that are too short or too long are counted in: there is no tokenizer yet"
 
 
 def _short(number: float) -> str:

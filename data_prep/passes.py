@@ -1,19 +1,21 @@
 """The two passes over the documents: spill them into runs, then count and pack the runs' ranges."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from data_prep.choice import ALL, Choice
+from data_prep.dropped import BySource
 from data_prep.merge import Layout, MergeTask, merged
 from data_prep.output import TRAIN, VALID, Output, OutputSettings
 from data_prep.pack import Framing
 from data_prep.packing import PackTask, SplitPlan, pack_all
 from data_prep.progress import pass_bar
 from data_prep.ranges import CountTask, Partition, count_all, counting_workers
-from data_prep.shuffle import HASH_END, PartSummary, Spiller, summary_path
+from data_prep.shuffle import HALF, HASH_END, PartSummary, Spiller, summary_path
 from data_prep.sources import Part
 from data_prep.workers import Report, run_jobs
 from i3dist.data.manifest import Manifest
@@ -29,6 +31,7 @@ class SpillPlan:
     tokenizer: Path
     folder: Path
     seed: int
+    choice: Choice = ALL
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,14 @@ class SpillTask:
     tokenizer: Path
     folder: Path
     seed: int
+    choice: Choice
 
     def start(self, report: Report) -> Callable[[tuple[int, Part]], None]:
         """A function that spills a part."""
         tokenizer = Tokenizer.load(self.tokenizer)
-        spiller = Spiller(tokenizer, self.folder, self.seed, lambda tokens: report(0, tokens))
+        spiller = Spiller(
+            tokenizer, self.folder, self.seed, lambda tokens: report(0, tokens), self.choice
+        )
 
         def spill(job: tuple[int, Part]) -> None:
             number, part = job
@@ -56,7 +62,8 @@ def spill_all(plan: SpillPlan, workers: int, report: Report) -> list[PartSummary
     """Spill the parts that are not finished yet; returns the summaries of all parts."""
     todo = [(n, plan.parts[n]) for n, summary in enumerate(finished(plan)) if not summary]
     report(len(plan.parts) - len(todo), 0)
-    run_jobs(SpillTask(plan.tokenizer, plan.folder, plan.seed), todo, workers, report)
+    task = SpillTask(plan.tokenizer, plan.folder, plan.seed, plan.choice)
+    run_jobs(task, todo, workers, report)
     return [summary for summary in finished(plan) if summary]
 
 
@@ -105,6 +112,23 @@ def split_ranges(summaries: Sequence[PartSummary], valid_fraction: float) -> tup
     return range(bound, HASH_END), range(bound)
 
 
+def halves(summaries: Sequence[PartSummary], settings: OutputSettings) -> tuple[range, range]:
+    """The ranges of split hashes of (train, valid), where each has a source of its own.
+
+    Raises:
+        UserError: nothing is left of one of the sources.
+    """
+    has_valid = any(summary.smallest_split < HALF for summary in summaries)
+    has_train = any(summary.largest_split >= HALF for summary in summaries)
+    if not has_valid or not has_train:
+        option, name = ("source", settings.source) if has_valid else ("valid", settings.valid)
+        raise UserError(
+            f"no document of --{option} {name} is left: choose less strictly, or name another, "
+            "and another --out"
+        )
+    return range(HALF, HASH_END), range(HALF)
+
+
 def framed_tokens(summaries: Sequence[PartSummary]) -> int:
     """Tokens of all documents with <BOS> and <EOS>."""
     return sum(summary.tokens + 2 * summary.documents for summary in summaries)
@@ -119,8 +143,13 @@ class SecondPass:
     console: Console
     workers: int
 
-    def run(self, summaries: Sequence[PartSummary]) -> dict[str, Manifest]:
-        """Merge runs if they are too many, count, and pack; returns the manifests by split."""
+    def run(
+        self, summaries: Sequence[PartSummary], dropped: Mapping[str, BySource]
+    ) -> dict[str, Manifest]:
+        """Merge runs if they are too many, count, and pack; returns the manifests by split.
+
+        `dropped` tells for each split what was dropped of its sources.
+        """
         tokenizer = Tokenizer.load(self.output.tokenizer)
         assert self.settings.chunks_per_shard
         framing = Framing(
@@ -134,22 +163,32 @@ class SecondPass:
         tokens = framed_tokens(summaries)
         partitions = self._merge(summaries, tokens)
         splits = self._count(summaries, partitions, tokens)
-        digest = _digest((self.settings.model_dump_json(), tokenizer.sha256, splits), summaries)
+        digest = digest_of((self.settings.model_dump_json(), tokenizer.sha256, splits), summaries)
         task = PackTask(partitions, splits, framing, self.output.work, digest)
         with pass_bar(self.console, "pack", "ranges", task.ranges) as report:
             shards = pack_all(task, self.workers, report)
         origin = {
             "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": tokenizer.sha256,
-            "source": self.settings.source,
             "seed": self.settings.seed,
         }
-        return {split.name: split.manifest(framing, shards[split.name], origin) for split in splits}
+        return {
+            split.name: split.manifest(
+                framing, shards[split.name], origin | self._origin(split.name, dropped)
+            )
+            for split in splits
+        }
+
+    def _origin(self, split: str, dropped: Mapping[str, BySource]) -> dict[str, object]:
+        """What the manifest of a split says of its source."""
+        source = {"source": self.settings.source_of(split)}
+        chosen = {"version": 2, "dropped": dropped[split]} if self.settings.chooses else {}
+        return {**source, **chosen}
 
     def _merge(self, summaries: Sequence[PartSummary], tokens: int) -> list[Partition]:
         paths = [self.output.runs / name for summary in summaries for name in summary.runs]
         layout = Layout.of(tokens, len(paths))
-        task = MergeTask(layout, self.output.merged_runs, _digest((layout,), summaries))
+        task = MergeTask(layout, self.output.merged_runs, digest_of((layout,), summaries))
         if not layout.groups:
             return merged(task, paths, self.workers, lambda *_: None)
         with pass_bar(self.console, "merge", "groups of runs", layout.groups) as report:
@@ -159,7 +198,10 @@ class SecondPass:
         self, summaries: Sequence[PartSummary], partitions: Sequence[Partition], tokens: int
     ) -> list[SplitPlan]:
         """Count what each range of keys holds of each split."""
-        train, valid = split_ranges(summaries, self.settings.valid_fraction)
+        if self.settings.valid:
+            train, valid = halves(summaries, self.settings)
+        else:
+            train, valid = split_ranges(summaries, self.settings.valid_fraction)
         hashes = {TRAIN: train, VALID: valid}
         splits = {name: hashes[name] for name in self.settings.splits}
         task = CountTask(partitions[-1].ranges.stop, tuple(splits.values()))
@@ -169,7 +211,7 @@ class SecondPass:
         return [SplitPlan(*item, found) for item, found in zip(splits.items(), counts, strict=True)]
 
 
-def _digest(parts: Iterable[object], summaries: Sequence[PartSummary]) -> str:
+def digest_of(parts: Iterable[object], summaries: Sequence[PartSummary]) -> str:
     """SHA-256 of some parts and of what pass 1 has read: all that decides the bytes of a step."""
     digest = hashlib.sha256()
     for part in (*parts, *(summary.model_dump_json() for summary in summaries)):

@@ -5,11 +5,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from data_prep.dropped import BySource, rows
 from data_prep.workers import Report
 from i3dist.data.manifest import Manifest
+from i3dist.errors import printable
 
 _REDRAW_S = 0.1
 
@@ -57,4 +60,21 @@ def closing_table(
         size = sum(shard.size for shard in manifest.shards) / 1e6
         counts = (manifest.documents, manifest.tokens, manifest.chunks, len(manifest.shards))
         table.add_row(split, *(f"{count:,}" for count in counts), f"{size:,.1f}")
+    return table
+
+
+def dropped_table(dropped: Mapping[str, BySource], *, of_splits: bool) -> Table:
+    """Documents that were dropped, by source and reason; `dropped` has them by split.
+
+    With `of_splits` each split has sources of its own. Otherwise all have the same.
+    """
+    table = Table(title="Dropped documents")
+    table.add_column("source", overflow="fold")
+    table.add_column("reason")
+    table.add_column("documents", justify="right")
+    splits = sorted(dropped) if of_splits else sorted(dropped)[:1]
+    for split in splits:
+        for source, reason, count in rows(dropped[split]):
+            name = f"{split}: {source}" if of_splits else source
+            table.add_row(escape(printable(name)), reason, f"{count:,}")
     return table

@@ -6,9 +6,9 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,14 +18,16 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
-from data_prep.sources import Record, clean_file_name
+from data_prep.row_filter import kept_lines, kept_rows
+from data_prep.sources import Record, Skip, clean_file_name
 from data_prep.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
+from data_prep.where import Where
 from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
 
 PARQUET = ".parquet"
-_JSON_LINES = tuple(kind + packing for kind in (".jsonl", ".ndjson") for packing in PACKINGS)
-SUFFIXES = (PARQUET, *_JSON_LINES, *(".txt" + packing for packing in PACKINGS))
+JSON_LINES = tuple(kind + packing for kind in (".jsonl", ".ndjson") for packing in PACKINGS)
+SUFFIXES = (PARQUET, *JSON_LINES, *(".txt" + packing for packing in PACKINGS))
 SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (all but {PARQUET} also with " + (
     f"{', '.join(PACKINGS[1:-1])} or {PACKINGS[-1]} after it)"
 )
@@ -70,6 +72,7 @@ class Span:
     stop: int
     row_group: int | None = None
     first_row: int = 0
+    where: Where | None = None
 
     def records(self) -> Generator[Record, None, Piece]:
         """Read the documents in order; returns what was read."""
@@ -94,7 +97,8 @@ class Span:
         if not self.file.state[0] and self.file.is_a(*PACKINGS[1:]):
             raise EOFError("it is empty")  # as the gzip command says; Python's module says nothing
         hashed = HashedFile(file)
-        yield from _read_text(self.file, hashed, encoding_of(self.file.path))
+        records = _read_text(self.file, hashed, encoding_of(self.file.path))
+        yield from kept_lines(records, self.where, self.file.path) if self.where else records
         return hashed.sha256()
 
     def _check_state(self, file: BinaryIO) -> None:
@@ -126,11 +130,12 @@ def naming(place: Path | str) -> Iterator[None]:
         raise UserError(f"cannot read {place}: {reason}; repair or remove it") from None
 
 
-def spans_of(file: SourceFile) -> list[Span]:
-    """The spans of a file.
+def spans_of(file: SourceFile, where: Where | None = None) -> list[Span]:
+    """The spans of a file, of which only rows are read for which `where` is true.
 
     Raises:
-        UserError: a parquet file is damaged, or does not have exactly one column `text`.
+        UserError: a parquet file is damaged, does not have exactly one column `text`, or has
+            columns that `where` does not fit.
     """
     size = file.state[0]
     if not file.is_a(PARQUET):
@@ -141,6 +146,8 @@ def spans_of(file: SourceFile) -> list[Span]:
             found = ", ".join(names[:20])
             wrong = f"has {count} columns 'text'" if count else "has no column 'text'"
             raise UserError(f"{file.path} {wrong}; its columns are {found}")
+        if where:
+            where.check(parquet.schema_arrow, file.path)
         groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
         if sum(group.num_rows for group in groups) != parquet.metadata.num_rows:
             raise ValueError("its footer contradicts itself on the number of rows")
@@ -150,7 +157,7 @@ def spans_of(file: SourceFile) -> list[Span]:
     cuts = [size * number // len(groups) for number in range(len(groups) + 1)]
     first_rows = itertools.accumulate((group.num_rows for group in groups), initial=0)
     return [
-        Span(file, group.total_byte_size, cuts[n], cuts[n + 1], n, row)
+        Span(file, group.total_byte_size, cuts[n], cuts[n + 1], n, row, where)
         for n, (group, row) in enumerate(zip(groups, first_rows, strict=False))
     ]
 
@@ -160,10 +167,19 @@ def _read_parquet(span: Span, file: BinaryIO) -> Iterator[Record]:
         return
     name = clean_file_name(span.file.name)
     row = span.first_row
+    kept: Iterable[bool] = itertools.repeat(True)
+    if span.where:
+        place = f"{span.file.path}, row group {span.row_group}"
+        kept = rows = kept_rows(file, span.row_group, span.where, place).tolist()
+        if not any(rows):
+            for number in range(row, row + len(rows)):
+                yield Record(f"{name}#{number}", "", "", Skip.WHERE)
+            return
     with _open_parquet(file) as parquet:
         columns = [_text(parquet, span), *(_labels(parquet, span, key) for key in _LABELS)]
-        for values in zip(*columns, strict=False):
-            yield _record(f"{name}#{row}", dict(zip(("text", *_LABELS), values, strict=True)))
+        for *values, is_kept in zip(*columns, kept, strict=False):
+            record = _record(f"{name}#{row}", dict(zip(("text", *_LABELS), values, strict=True)))
+            yield record if is_kept else replace(record, text=Skip.WHERE)
             row += 1
 
 
@@ -234,7 +250,7 @@ def _values(column: pa.Array, is_text: bool) -> list[Any]:
 
 def _read_text(file: SourceFile, stream: HashedFile, encoding: str | None) -> Iterator[Record]:
     name = clean_file_name(file.name)
-    if not file.is_a(*_JSON_LINES):
+    if not file.is_a(*JSON_LINES):
         yield Record(name, name, file.scheme + name, read_text(stream, file.name, encoding))
         return
     for row, line in enumerate(read_lines(stream, file.name, encoding)):
@@ -269,7 +285,7 @@ def _loads(line: str) -> Any:
 
 def _record(position: str, fields: dict[str, Any]) -> Record:
     identifier, url = (_label(fields.get(key), position) for key in _LABELS)
-    return Record(position, identifier, url, fields["text"])
+    return Record(position, identifier, url, fields["text"], fields)
 
 
 def _label(value: object, default: str) -> str:

@@ -1,4 +1,7 @@
-"""Reads runs: memory-mapped Arrow files of framed documents, sorted by key."""
+"""Reads runs: memory-mapped Arrow files of framed documents, sorted by key.
+
+Beside a run there may be marks: numbers of rows, in order, of documents to leave out.
+"""
 
 import ctypes
 import mmap
@@ -11,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_prep.shuffle import HASH_END
 from i3dist.data.manifest import TOKEN_BYTES
 from i3dist.errors import UserError
+from i3dist.files import write_whole
 
 _HASHES = ("high", "low", "split")
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -43,7 +48,17 @@ class Run:
             np.frombuffer(self.batch[name].buffers()[1], np.int64) for name in (*_HASHES, "tokens")
         )
         self.tokens = np.frombuffer(self.batch["tokens"].buffers()[2], np.uint16)
+        self._marks = _read_marks(path)
         self._place = ctypes.c_void_p(self._bytes.address), ctypes.c_size_t(self._bytes.size)
+
+    def splits(self, first: int, last: int) -> NDArray[np.int64]:
+        """The hashes of some rows that decide the split; `HASH_END` if a row is left out."""
+        split = self.split[first:last]
+        marked = self._marks[slice(*np.searchsorted(self._marks, (first, last)))]
+        if len(marked):
+            split = split.copy()
+            split[marked - first] = HASH_END
+        return split
 
     def release(self) -> None:
         """Let go of the pages that were read, so that they do not count as memory in use."""
@@ -51,7 +66,7 @@ class Run:
 
 
 class Keys(NamedTuple):
-    """All documents of a range, in the order of their keys."""
+    """The documents of a range, in the order of their keys, without those that are left out."""
 
     order: NDArray[np.int64]
     """[N], for each document its row, counted over the rows of the range in all runs."""
@@ -76,11 +91,13 @@ class RunReader:
         ends = np.array((start, stop))
         found = ((run, *np.searchsorted(run.high, ends)) for run in self._runs)
         self._rows = [(run, first, last) for run, first, last in found if first < last]
-        high, low, split = (
+        high, low = (
             _joined([getattr(run, name)[first:last] for run, first, last in self._rows])
-            for name in _HASHES
+            for name in ("high", "low")
         )
+        split = _joined([run.splits(first, last) for run, first, last in self._rows])
         order = np.lexsort((low, high)) if len(self._rows) > 1 else np.arange(len(high))
+        order = order[split[order] < HASH_END]
         lengths = [
             np.diff(run.offsets[first : last + 1]) // TOKEN_BYTES for run, first, last in self._rows
         ]
@@ -127,6 +144,26 @@ class RunReader:
             self._buffer = np.empty(total, np.uint16)
         parts = [values[run][start:stop] for run, start, stop in places]
         return np.concatenate(parts, out=self._buffer[:total])
+
+
+def write_marks(run: Path, rows: NDArray[np.uint32]) -> None:
+    """Mark rows of a run, given in order, to be left out; all others are kept."""
+    if len(rows):
+        write_whole(_marks_path(run), rows.astype("<u4").tobytes())
+    else:
+        _marks_path(run).unlink(missing_ok=True)
+
+
+def _read_marks(run: Path) -> NDArray[np.uint32]:
+    path = _marks_path(run)
+    if not path.exists():
+        return np.empty(0, np.uint32)
+    with pa.memory_map(os.fsencode(path)) as file:
+        return np.frombuffer(file.read_buffer(), "<u4")
+
+
+def _marks_path(run: Path) -> Path:
+    return run.with_suffix(".dropped")
 
 
 def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -7,13 +7,17 @@ examples:
     python data_prep/shard.py --source stdlib --vocab-size 4096 --out data/lib
   your own:
     python data_prep/shard.py --source 'texts/*.parquet' --out data/texts
+  a part of it:
+    python data_prep/shard.py --source 'texts/*.parquet' --out data/chosen \\
+      --where "int_score >= 3 and language = 'en'" --deduplicate
 
 A document is a row of parquet, a line of jsonl or ndjson (an object), or a txt
 file. Rows and lines have a `text`, and optionally an `id` and a `url`. Text is
 UTF-8 unless its byte-order mark says otherwise. A folder is read with all its
 subfolders, as by `find -L`, except for hidden names, folders whose names begin
 with _ , and the output of this tool. Skipped documents and left-out files are
-counted by reason at the end. A broken file ends the run.
+counted by reason at the end. A broken file ends the run. --where, --min-tokens
+and --max-tokens choose from --source only: that of --valid is taken as it is.
 
 The output holds train/ and valid/, each with shard-000000.tar ...,
 index.parquet (where every document lies) and manifest.json, beside
@@ -35,21 +39,25 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_prep.choice import Choice
+from data_prep.dropped import dropped_by_split
+from data_prep.duplicates import STEPS, Deduplication
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
-from data_prep.options import add_options
+from data_prep.options import add_options, check_choices
 from data_prep.output import OTHER_CONTENT, Output, OutputSettings
 from data_prep.pack import chunks_per_shard
 from data_prep.passes import (
     SecondPass,
     SpillPlan,
+    digest_of,
     finished,
     forget_parts_of,
     framed_tokens,
     spill_all,
 )
-from data_prep.progress import closing_table, pass_bar
+from data_prep.progress import closing_table, dropped_table, pass_bar
 from data_prep.readers import naming
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, Part, Source, clean_file_name
@@ -61,6 +69,7 @@ from data_prep.tokenizer import (
     sample_texts,
     train_tokenizer,
 )
+from data_prep.validation import PairOfSources
 from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
@@ -81,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given:
         check_vocabulary(given, options.vocab_size)
     former = output.settings()
-    source = open_source(options.source, former)
+    source = open_sources(options, former)
     preparation = Preparation(
         settings_of(options, source, given, former), output, source, Console()
     )
@@ -107,17 +116,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser)
     add_extend_option(parser)
     options = parser.parse_args(arguments)
+    check_choices(options)
     if options.source not in SOURCES:  # after all options, as --extend adds names
         options.source = typed_path(options.source)
+    if options.valid and options.valid not in SOURCES:
+        options.valid = typed_path(options.valid)
     return options
 
 
-def open_source(spec: str | Path, former: OutputSettings | None) -> Source:
-    """The source of this name or path; where the output was begun, at the revision of then."""
-    source = SOURCES[spec]() if isinstance(spec, str) else file_source(spec)
+def open_sources(options: argparse.Namespace, former: OutputSettings | None) -> Source:
+    """The source to prepare; where the output was begun, at the revision of then."""
+    source = _open(options.source)
     if former and former.source == source.name:
         source.pin(former.revision)
-    return source
+    if options.where:
+        source = source.chosen(options.where)
+    if not options.valid:
+        return source
+    validation = _open(options.valid)
+    if former and former.valid == validation.name and former.valid_revision:
+        validation.pin(former.valid_revision)
+    return PairOfSources(source, validation)
+
+
+def _open(spec: str | Path) -> Source:
+    return SOURCES[spec]() if isinstance(spec, str) else file_source(spec)
 
 
 def settings_of(
@@ -134,6 +157,7 @@ def settings_of(
     vocab_size = given.vocab_size if given else options.vocab_size or DEFAULT_VOCABULARY
     former_chunks = former.chunks_per_shard if former else None
     sample_mb = former.tokenizer_sample_mb if former else DEFAULT_SAMPLE_MB
+    validation = source.validation if isinstance(source, PairOfSources) else None
     return OutputSettings(
         source=source.name,
         revision=source.revision if former and former.has_content_digest else source.outline,
@@ -145,6 +169,14 @@ def settings_of(
         chunks_per_shard=options.chunks_per_shard or former_chunks,
         valid_fraction=options.valid_fraction,
         seed=options.seed,
+        where=options.where,
+        min_tokens=options.min_tokens,
+        max_tokens=options.max_tokens,
+        deduplicate=options.deduplicate or None,
+        valid=validation.name if validation else None,
+        valid_revision=validation.outline if validation else None,
+        license=options.license or (former.license if former else source.license),
+        valid_license=validation.license if validation else None,
     )
 
 
@@ -163,7 +195,8 @@ class Preparation:
         if self.output.discard_old_runs():
             self.console.print("an earlier version began this folder: tokenizing it again")
         parts = self.source.parts()
-        plan = SpillPlan(parts, self.output.tokenizer, self.output.runs, self.settings.seed)
+        output, seed = self.output, self.settings.seed
+        plan = SpillPlan(parts, output.tokenizer, output.runs, seed, self._choice)
         touched = forget_parts_of(plan, self._touched(_pieces(finished(plan))))
         tokenizer = self._tokenizer(parts, given, is_certain=not touched)
         self.output.begin(self.settings, tokenizer, self._evidence(()))
@@ -171,12 +204,15 @@ class Preparation:
         self.console.print(str(trained.encoder), markup=False, highlight=False, soft_wrap=True)
         if not any(finished(plan)) and sum(part.size for part in parts) >= FORECAST_BYTES:
             self._forecast(parts, workers, trained)
-        summaries = self._spill(plan, workers)
+        summaries = self._without_duplicates(self._spill(plan, workers), workers)
         settings = self._with_chunks_chosen(framed_tokens(summaries))
-        manifests = SecondPass(settings, self.output, self.console, workers).run(summaries)
+        dropped = dropped_by_split(parts, summaries, settings)
+        manifests = SecondPass(settings, self.output, self.console, workers).run(summaries, dropped)
         self.output.publish(manifests, self._evidence(_pieces(summaries)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
+        if settings.chooses:
+            self.console.print(dropped_table(dropped, of_splits=settings.valid is not None))
         if self.source.left_out:
             self.console.print(f"left out: {self.source.left_out}", markup=False, soft_wrap=True)
 
@@ -229,7 +265,7 @@ class Preparation:
         if given:
             return given.data
         texts = sample_texts(
-            parts,
+            [part for part in parts if not part.is_validation],
             self.settings.source,
             self.settings.tokenizer_sample_mb,
             evenly=self.settings.tokenizer_sample == "even",
@@ -240,6 +276,11 @@ class Preparation:
             raise self.output.refusal(OTHER_CONTENT)
         return data
 
+    @property
+    def _choice(self) -> Choice:
+        settings = self.settings
+        return Choice(settings.min_tokens, settings.max_tokens, bool(settings.deduplicate))
+
     def _spill(self, plan: SpillPlan, workers: int) -> list[PartSummary]:
         """Pass 1: tokenize every part that is not finished yet."""
         with pass_bar(self.console, "tokenize", "parts", len(plan.parts)) as report:
@@ -248,6 +289,18 @@ class Preparation:
             self.output.abandon()
             raise no_usable_document(self.settings.source, _skipped(summaries))
         return summaries
+
+    def _without_duplicates(
+        self, summaries: list[PartSummary], workers: int
+    ) -> Sequence[PartSummary]:
+        """Between the passes: mark duplicates, if that is asked for."""
+        if not self.settings.deduplicate:
+            return summaries
+        task = Deduplication(
+            summaries, self.output.runs, self.output.duplicates, digest_of((), summaries)
+        )
+        with pass_bar(self.console, "compare", "steps", STEPS * len(task.groups)) as report:
+            return task.run(workers, report)
 
     def _with_chunks_chosen(self, tokens: int) -> OutputSettings:
         """The settings with a number of chunks per shard, which the output keeps."""
@@ -266,9 +319,11 @@ class Preparation:
     def _forecast(self, parts: Sequence[Part], workers: int, tokenizer: Tokenizer | None) -> None:
         """Show what will be made, and refuse what cannot be."""
         with self.console.status("measuring a sample of the source"):
-            sample = measure(parts, tokenizer)
+            sample = measure(parts, tokenizer, self._choice)
         if sample is None:
-            self.console.print("no estimate: the size of this source is not known beforehand")
+            unknown = "the size of this source is not known beforehand"
+            rare = ", or no row of a sample meets --where" if self.settings.where else ""
+            self.console.print(f"no estimate: {unknown}{rare}", soft_wrap=True)
             return
         forecast = Forecast.of(sample, self.settings, workers)
         free = self.output.free_bytes()

@@ -20,13 +20,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_prep.choice import ALL, Choice
 from data_prep.evidence import Piece, Saved
 from data_prep.sources import Part, Record, Skip, usable_text
+from data_prep.text_hash import text_hash, write_hashes
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.files import write_whole, written_aside
 
 HASH_END = 1 << 62
 """Hashes are smaller than this, so that they and the bounds of ranges fit into int64."""
+
+HALF = HASH_END // 2
+"""Where sources decide which documents are for validation, those have split hashes below this."""
 
 RUN_TOKENS = 1 << 25
 _RUN_DOCUMENTS = 1 << 18
@@ -44,12 +49,17 @@ RUN_SCHEMA = pa.schema(
 
 
 class Document(NamedTuple):
-    """A tokenized document, without <BOS> and <EOS>, and its `hashes`."""
+    """A tokenized document, without <BOS> and <EOS>, and its `hashes`.
+
+    `text_hash` and `place`, its number in the part, serve to find duplicates.
+    """
 
     hashes: bytes
     id: str
     url: str
     tokens: NDArray[np.uint16]
+    text_hash: bytes = b""
+    place: int = 0
 
 
 class PartSummary(Saved):
@@ -79,10 +89,22 @@ def hashes(text: bytes, position: str, seed: int) -> bytes:
     return key + digest[:8]
 
 
+def in_half(found: bytes, is_validation: bool) -> bytes:
+    """The results of `hashes` with a split below `HALF`, or from there on."""
+    split = int.from_bytes(found[16:]) % HALF
+    return found[:16] + (split if is_validation else HALF + split).to_bytes(8)
+
+
 def hash_columns(found: Sequence[bytes]) -> NDArray[np.int64]:
     """The results of `hashes` as numbers below `HASH_END`: int64 [3, N] (high, low, split)."""
     numbers = np.frombuffer(b"".join(found), ">u8").reshape(-1, 3).T
     return (numbers & np.uint64(HASH_END - 1)).astype(np.int64)
+
+
+def sorted_by_key(run: Sequence[Document]) -> list[Document]:
+    """The documents of a run in the order of their keys."""
+    columns = hash_columns([document.hashes for document in run])
+    return [run[place] for place in np.lexsort(columns[::-1])]
 
 
 def run_table(run: Sequence[Document], bos_id: int, eos_id: int) -> pa.Table:
@@ -115,6 +137,7 @@ class Spiller:
     folder: Path
     seed: int
     report: Callable[[int], None]
+    choice: Choice = ALL
 
     def spill(self, part: Part, number: int) -> PartSummary:
         """Tokenize part `number` into runs, and write its summary last."""
@@ -123,8 +146,12 @@ class Spiller:
         documents = tokens = 0
         smallest, largest = HASH_END, -1
         pieces: list[Piece] = []
-        for run in self._runs(_records(part, pieces), skipped):
+        for run in self._runs(part, _records(part, pieces), skipped):
             names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
+            if self.choice.deduplicate:
+                run = sorted_by_key(run)
+                found, places = [d.text_hash for d in run], [d.place for d in run]
+                write_hashes(found, places, self.folder / names[-1])
             table = run_table(run, self.tokenizer.bos_id, self.tokenizer.eos_id)
             write_run(table, self.folder / names[-1])
             documents += len(run)
@@ -143,18 +170,26 @@ class Spiller:
         write_whole(summary_path(self.folder, number), summary.model_dump_json().encode())
         return summary
 
-    def _runs(self, records: Iterable[Record], skipped: Counter[str]) -> Iterator[list[Document]]:
+    def _runs(
+        self, part: Part, records: Iterable[Record], skipped: Counter[str]
+    ) -> Iterator[list[Document]]:
         run: list[Document] = []
         size = 0
-        for record in records:
+        for place, record in enumerate(records):
             text = usable_text(record.text)
             if isinstance(text, Skip):
                 skipped[text.value] += 1
                 continue
             tokens = self.tokenizer.encode_utf8(text).astype(np.uint16, copy=False)
             self.report(len(tokens))
+            if skip := self.choice.skip(part, len(tokens)):
+                skipped[skip.value] += 1
+                continue
             found = hashes(text, record.position, self.seed)
-            run.append(Document(found, record.id, record.url, tokens))
+            if part.is_validation is not None:
+                found = in_half(found, part.is_validation)
+            same = text_hash(text) if self.choice.deduplicate else b""
+            run.append(Document(found, record.id, record.url, tokens, same, place))
             size += len(tokens)
             if size >= RUN_TOKENS or len(run) >= _RUN_DOCUMENTS:
                 yield run

@@ -47,6 +47,9 @@ TOKEN_BYTES = 2
 MAX_SHARDS = 4_000_000
 MAX_MANIFEST_BYTES = 1 << 30
 
+Dropped = dict[str, dict[str, Count]]
+"""Numbers of documents that were dropped, by the name of the source and the reason."""
+
 TokenId = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 # How `Manifest.write` goes on after its first keys, and how it ends. No string in JSON holds a line
@@ -95,7 +98,7 @@ class _Header(Frozen):
     """All of a manifest but its shards."""
 
     format: Literal["i3dist-chunks"] = "i3dist-chunks"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     split: Annotated[str, Field(pattern=r"\A[a-z][a-z0-9_-]{0,31}\z")]
     chunk_length: Annotated[int, Field(ge=2, le=1 << 16)]
     chunks_per_shard: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -110,6 +113,13 @@ class _Header(Frozen):
     documents: Count
     tokens: Count
     chunks: Count
+    dropped: Annotated[Dropped | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @model_validator(mode="after")
+    def _version_is_the_lowest(self) -> Self:
+        if self.version != (1 if self.dropped is None else 2):
+            raise ValueError(f"version {self.version} does not fit the keys that there are")
+        return self
 
     @model_validator(mode="after")
     def _ids_are_in_the_vocabulary(self) -> Self:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from data_prep.passes import SpillPlan, spill_all
-from data_prep.sources import Record
+from data_prep.sources import Part, Record
 from data_prep.workers import Report, run_jobs
 from i3dist.errors import UserError
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass(frozen=True)
-class DeadlyPart:
+class DeadlyPart(Part):
     """Kills the process that reads it."""
 
     def records(self) -> Iterator[Record]:
@@ -30,7 +30,7 @@ class DeadlyPart:
 
 
 @dataclass(frozen=True)
-class EndlessPart:
+class EndlessPart(Part):
     """Never comes to an end."""
 
     def records(self) -> Iterator[Record]:

@@ -15,7 +15,7 @@ from data_prep import shuffle
 from data_prep.passes import split_ranges
 from data_prep.runs import RunReader
 from data_prep.shuffle import HASH_END, PartSummary, Spiller, hash_columns, hashes
-from data_prep.sources import Record
+from data_prep.sources import Part, Record
 from i3dist.errors import UserError
 
 BOS, EOS = 1000, 1001
@@ -40,7 +40,7 @@ def _hashes_of(number: int) -> Hashes:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Part(Part):
     first: int
     last: int
 

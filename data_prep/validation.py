@@ -1,0 +1,104 @@
+"""A validation split of one's own: the option --valid.
+
+The parts of its source come first, then those of the source of training. So with --deduplicate a
+document for training that is a duplicate of one for validation is dropped, and not the other.
+"""
+
+import os
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.evidence import Piece, State
+from data_prep.sources import NamedFile, Part, Record, Source
+from i3dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class PartOfPair(Part):
+    """A part of either source. Its files are numbered from `first_file` on."""
+
+    part: Part
+    first_file: int
+    is_validation: bool
+
+    def records(self) -> Generator[Record, None, tuple[Piece, ...]]:
+        """Read the documents in order; returns the pieces of files that were read."""
+        read: Any = self.part.records()
+        pieces: Iterable[Piece] = (yield from read) or ()
+        return tuple(_moved(piece, self.first_file) for piece in pieces)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it has."""
+        return self.part.size
+
+    @property
+    def files(self) -> frozenset[int]:
+        """Numbers of the files that it reads."""
+        return frozenset(self.first_file + number for number in self.part.files)
+
+    def is_made_of(self, pieces: Sequence[Piece]) -> bool:
+        """Whether these are the pieces of files that this part reads."""
+        return self.part.is_made_of([_moved(piece, -self.first_file) for piece in pieces])
+
+
+def _moved(piece: Piece, places: int) -> Piece:
+    return piece.model_copy(update={"file": piece.file + places})
+
+
+class PairOfSources(Source):
+    """A source of training, with one for validation. Name, revision and license are the former's.
+
+    Raises:
+        UserError: both read the same file.
+    """
+
+    def __init__(self, training: Source, validation: Source) -> None:
+        self.training, self.validation = training, validation
+        self.name = training.name
+        self.left_out = ", ".join(filter(None, (validation.left_out, training.left_out)))
+        paths = {os.path.realpath(path) for path, _ in training.files}
+        for path, _ in validation.files:
+            if os.path.realpath(path) in paths:
+                raise UserError(
+                    f"{path} is in --source and in --valid: move it out of the folder, or the "
+                    "glob, of --source"
+                )
+
+    @property
+    def files(self) -> Sequence[NamedFile]:  # type: ignore[override]
+        """The files of both."""
+        return (*self.validation.files, *self.training.files)
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The states of their files."""
+        return (*self.validation.states, *self.training.states)
+
+    @property
+    def revision(self) -> str:
+        """That of the source of training."""
+        return self.training.revision
+
+    @property
+    def outline(self) -> str:
+        """That of the source of training."""
+        return self.training.outline
+
+    @property
+    def license(self) -> str | None:
+        """That of the source of training."""
+        return self.training.license
+
+    def pin(self, revision: str) -> None:
+        """Keep the source of training at this revision."""
+        self.training.pin(revision)
+
+    def parts(self) -> Sequence[PartOfPair]:
+        """The parts for validation, then those for training."""
+        first = len(self.validation.files)
+        return [
+            *(PartOfPair(part, 0, True) for part in self.validation.parts()),
+            *(PartOfPair(part, first, False) for part in self.training.parts()),
+        ]
