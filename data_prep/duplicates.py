@@ -4,7 +4,7 @@ The first is that of the earliest place in the source, so it is the same for any
 The hashes that pass 1 has written beside the runs are sorted in three steps, in bounded memory,
 each in any number of processes:
 
-1. parts of the source are grouped, and the hashes of a group are sorted into one file;
+1. runs are grouped, and the hashes of a group are sorted into one file;
 2. the hashes are divided into ranges. The entries of a range are gathered from all groups, and the
    duplicates among them are found;
 3. the duplicates of a group's documents are gathered from all ranges, and marked beside their runs.
@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,17 +46,29 @@ MARK = np.dtype([("part", "<u4"), ("run", "<u4"), ("row", "<u4")])
 ENTRY = np.dtype([*HASH.descr, *MARK.descr])
 
 
+RunNumber = tuple[int, int]
+"""Number of a part, and of a run in it."""
+
+
 class Kept(Saved):
-    """What is left of a part."""
+    """What is left of a part, or of some of its runs."""
 
     documents: int
     tokens: int
     smallest_split: int
     largest_split: int
 
+    def __add__(self, other: "Kept") -> "Kept":
+        return Kept(
+            documents=self.documents + other.documents,
+            tokens=self.tokens + other.tokens,
+            smallest_split=min(self.smallest_split, other.smallest_split),
+            largest_split=max(self.largest_split, other.largest_split),
+        )
+
 
 class GroupResult(Saved):
-    """What is left of the parts of a group that had duplicates, by number."""
+    """What is left of the runs of a group whose duplicates are marked, by part."""
 
     parts: Mapping[int, Kept]
 
@@ -73,15 +86,19 @@ class Deduplication:
     digest: str
 
     @cached_property
-    def groups(self) -> list[range]:
-        """Consecutive numbers of parts."""
-        cuts, held = [0], 0
-        for number, summary in enumerate(self.summaries):
-            if held and held + summary.documents > GROUP_DOCUMENTS:
-                cuts.append(number)
-                held = 0
-            held += summary.documents
-        return [range(*cut) for cut in zip(cuts, [*cuts[1:], len(self.summaries)], strict=True)]
+    def groups(self) -> list[list[RunNumber]]:
+        """All runs, in order, in groups of about `GROUP_DOCUMENTS`."""
+        groups: list[list[RunNumber]] = [[]]
+        held = 0.0
+        for part, summary in enumerate(self.summaries):
+            for number in range(len(summary.runs)):
+                size = summary.documents / len(summary.runs)
+                if groups[-1] and held + size > GROUP_DOCUMENTS:
+                    groups.append([])
+                    held = 0.0
+                groups[-1].append((part, number))
+                held += size
+        return groups
 
     def run(self, workers: int, report: Report) -> list[PartSummary]:
         """Do what is not done yet; returns the summaries of what is left. `report` counts steps."""
@@ -112,19 +129,23 @@ class Deduplication:
             write_whole(path, self.digest.encode())
 
     def _left(self) -> list[PartSummary]:
-        summaries = list(self.summaries)
+        left: dict[int, Kept] = {}
         for number in range(len(self.groups)):
             result = self.result(number)
             assert result
             for part, kept in result.parts.items():
-                dropped = summaries[part].documents - kept.documents
-                skipped = {**summaries[part].skipped, Skip.DUPLICATE.value: dropped}
+                left[part] = left[part] + kept if part in left else kept
+        summaries = list(self.summaries)
+        for part, kept in left.items():
+            summary = summaries[part]
+            if dropped := summary.documents - kept.documents:
+                skipped = {**summary.skipped, Skip.DUPLICATE.value: dropped}
                 update = {**kept.model_dump(), "skipped": skipped}
-                summaries[part] = summaries[part].model_copy(update=update)
+                summaries[part] = summary.model_copy(update=update)
         return summaries
 
     def result(self, group: int) -> GroupResult | None:
-        """The result of a group whose duplicates are marked."""
+        """The result of a group; None if its duplicates are not marked yet."""
         return GroupResult.load(self.result_path(group))
 
     def result_path(self, group: int) -> Path:
@@ -136,12 +157,13 @@ class Deduplication:
         return self.folder / f"group-{group:06d}.npy"
 
     def found(self, number: int) -> Path:
-        """Path of the duplicates in a range of hashes, sorted by part."""
+        """Path of the duplicates in a range of hashes, sorted by run."""
         return self.folder / f"range-{number:06d}.npy"
 
-    def run_paths(self, part: int) -> list[Path]:
-        """Paths of the runs of a part."""
-        return [self.runs / name for name in self.summaries[part].runs]
+    def path(self, run: RunNumber) -> Path:
+        """Path of a run."""
+        part, number = run
+        return self.runs / self.summaries[part].runs[number]
 
 
 @dataclass(frozen=True)
@@ -156,14 +178,13 @@ class Sorting:
 
     def _sort(self, group: int) -> None:
         tables = [np.empty(0, ENTRY)]
-        for part in self.plan.groups[group]:
-            for number, path in enumerate(self.plan.run_paths(part)):
-                found = read_hashes(path)
-                table = np.empty(len(found), ENTRY)
-                for name in HASH.names or ():
-                    table[name] = found[name]
-                table["part"], table["run"], table["row"] = part, number, np.arange(len(found))
-                tables.append(table)
+        for part, number in self.plan.groups[group]:
+            found = read_hashes(self.plan.path((part, number)))
+            table = np.empty(len(found), ENTRY)
+            for name in HASH.names or ():
+                table[name] = found[name]
+            table["part"], table["run"], table["row"] = part, number, np.arange(len(found))
+            tables.append(table)
         entries = np.concatenate(tables)
         _save(self.plan.sorted(group), entries[np.argsort(entries["high"])])
 
@@ -182,9 +203,8 @@ class Finding:
         count = len(self.plan.groups)
         edges = [(1 << 64) * n // count for n in (number, number + 1)]
         paths = map(self.plan.sorted, range(count))
-        entries = np.concatenate([_slice(path, "high", *edges) for path in paths])
-        found = duplicates(entries)
-        _save(self.plan.found(number), found[np.argsort(found["part"])])
+        found = duplicates(np.concatenate([_slice(path, _high, *edges) for path in paths]))
+        _save(self.plan.found(number), _in_order(found))
 
 
 def duplicates(entries: Rows) -> Rows:
@@ -222,43 +242,53 @@ class Marking:
         return self._mark
 
     def _mark(self, group: int) -> None:
-        parts = self.plan.groups[group]
+        runs = self.plan.groups[group]
         paths = map(self.plan.found, range(len(self.plan.groups)))
-        marks = np.sort(
-            np.concatenate([_slice(path, "part", parts.start, parts.stop) for path in paths])
-        )
-        result = {}
-        for part in parts:
-            marked = marks[slice(*np.searchsorted(marks["part"], (part, part + 1)))]
-            for number, path in enumerate(self.plan.run_paths(part)):
-                write_marks(path, marked["row"][marked["run"] == number])
-            if len(marked):
-                result[part] = _kept(self.plan.run_paths(part))
+        found = [_slice(path, _run_number, runs[0], _after(runs[-1])) for path in paths]
+        marks = _in_order(np.concatenate(found))
+        result: dict[int, Kept] = {}
+        for run in runs:
+            start, stop = (bisect_left(marks, edge, key=_run_number) for edge in (run, _after(run)))
+            write_marks(self.plan.path(run), marks["row"][start:stop])
+            kept = _kept(Run(self.plan.path(run)))
+            result[run[0]] = result[run[0]] + kept if run[0] in result else kept
         record = GroupResult(parts=result)
         write_whole(self.plan.result_path(group), record.model_dump_json().encode())
 
 
-def _kept(paths: Sequence[Path]) -> Kept:
-    """What is left in the runs of a part."""
-    documents = tokens = 0
-    smallest, largest = HASH_END, -1
-    for path in paths:
-        run = Run(path)
-        split = run.splits(0, len(run.split))
-        kept = split < HASH_END
-        documents += int(kept.sum())
-        tokens += int((np.diff(run.offsets)[kept] // TOKEN_BYTES - 2).sum())
-        smallest = min(smallest, int(split[kept].min(initial=HASH_END)))
-        largest = max(largest, int(split[kept].max(initial=-1)))
-    return Kept(documents=documents, tokens=tokens, smallest_split=smallest, largest_split=largest)
-
-
-def _slice(path: Path, name: str, start: int, stop: int) -> Rows:
-    """The rows of a file, sorted by a field, in which the field is in [start, stop)."""
-    rows: Rows = np.load(path, mmap_mode="r")
-    first, last = (
-        bisect_left(rows, edge, key=lambda row: int(row[name])) for edge in (start, stop)
+def _kept(run: Run) -> Kept:
+    """What is left of a run."""
+    split = run.splits(0, len(run.split))
+    kept = split < HASH_END
+    return Kept(
+        documents=int(kept.sum()),
+        tokens=int((np.diff(run.offsets)[kept] // TOKEN_BYTES - 2).sum()),
+        smallest_split=int(split[kept].min(initial=HASH_END)),
+        largest_split=int(split[kept].max(initial=-1)),
     )
+
+
+def _in_order(marks: Rows) -> Rows:
+    return marks[np.lexsort([marks[name] for name in ("row", "run", "part")])]
+
+
+def _after(run: RunNumber) -> RunNumber:
+    part, number = run
+    return part, number + 1
+
+
+def _run_number(row: Any) -> RunNumber:
+    return int(row["part"]), int(row["run"])
+
+
+def _high(row: Any) -> int:
+    return int(row["high"])
+
+
+def _slice(path: Path, key: Callable[[Any], Any], start: Any, stop: Any) -> Rows:
+    """The rows of a file, sorted by a key, whose key is in [start, stop)."""
+    rows: Rows = np.load(path, mmap_mode="r")
+    first, last = (bisect_left(rows, edge, key=key) for edge in (start, stop))
     return np.array(rows[first:last])
 
 

@@ -23,13 +23,15 @@ _LOWER = bytes(range(256)).lower()
 
 
 def normalized(text: bytes) -> bytes:
-    """A text without white space, case-folded, in Unicode's composed form (NFC); all in UTF-8."""
+    """A text in UTF-8 without white space, in a form that is equal for texts of equal characters.
+
+    Case does not count. These are the canonical caseless matches of the Unicode standard (D145).
+    """
     text = text.translate(_LOWER, _WHITE_SPACE)
     if text.isascii():
         return text
-    solid = "".join(text.decode().split())
-    folded = unicodedata.normalize("NFD", solid).casefold()
-    return unicodedata.normalize("NFC", folded).encode()
+    solid = unicodedata.normalize("NFD", "".join(text.decode().split()))
+    return unicodedata.normalize("NFD", solid.casefold()).encode()
 
 
 def text_hash(text: bytes) -> bytes:
