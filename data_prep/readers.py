@@ -21,7 +21,7 @@ from data_prep.evidence import Piece, State, sha256_between, state_of
 from data_prep.row_filter import kept_lines, kept_rows
 from data_prep.sources import Record, Skip, clean_file_name
 from data_prep.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
-from data_prep.where import Where
+from data_prep.where import STRINGS, Where
 from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
 
@@ -34,7 +34,6 @@ SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (all but {PARQUET} also
 _LABELS = ("id", "url")
 _ROWS_AT_A_TIME = 128
 _MARK = codecs.BOM_UTF8.decode()
-_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 _BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
 _NO_VALUE = ValueError, OverflowError, LookupError, pa.ArrowException
 
@@ -236,7 +235,7 @@ def _values(column: pa.Array, is_text: bool) -> list[Any]:
     any Python value that pyarrow makes of it, else None.
     """
     plain = column.storage if isinstance(column.type, pa.BaseExtensionType) else column
-    if plain.type in _STRINGS:
+    if plain.type in STRINGS:
         return plain.cast(pa.large_binary()).to_pylist()
     if is_text and column.type not in _BINARY and not pa.types.is_fixed_size_binary(column.type):
         return [True if valid else None for valid in column.is_valid().to_pylist()]

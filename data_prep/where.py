@@ -11,6 +11,7 @@ column's is cast, or NULL where that cannot be. A row of which the condition is 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -32,6 +33,9 @@ _CONFIG: dict[str, Any] = {
     "python_enable_replacements": False,
 }
 _TABLE = "source"
+_LONGEST_REASON = 200
+_DEEPEST = 32  # lists and objects in each other that have types; deeper ones are VARCHAR
+STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 _NUMBERS = ("DOUBLE", "UBIGINT", "BIGINT", "HUGEINT", "UHUGEINT")
 _REFUSED = {
     "SUBQUERY": "it has a subquery",
@@ -95,7 +99,10 @@ class Where:
         """
         available = list(dict.fromkeys(name for row in rows for name in row))
         lines = _lines(rows, self.columns(available))
-        ((found,),) = _rows("SELECT json_group_structure(line::JSON) FROM source", lines)
+        try:
+            ((found,),) = _rows("SELECT json_group_structure(line::JSON) FROM source", lines)
+        except _duckdb().Error as error:
+            raise self._misfit(_reason(error), available, place) from None
         bound = replace(self, types=json.dumps(_simplified(json.loads(found))))
         if problem := bound._problem(lines[:0], available):
             raise self._misfit(problem, available, place)
@@ -110,7 +117,9 @@ class Where:
         table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
         query = f"SELECT coalesce(({self.expression}\n), false) FROM {self._source}"
         try:
-            return np.array([kept for (kept,) in _rows(query, table)], bool)
+            return np.array([kept for (kept,) in _rows(query, _in_unicode(table))], bool)
+        except pa.ArrowInvalid as error:
+            raise _wrong(self.expression, f"{_reason(error)} ({place})") from None
         except _duckdb().Error as error:
             advice = "TRY(...) and TRY_CAST make NULL of what cannot be computed"
             raise _wrong(self.expression, f"{_reason(error)} ({place}); {advice}") from None
@@ -197,12 +206,12 @@ def _unstable(expression: str) -> set[str]:
     return used & ({name for (name,) in _connection().sql(_UNSTABLE).fetchall()} | {"age"})
 
 
-def _simplified(types: Any) -> Any:
+def _simplified(types: Any, depth: int = _DEEPEST) -> Any:
     """What `json_group_structure` found, with DOUBLE for numbers and VARCHAR for what varies."""
-    if isinstance(types, dict):
-        return {name: _simplified(kind) for name, kind in types.items()} or "VARCHAR"
-    if isinstance(types, list):
-        return [_simplified(kind) for kind in types]
+    if isinstance(types, dict) and types and depth:
+        return {name: _simplified(kind, depth - 1) for name, kind in types.items()}
+    if isinstance(types, list) and depth:
+        return [_simplified(kind, depth - 1) for kind in types]
     return "DOUBLE" if types in _NUMBERS else types if types == "BOOLEAN" else "VARCHAR"
 
 
@@ -214,6 +223,30 @@ def _lines(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pa.Tabl
     )
     values = [line.encode("utf-8", "replace") for line in lines]
     return pa.table({"line": pa.array(values, pa.binary()).cast(pa.string())})
+
+
+def _in_unicode(table: pa.Table) -> pa.Table:
+    """The table with U+FFFD for bad UTF-8, at which functions of DuckDB may fail for good.
+
+    Raises:
+        pa.ArrowInvalid: there is bad UTF-8 inside a list or a struct.
+    """
+    with suppress(pa.ArrowInvalid):
+        table.validate(full=True)
+        return table
+    repaired = pa.table([_repaired(column) for column in table.columns], names=table.column_names)
+    repaired.validate(full=True)
+    return repaired
+
+
+def _repaired(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if column.type not in STRINGS:
+        return column
+    values = column.cast(pa.large_binary()).to_pylist()
+    texts = [value if value is None else value.decode("utf-8", "replace") for value in values]
+    return pa.array(texts, pa.string())
 
 
 def _rows(query: str, table: pa.Table) -> list[Any]:
@@ -254,7 +287,7 @@ def _reason(error: Exception) -> str:
     text = _first_line(str(error))
     if found := re.search(r'Referenced column "(.*)" not found', text):
         return f"there is no column {found[1]}"
-    return re.sub(r"^\w+( \w+)? Error: ", "", text)
+    return re.sub(r"^\w+( \w+)? Error: ", "", text)[:_LONGEST_REASON]
 
 
 def _first_line(text: str) -> str:

@@ -178,6 +178,48 @@ def test_files_without_columns_are_refused(tmp_path: Path) -> None:
         file_source(tmp_path).chosen("score > 1")
 
 
+BAD = pa.Array.from_buffers(
+    pa.string(), 4, pa.array([b"good", b"\xff\xfe", b"ok\xffx", None], pa.binary()).buffers()
+)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("plain", BAD),
+        ("large", BAD.cast(pa.large_binary()).view(pa.large_string())),
+        ("coded", pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, None], pa.int8()), BAD)),
+    ],
+)
+def test_bad_utf8_is_computed_with(tmp_path: Path, column: str, values: pa.Array) -> None:
+    """DuckDB's `upper` fails for good on it, so it never gets there."""
+    where = Where.parse(f"upper({column}) in ('GOOD', 'OK\ufffdX')")
+    assert where.kept(pa.table({column: values}), "a.parquet").tolist() == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    lines = [{column: text} for text in ("good", "\udcff", "ok\udcffx", None)]
+    kept = Where.parse(f"upper({column}) in ('GOOD', 'OK?X')").for_lines(lines, "a.jsonl")
+    assert kept.kept_lines(lines, "a.jsonl").tolist() == [True, False, True, False]
+
+
+def test_bad_utf8_in_a_list_is_one_line() -> None:
+    lists = pa.ListArray.from_arrays([0, 1, 4], BAD)
+    with pytest.raises(UserError, match=r"UTF8.* \(a\.parquet\)$"):
+        Where.parse("upper(n[1]) = 'GOOD'").kept(pa.table({"n": lists}), "a.parquet")
+
+
+def test_lines_may_be_nested_deep(tmp_path: Path) -> None:
+    deep = '{"text": "y", "m": 2, "n": ' + "[" * 900 + "]" * 900 + "}\n"
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "m": 1, "n": 1}\n' + deep)
+    assert texts(file_source(tmp_path).chosen("m > 1")) == [Skip.WHERE, "y"]
+    assert texts(file_source(tmp_path).chosen("n like '[[[%'")) == [Skip.WHERE, "y"]
+    (tmp_path / "a.jsonl").write_text(deep)
+    assert texts(file_source(tmp_path).chosen("len(n) = 1")) == ["y"]
+
+
 LINES = [
     {"a": 1, "l": "en", "m": {"z": [1, 2]}},
     {"a": 3.7, "l": "fr", "flag": True},
