@@ -17,11 +17,12 @@ def dropped_by_split(
     """What was dropped of the sources of each split; splits of one source have the same."""
     found: dict[str, BySource] = {}
     for split in settings.splits:
-        counts: Counter[str] = Counter()
+        counts: dict[str, Counter[str]] = {}
         for part, summary in zip(parts, summaries, strict=True):
             if part.is_validation in (None, split == VALID):
-                counts.update(summary.skipped)
-        found[split] = {settings.source_of(split): dict(sorted(counts.items()))}
+                name = part.source or settings.source_of(split)
+                counts.setdefault(name, Counter()).update(summary.skipped)
+        found[split] = {name: dict(sorted(counts[name].items())) for name in sorted(counts)}
     return found
 
 

@@ -61,6 +61,9 @@ class Record:
 class Part:
     """A part of a source. It is pickled and sent to a worker process."""
 
+    source: str = ""
+    """Name of its source, where a split has several."""
+
     is_validation: bool | None = None
     """Whether all its documents are for validation, or none; None if their hashes decide."""
 

@@ -26,12 +26,12 @@ def normalized(text: bytes) -> bytes:
     """A text in UTF-8 without white space, in a form that is equal for texts of equal characters.
 
     Case does not count. These are the canonical caseless matches of the Unicode standard (D145).
+    Folding the case of decomposed text leaves it decomposed, so it need not be done again.
     """
     text = text.translate(_LOWER, _WHITE_SPACE)
     if text.isascii():
         return text
-    solid = unicodedata.normalize("NFD", "".join(text.decode().split()))
-    return unicodedata.normalize("NFD", solid.casefold()).encode()
+    return unicodedata.normalize("NFD", "".join(text.decode().split())).casefold().encode()
 
 
 def text_hash(text: bytes) -> bytes:

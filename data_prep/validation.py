@@ -22,6 +22,11 @@ class PartOfPair(Part):
     first_file: int
     is_validation: bool
 
+    @property
+    def source(self) -> str:  # type: ignore[override]
+        """Name of its source, where a split has several."""
+        return self.part.source
+
     def records(self) -> Generator[Record, None, tuple[Piece, ...]]:
         """Read the documents in order; returns the pieces of files that were read."""
         read: Any = self.part.records()

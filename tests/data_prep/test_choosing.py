@@ -19,10 +19,12 @@ import pytest
 
 from data_prep import forecast, hub, report
 from data_prep.choice import Choice
+from data_prep.dropped import dropped_by_split
 from data_prep.files import file_source
 from data_prep.forecast import Forecast, measure
 from data_prep.output import OutputSettings
 from data_prep.shard import main, parse
+from data_prep.shuffle import PartSummary
 from data_prep.sources import Part, Record, Skip
 from data_prep.text_hash import normalized
 from i3dist.data.manifest import Manifest
@@ -37,6 +39,17 @@ WHERE = "score >= 1 and language = 'en'"
 LEAST, MOST = 20, 300
 CHOICE = ["--where", WHERE, "--min-tokens", LEAST, "--max-tokens", MOST, "--deduplicate"]
 WORDS = ("a", "bc", "def", "ghij", "Klm", "élan")
+SETTINGS = OutputSettings(
+    source="s",
+    revision="r",
+    tokenizer="trained",
+    tokenizer_sample_mb=1,
+    vocab_size=9,
+    chunk_length=512,
+    chunks_per_shard=9,
+    valid_fraction=0.1,
+    seed=0,
+)
 Rows = list[dict[str, Any]]
 
 
@@ -134,6 +147,22 @@ def test_what_is_left_is_what_a_naive_choice_keeps(
     assert Manifest.load(chosen / "valid").dropped == {"held-out.jsonl": {}}
     assert set(dropped) == {reason.value for reason in Skip if reason.value in dropped}
     assert min(dropped.values()) > 0 and len(dropped) == 4
+
+
+def test_what_was_dropped_is_counted_for_each_source_of_a_split() -> None:
+    names, validation = ("b", "a", "b", ""), (False, False, False, True)
+    parts, summaries = [], []
+    for number, (name, is_validation) in enumerate(zip(names, validation, strict=True), 1):
+        parts.append(part := Part())
+        part.source, part.is_validation = name, is_validation
+        counts = {"runs": (), "documents": 0, "tokens": 0, "smallest_split": 0, "largest_split": 0}
+        skipped = {"null": number} if number < 3 else {"duplicate": number, "empty": 1}
+        summaries.append(PartSummary.model_validate(counts | {"skipped": skipped}))
+    dropped = dropped_by_split(parts, summaries, SETTINGS.model_copy(update={"valid": "v"}))
+    train = {"a": {"null": 2}, "b": {"duplicate": 3, "empty": 1, "null": 1}}
+    assert dropped == {"train": train, "valid": {"v": {"duplicate": 4, "empty": 1}}}
+    assert list(dropped["train"]) == ["a", "b"]
+    assert list(dropped["train"]["b"]) == sorted(train["b"])
 
 
 def test_what_was_chosen_is_recorded_and_sound(chosen: Path) -> None:
@@ -329,6 +358,22 @@ def test_other_content_of_the_validation_source_is_refused(
         build(source, tmp_path / "out", "--valid", path)
 
 
+def test_a_changed_file_of_training_is_told_from_one_of_validation(
+    source: Path, held_out: Path, tmp_path: Path
+) -> None:
+    """Both are numbered from 0 by their sources."""
+    text = tmp_path / "in" / "b.jsonl"
+    text.parent.mkdir()
+    text.write_bytes((source / "b.jsonl").read_bytes())
+    options = [tmp_path / "out", "--valid", held_out]
+    build(text.parent, *options)
+    os.utime(text)
+    build(text.parent, *options)
+    text.write_bytes(text.read_bytes()[::-1].replace(b"\n", b"", 1) + b"\n")
+    with pytest.raises(UserError, match=r"before .*in/b\.jsonl changed, from other content"):
+        build(text.parent, *options)
+
+
 def test_a_license_is_recorded_and_decides_nothing(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build(source, out, "--license", "CC-BY-4.0")
@@ -376,6 +421,29 @@ def test_the_forecast_counts_what_is_chosen(
     assert made / 1.5 < sample.tokens + 2 * sample.documents < made * 1.5
 
 
+@pytest.mark.parametrize(
+    ("tokens", "reason"), [(4, Skip.SHORT), (5, None), (9, None), (10, Skip.LONG)]
+)
+def test_both_bounds_are_allowed_lengths(tokens: int, reason: Skip | None) -> None:
+    part = Excluding()
+    assert Choice(5, 9).skip(part, tokens) is reason
+    assert Choice(tokens, tokens).skip(part, tokens) is None
+    assert Choice().skip(part, tokens) is None
+    part.is_validation = True
+    assert Choice(5, 9).skip(part, tokens) is None
+
+
+def test_the_forecast_counts_no_documents_of_other_lengths(built: Path) -> None:
+    tokenizer = Tokenizer.load(built / "tokenizer.json")
+    length = len(tokenizer.encode_utf8(f"{0:100}".encode()))
+    sizes = []
+    for choice in (Choice(), Choice(length), Choice(length + 1)):
+        sample = measure([Excluding()], tokenizer, choice)
+        assert sample
+        sizes.append((round(sample.documents), sample.tokens > 0))
+    assert sizes[0] == (250, True) and 0 < sizes[1][0] <= 250 and sizes[2][0] < sizes[1][0]
+
+
 class Excluding(Part):
     """Of 1,000 documents of 100 bytes every fourth meets a condition."""
 
@@ -406,14 +474,10 @@ def test_the_forecast_says_what_it_does_not_know(
     build(source, tmp_path / "out", "--where", "score > 9", "--dry-run")
     assert "or no row of a sample meets --where" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-    settings = OutputSettings.model_validate(
-        {"source": "s", "revision": "r", "tokenizer": "t", "tokenizer_sample_mb": 1, "seed": 0}
-        | {"vocab_size": 9, "chunk_length": 512, "chunks_per_shard": 9, "valid_fraction": 0.1}
-    )
     sample = measure(file_source(source).parts(), None)
     assert sample
     sizes = [
-        Forecast.of(sample, settings.model_copy(update=update), 1).run_bytes
+        Forecast.of(sample, SETTINGS.model_copy(update=update), 1).run_bytes
         for update in ({}, {"deduplicate": True})
     ]
     assert sizes[1] > sizes[0]

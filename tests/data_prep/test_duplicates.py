@@ -25,7 +25,7 @@ Texts = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 def slow(text: str) -> bytes:
-    """What `normalized` is said to be."""
+    """What `normalized` is said to be: a canonical caseless match."""
     solid = "".join(character for character in text if not character.isspace())
     folded = unicodedata.normalize("NFD", solid).casefold()
     return unicodedata.normalize("NFD", folded).encode()
@@ -43,6 +43,12 @@ def test_normalizing_removes_white_space_and_case(text: str) -> None:
         text.casefold(),
     ):
         assert normalized(same.encode()) == wanted
+
+
+@given(st.lists(st.sampled_from("αωΑ\u0345\u0301\u0308\u05b0ᾳᾴΐŉẞİΩ")).map("".join))
+def test_letters_whose_case_is_a_mark_are_normalized(text: str) -> None:
+    """The iota below a letter becomes a letter, behind all marks."""
+    assert normalized(text.encode()) == slow(text)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,21 @@ def test_text_is_not_read_where_no_row_is_kept(
     assert read == [["score"]] * 3
 
 
+def test_rows_that_a_damaged_page_hides_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow skips such a page silently."""
+    write(tmp_path / "a.parquet", [row(number) for number in range(10)])
+    original = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda *words, **more: (batch[1:] for batch in original(*words, **more)),
+    )
+    with pytest.raises(UserError, match=r"a\.parquet.*: it holds 9 rows of score, not 10; repair"):
+        texts(file_source(tmp_path).chosen("score > 1"))
+
+
 def test_every_parquet_file_has_to_have_the_columns(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [row(1)])
     write(tmp_path / "b.parquet", [{"text": "x", "other": 1}])
@@ -281,6 +296,14 @@ def test_columns_of_jsonl_are_those_of_the_first_lines(tmp_path: Path, missing: 
     ]
     with pytest.raises(UserError, match="there is no column id; the jsonl has the columns text, s"):
         file_source(tmp_path).chosen("id = 1").parts()
+
+
+def test_columns_of_jsonl_are_of_files_all_over_the_source(tmp_path: Path) -> None:
+    for number in range(40):
+        more = {"more": number} if number == 20 else {}
+        write(tmp_path / f"{number:02d}.jsonl", [row(number) | more])
+    found = texts(file_source(tmp_path).chosen("more = 20"))
+    assert [text for text in found if text is not Skip.WHERE] == ["text 20"]
 
 
 def test_a_broken_line_is_named_as_without_a_condition(tmp_path: Path) -> None:
