@@ -68,10 +68,16 @@ def for_sample(where: Where, files: Sequence[Records], place: object) -> Where:
     """
     count = min(SAMPLED_FILES, len(files))
     chosen = [files[len(files) * number // count] for number in range(count)]
-    rows = [row for file in chosen for row in _first_rows(file)]
-    rows = rows or next(filter(None, map(_first_rows, files)), [])
+    rows = [row for file in chosen for row in _first_rows(file, where)]
+    rows = rows or next(filter(None, (_first_rows(file, where) for file in files)), [])
     return where.for_lines(rows, place) if rows else where
 
 
-def _first_rows(file: Records) -> list[Mapping[str, Any]]:
-    return [record.columns or {} for record in islice(file(), SAMPLED_LINES)]
+def _first_rows(file: Records, where: Where) -> list[Mapping[str, Any]]:
+    """All names in the first lines of a file, and the values that the condition may use."""
+    rows: list[Mapping[str, Any]] = []
+    for record in islice(file(), SAMPLED_LINES):
+        columns = record.columns or {}
+        used = where.columns(tuple(columns))
+        rows.append({name: columns[name] if name in used else None for name in columns})
+    return rows

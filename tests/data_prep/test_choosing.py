@@ -28,6 +28,7 @@ from data_prep.shuffle import PartSummary
 from data_prep.sources import Part, Record, Skip
 from data_prep.text_hash import normalized
 from i3dist.data.manifest import Manifest
+from i3dist.data.shard_table import ShardTable
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 from tests.data_prep.corpus import arguments, build, read_documents, tree_digest
@@ -173,6 +174,7 @@ def test_what_was_chosen_is_recorded_and_sound(chosen: Path) -> None:
     for split, name in (("train", "in"), ("valid", "held-out.jsonl")):
         manifest = Manifest.load(chosen / split)
         assert (manifest.version, manifest.source) == (2, name)
+        assert isinstance(manifest.shards, ShardTable), "it was compared, not parsed"
     assert found(chosen) == []
 
 

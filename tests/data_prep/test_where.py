@@ -306,6 +306,21 @@ def test_columns_of_jsonl_are_of_files_all_over_the_source(tmp_path: Path) -> No
     assert [text for text in found if text is not Skip.WHERE] == ["text 20"]
 
 
+def test_a_sample_holds_no_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be long, and there are 16,000 lines."""
+    write(tmp_path / "a.jsonl", [row(number) for number in range(5)])
+    seen: list[Any] = []
+    original = Where.for_lines
+
+    def for_lines(self: Where, rows: Any, place: object) -> Where:
+        seen.extend(rows)
+        return original(self, rows, place)
+
+    monkeypatch.setattr(Where, "for_lines", for_lines)
+    file_source(tmp_path).chosen("SCORE = 1").parts()
+    assert seen == [{"text": None, "score": n / 2, "language": None} for n in range(5)]
+
+
 def test_a_broken_line_is_named_as_without_a_condition(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write(path, [row(number) for number in range(2000)])
