@@ -176,8 +176,14 @@ def settings_of(
         valid=validation.name if validation else None,
         valid_revision=validation.outline if validation else None,
         license=options.license or (former.license if former else source.license),
-        valid_license=validation.license if validation else None,
+        valid_license=_valid_license(validation, former),
     )
+
+
+def _valid_license(validation: Source | None, former: OutputSettings | None) -> str | None:
+    if not validation:
+        return None
+    return former.valid_license if former else validation.license
 
 
 @dataclass(frozen=True)

@@ -504,6 +504,29 @@ def test_rows_of_the_hub_are_chosen_by_its_columns(
         main([*out[:1], str(tmp_path / "other"), *out[2:], "--where", "m = 1"])
 
 
+def test_a_source_for_validation_may_come_from_the_hub(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is asked once: a finished output needs no network."""
+    with monkeypatch.context() as patched:
+        patched.setattr(hub, "_check_reachable", lambda revision: revision or "newest")
+        patched.setattr(hub, "_license", lambda revision: f"odc-by at {revision}")
+        patched.setattr("datasets.load_dataset", _local(tmp_path))
+        build(source, tmp_path / "out", "--valid", hub.DATASET)
+    raw = json.loads((tmp_path / "out" / "shard.json").read_bytes())
+    assert (raw["valid"], raw["valid_revision"]) == (hub.HUB_NAME, "newest")
+    assert raw["valid_license"] == "odc-by at newest" and "license" not in raw
+    assert len(documents(tmp_path / "out", "valid")) == 12
+    assert found(tmp_path / "out") == []
+    for name in ("_check_reachable", "_license"):
+        monkeypatch.setattr(hub, name, lambda revision: pytest.fail("it asks the hub"))
+    build(source, tmp_path / "out", "--valid", hub.DATASET)
+    assert capsys.readouterr().out.endswith("is already complete\n")
+
+
 def test_the_license_of_the_hub_is_that_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     class Api:
         card: Any = None
