@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from data_prep.dropped import rows
 from data_prep.index_statistics import HISTORY, Statistics, geometric, measure
 from data_prep.lookup import SplitReader
 from data_prep.samples import Example, ShardSample, examples, sample
@@ -56,6 +57,16 @@ class Figures:
             ("bytes per token", f"{sample.bytes_per_token:.3f}", part),
             *learned,
         ]
+
+    def dropped(self) -> list[tuple[str, str, int]] | None:
+        """What was left out before packing: (source, reason, documents); None if not recorded."""
+        found = self.reader.manifest.dropped
+        return None if found is None else rows(found)
+
+    def dropped_in_words(self) -> str:
+        """How much `dropped` is."""
+        left_out = sum(count for _, _, count in self.dropped() or ())
+        return f"{left_out:,} documents of the source were left out, before it was split."
 
     def lengths(self) -> list[tuple[str, str]]:
         """Quantiles of documents' lengths."""

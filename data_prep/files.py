@@ -21,6 +21,7 @@ from data_prep.formats import FORMATS
 from data_prep.listing import Listing, named, walk
 from data_prep.readers import (
     JSON_LINES,
+    PARQUET,
     SUFFIXES,
     SUFFIXES_IN_WORDS,
     SourceFile,
@@ -30,6 +31,7 @@ from data_prep.readers import (
     spans_of,
     spans_or_error,
 )
+from data_prep.row_filter import for_sample
 from data_prep.sources import (
     CHAT,
     SOURCES,
@@ -41,6 +43,7 @@ from data_prep.sources import (
     Source,
     clean_file_name,
 )
+from data_prep.where import Where
 from i3dist.errors import UserError
 
 STDLIB = "stdlib"
@@ -102,6 +105,7 @@ class FileSource(Source):
     column: str = FORMATS[TEXT].key
     kept: Path | None = field(default=None, compare=False)
     """The folder for what took long to find out."""
+    where: Where | None = None
 
     @cached_property
     def states(self) -> tuple[State, ...]:
@@ -144,12 +148,27 @@ class FileSource(Source):
         """The source with another column, or key, as its text."""
         return replace(self, name=f"{self.name}, column {column}", column=column)
 
+    def chosen(self, where: str) -> "FileSource":
+        """The source without the rows of which the expression `where` is not true.
+
+        Raises:
+            UserError: a file has no columns, or the expression is wrong.
+        """
+        for path, name in self.files:
+            if not name.lower().endswith((PARQUET, *JSON_LINES)):
+                raise UserError(
+                    f"--where needs rows with columns, and {path} has none: name only parquet and "
+                    "jsonl with --source, or omit --where"
+                )
+        return replace(self, where=Where.parse(where))
+
     def keep_in(self, folder: Path) -> None:
         """Keep the numbers of lines of large jsonl files."""
         self.kept = folder
 
     def _file(self, number: int, path: Path, name: str, state: State) -> SourceFile:
-        return SourceFile(name, number, path, state, scheme=self.scheme, column=self.column)
+        chosen = {"column": self.column, "where": self.where}
+        return SourceFile(name, number, path, state, scheme=self.scheme, **chosen)
 
     def parts(self) -> Sequence[FilePart]:
         """Parts of about equal size, small enough that every worker has some."""
@@ -166,6 +185,8 @@ class FileSource(Source):
             for number, ((path, name), state) in files
             for span in spans_of(self._file(number, path, name, state))
         ]
+        if self.where:
+            spans = _with_columns_of_lines(spans, self.where)
         limit = _part_size(spans)
         shortest = max(limit, _SHORTEST_RANGE)
         cut = (piece for span in spans for piece in lines_of(span, shortest, self.kept))
@@ -175,6 +196,20 @@ class FileSource(Source):
 def _part_size(spans: Sequence[Span]) -> int:
     total = sum(span.size for span in spans)
     return min(max(total // _PARTS_WANTED, _SMALLEST_PART), _LARGEST_PART)
+
+
+def _with_columns_of_lines(spans: Sequence[Span], where: Where) -> list[Span]:
+    """The spans; those of jsonl with the condition for the columns in a sample of their lines."""
+    lines = [span for span in spans if span.file.is_a(*JSON_LINES)]
+    firsts = [replace(span, file=span.file.unfiltered()) for span in lines if not span.error]
+    if not firsts:
+        return list(spans)
+    place = firsts[0].file.path if len(firsts) == 1 else "the jsonl"
+    where = for_sample(where, [span.records for span in firsts], place)
+    return [
+        replace(span, file=replace(span.file, where=where)) if span in lines else span
+        for span in spans
+    ]
 
 
 def _content_digest(path: Path) -> str:

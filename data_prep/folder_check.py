@@ -41,9 +41,10 @@ class FolderCheck:
         for split, manifest in self.manifests.items():
             self.damages += _files_of_split(folder / split, manifest)
             self.damages += self._agreement(split, manifest)
-        self.damages += _between_splits(self.manifests)
+        self.damages += _between_splits(self.manifests, self.settings)
         if self.settings and set(self.manifests) == set(self.settings.splits):
-            self.damages += _totals_of_sources(list(self.manifests.values()))
+            own = [TRAIN] if self.settings.valid else self.settings.splits
+            self.damages += _totals_of_sources([self.manifests[split] for split in own])
 
     def _settings(self) -> OutputSettings | None:
         output = Output(self.folder)
@@ -85,8 +86,9 @@ class FolderCheck:
             wanted += [(name, getattr(self.tokenizer, name), TOKENIZER_NAME) for name in names]
             wanted.append(("tokenizer_sha256", self.tokenizer.sha256, TOKENIZER_NAME))
         if self.settings:
-            names = ("source", "seed", "chunk_length", "chunks_per_shard")
-            wanted += [(name, getattr(self.settings, name), SETTINGS_NAME) for name in names]
+            wanted.append(("source", self.settings.source_of(split), SETTINGS_NAME))
+            for name in ("seed", "chunk_length", "chunks_per_shard"):
+                wanted.append((name, getattr(self.settings, name), SETTINGS_NAME))
         if self.tokenizer and self.settings:
             kind = self.settings.token_type(self.tokenizer.vocab_size)
             wanted.append(("dtype", kind.name, f"{SETTINGS_NAME} and {TOKENIZER_NAME}"))
@@ -95,12 +97,15 @@ class FolderCheck:
             if stated != value:
                 problem = f"says {stated!r}, {where} {value!r}"
                 yield Damage(f"{split}/{MANIFEST_NAME}", f"key {name}", problem)
+        if self.settings and self.settings.chooses and manifest.dropped is None:
+            problem = f"is missing, and {SETTINGS_NAME} says that documents were chosen"
+            yield Damage(f"{split}/{MANIFEST_NAME}", "key dropped", problem)
 
 
 def _listing(folder: Path, splits: list[str], settings: OutputSettings | None) -> Iterator[Damage]:
     """Files and folders of DIR that are missing, or do not belong there."""
     needed = {TOKENIZER_NAME, SETTINGS_NAME, TRAIN}
-    if settings is None or settings.valid_fraction:
+    if settings is None or VALID in settings.splits:
         needed.add(VALID)
     yield from _compare(folder, "", needed, {EVIDENCE_NAME, *splits})
 
@@ -120,16 +125,21 @@ def _compare(folder: Path, below: str, needed: set[str], allowed: set[str]) -> I
         yield Damage(below + name, "", "does not belong to the output", remedy)
 
 
-def _between_splits(manifests: Mapping[str, Manifest]) -> Iterator[Damage]:
+def _between_splits(
+    manifests: Mapping[str, Manifest], settings: OutputSettings | None
+) -> Iterator[Damage]:
     """Whether both splits were made in one go."""
     if len(manifests) < 2:
         return
     train, valid = (manifests[split] for split in SPLITS)
-    for name in ("chunk_length", "chunks_per_shard", "source", "seed"):
+    names = ["chunk_length", "chunks_per_shard", "source", "dropped", "seed"]
+    if settings and settings.valid:  # each split has a source of its own
+        names = [name for name in names if name not in ("source", "dropped")]
+    for name in names:
         if getattr(train, name) != getattr(valid, name):
             problem = f"says {getattr(valid, name)!r}, that of {TRAIN} {getattr(train, name)!r}"
             yield Damage(f"{VALID}/{MANIFEST_NAME}", f"key {name}", problem)
-    if train.sources != valid.sources:
+    if not (settings and settings.valid) and train.sources != valid.sources:
         problem = f"says something else than that of {TRAIN}"
         yield Damage(f"{VALID}/{MANIFEST_NAME}", "key sources", problem)
 

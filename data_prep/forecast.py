@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from data_prep.choice import ALL, Choice
 from data_prep.formats import FORMATS, Format
 from data_prep.options import CORES
 from data_prep.output import OutputSettings
@@ -24,6 +25,7 @@ BYTES_PER_TOKEN = 4.0
 _PARTS, _SECONDS_PER_PART, _BYTES_PER_PART = 3, 2.0, 1 << 20
 _PACK_RATE = 40e6  # tokens per second of a process, docs/performance.md
 _BYTES_PER_DOCUMENT = 150  # of a run and of the index: hashes, id, url
+_BYTES_PER_HASH = 52  # of --deduplicate: beside the run, and sorted
 _TRUSTED = 0.8  # the share of an estimate that is surely needed
 
 
@@ -47,22 +49,26 @@ class _Measured:
     text: int = 0
     documents: int = 0
     tokenized: int = 0
+    """Bytes of text that were tokenized, and the documents, and what the choice keeps of these."""
+    tokenized_documents: int = 0
+    kept_documents: int = 0
     tokens: int = 0
     reading: float = 0.0
     tokenizing: float = 0.0
 
-    def add(self, part: Part, tokenizer: Tokenizer | None) -> None:
+    def add(self, part: Part, tokenizer: Tokenizer | None, choice: Choice) -> None:
         """Read a part for some seconds, and tokenize its first texts."""
-        start, spent, text_bytes, documents = time.monotonic(), 0.0, 0, 0
+        start, spent, text_bytes, documents, excluded = time.monotonic(), 0.0, 0, 0, 0
         is_whole = True
         for document in self._documents(part):
-            size = len(document)
-            text_bytes += size
-            documents += 1
             begin = time.monotonic()
-            if tokenizer and self.tokenized < (self.parts + 1) * _BYTES_PER_PART:
-                self.tokens += len(self.format.encode(tokenizer, document))
-                self.tokenized += size
+            if document is None:
+                excluded += 1
+            else:
+                text_bytes += len(document)
+                documents += 1
+                if tokenizer and self.tokenized < (self.parts + 1) * _BYTES_PER_PART:
+                    self._tokenize(document, part, tokenizer, choice)
             now = time.monotonic()
             spent += now - begin
             if now - start > _SECONDS_PER_PART:
@@ -73,27 +79,46 @@ class _Measured:
         self.tokenizing += spent
         self.text += text_bytes
         self.documents += documents
-        # Of a part that takes too long, text is taken to be all that there is.
-        self.size += part.size if is_whole else text_bytes
+        # Of a part that takes too long, text is taken to be all that there is, and excluded texts
+        # to be as long as others.
+        in_time = text_bytes * (documents + excluded) // documents if documents else part.size
+        self.size += part.size if is_whole else in_time
 
-    def _documents(self, part: Part) -> Iterator[bytes]:
+    def _tokenize(self, text: bytes, part: Part, tokenizer: Tokenizer, choice: Choice) -> None:
+        count = len(self.format.encode(tokenizer, text))
+        self.tokenized += len(text)
+        self.tokenized_documents += 1
+        if not choice.skip(part, count):
+            self.kept_documents += 1
+            self.tokens += count
+
+    def _documents(self, part: Part) -> Iterator[bytes | None]:
+        """The usable documents of a part; None for one that --where excludes."""
         for record in part.records():
             document = self.format.usable(record.text)
             if not isinstance(document, Skip):
                 yield document
+            elif document is Skip.WHERE:
+                yield None
 
 
 def measure(
-    parts: Sequence[Part], tokenizer: Tokenizer | None, documents: Format = FORMATS[TEXT]
+    parts: Sequence[Part],
+    tokenizer: Tokenizer | None,
+    documents: Format = FORMATS[TEXT],
+    choice: Choice = ALL,
 ) -> Sample | None:
-    """Estimate a source from a few of its parts; None where parts do not know their sizes."""
+    """Estimate a source from a few of its parts.
+
+    None where parts do not know their sizes, or the sample has no text.
+    """
     total = sum(part.size * (part.share.weight if part.share else 1) for part in parts)
     if not total:
         return None
     count = min(_PARTS, len(parts))
     found = _Measured(documents)
     for number in range(count):
-        found.add(parts[len(parts) * (2 * number + 1) // (2 * count)], tokenizer)
+        found.add(parts[len(parts) * (2 * number + 1) // (2 * count)], tokenizer, choice)
     if not found.text or not found.size:
         return None
     scale = total / found.size
@@ -102,7 +127,8 @@ def measure(
         return Sample(len(parts), tokens, found.documents * scale, None)
     tokens = found.text * scale * found.tokens / found.tokenized
     seconds = scale * (found.reading + found.tokenizing * found.text / found.tokenized)
-    return Sample(len(parts), tokens, found.documents * scale, seconds)
+    documents = found.documents * scale * found.kept_documents / found.tokenized_documents
+    return Sample(len(parts), tokens, documents, seconds)
 
 
 @dataclass(frozen=True)
@@ -116,12 +142,14 @@ class Forecast:
     run_bytes: int
     processes: int
     seconds: float | None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, sample: Sample, settings: OutputSettings, workers: int) -> Self:
         """The forecast for these settings and this many workers."""
         tokens = round(sample.tokens + 2 * sample.documents)
         labels = round(sample.documents * _BYTES_PER_DOCUMENT)
+        hashed = round(sample.documents * _BYTES_PER_HASH) if settings.deduplicate else 0
         chunks = settings.chunks_per_shard or chunks_per_shard(tokens, settings.chunk_length)
         shards = -(-tokens // (chunks * settings.chunk_length))
         token_bytes = settings.token_type(settings.vocab_size).dtype.itemsize
@@ -137,9 +165,10 @@ class Forecast:
             * archive_size(chunks, settings.chunk_length, token_bytes)
             // (chunks * settings.chunk_length)
             + labels,
-            run_bytes=tokens * token_bytes + labels,
+            run_bytes=tokens * token_bytes + labels + hashed,
             processes=processes,
             seconds=seconds,
+            notes=tuple(_notes(sample, settings)),
         )
 
     @property
@@ -158,7 +187,7 @@ class Forecast:
         else:
             took = f"about {_duration(self.seconds)} in {self.processes} processes, as a sample "
             took += "was tokenized"
-        return [made, disk, took]
+        return [made, disk, took, *self.notes]
 
     def check(self, folder: Path, free: int, most_shards: int) -> None:
         """Refuse what surely exceeds a limit or the disk.
@@ -175,6 +204,14 @@ class Forecast:
                 f"about {_short(self.disk_bytes)}B of disk are needed at {folder}, and "
                 f"{_short(free)}B are free: free some, or choose another --out"
             )
+
+
+def _notes(sample: Sample, settings: OutputSettings) -> Iterator[str]:
+    """What the estimate leaves out."""
+    if settings.deduplicate:
+        yield "duplicates are counted in: how many there are is not known beforehand"
+    if sample.seconds is None and (settings.min_tokens or settings.max_tokens):
+        yield "documents that are too short or too long are counted in: there is no tokenizer yet"
 
 
 def _short(number: float) -> str:

@@ -43,6 +43,8 @@ def usable_conversation(raw: object) -> bytes | Skip:
     """
     if raw is None:
         return Skip.NULL
+    if isinstance(raw, Skip):
+        return raw
     if not isinstance(raw, list):
         return Skip.NOT_MESSAGES
     if not raw:

@@ -5,13 +5,14 @@ The library `datasets` tells which files a configuration has. They are read as f
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 
 from data_prep.readers import SUFFIXES, TEXT
 from data_prep.remote import RemoteFile, RemotePart, remote_parts, url_source
 from data_prep.retries import is_final, retried, why
 from data_prep.sources import SOURCES, Part, Source
+from data_prep.where import Where
 from i3dist.errors import UserError
 
 DATASET = "HuggingFaceFW/fineweb-edu"
@@ -29,6 +30,8 @@ class HubSource(Source):
 
     A run that continues keeps the commit that it began with.
     """
+
+    where: Where | None = None
 
     def __init__(
         self,
@@ -48,6 +51,16 @@ class HubSource(Source):
         with self._network():
             return _commit(self.dataset, self.at)
 
+    @property
+    def license(self) -> str | None:
+        """The license in the dataset's card, at the commit that is read; None if it names none."""
+        return _license(self.dataset, self.revision)
+
+    def chosen(self, where: str) -> "HubSource":
+        """The source without the rows of which the expression `where` is not true."""
+        self.where = Where.parse(where)
+        return self
+
     def pin(self, revision: str) -> None:
         """Read this commit."""
         self.revision = revision
@@ -59,8 +72,9 @@ class HubSource(Source):
             urls = retried(lambda: _data_files(self.dataset, self.config, self.revision), self.name)
             sizes = retried(lambda: _sizes(urls), self.name)
         folder = self.config or "default"
+        chosen = {"column": self.column, "where": self.where}
         files = [
-            RemoteFile(f"{folder}/{number:05d}", number, url, url, size, column=self.column)
+            RemoteFile(f"{folder}/{number:05d}", number, url, url, size, **chosen)
             for number, (url, size) in enumerate(zip(urls, sizes, strict=True))
         ]
         return remote_parts(files, self.revision)
@@ -119,6 +133,16 @@ def _commit(dataset: str, at: str | None) -> str:
         if is_final(error):
             raise
         return retried(ask, dataset)
+
+
+def _license(dataset: str, revision: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):  # the data can be read without it
+        card = HfApi().dataset_info(dataset, revision=revision, timeout=_TIMEOUT_S).card_data
+        found = card.get("license") if card else None
+        return ", ".join(found) if isinstance(found, list) else found
+    return None
 
 
 def _data_files(dataset: str, config: str | None, revision: str) -> list[str]:

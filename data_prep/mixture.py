@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from data_prep.evidence import Piece, State
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, NamedFile, Part, Record, Share, Source
+from data_prep.validation import PairOfSources
 from i3dist.cli.paths import is_url
 from i3dist.data.manifest import SourceCounts
 from i3dist.errors import UserError
@@ -66,6 +67,7 @@ class MixedPart(Part):
     part: Part
     first_file: int
     share: Share
+    source: str
 
     def records(self) -> Generator[Record, None, tuple[Piece, ...]]:
         """Read the documents in order; returns the pieces of files that were read."""
@@ -146,6 +148,16 @@ class Mixture(Source):
         for number, member in enumerate(self.members):
             member.source.keep_in(folder / f"{number:03d}")
 
+    @property
+    def license(self) -> str | None:
+        """The licenses of all sources that state one."""
+        found = dict.fromkeys(member.source.license for member in self.members)
+        return ", ".join(filter(None, found)) or None
+
+    def chosen(self, where: str) -> "Mixture":
+        """The sources without the rows of which the expression `where` is not true."""
+        return Mixture([m._replace(source=m.source.chosen(where)) for m in self.members])
+
     def parts(self) -> Sequence[MixedPart]:
         """The parts of all sources."""
         return self._parts([member.source.parts() for member in self.members])
@@ -157,7 +169,7 @@ class Mixture(Source):
     def _parts(self, given: Sequence[Sequence[Part]]) -> Sequence[MixedPart]:
         firsts = accumulate((len(member.source.files) for member in self.members), initial=0)
         return [
-            MixedPart(part, first, Share(number, member.weight))
+            MixedPart(part, first, Share(number, member.weight), member.source.name)
             for number, (member, first) in enumerate(zip(self.members, firsts, strict=False))
             for part in given[number]
         ]
@@ -183,12 +195,18 @@ def mixed(members: Sequence[Weighted]) -> Source:
 def count_sources(
     source: Source, parts: Sequence[Part], summaries: Sequence[PartSummary]
 ) -> tuple[SourceCounts, ...] | None:
-    """What the output holds of each source; None where the source is a single one of weight 1."""
+    """What the output holds of each source, but for one that is for validation.
+
+    None where the source is a single one of weight 1.
+    """
+    if isinstance(source, PairOfSources):
+        source = source.training
     if not isinstance(source, Mixture):
         return None
     documents, tokens, usable = ([0] * len(source.members) for _ in range(3))
     for part, summary in zip(parts, summaries, strict=True):
-        assert part.share
+        if part.share is None:
+            continue
         number = part.share.source
         documents[number] += summary.documents
         tokens[number] += summary.tokens + 2 * summary.documents

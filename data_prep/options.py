@@ -18,6 +18,10 @@ from data_prep.tokenizer import (
 from i3dist.cli.paths import is_url, literal_name, typed_path
 from i3dist.cli.program import ArgumentParser
 from i3dist.data.token_types import LARGEST_VOCABULARY
+from i3dist.errors import UserError
+
+MOST_TOKENS = 1 << 40
+VALID_FRACTION = 0.005
 
 # name, kind, least, most, default, help
 NUMBERS = (
@@ -26,8 +30,12 @@ NUMBERS = (
     ("workers", int, 1, 1024, CORES, "processes that tokenize; the default is one per core"),
     ("chunk-length", int, 2, 1 << 16, 512, "tokens per chunk"),
     ("chunks-per-shard", int, 1, 1_000_000, None, "fewer give every lane shards of a small corpus"),
-    ("valid-fraction", float, 0.0, 0.9, 0.005, "share of documents for validation; 0: no split"),
+    ("valid-fraction", float, 0.0, 0.9, None, "share of documents for validation; 0: no split"),
     ("seed", int, 0, (1 << 63) - 1, 0, "of the shuffle and the split"),
+)
+BOUNDS = (
+    ("min-tokens", int, 1, MOST_TOKENS, None, "skip documents of fewer tokens"),
+    ("max-tokens", int, 1, MOST_TOKENS, None, "skip documents of more tokens"),
 )
 
 
@@ -74,6 +82,7 @@ def add_options(parser: ArgumentParser) -> None:
         "vocab-size": f"--tokenizer's, else {DEFAULT_VOCABULARY}",
         "tokenizer-sample-mb": DEFAULT_SAMPLE_MB,
         "chunks-per-shard": f"up to {MOST_CHUNKS:,}, for {SHARDS_WANTED} shards or more",
+        "valid-fraction": VALID_FRACTION,
     }
     for name, kind, least, most, default, text in NUMBERS:
         parser.add_argument(
@@ -83,6 +92,52 @@ def add_options(parser: ArgumentParser) -> None:
             metavar="N",
             help=f"{text} (default: {unset.get(name, default)})",
         )
+
+    _add_choices(parser)
+
+
+def _add_choices(parser: ArgumentParser) -> None:
+    """Add the options that choose documents, and record where they come from."""
+    group = parser.add_argument_group("choosing documents (by default all are kept)")
+    group.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help="keep only rows of parquet or jsonl for which this is true, in the SQL of DuckDB; for "
+        "example \"int_score >= 3 and language = 'en'\"",
+    )
+    for name, kind, least, most, default, text in BOUNDS:
+        number = number_in(kind, least, most)
+        group.add_argument(f"--{name}", type=number, default=default, metavar="N", help=text)
+    group.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="of documents that are equal but for white space, upper and lower case and the form "
+        "of Unicode, keep the first by source and position",
+    )
+    group.add_argument(
+        "--valid",
+        type=_source,
+        metavar="SOURCE",
+        help="what to validate on, named as with --source; all of --source is for training then",
+    )
+    group.add_argument(
+        "--license", metavar="NAME", help="license of --source, to be recorded in shard.json"
+    )
+
+
+def check_choices(options: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, and complete --valid-fraction.
+
+    Raises:
+        UserError: they do.
+    """
+    least, most = options.min_tokens, options.max_tokens
+    if least is not None and most is not None and least > most:
+        raise UserError(f"--min-tokens {least} is more than --max-tokens {most}: lower it")
+    if options.valid and options.valid_fraction is not None:
+        raise UserError("--valid and --valid-fraction exclude each other: omit one")
+    if options.valid_fraction is None:
+        options.valid_fraction = 0.0 if options.valid else VALID_FRACTION
 
 
 def _column(text: str) -> str:

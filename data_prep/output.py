@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -36,6 +36,8 @@ _EVIDENCE_NAME = "source.json"
 _WORK_NAME = ".work"
 _BEGUN_NAME = f"{_WORK_NAME}/{_EVIDENCE_NAME}"
 _OF_PACKING = frozenset(("chunk_length", "chunks_per_shard", "valid_fraction"))
+_LICENSES = ("license", "valid_license")
+_IF_USED = Field(exclude_if=lambda value: value is None)
 _LAYOUT = 2
 """Of the files in `.work`. An output that is complete serves whatever its layout was."""
 
@@ -46,7 +48,8 @@ class OutputSettings(Saved):
     `revision` is the source's outline: the hub's commit, or a digest of the files' names and sizes.
     Older versions of this tool wrote a digest of the files' content, and no `tokenizer_sample`:
     they trained on the first texts of the source. `chunks_per_shard` is None until it has been
-    chosen.
+    chosen. The last ones are missing where they are not used. `valid` is the name of the source of
+    the validation split, and `license` decides no byte.
     """
 
     layout: int = _LAYOUT
@@ -62,11 +65,28 @@ class OutputSettings(Saved):
     seed: int
     # Not written where it is the default, as older versions of this tool did not know it.
     format: Literal["text", "chat"] = Field(TEXT, exclude_if=lambda name: name == TEXT)
+    where: Annotated[str | None, _IF_USED] = None
+    min_tokens: Annotated[int | None, _IF_USED] = None
+    max_tokens: Annotated[int | None, _IF_USED] = None
+    deduplicate: Annotated[Literal[True] | None, _IF_USED] = None
+    valid: Annotated[str | None, _IF_USED] = None
+    valid_revision: Annotated[str | None, _IF_USED] = None
+    license: Annotated[str | None, _IF_USED] = None
+    valid_license: Annotated[str | None, _IF_USED] = None
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, in the order in which their manifests are written."""
-        return (VALID, TRAIN) if self.valid_fraction else (TRAIN,)
+        return (VALID, TRAIN) if self.valid_fraction or self.valid else (TRAIN,)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether documents are chosen, so that what was dropped is recorded."""
+        return any((self.where, self.min_tokens, self.max_tokens, self.deduplicate, self.valid))
+
+    def source_of(self, split: str) -> str:
+        """Name of the source of a split."""
+        return self.valid if self.valid and split == VALID else self.source
 
     @property
     def has_content_digest(self) -> bool:
@@ -79,15 +99,21 @@ class OutputSettings(Saved):
 
     def difference(self, other: "OutputSettings", free: Set[str] = frozenset()) -> str | None:
         """The first setting that differs from `other`'s, in words; `free` ones may differ."""
-        for name in type(self).model_fields:
-            if name in ("layout", *free):
-                continue
+        for name in ("valid", *type(self).model_fields):  # --valid sets --valid-fraction
             value, theirs = getattr(self, name), getattr(other, name)
-            if name == "revision" and theirs != value:
+            if value == theirs or name in ("layout", *_LICENSES, *free):
+                continue
+            if name in ("revision", "valid_revision"):
                 return OTHER_CONTENT
-            if theirs != value:
-                return f"with {name.replace('_', '-')} {value}, not {theirs}"
+            return _in_words(name.replace("_", "-"), value, theirs)
         return None
+
+
+def _in_words(name: str, value: object, theirs: object) -> str:
+    """That a setting was `value`, and is not now."""
+    if value is None or theirs is None:
+        return f"without --{name}" if value is None else f"with --{name}"
+    return f"with {name} {value}, not {theirs}"
 
 
 class Output:
@@ -99,6 +125,7 @@ class Output:
         self.facts = folder / _WORK_NAME / "source"
         self.plan = folder / _WORK_NAME / "plan.json"
         self.merged_runs = folder / _WORK_NAME / "merged"
+        self.duplicates = folder / _WORK_NAME / "duplicates"
         self.work = WorkFolder(folder / _WORK_NAME / "splits", folder / _WORK_NAME / "ranges")
         self.tokenizer = folder / "tokenizer.json"
 

@@ -60,7 +60,9 @@ class SplitPlan:
     ) -> Manifest:
         """The manifest of the split; `origin` holds the fields that say what it is of."""
         return Manifest(
-            version=lowest_version(framing.token_type, origin.get("sources")),
+            version=lowest_version(
+                framing.token_type, origin.get("sources"), origin.get("dropped")
+            ),
             split=self.name,
             documents=self.documents,
             tokens=self.tokens,

@@ -62,6 +62,7 @@ def page(figures: Figures) -> str:
         '<p class="soft">Prepared data, as training reads it. Figures are of all documents, unless '
         "they are said to be of a sample.</p>",
         _tiles(figures.totals()),
+        *_dropped(figures),
         "<h2>Lengths of documents</h2>",
         "<p>&lt;BOS&gt; and &lt;EOS&gt; count as tokens. Each bar ends at 1.41 times the length at "
         "which it begins.</p>",
@@ -102,6 +103,23 @@ def _tiles(totals: Sequence[tuple[str, str, str]]) -> str:
         for name, value, note in totals
     )
     return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _dropped(figures: Figures) -> list[str]:
+    """What filters removed, if that is recorded."""
+    if (dropped := figures.dropped()) is None:
+        return []
+    body = "".join(
+        f"<tr><td>{escape(printable(source))}</td><td>{escape(printable(reason))}</td>"
+        f"<td>{count:,}</td></tr>"
+        for source, reason, count in dropped
+    )
+    head = "<tr><th>source</th><th>reason</th><th>documents</th></tr>"
+    return [
+        "<h2>What filters removed</h2>",
+        f"<p>{escape(figures.dropped_in_words())}</p>",
+        f"<table>{head}{body}</table>",
+    ]
 
 
 def _wide(chart: str, heading: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:

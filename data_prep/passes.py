@@ -1,13 +1,15 @@
 """The two passes over the documents: spill them into runs, then count and pack the runs' ranges."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from data_prep.choice import ALL, Choice
+from data_prep.dropped import BySource
 from data_prep.evidence import Saved
 from data_prep.formats import FORMATS
 from data_prep.merge import Layout, MergeTask, merged
@@ -16,7 +18,7 @@ from data_prep.pack import Framing
 from data_prep.packing import PackTask, SplitPlan, pack_all
 from data_prep.progress import pass_bar
 from data_prep.ranges import CountTask, Partition, count_all, counting_workers
-from data_prep.shuffle import HASH_END, PartSummary, Spiller, summary_path
+from data_prep.shuffle import HALF, HASH_END, PartSummary, Spiller, summary_path
 from data_prep.sources import TEXT, Part
 from data_prep.workers import Report, run_jobs
 from i3dist.data.manifest import Manifest, SourceCounts
@@ -38,6 +40,7 @@ class SpillPlan:
     format: str = TEXT
     merged: Path | None = None
     """The folder of merged runs: once it exists, runs may be gone."""
+    choice: Choice = ALL
 
     def summary(self, number: int) -> PartSummary | None:
         """The summary of a part; None if the part is not finished, or its runs are not whole."""
@@ -58,6 +61,7 @@ class SpillTask:
     folder: Path
     seed: int
     format: str
+    choice: Choice
     goes_on: bool = False
     """Whether a part that cannot be read leaves the others to be done."""
 
@@ -69,6 +73,7 @@ class SpillTask:
             self.seed,
             lambda tokens: report(0, tokens),
             FORMATS[self.format],
+            self.choice,
         )
 
         def spill(job: tuple[int, Part]) -> UserError | None:
@@ -95,7 +100,7 @@ def spill_all(plan: SpillPlan, workers: int, report: Report) -> list[PartSummary
     """Spill the parts that are not finished yet; returns the summaries of all parts."""
     todo = _unfinished(plan, range(len(plan.parts)))
     report(len(plan.parts) - len(todo), 0)
-    task = SpillTask(plan.tokenizer, plan.folder, plan.seed, plan.format)
+    task = SpillTask(plan.tokenizer, plan.folder, plan.seed, plan.format, plan.choice)
     run_jobs(task, todo, workers, report)
     return [summary for summary in finished(plan) if summary]
 
@@ -106,7 +111,7 @@ def spill_some(
     """Spill those of these parts that are not finished yet; returns what is wrong with others."""
     todo = _unfinished(plan, numbers)
     report(len(numbers) - len(todo), 0)
-    task = SpillTask(plan.tokenizer, plan.folder, plan.seed, plan.format, goes_on=True)
+    task = SpillTask(plan.tokenizer, plan.folder, plan.seed, plan.format, plan.choice, goes_on=True)
     return [error for error in run_jobs(task, todo, workers, report, _worker_died) if error]
 
 
@@ -207,6 +212,23 @@ def split_ranges(summaries: Sequence[PartSummary], valid_fraction: float) -> tup
     return range(bound, HASH_END), range(bound)
 
 
+def halves(summaries: Sequence[PartSummary], settings: OutputSettings) -> tuple[range, range]:
+    """The ranges of split hashes of (train, valid), where each has a source of its own.
+
+    Raises:
+        UserError: nothing is left of one of the sources.
+    """
+    has_valid = any(summary.smallest_split < HALF for summary in summaries)
+    has_train = any(summary.largest_split >= HALF for summary in summaries)
+    if not has_valid or not has_train:
+        option, name = ("source", settings.source) if has_valid else ("valid", settings.valid)
+        raise UserError(
+            f"no document of --{option} {name} is left: choose less strictly, or name another, "
+            "and another --out"
+        )
+    return range(HALF, HASH_END), range(HALF)
+
+
 def framed_tokens(summaries: Sequence[PartSummary]) -> int:
     """Tokens of all documents with <BOS> and <EOS>."""
     return sum(summary.tokens + 2 * summary.documents for summary in summaries)
@@ -222,8 +244,13 @@ class SecondPass:
     workers: int
     sources: tuple[SourceCounts, ...] | None = None
 
-    def run(self, summaries: Sequence[PartSummary]) -> dict[str, Manifest]:
-        """Merge runs if they are too many, count, and pack; returns the manifests by split."""
+    def run(
+        self, summaries: Sequence[PartSummary], dropped: Mapping[str, BySource]
+    ) -> dict[str, Manifest]:
+        """Merge runs if they are too many, count, and pack; returns the manifests by split.
+
+        `dropped` tells for each split what was dropped of its sources.
+        """
         tokenizer = Tokenizer.load(self.output.tokenizer)
         assert self.settings.chunks_per_shard
         framing = Framing(
@@ -238,23 +265,35 @@ class SecondPass:
         tokens = framed_tokens(summaries)
         partitions = self._merge(summaries, tokens)
         splits = self._count(summaries, partitions, tokens)
-        digest = _digest((self.settings.model_dump_json(), tokenizer.sha256, splits), summaries)
+        digest = digest_of((self.settings.model_dump_json(), tokenizer.sha256, splits), summaries)
         task = PackTask(partitions, splits, framing, self.output.work, digest)
         with pass_bar(self.console, "pack", "ranges", task.ranges) as report:
             shards = pack_all(task, self.workers, report)
         origin: dict[str, Any] = {
             "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": tokenizer.sha256,
-            "source": self.settings.source,
-            "sources": self.sources,
             "seed": self.settings.seed,
         }
-        return {split.name: split.manifest(framing, shards[split.name], origin) for split in splits}
+        return {
+            split.name: split.manifest(
+                framing, shards[split.name], origin | self._origin(split.name, dropped)
+            )
+            for split in splits
+        }
+
+    def _origin(self, split: str, dropped: Mapping[str, BySource]) -> dict[str, object]:
+        """What the manifest of a split says of its source."""
+        has_own = self.settings.valid is not None and split == VALID
+        return {
+            "source": self.settings.source_of(split),
+            "sources": None if has_own else self.sources,
+            "dropped": dropped[split] if self.settings.chooses else None,
+        }
 
     def _merge(self, summaries: Sequence[PartSummary], tokens: int) -> list[Partition]:
         paths = [self.output.runs / name for summary in summaries for name in summary.runs]
         layout = Layout.of(tokens, len(paths))
-        task = MergeTask(layout, self.output.merged_runs, _digest((layout,), summaries))
+        task = MergeTask(layout, self.output.merged_runs, digest_of((layout,), summaries))
         if not layout.groups:
             return merged(task, paths, self.workers, lambda *_: None)
         with pass_bar(self.console, "merge", "groups of runs", layout.groups) as report:
@@ -264,7 +303,10 @@ class SecondPass:
         self, summaries: Sequence[PartSummary], partitions: Sequence[Partition], tokens: int
     ) -> list[SplitPlan]:
         """Count what each range of keys holds of each split."""
-        train, valid = split_ranges(summaries, self.settings.valid_fraction)
+        if self.settings.valid:
+            train, valid = halves(summaries, self.settings)
+        else:
+            train, valid = split_ranges(summaries, self.settings.valid_fraction)
         hashes = {TRAIN: train, VALID: valid}
         splits = {name: hashes[name] for name in self.settings.splits}
         task = CountTask(partitions[-1].ranges.stop, tuple(splits.values()))
@@ -274,7 +316,7 @@ class SecondPass:
         return [SplitPlan(*item, found) for item, found in zip(splits.items(), counts, strict=True)]
 
 
-def _digest(parts: Iterable[object], summaries: Sequence[PartSummary]) -> str:
+def digest_of(parts: Iterable[object], summaries: Sequence[PartSummary]) -> str:
     """SHA-256 of some parts and of what pass 1 has read: all that decides the bytes of a step."""
     digest = hashlib.sha256()
     for part in (*parts, *(summary.model_dump_json() for summary in summaries)):

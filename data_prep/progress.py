@@ -9,8 +9,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from data_prep.dropped import BySource, rows
 from data_prep.workers import Report
 from i3dist.data.manifest import Manifest, SourceCounts
+from i3dist.errors import printable
 
 _REDRAW_S = 0.1
 
@@ -69,4 +71,21 @@ def sources_table(sources: Iterable[SourceCounts]) -> Table:
     for source in sources:
         counts = f"{source.documents:,}", f"{source.tokens:,}", f"{source.epochs:,.3f}"
         table.add_row(escape(source.name), f"{source.weight:g}", *counts)
+    return table
+
+
+def dropped_table(dropped: Mapping[str, BySource], *, of_splits: bool) -> Table:
+    """Documents that were dropped, by source and reason; `dropped` has them by split.
+
+    With `of_splits` each split has sources of its own. Otherwise all have the same.
+    """
+    table = Table(title="Dropped documents")
+    table.add_column("source", overflow="fold")
+    table.add_column("reason")
+    table.add_column("documents", justify="right")
+    splits = sorted(dropped) if of_splits else sorted(dropped)[:1]
+    for split in splits:
+        for source, reason, count in rows(dropped[split]):
+            name = f"{split}: {source}" if of_splits else source
+            table.add_row(escape(printable(name)), reason, f"{count:,}")
     return table

@@ -91,8 +91,9 @@ class CountTask:
         cuts = np.searchsorted(run.high, np.array(edges))
         lengths = np.diff(run.bounds(0, len(run.high)))
         found = np.empty((len(self.splits), 2, len(ranges)), np.int64)
+        splits = run.splits(0, len(run.split))
         for counts, hashes in zip(found, self.splits, strict=True):
-            inside = (run.split >= hashes.start) & (run.split < hashes.stop)
+            inside = (splits >= hashes.start) & (splits < hashes.stop)
             for row, numbers in zip(counts, (inside, inside * lengths), strict=True):
                 ends = np.concatenate(([0], np.cumsum(numbers)))
                 row[:] = np.diff(ends[cuts])

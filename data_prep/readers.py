@@ -6,12 +6,12 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,8 +19,10 @@ import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
 from data_prep.line_ranges import LineRecord
-from data_prep.sources import Record, clean_file_name
+from data_prep.row_filter import kept_lines, kept_rows
+from data_prep.sources import Record, Skip, clean_file_name
 from data_prep.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
+from data_prep.where import STRINGS, Where
 from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
 
@@ -39,7 +41,6 @@ _GENTLY: Any = {"pre_buffer": False, "buffer_size": 1 << 21}
 """Options of pyarrow under which it holds 2 MB of a column, not all of a row group."""
 
 _MARK = codecs.BOM_UTF8.decode()
-_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 _BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
 _NO_VALUE = ValueError, OverflowError, LookupError, pa.ArrowException
 
@@ -50,13 +51,18 @@ class TextFile:
 
     `name` is its path below the source's root, and `number` its place in the order of names. The
     url of a txt file is `scheme` and `name`. `column` is the column, or the key, that holds
-    documents.
+    documents. Rows of which `where` is not true are left out.
     """
 
     name: str
     number: int
     scheme: str = field(default="", kw_only=True)
     column: str = field(default=TEXT, kw_only=True)
+    where: Where | None = field(default=None, kw_only=True)
+
+    def unfiltered(self) -> Self:
+        """The file with all its rows."""
+        return replace(self, where=None)
 
     @property
     def place(self) -> str:
@@ -173,7 +179,8 @@ def spans_of(file: SourceFile) -> list[Span]:
     """The spans of a file.
 
     Raises:
-        UserError: a parquet file is damaged, or does not have exactly one column `text`.
+        UserError: a parquet file is damaged, does not have exactly one column `text`, or has
+            columns that the file's condition does not fit.
     """
     size = file.state[0]
     if not file.is_a(PARQUET):
@@ -210,7 +217,8 @@ def row_groups(handle: BinaryIO, file: TextFile) -> list[RowGroup]:
     """The row groups of a parquet file.
 
     Raises:
-        UserError: there is not exactly one column of text.
+        UserError: there is not exactly one column of text, or the condition does not fit the
+            columns.
     """
     with pq.ParquetFile(handle) as parquet:
         names = parquet.schema_arrow.names
@@ -221,6 +229,8 @@ def row_groups(handle: BinaryIO, file: TextFile) -> list[RowGroup]:
                 f"{file.place} {wrong} {file.column!r}; its columns are {found} (--text-column "
                 "names the one that holds the text)"
             )
+        if file.where:
+            file.where.check(parquet.schema_arrow, file.place)
         groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
         if sum(group.num_rows for group in groups) != parquet.metadata.num_rows:
             raise ValueError("its footer contradicts itself on the number of rows")
@@ -233,12 +243,22 @@ def row_groups(handle: BinaryIO, file: TextFile) -> list[RowGroup]:
 def read_rows(
     parquet: pq.ParquetFile, file: TextFile, group: int, first_row: int
 ) -> Iterator[Record]:
-    """Read the documents of a row group."""
+    """Read the documents of a row group; no text where none of them is kept."""
     name = clean_file_name(file.name)
+    kept: Iterable[bool] = itertools.repeat(True)
+    if file.where:
+        place = f"{file.place}, row group {group}"
+        kept = rows = kept_rows(parquet, group, file.where, place).tolist()
+        if not any(rows):
+            for row in range(first_row, first_row + len(rows)):
+                yield Record(f"{name}#{row}", "", "", Skip.WHERE)
+            return
     text = _text(parquet, group, file.column)
-    labels = (_labels(parquet, group, key) for key in _LABELS)
-    for row, values in enumerate(zip(text, *labels, strict=False), first_row):
-        yield _record(f"{name}#{row}", dict(zip((TEXT, *_LABELS), values, strict=True)))
+    labels = zip(*(_labels(parquet, group, key) for key in _LABELS), strict=True)
+    documents = zip(text, labels, kept, strict=False)
+    for row, (value, found, is_kept) in enumerate(documents, first_row):
+        fields = dict(zip(_LABELS, found, strict=True))
+        yield _record(f"{name}#{row}", fields, value if is_kept else Skip.WHERE)
 
 
 def _text(parquet: pq.ParquetFile, group: int, key: str) -> Iterator[Any]:
@@ -294,7 +314,7 @@ def _values(column: pa.Array, is_text: bool) -> list[Any]:
     any Python value that pyarrow makes of it, else None.
     """
     plain = column.storage if isinstance(column.type, pa.BaseExtensionType) else column
-    if plain.type in _STRINGS:
+    if plain.type in STRINGS:
         return plain.cast(pa.large_binary()).to_pylist()
     if is_text and column.type not in _BINARY and not pa.types.is_fixed_size_binary(column.type):
         return [True if valid else None for valid in column.is_valid().to_pylist()]
@@ -332,6 +352,13 @@ def read_text_file(
     file: TextFile, stream: HashedFile, encoding: str | None, first_row: int
 ) -> Iterator[Record]:
     """Read the documents of a jsonl or txt file, from the line that has number `first_row` on."""
+    records = _read_text(file, stream, encoding, first_row)
+    yield from kept_lines(records, file.where, file.place) if file.where else records
+
+
+def _read_text(
+    file: TextFile, stream: HashedFile, encoding: str | None, first_row: int
+) -> Iterator[Record]:
     name = clean_file_name(file.name)
     if not file.is_a(*JSON_LINES):
         whole = read_text(stream, file.file_name, encoding)
@@ -342,11 +369,10 @@ def read_text_file(
         text = line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
         if text and not text.isspace():
             fields = _parse_line(text, f"{file.place}, line {row + 1}", file.column)
-            yield _record(f"{name}#{row}", fields)
+            yield _record(f"{name}#{row}", fields, fields[file.column])
 
 
 def _parse_line(line: str, place: str, key: str) -> dict[str, Any]:
-    """The fields of a line; its text stands under `TEXT`."""
     try:
         fields = _loads(line, key)
     except (ValueError, RecursionError) as error:
@@ -354,7 +380,7 @@ def _parse_line(line: str, place: str, key: str) -> dict[str, Any]:
         raise UserError(f"{place}: broken JSON ({reason}); repair or remove it") from None
     if not isinstance(fields, dict) or key not in fields:
         raise UserError(f"{place}: no key {key!r} (--text-column names the one with the text)")
-    return fields if key == TEXT else fields | {TEXT: fields[key]}
+    return fields
 
 
 def _loads(line: str, key: str) -> Any:
@@ -369,9 +395,9 @@ def _loads(line: str, key: str) -> Any:
         raise
 
 
-def _record(position: str, fields: dict[str, Any]) -> Record:
+def _record(position: str, fields: dict[str, Any], text: object) -> Record:
     identifier, url = (_label(fields.get(key), position) for key in _LABELS)
-    return Record(position, identifier, url, fields[TEXT])
+    return Record(position, identifier, url, text, fields)
 
 
 def _label(value: object, default: str) -> str:

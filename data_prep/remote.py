@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from data_prep.files import grouped
 from data_prep.readers import (
+    JSON_LINES,
     PARQUET,
     SUFFIXES,
     SUFFIXES_IN_WORDS,
@@ -28,8 +29,10 @@ from data_prep.readers import (
     row_groups,
 )
 from data_prep.retries import retried, why
+from data_prep.row_filter import for_sample
 from data_prep.sources import Part, Record, Source, clean_file_name
 from data_prep.streams import HashedFile, encoding_of
+from data_prep.where import Where
 from i3dist.data.download import shown
 from i3dist.errors import UserError
 
@@ -225,6 +228,18 @@ class RemoteSource(Source):
         """Parts of about equal size."""
         return remote_parts(self.remote_files, self.revision)
 
+    def chosen(self, where: str) -> "RemoteSource":
+        """The source without the rows of which the expression `where` is not true."""
+        for file in self.remote_files:
+            if not file.is_a(PARQUET, *JSON_LINES):
+                raise UserError(
+                    f"--where needs rows with columns, and {file.place} has none: name only "
+                    "parquet and jsonl with --source, or omit --where"
+                )
+        condition = Where.parse(where)
+        files = tuple(replace(file, where=condition) for file in self.remote_files)
+        return replace(self, remote_files=files)
+
     def with_text_column(self, column: str) -> "RemoteSource":
         """The source with another column, or key, as its text."""
         files = tuple(replace(file, column=column) for file in self.remote_files)
@@ -233,9 +248,21 @@ class RemoteSource(Source):
 
 def remote_parts(files: Sequence[RemoteFile], revision: str) -> list[RemotePart]:
     """Parts of about equal size. The footers of parquet files are read, many at a time."""
+    files = _with_columns_of_lines(files)
     with ThreadPoolExecutor(_THREADS) as pool:
         spans = [span for found in pool.map(_spans_of, files) for span in found]
     return [RemotePart(group, revision) for group in grouped(spans, _PART)]
+
+
+def _with_columns_of_lines(files: Sequence[RemoteFile]) -> Sequence[RemoteFile]:
+    """The files; those of jsonl with a condition for the columns in a sample of their lines."""
+    lines = [file for file in files if file.where and file.is_a(*JSON_LINES)]
+    if not lines or not lines[0].where:
+        return files
+    readers = [partial(_read_text, file.unfiltered()) for file in lines]
+    place = lines[0].place if len(lines) == 1 else "the jsonl"
+    where = for_sample(lines[0].where, readers, place)
+    return [replace(file, where=where) if file in lines else file for file in files]
 
 
 def _spans_of(file: RemoteFile) -> list[RemoteSpan]:

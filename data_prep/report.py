@@ -5,12 +5,13 @@ examples:
   python data_prep/report.py data/mine --html mine.html
   python data_prep/report.py data/mine --split valid
 
-The figures: documents and tokens; the lengths of documents; the chunks that a
-document lies in; the share of tokens that have 0 to 8 chunks of history before
-them, which is what a model with compressed history can use; bytes per token;
-the domains with most tokens; and a few examples, of short, median and long
-documents. --html writes them to one page with charts, which needs no other
-file.
+The figures: documents and tokens; what filters removed, by source and reason,
+if shard.py was told to choose documents; the lengths of documents; the chunks
+that a document lies in; the share of tokens that have 0 to 8 chunks of history
+before them, which is what a model with compressed history can use; bytes per
+token; the domains with most tokens; and a few examples, of short, median and
+long documents. --html writes them to one page with charts, which needs no
+other file.
 
 Lengths, chunks, history and domains are read from index.parquet, all of it.
 Bytes per token are those of a sample of shards. --seed draws the sample and
@@ -77,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def print_tables(figures: Figures, console: Console) -> None:
     """Print all figures but the examples."""
     console.print(_table("Totals", ("", "", ""), figures.totals()))
+    if (dropped := figures.dropped()) is not None:
+        counts = [(source, reason, f"{count:,}") for source, reason, count in dropped]
+        console.print(_table("What filters removed", ("source", "reason", "documents"), counts))
+        console.print(figures.dropped_in_words())
     console.print(_table("Lengths of documents", ("", "tokens"), figures.lengths()))
     chunks = [(label, f"{count:,}") for label, count in figures.chunks()]
     console.print(_table("Chunks per document", ("chunks", "documents"), chunks))

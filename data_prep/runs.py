@@ -1,4 +1,7 @@
-"""Reads runs: memory-mapped Arrow files of framed documents, sorted by key."""
+"""Reads runs: memory-mapped Arrow files of framed documents, sorted by key.
+
+Beside a run there may be marks: numbers of rows, in order, of documents to leave out.
+"""
 
 import ctypes
 import mmap
@@ -11,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_prep.shuffle import token_dtype
+from data_prep.shuffle import HASH_END, token_dtype
 from i3dist.data.token_types import UINT16, Stored
 from i3dist.errors import UserError
+from i3dist.files import write_whole
 
 _HASHES = ("high", "low", "split")
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -47,11 +51,21 @@ class Run:
         self.tokens = np.frombuffer(
             self.batch["tokens"].buffers()[2], token_dtype(self.batch.schema)
         )
+        self._marks = _read_marks(path)
         self._place = ctypes.c_void_p(self._bytes.address), ctypes.c_size_t(self._bytes.size)
 
     def bounds(self, first: int, last: int) -> NDArray[np.int64]:
         """Where documents `first` to `last` begin in `tokens`, in tokens: [last - first + 1]."""
         return self.offsets[first : last + 1] // self.tokens.itemsize
+
+    def splits(self, first: int, last: int) -> NDArray[np.int64]:
+        """The hashes of some rows that decide the split; `HASH_END` if a row is left out."""
+        split = self.split[first:last]
+        marked = self._marks[slice(*np.searchsorted(self._marks, (first, last)))]
+        if len(marked):
+            split = split.copy()
+            split[marked - first] = HASH_END
+        return split
 
     def release(self) -> None:
         """Let go of the pages that were read, so that they do not count as memory in use."""
@@ -59,7 +73,7 @@ class Run:
 
 
 class Keys(NamedTuple):
-    """All documents of a range, in the order of their keys."""
+    """The documents of a range, in the order of their keys, without those that are left out."""
 
     order: NDArray[np.int64]
     """[N], for each document its row, counted over the rows of the range in all runs."""
@@ -85,11 +99,13 @@ class RunReader:
         ends = np.array((start, stop))
         found = ((run, *np.searchsorted(run.high, ends)) for run in self._runs)
         self._rows = [(run, first, last) for run, first, last in found if first < last]
-        high, low, split = (
+        high, low = (
             _joined([getattr(run, name)[first:last] for run, first, last in self._rows])
-            for name in _HASHES
+            for name in ("high", "low")
         )
+        split = _joined([run.splits(first, last) for run, first, last in self._rows])
         order = np.lexsort((low, high)) if len(self._rows) > 1 else np.arange(len(high))
+        order = order[split[order] < HASH_END]
         lengths = [np.diff(run.bounds(first, last)) for run, first, last in self._rows]
         return Keys(order, split[order], _joined(lengths)[order])
 
@@ -133,6 +149,26 @@ class RunReader:
             self._buffer = np.empty(total, self._buffer.dtype)
         parts = [values[run][start:stop] for run, start, stop in places]
         return np.concatenate(parts, out=self._buffer[:total])
+
+
+def write_marks(run: Path, rows: NDArray[np.uint32]) -> None:
+    """Mark rows of a run, given in order, to be left out; all others are kept."""
+    if len(rows):
+        write_whole(_marks_path(run), rows.astype("<u4").tobytes())
+    else:
+        _marks_path(run).unlink(missing_ok=True)
+
+
+def _read_marks(run: Path) -> NDArray[np.uint32]:
+    path = _marks_path(run)
+    if not path.exists():
+        return np.empty(0, np.uint32)
+    with pa.memory_map(os.fsencode(path)) as file:
+        return np.frombuffer(file.read_buffer(), "<u4")
+
+
+def _marks_path(run: Path) -> Path:
+    return run.with_suffix(".dropped")
 
 
 def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -9,6 +9,9 @@ examples:
     python data_prep/shard.py --source 'texts/*.parquet' --out data/texts
   all of one source, and 30% of the documents of another:
     python data_prep/shard.py --source a.jsonl --source web:0.3 --out data/mix
+  a choice of rows:
+    python data_prep/shard.py --source 'texts/*.parquet' --out data/chosen \\
+      --where "int_score >= 3 and language = 'en'" --deduplicate
   conversations, of which the model learns the answers:
     python data_prep/shard.py --source chats.jsonl --format chat --out data/chats
   your own with two machines that share a disk, each command on any of them:
@@ -26,7 +29,8 @@ read with all its subfolders, as by `find -L`, except for hidden names, folders
 whose names begin with _ , and the output of this tool. Skipped documents and
 left-out files are counted by reason at the end. A broken file ends the run; a
 task does all else first. Once it is repaired, its own parts are tokenized
-again, and no others.
+again, and no others. --where, --min-tokens and --max-tokens choose from
+--source only: that of --valid is taken as it is.
 
 With several sources documents of all are shuffled together. Each is taken as
 often as the source's weight says; copies get places of their own.
@@ -55,6 +59,9 @@ from rich.console import Console
 
 from data_prep.arguments import TaskShare
 from data_prep.begun import Begun
+from data_prep.choice import Choice
+from data_prep.dropped import dropped_by_split
+from data_prep.duplicates import STEPS, Deduplication
 from data_prep.evidence import Evidence, Piece
 from data_prep.files import file_source
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
@@ -62,12 +69,13 @@ from data_prep.formats import FORMATS
 from data_prep.given_tokenizer import given_tokenizer
 from data_prep.hub import DATASET, source_at
 from data_prep.mixture import Weighted, count_sources, mixed, split_weight
-from data_prep.options import add_options
+from data_prep.options import add_options, check_choices
 from data_prep.output import OTHER_CONTENT, Output, OutputSettings
 from data_prep.pack import chunks_per_shard
 from data_prep.passes import (
     SecondPass,
     SpillPlan,
+    digest_of,
     failures,
     finished,
     forget_parts_of,
@@ -76,7 +84,7 @@ from data_prep.passes import (
     spill_some,
 )
 from data_prep.plan import Plan
-from data_prep.progress import closing_table, pass_bar, sources_table
+from data_prep.progress import closing_table, dropped_table, pass_bar, sources_table
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, TEXT, Part, Source, clean_file_name
 from data_prep.tokenizer import (
@@ -87,6 +95,7 @@ from data_prep.tokenizer import (
     sample_texts,
     train_tokenizer,
 )
+from data_prep.validation import PairOfSources
 from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import is_url, typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
@@ -147,15 +156,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser)
     add_extend_option(parser)
     options = parser.parse_args(arguments)
+    check_choices(options)
     # After all options, as --extend adds names.
     options.source = [_typed_source(text) for text in options.source or [DATASET]]
+    if options.valid:
+        options.valid = _typed_place(options.valid)
     return options
 
 
 def _typed_source(text: str) -> tuple[str | Path, float]:
     """A name, URL or path, and the weight of the source."""
     spec, weight = split_weight(text)
-    return spec if spec in SOURCES or is_url(spec) else typed_path(spec), weight
+    return _typed_place(spec), weight
+
+
+def _typed_place(text: str) -> str | Path:
+    return text if text in SOURCES or is_url(text) else typed_path(text)
 
 
 def open_sources(options: argparse.Namespace, former: OutputSettings | None) -> Source:
@@ -166,8 +182,8 @@ def open_sources(options: argparse.Namespace, former: OutputSettings | None) -> 
             f"there are {len(columns)} --text-column and {len(options.source)} --source: give the "
             "column once, or once for each source"
         )
-    columns *= len(options.source) // len(columns)
-    pairs = zip(options.source, columns, strict=True)
+    each = columns * (len(options.source) // len(columns))
+    pairs = zip(options.source, each, strict=True)
     source = mixed(
         [
             Weighted(open_source(spec, options.format, column), weight)
@@ -176,7 +192,15 @@ def open_sources(options: argparse.Namespace, former: OutputSettings | None) -> 
     )
     if former and former.source == source.name:
         source.pin(former.revision)
-    return source
+    if options.where:
+        source = source.chosen(options.where)
+    if not options.valid:
+        return source
+    column = columns[0] if len(columns) == 1 else None
+    validation = open_source(options.valid, options.format, column)
+    if former and former.valid == validation.name and former.valid_revision:
+        validation.pin(former.valid_revision)
+    return PairOfSources(source, validation)
 
 
 def open_source(spec: str | Path, documents: str = TEXT, column: str | None = None) -> Source:
@@ -215,6 +239,7 @@ def settings_of(
     vocab_size = given.vocab_size if given else options.vocab_size or DEFAULT_VOCABULARY
     former_chunks = former.chunks_per_shard if former else None
     sample_mb = former.tokenizer_sample_mb if former else DEFAULT_SAMPLE_MB
+    validation = source.validation if isinstance(source, PairOfSources) else None
     return OutputSettings(
         source=source.name,
         revision=source.revision if former and former.has_content_digest else source.outline,
@@ -227,7 +252,21 @@ def settings_of(
         valid_fraction=options.valid_fraction,
         seed=options.seed,
         format=options.format,
+        where=options.where,
+        min_tokens=options.min_tokens,
+        max_tokens=options.max_tokens,
+        deduplicate=options.deduplicate or None,
+        valid=validation.name if validation else None,
+        valid_revision=validation.outline if validation else None,
+        license=options.license or (former.license if former else source.license),
+        valid_license=_valid_license(validation, former),
     )
+
+
+def _valid_license(validation: Source | None, former: OutputSettings | None) -> str | None:
+    if not validation:
+        return None
+    return former.valid_license if former else validation.license
 
 
 @dataclass(frozen=True)
@@ -341,6 +380,7 @@ class Preparation:
             self.settings.seed,
             self.settings.format,
             output.merged_runs,
+            self._choice,
         )
 
     def _begin(self, plan: SpillPlan, given: Tokenizer | None, workers: int | None) -> None:
@@ -363,15 +403,19 @@ class Preparation:
         self, plan: SpillPlan, summaries: Sequence[PartSummary], workers: int, start: float
     ) -> None:
         """Pass 2: pack all runs; `start` is the time to count from."""
+        summaries = self._without_duplicates(summaries, workers)
         settings = self._with_chunks_chosen(framed_tokens(summaries))
         sources = count_sources(self.source, plan.parts, summaries)
+        dropped = dropped_by_split(plan.parts, summaries, settings)
         packing = SecondPass(settings, self.output, self.console, workers, sources)
-        manifests = packing.run(summaries)
+        manifests = packing.run(summaries, dropped)
         self.output.publish(manifests, self._evidence(sorted(_pieces(summaries), key=_place)))
         skipped = _skipped(summaries)
         self.console.print(closing_table(manifests, skipped, time.monotonic() - start))
         if sources:
             self.console.print(sources_table(sources))
+        if settings.chooses:
+            self.console.print(dropped_table(dropped, of_splits=settings.valid is not None))
         if self.source.left_out:
             self._say(f"left out: {self.source.left_out}")
 
@@ -434,6 +478,11 @@ class Preparation:
             raise UserError(f"{refusal}, or keep its tokenizer: --tokenizer {path}")
         return data
 
+    @property
+    def _choice(self) -> Choice:
+        settings = self.settings
+        return Choice(settings.min_tokens, settings.max_tokens, bool(settings.deduplicate))
+
     def _spill(self, plan: SpillPlan, workers: int) -> list[PartSummary]:
         """Pass 1: tokenize every part that is not finished yet."""
         with pass_bar(self.console, "tokenize", "parts", len(plan.parts)) as report:
@@ -447,6 +496,18 @@ class Preparation:
                 )
             raise no_usable_document(self.settings.source, _skipped(summaries))
         return summaries
+
+    def _without_duplicates(
+        self, summaries: Sequence[PartSummary], workers: int
+    ) -> Sequence[PartSummary]:
+        """Between the passes: mark duplicates, if that is asked for."""
+        if not self.settings.deduplicate:
+            return summaries
+        task = Deduplication(
+            summaries, self.output.runs, self.output.duplicates, digest_of((), summaries)
+        )
+        with pass_bar(self.console, "compare", "steps", STEPS * len(task.groups)) as report:
+            return task.run(workers, report)
 
     def _with_chunks_chosen(self, tokens: int) -> OutputSettings:
         """The settings with a number of chunks per shard, which the output keeps."""
@@ -465,9 +526,11 @@ class Preparation:
     def _forecast(self, parts: Sequence[Part], workers: int, tokenizer: Tokenizer | None) -> None:
         """Show what will be made, and refuse what cannot be."""
         with self.console.status("measuring a sample of the source"):
-            sample = measure(parts, tokenizer, FORMATS[self.settings.format])
+            sample = measure(parts, tokenizer, FORMATS[self.settings.format], self._choice)
         if sample is None:
-            self.console.print("no estimate: the size of this source is not known beforehand")
+            unknown = "the size of this source is not known beforehand"
+            rare = ", or no row of a sample meets --where" if self.settings.where else ""
+            self.console.print(f"no estimate: {unknown}{rare}", soft_wrap=True)
             return
         forecast = Forecast.of(sample, self.settings, workers)
         free = self.output.free_bytes()

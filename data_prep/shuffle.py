@@ -20,15 +20,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_prep.choice import ALL, Choice
 from data_prep.evidence import Piece, Saved
 from data_prep.formats import FORMATS, Format
 from data_prep.sources import TEXT, Part, Record, Share, Skip
+from data_prep.text_hash import text_hash, write_hashes
 from i3dist.data.token_types import UINT16, Stored
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.files import write_whole, written_aside
 
 HASH_END = 1 << 62
 """Hashes are smaller than this, so that they and the bounds of ranges fit into int64."""
+
+HALF = HASH_END // 2
+"""Where sources decide which documents are for validation, those have split hashes below this."""
 
 RUN_TOKENS = 1 << 25
 _RUN_DOCUMENTS = 1 << 18
@@ -51,13 +56,16 @@ RUN_SCHEMA = pa.schema(
 class Document(NamedTuple):
     """A tokenized document, without <BOS> and <EOS>, and its `hashes`.
 
-    Its tokens are as shards store them.
+    Its tokens are as shards store them. `text_hash` and `place`, its number in the part, serve to
+    find duplicates.
     """
 
     hashes: bytes
     id: str
     url: str
     tokens: Stored
+    text_hash: bytes = b""
+    place: int = 0
 
 
 class PartSummary(Saved):
@@ -117,6 +125,12 @@ def copies(text: bytes, position: str, seed: int, share: Share | None) -> list[b
     return [first, *more] if count else []
 
 
+def in_half(found: bytes, is_validation: bool) -> bytes:
+    """The results of `hashes` with a split below `HALF`, or from there on."""
+    split = int.from_bytes(found[16:]) % HALF
+    return found[:16] + (split if is_validation else HALF + split).to_bytes(8)
+
+
 def hash_columns(found: Sequence[bytes]) -> NDArray[np.int64]:
     """The results of `hashes` as numbers below `HASH_END`: int64 [3, N] (high, low, split)."""
     numbers = np.frombuffer(b"".join(found), ">u8").reshape(-1, 3).T
@@ -132,6 +146,12 @@ def token_dtype(schema: pa.Schema) -> np.dtype[np.unsignedinteger]:
     """The type of the tokens in a run of this schema."""
     metadata = schema.metadata or {}
     return np.dtype(metadata.get(_DTYPE, UINT16.dtype.str.encode()).decode())
+
+
+def sorted_by_key(run: Sequence[Document]) -> list[Document]:
+    """The documents of a run in the order of their keys."""
+    columns = hash_columns([document.hashes for document in run])
+    return [run[place] for place in np.lexsort(columns[::-1])]
 
 
 def run_table(run: Sequence[Document], bos_id: int, eos_id: int) -> pa.Table:
@@ -172,6 +192,7 @@ class Spiller:
     seed: int
     report: Callable[[int], None]
     format: Format = FORMATS[TEXT]
+    choice: Choice = ALL
 
     def spill(self, part: Part, number: int) -> PartSummary:
         """Tokenize part `number` into runs, and write its summary last."""
@@ -180,8 +201,12 @@ class Spiller:
         documents = tokens = 0
         smallest, largest = HASH_END, -1
         pieces: list[Piece] = []
-        for run in self._runs(_records(part, pieces), part.share, tally):
+        for run in self._runs(part, _records(part, pieces), tally):
             names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
+            if self.choice.deduplicate:
+                run = sorted_by_key(run)
+                found, places = [d.text_hash for d in run], [d.place for d in run]
+                write_hashes(found, places, self.folder / names[-1])
             table = run_table(run, self.tokenizer.bos_id, self.tokenizer.eos_id)
             write_run(table, self.folder / names[-1])
             documents += len(run)
@@ -203,23 +228,35 @@ class Spiller:
         write_whole(summary_path(self.folder, number), summary.model_dump_json().encode())
         return summary
 
+    def _copies(self, part: Part, text: bytes, position: str) -> list[bytes]:
+        """The hashes of each copy of a document that is taken."""
+        found = copies(text, position, self.seed, part.share)
+        if part.is_validation is None:
+            return found
+        return [in_half(each, part.is_validation) for each in found]
+
     def _runs(
-        self, records: Iterable[Record], share: Share | None, tally: _Tally
+        self, part: Part, records: Iterable[Record], tally: _Tally
     ) -> Iterator[list[Document]]:
         run: list[Document] = []
         size = 0
-        for record in records:
+        for place, record in enumerate(records):
             text = self.format.usable(record.text)
             if isinstance(text, Skip):
                 tally.skipped[text.value] += 1
                 continue
-            tally.usable += 1
-            found = copies(text, record.position, self.seed, share)
-            if not found:
+            found = self._copies(part, text, record.position)
+            if not found and not self.choice.by_length:
+                tally.usable += 1
                 continue
             tokens = self.format.encode(self.tokenizer, text)
             self.report(len(tokens) * len(found))
-            run += [Document(each, record.id, record.url, tokens) for each in found]
+            if skip := self.choice.skip(part, len(tokens)):
+                tally.skipped[skip.value] += 1
+                continue
+            tally.usable += 1
+            same = text_hash(text) if self.choice.deduplicate else b""
+            run += [Document(each, record.id, record.url, tokens, same, place) for each in found]
             size += len(tokens) * len(found)
             if size >= RUN_TOKENS or len(run) >= _RUN_DOCUMENTS:
                 yield run

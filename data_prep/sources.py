@@ -28,10 +28,10 @@ shard.py with `--extend FILE.py --source NAME`:
 
 import codecs
 import enum
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from data_prep.evidence import Piece, State
 from i3dist.errors import UserError
@@ -55,13 +55,15 @@ class Record:
 
     `position` is its place in the source. It decides the document's place in the shuffled order,
     so it differs for every document. `text` is a str or UTF-8 bytes, in the format chat a list of
-    messages; a document with anything else is skipped, and counted by reason.
+    messages; a document with anything else is skipped, and counted by reason. A `Skip` as the text
+    is that reason. `columns` are all values of a line of jsonl, by name.
     """
 
     position: str
     id: str
     url: str
     text: object
+    columns: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ class Part:
 
     share: Share | None = None
     """Where the source is one of several, or has a weight."""
+
+    source: str = ""
+    """Name of its source, where a split has several."""
+
+    is_validation: bool | None = None
+    """Whether all its documents are for validation, or none; None if their hashes decide."""
 
     def records(self) -> Iterable[Record]:
         """Read the documents in order. A generator may return the pieces of files that it read."""
@@ -120,6 +128,11 @@ class Source:
     """What `--source` covers and the source does not read, in words."""
 
     @property
+    def license(self) -> str | None:
+        """The license of the texts, where the source states one."""
+        return None
+
+    @property
     def revision(self) -> str:
         """Text that differs where the content differs. Finding it may mean reading everything."""
         raise NotImplementedError
@@ -140,6 +153,14 @@ class Source:
 
     def pin(self, revision: str) -> None:
         """Stay at this revision, from which the output was begun."""
+
+    def chosen(self, where: str) -> "Source":
+        """The source without the rows of which the expression `where` is not true.
+
+        Raises:
+            UserError: its documents have no columns, or the expression is wrong.
+        """
+        raise UserError(f"--where needs rows with columns, and {self.name} has none: omit --where")
 
     def parts(self) -> Sequence[Part]:
         """The parts, in order."""
@@ -178,12 +199,18 @@ class Skip(enum.Enum):
     UNKNOWN_ROLE = "unknown role"
     EMPTY_MESSAGE = "empty message"
     NO_ANSWER = "no answer"
+    WHERE = "excluded by --where"
+    SHORT = "below --min-tokens"
+    LONG = "above --max-tokens"
+    DUPLICATE = "duplicate"
 
 
 def usable_text(raw: object) -> bytes | Skip:
     """The text of `raw` (a str, or UTF-8 bytes) as valid UTF-8, or the reason to skip it."""
     if raw is None:
         return Skip.NULL
+    if isinstance(raw, Skip):
+        return raw
     if not isinstance(raw, (bytes, str)):
         return Skip.NOT_TEXT
     try:

@@ -141,7 +141,9 @@ def no_usable_document(source: str, skipped: Counter[str]) -> UserError:
     """The error for a source without text; it counts by reason what was skipped."""
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     found = f"it holds {counts}" if counts else "it is empty"
-    return UserError(f"{source} has no usable document ({found}): name another --source")
+    reasons = {Skip.WHERE.value, Skip.SHORT.value, Skip.LONG.value}
+    other = ", or choose less strictly" if reasons & skipped.keys() else ""
+    return UserError(f"{source} has no usable document ({found}): name another --source{other}")
 
 
 def check_vocabulary(tokenizer: Tokenizer, wanted: int | None) -> None:

@@ -48,6 +48,9 @@ TOKEN_BYTES = UINT16.dtype.itemsize
 MAX_SHARDS = 4_000_000
 MAX_MANIFEST_BYTES = 1 << 30
 
+Dropped = dict[str, dict[str, Count]]
+"""Numbers of documents that were dropped, by the name of the source and the reason."""
+
 TokenId = Annotated[int, Field(ge=0, lt=LARGEST_VOCABULARY)]
 
 # How `Manifest.write` goes on after its first keys, and how it ends. No string in JSON holds a line
@@ -141,6 +144,7 @@ class _Header(Frozen):
     documents: Count
     tokens: Count
     chunks: Count
+    dropped: Annotated[Dropped | None, Field(exclude_if=lambda value: value is None)] = None
 
     @property
     def token_type(self) -> TokenType:
@@ -169,7 +173,7 @@ class _Header(Frozen):
 
     @model_validator(mode="after")
     def _version_is_the_lowest(self) -> Self:
-        lowest = lowest_version(self.token_type, self.sources)
+        lowest = lowest_version(self.token_type, self.sources, self.dropped)
         if self.version != lowest:
             raise ValueError(f"version {self.version} where dtype and keys are of {lowest}")
         return self

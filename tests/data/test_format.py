@@ -66,6 +66,29 @@ def test_the_reader_reads_conversations(
     assert list(reader["documents"](tmp_path / "out" / "train")) == expected
 
 
+def test_the_reader_reads_version_two(
+    made: tuple[Path, dict[str, str]], reader: dict[str, Callable[..., Any]]
+) -> None:
+    """Of all documents, none of which is too short, so that they are the same."""
+    out = made[0].with_name("chosen")
+    build(
+        made[0].with_name("in"),
+        out,
+        "--chunk-length",
+        32,
+        "--chunks-per-shard",
+        3,
+        "--min-tokens",
+        1,
+    )
+    assert (Manifest.load(made[0] / "train").version, Manifest.load(out / "train").version) == (
+        1,
+        2,
+    )
+    documents, former = (list(reader["documents"](path / "train")) for path in (out, made[0]))
+    assert documents == former
+
+
 def test_the_reader_refuses_a_damaged_shard(
     made: tuple[Path, dict[str, str]], reader: dict[str, Callable[..., Any]]
 ) -> None:

@@ -83,7 +83,7 @@ def build(source: Path | str, out: Path, *options: object) -> None:
 def arguments(source: Path | str, out: Path, *options: object) -> list[str]:
     """The command line that `build` runs; `options` come last, so they win."""
     small = ["--vocab-size", 400, "--chunks-per-shard", 4, "--chunk-length", 64, "--workers", 1]
-    wanted = ["--valid-fraction", 0.2, *options]
+    wanted = [*options] if "--valid" in options else ["--valid-fraction", 0.2, *options]
     if "--tokenizer" in wanted:
         del small[:2]
     return [str(part) for part in ("--source", source, "--out", out, *small, *wanted)]

@@ -22,6 +22,8 @@ WHOLE = {
     "tokenizer-sample-mb": (1, 10_000),
     "workers": (1, 1024),
     "chunk-length": (2, 65_536),
+    "min-tokens": (1, 2**40),
+    "max-tokens": (1, 2**40),
     "chunks-per-shard": (1, 1_000_000),
     "seed": (0, 2**63 - 1),
 }
@@ -43,6 +45,12 @@ DEFAULTS = {
     "chunks_per_shard": None,
     "valid_fraction": 0.005,
     "seed": 0,
+    "where": None,
+    "min_tokens": None,
+    "max_tokens": None,
+    "deduplicate": False,
+    "valid": None,
+    "license": None,
 }
 
 
@@ -98,7 +106,7 @@ def test_sources_are_what_was_typed_each_with_its_weight(
             parse(["--source", wrong])
 
 
-SOURCE = SimpleNamespace(name="texts", outline="r1", revision="r2")
+SOURCE = SimpleNamespace(name="texts", outline="r1", revision="r2", license=None)
 GIVEN = SimpleNamespace(sha256="abc", vocab_size=300, path="t.json")
 
 
