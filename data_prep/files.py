@@ -167,8 +167,9 @@ class FileSource(Source):
         self.kept = folder
 
     def _file(self, number: int, path: Path, name: str, state: State) -> SourceFile:
-        chosen = {"column": self.column, "where": self.where}
-        return SourceFile(name, number, path, state, scheme=self.scheme, **chosen)
+        return SourceFile(
+            name, number, path, state, scheme=self.scheme, column=self.column, where=self.where
+        )
 
     def parts(self) -> Sequence[FilePart]:
         """Parts of about equal size, small enough that every worker has some."""

@@ -127,8 +127,8 @@ def measure(
         return Sample(len(parts), tokens, found.documents * scale, None)
     tokens = found.text * scale * found.tokens / found.tokenized
     seconds = scale * (found.reading + found.tokenizing * found.text / found.tokenized)
-    documents = found.documents * scale * found.kept_documents / found.tokenized_documents
-    return Sample(len(parts), tokens, documents, seconds)
+    kept = found.documents * scale * found.kept_documents / found.tokenized_documents
+    return Sample(len(parts), tokens, kept, seconds)
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,13 @@ class HubSource(Source):
             urls = retried(lambda: _data_files(self.dataset, self.config, self.revision), self.name)
             sizes = retried(lambda: _sizes(urls), self.name)
         folder = self.config or "default"
-        chosen = {"column": self.column, "where": self.where}
         files = [
-            RemoteFile(f"{folder}/{number:05d}", number, url, url, size, **chosen)
+            RemoteFile(
+                f"{folder}/{number:05d}", number, url, url, size, column=self.column,
+                where=self.where,
+            )
             for number, (url, size) in enumerate(zip(urls, sizes, strict=True))
-        ]
+        ]  # fmt: skip
         return remote_parts(files, self.revision)
 
     def sample_parts(self, parts: Sequence[Part]) -> Sequence[Part]:

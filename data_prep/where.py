@@ -10,10 +10,11 @@ column's is cast, or NULL where that cannot be. A row of which the condition is 
 
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ _CONFIG: dict[str, Any] = {
     "python_enable_replacements": False,
 }
 _TABLE = "source"
+_OF_THREAD = threading.local()
 _LONGEST_REASON = 200
 _DEEPEST = 32  # lists and objects in each other that have types; deeper ones are VARCHAR
 STRINGS = (pa.string(), pa.large_string(), pa.string_view())
@@ -275,11 +277,12 @@ def _duckdb() -> Any:
     return duckdb
 
 
-@cache
 def _connection() -> Any:
-    connection = _duckdb().connect(":memory:", config=_CONFIG)
-    connection.execute("SET TimeZone = 'UTC'").fetchall()
-    return connection
+    """A connection of this thread's own: footers at URLs are read by several threads."""
+    if not hasattr(_OF_THREAD, "connection"):
+        _OF_THREAD.connection = _duckdb().connect(":memory:", config=_CONFIG)
+        _OF_THREAD.connection.execute("SET TimeZone = 'UTC'").fetchall()
+    return _OF_THREAD.connection
 
 
 def _reason(error: Exception) -> str:

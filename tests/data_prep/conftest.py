@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep import files
@@ -38,3 +40,15 @@ def texts(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(built: Path) -> Path:
     return built / "tokenizer.json"
+
+
+@pytest.fixture
+def three_files(tmp_path: Path) -> Path:
+    """Parquet files of two row groups of two rows each, which serve as the hub's."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for number in range(3):
+        rows = [{"text": f"text {number} {i}", "id": f"{number}-{i}", "n": i} for i in range(4)]
+        table = pa.Table.from_pylist(rows).append_column("url", pa.array(["u"] * 4))
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=2)
+    return folder

@@ -33,7 +33,7 @@ from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 from tests.data_prep.corpus import arguments, build, read_documents, tree_digest
 from tests.data_prep.fuzzing import found
-from tests.data_prep.test_sources import _local
+from tests.data_prep.test_sources import serve_from
 
 ROOT = Path(__file__).parent.parent.parent
 WHERE = "score >= 1 and language = 'en'"
@@ -188,7 +188,7 @@ def test_a_missing_record_of_what_was_dropped_is_found(chosen: Path, tmp_path: P
     (line,) = found(out)
     assert line.startswith("train/manifest.json, key dropped: is missing")
     path.write_text(json.dumps(raw))
-    assert any("version 2 does not fit" in line for line in found(out))
+    assert any("version 2 where dtype and keys are of 1" in line for line in found(out))
 
 
 def test_workers_change_no_byte(source: Path, held_out: Path, chosen: Path, tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_the_forecast_counts_what_is_chosen(
     made = sum(Manifest.load(tmp_path / "out" / split).tokens for split in ("train", "valid"))
     parts = file_source(source).chosen(WHERE).parts()
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
-    sample = measure(parts, tokenizer, Choice(LEAST, MOST))
+    sample = measure(parts, tokenizer, choice=Choice(LEAST, MOST))
     assert sample is not None
     assert made / 1.5 < sample.tokens + 2 * sample.documents < made * 1.5
 
@@ -440,7 +440,7 @@ def test_the_forecast_counts_no_documents_of_other_lengths(built: Path) -> None:
     length = len(tokenizer.encode_utf8(f"{0:100}".encode()))
     sizes = []
     for choice in (Choice(), Choice(length), Choice(length + 1)):
-        sample = measure([Excluding()], tokenizer, choice)
+        sample = measure([Excluding()], tokenizer, choice=choice)
         assert sample
         sizes.append((round(sample.documents), sample.tokens > 0))
     assert sizes[0] == (250, True) and 0 < sizes[1][0] <= 250 and sizes[2][0] < sizes[1][0]
@@ -486,11 +486,10 @@ def test_the_forecast_says_what_it_does_not_know(
 
 
 def test_rows_of_the_hub_are_chosen_by_its_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    three_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "_check_reachable", lambda revision: revision or "newest")
-    monkeypatch.setattr(hub, "_license", lambda revision: f"odc-by at {revision}")
-    monkeypatch.setattr("datasets.load_dataset", _local(tmp_path))
+    serve_from(three_files, monkeypatch)
+    monkeypatch.setattr(hub, "_license", lambda _, revision: f"odc-by at {revision}")
     out = ["--out", str(tmp_path / "out"), "--vocab-size", "300", "--workers", "1"]
     main([*out, "--where", "n % 2 = 1"])
     kept = [name for split in ("train", "valid") for name, _ in documents(tmp_path / "out", split)]
@@ -500,29 +499,29 @@ def test_rows_of_the_hub_are_chosen_by_its_columns(
     assert (
         json.loads((tmp_path / "out" / "shard.json").read_bytes())["license"] == "odc-by at newest"
     )
-    with pytest.raises(UserError, match=f"no column m; {hub.HUB_NAME} has the columns text, id, n"):
+    with pytest.raises(UserError, match=r"no column m; .*/0\.parquet has the columns text, id, n"):
         main([*out[:1], str(tmp_path / "other"), *out[2:], "--where", "m = 1"])
 
 
 def test_a_source_for_validation_may_come_from_the_hub(
     source: Path,
+    three_files: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It is asked once: a finished output needs no network."""
     with monkeypatch.context() as patched:
-        patched.setattr(hub, "_check_reachable", lambda revision: revision or "newest")
-        patched.setattr(hub, "_license", lambda revision: f"odc-by at {revision}")
-        patched.setattr("datasets.load_dataset", _local(tmp_path))
+        serve_from(three_files, patched)
+        patched.setattr(hub, "_license", lambda _, revision: f"odc-by at {revision}")
         build(source, tmp_path / "out", "--valid", hub.DATASET)
     raw = json.loads((tmp_path / "out" / "shard.json").read_bytes())
     assert (raw["valid"], raw["valid_revision"]) == (hub.HUB_NAME, "newest")
     assert raw["valid_license"] == "odc-by at newest" and "license" not in raw
     assert len(documents(tmp_path / "out", "valid")) == 12
     assert found(tmp_path / "out") == []
-    for name in ("_check_reachable", "_license"):
-        monkeypatch.setattr(hub, name, lambda revision: pytest.fail("it asks the hub"))
+    for name in ("_commit", "_license"):
+        monkeypatch.setattr(hub, name, lambda *_: pytest.fail("it asks the hub"))
     build(source, tmp_path / "out", "--valid", hub.DATASET)
     assert capsys.readouterr().out.endswith("is already complete\n")
 
@@ -537,7 +536,7 @@ def test_the_license_of_the_hub_is_that_of_the_card(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     cards = ({"license": "odc-by"}, {"license": ["mit", "other"]}, {}, None)
     for Api.card, name in zip(cards, ("odc-by", "mit, other", None, None), strict=True):
-        assert hub._license("main") == name
+        assert hub._license("x/y", "main") == name
 
 
 def test_text_that_is_no_text_goes_by_its_own_reason(tmp_path: Path) -> None:

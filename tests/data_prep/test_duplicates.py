@@ -115,7 +115,7 @@ def tokenizer() -> Any:
 def spilled(folder: Path, texts: Sequence[str], cuts: Sequence[int]) -> list[PartSummary]:
     """Runs of parts that end at `cuts`."""
     folder.mkdir(parents=True)
-    spiller = Spiller(tokenizer(), folder, 0, lambda _: None, Choice(deduplicate=True))
+    spiller = Spiller(tokenizer(), folder, 0, lambda _: None, choice=Choice(deduplicate=True))
     bounds = zip((0, *cuts), (*cuts, len(texts)), strict=True)
     parts = [Made(tuple(texts[start:stop]), start) for start, stop in bounds]
     return [spiller.spill(part, number) for number, part in enumerate(parts)]
@@ -214,7 +214,7 @@ def test_marks_of_other_runs_do_not_stay(tmp_path: Path) -> None:
     summaries = spilled(runs, ["one", "One", "two"], (1,))
     done = Deduplication(summaries, runs, tmp_path / "work", "before").run(1, lambda *_: None)
     assert left(runs, done) == [0, 2]
-    Spiller(tokenizer(), runs, 0, lambda _: None, Choice(deduplicate=True)).spill(
+    Spiller(tokenizer(), runs, 0, lambda _: None, choice=Choice(deduplicate=True)).spill(
         Made(("other",), 0), 0
     )
     done = Deduplication(summaries, runs, tmp_path / "work", "after").run(1, lambda *_: None)

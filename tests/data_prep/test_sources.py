@@ -147,17 +147,6 @@ def serve_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | None
     return asked
 
 
-@pytest.fixture
-def three_files(tmp_path: Path) -> Path:
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    for number in range(3):
-        rows = [{"text": f"text {number} {i}", "id": f"{number}-{i}", "n": i} for i in range(4)]
-        table = pa.Table.from_pylist(rows).append_column("url", pa.array(["u"] * 4))
-        pq.write_table(table, folder / f"{number}.parquet", row_group_size=2)
-    return folder
-
-
 def test_the_hub_is_read_by_row_groups_at_one_revision(
     three_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
