@@ -103,7 +103,7 @@ def test_any_cut_gives_the_bytes_of_the_whole_file(
     (tmp_path / "in" / "a.jsonl").write_text(lines(90))
     halves = (f'{{"text": "{word * 500} {n}"}}\n' for word in ("ab ", "xy ") for n in range(600))
     (tmp_path / "in" / "b.jsonl").write_text("".join(halves))
-    options = ["--tokenizer", tokenizer] if given else ["--tokenizer-sample-mb", 1]
+    options = ["--tokenizer", tokenizer] if given else ["--tokenizer-sample-mb", 2]
     made = {}
     monkeypatch.setattr(files, "_SMALLEST_PART", 100_000)
     for size, workers in ((1 << 30, 1), (100_000, 1), (300_000, 3)):
