@@ -4,8 +4,9 @@ All arrays are made once and used again for every block: new ones of this size w
 operating system each time, which costs as much as the checks.
 """
 
+from collections.abc import Sequence
 from io import FileIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,13 +41,13 @@ class BlockCheck:
         self._payload = self.length * self._kind.dtype.itemsize
         self.stride = member_stride(self.length, self._kind.dtype.itemsize)
         self.members = min(max(1, BLOCK // self.stride), stream.chunks_per_shard)
-        self._vocab_size, self._ranges = stream.vocab_size, stream.special_ranges()
+        self._vocab_size = stream.vocab_size
+        self._ordinary, self._inner = _ordinary_ids(stream.vocab_size, stream.special_ranges())
         self._data = memoryview(bytearray(self.members * self.stride))
         self._headers = Headers(self._payload, stream.chunks_per_shard, self._kind.dtype.itemsize)
         self._made = self._headers.blank(self.members)
-        self._tokens = np.empty((self.members, self.length), self._kind.dtype)
-        self._shifted = np.empty_like(self._tokens)
-        self._within = np.empty(self._tokens.shape, bool)
+        self._shifted = np.empty((self.members, self.length), self._kind.dtype)
+        self._within = np.empty(self._shifted.shape, bool)
         self._found = np.empty_like(self._within)
         self._learned_before = False  # the last token of the block before
 
@@ -65,24 +66,22 @@ class BlockCheck:
         end = TAR_BLOCK + self._payload
         data = np.frombuffer(self._data[: count * self.stride], np.uint8)
         members = data.reshape(count, self.stride)
-        tokens = self._tokens[:count]
-        np.copyto(tokens, members[:, TAR_BLOCK:end].view(self._kind.dtype))
-        start = first * self.length
-        changes = self._changes(tokens, first) + start
+        tokens = members[:, TAR_BLOCK:end].view(self._kind.dtype)
+        changes, start = self._changes(tokens, first), first * self.length
         tokens = self._kind.ids(tokens)
-        beyond = np.empty(0, np.int64)
-        if tokens.max() >= self._vocab_size:
-            beyond = np.flatnonzero(tokens >= self._vocab_size) + start
-        places = _flatnonzero(self._special(tokens).reshape(-1))
-        ids = tokens.reshape(-1)[places]
+        places = _flatnonzero(self._not_ordinary(tokens).reshape(-1))
+        ids = tokens[np.divmod(places, self.length)]
+        is_known = ids < self._vocab_size
+        beyond, special = places[~is_known], places[is_known]
         malformed = self._malformed(number, first, members)
-        return Findings(malformed, beyond, places + start, ids, changes)
+        return Findings(malformed, beyond + start, special + start, ids[is_known], changes + start)
 
     def _changes(self, tokens: Stored, first: int) -> Ints:
         """Where the mask of a block changes, given the number of its first chunk."""
-        learned = self._kind.learned(tokens.reshape(-1))
+        learned = self._kind.learned(tokens)
         if learned is None:
             return np.empty(0, np.int64)
+        learned = learned.reshape(-1)
         before = self._learned_before if first else False
         self._learned_before = bool(learned[-1])
         return np.flatnonzero(learned != np.concatenate(([before], learned[:-1])))
@@ -96,18 +95,36 @@ class BlockCheck:
         wrong = (stored != made).any(axis=1) | padding.any(axis=1)
         return (np.flatnonzero(wrong) + first).tolist()
 
-    def _special(self, tokens: Stored) -> NDArray[np.bool_]:
-        """Where special ids are."""
-        found, within = self._found[: len(tokens)], self._within[: len(tokens)]
-        for number, (low, high) in enumerate(self._ranges):
-            shifted = tokens
-            if low:  # unsigned: ids below `low` wrap around to large numbers
-                low_id = self._kind.dtype.type(low)
-                shifted = np.subtract(tokens, low_id, out=self._shifted[: len(tokens)])
-            np.less_equal(shifted, high - low, out=within if number else found)
-            if number:
-                np.logical_or(found, within, out=found)
+    def _not_ordinary(self, tokens: Stored) -> NDArray[np.bool_]:
+        """Where ids are that are special or outside the vocabulary."""
+        count, ordinary = len(tokens), self._ordinary
+        found, within = self._found[:count], self._within[:count]
+        if not ordinary:
+            found[:] = True
+            return found
+        # Unsigned: ids below the first ordinary one wrap around to large numbers.
+        shifted = np.subtract(tokens, self._id(ordinary.start), out=self._shifted[:count])
+        np.greater(shifted, self._id(len(ordinary) - 1), out=found)
+        for low, high in self._inner:
+            np.subtract(tokens, self._id(low), out=shifted)
+            np.less_equal(shifted, self._id(high - low), out=within)
+            np.logical_or(found, within, out=found)
         return found
+
+    def _id(self, number: int) -> Any:
+        return self._kind.dtype.type(number)
+
+
+def _ordinary_ids(
+    vocab_size: int, special: Sequence[tuple[int, int]]
+) -> tuple[range, Sequence[tuple[int, int]]]:
+    """The ids from the first ordinary one to the last, and the special ranges among them."""
+    first, last, inner = 0, vocab_size - 1, list(special)
+    if inner and inner[0][0] == first:
+        first = inner.pop(0)[1] + 1
+    if inner and inner[-1][1] == last:
+        last = inner.pop()[0] - 1
+    return range(first, last + 1), inner
 
 
 def _flatnonzero(found: NDArray[np.bool_]) -> Ints:
