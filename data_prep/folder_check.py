@@ -43,8 +43,9 @@ class FolderCheck:
             self.damages += self._agreement(split, manifest)
         self.damages += _between_splits(self.manifests, self.settings)
         if self.settings and set(self.manifests) == set(self.settings.splits):
-            own = [TRAIN] if self.settings.valid else self.settings.splits
-            self.damages += _totals_of_sources([self.manifests[split] for split in own])
+            own = (TRAIN,) if self.settings.valid else self.settings.splits
+            counted = [m for split, m in self.manifests.items() if split in own]
+            self.damages += _totals_of_sources(counted)
 
     def _settings(self) -> OutputSettings | None:
         output = Output(self.folder)

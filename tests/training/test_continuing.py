@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus, Split
-from i3dist.data.manifest import Manifest
+from i3dist.data.manifest import Manifest, SourceCounts
 from i3dist.data.shards import read_shard
 from i3dist.errors import UserError
 from i3dist.training.continuing import first_conflict, inherit_decided
@@ -200,11 +200,18 @@ def test_honest_data_of_one_other_token_has_another_fingerprint(
     assert read_all(other.folder) != read_all(known.folder)
 
 
+OF_VERSION_2 = {
+    "sources": (SourceCounts(name="a", weight=1, usable=1, documents=1, tokens=3),),
+    "dropped": {"a": {"null": 1}},
+}
+
+
 def variants(manifest: Manifest) -> Iterator[Manifest]:
     """The manifest with one value changed, for each that it holds."""
     for name, value in manifest:
         if name not in ("format", "version", "dtype", "shards"):  # of one value, and nested
-            yield manifest.model_copy(update={name: another(value)})
+            other = OF_VERSION_2[name] if value is None else another(value)
+            yield manifest.model_copy(update={name: other})
     for number, shard in enumerate(manifest.shards):
         for name, value in shard:
             shards = list(manifest.shards)
