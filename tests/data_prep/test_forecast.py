@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import forecast, shard
+from data_prep import forecast, preparation
 from data_prep.files import file_source
 from data_prep.forecast import Forecast, Sample, measure
 from data_prep.options import CORES
@@ -108,7 +108,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_tokenizes(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And goes on when there is room."""
-    monkeypatch.setattr(shard, "FORECAST_BYTES", 1)
+    monkeypatch.setattr(preparation, "FORECAST_BYTES", 1)
     spilled = counting(monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(Output, "free_bytes", lambda _: 1000)
@@ -116,7 +116,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_tokenizes(
             with pytest.raises(UserError, match=r"disk are needed at .*: free some, or choose"):
                 build(texts, tmp_path / "out", *options)
     with monkeypatch.context() as patched:
-        patched.setattr(shard, "MAX_SHARDS", 1)
+        patched.setattr(preparation, "MAX_SHARDS", 1)
         with pytest.raises(UserError, match=r"about .* shards, more than 1: raise --chunks-per"):
             build(texts, tmp_path / "out")
     assert not spilled

@@ -208,7 +208,7 @@ def test_another_tokenizer_that_came_first_is_not_replaced(
         (out / "tokenizer.json").write_bytes(b"another")
         return b"mine"
 
-    monkeypatch.setattr("data_prep.shard.train_tokenizer", train)
+    monkeypatch.setattr("data_prep.preparation.train_tokenizer", train)
     with pytest.raises(UserError, match="with another tokenizer just now"):
         build(corpus[0], out, "--task", "1/2")
     assert (out / "tokenizer.json").read_bytes() == b"another"
@@ -427,7 +427,7 @@ def test_a_repair_where_the_tokenizer_was_trained_on_part_of_the_file(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
 ) -> None:
     """It stays if it would be the same now; otherwise it can be kept on request."""
-    monkeypatch.setattr("data_prep.shard.sample_texts", heads)
+    monkeypatch.setattr("data_prep.preparation.sample_texts", heads)
     out, path = tmp_path / "out", source / "4.jsonl"
     good = path.read_text()
     path.write_text(good[:-3])
