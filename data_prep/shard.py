@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def step_of(
-    options: argparse.Namespace, preparation: "Preparation"
+    options: argparse.Namespace, preparation: Preparation
 ) -> Callable[[Tokenizer | None, int], object]:
     """The step that was asked for."""
     if options.task:
