@@ -208,7 +208,7 @@ def _with_columns_of_lines(spans: Sequence[Span], where: Where) -> list[Span]:
     place = firsts[0].file.path if len(firsts) == 1 else "the jsonl"
     where = for_sample(where, [span.records for span in firsts], place)
     return [
-        replace(span, file=replace(span.file, where=where)) if span in lines else span
+        replace(span, file=replace(span.file, where=where)) if span.file.is_a(*JSON_LINES) else span
         for span in spans
     ]
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
+from itertools import groupby
 
 from data_prep.readers import SUFFIXES, TEXT
-from data_prep.remote import RemoteFile, RemotePart, remote_parts, url_source
+from data_prep.remote import RemoteFile, RemotePart, file_of, remote_parts, url_source
 from data_prep.retries import is_final, retried, why
 from data_prep.sources import SOURCES, Part, Source
 from data_prep.where import Where
@@ -84,11 +85,7 @@ class HubSource(Source):
     def sample_parts(self, parts: Sequence[Part]) -> Sequence[Part]:
         """A part for each file: a sample reads their beginnings."""
         spans = [span for part in parts if isinstance(part, RemotePart) for span in part.spans]
-        files = dict.fromkeys(span.file for span in spans)
-        return [
-            RemotePart(tuple(span for span in spans if span.file == file), self.revision)
-            for file in files
-        ]
+        return [RemotePart(tuple(own), self.revision) for _, own in groupby(spans, file_of)]
 
     def with_text_column(self, column: str) -> "HubSource":
         """The source with another column, or key, as its text."""

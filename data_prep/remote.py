@@ -7,11 +7,12 @@ fails is sent again, with growing pauses; so a reader goes on in the middle of a
 import hashlib
 import io
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
@@ -167,8 +168,7 @@ class RemotePart(Part):
 
     def records(self) -> Iterator[Record]:
         """Read the documents in order."""
-        for file in dict.fromkeys(span.file for span in self.spans):
-            spans = [span for span in self.spans if span.file == file]
+        for file, spans in groupby(self.spans, file_of):
             with _naming(file):
                 yield from _read_parquet(file, spans) if file.is_a(PARQUET) else _read_text(file)
 
@@ -184,7 +184,12 @@ class RemotePart(Part):
         return hashlib.sha256("\n".join((self.revision, *places)).encode()).hexdigest()
 
 
-def _read_parquet(file: RemoteFile, spans: Sequence[RemoteSpan]) -> Iterator[Record]:
+def file_of(span: RemoteSpan) -> RemoteFile:
+    """The file of a span."""
+    return span.file
+
+
+def _read_parquet(file: RemoteFile, spans: Iterable[RemoteSpan]) -> Iterator[Record]:
     with file.open() as handle, open_parquet(handle, file.column) as parquet:
         for span in spans:
             if span.row_group is not None:
@@ -262,7 +267,7 @@ def _with_columns_of_lines(files: Sequence[RemoteFile]) -> Sequence[RemoteFile]:
     readers = [partial(_read_text, file.unfiltered()) for file in lines]
     place = lines[0].place if len(lines) == 1 else "the jsonl"
     where = for_sample(lines[0].where, readers, place)
-    return [replace(file, where=where) if file in lines else file for file in files]
+    return [replace(file, where=where) if file.is_a(*JSON_LINES) else file for file in files]
 
 
 def _spans_of(file: RemoteFile) -> list[RemoteSpan]:
