@@ -31,7 +31,7 @@ from data_prep.readers import (
     spans_of,
     spans_or_error,
 )
-from data_prep.row_filter import for_sample
+from data_prep.row_filter import for_sample, no_columns
 from data_prep.sources import (
     CHAT,
     SOURCES,
@@ -156,10 +156,7 @@ class FileSource(Source):
         """
         for path, name in self.files:
             if not name.lower().endswith((PARQUET, *JSON_LINES)):
-                raise UserError(
-                    f"--where needs rows with columns, and {path} has none: name only parquet and "
-                    "jsonl with --source, or omit --where"
-                )
+                raise no_columns(path)
         return replace(self, where=Where.parse(where))
 
     def keep_in(self, folder: Path) -> None:

@@ -35,11 +35,7 @@ from data_prep.plan import Plan
 from data_prep.progress import closing_table, dropped_table, pass_bar, sources_table
 from data_prep.shuffle import PartSummary
 from data_prep.sources import Part, Source, clean_file_name
-from data_prep.tokenizer import (
-    no_usable_document,
-    sample_texts,
-    train_tokenizer,
-)
+from data_prep.tokenizer import no_usable_document, sample_texts, train_tokenizer
 from i3dist.data.manifest import MAX_SHARDS
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
@@ -117,7 +113,7 @@ class Preparation:
 
     def is_complete(self, given: Tokenizer | None) -> bool:
         """Whether all work is done; says so."""
-        free = Begun(self.output, self.source).may_differ(given)
+        free = self._begun.may_differ(given)
         if not self.output.is_complete(self.settings, free):
             return False
         self.check_complete()
@@ -163,10 +159,9 @@ class Preparation:
         """Write down what the output is made from, and show what so many workers will make."""
         unread = self._touched(lambda: _pieces(finished(plan)))
         if unread:
-            broken = Begun(self.output, self.source).broken()
-            unread = forget_parts_of(plan, unread, broken)
+            unread = forget_parts_of(plan, unread, self._begun.broken())
         tokenizer = self._tokenizer(given, is_certain=not unread)
-        free = Begun(self.output, self.source).may_differ(given)
+        free = self._begun.may_differ(given)
         self.output.begin(self.settings, tokenizer, self._evidence(()), free)
         Plan.of(plan.parts).write(self.output.plan)
         trained = Tokenizer.load(self.output.tokenizer)
@@ -226,10 +221,9 @@ class Preparation:
             UserError: such a file has other content where one of the pieces `read`, or of the
                 finished output's pieces, was read.
         """
-        begun = Begun(self.output, self.source)
-        if touched := begun.touched():
+        if touched := self._begun.touched():
             with self.console.status("comparing the source with what was read"):
-                begun.check(touched, read())
+                self._begun.check(touched, read())
         return touched
 
     def _tokenizer(self, given: Tokenizer | None, is_certain: bool) -> bytes:
@@ -253,6 +247,10 @@ class Preparation:
             refusal = self.output.refusal(OTHER_CONTENT)
             raise UserError(f"{refusal}, or keep its tokenizer: --tokenizer {path}")
         return data
+
+    @property
+    def _begun(self) -> Begun:
+        return Begun(self.output, self.source)
 
     @property
     def _choice(self) -> Choice:
@@ -311,7 +309,7 @@ class Preparation:
         forecast = Forecast.of(sample, self.settings, workers)
         free = self.output.free_bytes()
         for line in forecast.lines(self.output.folder, free):
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._say(line)
         forecast.check(self.output.folder, free, MAX_SHARDS)
 
 

@@ -30,9 +30,9 @@ from data_prep.readers import (
     row_groups,
 )
 from data_prep.retries import retried, why
-from data_prep.row_filter import for_sample
+from data_prep.row_filter import for_sample, no_columns
 from data_prep.sources import Part, Record, Source, clean_file_name
-from data_prep.streams import HashedFile, encoding_of
+from data_prep.streams import PACKINGS, HashedFile, encoding_of
 from data_prep.where import Where
 from i3dist.data.download import shown
 from i3dist.errors import UserError
@@ -200,7 +200,7 @@ def _read_parquet(file: RemoteFile, spans: Iterable[RemoteSpan]) -> Iterator[Rec
 def _read_text(file: RemoteFile) -> Iterator[Record]:
     with file.open(_FIRST_BLOCK) as start:
         encoding = encoding_of(start, file.file_name)
-    if not file.size and file.file_name.lower().endswith((".gz", ".zst", ".bz2", ".xz")):
+    if not file.size and file.is_a(*PACKINGS[1:]):
         raise EOFError("it is empty")
     with file.open(_BLOCK) as handle:
         yield from read_text_file(file, HashedFile(handle), encoding, 0)
@@ -237,10 +237,7 @@ class RemoteSource(Source):
         """The source without the rows of which the expression `where` is not true."""
         for file in self.remote_files:
             if not file.is_a(PARQUET, *JSON_LINES):
-                raise UserError(
-                    f"--where needs rows with columns, and {file.place} has none: name only "
-                    "parquet and jsonl with --source, or omit --where"
-                )
+                raise no_columns(file.place)
         condition = Where.parse(where)
         files = tuple(replace(file, where=condition) for file in self.remote_files)
         return replace(self, remote_files=files)

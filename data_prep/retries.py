@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from i3dist.data.download import shown
+from i3dist.data.download import TEMPORARY, shown
 from i3dist.errors import UserError
 
 Result = TypeVar("Result")
@@ -15,8 +15,6 @@ PATIENCE_SECONDS = 300.0
 """How long work may fail without a success."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-# Of the answers 400 to 499, those that may be others next time.
-_TEMPORARY = (408, 425, 429)
 _FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
 
 
@@ -54,7 +52,7 @@ def is_final(error: BaseException) -> bool:
         getattr(cause, "response", None), "status_code", None
     )
     if isinstance(status, int):
-        return 400 <= status < 500 and status not in _TEMPORARY
+        return 400 <= status < 500 and status not in TEMPORARY
     return isinstance(cause, _FINAL)
 
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from data_prep.sources import Record, Skip
 from data_prep.where import Kept, Where
+from i3dist.errors import UserError
 
 _ROWS, _ROWS_WITH_TEXT = 1024, 128
 _LINES, _LINES_BYTES = 1024, 1 << 22
@@ -17,6 +18,14 @@ SAMPLED_FILES, SAMPLED_LINES = 16, 1000
 
 Records = Callable[[], Iterable[Record]]
 """Reads the lines of a file."""
+
+
+def no_columns(place: object) -> UserError:
+    """The error for a condition on the file at `place`, which is not made of rows."""
+    return UserError(
+        f"--where needs rows with columns, and {place} has none: name only parquet and jsonl with "
+        "--source, or omit --where"
+    )
 
 
 def kept_rows(parquet: pq.ParquetFile, row_group: int, where: Where, place: object) -> Kept:

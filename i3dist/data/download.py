@@ -30,8 +30,8 @@ PATIENCE_SECONDS = 3.0
 """After so long without a byte the log says, once, what is waited for."""
 PROBE_SECONDS = 10.0
 _PART = 1 << 18
-# Of the answers 400 to 499, those that may be others next time.
-_TEMPORARY = (408, 425, 429)
+TEMPORARY = (408, 425, 429)
+"""Of the answers 400 to 499, those that may be others next time."""
 
 
 class FetchError(UserError):
@@ -154,7 +154,7 @@ def _why(url: str, otherwise: str) -> tuple[str, bool]:
         with urllib.request.urlopen(rewrite_url(url), timeout=PROBE_SECONDS):
             return otherwise, True
     except urllib.error.HTTPError as error:
-        final = 400 <= error.code < 500 and error.code not in _TEMPORARY
+        final = 400 <= error.code < 500 and error.code not in TEMPORARY
         return f"HTTP {error.code} {error.reason}", not final
     except (OSError, http.client.HTTPException, ValueError) as error:
         cause = getattr(error, "reason", error)
