@@ -9,17 +9,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from data_prep.evidence import Piece, State
+from data_prep.evidence import State
+from data_prep.joined import JoinedPart
 from data_prep.shuffle import PartSummary
-from data_prep.sources import SOURCES, NamedFile, Part, Record, Share, Source
+from data_prep.sources import SOURCES, NamedFile, Part, Share, Source
 from data_prep.validation import PairOfSources
 from i3dist.cli.paths import is_url
 from i3dist.data.manifest import SourceCounts
@@ -61,41 +62,11 @@ def split_weight(text: str) -> tuple[str, float]:
 
 
 @dataclass(frozen=True)
-class MixedPart(Part):
-    """A part of one of the sources; `first_file` is the number of that source's first file."""
+class MixedPart(JoinedPart):
+    """A part of one of the sources."""
 
-    part: Part
-    first_file: int
     share: Share
     source: str
-
-    def records(self) -> Generator[Record, None, tuple[Piece, ...]]:
-        """Read the documents in order; returns the pieces of files that were read."""
-        read: Any = self.part.records()
-        return tuple(_shifted((yield from read) or (), self.first_file))
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it has, each counted once."""
-        return self.part.size
-
-    @property
-    def identity(self) -> str:
-        """Text that differs where the part reads something else."""
-        return self.part.identity
-
-    @property
-    def files(self) -> frozenset[int]:
-        """Numbers of the files that it reads."""
-        return frozenset(self.first_file + number for number in self.part.files)
-
-    def is_made_of(self, pieces: Sequence[Piece]) -> bool:
-        """Whether these are the pieces of files that this part reads."""
-        return self.part.is_made_of(_shifted(pieces, -self.first_file))
-
-
-def _shifted(pieces: Sequence[Piece], by: int) -> list[Piece]:
-    return [piece.model_copy(update={"file": piece.file + by}) for piece in pieces]
 
 
 class Mixture(Source):

@@ -5,23 +5,21 @@ document for training that is a duplicate of one for validation is dropped, and 
 """
 
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data_prep.evidence import Piece, State
+from data_prep.evidence import State
+from data_prep.joined import JoinedPart
 from data_prep.output import TRAIN, VALID
-from data_prep.sources import NamedFile, Part, Record, Share, Source
+from data_prep.sources import NamedFile, Part, Share, Source
 from i3dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class PartOfPair(Part):
-    """A part of either source. Its files are numbered from `first_file` on."""
+class PartOfPair(JoinedPart):
+    """A part of either source."""
 
-    part: Part
-    first_file: int
     is_validation: bool
 
     @property
@@ -33,35 +31,6 @@ class PartOfPair(Part):
     def share(self) -> Share | None:  # type: ignore[override]
         """That of the part."""
         return self.part.share
-
-    @property
-    def identity(self) -> str:
-        """Text that differs where the part reads something else."""
-        return self.part.identity
-
-    def records(self) -> Generator[Record, None, tuple[Piece, ...]]:
-        """Read the documents in order; returns the pieces of files that were read."""
-        read: Any = self.part.records()
-        pieces: Iterable[Piece] = (yield from read) or ()
-        return tuple(_moved(piece, self.first_file) for piece in pieces)
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it has."""
-        return self.part.size
-
-    @property
-    def files(self) -> frozenset[int]:
-        """Numbers of the files that it reads."""
-        return frozenset(self.first_file + number for number in self.part.files)
-
-    def is_made_of(self, pieces: Sequence[Piece]) -> bool:
-        """Whether these are the pieces of files that this part reads."""
-        return self.part.is_made_of([_moved(piece, -self.first_file) for piece in pieces])
-
-
-def _moved(piece: Piece, places: int) -> Piece:
-    return piece.model_copy(update={"file": piece.file + places})
 
 
 class PairOfSources(Source):
