@@ -19,8 +19,9 @@ LAYERS = [
     {"i3dist.model", "i3dist.data", "i3dist.optim"},
     {"i3dist.checkpoint"},
     {"i3dist.engine", "i3dist.inference"},
-    {"i3dist.tracking"},
+    {"i3dist.tracking", "i3dist.page"},
     {"i3dist.training"},
+    {"i3dist.report"},
 ]
 
 
