@@ -81,7 +81,12 @@ class Sizes:
 CARD = Sizes(ModelSettings(vocab_size=32_000), {}, 8192, 64, 256)
 TOY = Sizes(
     ModelSettings(
-        vocab_size=64, d_model=24, layers="2xrwkv,2xattention", heads=4, chunk_length=16, latents=4
+        vocab_size=64,
+        d_model=24,
+        layers="2xrwkv,2xdual-attention",
+        heads=4,
+        chunk_length=16,
+        latents=4,
     ),
     {"vocab": 64, "layers": 2, "width": 64, "heads": 4, "feed_forward": 256},
     cube=64,

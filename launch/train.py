@@ -50,7 +50,6 @@ from i3dist.training.startup import (
 )
 from i3dist.training.summary import (
     count_parameters,
-    early_history,
     print_overview,
     print_tables,
     print_topic,
@@ -103,8 +102,6 @@ def dry_run(settings: Settings, job: Job) -> None:
     if job.rank == 0:
         settings = decide(settings, job.world_size, vocab_size)
         print_tables(settings, job.world_size)
-        if note := early_history(settings):
-            print_rank_0(note)
 
 
 def build(
@@ -172,9 +169,8 @@ def begin_record(
     if verbose:
         print_tables(settings, job.world_size)
     print_overview(settings, corpus, job.world_size)
-    if start.checkpoint is None:  # later these settings stay
-        for note in filter(None, (idle_lanes(settings, corpus), early_history(settings))):
-            print_rank_0(note)
+    if start.checkpoint is None and (note := idle_lanes(settings, corpus)):  # later lanes stay
+        print_rank_0(note)
     parameters = sum(count_parameters(settings).values())
     origin = describe(settings, corpus, parameters, job.world_size)
     tracker = tracking.start(settings, origin, fresh=start.checkpoint is None)

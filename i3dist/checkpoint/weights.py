@@ -79,11 +79,11 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
     if is_checkpoint(path):
         if wrong := quick_fault(path):
             raise UserError(f"checkpoint {path}: {wrong}; name another")
-        settings = Settings.build(read_state(path).settings)
+        settings = Settings.build(read_state(path).settings).of_saved_run()
         tokenizer, load_weights = Tokenizer.load(_tokenizer_of(path)), _load_checkpoint
     else:
         _check_finished(path)
-        settings = Settings.load(path / store.SETTINGS)
+        settings = Settings.load(path / store.SETTINGS).of_saved_run()
         tokenizer, load_weights = Tokenizer.load(path / TOKENIZER), _load_export
     if settings.model.vocab_size != tokenizer.vocab_size:
         raise UserError(

@@ -76,10 +76,13 @@ class DualAttention(Attention):
 
     def join(self, x: Tensor, own: Branch, past: Branch) -> Tensor:
         """What was read of both: x [B, K, T, D] -> the same."""
-        reserve = widen(self.reserve(x)) + self.reserve_bias[: self.heads]  # longer where packed
-        share = (self.lead(own, past) - reserve).sigmoid()  # [B, K, T, H]
+        share = (self.lead(own, past) - self.reserve_of(x)).sigmoid()  # [B, K, T, H]
         read = (part.mixed.unflatten(-1, (self.heads, -1)) for part in (own, past))
         return self.weigh(share.unsqueeze(-1).to(x.dtype), *read).flatten(-2)
+
+    def reserve_of(self, x: Tensor) -> Tensor:
+        """n(x), fp32; p is history's share of a joint softmax with n taken off history's logits."""
+        return widen(self.reserve(x)) + self.reserve_bias[: self.heads]  # longer where packed
 
     def lead(self, own: Branch, past: Branch) -> Tensor:
         """How far z_history is above z_own, which gets no gradient: [B, K, T, H]."""

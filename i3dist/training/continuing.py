@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from i3dist.cli.former_settings import BEFORE
 from i3dist.config import Settings
 
 # These change how or how long a run trains, never what it computes.
@@ -31,9 +32,6 @@ FREE_TO_CHANGE = (
     "tracking.system_metrics",
 )
 
-# Settings that are newer than some saved runs, and what such runs did.
-BEFORE = {"train.schedule": 1}
-
 
 def fill(settings: Settings, values: Mapping[str, object]) -> Settings:
     """Replace each "auto" for which there is a value, by setting."""
@@ -41,20 +39,24 @@ def fill(settings: Settings, values: Mapping[str, object]) -> Settings:
     return settings.with_values(**{k: v for k, v in values.items() if flat[k] == "auto"})
 
 
-def of_saved_run(settings: Settings) -> Settings:
-    """Settings read from a saved run: newer ones get the value by which the run was trained."""
-    return fill(settings, BEFORE)
-
-
 def inherit_decided(settings: Settings, saved: Settings) -> Settings:
-    """Fill each "auto" with what the saved run decided when it started (`startup.decide`)."""
-    return fill(settings, {k: v for k, v in saved.flat().items() if k not in FREE_TO_CHANGE})
+    """Fill each "auto" with what the saved run decided when it started (`startup.decide`).
+
+    A setting that nobody gave a value keeps a former default of the saved run.
+    """
+    before, given = saved.flat(), settings.given()
+    kept = {k: v for k, v in BEFORE.items() if k not in given and before[k] == v}
+    decided = {k: v for k, v in before.items() if k not in FREE_TO_CHANGE}
+    return fill(settings, decided).with_values(**kept)
 
 
 def first_conflict(settings: Settings, saved: Settings) -> str | None:
-    """Name the first setting that a continued run may not change, or None."""
+    """Name the first setting that a continued run may not change, and its saved value, or None."""
     before = saved.flat()
     for key, value in settings.flat().items():
         if key not in FREE_TO_CHANGE and before[key] != value:
-            return f"{key} is {value} but the saved run has {before[key]}"
+            return (
+                f"{key} is {value} but the saved run has {before[key]}; type {key}={before[key]} "
+                "to continue it"
+            )
     return None

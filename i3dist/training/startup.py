@@ -16,7 +16,7 @@ from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
-from i3dist.training.continuing import fill, first_conflict, inherit_decided, of_saved_run
+from i3dist.training.continuing import fill, first_conflict, inherit_decided
 
 LANES_PER_RANK = 4
 WAYS_OUT = "choose another run.path, or start over with --fresh"
@@ -68,10 +68,10 @@ def resolve(
     if path is None:
         return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
     state = read_state(path)
-    saved = of_saved_run(Settings.build(state.settings))
+    saved = Settings.build(state.settings).of_saved_run()
     settings = inherit_decided(settings, saved)
     if conflict := first_conflict(settings, saved):
-        raise UserError(f"{path} is of other settings: {conflict}; {WAYS_OUT}")
+        raise UserError(f"{path} is of other settings: {conflict}, {WAYS_OUT}")
     if numeric_part(state.engine) != numeric_part(engine_config):
         raise UserError(
             f"{path} was made with other engine settings: {numeric_part(engine_config)} but the "

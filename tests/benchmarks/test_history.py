@@ -160,6 +160,30 @@ def test_dual_attention_with_all_of_it_undone_is_attention() -> None:
         torch.testing.assert_close(got, wanted)
 
 
+def test_published_arms_are_what_they_were_whatever_is_the_default() -> None:
+    """Their kinds of layers, and the parameters that the results were measured with."""
+    default = ModelSettings(vocab_size=8192, d_model=512, layers="6xrwkv,2xdual-attention")
+    published = {}
+    for name in ("history.jsonl", "history_other.jsonl", "history_cost.json"):
+        text = (ROOT / "docs" / "results" / name).read_text()
+        rows = json.loads(text) if name.endswith("json") else map(json.loads, text.splitlines())
+        published |= {row["arm"]: row["parameters"] for row in rows}
+    assert {"none", "recipe", "recipe-soon", "literal", "mean", "ceiling"} <= set(published)
+    for arm, parameters in published.items():
+        with torch.device("meta"):
+            model = history_arms.build(arm, default, BOS, seed=0)
+        assert sum(p.numel() for p in model.parameters()) == parameters, arm
+        kind = "dual-attention" if "-dual" in arm else "attention"
+        assert model.settings.layers == f"6xrwkv,2x{kind}", arm
+
+
+def test_the_cost_of_the_default_is_measured() -> None:
+    """The arm recipe-dual is the settings' model in all but its sizes."""
+    assert "recipe-dual" in history_cost.ARMS
+    default = ModelSettings()
+    assert history_arms.Arm.parse("recipe-dual").settings(default) == default
+
+
 def test_arms_of_a_seed_share_what_they_can() -> None:
     models = {arm: history_arms.build(arm, SIZES, BOS, seed=1) for arm in ARMS}
     for model in models.values():

@@ -113,8 +113,12 @@ def test_every_other_setting_is_refused_by_name(name: str) -> None:
     changed = SAVED.with_values(**{name: KEPT[name]})
     values = changed.flat()[name], SAVED.flat()[name]
     assert values[0] != values[1]
-    wanted = f"{name} is {values[0]} but the saved run has {values[1]}"
-    assert first_conflict(changed, SAVED) == wanted
+    line = first_conflict(changed, SAVED)
+    assert line is not None
+    said, _, advice = line.partition("; ")
+    assert said == f"{name} is {values[0]} but the saved run has {values[1]}"
+    word = advice.removeprefix("type ").removesuffix(" to continue it")
+    assert Settings.load(None, [word]).flat()[name] == values[1], advice
 
 
 @pytest.mark.parametrize("name", KEPT)
