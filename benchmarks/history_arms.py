@@ -18,7 +18,7 @@ Additions to these:
   -soon       history is on from step 100, as on the card, instead of 1,000; -fromN: from step N
   -carriesN   RWKV state carried, from step N on
   -dual       dual attention: a softmax for the chunk, and one for history
-  -reserveN   of it: n begins at N instead of 0
+  -reserveN   of it: r begins at N instead of 0
   -shared     of it: sub-latents are unfolded by one matrix, for all layers, keys and values
   -taught     of it: queries, keys and values of tokens get their gradient from history as well
   -mixed      of it: what a head reads of its chunk gives way to what it reads of history

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -302,6 +303,26 @@ def test_the_report_compares_arms_of_a_seed(results: Path, tmp_path: Path) -> No
     arms = {"none": none, "ceiling": full}
     assert history_report.recovered(arms, "ceiling") == "1.00"
     assert history_report.recovered(arms, "none").lstrip("-") == "0.00"
+
+
+def test_gains_in_training_are_of_the_longest_runs_of_common_seeds(tmp_path: Path) -> None:
+    def line(arm: str, seed: int, tokens: int, losses: list[float]) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, "tokens": tokens, "curve": {"loss": losses}}
+
+    none = [line("none", 0, 300, [5, 4, 3]), line("none", 1, 300, [6, 5, 4])]
+    ours = [line("recipe", 1, 400, [6, 4, 1, 0]), line("recipe", 1, 100, [9])]
+    of_none_only = [line("recipe", 2, 400, [0, 0, 0, 0])]
+    tokens, gains = history_report.training_gain([*ours, *none, *of_none_only], "recipe")
+    assert tokens.tolist() == [50, 150, 250]
+    assert gains.tolist() == [[0, 1, 3]]
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, lines in zip(files, (none, [*ours, *of_none_only]), strict=True):
+        file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    words = ["curves", *map(str, files), "--plot", str(tmp_path / "c.png"), "--arms", "recipe"]
+    history.main(words)
+    assert (tmp_path / "c.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="no run of mean with a seed of none"):
+        history.main([*words, "mean"])
 
 
 @settings(max_examples=10, deadline=None)

@@ -232,20 +232,22 @@ def test_a_run_says_what_it_is_before_it_begins(
     continues: bool,
     verbose: bool,
 ) -> None:
-    """A new record and a note on an early history are for new runs; tables for who asks."""
+    """A new record and a note on idle lanes are for new runs; tables for who asks."""
     monkeypatch.setattr(train, "lay_out", mock.Mock())
     opened = mock.Mock(**{"return_value.where.return_value": ["http://there"]})
     monkeypatch.setattr(train.tracking, "start", opened)
-    long = {"train.lanes": 4, "train.steps": 10**7, "run.path": "somewhere"}
-    settings = Settings().with_values(**MODEL | long)
-    corpus = train.Corpus.open(known.folder, settings.model)
+    corpus = train.Corpus.open(known.folder, Settings().with_values(**MODEL).model)
+    lanes = len(corpus.train.manifest.shards) + 1
+    long = {"train.lanes": lanes, "train.steps": 10**7, "run.path": "somewhere"}
+    settings = Settings().with_values(**MODEL | long | {"train.schedule": 2})
     start = train.Start(settings, Path("step-00000003") if continues else None)
     job = Job(0, 1, 0, 1, "127.0.0.1", 1, "python")
     tracker = train.begin_record(start, job, corpus, verbose)
     said = capsys.readouterr().out
-    assert ("note: history begins" in said) == (not continues)
-    assert f"batch     {4 * 2 * CHUNK} tokens: " in said
-    assert (f"tokens_per_step={4 * 2 * CHUNK} " in said) == verbose
+    assert (f"warning: {lanes} lanes but" in said) == (not continues)
+    assert said.count("warning:") + said.count("note:") == (0 if continues else 1)
+    assert f"batch     {lanes * 2 * CHUNK} tokens: " in said
+    assert (f"tokens_per_step={lanes * 2 * CHUNK} " in said) == verbose
     if not verbose:
         assert len(said.splitlines()) <= 10 and max(map(len, said.splitlines()[:7])) <= 80
     assert said.endswith("charts    http://there\n")
