@@ -228,12 +228,15 @@ def test_parts_of_a_run_are_joined_in_one_file(tmp_path: Path) -> None:
     words = ["--toy", "--json", str(path), "--steps", "2", "--warm-up", "1", "--shapes", "4"]
     rows = ["--gpt-512", "4", "--gpt-4096", "2"]
     train_throughput.main([*words, *rows, "--only", "gpt-512", "gpt-4096-masks", "scripted"])
-    train_throughput.main([*words, *rows, "--only", "gpt-512", "bare"])
+    former = ["--attention", "attention"]
+    train_throughput.main([*words, *rows, *former, "--only", "gpt-512", "bare"])
     train_throughput.main([*words, *rows, "--only", "gpt-512", "--gpt-ff", "128"])
     record = json.loads(path.read_text())
     names = [row["contestant"] for row in record["rows"]]
     assert names == ["bare", "gpt-512", "gpt-512", "gpt-4096-masks", "scripted"]
-    usual, narrow = (row["parameters"] for row in record["rows"][1:3])
+    former_model = I3LM(TOY.model_copy(update={"layers": f"2xrwkv,{UPPER}xattention"}), 2)
+    bare, usual, narrow = (row["parameters"] for row in record["rows"][:3])
+    assert bare == sum(p.numel() for p in former_model.parameters())
     assert usual - narrow == 2 * 2 * 64 * 128
     assert record["figures"] == []
     assert all(row["last_loss"] < row["first_loss"] for row in record["rows"])
