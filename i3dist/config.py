@@ -102,8 +102,8 @@ class ModelSettings(Section):
     compressor: str = "records"
     """What makes latents. records: each is made of sub-latents for the tokens with the highest
     router scores. literal: the card's words; learned queries read the whole chunk, and a latent is
-    one key. In layers of the kind attention records has 85% of the gain of uncompressed history,
-    literal 14% (docs/history.md). Or one that i3dist/model/compressor_kinds.py registers."""
+    one key. records has 80% of the gain of uncompressed history, literal 10% (docs/history.md). Or
+    one that i3dist/model/compressor_kinds.py registers."""
     sub_latents: Annotated[int, Field(ge=1, le=4096)] = 4
     """Of records: sub-latents R of a latent, each made for one token and D / R channels wide;
     attention sees each as a key. Adjusts as heads do; a chunk has no more of them than tokens.
