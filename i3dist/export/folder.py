@@ -88,13 +88,14 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} is no folder: name another place for the export")
     if not out.exists() or not any(out.iterdir()):
         return
-    if not _is_export(out):
+    if not is_export(out):
         raise UserError(f"{out} holds something else than an export: name another folder")
     if not overwrite:
         raise UserError(f"{out} holds an export: name another folder, or replace it (--overwrite)")
 
 
-def _is_export(folder: Path) -> bool:
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an export, judged by its config.json."""
     try:
         content = json.loads((folder / CONFIGURATION).read_bytes())
     except (OSError, ValueError):
