@@ -128,7 +128,7 @@ which are {reach} tokens. {carried} Memory does not grow with the length of a te
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "{name}"  # this folder
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 prompts = tokenizer(["Once upon a time", "The"], return_tensors="pt", padding=True)
 tokens = model.generate(**prompts, max_new_tokens=50, do_sample=True)

@@ -81,11 +81,20 @@ def test_pipeline(one: Exported) -> None:
     )
     prompts = ["the cat", "where was the hat of the dog on the mat"]
     found = generator(prompts, batch_size=2, do_sample=False, max_new_tokens=20)
-    tokenizer = AutoTokenizer.from_pretrained(one.folder)
+    tokenizer = AutoTokenizer.from_pretrained(one.folder, trust_remote_code=True)
     for prompt, (answer,) in zip(prompts, found, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         alone = generator.model.generate(ids, do_sample=False, max_new_tokens=20)[0]
         assert answer["generated_text"] == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+def test_the_example_of_the_model_card_runs(
+    one: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (one.folder / "README.md").read_text()
+    monkeypatch.chdir(one.folder.parent)
+    exec(card.split("```python")[1].split("```")[0], {})
+    assert "Once upon a time" in capsys.readouterr().out
 
 
 @given(

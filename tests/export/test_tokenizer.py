@@ -20,7 +20,7 @@ messages = st.lists(st.tuples(st.sampled_from(list(ROLES)), texts), min_size=1, 
 
 @pytest.fixture(scope="module")
 def theirs(one: Exported) -> Any:
-    return AutoTokenizer.from_pretrained(one.folder)
+    return AutoTokenizer.from_pretrained(one.folder, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from i3dist.model.lm import I3LM
-from tests.export.conftest import BOS, EOS, Exported, documents, padded
+from tests.conftest import ROOT
+from tests.export.conftest import BOS, Exported, documents, padded
 from tests.export.test_logits import TOLERANCE, far
 from tests.model.streams import depth_of, empty
 
@@ -74,50 +75,39 @@ def test_gradient_checkpointing_changes_nothing(each: Exported, reentrant: bool)
         assert far(plain, checkpointed) < TOLERANCE
 
 
-def test_trainer_reduces_the_loss_and_its_model_loads_again(one: Exported, tmp_path: Path) -> None:
+def test_autocast_trains_in_bf16_with_parameters_in_fp32(each: Exported) -> None:
+    hf, tokens = each.load(), documents(1, 60, 100)[None]
+    exact = hf(tokens, labels=tokens).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = hf(tokens, labels=tokens).loss
+    loss.backward()
+    assert far(loss, exact) < 0.05
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in hf.parameters())
+
+
+def example(heading: str) -> str:
+    """The first Python example of docs/transformers.md under a heading."""
+    text = (ROOT / "docs" / "transformers.md").read_text()
+    return text.split(f"## {heading}")[1].split("```python")[1].split("```")[0]
+
+
+def test_the_documents_example_fine_tunes_with_trainer(
+    one: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-    from transformers import Trainer, TrainingArguments
-
-    text = torch.arange(20, 60).tolist()
-    examples = [{"input_ids": [BOS, *text[i:], EOS]} for i in range(8)]
-
-    def batch(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        ids, mask = padded([torch.tensor(row["input_ids"]) for row in rows], "right", spare=0)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": ids.masked_fill(mask == 0, -100),
-        }
-
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"),
-        max_steps=30,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(
-        model=one.load(),
-        args=arguments,
-        train_dataset=examples,  # type: ignore[arg-type]
-        eval_dataset=examples,  # type: ignore[arg-type]
-        data_collator=batch,
-    )
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    (tmp_path / "exports").mkdir()
+    (tmp_path / "exports" / "mine").symlink_to(one.folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example("Fine-tune"), names)
+    losses = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
     assert len(losses) == 30 and losses[-1] < losses[0] - 1
-    assert trainer.evaluate()["eval_loss"] < losses[0] - 1
-    trainer.save_model(str(tmp_path / "tuned"))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
-    ids = torch.tensor(examples[0]["input_ids"])[None]
+    again = AutoModelForCausalLM.from_pretrained("tuned", trust_remote_code=True).eval()
+    ids = names["tokenizer"]("the cat", return_tensors="pt").input_ids
+    tuned = names["model"].eval()
     with torch.no_grad():
-        assert again(ids).logits.equal(trainer.model.eval()(ids).logits)
+        assert again(ids).logits.equal(tuned(ids).logits)
+        assert not again(ids).logits.equal(one.load()(ids).logits)
 
 
 def test_what_save_pretrained_writes_loads_and_is_equal(each: Exported, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Piece(NamedTuple):
         missing = (0, 0) * (x.dim() - 2) + (0, self.size - kept.shape[1])
         rows = torch.arange(len(x), device=x.device).unsqueeze(1).expand_as(self.new)
         index = rows[self.new], self.slot[self.new]
-        return F.pad(kept, missing).index_put(index, x[self.new])
+        return F.pad(kept.to(x.dtype), missing).index_put(index, x[self.new])
 
     def after(self, states: Tensor) -> Tensor:
         """The last of states [B, 1 + n, ...], which begin with the one before: [B, ...]."""
@@ -721,7 +721,7 @@ class I3ForCausalLM(PreTrainedModel, GenerationMixin):
                 their oldest.
             full: [B] bool, with F true.
         """
-        none = kept.new_zeros(len(kept), *new.shape[1:])
+        none = new.new_zeros(len(kept), *new.shape[1:])
         newest = torch.cat([kept, none.index_put((full,), new)], dim=1)
         kept = newest.where(full.view(-1, 1, 1), torch.cat([none, kept], dim=1))
         return kept[:, -self.config.history_chunks * new.shape[1] :]
