@@ -20,6 +20,7 @@ LAYERS = [
     {"i3dist.checkpoint"},
     {"i3dist.engine", "i3dist.inference"},
     {"i3dist.tracking"},
+    {"i3dist.export"},
     {"i3dist.training"},
 ]
 

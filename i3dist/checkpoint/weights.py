@@ -75,7 +75,7 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
     Raises:
         UserError: path is none of these, or its files do not belong together.
     """
-    path = _newest_in(path)
+    path = newest_in(path)
     if is_checkpoint(path):
         if wrong := quick_fault(path):
             raise UserError(f"checkpoint {path}: {wrong}; name another")
@@ -99,7 +99,7 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
     return model.to(device).eval().requires_grad_(False), settings, tokenizer
 
 
-def _newest_in(path: Path) -> Path:
+def newest_in(path: Path) -> Path:
     """The newest checkpoint for RUN/checkpoints or `latest` in it; any other path unchanged."""
     folder = path.resolve().parent if path.name == store.LATEST and path.is_file() else path
     return store.candidates(folder)[0] if store.steps(folder) else path
