@@ -1,25 +1,19 @@
-"""Text from a trained model, in constant memory whatever its length.
+"""Text from a trained model, in constant memory whatever its length."""
 
-Notation: B rows, one for each prompt; V vocabulary.
-"""
-
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 from i3dist.inference.batch_decoder import BatchDecoder
-from i3dist.inference.recording import Recorded
-from i3dist.inference.sampling import Sampling, sample, uniform
+from i3dist.inference.sampling import Sampling
+from i3dist.inference.token_stream import NOT_FINITE, TokenStream
 from i3dist.model.lm import I3LM
 
 __all__ = ["Sampling", "generate", "stream"]
 
-AHEAD = 4  # tokens that a GPU may be ahead of the text
-NOT_FINITE = -1  # in place of a token that could not be sampled
+COMPILED_FROM = 8192  # new tokens of a row for which compiling a GPU's kernels is worth the wait
 
 
 def generate(
@@ -69,10 +63,14 @@ def stream(
         torch.tensor([tokenizer.bos_id, *tokenizer.encode(prompt)], device=device)
         for prompt in prompts
     ]
-    writing = _Writing(BatchDecoder(model, given), tokenizer, sampling, seed)
+    compiled = device.type == "cuda" and tokens >= COMPILED_FROM
+    decoder = BatchDecoder(model, given, compiled)
+    # A document is text and its end: no other special token may follow.
+    forbidden = [i for i in tokenizer.special_ids.values() if i != tokenizer.eos_id]
+    sampled = TokenStream(decoder, sampling, seed, tokenizer.eos_id, forbidden)
     texts = [_Text(tokenizer, tokens, ignore_eos) for _ in prompts]
     while not all(text.ended for text in texts):
-        for row, (text, token) in enumerate(zip(texts, writing.next(), strict=True)):
+        for row, (text, token) in enumerate(zip(texts, sampled.next(), strict=True)):
             if piece := text.push(token):
                 yield row, piece
 
@@ -104,58 +102,3 @@ class _Text:
         else:
             self.left, piece = 0, ""
         return piece + self.decoder.finish() if self.ended else piece
-
-
-class _Writing:
-    """Samples tokens and reads them, on the device, a few tokens ahead of the host."""
-
-    def __init__(
-        self, decoder: BatchDecoder, tokenizer: Tokenizer, sampling: Sampling, seed: int
-    ) -> None:
-        self.decoder, self.sampling = decoder, sampling
-        self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
-        logits = decoder.logits
-        # A document is text and its end: no other special token may follow.
-        self.allowed = torch.zeros(tokenizer.vocab_size, device=logits.device)
-        forbidden = [i for i in tokenizer.special_ids.values() if i != tokenizer.eos_id]
-        self.allowed[forbidden] = float("-inf")
-        seeds = [(seed + row) % 2**63 for row in range(len(logits))]
-        self.seeds = torch.tensor(seeds, device=logits.device)
-        self.drawn = torch.zeros((), dtype=torch.int64, device=logits.device)
-        self.tokens = torch.zeros_like(self.seeds)  # sampled last
-        self.step = Recorded(self._step, decoder.recorded)
-        self.underway: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._sample(logits)
-        self._send()
-
-    def next(self) -> list[int]:
-        """Each row's next token, `NOT_FINITE` if there is none; after ``<EOS>`` follows ``<BOS>``,
-        which was not sampled."""
-        ahead = AHEAD if self.tokens.is_cuda else 0
-        while len(self.underway) <= ahead:
-            self.decoder.make_room()
-            self.step()
-            self._send()
-        tokens, sent = self.underway.popleft()
-        if sent is not None:
-            sent.synchronize()
-        return tokens.tolist()
-
-    def _send(self) -> None:
-        """Copy the tokens to the host, without waiting for them."""
-        tokens = self.tokens.to("cpu", non_blocking=True, copy=True)
-        sent = torch.cuda.Event() if self.tokens.is_cuda else None
-        if sent is not None:
-            sent.record()
-        self.underway.append((tokens, sent))
-
-    def _step(self) -> None:
-        self._sample(self.decoder.forward(self.tokens.clamp(min=0)))
-
-    def _sample(self, logits: Tensor) -> None:
-        """Sample what follows the last tokens, of logits [B, V] fp32."""
-        sampled = sample(logits + self.allowed, self.sampling, uniform(self.seeds, self.drawn))
-        sampled = torch.where(self.tokens == self.eos_id, self.bos_id, sampled)
-        finite = logits.isfinite().all(-1)
-        self.tokens.copy_(torch.where(finite, sampled, NOT_FINITE))
-        self.drawn.add_(1)

@@ -286,7 +286,8 @@ def attention_step(
         buffer[rows, :, history + sight.position] = new.unflatten(-1, (attention.heads, -1))
     query = _turned(attention, normed, sight.order)
     logits = widen(keys @ query.unsqueeze(-1)).squeeze(-1) * attention.scale
-    past = sight.past.gather(1, sight.order).repeat_interleave(history // sight.past.shape[1], 1)
+    past = sight.past.gather(1, sight.order)
+    past = past.unsqueeze(-1).expand(-1, -1, history // past.shape[1]).flatten(1)  # of each key
     visible = torch.cat([past, sight.own], dim=1).unsqueeze(1)
     logits = logits.masked_fill(~visible, NEVER)  # [B, H, C * M + T]
     if isinstance(attention, DualAttention):
