@@ -19,7 +19,7 @@ import gpt_decoder
 def test_every_part_gives_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     parts = [part for part in generation.GPU + generation.CPU if part != "start"]
-    words = ["--toy", "--steps", "17", "--rounds", "2", "--out", str(out), "--only", *parts]
+    words = ["--toy", "--steps", "5", "--rounds", "2", "--out", str(out), "--only", *parts]
     rows = generation.main(words)
     names = [row.contestant for row in rows]
     assert names.count("i3 together") == 6 and names.count("gpt") == names.count("gpt-4kv") == 4
