@@ -62,15 +62,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer]:
+def load_run(
+    path: Path, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[I3LM, Settings, Tokenizer]:
     """Load a trained model in evaluation mode, its settings and tokenizer.
-
-    On the CPU the model computes in fp32, elsewhere in the type that it was trained in.
 
     Args:
         path: a finished run's folder, a checkpoint anywhere, or RUN/checkpoints, which means the
             newest one in it.
         device: the device to put the model on.
+        dtype: of the parameters; by default fp32 on the CPU, elsewhere the type that the model was
+            trained in.
 
     Raises:
         UserError: path is none of these, or its files do not belong together.
@@ -93,9 +95,10 @@ def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenize
     Stack.of(settings.model, settings.place_of("model.layers"))
     COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
     model = I3LM(settings.model, tokenizer.bos_id)
-    dtype = load_weights(model, path)
+    trained_in = load_weights(model, path)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else trained_in)
     for parameter in model.parameters():  # buffers stay fp32, as in training
-        parameter.data = parameter.data.to(torch.float32 if device.type == "cpu" else dtype)
+        parameter.data = parameter.data.to(dtype)
     return model.to(device).eval().requires_grad_(False), settings, tokenizer
 
 
@@ -124,12 +127,11 @@ def _check_finished(run: Path) -> None:
     if not (run / store.SETTINGS).is_file():
         what = "neither the folder of a run nor a checkpoint" if run.exists() else "not there"
         raise UserError(
-            f"--checkpoint {run} is {what}: name a run's folder with {WEIGHTS} in it, or its "
-            f"{store.CHECKPOINTS}"
+            f"{run} is {what}: name a run's folder with {WEIGHTS} in it, or its {store.CHECKPOINTS}"
         )
     folder = run / store.CHECKPOINTS
     there = store.steps(folder)
-    instead = store.place(folder, there[0]) if there else "another --checkpoint"
+    instead = store.place(folder, there[0]) if there else "another run"
     raise UserError(
         f"{run / WEIGHTS} is missing: a run writes it when it ends; "
         f"continue the run with launch/train.py, or name {instead}"

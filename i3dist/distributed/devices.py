@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -114,7 +114,13 @@ def device(job: Job) -> torch.device:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device of a single process: "cpu", "cuda", or "auto" for a GPU if there is one."""
+    """The device of a single process: "cpu", "cuda", or "auto" for a GPU if there is one.
+
+    Raises:
+        UserError: there is no GPU, or the word is another.
+    """
+    if wanted not in get_args(Device):
+        raise UserError(f"device {wanted!r} should be {', '.join(get_args(Device))}")
     if wanted == "auto":
         named = _named_device(os.environ)
         wanted = "cuda" if uses_cuda() else "cpu"

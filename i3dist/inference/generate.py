@@ -1,6 +1,6 @@
 """Text from a trained model, in constant memory whatever its length. Letter: V vocabulary."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,3 +109,21 @@ def generate(
         yield text.push(token)
         fed = [token]
     yield text.finish()
+
+
+def stream(
+    model: I3LM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    tokens: int,
+    sampling: Sampling,
+    seed: int,
+    ignore_eos: bool = False,
+) -> Iterator[tuple[int, str]]:
+    """Continue several prompts; yields (row, text) as soon as characters are complete.
+
+    The arguments are those of `generate`; a row's text is the same alone and beside others.
+    """
+    for row, prompt in enumerate(prompts):
+        for text in generate(model, tokenizer, prompt, tokens, sampling, seed, ignore_eos):
+            yield row, text
