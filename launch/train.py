@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.tracking import tracker as tracking
 from i3dist.tracking.origin import describe
 from i3dist.tracking.tracker import NoTracker, Tracker
+from i3dist.training.continuing import further, of_saved_run
+from i3dist.training.init_from import history_is_off
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.run_folder import lay_out
 from i3dist.training.startup import (
@@ -128,6 +131,8 @@ def build(
     start = verify_checkpoint(start, job)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
+    if start.weights is not None:
+        collectives.on_all_ranks(partial(start.weights.load_into, model))
     if settings.train.compile is True or (settings.train.compile == "auto" and devices.uses_cuda()):
         model.compile_blocks()
         print_rank_0("compiling the model: minutes the first time, seconds from then on")
@@ -172,16 +177,29 @@ def begin_record(
     if verbose:
         print_tables(settings, job.world_size)
     print_overview(settings, corpus, job.world_size)
-    if start.checkpoint is None:  # later these settings stay
-        for note in filter(None, (idle_lanes(settings, corpus), early_history(settings))):
-            print_rank_0(note)
+    if start.weights is not None:
+        print_topic("weights", f"those of {start.weights.path}")
+    for note in filter(None, notes(start, corpus)):
+        print_rank_0(note)
     parameters = sum(count_parameters(settings).values())
-    origin = describe(settings, corpus, parameters, job.world_size)
+    weights = start.weights.path if start.weights is not None else None
+    origin = describe(settings, corpus, parameters, job.world_size, weights)
     tracker = tracking.start(settings, origin, fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
     print_charts(tracker)
     return tracker
+
+
+def notes(start: Start, corpus: Corpus) -> Iterator[str | None]:
+    """What the user should know of a run before it trains, if anything."""
+    settings = start.settings
+    if start.state is not None:  # the other settings stay
+        saved = of_saved_run(Settings.build(start.state.settings))
+        yield further(settings, saved, start.state.step)
+        return
+    yield idle_lanes(settings, corpus)
+    yield early_history(settings) if start.weights is None else history_is_off(settings)
 
 
 def print_charts(tracker: Tracker | NoTracker) -> None:

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -62,44 +64,76 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@dataclass(frozen=True)
+class SavedModel:
+    """A trained model on disk: a finished run's, or a checkpoint's."""
+
+    path: Path
+    settings: Settings
+    tokenizer: Tokenizer
+
+    @classmethod
+    def find(cls, path: Path) -> Self:
+        """Find the model that a path names.
+
+        Args:
+            path: a finished run's folder, a checkpoint anywhere, or RUN/checkpoints, which means
+                the newest one in it.
+
+        Raises:
+            UserError: path is none of these, or its files do not belong together.
+        """
+        path = _newest_in(path)
+        if is_checkpoint(path):
+            if wrong := quick_fault(path):
+                raise UserError(f"checkpoint {path}: {wrong}; name another")
+            settings = Settings.build(read_state(path).settings)
+            tokenizer = Tokenizer.load(_tokenizer_of(path))
+        else:
+            _check_finished(path)
+            settings = Settings.load(path / store.SETTINGS)
+            tokenizer = Tokenizer.load(path / TOKENIZER)
+        if settings.model.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size of "
+                f"{path} is {settings.model.vocab_size}; restore the run's own files"
+            )
+        Stack.of(settings.model, settings.place_of("model.layers"))
+        COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
+        return cls(path, settings, tokenizer)
+
+    def load_into(self, model: I3LM) -> torch.dtype:
+        """Give a model these weights, rounded to the type of the forward pass; returns that type.
+
+        Raises:
+            UserError: some are missing, or have another shape.
+        """
+        load = _load_checkpoint if is_checkpoint(self.path) else _load_export
+        return load(model, self.path)
+
+
 def load_run(
     path: Path, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[I3LM, Settings, Tokenizer]:
     """Load a trained model in evaluation mode, its settings and tokenizer.
 
     Args:
-        path: a finished run's folder, a checkpoint anywhere, or RUN/checkpoints, which means the
-            newest one in it.
+        path: as `SavedModel.find` takes it.
         device: the device to put the model on.
         dtype: of the parameters; by default fp32 on the CPU, elsewhere the type that the model was
             trained in.
 
     Raises:
-        UserError: path is none of these, or its files do not belong together.
+        UserError: there is no such model, or it cannot be read.
     """
-    path = _newest_in(path)
-    if is_checkpoint(path):
-        if wrong := quick_fault(path):
-            raise UserError(f"checkpoint {path}: {wrong}; name another")
-        settings = Settings.build(read_state(path).settings)
-        tokenizer, load_weights = Tokenizer.load(_tokenizer_of(path)), _load_checkpoint
-    else:
-        _check_finished(path)
-        settings = Settings.load(path / store.SETTINGS)
-        tokenizer, load_weights = Tokenizer.load(path / TOKENIZER), _load_export
-    if settings.model.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size of {path} "
-            f"is {settings.model.vocab_size}; restore the run's own files"
-        )
-    Stack.of(settings.model, settings.place_of("model.layers"))
-    COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
-    model = I3LM(settings.model, tokenizer.bos_id)
-    trained_in = load_weights(model, path)
+    saved = SavedModel.find(path)
+    model = I3LM(saved.settings.model, saved.tokenizer.bos_id)
+    trained_in = saved.load_into(model)
     dtype = dtype or (torch.float32 if device.type == "cpu" else trained_in)
     for parameter in model.parameters():  # buffers stay fp32, as in training
         parameter.data = parameter.data.to(dtype)
-    return model.to(device).eval().requires_grad_(False), settings, tokenizer
+    model = model.to(device).eval().requires_grad_(False)
+    return model, saved.settings, saved.tokenizer
 
 
 def _newest_in(path: Path) -> Path:

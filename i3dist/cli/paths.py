@@ -46,6 +46,11 @@ def path_or_auto(text: str) -> Path | Literal["auto"]:
     return "auto" if text == "auto" else literal_path(text)
 
 
+def optional_path(text: str) -> Path:
+    """The path that a user typed where there may be none: in a file, ~ is none."""
+    return literal_path(text)
+
+
 def path_text(path: Path) -> str:
     """The inverse of `literal_path` and of `literal_place`."""
     return f"./{path}" if str(path).startswith("~") or is_url(str(path)) else str(path)
