@@ -21,6 +21,7 @@ LAYERS = [
     {"i3dist.engine", "i3dist.inference"},
     {"i3dist.tracking"},
     {"i3dist.training"},
+    {"i3dist.programs", "i3dist.__main__"},
 ]
 
 

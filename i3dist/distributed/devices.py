@@ -11,12 +11,11 @@ import torch
 
 from i3dist.config import Device
 from i3dist.distributed.job import Job
+from i3dist.distributed.launcher import HIDDEN
 from i3dist.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# First entries of CUDA_VISIBLE_DEVICES that hide all GPUs on purpose.
-HIDDEN = ("", "-1", "NoDevFiles")
 DEVICES = Path("/dev")
 ACCELERATOR = "DS_ACCELERATOR"  # DeepSpeed's variable: cpu or cuda
 NO_GPU = "there is no CUDA GPU here"
