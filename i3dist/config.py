@@ -218,8 +218,8 @@ class TrainSettings(Section):
     """Optimizer steps of the whole run."""
     init_from: OptionalPath = None
     """Trained weights to begin with, and nothing else of their run: the folder of a run that has
-    ended, or a checkpoint. Shapes and tokenizer must be the same. A run that continues ignores
-    it."""
+    ended, a checkpoint, or an exported model. Shapes and tokenizer must be the same. A run that
+    continues does not read it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the weights and of the order of shards."""
     lanes: Count | Auto = "auto"

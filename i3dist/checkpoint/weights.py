@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from i3dist.checkpoint import store
+from i3dist.checkpoint.exported import exported_settings, is_export
 from i3dist.checkpoint.format import TOKENIZER, is_checkpoint, read_state
 from i3dist.checkpoint.reader import OptimizerReader
 from i3dist.checkpoint.verify import quick_fault
@@ -54,7 +55,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="RUN",
         help="folder of a run that has ended, or a checkpoint: RUN/checkpoints (the newest in it), "
-        "RUN/checkpoints/step-00000100, or a copy of one",
+        "RUN/checkpoints/step-00000100, or a copy of one; or an exported model's folder",
     )
     parser.add_argument(
         "--device",
@@ -66,7 +67,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A trained model on disk: a finished run's, or a checkpoint's."""
+    """A trained model on disk: a finished run's, a checkpoint's, or an exported one."""
 
     path: Path
     settings: Settings
@@ -77,21 +78,23 @@ class SavedModel:
         """Find the model that a path names.
 
         Args:
-            path: a finished run's folder, a checkpoint anywhere, or RUN/checkpoints, which means
-                the newest one in it.
+            path: a finished run's folder, a checkpoint anywhere, RUN/checkpoints, which means the
+                newest one in it, or the folder of an exported model.
 
         Raises:
             UserError: path is none of these, or its files do not belong together.
         """
-        path = _newest_in(path)
+        path = newest_in(path)
         if is_checkpoint(path):
             if wrong := quick_fault(path):
                 raise UserError(f"checkpoint {path}: {wrong}; name another")
             settings = Settings.build(read_state(path).settings)
             tokenizer = Tokenizer.load(_tokenizer_of(path))
         else:
-            _check_finished(path)
-            settings = Settings.load(path / store.SETTINGS)
+            exported = is_export(path)
+            if not exported:
+                _check_finished(path)
+            settings = exported_settings(path) if exported else Settings.load(path / store.SETTINGS)
             tokenizer = Tokenizer.load(path / TOKENIZER)
         if settings.model.vocab_size != tokenizer.vocab_size:
             raise UserError(
@@ -136,7 +139,7 @@ def load_run(
     return model, saved.settings, saved.tokenizer
 
 
-def _newest_in(path: Path) -> Path:
+def newest_in(path: Path) -> Path:
     """The newest checkpoint for RUN/checkpoints or `latest` in it; any other path unchanged."""
     folder = path.resolve().parent if path.name == store.LATEST and path.is_file() else path
     return store.candidates(folder)[0] if store.steps(folder) else path
@@ -181,7 +184,7 @@ def _load_export(model: I3LM, path: Path) -> torch.dtype:
         model.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} does not fit {path / store.SETTINGS}: {reason}") from None
+        raise UserError(f"{file} does not fit the settings beside it: {reason}") from None
     return weights["head.weight"].dtype
 
 

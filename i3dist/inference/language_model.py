@@ -212,7 +212,7 @@ def load(
 
     Args:
         path: the folder of a run that has ended, or a checkpoint: RUN/checkpoints (the newest in
-            it), RUN/checkpoints/step-00000100, or a copy of one.
+            it), RUN/checkpoints/step-00000100, or a copy of one; or an exported model's folder.
         device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is a GPU.
         dtype: "float32" or "bfloat16"; "auto" is the type that it was trained in (bfloat16 by
             default), but float32 on a CPU.

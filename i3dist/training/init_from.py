@@ -35,7 +35,7 @@ def initial_weights(settings: Settings, corpus: Corpus) -> SavedModel | None:
         saved = SavedModel.find(path)
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from None
-    if saved.tokenizer.sha256 != corpus.tokenizer.sha256:
+    if not saved.tokenizer.encodes_like(corpus.tokenizer):
         raise UserError(
             f"train.init_from={path} was trained with another tokenizer than that of "
             f"data.path={settings.data.path}: prepare the data with data_prep/shard.py "
