@@ -38,6 +38,11 @@ Schedule = Annotated[str, AfterValidator(schedule_name)]
 # A folder's name may hold bytes that are no text; in JSON they become "?".
 AnyPath = Annotated[Path, PlainSerializer(as_unicode, when_used="json")]
 AutoPath = Annotated[Path | Auto, PlainSerializer(as_unicode, when_used="json")]
+OptionalPath = Annotated[
+    Path | None,
+    BeforeValidator(lambda value: None if isinstance(value, Nothing) else value),
+    PlainSerializer(lambda path: path and as_unicode(path), when_used="json"),
+]
 AnyPlace = Annotated[
     Place,
     BeforeValidator(lambda v: Path(v) if isinstance(v, str) and not is_url(v) else v),
@@ -170,7 +175,8 @@ class OptimizerSettings(Section):
     """Steps of linear warm-up."""
     decay_steps: Count | Auto = "auto"
     """Length of the whole curve in steps, more than warmup_steps. auto is train.steps when the run
-    starts, or twice warmup_steps if warm-up fills the run, and then stays."""
+    starts, or twice warmup_steps if warm-up fills the run, and then stays. A run that has ended may
+    be trained further with another."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Of warmup-stable-decay: the share of the curve after warm-up, at its end, in which the rate
     falls. Before, it stays at its peak."""
@@ -213,6 +219,10 @@ class TrainSettings(Section):
 
     steps: Count = 20_000
     """Optimizer steps of the whole run."""
+    init_from: OptionalPath = None
+    """Trained weights to begin with, and nothing else of their run: the folder of a run that has
+    ended, a checkpoint, or an exported model. Shapes and tokenizer must be the same. A run that
+    continues does not read it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the weights and of the order of shards."""
     lanes: Count | Auto = "auto"

@@ -22,6 +22,7 @@ LAYERS = [
     {"i3dist.tracking"},
     {"i3dist.export"},
     {"i3dist.training"},
+    {"i3dist.programs", "i3dist.__main__"},
 ]
 
 

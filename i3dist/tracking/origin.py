@@ -26,8 +26,17 @@ class Origin:
     dataset: dict[str, str] | None = None
 
 
-def describe(settings: Settings, corpus: Corpus, parameters: int, world_size: int) -> Origin:
-    """What to record of a run with `parameters` parameters on `world_size` ranks."""
+def describe(
+    settings: Settings,
+    corpus: Corpus,
+    parameters: int,
+    world_size: int,
+    weights: Path | None = None,
+) -> Origin:
+    """What to record of a run with `parameters` parameters on `world_size` ranks.
+
+    `weights` is the run or checkpoint whose weights it begins with, if any.
+    """
     model, data = settings.model, corpus.train.manifest
     commit = git_commit()
     about = (
@@ -48,6 +57,8 @@ def describe(settings: Settings, corpus: Corpus, parameters: int, world_size: in
         "data_source": data.source,
         **versions,
     }
+    if weights is not None:
+        tags["init_from"] = str(weights.resolve())
     profile = {"tokens": data.tokens, "documents": data.documents, "chunks": data.chunks}
     dataset = {
         "name": as_unicode(shown(str(settings.data.path)).rstrip("/").rpartition("/")[2]),

@@ -1,4 +1,4 @@
-"""launch/train.py: what it does with its arguments, builds, says at the start and ends with."""
+"""`i3dist train`: what it does with its arguments, builds, says at the start and ends with."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,17 @@ import torch
 from i3dist.config import Settings
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
+from i3dist.programs.train import main
+from i3dist.training import run
 from tests.conftest import ROOT
 from tests.known import CHUNK, Known
-from tests.launch.conftest import MODEL, cells, load, typed
+from tests.launch.conftest import MODEL, cells, typed
 
 
 @pytest.fixture
 def train() -> ModuleType:
-    return load("train")
+    """What a rank does with its arguments, and `main` that reads them."""
+    return run
 
 
 def test_words_win_over_the_file_and_the_file_over_the_card(
@@ -31,7 +34,7 @@ def test_words_win_over_the_file_and_the_file_over_the_card(
     monkeypatch.setattr(train, "dry_run", lambda settings, job: seen.append(settings))
     typed(monkeypatch, "train.seed=7", "--dry-run", "--config", file, "log.every=9")
     monkeypatch.setattr(train, "StopRequest", mock.Mock())
-    train.main()
+    main()
     (settings,) = seen
     values = settings.train.steps, settings.train.seed, settings.log.every, settings.run.path
     assert values == (5, 7, 9, Path("from-the-file"))
@@ -72,13 +75,13 @@ def test_train_starts_as_it_is_told(
     values = MODEL | {"data.path": known.folder}
     typed(monkeypatch, *words, *(f"{name}={value}" for name, value in values.items()))
     with pytest.raises(UserError, match="far enough"):
-        train.main()
+        main()
     settings, engine_config, corpus, ranks, fresh = resolved.call_args.args
     assert settings.data.path == known.folder and corpus.train.folder == known.folder / "train"
     assert (engine_config, ranks, fresh) == ({"the": "engine"}, 1, "--fresh" in words)
     (path,) = read.call_args.args
-    given = "other.json" in words
-    assert path == (Path("other.json") if given else ROOT / "configs" / "zero2.json")
+    wanted = Path("other.json") if "other.json" in words else ROOT / "configs" / "zero2.json"
+    assert path.resolve() == wanted.resolve()
 
 
 @pytest.mark.parametrize("done", [True, False])
@@ -103,10 +106,10 @@ def test_train_ends_as_it_went(
         monkeypatch, f"data.path={known.folder}", f"model.chunk_length={CHUNK}", "model.latents=2"
     )
     if done:
-        train.main()
+        main()
     else:
         with pytest.raises(SystemExit):
-            train.main()
+            main()
     trainer.log.tracker.finish.assert_called_once_with("FINISHED" if done else "KILLED")
     said = capsys.readouterr().out
     assert ("stopped on request at step 12: run the same command to continue" in said) == (not done)

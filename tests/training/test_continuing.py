@@ -73,6 +73,7 @@ KEPT = {
     "optimizer.beta2": 0.8,
     "optimizer.eps": 1e-6,
     "optimizer.weight_decay": 0.2,
+    "train.init_from": "another",
     "train.seed": 7,
     "train.lanes": 12,
     "train.schedule": 1,
@@ -129,6 +130,11 @@ def test_what_is_left_at_auto_is_the_saved_runs(name: str) -> None:
     wanted = SAVED.with_values(**{name: KEPT[name]})
     assert taken == wanted
     assert (taken.train.micro_batch, taken.train.compile) == ("auto", "auto")
+
+
+def test_weights_that_a_run_began_with_need_not_be_named_again() -> None:
+    saved = SAVED.with_values(**{"train.init_from": "base"})
+    assert inherit_decided(Settings(), saved) == saved
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,25 @@ def test_a_run_of_the_former_default_goes_on_or_says_what_to_type(
     assert resolve(again, ENGINE, corpus, 2, fresh=False) == start
 
 
+def test_a_run_that_has_ended_may_get_another_curve(typed: Settings, corpus: Corpus) -> None:
+    ended = typed.with_values(**{"train.steps": 150})
+    checkpoint(decide(ended, 2, corpus.tokenizer.vocab_size), corpus, 150)
+    longer = typed.with_values(**{"train.steps": 400, "optimizer.decay_steps": 400})
+    start = resolve(longer, ENGINE, corpus, 2, fresh=False)
+    assert start.settings.optimizer.decay_steps == 400 and start.checkpoint is not None
+    with pytest.raises(UserError, match=r"should be more than optimizer\.warmup_steps=100"):
+        short = longer.with_values(**{"optimizer.decay_steps": 100})
+        resolve(short, ENGINE, corpus, 2, fresh=False)
+
+
+def test_one_that_has_not_ended_keeps_its_curve(typed: Settings, corpus: Corpus) -> None:
+    ended = typed.with_values(**{"train.steps": 150})
+    checkpoint(decide(ended, 2, corpus.tokenizer.vocab_size), corpus, 149)
+    longer = typed.with_values(**{"train.steps": 400, "optimizer.decay_steps": 400})
+    with pytest.raises(UserError, match="decay_steps is 400 but the saved run has 150"):
+        resolve(longer, ENGINE, corpus, 2, fresh=False)
+
+
 def test_fresh_looks_at_nothing_that_is_there(typed: Settings, corpus: Corpus) -> None:
     checkpoint(decide(typed, 2, 999), corpus, 7, data="other")
     start = resolve(typed, ENGINE, corpus, 1, fresh=True)
