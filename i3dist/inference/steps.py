@@ -1,7 +1,8 @@
-"""One token of every row through a layer, with the layer's memory in buffers of fixed size.
+"""One token of every row through a layer, with the layer's memory in tensors of fixed size.
 
 `LowerStep` and `UpperStep` run a layer's own `forward`, so every layer kind decodes. The kinds in
-`STEPS` have a faster step: the same equations, with fewer kernels and without copies of buffers.
+`STEPS` have a faster step: the same equations, with fewer kernels. These change their memory in
+place, so that they can be recorded.
 
 Notation: B rows, G rows whose chunk is full, T tokens of a chunk, C history chunks, M keys of an
 earlier chunk, H heads, D width.
@@ -52,13 +53,11 @@ class LowerStep:
     def __init__(self, block: LowerBlock, states: Sequence[LayerState]):
         """`states` are those of the rows, [1, ...] each."""
         self.block = block
-        self.state = tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+        self.state: LayerState = tuple(torch.cat(parts) for parts in zip(*states, strict=True))
 
     def __call__(self, x: Tensor, restart: Tensor) -> Tensor:
         """x [B, D], restart [B] bool -> [B, D]; changes the state."""
-        y, state = self.block(x.unsqueeze(1), restart.unsqueeze(1), self.state)
-        for part, new in zip(self.state, state, strict=True):
-            part.copy_(new)
+        y, self.state = self.block(x.unsqueeze(1), restart.unsqueeze(1), self.state)
         return y.squeeze(1)
 
 
