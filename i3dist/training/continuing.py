@@ -21,6 +21,7 @@ FREE_TO_CHANGE = (
     "log.every",
     "log.diagnose_every",
     "validate.every",
+    "validate.samples",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.keep_every",

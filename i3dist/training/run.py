@@ -22,6 +22,7 @@ from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.tracking import tracker as tracking
+from i3dist.tracking.metrics_log import STARTS, MetricsLog
 from i3dist.tracking.origin import describe
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.continuing import further
@@ -133,6 +134,8 @@ def begin_record(
     parameters = sum(count_parameters(settings).values())
     weights = start.weights.path if start.weights is not None else None
     origin = describe(settings, corpus, parameters, job.world_size, weights)
+    taken = 0 if start.state is None else start.state.step
+    MetricsLog(settings.run.path / STARTS).append(taken, origin.facts)
     tracker = tracking.start(settings, origin, fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)

@@ -36,6 +36,7 @@ FREE = {
     "log.every": 7,
     "log.diagnose_every": 7,
     "validate.every": 7,
+    "validate.samples": 7,
     "checkpoint.every": 7,
     "checkpoint.keep": 7,
     "checkpoint.keep_every": 7,
