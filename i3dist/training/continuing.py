@@ -69,10 +69,8 @@ def first_conflict(settings: Settings, saved: Settings, ended: bool = False) -> 
     free = FREE_TO_CHANGE + FREE_AFTER_THE_END * ended
     for key, value in settings.flat().items():
         if key not in free and before[key] != value:
-            return (
-                f"{key} is {value} but the saved run has {before[key]}; type {key}={before[key]} "
-                "to continue it"
-            )
+            way = f"leave {key} out" if before[key] is None else f"type {key}={before[key]}"
+            return f"{key} is {value} but the saved run has {before[key]}; {way} to continue it"
     return None
 
 
