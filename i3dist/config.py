@@ -18,7 +18,7 @@ from pydantic import (
     field_validator,
 )
 
-from i3dist.cli.former_settings import translate
+from i3dist.cli.former_settings import BEFORE, translate
 from i3dist.cli.layer_pattern import CARD_LAYERS, plain_layers, read_layers
 from i3dist.cli.paths import Place, as_unicode, is_url
 from i3dist.cli.settings_file import Nothing
@@ -38,6 +38,11 @@ Schedule = Annotated[str, AfterValidator(schedule_name)]
 # A folder's name may hold bytes that are no text; in JSON they become "?".
 AnyPath = Annotated[Path, PlainSerializer(as_unicode, when_used="json")]
 AutoPath = Annotated[Path | Auto, PlainSerializer(as_unicode, when_used="json")]
+OptionalPath = Annotated[
+    Path | None,
+    BeforeValidator(lambda value: None if isinstance(value, Nothing) else value),
+    PlainSerializer(lambda path: path and as_unicode(path), when_used="json"),
+]
 AnyPlace = Annotated[
     Place,
     BeforeValidator(lambda v: Path(v) if isinstance(v, str) and not is_url(v) else v),
@@ -88,7 +93,9 @@ class ModelSettings(Section):
     """Width D of the residual stream."""
     layers: Annotated[str, AfterValidator(plain_layers)] = CARD_LAYERS
     """The stack of layers from the bottom, as COUNTxKIND joined by commas. Kinds that see the
-    compressed history (attention, dual-attention) stand above all others (rwkv)."""
+    compressed history stand above all others (rwkv): dual-attention, with a softmax for the chunk
+    and one for history, and attention, with one softmax over both. A run keeps those it began with.
+    """
     heads: Annotated[int, Field(ge=1, le=4096)] = 8
     """Attention heads asked for; adjusts to the nearest divisor of d_model."""
     ff_mult: Annotated[int, Field(ge=1, le=64)] = 4
@@ -100,8 +107,8 @@ class ModelSettings(Section):
     compressor: str = "records"
     """What makes latents. records: each is made of sub-latents for the tokens with the highest
     router scores. literal: the card's words; learned queries read the whole chunk, and a latent is
-    one key. records has 85% of the gain of uncompressed history, literal 14% (docs/history.md).
-    Or one that i3dist/model/compressor_kinds.py registers."""
+    one key. records has 80% of the gain of uncompressed history, literal 10% (docs/history.md). Or
+    one that i3dist/model/compressor_kinds.py registers."""
     sub_latents: Annotated[int, Field(ge=1, le=4096)] = 4
     """Of records: sub-latents R of a latent, each made for one token and D / R channels wide;
     attention sees each as a key. Adjusts as heads do; a chunk has no more of them than tokens.
@@ -111,8 +118,9 @@ class ModelSettings(Section):
     every head for its age: with more than 10 the card's heads are 144 channels wide, not 128."""
     state_carry: bool = False
     """Carry recurrent state over chunk ends within a document. Beyond the card: the reach is then
-    no longer history_chunks + 1 chunks, and a window's chunks are read one after the other. With
-    history it gained 0.017 nats more than history alone, which gains 0.120 (docs/history.md)."""
+    no longer history_chunks + 1 chunks, and a window's chunks are read one after the other. History
+    should then begin late: from step 1,000 on it gained 0.017 nats more than without, from step 100
+    on a model with carried state did not learn to use history (docs/history.md)."""
 
     @field_validator("latents")
     @classmethod
@@ -137,8 +145,8 @@ class CompressionSettings(Section):
     """How history enters training: attention adds log g to history's logits, g from 0 to 1."""
 
     off_steps: CountOrZero = 100
-    """Steps at the start with g = 0. The card's 100 are too few for a long run: attention should
-    learn its own chunk first (docs/history.md: 1,000 steps of 32,768 tokens)."""
+    """Steps at the start with g = 0. The card's 100 are enough for layers of dual-attention. Those
+    of attention should first learn their own chunk: 33M tokens (docs/history.md)."""
     ramp_steps: CountOrZero = 50
     """Steps over which g then rises to 1."""
     schedule: Schedule = "linear"
@@ -167,7 +175,8 @@ class OptimizerSettings(Section):
     """Steps of linear warm-up."""
     decay_steps: Count | Auto = "auto"
     """Length of the whole curve in steps, more than warmup_steps. auto is train.steps when the run
-    starts, or twice warmup_steps if warm-up fills the run, and then stays."""
+    starts, or twice warmup_steps if warm-up fills the run, and then stays. A run that has ended may
+    be trained further with another."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Of warmup-stable-decay: the share of the curve after warm-up, at its end, in which the rate
     falls. Before, it stays at its peak."""
@@ -210,6 +219,10 @@ class TrainSettings(Section):
 
     steps: Count = 20_000
     """Optimizer steps of the whole run."""
+    init_from: OptionalPath = None
+    """Trained weights to begin with, and nothing else of their run: the folder of a run that has
+    ended, a checkpoint, or an exported model. Shapes and tokenizer must be the same. A run that
+    continues does not read it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the weights and of the order of shards."""
     lanes: Count | Auto = "auto"
@@ -334,6 +347,12 @@ class Settings(SettingsTree):
     def build(cls, values: Any, places: Mapping[str, str] | None = None) -> Self:
         """As `SettingsTree.build`, with former names of settings translated."""
         return super().build(*translate(values, places or {}))
+
+    def of_saved_run(self) -> Self:
+        """These, read from a saved run. What it lacks gets the value that it was trained with."""
+        flat, given = self.flat(), self.given()
+        lacking = {k: v for k, v in BEFORE.items() if k not in given or flat[k] == "auto"}
+        return self.with_values(**lacking) if lacking else self
 
 
 if __name__ == "__main__":

@@ -149,7 +149,8 @@ class Reach:
                 names.update(f"{node.module}.{alias.name}" for alias in node.names)
         files = {f"{name.replace('.', '/')}.py" for name in names}
         if path.is_relative_to(self.root / "tests"):
-            files |= {f"{a}.py" if a else f"launch/{b}.py" for a, b in STARTED.findall(text)}
+            started = STARTED.findall(text)
+            files |= {f"{a}.py" if a else f"i3dist/programs/{b}.py" for a, b in started}
         return {file for file in files if (self.root / file).exists()}
 
     def _closure(self, file: str) -> set[str]:

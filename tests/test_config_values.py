@@ -62,6 +62,7 @@ def test_paths_and_names_are_literal_by_their_type() -> None:
         "data.cache",
         "model.compressor",
         "optimizer.kind",
+        "train.init_from",
         "tracking.experiment",
         "tracking.run_name",
         "model.layers",

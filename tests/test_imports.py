@@ -20,8 +20,10 @@ LAYERS = [
     {"i3dist.checkpoint"},
     {"i3dist.engine", "i3dist.inference"},
     {"i3dist.tracking", "i3dist.page"},
+    {"i3dist.export"},
     {"i3dist.training"},
     {"i3dist.report"},
+    {"i3dist.programs", "i3dist.__main__"},
 ]
 
 

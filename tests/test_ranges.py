@@ -79,7 +79,7 @@ WORDS = {
 }
 NAMES = (
     *("run.path", "data.path", "data.cache", "model.compressor", "optimizer.kind"),
-    *("tracking.experiment", "tracking.run_name"),
+    *("train.init_from", "tracking.experiment", "tracking.run_name"),
 )
 LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1xof-mine,1024xof_mine2")
 NO_LAYERS = (
@@ -170,7 +170,8 @@ def test_a_chunk_has_as_many_latents_as_tokens_at_most() -> None:
 def test_names_are_taken_as_they_are() -> None:
     for name in NAMES:
         assert takes(**{name: "a b#c"})
-    assert takes(**{"tracking.run_name": None})
+    for name in ("tracking.run_name", "train.init_from"):
+        assert takes(**{name: None})
 
 
 def test_layers_are_counts_and_kinds() -> None:

@@ -2,13 +2,16 @@
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from i3dist.checkpoint import store
+from i3dist.checkpoint.exported import exported_settings, is_export
 from i3dist.checkpoint.format import TOKENIZER, is_checkpoint, read_state
 from i3dist.checkpoint.reader import OptimizerReader
 from i3dist.checkpoint.verify import quick_fault
@@ -52,7 +55,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="RUN",
         help="folder of a run that has ended, or a checkpoint: RUN/checkpoints (the newest in it), "
-        "RUN/checkpoints/step-00000100, or a copy of one",
+        "RUN/checkpoints/step-00000100, or a copy of one; or an exported model's folder",
     )
     parser.add_argument(
         "--device",
@@ -62,44 +65,82 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_run(path: Path, device: torch.device) -> tuple[I3LM, Settings, Tokenizer]:
+@dataclass(frozen=True)
+class SavedModel:
+    """A trained model on disk: a finished run's, a checkpoint's, or an exported one."""
+
+    path: Path
+    settings: Settings
+    tokenizer: Tokenizer
+
+    @classmethod
+    def find(cls, path: Path) -> Self:
+        """Find the model that a path names.
+
+        Args:
+            path: a finished run's folder, a checkpoint anywhere, RUN/checkpoints, which means the
+                newest one in it, or the folder of an exported model.
+
+        Raises:
+            UserError: path is none of these, or its files do not belong together.
+        """
+        path = newest_in(path)
+        if is_checkpoint(path):
+            if wrong := quick_fault(path):
+                raise UserError(f"checkpoint {path}: {wrong}; name another")
+            settings = Settings.build(read_state(path).settings).of_saved_run()
+            tokenizer = Tokenizer.load(_tokenizer_of(path))
+        else:
+            if is_export(path):
+                settings = exported_settings(path)
+            else:
+                _check_finished(path)
+                settings = Settings.load(path / store.SETTINGS).of_saved_run()
+            tokenizer = Tokenizer.load(path / TOKENIZER)
+        if settings.model.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size of "
+                f"{path} is {settings.model.vocab_size}; restore the run's own files"
+            )
+        Stack.of(settings.model, settings.place_of("model.layers"))
+        COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
+        return cls(path, settings, tokenizer)
+
+    def load_into(self, model: I3LM) -> torch.dtype:
+        """Give a model these weights, rounded to the type of the forward pass; returns that type.
+
+        Raises:
+            UserError: some are missing, or have another shape.
+        """
+        load = _load_checkpoint if is_checkpoint(self.path) else _load_export
+        return load(model, self.path)
+
+
+def load_run(
+    path: Path, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[I3LM, Settings, Tokenizer]:
     """Load a trained model in evaluation mode, its settings and tokenizer.
 
-    On the CPU the model computes in fp32, elsewhere in the type that it was trained in.
-
     Args:
-        path: a finished run's folder, a checkpoint anywhere, or RUN/checkpoints, which means the
-            newest one in it.
+        path: as `SavedModel.find` takes it.
         device: the device to put the model on.
+        dtype: of the parameters; by default fp32 on the CPU, elsewhere the type that the model was
+            trained in.
 
     Raises:
-        UserError: path is none of these, or its files do not belong together.
+        UserError: there is no such model, or it cannot be read.
     """
-    path = _newest_in(path)
-    if is_checkpoint(path):
-        if wrong := quick_fault(path):
-            raise UserError(f"checkpoint {path}: {wrong}; name another")
-        settings = Settings.build(read_state(path).settings)
-        tokenizer, load_weights = Tokenizer.load(_tokenizer_of(path)), _load_checkpoint
-    else:
-        _check_finished(path)
-        settings = Settings.load(path / store.SETTINGS)
-        tokenizer, load_weights = Tokenizer.load(path / TOKENIZER), _load_export
-    if settings.model.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} entries but model.vocab_size of {path} "
-            f"is {settings.model.vocab_size}; restore the run's own files"
-        )
-    Stack.of(settings.model, settings.place_of("model.layers"))
-    COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
-    model = I3LM(settings.model, tokenizer.bos_id)
-    dtype = load_weights(model, path)
+    saved = SavedModel.find(path)
+    model = I3LM(saved.settings.model, saved.tokenizer.bos_id)
+    trained_in = saved.load_into(model)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else trained_in)
     for parameter in model.parameters():  # buffers stay fp32, as in training
-        parameter.data = parameter.data.to(torch.float32 if device.type == "cpu" else dtype)
-    return model.to(device).eval().requires_grad_(False), settings, tokenizer
+        parameter.data = parameter.data.to(dtype)
+    model = model.to(device).eval().requires_grad_(False)
+    return model, saved.settings, saved.tokenizer
 
 
-def _newest_in(path: Path) -> Path:
+def newest_in(path: Path) -> Path:
     """The newest checkpoint for RUN/checkpoints or `latest` in it; any other path unchanged."""
     folder = path.resolve().parent if path.name == store.LATEST and path.is_file() else path
     return store.candidates(folder)[0] if store.steps(folder) else path
@@ -124,12 +165,11 @@ def _check_finished(run: Path) -> None:
     if not (run / store.SETTINGS).is_file():
         what = "neither the folder of a run nor a checkpoint" if run.exists() else "not there"
         raise UserError(
-            f"--checkpoint {run} is {what}: name a run's folder with {WEIGHTS} in it, or its "
-            f"{store.CHECKPOINTS}"
+            f"{run} is {what}: name a run's folder with {WEIGHTS} in it, or its {store.CHECKPOINTS}"
         )
     folder = run / store.CHECKPOINTS
     there = store.steps(folder)
-    instead = store.place(folder, there[0]) if there else "another --checkpoint"
+    instead = store.place(folder, there[0]) if there else "another run"
     raise UserError(
         f"{run / WEIGHTS} is missing: a run writes it when it ends; "
         f"continue the run with launch/train.py, or name {instead}"
@@ -145,7 +185,7 @@ def _load_export(model: I3LM, path: Path) -> torch.dtype:
         model.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} does not fit {path / store.SETTINGS}: {reason}") from None
+        raise UserError(f"{file} does not fit the settings beside it: {reason}") from None
     return weights["head.weight"].dtype
 
 

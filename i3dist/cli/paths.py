@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+"""The settings files that come with the package."""
+
 Place = Path | str
 """A path, or a URL as text."""
 
@@ -44,6 +47,11 @@ def literal_place(text: str) -> Place:
 def path_or_auto(text: str) -> Path | Literal["auto"]:
     """The path that a user typed, or the word auto (./auto is a path)."""
     return "auto" if text == "auto" else literal_path(text)
+
+
+def optional_path(text: str) -> Path:
+    """The path that a user typed where there may be none: in a file, ~ is none."""
+    return literal_path(text)
 
 
 def path_text(path: Path) -> str:
@@ -87,3 +95,20 @@ def typed_path(text: str) -> Path:
         return literal_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def typed_config(text: str) -> Path:
+    """A settings file, as the `type` of a command-line option: its path, or the name of one of
+    `CONFIGS` where there is no such path.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no path, or a name of none.
+    """
+    path = typed_path(text)
+    if path.exists() or not re.fullmatch(r"\w[\w-]*", text):
+        return path
+    named = CONFIGS / f"{text}.yaml"
+    if not named.exists():
+        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise argparse.ArgumentTypeError(f"{text!r} is no file, and none of {names}")
+    return named

@@ -8,7 +8,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +23,8 @@ HELP_WIDTH = 80
 DEBUG = "I3DIST_DEBUG"  # set to 1, tracebacks are printed too
 
 _traceback_folder: Path | None = None
+_name: str | None = None  # what the user typed to start this program
+_commands: dict[str, str] = {}  # by a program's file: what starts the same
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -47,11 +49,36 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser without abbreviations, whose errors are one line like all others."""
 
     def __init__(self, **options: Any) -> None:
+        if _name is not None:
+            options["prog"] = _name
         super().__init__(**{"allow_abbrev": False, "formatter_class": _HelpFormatter, **options})
+
+    def format_help(self) -> str:
+        """The help; where this program is a command, it names others as commands too."""
+        return as_typed(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing usage and exiting."""
         raise UserError(f"{message} (see --help)")
+
+
+def type_as(name: str, commands: Mapping[str, str] = {}) -> None:
+    """From now on this program is called `name` in its help, and others by these commands.
+
+    Args:
+        name: "i3dist train".
+        commands: what starts the same as each file, such as "launch/train.py".
+    """
+    global _name
+    _name = name
+    _commands.update(commands)
+
+
+def as_typed(text: str) -> str:
+    """A text for the user, with commands in place of the programs' files."""
+    for file, command in _commands.items():
+        text = text.replace(f"python {file}", command).replace(file, command)
+    return text
 
 
 def keep_tracebacks_in(folder: Path) -> None:
@@ -90,7 +117,7 @@ def _leave(message: str) -> NoReturn:
     if rank != "0":
         time.sleep(OTHERS_WAIT_SECONDS)
     where = "" if rank == "0" else f"[rank {rank}] "
-    print(f"{where}error: {message}", file=sys.stderr, flush=True)
+    print(f"{where}error: {as_typed(message)}", file=sys.stderr, flush=True)
     os._exit(1)
 
 

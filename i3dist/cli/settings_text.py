@@ -12,7 +12,14 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from i3dist.cli.paths import Place, literal_name, literal_path, literal_place, path_or_auto
+from i3dist.cli.paths import (
+    Place,
+    literal_name,
+    literal_path,
+    literal_place,
+    optional_path,
+    path_or_auto,
+)
 from i3dist.cli.settings_file import Literals, Nothing, write_values
 from i3dist.cli.suggest import hint
 
@@ -40,6 +47,7 @@ def literal_settings(tree: Tree) -> Literals:
     """How a typed text becomes the value of each setting that is a path or a name."""
     readers = {
         Path: literal_path,
+        Path | None: optional_path,
         Path | Literal["auto"]: path_or_auto,
         Place: literal_place,
         str: literal_name,

@@ -76,6 +76,15 @@ class Tokenizer:
         """
         return cls(read_file(path), path)
 
+    def encodes_like(self, other: "Tokenizer") -> bool:
+        """Whether both give every text the same ids, whatever else their files say."""
+        aside = {"version", "truncation", "padding", "post_processor"}
+        mine, theirs = (
+            {key: part for key, part in tokenizer._spec.items() if key not in aside}
+            for tokenizer in (self, other)
+        )
+        return mine == theirs
+
     def _is_made_of_text(self, token: str) -> bool:
         ids = self._backend.encode(token, add_special_tokens=False).ids
         return not set(self.special_ids.values()).isdisjoint(ids)

@@ -5,18 +5,17 @@ import os
 import socket
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from i3dist.config import Device
 from i3dist.distributed.job import Job
+from i3dist.distributed.launcher import HIDDEN
 from i3dist.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# First entries of CUDA_VISIBLE_DEVICES that hide all GPUs on purpose.
-HIDDEN = ("", "-1", "NoDevFiles")
 DEVICES = Path("/dev")
 ACCELERATOR = "DS_ACCELERATOR"  # DeepSpeed's variable: cpu or cuda
 NO_GPU = "there is no CUDA GPU here"
@@ -114,7 +113,13 @@ def device(job: Job) -> torch.device:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device of a single process: "cpu", "cuda", or "auto" for a GPU if there is one."""
+    """The device of a single process: "cpu", "cuda", or "auto" for a GPU if there is one.
+
+    Raises:
+        UserError: there is no GPU, or the word is another.
+    """
+    if wanted not in get_args(Device):
+        raise UserError(f"device {wanted!r} should be {', '.join(get_args(Device))}")
     if wanted == "auto":
         named = _named_device(os.environ)
         wanted = "cuda" if uses_cuda() else "cpu"

@@ -22,7 +22,6 @@ from i3dist.tracking.metrics_log import (
     read_metrics,
 )
 from i3dist.tracking.series import Lines, column
-from i3dist.training.continuing import of_saved_run
 from i3dist.training.ledger import LEDGER, Entry, parse
 
 # What a report lacks where a run has no such file (or it is empty).
@@ -75,7 +74,7 @@ class Run:
         if not (folder / store.SETTINGS).is_file():
             what = "holds no run" if folder.is_dir() else "is no folder"
             raise UserError(f"{folder} {what}: name a run's, with {store.SETTINGS} in it")
-        settings = of_saved_run(Settings.load(folder / store.SETTINGS))
+        settings = Settings.load(folder / store.SETTINGS).of_saved_run()
         try:
             written = read_lines(folder / METRICS)
             logs = {name: read_metrics(folder / name) for name in (VALIDATION, DIAGNOSTICS)}

@@ -32,8 +32,17 @@ class Origin:
         return {name: text for name, text in self.tags.items() if not name.startswith("mlflow.")}
 
 
-def describe(settings: Settings, corpus: Corpus, parameters: int, world_size: int) -> Origin:
-    """What to record of a run with `parameters` parameters on `world_size` ranks."""
+def describe(
+    settings: Settings,
+    corpus: Corpus,
+    parameters: int,
+    world_size: int,
+    weights: Path | None = None,
+) -> Origin:
+    """What to record of a run with `parameters` parameters on `world_size` ranks.
+
+    `weights` is the run or checkpoint whose weights it begins with, if any.
+    """
     model, data = settings.model, corpus.train.manifest
     commit = git_commit()
     about = (
@@ -57,6 +66,8 @@ def describe(settings: Settings, corpus: Corpus, parameters: int, world_size: in
         "data_tokens": str(data.tokens),
         **versions,
     }
+    if weights is not None:
+        tags["init_from"] = str(weights.resolve())
     profile = {"tokens": data.tokens, "documents": data.documents, "chunks": data.chunks}
     dataset = {
         "name": as_unicode(shown(str(settings.data.path)).rstrip("/").rpartition("/")[2]),

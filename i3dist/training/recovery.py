@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from i3dist.checkpoint import store
 from i3dist.distributed.console import print_rank_0
 from i3dist.engine.interface import StepResult
 from i3dist.errors import UserError
@@ -73,5 +74,14 @@ class Recovery:
             f"{self.progress.step}, so the run stops (guard.bad_steps), rolled back {tried} of "
             f"{allowed} times (guard.rollbacks){none_left}; to continue past such steps, raise "
             "guard.bad_steps; if every step is like this, start over with --fresh and a lower "
-            "optimizer.lr"
+            f"optimizer.lr{self._from_good_weights()}"
         )
+
+    def _from_good_weights(self) -> str:
+        """Another way out, as words, if there is a checkpoint from before the bad steps."""
+        folder, state = self.checkpointer.saver.folder, self.guard.state
+        for step in store.steps(folder):
+            if state.may_roll_back_to(step, now=self.progress.step):
+                good = store.place(folder, step)
+                return f", or with another run.path, train.init_from={good} and a lower rate"
+        return ""

@@ -7,6 +7,7 @@ from typing import Any
 
 from i3dist.checkpoint import store, verify
 from i3dist.checkpoint.format import TOKENIZER, RunState, read_state
+from i3dist.checkpoint.weights import SavedModel
 from i3dist.config import OnDamage, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.schedule import NEWEST
@@ -16,7 +17,8 @@ from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
-from i3dist.training.continuing import fill, first_conflict, inherit_decided, of_saved_run
+from i3dist.training.continuing import fill, first_conflict, inherit_decided
+from i3dist.training.init_from import initial_weights
 
 LANES_PER_RANK = 4
 WAYS_OUT = "choose another run.path, or start over with --fresh"
@@ -29,6 +31,7 @@ class Start:
     settings: Settings  # without any "auto" that a run decides
     checkpoint: Path | None = None  # None starts from step 0
     state: RunState | None = None
+    weights: SavedModel | None = None  # that a run from step 0 begins with; None initializes them
 
 
 def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
@@ -61,17 +64,22 @@ def resolve(
         fresh: start over, whatever is in the run's folder.
 
     Raises:
-        UserError: the run's folder has a checkpoint of other settings or other data.
+        UserError: the run's folder has a checkpoint of other settings or other data, or a new run
+            cannot begin with the weights of train.init_from.
     """
     there = [] if fresh else store.candidates(settings.run.path / store.CHECKPOINTS)
     path, _ = store.first_whole(there, verify.quick_fault)
     if path is None:
-        return Start(decide(settings, world_size, corpus.tokenizer.vocab_size))
+        settings = decide(settings, world_size, corpus.tokenizer.vocab_size)
+        return Start(settings, weights=initial_weights(settings, corpus))
     state = read_state(path)
-    saved = of_saved_run(Settings.build(state.settings))
+    saved = Settings.build(state.settings).of_saved_run()
     settings = inherit_decided(settings, saved)
-    if conflict := first_conflict(settings, saved):
-        raise UserError(f"{path} is of other settings: {conflict}; {WAYS_OUT}")
+    ended = state.step >= saved.train.steps
+    if conflict := first_conflict(settings, saved, ended):
+        raise UserError(f"{path} is of other settings: {conflict}, {WAYS_OUT}")
+    if settings.optimizer.decay_steps != saved.optimizer.decay_steps:
+        settings.optimizer.check_curve()
     if numeric_part(state.engine) != numeric_part(engine_config):
         raise UserError(
             f"{path} was made with other engine settings: {numeric_part(engine_config)} but the "

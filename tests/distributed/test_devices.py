@@ -1,6 +1,5 @@
 """What a job runs on: what is chosen, and what is refused where a GPU is missing or not seen."""
 
-import runpy
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from i3dist.distributed import devices
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 from i3dist.training.continuing import FREE_TO_CHANGE
+from i3dist.training.run import build
 from i3dist.training.summary import refuse_large
 from tests.conftest import QUICK, ROOT, error_line, program
 
@@ -147,7 +147,6 @@ def test_a_large_model_is_trained_on_a_cpu_that_was_chosen(
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("i3dist.distributed.host.share_threads", goes_on)
-    build = runpy.run_path(str(ROOT / "launch" / "train.py"))["build"]
     words = [f"data.path={data}", f"run.path={host / 'run'}", f"train.device={device}"]
     arguments = Namespace(deepspeed=ROOT / "configs" / "zero2.json", fresh=False)
     settings = Settings.load(None, words)

@@ -19,8 +19,9 @@ MODEL = TINY | {"train.window_chunks": 2}
 
 
 def load(name: str) -> ModuleType:
-    """One of launch/, as a module of its own for each test."""
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    """One of i3dist/programs, as a module of its own for each test."""
+    path = ROOT / "i3dist" / "programs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"program_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -21,7 +21,6 @@ from i3dist.engine.setup import read_engine_config
 from i3dist.errors import UserError
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.startup import idle_lanes
-from i3dist.training.summary import early_history
 from tests.conftest import QUICK, error_line, program, run_ranks
 from tests.launch.starting import ENGINE, begin, refusal
 
@@ -111,10 +110,6 @@ def test_notes_of_a_new_run(data: Path) -> None:
     line = idle_lanes(Settings.load(None, ["train.lanes=64", "train.schedule=2"]), corpus)
     assert line is not None and "set a smaller train.lanes" in line
     assert idle_lanes(Settings.load(None, ["train.lanes=4"]), corpus) is None
-    note = early_history(Settings.load(None, ["train.lanes=4"]))
-    assert note is not None
-    word = note.rpartition(" ")[2]
-    assert early_history(Settings.load(None, ["train.lanes=4", word])) is None
 
 
 def test_names_that_a_line_guesses() -> None:
@@ -127,7 +122,8 @@ def test_names_that_a_line_guesses() -> None:
 def test_steps_that_are_not_finite(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run goes on behind them where more are let pass; a lower rate starts over."""
+    """The run goes on behind them where more are let pass; a lower rate starts over, from the
+    beginning or from weights before them."""
     run = tmp_path / "run"
     words = [*QUICK, "checkpoint.every=1", "train.steps=6", f"data.path={data}", f"run.path={run}"]
 
@@ -138,6 +134,11 @@ def test_steps_that_are_not_finite(
     line = error_line(with_faults("guard.bad_steps=2"))
     assert "to continue past such steps, raise guard.bad_steps" in line
     assert "start over with --fresh and a lower optimizer.lr" in line
+    word = re.search(r"with another run\.path, (train\.init_from=\S+) and a lower rate", line)
+    assert word is not None
+    other = [f"run.path={tmp_path / 'other'}", "train.steps=1", "optimizer.lr=1e-5"]
+    begun = run_ranks(*words, *other, word[1], ranks=1)
+    assert f"those of {run / 'checkpoints' / 'step-00000001'}\n" in begun.stdout, begun.stderr
     continued = with_faults("guard.bad_steps=9")
     assert continued.returncode == 0, continued.stderr
     assert "continued from step" in continued.stdout

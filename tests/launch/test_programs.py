@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 from i3dist.cli.settings_text import all_settings
 from i3dist.config import Settings
 from i3dist.errors import UserError
-from i3dist.training.summary import early_history
+from i3dist.programs.generate import read_prompt
+from i3dist.training.run import recorded
 from tests.conftest import QUICK, ROOT, error_line, program
 
 
@@ -40,13 +40,7 @@ def test_a_dry_run_without_data_is_the_card() -> None:
     assert 335e6 <= total <= 348e6
     assert "tokens_per_step=16384" in result.stdout
     assert "8 heads do not divide width 1180: using 10" in result.stdout + result.stderr
-    assert "compression.off_steps=2002" in result.stdout, "32.8M tokens, of 16,384 a step"
-
-
-@pytest.mark.parametrize("words", [["compression.off_steps=1500"], ["train.steps=6000"]])
-def test_history_that_begins_late_or_a_short_run_needs_no_note(words: list[str]) -> None:
-    assert early_history(Settings.load(None, ["train.lanes=4"])) is not None
-    assert early_history(Settings.load(None, ["train.lanes=4", *words])) is None
+    assert "note:" not in result.stdout and "warning:" not in result.stdout + result.stderr
 
 
 def test_a_dry_run_with_data_follows_its_vocabulary(data: Path) -> None:
@@ -117,9 +111,6 @@ def test_bad_input_to_the_other_programs_is_one_line(words: list[str], says: str
     assert says in error_line(program(*words, timeout=60))
 
 
-READ_PROMPT = runpy.run_path(str(ROOT / "launch" / "generate.py"))["read_prompt"]
-
-
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape", "ascii:strict"])
 def test_a_prompt_that_is_no_text_is_refused(
     encoding: str, monkeypatch: pytest.MonkeyPatch
@@ -129,7 +120,7 @@ def test_a_prompt_that_is_no_text_is_refused(
 
     def prompt(content: bytes) -> str:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), name, errors))
-        return READ_PROMPT(None)
+        return read_prompt(None)
 
     latin = "café".encode("latin-1")
     with pytest.raises(UserError, match="standard input is not UTF-8 text") as error:
@@ -145,12 +136,12 @@ def test_a_prompt_that_is_missing_or_no_text_on_the_command_line_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(UserError, match="--prompt is not UTF-8 text"):
-        READ_PROMPT(os.fsdecode(b"caf\xe9"))
-    assert READ_PROMPT("café") == "café"
+        read_prompt(os.fsdecode(b"caf\xe9"))
+    assert read_prompt("café") == "café"
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UserError, match="standard input is closed: give a --prompt"):
-        READ_PROMPT(None)
-    assert READ_PROMPT("given") == "given"
+        read_prompt(None)
+    assert read_prompt("given") == "given"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +153,6 @@ def test_a_prompt_that_is_missing_or_no_text_on_the_command_line_is_refused(
     ],
 )
 def test_what_fails_is_recorded_and_explained(error: Exception, says: str) -> None:
-    recorded = runpy.run_path(str(ROOT / "launch" / "train.py"))["recorded"]
     tracker = mock.Mock()
     with pytest.raises(UserError, match=says), recorded(tracker):
         raise error

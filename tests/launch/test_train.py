@@ -1,4 +1,4 @@
-"""launch/train.py: what it does with its arguments, builds, says at the start and ends with."""
+"""`i3dist train`: what it does with its arguments, builds, says at the start and ends with."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,18 @@ import torch
 from i3dist.config import Settings
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
+from i3dist.programs.train import main
 from i3dist.tracking.metrics_log import read_lines
+from i3dist.training import run
 from tests.conftest import ROOT
 from tests.known import CHUNK, Known
-from tests.launch.conftest import MODEL, cells, load, typed
+from tests.launch.conftest import MODEL, cells, typed
 
 
 @pytest.fixture
 def train() -> ModuleType:
-    return load("train")
+    """What a rank does with its arguments, and `main` that reads them."""
+    return run
 
 
 def test_words_win_over_the_file_and_the_file_over_the_card(
@@ -32,7 +35,7 @@ def test_words_win_over_the_file_and_the_file_over_the_card(
     monkeypatch.setattr(train, "dry_run", lambda settings, job: seen.append(settings))
     typed(monkeypatch, "train.seed=7", "--dry-run", "--config", file, "log.every=9")
     monkeypatch.setattr(train, "StopRequest", mock.Mock())
-    train.main()
+    main()
     (settings,) = seen
     values = settings.train.steps, settings.train.seed, settings.log.every, settings.run.path
     assert values == (5, 7, 9, Path("from-the-file"))
@@ -73,13 +76,13 @@ def test_train_starts_as_it_is_told(
     values = MODEL | {"data.path": known.folder}
     typed(monkeypatch, *words, *(f"{name}={value}" for name, value in values.items()))
     with pytest.raises(UserError, match="far enough"):
-        train.main()
+        main()
     settings, engine_config, corpus, ranks, fresh = resolved.call_args.args
     assert settings.data.path == known.folder and corpus.train.folder == known.folder / "train"
     assert (engine_config, ranks, fresh) == ({"the": "engine"}, 1, "--fresh" in words)
     (path,) = read.call_args.args
-    given = "other.json" in words
-    assert path == (Path("other.json") if given else ROOT / "configs" / "zero2.json")
+    wanted = Path("other.json") if "other.json" in words else ROOT / "configs" / "zero2.json"
+    assert path.resolve() == wanted.resolve()
 
 
 @pytest.mark.parametrize("done", [True, False])
@@ -104,10 +107,10 @@ def test_train_ends_as_it_went(
         monkeypatch, f"data.path={known.folder}", f"model.chunk_length={CHUNK}", "model.latents=2"
     )
     if done:
-        train.main()
+        main()
     else:
         with pytest.raises(SystemExit):
-            train.main()
+            main()
     trainer.log.tracker.finish.assert_called_once_with("FINISHED" if done else "KILLED")
     said = capsys.readouterr().out
     assert ("stopped on request at step 12: run the same command to continue" in said) == (not done)
@@ -236,22 +239,24 @@ def test_a_run_says_what_it_is_before_it_begins(
     continues: bool,
     verbose: bool,
 ) -> None:
-    """A new record and a note on an early history are for new runs; tables for who asks."""
+    """A new record and a note on idle lanes are for new runs; tables for who asks."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "lay_out", mock.Mock(side_effect=lambda *_: run.mkdir()))
+    folder = Path("somewhere")
+    monkeypatch.setattr(train, "lay_out", mock.Mock(side_effect=lambda *_: folder.mkdir()))
     opened = mock.Mock(**{"return_value.where.return_value": ["http://there"]})
     monkeypatch.setattr(train.tracking, "start", opened)
-    run = Path("somewhere")
-    long = {"train.lanes": 4, "train.steps": 10**7, "run.path": "somewhere"}
-    settings = Settings().with_values(**MODEL | long)
-    corpus = train.Corpus.open(known.folder, settings.model)
+    corpus = train.Corpus.open(known.folder, Settings().with_values(**MODEL).model)
+    lanes = len(corpus.train.manifest.shards) + 1
+    long = {"train.lanes": lanes, "train.steps": 10**7, "run.path": "somewhere"}
+    settings = Settings().with_values(**MODEL | long | {"train.schedule": 2})
     start = train.Start(settings, Path("step-00000003") if continues else None)
     job = Job(0, 1, 0, 1, "127.0.0.1", 1, "python")
     tracker = train.begin_record(start, job, corpus, verbose)
     said = capsys.readouterr().out
-    assert ("note: history begins" in said) == (not continues)
-    assert f"batch     {4 * 2 * CHUNK} tokens: " in said
-    assert (f"tokens_per_step={4 * 2 * CHUNK} " in said) == verbose
+    assert (f"warning: {lanes} lanes but" in said) == (not continues)
+    assert said.count("warning:") + said.count("note:") == (0 if continues else 1)
+    assert f"batch     {lanes * 2 * CHUNK} tokens: " in said
+    assert (f"tokens_per_step={lanes * 2 * CHUNK} " in said) == verbose
     if not verbose:
         assert len(said.splitlines()) <= 10 and max(map(len, said.splitlines()[:7])) <= 80
     assert said.endswith("charts    http://there\n")
@@ -260,6 +265,6 @@ def test_a_run_says_what_it_is_before_it_begins(
     assert opened.call_args.kwargs["fresh"] == (not continues)
     assert opened.call_args.args[1].tags["data_fingerprint"] == corpus.fingerprint
     kept = [call.args[0] for call in tracker.artifact.call_args_list]
-    assert kept == [run / "settings.yaml", run / "tokenizer.json"]
-    (line,) = read_lines(run / "starts.jsonl")
+    assert kept == [folder / "settings.yaml", folder / "tokenizer.json"]
+    (line,) = read_lines(folder / "starts.jsonl")
     assert line["data_fingerprint"] == corpus.fingerprint

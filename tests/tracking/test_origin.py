@@ -33,6 +33,9 @@ def test_the_origin_of_a_run_names_its_code_versions_and_data(tmp_path):
     assert origin.facts.items() < tags.items() and "mlflow.source.name" not in origin.facts
     assert tags["git_commit"] == git_commit() and tags["data_source"] == "known"
     assert tags["data_fingerprint"] == corpus.fingerprint
+    assert "init_from" not in tags
+    begun = describe(settings, corpus, 5_678_901, 4, tmp_path / "base")
+    assert begun.tags == tags | {"init_from": str(tmp_path / "base")}
     data = origin.dataset
     assert data["source"] == str(known.folder) and corpus.fingerprint.startswith(data["digest"])
     assert json.loads(data["profile"])["tokens"] == corpus.train.manifest.tokens

@@ -74,6 +74,7 @@ KEPT = {
     "optimizer.beta2": 0.8,
     "optimizer.eps": 1e-6,
     "optimizer.weight_decay": 0.2,
+    "train.init_from": "another",
     "train.seed": 7,
     "train.lanes": 12,
     "train.schedule": 1,
@@ -114,8 +115,16 @@ def test_every_other_setting_is_refused_by_name(name: str) -> None:
     changed = SAVED.with_values(**{name: KEPT[name]})
     values = changed.flat()[name], SAVED.flat()[name]
     assert values[0] != values[1]
-    wanted = f"{name} is {values[0]} but the saved run has {values[1]}"
-    assert first_conflict(changed, SAVED) == wanted
+    line = first_conflict(changed, SAVED)
+    assert line is not None
+    said, _, advice = line.partition("; ")
+    assert said == f"{name} is {values[0]} but the saved run has {values[1]}"
+    if values[1] is None:
+        assert advice == f"leave {name} out to continue it"
+        words = []
+    else:
+        words = [advice.removeprefix("type ").removesuffix(" to continue it")]
+    assert Settings.load(None, words).flat()[name] == values[1], advice
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -126,6 +135,11 @@ def test_what_is_left_at_auto_is_the_saved_runs(name: str) -> None:
     wanted = SAVED.with_values(**{name: KEPT[name]})
     assert taken == wanted
     assert (taken.train.micro_batch, taken.train.compile) == ("auto", "auto")
+
+
+def test_weights_that_a_run_began_with_need_not_be_named_again() -> None:
+    saved = SAVED.with_values(**{"train.init_from": "base"})
+    assert inherit_decided(Settings(), saved) == saved
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +12,9 @@ import pytest
 
 from i3dist.checkpoint.format import read_state
 from i3dist.errors import UserError
+from i3dist.programs.ledger import checked
 from i3dist.tracking import interval
 from i3dist.tracking.outbox import LOGS, Outbox
-from tests.conftest import ROOT
 from tests.known import CHUNK, PAD
 from tests.training.runs import (
     HISTORY,
@@ -112,7 +111,6 @@ def test_the_ledger_has_each_steps_samples_loss_and_norm(any_run: TrainedRun) ->
 
 def test_the_ledgers_program_knows_what_each_step_read(any_run: TrainedRun, tmp_path: Path) -> None:
     """From the data and the run's settings; with another seed it would have been other shards."""
-    checked = runpy.run_path(str(ROOT / "launch" / "ledger.py"))["checked"]
     folder = tmp_path / "run"
     folder.mkdir()
     shutil.copy(any_run.settings.run.path / "ledger.jsonl", folder)

@@ -1,0 +1,1 @@
+"""What `i3dist COMMAND` starts; `main` lists the commands."""

@@ -1,0 +1,93 @@
+"""Continue a prompt with a trained model: `launch/generate.py --checkpoint RUN --prompt TEXT`.
+
+Text is printed as it is sampled. The model compresses every 512 tokens that it has read, so memory
+stays constant however long it runs.
+"""
+
+import argparse
+import sys
+
+from i3dist.checkpoint.weights import add_model_arguments, load_run
+from i3dist.cli import streams
+from i3dist.cli.program import ArgumentParser, one_line_errors
+from i3dist.distributed import devices
+from i3dist.errors import UserError
+from i3dist.inference.generate import Sampling, generate
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    default = Sampling()
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", help="text to continue (default: standard input)")
+    parser.add_argument("--tokens", type=int, default=256, help="most new tokens (256)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        help=f"divides the logits; 0 takes the likeliest token ({default.temperature})",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=default.top_k, help="likeliest tokens to keep; 0 keeps all (0)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=default.top_p, help="probability mass to keep (1.0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    parser.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        help="begin another document where one ends, instead of stopping",
+    )
+    return parser.parse_args()
+
+
+def read_prompt(given: str | None) -> str:
+    """The text to continue, as given or from standard input.
+
+    Raises:
+        UserError: there is none, or it is not UTF-8.
+    """
+    if given is None and sys.stdin is None:
+        raise UserError("standard input is closed: give a --prompt")
+    try:
+        # Without a locale any bytes are read: those that are not text fail here.
+        prompt = sys.stdin.read() if given is None else given
+        prompt.encode()
+    except UnicodeError:
+        what, way = "--prompt", "write it in UTF-8"
+        if given is None:
+            what, way = "standard input", "convert it, for instance with iconv -f latin1 -t utf-8"
+        raise UserError(f"{what} is not UTF-8 text: {way}") from None
+    return prompt
+
+
+def main() -> None:
+    """Stream a continuation to standard output."""
+    arguments = parse_arguments()
+    if arguments.tokens < 1:
+        raise UserError(f"--tokens {arguments.tokens} must be 1 or more")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed {arguments.seed} must be from 0 to 2^63 - 1")
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    streams.require_output()
+    prompt = read_prompt(arguments.prompt)
+    model, _, tokenizer = load_run(arguments.checkpoint, devices.pick_device(arguments.device))
+    sys.stdout.write(prompt)
+    for text in generate(
+        model, tokenizer, prompt, arguments.tokens, sampling, arguments.seed, arguments.ignore_eos
+    ):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def start() -> None:
+    """Run the program."""
+    with one_line_errors(output_is_result=True):
+        main()
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,82 @@
+"""Beginning a run with trained weights: `train.init_from`."""
+
+import torch
+
+from i3dist.checkpoint.weights import SavedModel
+from i3dist.config import ModelSettings, Settings
+from i3dist.data.corpus import Corpus
+from i3dist.errors import UserError
+from i3dist.model.lm import I3LM
+
+# No weight's shape depends on these.
+SHAPELESS = ("vocab_size", "chunk_length", "state_carry")
+
+
+def initial_weights(settings: Settings, corpus: Corpus) -> SavedModel | None:
+    """The model that a new run takes its weights from, if it takes any.
+
+    Args:
+        settings: the run's, without any "auto".
+        corpus: the run's data.
+
+    Raises:
+        UserError: there is no such model, it has another tokenizer or other shapes, or it lies in
+            the run's folder.
+    """
+    path, run = settings.train.init_from, settings.run.path
+    if path is None:
+        return None
+    if path.resolve().is_relative_to(run.resolve()):
+        raise UserError(
+            f"train.init_from={path} lies in run.path={run}, which a new run sets aside: choose "
+            "another run.path"
+        )
+    try:
+        saved = SavedModel.find(path)
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from None
+    if not saved.tokenizer.encodes_like(corpus.tokenizer):
+        raise UserError(
+            f"train.init_from={path} was trained with another tokenizer than that of "
+            f"data.path={settings.data.path}: prepare the data with data_prep/shard.py "
+            f"--tokenizer {saved.tokenizer.path}"
+        )
+    if fault := _unlike(saved.settings.model, settings.model):
+        raise UserError(f"train.init_from={path} does not fit: {fault}")
+    return saved
+
+
+def history_is_off(settings: Settings) -> str | None:
+    """A note for a run that begins with trained weights but without history; else None."""
+    if settings.compression.gate_at(0) > 0.0:
+        return None
+    return (
+        f"note: history is off for {settings.compression.off_steps} steps; weights that have "
+        "learned to read it need no such beginning: compression.off_steps=0 "
+        "compression.ramp_steps=0"
+    )
+
+
+def _unlike(saved: ModelSettings, ours: ModelSettings) -> str:
+    """What is wrong with weights of `saved` for a model of `ours`, and what to do; else ""."""
+    theirs, wanted = _shapes(saved), _shapes(ours)
+    if theirs == wanted:
+        return ""
+    name = next(name for name in theirs | wanted if theirs.get(name) != wanted.get(name))
+    values = ours.model_dump(exclude=set(SHAPELESS))
+    settings = [
+        f"model.{key}={value}"
+        for key, value in saved.model_dump(exclude=set(SHAPELESS)).items()
+        if value != values[key]
+    ]
+    return (
+        f"{name} is {theirs.get(name, 'missing')} there and {wanted.get(name, 'missing')} here; "
+        f"set {' '.join(settings)}"
+    )
+
+
+def _shapes(model: ModelSettings) -> dict[str, list[int]]:
+    """The shape of every parameter, by name."""
+    with torch.device("meta"):
+        parameters = I3LM(model, bos_id=0).named_parameters()
+    return {name: list(parameter.shape) for name, parameter in parameters}

@@ -1,0 +1,198 @@
+"""`i3dist COMMAND`: each starts what its file starts, from any folder, and names itself."""
+
+import base64
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from i3dist.cli.paths import CONFIGS
+from i3dist.cli.program import as_typed, type_as
+from i3dist.config import Settings
+from i3dist.distributed.launcher import launcher_command
+from i3dist.errors import UserError
+from i3dist.programs.main import COMMANDS, parse_arguments
+from i3dist.programs.train import without_gpus
+from tests.conftest import QUICK, ROOT, environment, error_line
+
+# Prints --help of several commands, in forks that have imported torch.
+FORKS = """
+import os, runpy, sys, torch
+for name in sys.argv[1:]:
+    if os.fork() == 0:
+        sys.argv = ["i3dist", name, "--help"]
+        runpy.run_module("i3dist", run_name="__main__")
+    os.wait()
+"""
+STARTED = """
+import sys, time
+start = time.perf_counter()
+sys.argv = ["i3dist", "--help"]
+from i3dist.programs.main import main
+try:
+    main()
+except SystemExit as left:
+    assert not left.code
+assert not {"torch", "numpy", "pydantic", "yaml", "rich"} & set(sys.modules), sys.modules
+assert time.perf_counter() - start < 5
+"""
+
+
+def i3dist(*words: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the program in a folder."""
+    command = [sys.executable, "-m", "i3dist", *map(str, words)]
+    environ = environment() | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+
+
+def test_each_command_is_a_file_that_is_there_and_all_files_are_commands() -> None:
+    files = {command.file for command in COMMANDS.values()}
+    assert files >= {str(p.relative_to(ROOT)) for p in (ROOT / "launch").glob("*.py")}
+    for command in COMMANDS.values():
+        text = (ROOT / command.file).read_text()
+        assert f"from {command.module} import start" in text or command.module == command.file[
+            :-3
+        ].replace("/", ".")
+
+
+def test_help_of_the_program_lists_all_and_imports_nothing_else() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, command in COMMANDS.items():
+        assert f"\n  {name} " in done.stdout and command.does in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_help_of_every_command_calls_it_and_the_others_by_their_names() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, *COMMANDS],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    texts = re.split("^(?=usage: )", done.stdout, flags=re.MULTILINE)[1:]
+    assert [text.split(" [")[0] for text in texts] == [f"usage: i3dist {n}" for n in COMMANDS]
+    for text in texts:
+        assert max(map(len, text.splitlines())) <= 80
+        assert not [command.file for command in COMMANDS.values() if command.file in text]
+        assert "deepspeed i3dist" not in text
+
+
+@pytest.mark.parametrize(
+    ("word", "says"), [("trian", "use train "), ("x", "use shard, verify, "), ("", "use shard, ")]
+)
+def test_what_is_no_command_is_one_line(word: str, says: str) -> None:
+    with pytest.raises(UserError, match=f"there is no command {word!r}: {says}"):
+        parse_arguments([word])
+
+
+def test_files_become_commands_in_texts_only_where_commands_were_typed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = "run `python data_prep/shard.py --out x`, or see launch/train.py --help"
+    assert as_typed(text) == text
+    monkeypatch.setattr("i3dist.cli.program._commands", {})
+    monkeypatch.setattr("i3dist.cli.program._name", None)
+    type_as("i3dist train", {"data_prep/shard.py": "i3dist shard", "launch/train.py": "i3dist t"})
+    assert as_typed(text) == "run `i3dist shard --out x`, or see i3dist t --help"
+
+
+def test_settings_and_errors_are_those_of_the_command_in_any_folder(tmp_path: Path) -> None:
+    assert "make the shards with `i3dist shard --out nowhere`" in error_line(
+        i3dist("train", "--config", "tiny", "data.path=nowhere", folder=tmp_path)
+    )
+    (tmp_path / "tiny").write_text("train: {steps: nothing}\n")
+    assert "tiny, line 1" in error_line(i3dist("train", "--config", "tiny", folder=tmp_path))
+    line = error_line(i3dist("train", "--config", "tyni", folder=tmp_path))
+    assert "'tyni' is no file, and none of i3-4096ctx, tiny" in line
+
+
+def test_settings_that_come_with_the_package_are_those_of_the_tree() -> None:
+    assert sorted(p.name for p in CONFIGS.iterdir()) == sorted(
+        p.name for p in (ROOT / "configs").iterdir()
+    )
+    assert Settings.load(CONFIGS / "i3-4096ctx.yaml") == Settings()
+
+
+def ranks_of(command: list[str]) -> list[object]:
+    """The GPUs that a launcher's command names, one for each rank."""
+    (info,) = (word.partition("=")[2] for word in command if word.startswith("--world_info="))
+    return json.loads(base64.urlsafe_b64decode(info))["localhost"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks", "accelerator"),
+    [
+        (None, [0, 1], None),
+        ("0,1,2", ["0", "1"], None),
+        ("5, 3", ["5", "3"], None),
+        ("GPU-a,GPU-b", ["GPU-a", "GPU-b"], None),
+        ("", [0, 1], "cpu"),
+        ("-1", [0, 1], "cpu"),
+    ],
+)
+def test_ranks_get_the_gpus_that_are_to_be_seen(
+    visible: str | None, ranks: list[object], accelerator: str | None
+) -> None:
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = launcher_command(2, ["--fresh", "train.steps=5"], environ)
+    assert ranks_of(command) == ranks
+    assert command[-4:] == ["i3dist", "train", "--fresh", "train.steps=5"]
+    assert environ.get("DS_ACCELERATOR") == accelerator
+
+
+@pytest.mark.parametrize(
+    ("number", "environ", "says"),
+    [
+        (0, {}, "--gpus 0 must be 1 or more"),
+        (3, {"CUDA_VISIBLE_DEVICES": "4,5"}, "CUDA_VISIBLE_DEVICES=4,5 shows 2"),
+    ],
+)
+def test_ranks_that_cannot_be_started_are_one_line(
+    number: int, environ: dict[str, str], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        launcher_command(number, [], environ)
+
+
+def test_ranks_of_another_launcher_start_none() -> None:
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    rank |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for more, name in (({}, "deepspeed"), ({"TORCHELASTIC_RUN_ID": "x"}, "torchrun")):
+        with pytest.raises(UserError, match=f"leave it out under {name}"):
+            launcher_command(2, [], rank | more)
+
+
+@pytest.mark.parametrize("words", [["--gpus", "2"], ["--gpus=2"], ["--ranks", "2"]])
+def test_ranks_are_not_told_to_start_ranks(words: list[str]) -> None:
+    rest = ["train.steps=5", "--config", "tiny", "--fresh"]
+    assert without_gpus([*rest[:2], *words, *rest[2:]]) == ["train.steps=5", *rest[1:]]
+    assert without_gpus(rest) == rest
+
+
+def test_ranks_train_and_their_status_is_the_programs(data: Path, tmp_path: Path) -> None:
+    """A signal to one of two ranks: both save, and 75 asks to be started again."""
+    config, rest = ROOT / QUICK[1], QUICK[2:]
+    words = ["--ranks", 2, "--config", config, *rest, f"data.path={data}", "run.path=run"]
+    command = [sys.executable, "-m", "i3dist", "train", *map(str, words)]
+    environ = environment() | {"PYTHONPATH": str(ROOT)}
+    with (tmp_path / "said").open("w") as said:
+        started = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=said, stderr=said)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = psutil.Process(started.pid).children()
+    assert len(ranks) == 2, (tmp_path / "said").read_text()
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert started.wait(100) == 75, (tmp_path / "said").read_text()
+    text = (tmp_path / "said").read_text()
+    assert "on 2 ranks" in text and "stopped on request at step" in text
+    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
