@@ -31,7 +31,7 @@ from i3dist.model.lm import I3LM
 ENGINES = ("zero2", "stock")
 LR = 1e-4
 CARD = ModelSettings(vocab_size=32_000)
-TOY = ModelSettings(vocab_size=512, d_model=128, layers="3xrwkv,1xattention", heads=4)
+TOY = ModelSettings(vocab_size=512, d_model=128, layers="3xrwkv,1xdual-attention", heads=4)
 TOY = TOY.model_copy(update={"chunk_length": 128, "latents": 16})
 
 

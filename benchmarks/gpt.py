@@ -2,7 +2,7 @@
 
 Notation: B rows, T tokens, D width, F width of the feed-forward, H heads, V vocabulary.
 
-With the defaults 339,522,560 parameters, 0.1% more than i3-4096ctx: its feed-forward has 4,032
+With the defaults 339,522,560 parameters, 0.2% fewer than i3-4096ctx: its feed-forward has 4,032
 channels. Four times the width, as is usual, would be 0.9% more. Positions are fixed sinusoids
 (Vaswani et al., 2017, arXiv:1706.03762), which cost neither parameters nor time in the blocks.
 """

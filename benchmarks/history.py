@@ -2,12 +2,14 @@
 
     python benchmarks/history.py run --data DIR --held-out DIR --arms none recipe --seeds 0 1
     python benchmarks/history.py report RESULTS.jsonl [--plot FILE]
+    python benchmarks/history.py curves RESULTS.jsonl ... --arms recipe --plot FILE
 
 `run` trains every arm with every seed on the same windows in the same order, and appends a line to
 --results for each evaluation. An experiment can be run in parts: results that exist are not
 measured again. Evaluation is on authors that no arm was trained on. It gives the loss by chunk
 index in the document, with history, without it, and with another document's history; and the loss
-of rare tokens. `report` compares arms that share seeds. The arms are in benchmarks/history_arms.py.
+of rare tokens. `report` compares arms that share seeds; `curves` plots when in training they gain.
+The arms are in benchmarks/history_arms.py.
 
 The data are two outputs of data_prep/shard.py with one tokenizer, of documents that span many
 chunks (see benchmarks/books.py). Of --held-out the train split is read, which is nearly all of it.
@@ -240,6 +242,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     report.add_argument(
         "--plot", type=Path, help="plot gain by chunk index and by position in the chunk"
     )
+    curves = commands.add_parser("curves", help="plot the gain in training loss by tokens")
+    curves.add_argument("results", type=Path, nargs="+")
+    curves.add_argument("--arms", nargs="+", type=named_arm, required=True, metavar="ARM")
+    curves.add_argument("--plot", type=Path, required=True, metavar="FILE")
     return parser.parse_args(arguments)
 
 
@@ -308,6 +314,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.command == "report":
         history_report.show(history_report.read(options.results), options.plot)
+        return
+    if options.command == "curves":
+        lines = [line for path in options.results for line in history_report.read(path)]
+        history_report.plot_curves(lines, options.arms, options.plot)
         return
     run(options)
     collectives.leave_group()

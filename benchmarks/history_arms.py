@@ -1,7 +1,10 @@
-"""The arms of benchmarks/history.py: i3-4096ctx, and variants of its history.
+"""The arms of benchmarks/history.py: variants of i3-4096ctx's history.
+
+Every arm has two blocks of `attention`, with one softmax for the chunk and history, unless it says
+-dual, whatever the settings' default is. The default with its schedule is recipe-dual-soon.
 
   none        no history
-  recipe      the default: latents of four sub-latents, for the tokens with the highest scores
+  recipe      latents of four sub-latents, for the tokens with the highest scores
   recordsR    with R sub-latents in a latent
   literal     the card read literally: learned queries read the whole chunk
   mean        means of the spans, normalised: no compressor
@@ -15,7 +18,7 @@ Additions to these:
   -soon       history is on from step 100, as on the card, instead of 1,000; -fromN: from step N
   -carriesN   RWKV state carried, from step N on
   -dual       dual attention: a softmax for the chunk, and one for history
-  -reserveN   of it: n begins at N instead of 0
+  -reserveN   of it: r begins at N instead of 0
   -shared     of it: sub-latents are unfolded by one matrix, for all layers, keys and values
   -taught     of it: queries, keys and values of tokens get their gradient from history as well
   -mixed      of it: what a head reads of its chunk gives way to what it reads of history
@@ -172,11 +175,13 @@ class Arm:
         return 0.0 if "open" in self.added else CLOSED
 
     def settings(self, card: ModelSettings) -> ModelSettings:
-        """The model's."""
+        """The model's: `card` with the arm's layers above as many RWKV blocks, and its history."""
         length, carries = card.chunk_length, bool({"carry", "carries"} & {self.base, *self.added})
-        changes: dict[str, object] = {"state_carry": carries}
-        if "dual" in self.added:
-            changes["layers"] = card.layers.replace("attention", "dual-attention")
+        kind = "dual-attention" if "dual" in self.added else "attention"
+        changes: dict[str, object] = {
+            "state_carry": carries,
+            "layers": f"{card.layer_kinds.count('rwkv')}xrwkv,2x{kind}",
+        }
         match self.base:
             case "ceiling":
                 changes["latents"] = length

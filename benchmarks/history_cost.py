@@ -3,8 +3,8 @@
     python benchmarks/history_cost.py --data DIR [--arms ARM ...] [--json FILE]
 
 It takes full optimizer steps of the experiment's models on its data, and reports their median time
-and the GPU memory that they reserve. History is on from the first step, so -soon and -drop change
-nothing.
+and the GPU memory that they reserve. recipe-dual has the layers and the compressor of the settings'
+default. History is on from the first step, so -soon and -drop change nothing.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from i3dist.data.corpus import Split
 from i3dist.data.manifest import Manifest
 from i3dist.distributed import collectives
 
-ARMS = ["none", "recipe", "mean", "literal", "ceiling", "carry", "recipe-carry"]
+ARMS = ["none", "recipe-dual", "recipe", "mean", "literal", "ceiling", "carry", "recipe-carry"]
 FIRST = 16  # first window to read: inside long documents, so that histories are full
 LR = 1e-4
 

@@ -149,14 +149,65 @@ def _plot(tokens: int, arms: dict[str, dict[int, Figures]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_curves(lines: list[dict[str, Any]], arms: Sequence[str], path: Path) -> None:
+    """Plot how far each arm's training loss is below that of no history, against tokens.
+
+    Raises:
+        UserError: an arm has no seed in common with no history.
+    """
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for arm in arms:
+        tokens, gains = training_gain(lines, arm)
+        label = f"{arm} ({_seeds(len(gains))})"
+        axes.plot(tokens / 1e6, gains.mean(0), "o-", ms=2, lw=1, label=label)
+    axes.axhline(0.0, color="black", lw=0.5)
+    axes.set(xlabel="million tokens", ylabel="training loss below no history's (nats per token)")
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def training_gain(lines: list[dict[str, Any]], arm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [n] at the middle of each interval of an arm's curve, and by how much its mean loss
+    there is below that of no history, for each common seed [seeds, n]. The longest runs count.
+
+    Raises:
+        UserError: there is no common seed.
+    """
+    runs: dict[str, dict[int, dict[str, Any]]] = {arm: {}, NONE: {}}
+    for line in sorted(lines, key=lambda line: line["tokens"]):
+        if line["arm"] in runs:
+            runs[line["arm"]][line["seed"]] = line
+    seeds = sorted(runs[arm].keys() & runs[NONE].keys())
+    if not seeds:
+        raise UserError(f"there is no run of {arm} with a seed of {NONE}")
+    pairs = [(_losses(runs[NONE][seed]), _losses(runs[arm][seed])) for seed in seeds]
+    count = min(len(losses) for pair in pairs for losses in pair)
+    interval = runs[arm][seeds[0]]["tokens"] / len(pairs[0][1])
+    gains = np.array([np.subtract(base[:count], losses[:count]) for base, losses in pairs])
+    return (np.arange(count) + 0.5) * interval, gains
+
+
+def _losses(line: dict[str, Any]) -> list[float]:
+    """The mean training losses of a line's curve, which may have nothing else."""
+    curve = line["curve"]
+    losses: list[float] = curve["loss"] if isinstance(curve, dict) else curve
+    return losses
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed" + ("s" if count > 1 else "")
+
+
 def _plot_gain(axes: Axes, arm: str, of_seeds: list[np.ndarray]) -> None:
     """Plot one arm's gains: the mean as a line, and the range over seeds behind it."""
     gains = np.array(of_seeds)
     if not len(gains):
         return
     mean, low, high = gains.mean(0), gains.min(0), gains.max(0)
-    seeds = f"{len(gains)} seed" + ("s" if len(gains) > 1 else "")
-    (line,) = axes.plot(mean, "o-", ms=3, lw=1, label=f"{arm} ({seeds})")
+    (line,) = axes.plot(mean, "o-", ms=3, lw=1, label=f"{arm} ({_seeds(len(gains))})")
     axes.fill_between(range(len(mean)), low, high, color=line.get_color(), alpha=0.15, lw=0)
 
 

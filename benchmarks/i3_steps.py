@@ -155,10 +155,11 @@ class Nothing(nn.Identity):
 
 
 class WithoutHistory(I3LM):
-    """i3 without compressor and history, and without their parameters."""
+    """i3 without compressor and history, and without their parameters: plain causal attention."""
 
     def __init__(self, settings: ModelSettings, bos_id: int):
-        super().__init__(settings, bos_id)
+        one_softmax = settings.layers.replace("dual-attention", "attention")
+        super().__init__(settings.model_copy(update={"layers": one_softmax}), bos_id)
         self.compressor = self.slots = Nothing()  # type: ignore[assignment]
 
     def below(self, tokens: Tensor, depth: Tensor, state: LaneState) -> tuple[Below, LaneState]:

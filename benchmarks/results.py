@@ -103,7 +103,7 @@ def show(rows: list[Row], merits: list[Figure], title: str) -> None:
     console = Console(width=120)
     console.print(_row_table(rows, title))
     if merits:
-        console.print(_figure_table(merits))
+        console.print(figure_table(merits))
 
 
 def _row_table(rows: list[Row], title: str) -> Table:
@@ -126,7 +126,8 @@ def _row_table(rows: list[Row], title: str) -> Table:
     return table
 
 
-def _figure_table(merits: list[Figure]) -> Table:
+def figure_table(merits: list[Figure]) -> Table:
+    """Figures beside their targets."""
     table = Table(title="figures and their targets")
     for heading in ("figure", "value", "target", "met"):
         table.add_column(heading, justify="right" if heading in ("value", "target") else "left")

@@ -45,6 +45,7 @@ FP32, BF16 = 4, 2
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 MEASURED = RESULTS / "train_throughput.json"
 SEVERAL = RESULTS / "several_gpus.json"
+LAYERS = "12xrwkv,2xattention"  # of the model of these results
 
 # Assumptions, explained in docs/scaling.md: one-way bandwidths, as NCCL achieves them.
 NODE, NVLINK = 8, 360e9  # GPUs of a node, the bandwidth of each
@@ -79,7 +80,7 @@ def _layout(world: int, link: str) -> tuple[int, float]:
 def flats() -> tuple[int, ...]:
     """Elements of each flat tensor that gradients and weights travel in."""
     with torch.device("meta"):
-        packed = FlatModel(I3LM(ModelSettings(vocab_size=32_000), bos_id=2))
+        packed = FlatModel(I3LM(ModelSettings(vocab_size=32_000, layers=LAYERS), bos_id=2))
     return tuple(flat.parameter.numel() for flat in packed.flats)
 
 

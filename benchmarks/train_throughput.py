@@ -78,10 +78,16 @@ class Sizes:
         return chunks * self.model.chunk_length
 
 
+ATTENTIONS = ("dual-attention", "attention")  # layer kinds; the first is the default's
 CARD = Sizes(ModelSettings(vocab_size=32_000), {}, 8192, 64, 256)
 TOY = Sizes(
     ModelSettings(
-        vocab_size=64, d_model=24, layers="2xrwkv,2xattention", heads=4, chunk_length=16, latents=4
+        vocab_size=64,
+        d_model=24,
+        layers="2xrwkv,2xdual-attention",
+        heads=4,
+        chunk_length=16,
+        latents=4,
     ),
     {"vocab": 64, "layers": 2, "width": 64, "heads": 4, "feed_forward": 256},
     cube=64,
@@ -97,7 +103,9 @@ class Bench:
         self.options = options
         self.rows = rows
         sizes = TOY if options.toy else CARD
-        model = sizes.model.model_copy(update={"sub_latents": options.sub_latents})
+        layers = sizes.model.layers.replace(ATTENTIONS[0], options.attention)
+        update = {"sub_latents": options.sub_latents, "layers": layers}
+        model = sizes.model.model_copy(update=update)
         self.sizes = s = replace(sizes, model=model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vocab, length = s.model.vocab, s.model.chunk_length
@@ -252,6 +260,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parts = CARD.model.sub_latents
     add("--sub-latents", default=parts, help=f"of each of i3's latents (default: {parts})")
+    kinds = {"metavar": "KIND", "type": str, "choices": ATTENTIONS, "default": ATTENTIONS[0]}
+    add("--attention", **kinds, help=f"of i3: {' or '.join(ATTENTIONS)} (default: the first)")
     add("--warm-up", default=5, help="steps before the clock starts (default: %(default)s)")
     add("--steps", default=20, help="steps that are timed (default: %(default)s)")
     add(

@@ -9,7 +9,6 @@ from i3dist.data.corpus import Split, fingerprint_of
 from i3dist.data.manifest import Manifest
 from i3dist.data.schedule import Place
 from i3dist.errors import UserError
-from i3dist.training.continuing import of_saved_run
 from i3dist.training.ledger import LEDGER, Entry, parse, samples_hash
 
 
@@ -23,7 +22,7 @@ class TrainedRun:
             UserError: they cannot be read, or the run was trained on other data.
         """
         self.run = run
-        self.settings = of_saved_run(Settings.load(run / store.SETTINGS)).train
+        self.settings = Settings.load(run / store.SETTINGS).of_saved_run().train
         split = Split(data / "train", Manifest.load(data / "train"))
         self._check_data(data, split.manifest)
         self.schedule = split.schedule(

@@ -18,7 +18,7 @@ from pydantic import (
     field_validator,
 )
 
-from i3dist.cli.former_settings import translate
+from i3dist.cli.former_settings import BEFORE, translate
 from i3dist.cli.layer_pattern import CARD_LAYERS, plain_layers, read_layers
 from i3dist.cli.paths import Place, as_unicode, is_url
 from i3dist.cli.settings_file import Nothing
@@ -93,7 +93,9 @@ class ModelSettings(Section):
     """Width D of the residual stream."""
     layers: Annotated[str, AfterValidator(plain_layers)] = CARD_LAYERS
     """The stack of layers from the bottom, as COUNTxKIND joined by commas. Kinds that see the
-    compressed history (attention, dual-attention) stand above all others (rwkv)."""
+    compressed history stand above all others (rwkv): dual-attention, with a softmax for the chunk
+    and one for history, and attention, with one softmax over both. A run keeps those it began with.
+    """
     heads: Annotated[int, Field(ge=1, le=4096)] = 8
     """Attention heads asked for; adjusts to the nearest divisor of d_model."""
     ff_mult: Annotated[int, Field(ge=1, le=64)] = 4
@@ -105,8 +107,8 @@ class ModelSettings(Section):
     compressor: str = "records"
     """What makes latents. records: each is made of sub-latents for the tokens with the highest
     router scores. literal: the card's words; learned queries read the whole chunk, and a latent is
-    one key. records has 85% of the gain of uncompressed history, literal 14% (docs/history.md).
-    Or one that i3dist/model/compressor_kinds.py registers."""
+    one key. records has 80% of the gain of uncompressed history, literal 10% (docs/history.md). Or
+    one that i3dist/model/compressor_kinds.py registers."""
     sub_latents: Annotated[int, Field(ge=1, le=4096)] = 4
     """Of records: sub-latents R of a latent, each made for one token and D / R channels wide;
     attention sees each as a key. Adjusts as heads do; a chunk has no more of them than tokens.
@@ -116,8 +118,9 @@ class ModelSettings(Section):
     every head for its age: with more than 10 the card's heads are 144 channels wide, not 128."""
     state_carry: bool = False
     """Carry recurrent state over chunk ends within a document. Beyond the card: the reach is then
-    no longer history_chunks + 1 chunks, and a window's chunks are read one after the other. With
-    history it gained 0.017 nats more than history alone, which gains 0.120 (docs/history.md)."""
+    no longer history_chunks + 1 chunks, and a window's chunks are read one after the other. History
+    should then begin late: from step 1,000 on it gained 0.017 nats more than without, from step 100
+    on a model with carried state did not learn to use history (docs/history.md)."""
 
     @field_validator("latents")
     @classmethod
@@ -142,8 +145,8 @@ class CompressionSettings(Section):
     """How history enters training: attention adds log g to history's logits, g from 0 to 1."""
 
     off_steps: CountOrZero = 100
-    """Steps at the start with g = 0. The card's 100 are too few for a long run: attention should
-    learn its own chunk first (docs/history.md: 1,000 steps of 32,768 tokens)."""
+    """Steps at the start with g = 0. The card's 100 are enough for layers of dual-attention. Those
+    of attention should first learn their own chunk: 33M tokens (docs/history.md)."""
     ramp_steps: CountOrZero = 50
     """Steps over which g then rises to 1."""
     schedule: Schedule = "linear"
@@ -275,6 +278,9 @@ class ValidateSettings(Section):
     """Steps between validations; 0 validates only before the first step and after the last."""
     chunks: Count = 1024
     """Chunks of the fixed validation subset, rounded up to whole shards."""
+    samples: CountOrZero = 2
+    """Held-out documents whose beginnings each validation continues by 64 tokens (samples.jsonl),
+    to read what the model writes; 0 makes none."""
 
 
 class CheckpointSettings(Section):
@@ -341,6 +347,12 @@ class Settings(SettingsTree):
     def build(cls, values: Any, places: Mapping[str, str] | None = None) -> Self:
         """As `SettingsTree.build`, with former names of settings translated."""
         return super().build(*translate(values, places or {}))
+
+    def of_saved_run(self) -> Self:
+        """These, read from a saved run. What it lacks gets the value that it was trained with."""
+        flat, given = self.flat(), self.given()
+        lacking = {k: v for k, v in BEFORE.items() if k not in given or flat[k] == "auto"}
+        return self.with_values(**lacking) if lacking else self
 
 
 if __name__ == "__main__":

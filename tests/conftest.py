@@ -33,6 +33,7 @@ QUICK = [
     *("train.window_chunks=2", "train.lanes=4", "log.every=1", "optimizer.warmup_steps=2"),
     *("compression.off_steps=0", "compression.ramp_steps=2", "optimizer.decay_steps=20"),
     *("checkpoint.every=0", "validate.every=0", "validate.chunks=4", "tracking.enabled=false"),
+    "validate.samples=0",
 ]
 # Of a run to compare others with: checkpoints of steps 5, 10 and 12, all of which stay.
 STEPS = 12
@@ -66,7 +67,8 @@ def shards_of(documents: Iterable[str], folder: Path, *words: object) -> Path:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed run of two ranks, with `QUICK` and `SAVING`; only to be read."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    result = run_ranks(*QUICK, *SAVING, f"data.path={data}", f"run.path={run}")
+    places = f"data.path={data}", f"run.path={run}"
+    result = run_ranks(*QUICK, *SAVING, "validate.samples=2", *places)
     assert result.returncode == 0, result.stderr
     return run
 

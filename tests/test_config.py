@@ -69,4 +69,5 @@ def test_a_continued_run_may_change_intervals_only() -> None:
     again = Settings.load(None, ["train.steps=9", "log.every=3", "run.path=elsewhere"])
     assert first_conflict(inherit_decided(again, saved), saved) is None
     other = inherit_decided(Settings.load(None, ["train.seed=4"]), saved)
-    assert first_conflict(other, saved) == "train.seed is 4 but the saved run has 0"
+    says = "train.seed is 4 but the saved run has 0; type train.seed=0 to continue it"
+    assert first_conflict(other, saved) == says

@@ -1,4 +1,4 @@
-"""Former names of settings: still taken from saved runs, files and words, and never ambiguous."""
+"""Former names and defaults: still taken from saved runs, files and words, and never ambiguous."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import pytest
 
 from i3dist.config import Settings
 from i3dist.errors import UserError
-from i3dist.training.continuing import first_conflict
+from i3dist.training.continuing import first_conflict, inherit_decided
 
 DEFAULTS = Settings()
+FORMER = "12xrwkv,2xattention"
 RWKV, ATTENTION, RECORDS = "model.rwkv_layers", "model.attention_layers", "model.records"
 
 
@@ -48,8 +49,37 @@ def test_a_run_from_before_there_was_a_choice_has_the_records_compressor(tmp_pat
     for saved in (Settings.build(values), load(tmp_path, text)):
         assert saved == DEFAULTS and first_conflict(DEFAULTS, saved) is None
         literal = DEFAULTS.with_values(**{"model.compressor": "literal"})
-        says = "model.compressor is literal but the saved run has records"
-        assert first_conflict(literal, saved) == says
+        says = "model.compressor is literal but the saved run has records;"
+        assert str(first_conflict(literal, saved)).startswith(says)
+
+
+def test_a_saved_run_without_a_stack_has_the_former_one(tmp_path: Path) -> None:
+    """In a checkpoint and in the run's file; what they do say stays."""
+    assert DEFAULTS.model.layers != FORMER
+    for stack in ("", "  layers: 3xrwkv,1xdual-attention\n", "  layers: 3xrwkv,1xattention\n"):
+        saved = load(tmp_path, f"model:\n  d_model: 64\n{stack}train:\n  seed: 3\n").of_saved_run()
+        assert saved.model.layers == (stack.partition(": ")[2].strip() or FORMER)
+        assert (saved.model.d_model, saved.train.seed) == (64, 3)
+        assert Settings.build(saved.to_dict()).of_saved_run() == saved
+
+
+@pytest.mark.parametrize("words", [[], ["train.seed=3", "model.compressor=literal"]])
+def test_the_same_words_go_on_with_the_former_default(words: list[str]) -> None:
+    """Where `model.layers` is not among them. A typed stack is compared, be it today's default."""
+    saved = Settings.load(None, [*words, f"model.layers={FORMER}", "train.lanes=8"])
+    again = Settings.load(None, words)
+    assert again.model.layers == DEFAULTS.model.layers
+    assert inherit_decided(again, saved) == saved
+    typed = Settings.load(None, [*words, f"model.layers={DEFAULTS.model.layers}"])
+    line = first_conflict(inherit_decided(typed, saved), saved)
+    assert line is not None and f"; type model.layers={FORMER} to continue it" in line
+
+
+def test_only_a_former_default_is_gone_on_with() -> None:
+    """A stack that the run was given is to be given again."""
+    saved = Settings.load(None, ["model.layers=3xrwkv,1xattention"])
+    line = first_conflict(inherit_decided(Settings.load(), saved), saved)
+    assert line is not None and "; type model.layers=3xrwkv,1xattention to continue it" in line
 
 
 @pytest.mark.parametrize(
@@ -63,8 +93,10 @@ def test_a_run_from_before_there_was_a_choice_has_the_records_compressor(tmp_pat
          "2xrwkv,4xattention", 4),
         ("model: {rwkv_layers: 3, records: 2}", ["model.layers=1xrwkv,1xattention"],
          "1xrwkv,1xattention", 2),
-        ("model: {records: 2}", ["model.sub_latents=8"], "12xrwkv,2xattention", 8),
-        ("model: {sub_latents: 8}", [f"{RECORDS}=2"], "12xrwkv,2xattention", 2),
+        ("model: {records: 2}", ["model.sub_latents=8"], FORMER, 8),
+        ("model: {sub_latents: 8}", [f"{RECORDS}=2"], FORMER, 2),
+        ("model: {layers: '3xrwkv,1xdual-attention'}", [f"{RWKV}=2"],
+         "2xrwkv,1xdual-attention", 4),
         ("model: {layers: '2xconv,3xrwkv,1xattention'}", [f"{RWKV}=1"],
          "2xconv,1xrwkv,1xattention", 4),
     ],
@@ -91,6 +123,8 @@ def test_words_win_over_files_whichever_names_they_use(
         ("model:\n  records: 0", [], "line 2: setting model.sub_latents=0 should"),
         ("model: {layers: '1xrwkv,1xconv,1xrwkv,1xattention'}", [f"{RWKV}=2"],
          "model.rwkv_layers cannot change .* 2 groups"),
+        ("model: {layers: '3xrwkv,1xdual-attention'}", [f"{ATTENTION}=2"],
+         "model.attention_layers cannot change .* 0 groups of attention: give model.layers"),
         ("model: {layers: 'none'}", [f"{RWKV}=2"], "setting model.layers='none'"),
     ],
 )  # fmt: skip

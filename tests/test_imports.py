@@ -19,8 +19,10 @@ LAYERS = [
     {"i3dist.model", "i3dist.data", "i3dist.optim"},
     {"i3dist.checkpoint"},
     {"i3dist.engine", "i3dist.inference"},
-    {"i3dist.tracking"},
+    {"i3dist.tracking", "i3dist.page"},
+    {"i3dist.export"},
     {"i3dist.training"},
+    {"i3dist.report"},
     {"i3dist.programs", "i3dist.__main__"},
 ]
 

@@ -34,6 +34,7 @@ WHOLE = {
     "log.diagnose_every": COUNT_OR_ZERO,
     "validate.every": COUNT_OR_ZERO,
     "validate.chunks": COUNT,
+    "validate.samples": COUNT_OR_ZERO,
     "checkpoint.every": COUNT_OR_ZERO,
     "checkpoint.keep": COUNT,
     "checkpoint.keep_every": COUNT_OR_ZERO,

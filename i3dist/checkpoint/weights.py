@@ -88,13 +88,14 @@ class SavedModel:
         if is_checkpoint(path):
             if wrong := quick_fault(path):
                 raise UserError(f"checkpoint {path}: {wrong}; name another")
-            settings = Settings.build(read_state(path).settings)
+            settings = Settings.build(read_state(path).settings).of_saved_run()
             tokenizer = Tokenizer.load(_tokenizer_of(path))
         else:
-            exported = is_export(path)
-            if not exported:
+            if is_export(path):
+                settings = exported_settings(path)
+            else:
                 _check_finished(path)
-            settings = exported_settings(path) if exported else Settings.load(path / store.SETTINGS)
+                settings = Settings.load(path / store.SETTINGS).of_saved_run()
             tokenizer = Tokenizer.load(path / TOKENIZER)
         if settings.model.vocab_size != tokenizer.vocab_size:
             raise UserError(

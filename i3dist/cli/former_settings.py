@@ -1,11 +1,15 @@
-"""Former names of settings, in saved runs, files and words, as the settings of today."""
+"""Former names and defaults of settings, in saved runs, files and words."""
 
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from i3dist.cli.layer_pattern import CARD_LAYERS, MOST, read_layers, write_layers
+from i3dist.cli.layer_pattern import MOST, read_layers, write_layers
 from i3dist.errors import UserError
+
+FORMER_LAYERS = "12xrwkv,2xattention"
+# Settings that are newer than some saved runs, or had another default, and what such runs did.
+BEFORE = {"train.schedule": 1, "model.layers": FORMER_LAYERS}
 
 RENAMED = {"records": "sub_latents"}
 # Each was the number of layers of a kind; `model.layers` is now the whole stack.
@@ -15,6 +19,8 @@ TODAY = RENAMED | dict.fromkeys(COUNTS, "layers")
 
 def translate(values: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
     """Settings under today's names; the arguments stay as they are.
+
+    Whoever uses a former name, and does not give `model.layers`, means the default of that time.
 
     Args:
         values: nested plain values, not yet validated.
@@ -29,7 +35,10 @@ def translate(values: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, st
     if not isinstance(model, dict):
         return values, places
     given, model = set(model), dict(model)
-    for former in [name for name in TODAY if name in given]:
+    formers = [name for name in TODAY if name in given]
+    if formers:  # said when this was the default
+        model.setdefault("layers", FORMER_LAYERS)
+    for former in formers:
         key = TODAY[former]
         name, today = f"model.{former}", f"model.{key}"
         value, place = model.pop(former), places.pop(name, "")
@@ -41,7 +50,7 @@ def translate(values: Any, places: Mapping[str, str]) -> tuple[Any, dict[str, st
             if name in in_file:
                 continue
         if former in COUNTS:
-            value = _replaced(model.get(key, CARD_LAYERS), former, value, place)
+            value = _replaced(model[key], former, value, place)
         model[key] = value
         places.pop(today, None)
         if place:
@@ -54,7 +63,7 @@ def _replaced(layers: Any, former: str, count: Any, place: str) -> Any:
     if not isinstance(count, int) or not 1 <= count <= MOST:
         raise UserError(
             f"{place}setting model.{former}={count!r} should be a whole number from 1 to {MOST}; "
-            f"or say it as model.layers={CARD_LAYERS}"
+            f"or say it as model.layers={FORMER_LAYERS}"
         )
     kind = COUNTS[former]
     with suppress(ValueError, AttributeError):  # what is no stack is refused as model.layers

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from itertools import groupby
 
-CARD_LAYERS = "12xrwkv,2xattention"
+CARD_LAYERS = "12xrwkv,2xdual-attention"
 MOST = 1024  # layers of one kind in a row
 
 _GROUP = re.compile(r"\s*([0-9]{1,9})\s*x\s*([a-z][a-z0-9_-]*)\s*")

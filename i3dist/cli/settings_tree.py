@@ -72,6 +72,11 @@ class SettingsTree(Section):
             for key, value in fields.items()
         }
 
+    def given(self) -> set[str]:
+        """The settings that were given a value; the others have their defaults."""
+        values = self.model_dump(by_alias=True, exclude_unset=True)
+        return {f"{section}.{key}" for section, fields in values.items() for key in fields}
+
     def to_yaml(self) -> str:
         """The tree as YAML, which `load` reads back to an equal tree."""
         return write_values(self.model_dump(by_alias=True))

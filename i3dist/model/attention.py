@@ -111,6 +111,10 @@ class Attention(nn.Module):
         """Of each chunk's M keys, without the channels of ages: [B, C + K, M, D] each."""
         return KeysValues(*project(self.key_value.computed(self.key_value.weight)).chunk(2, dim=-1))
 
+    def reserve_of(self, x: Tensor) -> Tensor:
+        """What each head takes off the logits of history: x [..., D] -> [..., H]. Here nothing."""
+        return x.new_zeros(*x.shape[:-1], self.heads)
+
     @property
     def _channels(self) -> tuple[int, int]:
         """First channel of a head's logits of ages, and the one after the last."""

@@ -110,7 +110,8 @@ class HistoryBlock(Block):
         Args:
             x: the residual stream.
             past: keys and values of history, [B, (C + K) * M, D] each.
-            own: keys and values of the chunk's tokens before x, or None.
+            own: keys and values of the chunk's tokens before x, or None. Batched decoding gives
+                room for a whole chunk, and hides what is not of a token before x.
             visible: what each token sees of history and of its chunk.
         """
         raise NotImplementedError

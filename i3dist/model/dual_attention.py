@@ -8,16 +8,16 @@ keys still take part: attention is then late to learn its own chunk, and later l
 Here a head reads the two apart, and adds what it read of history with a share p (native sparse
 attention adds its branches so: Yuan et al., 2025, arXiv:2502.11089):
 
-    o = A_own + p A_history        p = sigmoid(z_history - z_own - n(x))
+    o = A_own + p A_history        p = sigmoid(z_history - z_own - r(x))
 
-z is the log of a softmax's denominator, so with n = 0 p is history's share of a joint softmax.
-n(x) = w . x + b begins as 0, and z_own gets no gradient.
+z is the log of a softmax's denominator, so with r = 0 p is history's share of a joint softmax.
+r(x) = w . x + c begins as 0, and z_own gets no gradient.
 
 History is read with the projections of tokens, and gets no say in them: queries, and the weights
 for keys and values, get their gradient from the chunk's own tokens alone. What is learned there
 serves history from the moment that it is learned. What history needs beyond that is learned by two
 views of latents, one for keys and one for values, which are the layer's own. Latents, slots, logits
-of ages and n learn from history too.
+of ages and r learn from history too.
 """
 
 from typing import ClassVar
@@ -51,7 +51,7 @@ class DualAttention(Attention):
         self.reserve_bias = nn.Parameter(torch.zeros(self.heads))
 
     def reset_parameters(self) -> None:
-        """Start with an n that is the same for every query."""
+        """Start with an r that is the same for every query."""
         super().reset_parameters()
         nn.init.zeros_(self.reserve.weight)
 
@@ -76,10 +76,13 @@ class DualAttention(Attention):
 
     def join(self, x: Tensor, own: Branch, past: Branch) -> Tensor:
         """What was read of both: x [B, K, T, D] -> the same."""
-        reserve = widen(self.reserve(x)) + self.reserve_bias[: self.heads]  # longer where packed
-        share = (self.lead(own, past) - reserve).sigmoid()  # [B, K, T, H]
+        share = (self.lead(own, past) - self.reserve_of(x)).sigmoid()  # [B, K, T, H]
         read = (part.mixed.unflatten(-1, (self.heads, -1)) for part in (own, past))
         return self.weigh(share.unsqueeze(-1).to(x.dtype), *read).flatten(-2)
+
+    def reserve_of(self, x: Tensor) -> Tensor:
+        """r(x), fp32; p is history's share of a joint softmax with r taken off history's logits."""
+        return widen(self.reserve(x)) + self.reserve_bias[: self.heads]  # longer where packed
 
     def lead(self, own: Branch, past: Branch) -> Tensor:
         """How far z_history is above z_own, which gets no gradient: [B, K, T, H]."""

@@ -1,12 +1,16 @@
 """Evaluate a trained model on held-out data: `launch/evaluate.py --checkpoint RUN --data DIR`.
 
 Prints loss, perplexity and bits per byte on the whole valid split of DIR, and the loss by chunk
-index within the document: with history, without it, and with another document's.
+index within the document: with history, without it, and with another document's. With --tasks
+instead of --data it runs tasks of lm-evaluation-harness, and prints its table.
 """
 
 import argparse
 import json
+from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +21,8 @@ from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import check_shards
 from i3dist.distributed import devices
+from i3dist.errors import UserError
+from i3dist.export.harness import run_tasks, table_of
 from i3dist.inference.evaluate import Evaluation, evaluate
 from i3dist.tracking.report import progress_bar
 
@@ -28,16 +34,29 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--data",
         type=typed_place,
-        required=True,
         metavar="DIR",
         help="shard.py's output, or its URL (see data.path in train.py --help)",
+    )
+    what.add_argument(
+        "--tasks",
+        type=lambda text: text.split(","),
+        metavar="NAME,...",
+        help="tasks of lm-evaluation-harness (pip install 'i3dist[eval]'); --checkpoint may then "
+        "be an export too",
     )
     parser.add_argument(
         "--json", type=typed_path, metavar="FILE", help="write the results here too"
     )
+    tasks = parser.add_argument_group("options of --tasks")
+    tasks.add_argument(
+        "--task-folder", type=typed_path, metavar="DIR", help="tasks of your own, as YAML files"
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="examples of each task (all)")
+    tasks.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows at once (1)")
     return parser.parse_args()
 
 
@@ -66,19 +85,12 @@ def print_tables(result: Evaluation) -> None:
         console.print(f"({len(result.by_chunk) - ROWS_SHOWN} later chunks: see --json)")
 
 
-def main() -> None:
-    """Evaluate and print."""
-    arguments = parse_arguments()
-    if arguments.json:
-        arguments.json.touch()  # fails now rather than after the evaluation
-    else:
-        streams.require_output()
-    model, settings, tokenizer = load_run(
-        arguments.checkpoint, devices.pick_device(arguments.device)
-    )
+def evaluate_data(arguments: argparse.Namespace, device: torch.device) -> Evaluation:
+    """Evaluate on held-out data."""
+    model, settings, tokenizer = load_run(arguments.checkpoint, device)
     corpus = Corpus.open(arguments.data, settings.model, tokenizer, settings.data)
     check_shards(corpus.valid.folder, corpus.valid.manifest)
-    result = evaluate(
+    return evaluate(
         model,
         corpus.valid.held_out(settings.model.history_chunks),
         corpus.tokenizer.token_bytes(),
@@ -86,9 +98,46 @@ def main() -> None:
         settings.train.window_chunks,
         progress=progress_bar,
     )
-    if arguments.json:  # first: printing fails where the reader of the output has gone
-        arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
-    print_tables(result)
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that are not 1 or more."""
+    for option, number in (("limit", arguments.limit), ("batch-size", arguments.batch_size)):
+        if number is not None and number < 1:
+            raise UserError(f"--{option} {number} must be 1 or more")
+
+
+def write_json(file: Path | None, content: dict[str, Any]) -> None:
+    """Write results to the file of --json, if there is one."""
+    if file is not None:
+        file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def main() -> None:
+    """Evaluate, write and print."""
+    arguments = parse_arguments()
+    check_numbers(arguments)
+    if arguments.json:
+        arguments.json.touch()  # fails now rather than after the evaluation
+    else:
+        streams.require_output()
+    device = devices.pick_device(arguments.device)
+    # The file is written first: printing fails where the reader of the output has gone.
+    if arguments.tasks is None:
+        result = evaluate_data(arguments, device)
+        write_json(arguments.json, result.to_dict())
+        print_tables(result)
+    else:
+        found = run_tasks(
+            arguments.checkpoint,
+            arguments.tasks,
+            device,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            folder=arguments.task_folder,
+        )
+        write_json(arguments.json, found["results"])
+        print(table_of(found))
 
 
 def start() -> None:

@@ -18,7 +18,6 @@ from i3dist.data.corpus import Split
 from i3dist.data.folder import open_folder
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
-from i3dist.training.continuing import of_saved_run
 from i3dist.training.ledger import (
     LEDGER,
     Entry,
@@ -63,7 +62,7 @@ def checked(run: Path, data: Place | None) -> list[Entry]:
     entries = read(run)
     fault = first_break(entries) or unsaved(entries, run)
     if fault is None and data is not None:
-        train = of_saved_run(Settings.load(run / store.SETTINGS)).train
+        train = Settings.load(run / store.SETTINGS).of_saved_run().train
         folder = open_folder(data) / "train"
         split = Split(folder, Manifest.load(folder))
         schedule = split.schedule(

@@ -45,7 +45,8 @@ def diagnose(
 def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> Tensor:
     """Share of a query's attention that goes to the latents 1, 2, ... C chunks before its own.
 
-    Mean over blocks, heads and the queries that may see them; NaN if none may.
+    Where history has a softmax of its own, it is times the share with which history is added. Mean
+    over blocks, heads and the queries that may see them; NaN if none may.
 
     Args:
         model: the model.
@@ -71,17 +72,24 @@ def attention_by_age(model: I3LM, below: Below, used: Tensor, gate: Tensor) -> T
         if not isinstance(block, AttentionBlock):
             continue
         looked_at += 1
-        queries = block.attention.queries(block.norm_attention(before)).flatten(0, 1)
+        normed = block.norm_attention(before)
+        queries = block.attention.queries(normed).flatten(0, 1)
+        reserve = block.attention.reserve_of(normed).flatten(0, 1)
         keys = seen_by_chunk(past.keys, own.keys, bias).flatten(0, 1)
         # Chunk by chunk: a window's logits would be the largest tensor of all.
         for n, mask in enumerate(bias):
-            mass = attention_mass(block.attention, queries[n], keys[n], mask, chunks)
+            mass = attention_mass(block.attention, queries[n], keys[n], mask, reserve[n], chunks)
             total += (mass[:, :chunks] * counted[n]).sum(0)
     return (total / (counted.sum((0, 1)) * looked_at)).flip(0)
 
 
 def attention_mass(
-    attention: Attention, queries: Tensor, keys: Tensor, bias: Tensor, chunks: int
+    attention: Attention,
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    reserve: Tensor,
+    chunks: int,
 ) -> Tensor:
     """Shares of each query's attention: history by chunk, and the own chunk. Mean over heads.
 
@@ -90,6 +98,7 @@ def attention_mass(
         queries: [T, D].
         keys: [S, D], of C chunks and then of T tokens.
         bias: [1, T, S], from `attention_bias`.
+        reserve: [T, H], taken off the logits of history.
         chunks: C.
 
     Returns:
@@ -97,7 +106,9 @@ def attention_mass(
     """
     query, key = (split_heads(x, attention.heads) for x in (queries * attention.scale, keys))
     logits = widen(query @ key.transpose(-1, -2)) + bias
-    past, own = logits.softmax(-1).mean(0).tensor_split([len(keys) - len(queries)], dim=-1)
+    size = len(keys) - len(queries)
+    logits[..., :size] -= reserve.transpose(0, 1).unsqueeze(-1)
+    past, own = logits.softmax(-1).mean(0).tensor_split([size], dim=-1)
     return torch.cat([past.unflatten(-1, (chunks, -1)).sum(-1), own.sum(-1, keepdim=True)], dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""Append-only JSON lines: a run's metrics.jsonl, validation.jsonl and diagnostics.jsonl."""
+"""Append-only JSON lines: a run's metrics.jsonl, validation.jsonl and others."""
 
 import errno
 import json
@@ -12,6 +12,8 @@ from i3dist.errors import UserError
 
 # Names of a run's logs.
 METRICS, VALIDATION, DIAGNOSTICS = "metrics.jsonl", "validation.jsonl", "diagnostics.jsonl"
+SAMPLES = "samples.jsonl"  # texts of each validation
+STARTS = "starts.jsonl"  # a line for every time that the run was started
 
 
 class MetricsLog:
@@ -64,8 +66,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Torn lines are skipped. If a continued run wrote a step again, its last line counts.
     """
+    return in_order(read_lines(path))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a `MetricsLog` as they were written, but torn ones; empty if there is no file."""
     text = path.read_bytes() if path.exists() else b""
-    by_step = {line["step"]: line for line in map(parse_line, text.splitlines()) if line}
+    return [line for line in map(parse_line, text.splitlines()) if line]
+
+
+def in_order(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last line of each step, sorted by step."""
+    by_step = {line["step"]: line for line in lines}
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -14,6 +14,7 @@ from i3dist.cli.paths import as_unicode
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.download import shown
+from i3dist.distributed.devices import uses_cuda
 
 GIT_TIMEOUT_S = 5.0
 
@@ -24,6 +25,11 @@ class Origin:
 
     tags: dict[str, str] = field(default_factory=dict)
     dataset: dict[str, str] | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The tags that are not MLflow's own: a line of starts.jsonl."""
+        return {name: text for name, text in self.tags.items() if not name.startswith("mlflow.")}
 
 
 def describe(
@@ -53,8 +59,11 @@ def describe(
         "mlflow.source.git.commit": commit.removesuffix("+dirty"),
         "git_commit": commit,
         "parameters": str(parameters),
+        "device": device_name(),
+        "ranks": str(world_size),
         "data_fingerprint": corpus.fingerprint,
         "data_source": data.source,
+        "data_tokens": str(data.tokens),
         **versions,
     }
     if weights is not None:
@@ -68,6 +77,11 @@ def describe(
         "profile": json.dumps(profile),
     }
     return Origin({name: as_unicode(text) for name, text in tags.items()}, dataset)
+
+
+def device_name() -> str:
+    """The GPU of this rank, or "CPU"."""
+    return torch.cuda.get_device_name() if uses_cuda() else "CPU"
 
 
 def find_versions() -> dict[str, str]:

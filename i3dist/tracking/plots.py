@@ -1,6 +1,5 @@
 """Plots of a run, from its metrics.jsonl, validation.jsonl and diagnostics.jsonl."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,16 @@ import numpy as np
 
 from i3dist.engine.toolchain import variables
 from i3dist.tracking.metrics_log import DIAGNOSTICS, METRICS, VALIDATION, read_metrics
+from i3dist.tracking.series import (
+    AGE,
+    SMOOTH_FROM,
+    Lines,
+    column,
+    gains,
+    mean_gain,
+    smooth_loss,
+    step_scale,
+)
 
 # While it is imported, matplotlib fails if the variable names a backend that is not installed, as a
 # notebook's may.
@@ -29,11 +38,7 @@ with variables(MPLBACKEND="agg"):
 TRAIN, VALID, WITHOUT, OTHER = "#1f77b4", "#d62728", "#7f7f7f", "#ff7f0e"
 LOSS_UNIT, GAIN_UNIT = "loss (nats per token)", "gain (nats per token)"
 CHUNK_INDEX = "chunk index in the document"
-SMOOTH_FROM = 10  # lines of metrics from which on a running mean is plotted
 DPI = 150
-AGE = "attention_age_"  # columns of diagnostics.jsonl, one an age
-
-Lines = Sequence[dict[str, Any]]
 
 
 def plot_run(folder: Path) -> list[Path]:
@@ -59,14 +64,9 @@ def plot_run(folder: Path) -> list[Path]:
     return written
 
 
-def _column(lines: Lines, name: str) -> np.ndarray:
-    """One number per line; NaN where a line lacks it or has null."""
-    return np.array([np.nan if line.get(name) is None else line[name] for line in lines], float)
-
-
 def _loss(metrics: Lines, validation: Lines) -> Figure | None:
     """Training and validation loss against step, tokens seen on top."""
-    loss, held_out = _column(metrics, "loss"), _column(validation, "loss")
+    loss, held_out = column(metrics, "loss"), column(validation, "loss")
     if not (np.isfinite(loss).any() or np.isfinite(held_out).any()):
         return None
     figure = Figure(figsize=(8, 4.8), layout="constrained")
@@ -74,11 +74,11 @@ def _loss(metrics: Lines, validation: Lines) -> Figure | None:
     if np.isfinite(loss).any():
         _plot_training(axes, metrics)
     if np.isfinite(held_out).any():
-        at = _column(validation, "step")
+        at = column(validation, "step")
         axes.plot(at, held_out, "o-", color=VALID, ms=3, lw=1, label="validation")
-    steps = _column([*metrics, *validation], "step")
-    scale = _step_scale(steps)
-    _scale_steps(axes, steps, scale)
+    steps = column([*metrics, *validation], "step")
+    scale = step_scale(steps)
+    scale_steps(axes, steps, scale)
     _shade_gate(axes, metrics)
     _tokens_on_top(axes, metrics, scale)
     _finish_axes(axes, "training and validation loss", "step", LOSS_UNIT)
@@ -87,37 +87,17 @@ def _loss(metrics: Lines, validation: Lines) -> Figure | None:
 
 def _plot_training(axes: Axes, metrics: Lines) -> None:
     """Loss of single steps; if there are many, faint, below the running mean of all steps."""
-    steps, loss = _column(metrics, "step"), _column(metrics, "loss")
+    steps, loss = column(metrics, "step"), column(metrics, "loss")
     if len(loss) < SMOOTH_FROM:
         axes.plot(steps, loss, ".-", color=TRAIN, label="training")
         return
     axes.plot(steps, loss, color=TRAIN, alpha=0.3, lw=0.8, label="training")
-    mean = _column(metrics, "mean_loss")  # of an interval; runs of earlier versions have none
-    mean = np.where(np.isfinite(mean), mean, loss)
-    finite = np.isfinite(mean)
-    label = "training, running mean"
-    axes.plot(steps[finite], _running_mean(mean[finite]), color=TRAIN, label=label)
+    mean = smooth_loss(metrics)
+    known = np.isfinite(mean)
+    axes.plot(steps[known], mean[known], color=TRAIN, label="training, running mean")
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred mean over a fifth of the points so far, so that the steep start stays steep."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    reach = np.minimum(index // 10, len(values) - 1 - index)
-    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
-
-
-def _step_scale(steps: np.ndarray) -> dict[str, Any]:
-    """Log, as the loss falls mostly early; linear from 0 to the next step, or if all are near."""
-    later = steps[steps > 0]
-    if not len(later) or later.max() <= 10 * later.min():
-        return {"value": "linear"}
-    if len(later) == len(steps):
-        return {"value": "log"}
-    return {"value": "symlog", "linthresh": later.min(), "linscale": 0.3}
-
-
-def _scale_steps(axes: Axes, steps: np.ndarray, scale: dict[str, Any]) -> None:
+def scale_steps(axes: Axes, steps: np.ndarray, scale: dict[str, Any]) -> None:
     """Scale the axis of steps, tick it if it is not linear, and fix its limits."""
     axes.set_xscale(**scale)
     transform = axes.xaxis.get_transform()
@@ -133,7 +113,7 @@ def _scale_steps(axes: Axes, steps: np.ndarray, scale: dict[str, Any]) -> None:
 
 def _shade_gate(axes: Axes, metrics: Lines) -> None:
     """Shade the steps without history (gate 0) and those where it comes in (gate below 1)."""
-    gate, steps = _column(metrics, "gate"), _column(metrics, "step")
+    gate, steps = column(metrics, "gate"), column(metrics, "step")
     left, right = axes.get_xlim()
     for inside, label, shade in (
         (gate == 0, "history off", "0.92"),
@@ -149,7 +129,7 @@ def _shade_gate(axes: Axes, metrics: Lines) -> None:
 
 def _tokens_on_top(axes: Axes, metrics: Lines, scale: dict[str, Any]) -> None:
     """A second axis with round numbers of tokens at the steps that had seen them."""
-    tokens, steps = _column(metrics, "tokens_seen"), _column(metrics, "step")
+    tokens, steps = column(metrics, "tokens_seen"), column(metrics, "step")
     known = np.isfinite(tokens) & (tokens > 0)
     if known.sum() < 2:
         return
@@ -180,24 +160,24 @@ def _history(validation: Lines) -> Figure | None:
 
 
 def _plot_by_chunk(axes: Axes, chunks: Lines, step: int) -> None:
-    index = _column(chunks, "index")
-    without, with_history = _column(chunks, "loss_without_history"), _column(chunks, "loss")
+    index = column(chunks, "index")
+    without, with_history = column(chunks, "loss_without_history"), column(chunks, "loss")
     axes.plot(index, without, "s--", color=WITHOUT, ms=5, label="history withheld")
-    _plot_other(axes, index, _column(chunks, "loss_other_history"))
+    _plot_other(axes, index, column(chunks, "loss_other_history"))
     axes.plot(index, with_history, "o-", color=TRAIN, ms=5, label="with history")
     axes.fill_between(index, with_history, without, color=TRAIN, alpha=0.12, lw=0)
     _finish_axes(axes, f"validation at step {step:,}", CHUNK_INDEX, LOSS_UNIT)
 
 
 def _plot_last_gain(axes: Axes, chunks: Lines, step: int) -> None:
-    index = _column(chunks, "index")
+    index = column(chunks, "index")
     axes.axhline(0, color="0.4", lw=0.8)
-    _plot_other(axes, index, _gains(chunks, "loss_other_history"))
-    axes.plot(index, _gains(chunks), "o-", color=TRAIN, ms=5, label="own history")
-    if np.isfinite(mean := _mean_gain(chunks)):
+    _plot_other(axes, index, gains(chunks, "loss_other_history"))
+    axes.plot(index, gains(chunks), "o-", color=TRAIN, ms=5, label="own history")
+    if np.isfinite(mean := mean_gain(chunks)):
         axes.axhline(mean, color="k", ls="--", lw=1.2, label=f"mean over tokens {mean:+.4f}")
     axes.margins(y=0.35)  # room for the legend, and for the bars
-    _plot_tokens(axes, index, _column(chunks, "tokens"))
+    _plot_tokens(axes, index, column(chunks, "tokens"))
     _finish_axes(axes, f"gain by chunk at step {step:,}", CHUNK_INDEX, GAIN_UNIT, "upper left")
 
 
@@ -220,7 +200,7 @@ def _plot_tokens(axes: Axes, index: np.ndarray, tokens: np.ndarray) -> None:
 def _plot_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
     curves: dict[int, list[tuple[int, float]]] = {}
     for line in validation:
-        for chunk, gain in zip(line["by_chunk"], _gains(line["by_chunk"]), strict=True):
+        for chunk, gain in zip(line["by_chunk"], gains(line["by_chunk"]), strict=True):
             if np.isfinite(gain):
                 curves.setdefault(chunk["index"], []).append((line["step"], gain))
     axes.axhline(0, color="0.4", lw=0.8)
@@ -229,39 +209,28 @@ def _plot_gain(figure: Figure, axes: Axes, validation: Lines) -> None:
         for index, points in sorted(curves.items()):
             axes.plot(*zip(*points, strict=True), ".-", color=colours.cmap(index))
         _add_colour_bar(figure, axes, colours, "chunk index")
-    means = [_mean_gain(line["by_chunk"]) for line in validation]
+    means = [mean_gain(line["by_chunk"]) for line in validation]
     if np.isfinite(means).any():
         label = "mean over tokens of chunks 1, 2, ..."
-        axes.plot(_column(validation, "step"), means, "ko-", ms=4, lw=2, label=label)
+        axes.plot(column(validation, "step"), means, "ko-", ms=4, lw=2, label=label)
     _finish_axes(axes, "gain: loss without history minus loss with it", "step", GAIN_UNIT)
-
-
-def _gains(chunks: Lines, loss: str = "loss") -> np.ndarray:
-    return _column(chunks, "loss_without_history") - _column(chunks, loss)
-
-
-def _mean_gain(chunks: Lines) -> float:
-    """Mean over tokens of chunks that may have history; NaN if unknown."""
-    gains, tokens = _gains(chunks), _column(chunks, "tokens")
-    known = np.isfinite(gains) & (tokens > 0) & (_column(chunks, "index") > 0)
-    return float(np.average(gains[known], weights=tokens[known])) if known.any() else np.nan
 
 
 def _diagnostics(lines: Lines) -> Figure | None:
     """Diagnoses against step: attention to history, rank of latents, the compressor's gradient."""
     ages = sorted({name for line in lines for name in line if name.startswith(AGE)})
-    ages = [name for name in ages if np.isfinite(_column(lines, name)).any()]
+    ages = [name for name in ages if np.isfinite(column(lines, name)).any()]
     others = {
         "effective_rank": ("effective rank of the latents", "directions"),
         "compressor_gradient_norm": ("gradient norm of the compressor", "norm before clipping"),
     }
-    if not ages and not any(np.isfinite(_column(lines, name)).any() for name in others):
+    if not ages and not any(np.isfinite(column(lines, name)).any() for name in others):
         return None
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     first, *rest = figure.subplots(1, 3)
     _plot_attention(figure, first, lines, {int(name.removeprefix(AGE)): name for name in ages})
     for axes, (name, (title, unit)) in zip(rest, others.items(), strict=True):
-        axes.plot(_column(lines, "step"), _column(lines, name), ".-", color=TRAIN)
+        axes.plot(column(lines, "step"), column(lines, name), ".-", color=TRAIN)
         axes.set_ylim(bottom=0)
         _finish_axes(axes, title, "step", unit)
     return figure
@@ -273,7 +242,7 @@ def _plot_attention(figure: Figure, axes: Axes, lines: Lines, names: dict[int, s
         colours = _index_colours(min(names), max(names))
         for age, name in names.items():
             colour = colours.cmap(age - min(names))
-            axes.plot(_column(lines, "step"), _column(lines, name), ".-", color=colour)
+            axes.plot(column(lines, "step"), column(lines, name), ".-", color=colour)
         _add_colour_bar(figure, axes, colours, "age (chunks)")
     axes.set_ylim(bottom=0)
     unit = "share of a query's attention"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from i3dist.cli.former_settings import BEFORE
 from i3dist.config import Settings
 
 # These change how or how long a run trains, never what it computes.
@@ -20,6 +21,7 @@ FREE_TO_CHANGE = (
     "log.every",
     "log.diagnose_every",
     "validate.every",
+    "validate.samples",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.keep_every",
@@ -34,9 +36,6 @@ FREE_TO_CHANGE = (
 # May change where a run has ended and is trained further.
 FREE_AFTER_THE_END = ("optimizer.decay_steps",)
 
-# Settings that are newer than some saved runs, and what such runs did.
-BEFORE = {"train.schedule": 1}
-
 
 def fill(settings: Settings, values: Mapping[str, object]) -> Settings:
     """Replace each "auto" for which there is a value, by setting."""
@@ -44,23 +43,22 @@ def fill(settings: Settings, values: Mapping[str, object]) -> Settings:
     return settings.with_values(**{k: v for k, v in values.items() if flat[k] == "auto"})
 
 
-def of_saved_run(settings: Settings) -> Settings:
-    """Settings read from a saved run: newer ones get the value by which the run was trained."""
-    return fill(settings, BEFORE)
-
-
 def inherit_decided(settings: Settings, saved: Settings) -> Settings:
     """Fill each "auto" with what the saved run decided when it started (`startup.decide`).
 
-    Where no `train.init_from` is given, it is the saved run's too.
+    A setting that nobody gave a value keeps a former default of the saved run, and where no
+    `train.init_from` is given, it is the saved run's too.
     """
+    before, given = saved.flat(), settings.given()
+    kept = {k: v for k, v in BEFORE.items() if k not in given and before[k] == v}
     if settings.train.init_from is None:
-        settings = settings.with_values(**{"train.init_from": saved.train.init_from})
-    return fill(settings, {k: v for k, v in saved.flat().items() if k not in FREE_TO_CHANGE})
+        kept["train.init_from"] = saved.train.init_from
+    decided = {k: v for k, v in before.items() if k not in FREE_TO_CHANGE}
+    return fill(settings, decided).with_values(**kept)
 
 
 def first_conflict(settings: Settings, saved: Settings, ended: bool = False) -> str | None:
-    """Name the first setting that a continued run may not change, or None.
+    """Name the first setting that a continued run may not change, and its saved value, or None.
 
     Args:
         settings: of the run as it is continued.
@@ -71,7 +69,8 @@ def first_conflict(settings: Settings, saved: Settings, ended: bool = False) -> 
     free = FREE_TO_CHANGE + FREE_AFTER_THE_END * ended
     for key, value in settings.flat().items():
         if key not in free and before[key] != value:
-            return f"{key} is {value} but the saved run has {before[key]}"
+            way = f"leave {key} out" if before[key] is None else f"type {key}={before[key]}"
+            return f"{key} is {value} but the saved run has {before[key]}; {way} to continue it"
     return None
 
 

@@ -22,9 +22,10 @@ from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.tracking import tracker as tracking
+from i3dist.tracking.metrics_log import STARTS, MetricsLog
 from i3dist.tracking.origin import describe
 from i3dist.tracking.tracker import NoTracker, Tracker
-from i3dist.training.continuing import further, of_saved_run
+from i3dist.training.continuing import further
 from i3dist.training.init_from import history_is_off
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.run_folder import lay_out
@@ -39,7 +40,6 @@ from i3dist.training.startup import (
 )
 from i3dist.training.summary import (
     count_parameters,
-    early_history,
     print_overview,
     print_tables,
     print_topic,
@@ -58,8 +58,6 @@ def dry_run(settings: Settings, job: Job) -> None:
     if job.rank == 0:
         settings = decide(settings, job.world_size, vocab_size)
         print_tables(settings, job.world_size)
-        if note := early_history(settings):
-            print_rank_0(note)
 
 
 def build(
@@ -136,6 +134,8 @@ def begin_record(
     parameters = sum(count_parameters(settings).values())
     weights = start.weights.path if start.weights is not None else None
     origin = describe(settings, corpus, parameters, job.world_size, weights)
+    taken = 0 if start.state is None else start.state.step
+    MetricsLog(settings.run.path / STARTS).append(taken, origin.facts)
     tracker = tracking.start(settings, origin, fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
@@ -148,9 +148,9 @@ def notes(start: Start, corpus: Corpus) -> Iterator[str | None]:
     settings, state = start.settings, start.state
     if start.checkpoint is None:  # later these settings stay
         yield idle_lanes(settings, corpus)
-        yield early_history(settings) if start.weights is None else history_is_off(settings)
+        yield None if start.weights is None else history_is_off(settings)
     elif state is not None:
-        yield further(settings, of_saved_run(Settings.build(state.settings)), state.step)
+        yield further(settings, Settings.build(state.settings).of_saved_run(), state.step)
 
 
 def print_charts(tracker: Tracker | NoTracker) -> None:

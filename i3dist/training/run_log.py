@@ -1,12 +1,12 @@
 """Where a run's figures go: files in its folder, the tracker, the terminal, and plots."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from i3dist.errors import warned
-from i3dist.tracking.metrics_log import MetricsLog
+from i3dist.tracking.metrics_log import SAMPLES, MetricsLog
 from i3dist.tracking.tracker import NoTracker, Tracker
 
 PLOT_SECONDS = 60  # at most: a job that is to be requeued has two minutes
@@ -27,6 +27,12 @@ class RunLog:
             MetricsLog(self.folder / name).append(step, figures)
             self.tracker.send()
             print(line, flush=True)
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Append a validation's texts to samples.jsonl, and give that file to the tracker."""
+        if self.active:
+            MetricsLog(self.folder / SAMPLES).append(step, {"samples": samples})
+            self.tracker.artifact(self.folder / SAMPLES)
 
     def plot(self) -> None:
         """Plot the run, and give the plots to the tracker.

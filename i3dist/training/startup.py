@@ -17,7 +17,7 @@ from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
-from i3dist.training.continuing import fill, first_conflict, inherit_decided, of_saved_run
+from i3dist.training.continuing import fill, first_conflict, inherit_decided
 from i3dist.training.init_from import initial_weights
 
 LANES_PER_RANK = 4
@@ -73,11 +73,11 @@ def resolve(
         settings = decide(settings, world_size, corpus.tokenizer.vocab_size)
         return Start(settings, weights=initial_weights(settings, corpus))
     state = read_state(path)
-    saved = of_saved_run(Settings.build(state.settings))
+    saved = Settings.build(state.settings).of_saved_run()
     settings = inherit_decided(settings, saved)
     ended = state.step >= saved.train.steps
     if conflict := first_conflict(settings, saved, ended):
-        raise UserError(f"{path} is of other settings: {conflict}; {WAYS_OUT}")
+        raise UserError(f"{path} is of other settings: {conflict}, {WAYS_OUT}")
     if settings.optimizer.decay_steps != saved.optimizer.decay_steps:
         settings.optimizer.check_curve()
     if numeric_part(state.engine) != numeric_part(engine_config):

@@ -1,6 +1,5 @@
 """What a run will be: settings, parameters, tokens, memory."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,7 +17,6 @@ from i3dist.model.lm import I3LM, parameters_by_part
 GIB = 2**30
 NUMBERS = ("count", "share", "GiB")  # columns that stand to the right
 LARGEST_ON_CPU = 100e6  # parameters; a step of the card takes minutes, and its run months
-EARLY, MEASURED, LONG = 20e6, 32.8e6, 100e6  # tokens
 
 
 def count_parameters(settings: Settings) -> dict[str, int]:
@@ -40,7 +38,7 @@ def memory_estimate(settings: Settings, parameters: int, world_size: int) -> dic
     the fp32 gradients (4 bytes); ZeRO shares out fp32 weights and two AdamW moments (12 bytes).
     Activations are those that compiled blocks keep for backward: about `kept_values` x D per token
     in a layer (with 4x feed-forward) and 7 D elsewhere, in bf16, and the logits with their
-    gradients. One H200 holds 19.5 GiB with the card's 4 lanes.
+    gradients. With the card's 4 lanes, and layers of `attention`, one H200 held 19.5 GiB.
     """
     model, train = settings.model, settings.train
     lanes = train.lane_count // world_size
@@ -127,18 +125,6 @@ def refuse_large(settings: Settings) -> None:
             "on a GPU, try out a small one (--config tiny), or set train.device=cpu "
             "to train this one all the same"
         )
-
-
-def early_history(settings: Settings) -> str | None:
-    """A note for a long new run whose history begins early (docs/history.md), else None."""
-    tokens, off_steps = tokens_per_step(settings), settings.compression.off_steps
-    if off_steps * tokens >= EARLY or settings.train.steps * tokens < LONG:
-        return None
-    return (
-        f"note: history begins after {off_steps} steps, {off_steps * tokens / 1e6:.1f}M tokens. In "
-        "150M tokens a model of 35M parameters gained more than twice as much from history that "
-        f"began after 33M (docs/history.md): compression.off_steps={math.ceil(MEASURED / tokens)}"
-    )
 
 
 def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

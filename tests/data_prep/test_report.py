@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from i3dist.data.shards import read_shard
 from i3dist.errors import UserError
 from tests.data.splits import documents_of, split_of
 from tests.data_prep.corpus import read_chunks, read_documents
+from tests.html_page import Page
 
 Corpus = tuple[Path, dict[str, str]]
 
@@ -160,28 +160,6 @@ def test_examples_are_documents_of_the_source(corpus: Corpus, figures: Figures) 
 def test_the_seed_draws_the_examples(built: Path) -> None:
     drawn = [[e.id for e in Figures.of(built, "train", seed).examples] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
-
-
-class Page(HTMLParser):
-    """Notes the tags of a page, and whether each that is opened is closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-        self.open: list[str] = []
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen[tag] += 1
-        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def test_the_page_stands_alone(figures: Figures) -> None:

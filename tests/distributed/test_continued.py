@@ -11,6 +11,7 @@ from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import read_shard
 from i3dist.data.tokenizer import Tokenizer
+from i3dist.tracking.metrics_log import read_lines
 from i3dist.training import ledger
 from tests.conftest import QUICK, differences, last_checkpoint, run_ranks, shards_of, texts
 
@@ -70,6 +71,7 @@ def test_cut_where_a_document_ends(whole: Path, fitting: Path, tmp_path: Path) -
     (run / "checkpoints" / "latest").write_text(f"step-{steps[0]:08d}")
     result = run_ranks(*SETTINGS, f"data.path={fitting}", f"run.path={run}")
     assert f"continued from step {steps[0]}\n" in result.stdout, result.stderr
+    assert [line["step"] for line in read_lines(run / "starts.jsonl")] == [0, steps[0]]
     assert not differences(run, whole)
 
 

@@ -21,7 +21,6 @@ from i3dist.engine.setup import read_engine_config
 from i3dist.errors import UserError
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.startup import idle_lanes
-from i3dist.training.summary import early_history
 from tests.conftest import QUICK, error_line, program, run_ranks
 from tests.launch.starting import ENGINE, begin, refusal
 
@@ -111,10 +110,6 @@ def test_notes_of_a_new_run(data: Path) -> None:
     line = idle_lanes(Settings.load(None, ["train.lanes=64", "train.schedule=2"]), corpus)
     assert line is not None and "set a smaller train.lanes" in line
     assert idle_lanes(Settings.load(None, ["train.lanes=4"]), corpus) is None
-    note = early_history(Settings.load(None, ["train.lanes=4"]))
-    assert note is not None
-    word = note.rpartition(" ")[2]
-    assert early_history(Settings.load(None, ["train.lanes=4", word])) is None
 
 
 def test_names_that_a_line_guesses() -> None:

@@ -13,6 +13,7 @@ from i3dist.config import Settings
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 from i3dist.programs.train import main
+from i3dist.tracking.metrics_log import read_lines
 from i3dist.training import run
 from tests.conftest import ROOT
 from tests.known import CHUNK, Known
@@ -197,9 +198,10 @@ def test_blocks_are_compiled_as_chosen(
 
 
 def test_the_first_rank_alone_keeps_the_record(
-    train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch
+    train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    settings = Settings().with_values(**MODEL | {"train.lanes": 8, "train.schedule": 2})
+    changes = {"train.lanes": 8, "train.schedule": 2, "run.path": str(tmp_path)}
+    settings = Settings().with_values(**MODEL | changes)
     corpus = train.Corpus.open(known.folder, settings.model)
     kept = {name: mock.Mock() for name in ("lay_out", "print_overview")}
     for name, stand_in in kept.items():
@@ -215,6 +217,7 @@ def test_the_first_rank_alone_keeps_the_record(
         assert (tracker is started.return_value) == (rank == 0)
         for used in (*kept.values(), started):
             assert used.called == (rank == 0)
+        assert (tmp_path / "starts.jsonl").exists() == (rank == 0)
 
 
 def test_a_run_is_resumed_from_its_checkpoint_and_else_from_none(
@@ -232,23 +235,28 @@ def test_a_run_says_what_it_is_before_it_begins(
     known: Known,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
     continues: bool,
     verbose: bool,
 ) -> None:
-    """A new record and a note on an early history are for new runs; tables for who asks."""
-    monkeypatch.setattr(train, "lay_out", mock.Mock())
+    """A new record and a note on idle lanes are for new runs; tables for who asks."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("somewhere")
+    monkeypatch.setattr(train, "lay_out", mock.Mock(side_effect=lambda *_: folder.mkdir()))
     opened = mock.Mock(**{"return_value.where.return_value": ["http://there"]})
     monkeypatch.setattr(train.tracking, "start", opened)
-    long = {"train.lanes": 4, "train.steps": 10**7, "run.path": "somewhere"}
-    settings = Settings().with_values(**MODEL | long)
-    corpus = train.Corpus.open(known.folder, settings.model)
+    corpus = train.Corpus.open(known.folder, Settings().with_values(**MODEL).model)
+    lanes = len(corpus.train.manifest.shards) + 1
+    long = {"train.lanes": lanes, "train.steps": 10**7, "run.path": "somewhere"}
+    settings = Settings().with_values(**MODEL | long | {"train.schedule": 2})
     start = train.Start(settings, Path("step-00000003") if continues else None)
     job = Job(0, 1, 0, 1, "127.0.0.1", 1, "python")
     tracker = train.begin_record(start, job, corpus, verbose)
     said = capsys.readouterr().out
-    assert ("note: history begins" in said) == (not continues)
-    assert f"batch     {4 * 2 * CHUNK} tokens: " in said
-    assert (f"tokens_per_step={4 * 2 * CHUNK} " in said) == verbose
+    assert (f"warning: {lanes} lanes but" in said) == (not continues)
+    assert said.count("warning:") + said.count("note:") == (0 if continues else 1)
+    assert f"batch     {lanes * 2 * CHUNK} tokens: " in said
+    assert (f"tokens_per_step={lanes * 2 * CHUNK} " in said) == verbose
     if not verbose:
         assert len(said.splitlines()) <= 10 and max(map(len, said.splitlines()[:7])) <= 80
     assert said.endswith("charts    http://there\n")
@@ -257,4 +265,6 @@ def test_a_run_says_what_it_is_before_it_begins(
     assert opened.call_args.kwargs["fresh"] == (not continues)
     assert opened.call_args.args[1].tags["data_fingerprint"] == corpus.fingerprint
     kept = [call.args[0] for call in tracker.artifact.call_args_list]
-    assert kept == [Path("somewhere/settings.yaml"), Path("somewhere/tokenizer.json")]
+    assert kept == [folder / "settings.yaml", folder / "tokenizer.json"]
+    (line,) = read_lines(folder / "starts.jsonl")
+    assert line["data_fingerprint"] == corpus.fingerprint

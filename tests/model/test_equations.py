@@ -151,7 +151,7 @@ class Written:
         return self.feed_forward(x, f"{block}.norm_ff", f"{block}.ff")
 
     def reserve(self, n: Tensor, part: str, head: int) -> Tensor | None:
-        """n_h(x) of dual attention; None in a joint softmax."""
+        """r_h(x) of dual attention; None in a joint softmax."""
         if f"{part}.reserve.weight" not in self.weights:
             return None
         return n @ self.of(part, "reserve.weight")[head] + self.of(part, "reserve_bias")[head]

@@ -103,11 +103,15 @@ def test_parameters_are_numbered_by_kind() -> None:
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_the_default_stack_has_the_names_that_it_always_had() -> None:
+@pytest.mark.parametrize("kind", ["attention", "dual-attention"])
+def test_the_stacks_of_runs_have_the_names_that_they_always_had(kind: str) -> None:
+    """Of the default, and of the former one."""
+    settings = ModelSettings(layers=f"12xrwkv,2x{kind}")
+    assert settings == ModelSettings() or kind == "attention"
     with torch.device("meta"):
-        names = {name for name, _ in I3LM(ModelSettings(), BOS).named_parameters()}
+        names = {name for name, _ in I3LM(settings, BOS).named_parameters()}
     assert {f"rwkv.{i}.time_mix.key.weight" for i in range(12)} < names
-    assert {f"attention.{i}.attention.query.weight" for i in range(2)} < names
+    assert {f"{kind}.{i}.attention.query.weight" for i in range(2)} < names
     assert {"compressor.salience.weight", "compressor.record.weight"} < names
 
 

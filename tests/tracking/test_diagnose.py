@@ -12,7 +12,16 @@ from torch import Tensor
 
 from i3dist.model.lm import I3LM
 from i3dist.model.segments import causal_mask, history_mask, segment_ids
-from i3dist.ops.attention import KeysValues, attend, attention_bias, seen_by_chunk, split_heads
+from i3dist.ops.attention import (
+    NEVER,
+    KeysValues,
+    attend,
+    attend_apart,
+    attention_bias,
+    history_by_chunk,
+    seen_by_chunk,
+    split_heads,
+)
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.tracking.diagnose import (
     attention_mass,
@@ -20,16 +29,16 @@ from i3dist.tracking.diagnose import (
     effective_rank,
 )
 from i3dist.tracking.report import diagnosis_line
-from tests.model.conftest import BOS, BUILT_IN, SMALL, build
+from tests.model.conftest import BOS, SMALL, VARIANTS, build
 from tests.model.streams import depth_of, empty, stream
 
 T, C = SMALL["chunk_length"], SMALL["history_chunks"]
 ON = torch.tensor(1.0)
 
 
-@pytest.fixture(scope="module", params=BUILT_IN)
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda changes: "-".join(changes.values()))
 def model(request: pytest.FixtureRequest) -> I3LM:
-    return build(compressor=request.param)
+    return build(**request.param)
 
 
 def window(seed: int, rows: int = 2, chunks: int = 6, mean_document: float = 40) -> Tensor:
@@ -55,9 +64,10 @@ def test_attention_mass_is_a_share(model: I3LM, seed: int, gate: float) -> None:
     bias = attention_bias(causal_mask(segments), seen, torch.tensor(gate), keys_of_chunk)
     attention = model.upper[0].attention
     x = torch.randn(1, 1, T, model.width.computed, dtype=torch.float64)
+    reserve = attention.reserve_of(x)[0, 0]
     seen_by_all = torch.randn(C * keys_of_chunk + T, model.width.computed).double()
     keys = attention.keys_values(seen_by_all).keys
-    mass = attention_mass(attention, attention.queries(x)[0, 0], keys, bias[0], C)
+    mass = attention_mass(attention, attention.queries(x)[0, 0], keys, bias[0], reserve, C)
     assert mass.shape == (T, C + 1)
     torch.testing.assert_close(mass.sum(-1), torch.ones(T).double())
     visible = seen[0] & (gate > 0)
@@ -66,21 +76,41 @@ def test_attention_mass_is_a_share(model: I3LM, seed: int, gate: float) -> None:
 
 
 def test_shares_are_those_of_the_models_own_attention(model: I3LM) -> None:
-    """Against the softmax of all that the blocks hand to `attend` in a plain forward."""
-    weights, tokens = [], window(1, mean_document=100)
+    """Against the softmax of all that the blocks hand to `attend` in a plain forward; where history
+    has a softmax of its own, against that times the share by which it is added."""
+    weights, shares_given, tokens = [], [], window(1, mean_document=100)
+    size = C * model.keys_per_chunk
+
+    def softmax(query: Tensor, keys: Tensor, bias: Tensor, heads: int, scale: float) -> Tensor:
+        q, k = (split_heads(x.flatten(0, 1), heads) for x in (query, keys))
+        return (scale * q @ k.transpose(-1, -2) + bias).clamp(min=NEVER).softmax(-1)
 
     def record(query: Tensor, past: KeysValues, own: KeysValues, *others: Any) -> Tensor:
-        bias, heads, scale = others
-        keys = seen_by_chunk(past.keys, own.keys, bias)
-        q, k = (split_heads(x.flatten(0, 1), heads) for x in (query, keys))
-        weights.append((scale * q @ k.transpose(-1, -2) + bias).softmax(-1))
+        keys = seen_by_chunk(past.keys, own.keys, others[0])
+        weights.append(softmax(query, keys, *others)[..., :size])
         return attend(query, past, own, *others)
 
+    def record_apart(queries: Any, past: KeysValues, own: KeysValues, *others: Any) -> Any:
+        keys = history_by_chunk(past.keys, own.keys.shape[1], size)
+        weights.append(softmax(queries[1], keys, others[0][..., :size], *others[1:]))
+        return attend_apart(queries, past, own, *others)
+
+    def record_share(_: Any, share: Tensor, own: Tensor, past: Tensor) -> Tensor:
+        shares_given.append(share.flatten(0, 1).transpose(1, 2))  # [N, H, T, 1]
+        return own + share * past
+
     depth = depth_of(tokens)
-    with torch.no_grad(), mock.patch("i3dist.model.attention.attend", record):
+    with (
+        torch.no_grad(),
+        mock.patch("i3dist.model.attention.attend", record),
+        mock.patch("i3dist.model.dual_attention.attend_apart", record_apart),
+        mock.patch("i3dist.model.dual_attention.DualAttention.weigh", record_share),
+    ):
         model(tokens, tokens, depth, empty(model, 2), torch.tensor(0.3))
     assert len(weights) == len(model.upper) > 1
-    of_history = torch.stack(weights)[..., : C * model.keys_per_chunk]
+    of_history = torch.stack(weights)
+    if shares_given:
+        of_history = of_history * torch.stack(shares_given)
     shares = of_history.unflatten(-1, (C, -1)).sum(-1).mean((0, 2))
     seen = history_mask(segment_ids(tokens, BOS), depth, C).flatten(0, 1)
     wanted = [float(shares[..., C - age][seen[..., C - age]].mean()) for age in range(1, C + 1)]

@@ -28,6 +28,9 @@ def test_the_origin_of_a_run_names_its_code_versions_and_data(tmp_path):
         torch.version.cuda or "none",
     )
     assert {f"version.{name}" for name in ("python", "i3dist", "deepspeed")} < set(tags)
+    assert (tags["device"], tags["ranks"]) == ("CPU", "4")
+    assert tags["data_tokens"] == str(corpus.train.manifest.tokens)
+    assert origin.facts.items() < tags.items() and "mlflow.source.name" not in origin.facts
     assert tags["git_commit"] == git_commit() and tags["data_source"] == "known"
     assert tags["data_fingerprint"] == corpus.fingerprint
     assert "init_from" not in tags

@@ -14,6 +14,7 @@ from matplotlib.colors import to_hex, to_rgba
 from i3dist.errors import reason
 from i3dist.tracking import plots
 from i3dist.tracking.metrics_log import MetricsLog
+from i3dist.tracking.series import running_mean
 from i3dist.tracking.tracker import NoTracker
 from i3dist.training import run_log
 
@@ -220,12 +221,12 @@ def test_the_diagnostics_picture_shows_each_figure_against_step():
 @given(st.integers(1, 200), st.floats(-5, 5), st.floats(-5, 5))
 def test_the_running_mean_keeps_lines_straight(count, slope, start):
     line = start + slope * np.arange(count)
-    np.testing.assert_allclose(plots._running_mean(line), line, atol=1e-9)
+    np.testing.assert_allclose(running_mean(line), line, atol=1e-9)
 
 
 def test_the_running_mean_smooths():
     noise = np.random.default_rng(0).normal(size=1000)
-    assert plots._running_mean(noise)[500:900].std() < 0.25
+    assert running_mean(noise)[500:900].std() < 0.25
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "qtagg", "none"])

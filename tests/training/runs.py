@@ -43,6 +43,7 @@ VALUES = {
     "log.diagnose_every": 3,
     "validate.every": 4,
     "validate.chunks": 8,
+    "validate.samples": 0,
     "checkpoint.every": 4,
     "checkpoint.keep": 9,
 }

@@ -37,7 +37,7 @@ SMALL = Settings().with_values(
         "train.window_chunks": 7,
     }
 )
-TOTAL = 339_237_770
+TOTAL = 340_305_690
 LITERAL = CARD.with_values(**{"model.compressor": "literal"})
 
 
@@ -253,20 +253,23 @@ def by_hand(model: ModelSettings, heads: int, records: int) -> dict[str, int]:
     keys, part = model.latents * max(1, records), d // max(1, records)
     literal = (4 + 2 * mult) * d * d + model.latents * d + 3 * norm
     ages = heads * model.history_chunks
+    kind = model.layer_kinds[-1]
+    upper = model.layer_kinds.count(kind)
+    dual = kind == "dual-attention"
+    views, reserve = (2 * upper, heads * d + heads) if dual else (1, 0)
     return {
         "embedding": vocab * d,
         "rwkv": model.layer_kinds.count("rwkv") * (time_mix + channel_mix + 2 * norm),
         "compressor": literal
         if not records
         else 2 * mult * d * d
-        + 4 * d * part  # query, key, record and back
+        + (3 + views) * d * part  # query, key, record, and back for each view
         + model.latents * d
         + d  # router
         + 2 * norm
         + 2 * part,
         "slots": keys * d,
-        "attention": model.layer_kinds.count("attention")
-        * ((4 + 2 * mult) * d * d + ages * d + ages + 2 * norm),
+        kind: upper * ((4 + 2 * mult) * d * d + ages * d + ages + 2 * norm + reserve),
         "head": vocab * d,
         "norms": 2 * norm,
     }
@@ -289,7 +292,7 @@ def test_tokens_of_a_step() -> None:
 
 
 def test_memory_of_a_rank_by_hand() -> None:
-    """The card on one GPU: 19.5 GiB, as was measured on an H200."""
+    """The card on one GPU: 19.5 GiB, as was measured on an H200 with layers of `attention`."""
     sizes = list(memory_estimate(CARD, TOTAL, 1).values())
     tokens = 4 * 8 * 512
     assert sizes == [
@@ -299,7 +302,7 @@ def test_memory_of_a_rank_by_hand() -> None:
         2 * tokens * 1180 * (12 * 22 + 2 * 20 + 7),
         4 * tokens * 32_000,  # logits and their gradient, of 2 bytes
     ]
-    assert sum(sizes) / 2**30 == pytest.approx(19.47, abs=0.01)
+    assert sum(sizes) / 2**30 == pytest.approx(19.49, abs=0.01)
 
 
 @pytest.mark.parametrize(("micro_batch", "rows"), [("auto", 3), (1, 1)])
@@ -328,19 +331,3 @@ def test_the_summary_prints_what_was_computed(capsys: pytest.CaptureFixture[str]
         assert [name, str(value)] in rows
     assert "tokens_per_step=6720 (12 lanes x 5 windows x 7 chunks x 16 tokens, 4 ranks)" in said
     assert said.endswith(f"parameters_total={total}\n")
-
-
-@pytest.mark.parametrize(
-    ("off_steps", "steps", "warned"),
-    [(1220, 6104, True), (1221, 6104, False), (1220, 6103, False), (0, 10**6, True)],
-)
-def test_an_early_history_is_one_before_20m_tokens_of_100m(
-    off_steps: int, steps: int, warned: bool
-) -> None:
-    """At 16,384 tokens a step 1,221 steps are 20M tokens, and 6,104 are 100M."""
-    settings = CARD.with_values(**{"compression.off_steps": off_steps, "train.steps": steps})
-    note = summary.early_history(settings)
-    assert (note is not None) == warned
-    if note is not None:
-        assert f"after {off_steps} steps, {off_steps * 16384 / 1e6:.1f}M tokens" in note
-        assert "compression.off_steps=2002" in note

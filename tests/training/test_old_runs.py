@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from i3dist.checkpoint.format import read_state
+from i3dist.cli.former_settings import BEFORE
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.engine.setup import read_engine_config
 from i3dist.errors import UserError
-from i3dist.training.continuing import BEFORE, of_saved_run
 from i3dist.training.startup import resolve
 from tests.conftest import ROOT, STEPS, last_checkpoint, program
 
@@ -59,6 +59,6 @@ def test_an_old_run_is_not_given_another_schedule(old: Path, data: Path) -> None
 
 def test_an_old_runs_ledger_is_checked_with_its_own_schedule(old: Path, data: Path) -> None:
     """In the first epoch, which is all that this run has read, both schedules are the same."""
-    assert of_saved_run(Settings.load(old / "settings.yaml")).train.schedule == 1
+    assert Settings.load(old / "settings.yaml").of_saved_run().train.schedule == 1
     result = program("launch/ledger.py", old, "--data", data)
     assert result.returncode == 0, result.stderr

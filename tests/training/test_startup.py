@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from i3dist.checkpoint.format import CheckpointManifest, FileDigest, RunState
+from i3dist.cli.former_settings import FORMER_LAYERS
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives
@@ -91,6 +92,30 @@ def test_the_same_words_continue_with_what_was_decided(typed: Settings, corpus: 
     wanted = {"train.lanes": 8, "optimizer.decay_steps": 20_000, "model.vocab_size": 271}
     wanted |= {"train.schedule": 2}
     assert start.settings == longer.with_values(**wanted)
+
+
+def test_a_run_of_the_former_default_goes_on_or_says_what_to_type(
+    known: Known, corpus: Corpus, tmp_path: Path
+) -> None:
+    """The same command continues it. A file that has today's stack in it is refused in one line,
+    and the word that the line advises continues the run."""
+    words = [f"{k}={v}" for k, v in MODEL.items()]
+    words += [f"run.path={tmp_path / 'run'}", f"data.path={known.folder}"]
+    today = Settings().model.layers
+    new = resolve(Settings.load(None, words), ENGINE, corpus, 2, fresh=False)
+    assert new.checkpoint is None and new.settings.model.layers == today
+    saved = new.settings.with_values(**{"model.layers": FORMER_LAYERS})
+    folder = checkpoint(saved, corpus, 7)
+    start = resolve(Settings.load(None, words), ENGINE, corpus, 2, fresh=False)
+    assert start.checkpoint == folder and start.settings == saved
+
+    (tmp_path / "my.yaml").write_text(f"model: {{layers: '{today}'}}")
+    with pytest.raises(UserError, match=f"is {today} but the saved run has") as refused:
+        resolve(Settings.load(tmp_path / "my.yaml", words), ENGINE, corpus, 2, fresh=False)
+    word = str(refused.value).partition("; type ")[2].partition(" to continue it")[0]
+    assert word == f"model.layers={FORMER_LAYERS}"
+    again = Settings.load(tmp_path / "my.yaml", [*words, word])
+    assert resolve(again, ENGINE, corpus, 2, fresh=False) == start
 
 
 def test_a_run_that_has_ended_may_get_another_curve(typed: Settings, corpus: Corpus) -> None:

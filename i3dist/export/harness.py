@@ -1,0 +1,108 @@
+"""lm-evaluation-harness on an exported model. The only file that imports it, and only when used."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from i3dist.errors import UserError
+from i3dist.export.folder import export, is_export
+
+MAX_LENGTH = 16_384
+"""Tokens of the longest context; longer ones lose their beginning. Much more than history reaches;
+logits of so many tokens take 2 GB with the card's vocabulary."""
+
+
+def run_tasks(
+    model: Path,
+    tasks: Sequence[str],
+    device: torch.device,
+    *,
+    batch_size: int = 1,
+    limit: int | None = None,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model on tasks of lm-evaluation-harness.
+
+    Args:
+        model: a run's folder, a checkpoint, or an export.
+        tasks: their names.
+        device: what the model runs on; on the CPU in fp32.
+        batch_size: rows computed at once.
+        limit: use only so many examples of each task.
+        folder: of a user's own tasks, as YAML files.
+
+    Returns:
+        What the harness's `simple_evaluate` returns.
+
+    Raises:
+        UserError: the harness is not installed, or does not have one of the tasks.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"--tasks needs lm-evaluation-harness ({error}): pip install 'i3dist[eval]'"
+        ) from None
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise UserError(
+            f"--tasks {','.join(unknown)}: lm-evaluation-harness has no such task; `lm_eval ls "
+            "tasks` lists those it has, and --task-folder adds yours"
+        )
+    with exported(model) as place:
+        found = simple_evaluate(
+            _harness_model(place, device, batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+        )
+    assert found is not None  # only in processes other than the first
+    return dict(found)
+
+
+def table_of(found: Mapping[str, Any]) -> str:
+    """The harness's own table of what `run_tasks` returned."""
+    from lm_eval.utils import make_table
+
+    return str(make_table(found))
+
+
+@contextmanager
+def exported(model: Path) -> Iterator[Path]:
+    """Yield an export of the model: itself if it is one, else one that is removed afterwards."""
+    if is_export(model):
+        yield model
+        return
+    with TemporaryDirectory(prefix="i3dist-") as folder:
+        export(model, Path(folder, "export"))
+        yield Path(folder, "export")
+
+
+def _harness_model(export: Path, device: torch.device, batch_size: int) -> Any:
+    """The harness's own model class on an export."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):
+        """The harness itself puts <BOS> before whole texts; the tokenizer must not do so again."""
+
+        add_bos_token: bool | None
+
+        def loglikelihood_rolling(self, *requests: Any, **options: Any) -> list[float]:
+            self.add_bos_token = False
+            found = super().loglikelihood_rolling(*requests, **options)
+            self.add_bos_token = None
+            return found
+
+    return Model(
+        pretrained=str(export),
+        trust_remote_code=True,
+        max_length=MAX_LENGTH,
+        batch_size=batch_size,
+        device=str(device),
+        dtype="float32" if device.type == "cpu" else "auto",
+    )

@@ -1,0 +1,178 @@
+"""Decoding of many rows at once, in constant memory.
+
+Notation: B rows, G rows whose chunk is full, T tokens of a chunk, C history chunks, M latents, D
+width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from i3dist.inference.layout import laid_out
+from i3dist.inference.prompt import Prompt, read_prompt
+from i3dist.inference.recording import Recorded
+from i3dist.inference.steps import STEPS, LowerStep, Sight, UpperStep, compile_if
+from i3dist.model.lm import I3LM
+
+
+class Place(NamedTuple):
+    """Where the rows are in their streams, [B] each. Steps change it in place."""
+
+    position: Tensor  # int64, of the next token in its chunk
+    start: Tensor  # int64, first token of the chunk's last document
+    opened: Tensor  # bool, whether that document began in this chunk
+    depth: Tensor  # int64, chunks before this one that belong to the document it continues
+    oldest: Tensor  # int64, slot of the oldest chunk in a ring of C
+
+    @classmethod
+    def after(cls, prompts: Sequence[Prompt]) -> "Place":
+        """The places after prompts."""
+        segments = [row.segments for row in prompts]
+        device = segments[0].device
+        position = torch.tensor([len(row) for row in segments], device=device)
+        start = torch.stack([(row < row[-1]).sum() for row in segments])
+        opened = torch.stack([row[-1] > 0 for row in segments])
+        depth = torch.tensor([row.depth for row in prompts], device=device)
+        return cls(position, start, opened, depth, torch.zeros_like(position))
+
+    def close(self, rows: Tensor, chunks: int) -> None:
+        """Move rows [G] to the start of their next chunk; `chunks` is C."""
+        self.oldest[rows] = (self.oldest[rows] + 1) % chunks
+        self.depth[rows] = torch.where(self.opened[rows], 1, self.depth[rows] + 1)
+        for part in (self.position, self.start, self.opened):
+            part[rows] = torch.zeros_like(part[rows])
+
+
+class BatchDecoder:
+    """Reads B streams token by token, and predicts what follows in each.
+
+    Each row has its own place in its chunk, its own document and history. All that it remembers is
+    in buffers of fixed size on the device. `forward` changes them in place: it is the same kernels
+    for every token, and waits for nothing. The host counts the tokens of each row's chunk, so it
+    knows without asking when a chunk is full and must be compressed.
+
+    Each row's results are those of `Decoder`, the oracle, up to rounding.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: I3LM, prompts: Sequence[Tensor], compiled: bool = False):
+        """Read the prompts.
+
+        Args:
+            model: stays as it is.
+            prompts: one for each row, [L] int64 with L >= 1, on the model's device.
+            compiled: whether to compile the steps of built-in layer kinds.
+        """
+        self.model = model = laid_out(model)
+        self.compiled = compiled
+        read = [read_prompt(model, prompt) for prompt in prompts]
+        self.logits = torch.stack([row.logits for row in read])
+        """After the prompts, [B, V] fp32."""
+        self.latents = torch.cat([row.latents for row in read])  # [B, C, M, D], oldest first
+        self.filled = [len(row.segments) for row in read]  # tokens in each row's chunk
+        self.place = Place.after(read)
+        self.hidden = self.latents.new_zeros(
+            len(read), model.settings.chunk_length, model.width.computed
+        )
+        for row, prompt in zip(self.hidden, read, strict=True):
+            row[: prompt.hidden.shape[1]] = prompt.hidden[0]
+        self._add_steps(read)
+        # Other kinds may wait for the device, which a recording cannot.
+        kinds = {type(block) for block in (*model.lower, *model.upper)}
+        self.recorded = self.logits.is_cuda and kinds <= STEPS.keys()
+        self.closing: dict[int, tuple[Tensor, Recorded]] = {}  # by number of rows
+
+    def _add_steps(self, read: Sequence[Prompt]) -> None:
+        model = self.model
+        states = zip(*(row.states for row in read), strict=True)
+        own = zip(*(row.own for row in read), strict=True)
+        self.lower: list[LowerStep] = [
+            STEPS.get(type(block), LowerStep)(block, rows)
+            for block, rows in zip(model.lower, states, strict=True)
+        ]
+        self.upper: list[UpperStep] = [
+            STEPS.get(type(block), UpperStep)(block, model, views, rows, self.latents)
+            for block, views, rows in zip(model.upper, model.stack.views, own, strict=True)
+        ]
+        steps: tuple[LowerStep | UpperStep, ...] = (*self.lower, *self.upper)
+        for step in steps:
+            step.compiled = self.compiled
+
+    @torch.no_grad()
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Read a token of each row, [B] int64: the logits after it, [B, V] fp32."""
+        self.make_room()
+        return self.forward(tokens)
+
+    def make_room(self) -> None:
+        """Close the chunks that are full, and count the token that each row reads next."""
+        length = self.hidden.shape[1]
+        full = [row for row, filled in enumerate(self.filled) if filled == length]
+        if full:
+            self._close(full)
+        self.filled = [filled % length + 1 for filled in self.filled]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The rest of `feed`, which runs on the device alone."""
+        x, restart, sight = compile_if(self.compiled, enter)(self.model, self.place, tokens)
+        for lower in self.lower:
+            x = lower(x, restart)
+        self.hidden[torch.arange(len(x), device=x.device), sight.position] = x
+        for upper in self.upper:
+            x = upper(x, sight)
+        self.place.position.add_(1)
+        return compile_if(self.compiled, predict)(self.model, x)
+
+    def _close(self, full: list[int]) -> None:
+        """Compress the chunks of some rows into their history.
+
+        Work grows with the rows that are full, and few are at once unless they began together. So
+        there is a recording for each power of two of rows, which may name a row twice.
+        """
+        count = min(1 << (len(full) - 1).bit_length(), len(self.filled))
+        if count not in self.closing:
+            rows = torch.zeros(count, dtype=torch.int64, device=self.hidden.device)
+            self.closing[count] = rows, Recorded(partial(self._compress, rows), self.recorded)
+        rows, compress = self.closing[count]
+        named = torch.tensor(full + full[:1] * (count - len(full)))
+        rows.copy_(named, non_blocking=True)
+        compress()
+
+    @torch.no_grad()
+    def _compress(self, rows: Tensor) -> None:
+        """The part of `_close` that runs on the device, for rows [G] int64."""
+        order = torch.arange(self.hidden.shape[1], device=rows.device)
+        keep = order >= self.place.start[rows].unsqueeze(-1)
+        new = self.model.compressor(self.hidden[rows], keep)
+        latents = torch.cat([self.latents[rows, 1:], new.unsqueeze(1)], dim=1)
+        self.latents[rows] = latents
+        slot = self.place.oldest[rows]
+        for step in self.upper:
+            step.remember(rows, latents, slot)
+        self.place.close(rows, latents.shape[1])
+
+
+def enter(model: I3LM, place: Place, tokens: Tensor) -> tuple[Tensor, Tensor, Sight]:
+    """Place tokens [B] in their documents: the residual stream's start [B, D], whether recurrent
+    state restarts [B] bool, and what each token sees."""
+    position, begins = place.position, tokens == model.bos_id
+    place.start.copy_(torch.where(begins, position, place.start))
+    place.opened.logical_or_(begins)
+    first = position == 0
+    if model.settings.state_carry:
+        first = first & (place.depth == 0)
+    length, chunks = model.settings.chunk_length, model.settings.history_chunks
+    order = torch.arange(length, device=tokens.device)
+    own = (order >= place.start.unsqueeze(-1)) & (order <= position.unsqueeze(-1))
+    number = torch.arange(chunks, device=tokens.device)
+    past = ~place.opened.unsqueeze(-1) & (chunks - number <= place.depth.unsqueeze(-1))
+    slots = (number - place.oldest.unsqueeze(-1)) % chunks
+    return model.embed(tokens), begins | first, Sight(position, own, past, slots)
+
+
+def predict(model: I3LM, x: Tensor) -> Tensor:
+    """The residual stream's end [B, D] -> logits [B, V] fp32."""
+    return model.head(model.norm_out(x)).float()

@@ -1,0 +1,95 @@
+"""Sampling the next token of every row of a batch. Notation: B rows, V vocabulary.
+
+Everything here runs on the logits' device and waits for nothing, so it can be part of a CUDA graph.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from i3dist.errors import UserError
+
+# SplitMix64 (Steele et al., 2014, doi:10.1145/2660193.2660195), its constants as signed integers.
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+_ROUNDS = (30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is sampled."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Number of likeliest tokens to keep; 0 keeps all."""
+    top_p: float = 1.0
+    """Probability that the likeliest tokens kept reach together (nucleus sampling: Holtzman et al.,
+    2020, arXiv:1904.09751); 1 keeps all."""
+
+    def __post_init__(self) -> None:
+        if self.temperature and not 1e-3 <= self.temperature <= 1e3:
+            raise UserError(f"--temperature {self.temperature} must be 0, or from 0.001 to 1000")
+        if self.top_k < 0:
+            raise UserError(f"--top-k {self.top_k} must be 0 or more; 0 keeps all")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p} must be above 0 and at most 1")
+
+
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Sample a token id for each row, never one at -inf: [B] int64.
+
+    Args:
+        logits: [B, V] fp32.
+        sampling: how.
+        uniform: [B] fp64, random numbers in [0, 1).
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    # In fp64, so that rounding cuts no tail. The token is the first whose sum is above the number.
+    sums = distribution(logits, sampling).double().cumsum(-1)
+    return (sums <= uniform.unsqueeze(-1) * sums[:, -1:]).sum(-1)
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What tokens are sampled from at a temperature above 0: weights [B, V] fp32.
+
+    They are the probabilities, or 0 where `top_k` or `top_p` cuts, and need not sum to 1. `top_p`
+    applies to what `top_k` leaves. Of equally likely tokens the lowest id counts as the likelier.
+    """
+    logits = logits / sampling.temperature
+    if not sampling.top_k and sampling.top_p == 1:
+        return logits.softmax(-1)
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        values, ids = values[:, : sampling.top_k], ids[:, : sampling.top_k]
+    weights = values.softmax(-1)
+    if sampling.top_p < 1:  # at 1 a rounded sum could cut the last tokens
+        # A token stays if those before it have not reached top_p. So the first always stays.
+        before = F.pad(weights[:, :-1].double().cumsum(-1), (1, 0))
+        weights = weights.masked_fill(before >= sampling.top_p, 0.0)
+    return torch.zeros_like(logits).scatter(-1, ids, weights)
+
+
+def uniform(seeds: Tensor, step: Tensor) -> Tensor:
+    """Random numbers in [0, 1): [B] fp64, the same on every device and in every version of PyTorch.
+
+    Args:
+        seeds: [B] int64; each seed has a sequence of its own.
+        step: scalar int64 from 0, which number of the sequence.
+    """
+    bits = _mix(_mix(seeds) + (step + 1) * _STEP)
+    return _shift(bits, 11).double() * 2.0**-53
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """SplitMix64's function from 64 bits to 64 bits; products wrap around."""
+    for shift, factor in _ROUNDS:
+        bits = (bits ^ _shift(bits, shift)) * factor
+    return bits ^ _shift(bits, 31)
+
+
+def _shift(bits: Tensor, count: int) -> Tensor:
+    """Shift right, with zeros from the left."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)

@@ -1,0 +1,326 @@
+"""One token of every row through a layer, with the layer's memory in tensors of fixed size.
+
+`LowerStep` and `UpperStep` run a layer's own `forward`, so every layer kind decodes. The kinds in
+`STEPS` have a faster step: the same equations, with fewer kernels. These change their memory in
+place, so that they can be recorded.
+
+Notation: B rows, G rows whose chunk is full, T tokens of a chunk, C history chunks, M keys of an
+earlier chunk, H heads, D width.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from i3dist.model.attention import Attention, AttentionBlock
+from i3dist.model.block import Block, HistoryBlock, LayerState, LowerBlock, Project
+from i3dist.model.dual_attention import DualAttention, DualAttentionBlock
+from i3dist.model.layers import LayerNorm
+from i3dist.model.lm import I3LM
+from i3dist.model.rwkv import RwkvBlock
+from i3dist.ops.attention import NEVER, Branch, KeysValues, attention_bias
+from i3dist.ops.layer_norm import add_and_norm_naive
+from i3dist.ops.precision import widen
+from i3dist.ops.shift_mix import Mixed, MixInputs, norm_shift_mix_naive
+from i3dist.ops.wkv_naive import WkvInputs, wkv_naive
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+# With the tuning, products of a single row become reductions, which fuse with what surrounds them.
+COMPILE: dict[str, Any] = {
+    "dynamic": False,
+    "options": {"coordinate_descent_tuning": True, "comprehensive_padding": False},
+}
+
+
+class Sight(NamedTuple):
+    """Where each row's token stands, and what it sees."""
+
+    position: Tensor  # [B] int64, in its chunk
+    own: Tensor  # [B, T] bool, which tokens of its chunk, itself included
+    past: Tensor  # [B, C] bool, which earlier chunks, the oldest first
+    order: Tensor  # [B, C] int64, which of `past` each slot of a ring holds
+
+
+class LowerStep:
+    """A layer below the compressor."""
+
+    compiled = False
+
+    def __init__(self, block: LowerBlock, states: Sequence[LayerState]):
+        """`states` are those of the rows, [1, ...] each."""
+        self.block = block
+        self.state: LayerState = tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+
+    def __call__(self, x: Tensor, restart: Tensor) -> Tensor:
+        """x [B, D], restart [B] bool -> [B, D]; changes the state."""
+        y, self.state = self.block(x.unsqueeze(1), restart.unsqueeze(1), self.state)
+        return y.squeeze(1)
+
+
+class UpperStep:
+    """A layer above the compressor, with the keys and values of each row's chunk and history.
+
+    Keys of tokens that were not read yet are 0, and are hidden.
+    """
+
+    compiled = False
+
+    def __init__(
+        self,
+        block: HistoryBlock,
+        model: I3LM,
+        views: range,
+        own: Sequence[KeysValues],
+        latents: Tensor,
+    ):
+        """Begin after the prompts.
+
+        Args:
+            block: the layer.
+            model: whose layer it is.
+            views: the layer's, from `Stack.views`.
+            own: of the rows' last chunks, [1, 1, t, D] each.
+            latents: of the chunks before, [B, C, M, D], oldest first.
+        """
+        self.block, self.model, self.views = block, model, views
+        self.rows = torch.arange(len(latents), device=latents.device)
+        self._place(own, latents)
+
+    def _place(self, own: Sequence[KeysValues], latents: Tensor) -> None:
+        length = self.model.settings.chunk_length
+        padded = ((F.pad(part, (0, 0, 0, length - part.shape[2])) for part in row) for row in own)
+        self.own = KeysValues(*(torch.cat(parts) for parts in zip(*padded, strict=True)))
+        self.past = self.block.history(self.project(latents))
+
+    def project(self, latents: Tensor) -> Project:
+        """What multiplies the keys that the layer sees of latents [..., M, D]."""
+
+        def project(weight: Tensor, view: int = 0) -> Tensor:
+            keys = self.model.compressor.project(latents, weight, self.views[view])
+            return keys + self.model.slots.project(weight)
+
+        return project
+
+    def remember(self, rows: Tensor, latents: Tensor, slot: Tensor) -> None:
+        """Take in the chunk that was closed in some rows.
+
+        Args:
+            rows: [G] int64; may name a row twice, with the same latents.
+            latents: [G, C, M, D], oldest first; the new chunk's are the last.
+            slot: [G] int64, the place in a ring where the oldest chunk was.
+        """
+        for part, new in zip(self.past, self.block.history(self.project(latents)), strict=True):
+            part[rows] = new
+
+    def __call__(self, x: Tensor, sight: Sight) -> Tensor:
+        """x [B, D] -> the same; adds the tokens to the chunk's keys and values."""
+        before = torch.arange(sight.own.shape[1], device=x.device) < sight.position.unsqueeze(-1)
+        itself = torch.ones_like(before[:, :1])
+        own = torch.cat([sight.own & before, itself], dim=1).unsqueeze(1)
+        gate = torch.ones((), device=x.device)
+        keys = self.model.keys_per_chunk
+        visible = attention_bias(own, sight.past.unsqueeze(1), gate, keys)
+        y, joined = self.block(x[:, None, None], self.past, self.own, visible)
+        for part, new in zip(self.own, joined, strict=True):
+            part[self.rows, 0, sight.position] = new[:, 0, -1]
+        return y[:, 0, 0]
+
+
+class RwkvWeights(NamedTuple):
+    """What `rwkv_step` reads beside the block."""
+
+    projections: Tensor  # [3, D, D], of keys, values and receptances
+    time_mixes: Tensor  # [3, D]
+    channel_mixes: Tensor  # [2, D]
+    decay: Tensor  # [D] fp32
+    bonus: Tensor  # [D] fp32
+
+
+class RwkvStep(LowerStep):
+    """RWKV-4 with the constants computed, and three products as one."""
+
+    block: RwkvBlock
+
+    def __init__(self, block: LowerBlock, states: Sequence[LayerState]):
+        super().__init__(block, states)
+        time, channel = self.block.time_mix, self.block.channel_mix
+        pad, parts = time.width.pad, (time.key, time.value, time.receptance)
+        projections = torch.stack([part.weight for part in parts])
+        for part, weight in zip(parts, projections, strict=True):
+            part.weight.data = weight  # no second copy in memory
+        self.weights = RwkvWeights(
+            projections,
+            pad(torch.stack([time.mix_key, time.mix_value, time.mix_receptance])),
+            pad(torch.stack([channel.mix_key, channel.mix_receptance])),
+            -torch.exp(pad(time.decay_base) + pad(time.decay_offset)),
+            pad(time.bonus_base) + pad(time.bonus_offset),
+        )
+
+    def __call__(self, x: Tensor, restart: Tensor) -> Tensor:
+        """See `LowerStep`."""
+        step = compile_if(self.compiled, rwkv_step)
+        return step(self.block, self.weights, x, restart, *self.state)
+
+
+class AttentionStep(UpperStep):
+    """Attention with all keys in one buffer: history as a ring, whose oldest chunk is replaced by
+    the newest, then the chunk's tokens.
+
+    Keys and values are [B, H, C * M + T, D/H].
+    """
+
+    block: AttentionBlock
+
+    def _place(self, own: Sequence[KeysValues], latents: Tensor) -> None:
+        self.attention = self.block.attention
+        heads, inner = self.attention.heads, self.attention.inner.computed
+        chunks = latents.shape[1]
+        self.history = chunks * self.model.keys_per_chunk
+        size = (heads, self.history + self.model.settings.chunk_length, inner // heads)
+        self.keys, self.values = (latents.new_zeros(len(own), *size) for _ in range(2))
+        for number, row in enumerate(own):
+            for buffer, part in zip((self.keys, self.values), row, strict=True):
+                tokens = part[0, 0].unflatten(-1, (heads, -1)).transpose(0, 1)
+                buffer[number, :, self.history : self.history + tokens.shape[1]] = tokens
+        slots = torch.arange(chunks, device=latents.device).expand(len(own), -1)
+        self._write(self.rows, slots, latents)
+
+    def remember(self, rows: Tensor, latents: Tensor, slot: Tensor) -> None:
+        """See `UpperStep.remember`."""
+        self._write(rows, slot.unsqueeze(1), latents[:, -1:])
+
+    def _write(self, rows: Tensor, slots: Tensor, latents: Tensor) -> None:
+        """Put chunks with latents [G, N, M, D] into slots [G, N] of rows [G]."""
+        attention = self.attention
+        first = attention.inner.per_head
+        past = attention.past_keys_values(self.project(latents))
+        keys, values = (part.unflatten(-1, (attention.heads, -1)) for part in past)
+        marks = slots.unsqueeze(-1) == torch.arange(attention.chunks, device=slots.device)
+        keys[..., first : first + attention.chunks] += marks[:, :, None, None].to(keys.dtype)
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            ring = buffer[:, :, : self.history].unflatten(2, (attention.chunks, -1))
+            ring[rows.unsqueeze(1), :, slots] = new.transpose(2, 3)  # [G, N, H, M, D/H]
+
+    def __call__(self, x: Tensor, sight: Sight) -> Tensor:
+        """See `UpperStep`."""
+        step = compile_if(self.compiled, attention_step)
+        return step(self.block, x, self.keys, self.values, sight, self.rows)
+
+
+STEPS: dict[type[Block], Any] = {
+    RwkvBlock: RwkvStep,
+    AttentionBlock: AttentionStep,
+    DualAttentionBlock: AttentionStep,
+}
+
+
+def compile_if(wanted: bool, call: Call) -> Call:
+    """The function, compiled where that is wanted."""
+    return cast("Call", _compiled(call)) if wanted else call
+
+
+@functools.cache
+def _compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(call, **COMPILE)
+
+
+def rwkv_step(
+    block: RwkvBlock,
+    weights: RwkvWeights,
+    x: Tensor,
+    restart: Tensor,
+    wkv: Tensor,
+    time_shift: Tensor,
+    channel_shift: Tensor,
+) -> Tensor:
+    """`RwkvBlock.forward` of one token, x [B, D], which changes the state in place."""
+    x, restart = x.unsqueeze(1), restart.unsqueeze(1)
+    mixed = _mix(block.norm_time, weights.time_mixes, x, restart, time_shift)
+    time_shift.copy_(mixed.last)
+    k, v, r = _products(mixed.mixed, weights.projections)
+    y, state = wkv_naive(WkvInputs(weights.decay, weights.bonus, k, v, restart, wkv, r))
+    wkv.copy_(state)
+    read = block.time_mix.output(y)
+    mixed = _mix(block.norm_channel, weights.channel_mixes, x, restart, channel_shift, read)
+    channel_shift.copy_(mixed.last)
+    return (mixed.total + block.channel_mix(mixed.mixed)).squeeze(1)
+
+
+def _mix(
+    norm: LayerNorm,
+    mixes: Tensor,
+    x: Tensor,
+    restart: Tensor,
+    shift: Tensor,
+    branch: Tensor | None = None,
+) -> Mixed:
+    weight, bias, channels, eps = norm.padded()
+    inputs = MixInputs(x, weight, bias, mixes, restart, shift, channels, eps, branch)
+    return norm_shift_mix_naive(inputs)
+
+
+def _products(inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """Each of N inputs [B, 1, D] times one of weights [N, D, D]: N of [B, 1, D]."""
+    rows = [each.squeeze(1) for each in inputs]
+    if rows[0].is_cuda:
+        products = list(torch.bmm(torch.stack(rows), weights.transpose(1, 2)))
+    else:  # a batched product of single rows reads weights at a third of the speed
+        products = [F.linear(row, weight) for row, weight in zip(rows, weights, strict=True)]
+    return [product.unsqueeze(1) for product in products]
+
+
+def attention_step(
+    block: AttentionBlock, x: Tensor, keys: Tensor, values: Tensor, sight: Sight, rows: Tensor
+) -> Tensor:
+    """`AttentionBlock.forward` of one token, x [B, D], which adds to keys and values in place."""
+    attention = block.attention
+    history = keys.shape[2] - sight.own.shape[1]
+    normed, _ = add_and_norm_naive(x, block.norm_attention.padded())
+    now = attention.keys_values(normed)
+    for buffer, new in ((keys, now.keys), (values, now.values)):
+        buffer[rows, :, history + sight.position] = new.unflatten(-1, (attention.heads, -1))
+    query = _turned(attention, normed, sight.order)
+    logits = widen(keys @ query.unsqueeze(-1)).squeeze(-1) * attention.scale
+    past = sight.past.gather(1, sight.order)
+    past = past.unsqueeze(-1).expand(-1, -1, history // past.shape[1]).flatten(1)  # of each key
+    visible = torch.cat([past, sight.own], dim=1).unsqueeze(1)
+    logits = logits.masked_fill(~visible, NEVER)  # [B, H, C * M + T]
+    if isinstance(attention, DualAttention):
+        read = _read_apart(attention, normed, logits, values, history)
+    else:
+        read = _weigh(logits, values)
+    normed, x = add_and_norm_naive(x, block.norm_ff.padded(), attention.output(read))
+    return x + block.ff(normed)
+
+
+def _turned(attention: Attention, normed: Tensor, order: Tensor) -> Tensor:
+    """Queries [B, H, D/H] of tokens [B, D], with the logits of ages by slot."""
+    first, chunks = attention.inner.per_head, attention.chunks
+    query = attention.queries(normed[:, None, None])[:, 0, 0].unflatten(-1, (attention.heads, -1))
+    ages = query[..., first : first + chunks]
+    ages = ages.gather(-1, order.unsqueeze(1).expand_as(ages))
+    return torch.cat([query[..., :first], ages, query[..., first + chunks :]], dim=-1)
+
+
+def _weigh(logits: Tensor, values: Tensor) -> Tensor:
+    """The softmax of logits [B, H, S] over values [B, H, S, D/H]: [B, D]."""
+    shares = logits.softmax(-1).to(values.dtype)
+    return (shares.unsqueeze(2) @ values).flatten(1)
+
+
+def _read_apart(
+    attention: DualAttention, normed: Tensor, logits: Tensor, values: Tensor, history: int
+) -> Tensor:
+    """What `DualAttention` reads: [B, D]."""
+    branches = []
+    for keys in (slice(history, None), slice(history)):
+        mixed, total = (
+            _weigh(logits[..., keys], values[:, :, keys]),
+            logits[..., keys].logsumexp(-1),
+        )
+        branches.append(Branch(mixed[:, None, None], total[:, None, None]))
+    return attention.join(normed[:, None, None], *branches)[:, 0, 0]

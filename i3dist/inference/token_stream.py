@@ -1,0 +1,99 @@
+"""Sampled tokens of a batch, on the device, a few steps ahead of who reads them.
+
+Notation: B rows, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from i3dist.inference.batch_decoder import BatchDecoder
+from i3dist.inference.recording import Recorded
+from i3dist.inference.sampling import Sampling, sample, uniform
+from i3dist.inference.steps import compile_if
+
+AHEAD = 4  # steps that a GPU may be ahead
+NOT_FINITE = -1  # stands for a token that could not be sampled
+
+
+class TokenStream:
+    """Samples a token of each row and reads it, again and again.
+
+    A step, from the tokens read to those sampled next, is one recording. The host only launches it,
+    and reads the tokens of `AHEAD` steps before.
+    """
+
+    def __init__(
+        self,
+        decoder: BatchDecoder,
+        sampling: Sampling,
+        seed: int,
+        eos_id: int,
+        forbidden: Iterable[int] = (),
+    ):
+        """Sample the tokens after the prompts.
+
+        Args:
+            decoder: what has read the prompts.
+            sampling: how tokens are sampled.
+            seed: row i draws its random numbers from seed + i.
+            eos_id: the token that ends a document; ``<BOS>`` follows without being sampled.
+            forbidden: tokens that are never sampled.
+        """
+        self.decoder, self.sampling, self.eos_id = decoder, sampling, eos_id
+        logits = decoder.logits
+        self.allowed = torch.zeros_like(logits[0])
+        self.allowed[list(forbidden)] = float("-inf")
+        seeds = [(seed + row) % 2**63 for row in range(len(logits))]
+        self.seeds = torch.tensor(seeds, device=logits.device)
+        self.drawn = torch.zeros((), dtype=torch.int64, device=logits.device)
+        self.tokens = torch.zeros_like(self.seeds)  # sampled last
+        self.step = Recorded(self._step, decoder.recorded)
+        self.underway: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._sample(logits)
+        self._send()
+
+    def next(self) -> list[int]:
+        """Each row's next token, or `NOT_FINITE`."""
+        ahead = AHEAD if self.tokens.is_cuda else 0
+        while len(self.underway) <= ahead:
+            self.advance()
+            self._send()
+        tokens, sent = self.underway.popleft()
+        if sent is not None:
+            sent.synchronize()
+        return tokens.tolist()
+
+    def advance(self) -> None:
+        """Read the tokens sampled last, and sample the next, without waiting for the device."""
+        self.decoder.make_room()
+        self.step()
+
+    def _send(self) -> None:
+        """Copy the tokens to the host, without waiting for them."""
+        tokens = self.tokens.to("cpu", non_blocking=True, copy=True)
+        sent = torch.cuda.Event() if self.tokens.is_cuda else None
+        if sent is not None:
+            sent.record()
+        self.underway.append((tokens, sent))
+
+    def _step(self) -> None:
+        self._sample(self.decoder.forward(self.tokens.clamp(min=0)))
+
+    def _sample(self, logits: Tensor) -> None:
+        """Sample what follows the last tokens, of logits [B, V] fp32."""
+        choose = compile_if(self.decoder.compiled, choose_tokens)
+        sampled = choose(logits, self.allowed, self.sampling, self.seeds, self.drawn)
+        ended = (self.tokens == self.eos_id) & (sampled != NOT_FINITE)
+        self.tokens.copy_(torch.where(ended, self.decoder.model.bos_id, sampled))
+        self.drawn.add_(1)
+
+
+def choose_tokens(
+    logits: Tensor, allowed: Tensor, sampling: Sampling, seeds: Tensor, drawn: Tensor
+) -> Tensor:
+    """Tokens [B], or `NOT_FINITE`, of logits [B, V] fp32; `allowed` [V] is added to them."""
+    sampled = sample(logits + allowed, sampling, uniform(seeds, drawn))
+    return torch.where(logits.isfinite().all(-1), sampled, NOT_FINITE)

@@ -1,0 +1,305 @@
+"""The page: what the runs are, their charts, restarts and skipped steps, samples of text."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from i3dist.cli.paths import as_unicode
+from i3dist.data.download import shown
+from i3dist.page.document import cell, document, quoted, table, tiles
+from i3dist.page.svg import SERIES, short
+from i3dist.report.charts import Chart, families, overlaid
+from i3dist.report.run import HOLDS, Run, Start, differing, names
+from i3dist.tracking.series import Lines
+
+MOST_SKIPPED = 20  # steps that are listed
+MOST_SAMPLES = 8  # validations whose texts are shown
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole page of one or more runs.
+
+    Raises:
+        UserError: a run is there twice.
+    """
+    named = dict(zip(names(runs), runs, strict=True))
+    title = as_unicode(", ".join(named) if len(runs) < 4 else f"{len(runs)} runs")
+    parts = [
+        f"<h1>{cell(title)}</h1>",
+        *(f'<p class="soft">{cell(line)}</p>' for line in _left_out(named)),
+        *_legend(named),
+        *_about(named),
+        *_differing(named),
+        "<h2>Training</h2>",
+        _figures(overlaid(runs)),
+        *_families(named),
+        *_not_default(named),
+        *_interruptions(named),
+        *_samples(named),
+    ]
+    return document(title, parts)
+
+
+def _left_out(named: dict[str, Run]) -> Iterator[str]:
+    """A line for each run that lacks something."""
+    for name, run in named.items():
+        if run.missing:
+            what = ", ".join(f"{HOLDS[file]} ({file})" for file in run.missing)
+            yield f"{name} has no {what}: an earlier version wrote it, or there is nothing yet."
+
+
+def _legend(named: dict[str, Run]) -> list[str]:
+    if len(named) < 2:
+        return []
+    keys = (
+        f'<span class="key" style="background:var(--series{n % SERIES})"></span>{cell(name)}'
+        for n, name in enumerate(named)
+    )
+    return [f'<p class="legend">{"<br>".join(keys)}</p>']
+
+
+def _about(named: dict[str, Run]) -> Iterator[str]:
+    """Where each run stands, and what it is."""
+    figures, about = (_rows(facts, list(named.values())) for facts in (FIGURES, ABOUT))
+    if len(named) == 1:
+        yield tiles((name, value, "") for name, value in figures)
+        yield table((), about, "runs texts")
+    else:
+        yield table(("", *map(as_unicode, named)), [*figures, *about], "runs")
+
+
+def _rows(facts: "Facts", runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """A row for each fact that any of the runs has a value for."""
+    values = {name: [value(run) for run in runs] for name, value in facts.items()}
+    return [(name, *(x or "-" for x in row)) for name, row in values.items() if any(row)]
+
+
+def _state(run: Run) -> str:
+    steps = run.settings.train.steps
+    return f"finished, {steps:,} steps" if run.finished else f"at step {run.step:,} of {steps:,}"
+
+
+def _tokens(run: Run, step: int) -> int:
+    return round(float(run.tokens([step])[0]))
+
+
+def _data(run: Run) -> str:
+    place, facts = shown(str(run.settings.data.path)), run.facts
+    if "data_tokens" not in facts:
+        return as_unicode(place)
+    size = short(float(facts["data_tokens"]))
+    return as_unicode(f"{place}: {size} tokens of {facts.get('data_source')}")
+
+
+def _device(run: Run) -> str | None:
+    facts = run.facts
+    if "device" not in facts:
+        return None
+    ranks = facts.get("ranks", "1")
+    return f"{facts['device']}, {ranks} rank{'s' * (ranks != '1')}"
+
+
+def _commit(commit: str) -> str:
+    """The first figures of a commit, and whether files had changes."""
+    number, _, changed = commit.partition("+")
+    return f"{number[:12]}{', with changes' * bool(changed)}"
+
+
+def _versions(run: Run) -> str:
+    found = {
+        name.removeprefix("version."): text
+        for name, text in run.facts.items()
+        if name.startswith("version.")
+    }
+    return ", ".join(f"{name} {text}" for name, text in found.items() if text != "none")
+
+
+def _last_time(run: Run) -> float | None:
+    lines = [line for log in (run.metrics, run.validation) for line in log[-1:]]
+    return max((line["time"] for line in lines if line.get("time")), default=None)
+
+
+def _when(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _number(lines: Lines, *columns: str, digits: int = 4) -> str | None:
+    """The last line's value in the first of the columns that has one."""
+    values = [lines[-1].get(name) for name in columns] if lines else []
+    return next((f"{value:.{digits}f}" for value in values if value is not None), None)
+
+
+def _best(run: Run) -> str | None:
+    known = [line for line in run.validation if line.get("loss") is not None]
+    if not known:
+        return None
+    best = min(known, key=lambda line: line["loss"])
+    return f"{best['loss']:.4f} at step {best['step']:,}"
+
+
+def _median(run: Run, name: str, text: Callable[[float], str]) -> str | None:
+    values = [line[name] for line in run.metrics if line.get(name) is not None]
+    return text(float(np.median(values))) if values else None
+
+
+def _skipped(run: Run) -> str | None:
+    if not run.ledger:
+        return None
+    reasons = Counter(entry.skipped.partition(",")[0] for entry in run.ledger if entry.skipped)
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "none"
+
+
+Facts = dict[str, Callable[[Run], str | None]]
+
+FIGURES: Facts = {
+    "state": _state,
+    "tokens seen": lambda run: short(_tokens(run, run.step)),
+    "parameters": lambda run: short(run.parameters) if run.parameters else None,
+    "training loss": lambda run: _number(run.metrics, "mean_loss", "loss"),
+    "held-out loss": lambda run: _number(run.validation[-1:], "loss"),
+    "best held-out loss": _best,
+    "held-out perplexity": lambda run: _number(run.validation[-1:], "perplexity", digits=2),
+    "gain of history": lambda run: _number(run.validation[-1:], "history_gain"),
+    "tokens per second": lambda run: _median(run, "tokens_per_second", short),
+    "MFU": lambda run: _median(run, "mfu", "{:.1%}".format),
+    "time in training": lambda run: _duration(run.seconds) if run.seconds else None,
+    "skipped steps": _skipped,
+}
+"""Where a run stands; of a speed the median over the run, of other figures the last."""
+
+ABOUT: Facts = {
+    "folder": lambda run: as_unicode(run.folder),
+    "layers": lambda run: f"{run.settings.model.layers} of width {run.settings.model.d_model:,}",
+    "data": _data,
+    "device": _device,
+    "commit": lambda run: _commit(run.facts.get("git_commit", "")),
+    "versions": _versions,
+    "started": lambda run: _when(run.starts[0].time) if run.starts else None,
+    "last line written": lambda run: _when(_last_time(run)),
+}
+"""What a run is."""
+
+
+def _differing(named: dict[str, Run]) -> Iterator[str]:
+    """The settings that runs differ in."""
+    if len(named) > 1:
+        yield "<h2>Settings that differ</h2>"
+        yield _values(("setting", *named), differing(list(named.values())))
+
+
+def _not_default(named: dict[str, Run]) -> Iterator[str]:
+    """Each run's settings that are not the defaults."""
+    yield "<h2>Settings that are not the defaults</h2>"
+    for name, run in named.items():
+        rows = _values(("setting", "value", "default"), differing([run]))
+        what = cell(as_unicode(name))
+        several = len(named) > 1
+        yield f"<details><summary>{what}</summary>{rows}</details>" if several else rows
+
+
+def _values(heading: Sequence[str], rows: dict[str, list[Any]]) -> str:
+    texts = ((name, *(as_unicode(shown(str(x))) for x in row)) for name, row in rows.items())
+    return table(heading, texts, "runs")
+
+
+def _figures(charts: Iterable[Chart]) -> str:
+    made = (
+        f"<figure><figcaption>{cell(chart.title)} <span>{cell(chart.note)}</span></figcaption>"
+        f"{svg}</figure>"
+        for chart in charts
+        if (svg := chart.svg())
+    )
+    return f'<div class="charts">{"".join(made)}</div>'
+
+
+def _families(named: dict[str, Run]) -> Iterator[str]:
+    """The charts of single runs."""
+    yield "<h2>History</h2>"
+    for number, (name, run) in enumerate(named.items()):
+        if len(named) > 1:
+            yield f"<h3>{cell(as_unicode(name))}</h3>"
+        yield _figures(families(number, run))
+
+
+def _interruptions(named: dict[str, Run]) -> Iterator[str]:
+    """Starts, and steps that were skipped."""
+    yield "<h2>Starts and skipped steps</h2>"
+    heading = ("run", "after step", "time", "device", "commit")
+    rows = [
+        (as_unicode(name), f"{start.step:,}", _when(start.time) or "-", *_place(start))
+        for name, run in named.items()
+        for start in run.starts
+    ]
+    yield table(heading, rows, "runs") if rows else "<p>No start is recorded.</p>"
+    skipped = [
+        (as_unicode(name), f"{entry.step:,}", entry.skipped, _figure(entry.gradient_norm))
+        for name, run in named.items()
+        for entry in run.ledger
+        if entry.skipped
+    ]
+    if skipped:
+        yield table(("run", "skipped step", "why", "norm"), skipped[:MOST_SKIPPED], "runs")
+    if len(skipped) > MOST_SKIPPED:
+        yield f"<p>And {len(skipped) - MOST_SKIPPED:,} more.</p>"
+    if not skipped and any(run.ledger for run in named.values()):
+        yield "<p>No step was skipped.</p>"
+
+
+def _place(start: Start) -> tuple[str, str]:
+    facts = start.facts
+    ranks = f" x {facts['ranks']}" if facts.get("ranks", "1") != "1" else ""
+    return f"{facts.get('device', '-')}{ranks}", _commit(facts.get("git_commit", "-"))
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _samples(named: dict[str, Run]) -> Iterator[str]:
+    """What each run wrote after the same prompts, validation by validation."""
+    if not any(run.samples for run in named.values()):
+        return
+    yield "<h2>Samples of text</h2>"
+    yield "<p>How the model continues the beginnings of some held-out documents.</p>"
+    for name, run in named.items():
+        lines = _spread(run.samples)
+        title = f"<b>{cell(as_unicode(name))}</b>" if len(named) > 1 else ""
+        for number, prompt in _prompts(lines):
+            texts = _continued(run, lines, number, prompt)
+            yield f"<article>{title}{quoted(prompt)}{texts}</article>"
+
+
+def _prompts(lines: Lines) -> list[tuple[int, str]]:
+    """Each prompt with its place among those of its validation: two may be the same text."""
+    pairs = (pair for line in lines for pair in enumerate(s["prompt"] for s in line["samples"]))
+    return list(dict.fromkeys(pairs))
+
+
+def _continued(run: Run, lines: Lines, number: int, prompt: str) -> str:
+    """What follows a prompt, the validation's `number`th from 0, at each step."""
+    rows = (
+        f"<tr><td>step {line['step']:,}<br>{short(_tokens(run, line['step']))} tokens</td>"
+        f"<td>{quoted(sample['text'])}</td></tr>"
+        for line in lines
+        for sample in line["samples"][number : number + 1]
+        if sample["prompt"] == prompt
+    )
+    return f'<table class="texts">{"".join(rows)}</table>'
+
+
+def _spread(lines: Lines) -> Lines:
+    """`MOST_SAMPLES` of the lines, the first and the last among them."""
+    places = np.linspace(0, len(lines) - 1, min(MOST_SAMPLES, len(lines))).round().astype(int)
+    return [lines[place] for place in places]

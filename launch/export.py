@@ -1,0 +1,6 @@
+"""Export a model to transformers: a door to i3dist/programs/export.py."""
+
+from i3dist.programs.export import start
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,6 @@
+"""Report on runs: a door to i3dist/programs/report.py."""
+
+from i3dist.programs.report import start
+
+if __name__ == "__main__":
+    start()

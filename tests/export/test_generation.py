@@ -1,0 +1,194 @@
+"""generate(), pipelines, and the cache. About 10 s."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoTokenizer, pipeline
+
+from i3dist.inference.decoder import Decoder
+from i3dist.model.lm import I3LM
+from tests.export.conftest import Exported, documents, padded
+from tests.export.test_logits import TOLERANCE, far
+
+NEW = 30  # more than two chunks
+PROMPTS = [documents(s, n, 300) for s, n in ((1, 40), (2, 21), (3, 3))]
+# Neither <EOS> nor what is suppressed by default takes part, so that lengths are known.
+FREE: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None, "suppress_tokens": None}
+
+
+def greedy(model: I3LM, prompt: Tensor) -> list[int]:
+    """What i3dist itself generates."""
+    decoder, found, fed = Decoder(model), [], prompt
+    for _ in range(NEW):
+        found.append(int(decoder.feed(fed).argmax()))
+        fed = torch.tensor(found[-1:])
+    return found
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_greedy_generation_of_unequal_prompts_is_i3dists(each: Exported, side: str) -> None:
+    ids, mask = padded(PROMPTS, side)
+    found = each.load().generate(ids, attention_mask=mask, do_sample=False, **FREE)
+    wanted = [greedy(each.model, prompt) for prompt in PROMPTS]
+    assert found[:, ids.shape[1] :].tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ],
+    ids=["beams", "sampling", "several"],
+)
+def test_generation_with_a_cache_equals_that_without(hf: Any, way: dict[str, Any]) -> None:
+    ids, mask = padded(PROMPTS, "left")
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        found.append(hf.generate(ids, attention_mask=mask, use_cache=use_cache, **FREE, **way))
+    assert found[0].equal(found[1])
+
+
+def test_beams_of_padded_prompts_are_those_of_each_alone(hf: Any) -> None:
+    ids, mask = padded(PROMPTS, "left")
+    together = hf.generate(ids, attention_mask=mask, num_beams=3, **FREE)[:, -NEW:]
+    alone = [hf.generate(prompt[None], num_beams=3, **FREE)[0, -NEW:] for prompt in PROMPTS]
+    assert together.equal(torch.stack(alone))
+
+
+def test_the_end_of_a_document_ends_the_text_and_other_specials_never_come(hf: Any) -> None:
+    with torch.no_grad():
+        hf.head.weight[3] = hf.head.weight[4:13].amax(0)
+    found = hf.generate(PROMPTS[0][None], max_new_tokens=200, do_sample=True)[0, len(PROMPTS[0]) :]
+    text, end = found[:-1], int(found[-1])
+    assert (text >= 13).all() and (end in (3, 5) or len(found) == 200)
+
+
+def test_pipeline(one: Exported) -> None:
+    generator = pipeline(
+        "text-generation", model=str(one.folder), trust_remote_code=True, device="cpu"
+    )
+    prompts = ["the cat", "where was the hat of the dog on the mat"]
+    found = generator(prompts, batch_size=2, do_sample=False, max_new_tokens=20)
+    tokenizer = AutoTokenizer.from_pretrained(one.folder, trust_remote_code=True)
+    for prompt, (answer,) in zip(prompts, found, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        alone = generator.model.generate(ids, do_sample=False, max_new_tokens=20)[0]
+        assert answer["generated_text"] == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+def test_the_example_of_the_model_card_runs(
+    one: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (one.folder / "README.md").read_text()
+    monkeypatch.chdir(one.folder.parent)
+    exec(card.split("```python")[1].split("```")[0], {})
+    assert "Once upon a time" in capsys.readouterr().out
+
+
+@given(
+    cuts=st.lists(st.integers(1, 70), max_size=5, unique=True).map(sorted),
+    side=st.sampled_from(["left", "right", "middle"]),
+)
+@settings(max_examples=10)
+@torch.no_grad()
+def test_text_may_be_read_in_any_pieces(one: Exported, cuts: list[int], side: str) -> None:
+    hf = one.load()
+    rows = [documents(s, n, mean) for s, n, mean in ((1, 70, 400), (2, 31, 9), (3, 4, 400))]
+    ids, mask = padded(rows, side)
+    whole, cache, found = hf(ids, attention_mask=mask).logits, None, []
+    for start, stop in pairwise([0, *cuts, ids.shape[1]]):
+        out = hf(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+        cache = out.past_key_values
+        found.append(out.logits)
+        assert cache.get_seq_length() == stop
+    difference = (torch.cat(found, dim=1) - whole).abs()
+    assert difference[mask.bool()].max() < TOLERANCE
+    if side == "right":  # where a call has padding only, its logits are those from before
+        assert difference.max() < TOLERANCE
+
+
+def saved(cache: Any) -> Any:
+    """By torch.save and back."""
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: list[Callable[[Any], Any]] = [
+    copy.copy,
+    copy.deepcopy,
+    saved,
+    lambda cache: pickle.loads(pickle.dumps(cache)),
+]
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "torch.save", "pickle"])
+@torch.no_grad()
+def test_a_copy_of_a_cache_goes_on_as_if_nothing_had_happened(
+    each: Exported, copied: Callable[[Any], Any]
+) -> None:
+    hf, text = each.load(), documents(1, 60, 1000)[None]
+    cache = hf(text[:, :31]).past_key_values
+    kept = copied(cache)
+    hf(documents(2, 50, 20)[None], past_key_values=cache)  # the original goes elsewhere
+    found = hf(text[:, 31:], past_key_values=kept).logits
+    assert far(found, hf(text).logits[:, 31:]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_can_be_reordered_picked_and_repeated(each: Exported) -> None:
+    hf = each.load()
+    ids, mask = padded(PROMPTS, "left")
+    more = documents(9, 20, 1000)[1:].expand(3, -1)
+    whole = hf(torch.cat([ids, more], 1), attention_mask=torch.cat([mask, more > 0], 1)).logits
+    cache = hf(ids, attention_mask=mask).past_key_values
+    for change, rows in (
+        (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ):
+        changed = copy.copy(cache)
+        change(changed)
+        found = hf(more[:1].expand(len(rows), -1), past_key_values=changed).logits
+        assert far(found, whole[rows, ids.shape[1] :]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_generation_goes_on_from_a_cache(hf: Any) -> None:
+    prompt = PROMPTS[0][None]
+    cache = hf(prompt[:, :25]).past_key_values
+    resumed = hf.generate(prompt, past_key_values=cache, do_sample=False, **FREE)
+    assert resumed.equal(hf.generate(prompt, do_sample=False, **FREE))
+
+
+def test_what_a_cache_cannot_do_is_said(hf: Any) -> None:
+    cache = hf(PROMPTS[0][None]).past_key_values
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(3)
+    with pytest.raises(ValueError, match="stateful"):
+        hf.generate(PROMPTS[0][None], prompt_lookup_num_tokens=3)
+
+
+@torch.no_grad()
+def test_a_cache_does_not_grow(one: Exported) -> None:
+    hf = one.load()
+
+    def size(tokens: int) -> int:
+        cache, sizes = hf(documents(1, tokens, 10_000)[None]).past_key_values, []
+        cache.change(lambda x: sizes.append(x.numel()) or x)
+        return sum(sizes)
+
+    assert size(12 * 10 + 5) == size(12 * 40 + 5)

@@ -1,0 +1,101 @@
+"""lm-evaluation-harness on an export: local tasks whose answers i3dist knows. About 15 s."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from i3dist.data.tokenizer import Tokenizer
+from i3dist.inference.generate import Sampling, generate
+from tests.conftest import error_line, program
+from tests.export.conftest import BOS, WORDS, Exported
+from tests.export.test_logits import trained
+
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: {metric}}}]
+"""
+GENERATING = "generation_kwargs: {until: [], max_gen_toks: 20, do_sample: false}\n"
+CHOOSING = "doc_to_choice: ['cat', 'dog', ' hat']\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(one: Exported) -> Tokenizer:
+    return Tokenizer.load(one.folder / "tokenizer.json")
+
+
+def score(one: Exported, ids: list[int], answer: int) -> float:
+    """Log-likelihood of the last `answer` tokens, by i3dist's training forward."""
+    found = trained(one.model, torch.tensor(ids)).log_softmax(-1)[:-1]
+    each = found.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return float(each[-answer:].sum())
+
+
+def add_task(folder: Path, name: str, kind: str, metric: str, docs: list[Any], more: str) -> None:
+    """Write a task and its examples."""
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    text = TASK.format(name=name, file=file, kind=kind, metric=metric) + more
+    (folder / f"{name}.yaml").write_text(text)
+
+
+def test_tasks_find_what_i3dist_finds(one: Exported, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Contexts of more than all history: choices, generated text, and the likelihood of texts."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    texts = [WORDS[n:] * 3 + "the " * n for n in (0, 3, 40)]
+    reach = one.model.settings.chunk_length * (one.model.settings.history_chunks + 1)
+    assert min(len(tokenizer.encode(text)) for text in texts) > reach
+    chosen, continued, nats, size = [], [], 0.0, 0
+    for n, text in enumerate(texts):
+        prompt = [BOS, *tokenizer.encode(text)]
+        scores = [
+            score(one, [BOS, *tokenizer.encode(text + word)], len(tokenizer.encode(word)))
+            for word in ("cat", "dog", " hat")
+        ]
+        # The first is answered wrongly, so that a harness that is always right is not enough.
+        best = max(range(3), key=scores.__getitem__)
+        chosen.append({"text": text, "answer": (best + 1) % 3 if n == 0 else best})
+        said = generate(one.model, tokenizer, text, 20, Sampling(temperature=0), 0)
+        continued.append({"text": text, "answer": "".join(said)})
+        nats -= score(one, prompt, len(prompt) - 1)
+        size += len(text.encode())
+    add_task(tmp_path, "choose", "multiple_choice", "acc", chosen, CHOOSING)
+    add_task(tmp_path, "continue", "generate_until", "exact_match", continued, GENERATING)
+    whole = [{"text": "", "answer": text} for text in texts]
+    add_task(tmp_path, "likelihood", "loglikelihood_rolling", "byte_perplexity", whole, "")
+    words = ["--checkpoint", one.folder, "--task-folder", tmp_path, "--batch-size", 2]
+    words += ["--json", tmp_path / "found.json", "--device", "cpu"]
+    result = program("launch/evaluate.py", "--tasks", "choose,continue,likelihood", *words)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["choose"]["acc,none"] == pytest.approx(2 / 3)
+    assert found["continue"]["exact_match,none"] == 1.0
+    bytewise = torch.tensor(nats / size).exp().item()
+    assert found["likelihood"]["byte_perplexity,none"] == pytest.approx(bytewise, rel=1e-5)
+    assert "|choose" in result.stdout
+
+
+def test_an_unknown_task_is_one_line(one: Exported) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    result = program("launch/evaluate.py", "--checkpoint", one.folder, "--tasks", "no-such")
+    assert "--tasks no-such" in error_line(result)
+
+
+def test_without_the_harness_one_line_says_how_to_get_it(
+    one: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from i3dist.errors import UserError
+    from i3dist.export.harness import run_tasks
+
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"pip install 'i3dist\[eval\]'"):
+        run_tasks(one.folder, ["choose"], torch.device("cpu"))

@@ -1,0 +1,125 @@
+"""Fine-tuning the export: loss, gradients, Trainer, save_pretrained. About 8 s."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from i3dist.model.lm import I3LM
+from tests.conftest import ROOT
+from tests.export.conftest import BOS, Exported, documents, padded
+from tests.export.test_logits import TOLERANCE, far
+from tests.model.streams import depth_of, empty
+
+
+def training_loss(model: I3LM, tokens: Tensor, labels: Tensor) -> Tensor:
+    """i3dist's mean loss of a stream in whole chunks [n], labels [n] as transformers has them."""
+    length = model.settings.chunk_length
+    chunks = tokens.view(1, -1, length)
+    targets = torch.cat([labels[1:], labels.new_tensor([-100])]).view_as(chunks)
+    losses, _ = model(chunks, targets, depth_of(chunks), empty(model), torch.tensor(1.0))
+    return losses.sum() / (targets != -100).sum()
+
+
+def test_loss_and_gradients_are_those_of_training(each: Exported) -> None:
+    """With the labels that i3dist trains on: <BOS> is not predicted."""
+    hf, model = each.load(), each.model
+    tokens = documents(1, 12 * 7, 30)
+    labels = tokens.masked_fill(tokens == BOS, -100)
+    names = [name for name, _ in model.named_parameters()]
+    wanted = training_loss(model, tokens, labels)
+    found = hf(tokens[None], labels=labels[None]).loss
+    assert far(found, wanted) < TOLERANCE
+    pairs = zip(
+        torch.autograd.grad(found, [hf.get_parameter(name) for name in names]),
+        torch.autograd.grad(wanted, list(model.parameters())),
+        names,
+        strict=True,
+    )
+    for ours, theirs, name in pairs:
+        assert theirs.abs().max() > 0, name
+        assert far(ours, theirs) < 1e-3 * theirs.abs().max(), name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_the_loss(hf: Any, side: str) -> None:
+    rows = [documents(s, n, 300) for s, n in ((1, 40), (2, 21))]
+    ids, mask = padded(rows, side)
+    labels = ids.masked_fill(mask == 0, -100)
+    found = hf(ids, attention_mask=mask, labels=labels).loss
+    sums = [hf(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
+    assert far(found, sum(sums) / 59) < TOLERANCE
+
+
+def test_the_trainers_number_of_targets_divides_the_loss(hf: Any) -> None:
+    tokens = documents(1, 40, 300)[None]
+    mean = hf(tokens, labels=tokens).loss
+    summed = hf(tokens, labels=tokens, num_items_in_batch=torch.tensor(100)).loss
+    assert far(summed, mean * 39 / 100) < TOLERANCE
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(each: Exported, reentrant: bool) -> None:
+    hf, tokens = each.load().train(), documents(1, 50, 100)[None]
+    found = []
+    for on in (False, True):
+        if on:
+            hf.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        hf.zero_grad()
+        hf(tokens, labels=tokens).loss.backward()
+        found.append([p.grad.clone() for p in hf.parameters()])
+    for plain, checkpointed in zip(*found, strict=True):
+        assert far(plain, checkpointed) < TOLERANCE
+
+
+def test_autocast_trains_in_bf16_with_parameters_in_fp32(each: Exported) -> None:
+    hf, tokens = each.load(), documents(1, 60, 100)[None]
+    exact = hf(tokens, labels=tokens).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = hf(tokens, labels=tokens).loss
+    loss.backward()
+    assert far(loss, exact) < 0.05
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in hf.parameters())
+
+
+def example(heading: str) -> str:
+    """The first Python example of docs/transformers.md under a heading."""
+    text = (ROOT / "docs" / "transformers.md").read_text()
+    return text.split(f"## {heading}")[1].split("```python")[1].split("```")[0]
+
+
+def test_the_documents_example_fine_tunes_with_trainer(
+    one: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    (tmp_path / "exports").mkdir()
+    (tmp_path / "exports" / "mine").symlink_to(one.folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example("Fine-tune"), names)
+    losses = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
+    assert len(losses) == 30 and losses[-1] < losses[0] - 1
+    again = AutoModelForCausalLM.from_pretrained("tuned", trust_remote_code=True).eval()
+    ids = names["tokenizer"]("the cat", return_tensors="pt").input_ids
+    tuned = names["model"].eval()
+    with torch.no_grad():
+        assert again(ids).logits.equal(tuned(ids).logits)
+        assert not again(ids).logits.equal(one.load()(ids).logits)
+
+
+def test_what_save_pretrained_writes_loads_and_is_equal(each: Exported, tmp_path: Path) -> None:
+    hf = each.load()
+    hf.save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_i3.py").read_bytes() == (
+        each.folder / "modeling_i3.py"
+    ).read_bytes()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    for name, tensor in hf.state_dict().items():
+        assert tensor.equal(again.state_dict()[name]), name
+    assert again.config.to_dict() | {"_name_or_path": ""} == hf.config.to_dict() | {
+        "_name_or_path": ""
+    }
+    assert again.generation_config.to_dict() == hf.generation_config.to_dict()

@@ -1,0 +1,160 @@
+"""The batched decoder: in every row the logits of the training forward, in constant memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from i3dist.inference.batch_decoder import BatchDecoder
+from i3dist.inference.layout import laid_out
+from i3dist.model.attention import AttentionBlock
+from i3dist.model.block import Block
+from i3dist.model.layer_kinds import LAYER_KINDS
+from i3dist.model.lm import I3LM
+from tests.model.conftest import SMALL, VARIANTS, build
+from tests.model.kinds import Conv, Mlp
+from tests.model.small import C, T, random_stream, seeds
+from tests.model.streams import logits
+
+
+class Own(AttentionBlock):
+    """A kind that sees history and has no step of its own."""
+
+
+OURS: dict[str, type[Block]] = {"mlp": Mlp, "conv": Conv, "own": Own}
+# Each kind alone, kinds beside each other, and kinds without a step of their own.
+STACKS = [
+    *VARIANTS,
+    {"compressor": "literal", "layers": "1xrwkv,1xdual-attention,1xattention"},
+    {"compressor": "records", "layers": "1xconv,1xrwkv,1xmlp,1xown,1xattention"},
+    {"compressor": "literal", "layers": "1xmlp,2xown"},
+]
+each_stack = pytest.mark.parametrize("changes", STACKS, ids=lambda x: "-".join(x.values()))
+
+
+@contextmanager
+def model_of(**changes: object) -> Iterator[I3LM]:
+    LAYER_KINDS.update(OURS)
+    try:
+        yield build(**changes)
+    finally:
+        for name in OURS:
+            del LAYER_KINDS[name]
+
+
+@torch.no_grad()
+def gap(
+    model: I3LM, streams: Tensor, prompts: list[int], wanted: Tensor, compiled: bool = False
+) -> float:
+    """How far a batch is from `wanted` at most, when it begins with so many tokens of streams."""
+    begun = [row[:count] for row, count in zip(streams, prompts, strict=True)]
+    decoder = BatchDecoder(model, begun, compiled)
+    rows = range(len(prompts))
+    gaps = [(decoder.logits[i] - wanted[i, prompts[i] - 1]).abs().max() for i in rows]
+    for step in range(streams.shape[1] - max(prompts)):
+        read = decoder.feed(torch.stack([streams[i, prompts[i] + step] for i in rows]))
+        gaps += [(read[i] - wanted[i, prompts[i] + step]).abs().max() for i in rows]
+    return float(torch.stack(gaps).max())
+
+
+@each_stack
+@pytest.mark.parametrize("carry", [False, True])
+@given(
+    seed=seeds,
+    prompts=st.one_of(
+        st.lists(st.integers(1, 4 * T), min_size=1, max_size=4),
+        st.sampled_from([[T, T, T], [2 * T, 1, 2 * T, 2 * T], [T - 1, T, T + 1]]),
+    ),
+    mean_document=st.sampled_from([6, 30, 10_000]),
+)
+@settings(max_examples=5, deadline=None)
+def test_each_row_equals_the_training_forward(
+    changes: dict[str, str], carry: bool, seed: int, prompts: list[int], mean_document: float
+) -> None:
+    """Over more chunks than history holds; documents begin anywhere."""
+    with model_of(state_carry=carry, **changes) as model:
+        streams = [random_stream(seed + i, C + 3, mean_document) for i in range(len(prompts))]
+        tokens = torch.cat(streams)
+        wanted = logits(model, tokens).flatten(1, 2)
+        assert gap(model, tokens.flatten(1), prompts, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda x: "-".join(x.values()))
+def test_in_fp32_too(changes: dict[str, str]) -> None:
+    model = build(**changes)
+    tokens = torch.cat([random_stream(i, C + 3, mean) for i, mean in enumerate((15, 60, 1e9))])
+    wanted = logits(model, tokens).flatten(1, 2)
+    assert gap(model.float(), tokens.flatten(1), [1, T, 3 * T + 5], wanted) < 1e-4
+
+
+def tensors(decoder: BatchDecoder) -> list[Tensor]:
+    """All that it remembers of what it read."""
+    found = [decoder.hidden, decoder.latents, *decoder.place]
+    for step in (*decoder.lower, *decoder.upper):
+        for value in vars(step).values():
+            found += value if isinstance(value, tuple) else [value]
+    return [part for part in found if isinstance(part, Tensor)]
+
+
+@each_stack
+def test_memory_is_constant(changes: dict[str, str]) -> None:
+    """Where every kind has a step of its own, also its place: a recording needs that."""
+    with model_of(**changes) as model:
+        tokens = random_stream(3, C + 4, 20).flatten()
+        decoder = BatchDecoder(model, [tokens[:1], tokens[: T + 3]])
+        before = [(part.shape, part.data_ptr()) for part in tensors(decoder)]
+        for token in tokens[T:]:
+            decoder.feed(token.expand(2))
+        after = [(part.shape, part.data_ptr()) for part in tensors(decoder)]
+        assert [shape for shape, _ in after] == [shape for shape, _ in before]
+        if not any(name in changes["layers"] for name in OURS):
+            assert after == before
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_of_a_long_prompt_only_what_can_be_seen_is_read(carry: bool) -> None:
+    model, read = build(state_carry=carry), []
+    tokens = random_stream(0, 20, 1e9).flatten()
+    decoder_of = laid_out(model)
+    decoder_of.embedding.register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
+    BatchDecoder(decoder_of, [tokens])
+    assert sum(read) == (20 * T if carry else (C + 1) * T)
+
+
+@each_stack
+@torch.no_grad()
+def test_the_model_is_not_changed(changes: dict[str, str]) -> None:
+    with model_of(**changes) as model:
+        before = {name: (part.clone(), part.data_ptr()) for name, part in model.named_parameters()}
+        tokens = random_stream(0)
+        wanted = logits(model, tokens)
+        copied = laid_out(model)
+        assert logits(copied, tokens).equal(wanted)
+        BatchDecoder(model, [tokens.flatten()])
+        for name, part in model.named_parameters():
+            old, address = before[name]
+            assert part.equal(old) and part.data_ptr() == address and part.requires_grad, name
+
+
+def test_weights_are_padded_once() -> None:
+    model = laid_out(build())
+    assert model.width.computed > SMALL["d_model"], "or nothing is to be padded"
+    for name, part in model.named_parameters():
+        if name.endswith(("key.weight", "up.weight", "norm_time.bias")):
+            assert part.shape[-1] == model.width.computed, name
+            assert not part.requires_grad
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda x: "-".join(x.values()))
+def test_recorded_steps_equal_the_training_forward(changes: dict[str, str], compiled: bool) -> None:
+    model = build(**changes)
+    tokens = torch.cat([random_stream(i, C + 3, mean) for i, mean in enumerate((15, 60, 1e9))])
+    wanted = logits(model, tokens).flatten(1, 2).cuda()
+    streams, model = tokens.flatten(1).cuda(), model.float().cuda()
+    assert gap(model, streams, [1, T, 3 * T + 5], wanted, compiled) < 1e-3
