@@ -104,8 +104,8 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.compiled = self.device.type == "cuda"
-        self.bandwidth = copy_bandwidth(self.sizes.copied, self.device)
         self.clock = time.process_time if options.cpu_time else time.perf_counter
+        self.bandwidth = copy_bandwidth(self.sizes.copied, self.device, self.clock)
         self.figures: list[Figure] = []
         if options.out:
             options.out.write_text("")
@@ -249,11 +249,15 @@ class Bench:
         return Row(name, 1, context, ms, max(times), 1e3 / ms, weights, cache, share)
 
 
-def copy_bandwidth(size: int, device: torch.device) -> float:
+def copy_bandwidth(size: int, device: torch.device, clock: Callable[[], float]) -> float:
     """Bytes per second that copying a tensor of `size` bytes reads and writes."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times, _ = time_calls(lambda: target.copy_(source), 3, 20)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    times = time_calls(copy, 3, 20)[0] if source.is_cuda else in_turns([copy], 10, clock)[0]
     return 2 * size / (statistics.median(times) / 1e3)
 
 
