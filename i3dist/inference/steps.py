@@ -282,7 +282,7 @@ def attention_step(
     for buffer, new in ((keys, now.keys), (values, now.values)):
         buffer[rows, :, history + sight.position] = new.unflatten(-1, (attention.heads, -1))
     query = _turned(attention, normed, sight.order)
-    logits = widen(keys @ query.unsqueeze(-1)).squeeze(-1) * attention.scale
+    logits = widen(query.unsqueeze(2) @ keys.transpose(-1, -2)).squeeze(2) * attention.scale
     past = sight.past.gather(1, sight.order)
     past = past.unsqueeze(-1).expand(-1, -1, history // past.shape[1]).flatten(1)  # of each key
     visible = torch.cat([past, sight.own], dim=1).unsqueeze(1)
