@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from i3dist.data.encoders import Ids
+from i3dist.data.long_texts import Ids
 from i3dist.data.tokenizer import Tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
