@@ -12,6 +12,7 @@ them again, each two neighbors have been neighbors in a piece.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,10 @@ def encodes_in_pieces(spec: Mapping[str, Any], encode: Encode) -> Encode:
     return InPieces(spec, encode) if _splits_as_gpt2(spec) else encode
 
 
+class _DiffersError(Exception):
+    """A piece that begins within a word does not give the tokens before it again."""
+
+
 class InPieces:
     """An encoder for GPT-2's pattern that gives another one pieces of a text."""
 
@@ -51,11 +56,13 @@ class InPieces:
         """Ids of a text, [T]."""
         if len(text) <= PIECE_BYTES:
             return self.encode(text)
-        found = self._in_pieces(text, self._cuts_words)
-        return self._in_pieces(text, cuts_words=False) if found is None else found
+        if self._cuts_words:
+            with suppress(_DiffersError):
+                return self._in_pieces(text, cuts_words=True)
+        return self._in_pieces(text, cuts_words=False)
 
-    def _in_pieces(self, text: bytes, cuts_words: bool) -> Ids | None:
-        """Ids of a text; None if a piece that begins within a word gives other tokens there."""
+    def _in_pieces(self, text: bytes, cuts_words: bool) -> Ids:
+        """Ids of a text, [T]."""
         ids = bytearray()  # grows in place, while `np.concatenate` would hold everything twice
         start = begin = 0  # of the piece, and of the tokens before it that it gives again
         again: Ids = np.empty(0, np.uint16)
@@ -63,14 +70,12 @@ class InPieces:
             stop, in_word = self._cut(text, start + PIECE_BYTES, cuts_words)
             found = self.encode(text[begin:stop])
             if len(again) and found[0] != again[0]:
-                return None
+                raise _DiffersError
             del ids[len(ids) - again.nbytes :]
             ids += found.data
             start, again = stop, found[len(found) :]
             if in_word:
                 again = self._last_tokens(text, stop, found)
-                if not len(again):
-                    return None
             begin = start - int(self._bytes[again].sum())
         return np.frombuffer(ids, found.dtype)
 
@@ -94,14 +99,14 @@ class InPieces:
         return len(text), False
 
     def _last_tokens(self, text: bytes, stop: int, ids: Ids) -> Ids:
-        """The last of the tokens before `stop`, near the cut: the first begins with a character."""
+        """The last of the tokens before `stop`, which are near, and begin with a character."""
         ids = ids[-WINDOW_BYTES // 4 :]
         sizes = np.cumsum(self._bytes[ids][::-1])
         for count in range(int(np.searchsorted(sizes, WINDOW_BYTES // 4)), 0, -1):
             place = stop - int(sizes[count - 1])
             if _character(text, place) == place:
                 return ids[len(ids) - count :]
-        return ids[:0]
+        raise _DiffersError
 
 
 def _character(text: bytes, place: int) -> int:
