@@ -58,7 +58,7 @@ def export(source: Path, out: Path, overwrite: bool = False) -> None:
             code = resources.files("i3dist.export.files") / name
             write_whole(folder / name, code.read_bytes())
         write_whole(folder / "README.md", card(settings, figures, out.name).encode())
-        write_tensors(folder / WEIGHTS, weights(model, dtype), format="pt")
+        write_tensors(folder / WEIGHTS, weights(model, dtype), format="pt", step=str(figures.step))
         shutil.copymode(folder / CONFIGURATION, folder / WEIGHTS)  # safetensors' is for the owner
 
 
