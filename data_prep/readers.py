@@ -385,16 +385,18 @@ def _read_text(
     if not file.is_a(*JSON_LINES):
         yield Record(name, name, file.scheme + name, read_text(stream, file.file_name, encoding))
         return
-    lines = read_lines(stream, file.file_name, encoding)
     # `map` and `filter` keep no line while its record is in use, as a variable would.
+    lines = map(_decoded, read_lines(stream, file.file_name, encoding))
     yield from filter(None, map(partial(_line, file, name), itertools.count(first_row), lines))
 
 
-def _line(file: TextFile, name: str, row: int, line: bytes) -> Record | None:
+def _decoded(line: bytes) -> str:
+    """A line without its byte-order mark. Bad bytes become lone surrogates: see `usable_text`."""
+    return line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
+
+
+def _line(file: TextFile, name: str, row: int, text: str) -> Record | None:
     """The document of a line; None if it is blank."""
-    # Bad bytes become lone surrogates, which `usable_text` finds.
-    text = line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
-    del line
     if not text or text.isspace():
         return None
     fields = _parse_line(text, f"{file.place}, line {row + 1}", file.column)

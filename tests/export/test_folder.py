@@ -1,8 +1,6 @@
 """What launch/export.py writes, and what it refuses. About 4 s."""
 
 import ast
-import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
