@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from i3dist.inference.layout import laid_out
-from i3dist.inference.prompt import Prompt, read_prompt
+from i3dist.inference.prompt import Prompt, read_above, read_prompt
 from i3dist.inference.recording import Recorded
 from i3dist.inference.steps import STEPS, LowerStep, Sight, UpperStep, compile_if
 from i3dist.model.lm import I3LM
@@ -106,6 +106,49 @@ class BatchDecoder:
         """Read a token of each row, [B] int64: the logits after it, [B, V] fp32."""
         self.make_room()
         return self.forward(tokens)
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read more of the only row, chunk by chunk: what `feed` does token by token.
+
+        Args:
+            tokens: [L] int64 with L >= 1, the document's next: ``<BOS>`` is not among them.
+
+        Returns:
+            The logits after the last one, [1, V] fp32.
+        """
+        (filled,), length = self.filled, self.hidden.shape[1]
+        x = self.hidden
+        while len(tokens):
+            if filled == length:
+                self._close([0])
+                filled = 0
+            new, tokens = tokens.tensor_split([length - filled])
+            x = self._extend(new, filled)
+            filled += len(new)
+        self.filled = [filled]
+        return predict(self.model, x[:, -1])
+
+    def _extend(self, tokens: Tensor, start: int) -> Tensor:
+        """Read tokens [n] of the only row, whose chunk has `start` before: their residual stream
+        [1, n, D]."""
+        model, place = self.model, self.place
+        restart = torch.zeros_like(tokens, dtype=torch.bool).unsqueeze(0)
+        restart[:, 0] = start == 0 and not model.settings.state_carry
+        states = [step.state for step in self.lower]
+        x, after = model.run_lower(model.embed(tokens.unsqueeze(0)), restart, states)
+        for step, state in zip(self.lower, after, strict=True):
+            for part, new in zip(step.state, state, strict=True):
+                part.copy_(new)
+        self.hidden[:, start : start + len(tokens)] = x
+        order = torch.arange(start + len(tokens), device=tokens.device)
+        segments = torch.where(order >= place.start, place.opened.int(), -1).unsqueeze(0)
+        before = [step.chunk(start) for step in self.upper]
+        x, joined = read_above(model, x, self.latents, segments, place.depth.unsqueeze(1), before)
+        for upper, keys_values in zip(self.upper, joined, strict=True):
+            upper.extend(keys_values, start)
+        place.position.fill_(len(order))
+        return x
 
     def make_room(self) -> None:
         """Close the chunks that are full, and count the token that each row reads next."""

@@ -4,6 +4,7 @@ Notation: L tokens of the prompt, t of its last chunk, T tokens of a chunk, C hi
 latents, D width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def read_prompt(model: I3LM, tokens: Tensor) -> Prompt:
     restart = restarts(last.view(1, 1, -1), depth, bos, settings.state_carry)[0]
     hidden, states = model.run_lower(model.embed(last.unsqueeze(0)), restart, states)
     segments = segment_ids(last, bos).unsqueeze(0)
-    x, own = _above(model, hidden, latents, segments, depth)
+    x, own = read_above(model, hidden, latents, segments, depth)
     logits = model.head(model.norm_out(x[0, -1])).float()
     return Prompt(hidden, states, own, latents, depths[-1], segments[0], logits)
 
@@ -95,17 +96,35 @@ def _compress(
     return latents, states
 
 
-def _above(
-    model: I3LM, x: Tensor, latents: Tensor, segments: Tensor, depth: Tensor
+def read_above(
+    model: I3LM,
+    x: Tensor,
+    latents: Tensor,
+    segments: Tensor,
+    depth: Tensor,
+    before: Sequence[KeysValues | None] | None = None,
 ) -> tuple[Tensor, list[KeysValues]]:
-    """The upper layers over a chunk's start [1, t, D]: the same, and each layer's own keys."""
-    chunks = model.settings.history_chunks
+    """The upper layers over the next n tokens of a chunk.
+
+    Args:
+        model: the model.
+        x: the residual stream of these tokens, [1, n, D].
+        latents: [1, C, M, D], oldest first.
+        segments: of the chunk up to the last of them, [1, t].
+        depth: [1, 1], chunks before this one that belong to the document it continues.
+        before: each layer's own keys of the chunk's t - n tokens before; None if there is none.
+
+    Returns:
+        The residual stream [1, n, D], and each layer's own keys and values, [1, 1, t, D].
+    """
+    chunks, new = model.settings.history_chunks, segments[:, -x.shape[1] :]
     gate = torch.ones((), device=x.device)
-    history = history_mask(segments, depth[0], chunks)
-    visible = attention_bias(causal_mask(segments), history, gate, model.keys_per_chunk)
-    seen = chunks_seen(segments.unsqueeze(1), depth, chunks, gate)[:, :chunks]
-    own, x = [], x.unsqueeze(1)
-    for block, past in zip(model.upper, model.history(latents, seen), strict=True):
-        x, keys_values = block(x, past, None, visible)
-        own.append(keys_values)
-    return x.squeeze(1), own
+    own = causal_mask(segments)[:, -x.shape[1] :]
+    visible = attention_bias(own, history_mask(new, depth[0], chunks), gate, model.keys_per_chunk)
+    seen = chunks_seen(new.unsqueeze(1), depth, chunks, gate)[:, :chunks]
+    past, x = model.history(latents, seen), x.unsqueeze(1)
+    joined = []
+    for i, block in enumerate(model.upper):
+        x, keys_values = block(x, past[i], before[i] if before else None, visible)
+        joined.append(keys_values)
+    return x.squeeze(1), joined

@@ -95,6 +95,15 @@ class UpperStep:
         self.own = KeysValues(*(torch.cat(parts) for parts in zip(*padded, strict=True)))
         self.past = self.block.history(self.project(latents))
 
+    def chunk(self, count: int) -> KeysValues:
+        """Of the first `count` tokens of each row's chunk, [B, 1, count, D]."""
+        return KeysValues(*(part[:, :, :count] for part in self.own))
+
+    def extend(self, joined: KeysValues, start: int) -> None:
+        """Take in the tokens of each row's chunk from place `start` on, of [B, 1, t, D]."""
+        for part, new in zip(self.own, joined, strict=True):
+            part[:, :, start : new.shape[2]] = new[:, :, start:]
+
     def project(self, latents: Tensor) -> Project:
         """What multiplies the keys that the layer sees of latents [..., M, D]."""
 
@@ -187,6 +196,17 @@ class AttentionStep(UpperStep):
                 buffer[number, :, self.history : self.history + tokens.shape[1]] = tokens
         slots = torch.arange(chunks, device=latents.device).expand(len(own), -1)
         self._write(self.rows, slots, latents)
+
+    def chunk(self, count: int) -> KeysValues:
+        """See `UpperStep.chunk`."""
+        parts = (part[:, :, self.history :][:, :, :count] for part in (self.keys, self.values))
+        return KeysValues(*(part.transpose(1, 2).flatten(2).unsqueeze(1) for part in parts))
+
+    def extend(self, joined: KeysValues, start: int) -> None:
+        """See `UpperStep.extend`."""
+        for buffer, part in zip((self.keys, self.values), joined, strict=True):
+            new = part[:, 0, start:].unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
+            buffer[:, :, self.history + start :][:, :, : new.shape[2]] = new
 
     def remember(self, rows: Tensor, latents: Tensor, slot: Tensor) -> None:
         """See `UpperStep.remember`."""

@@ -83,6 +83,43 @@ def test_each_row_equals_the_training_forward(
         assert gap(model, tokens.flatten(1), prompts, wanted) < 1e-5
 
 
+@torch.no_grad()
+def gap_in_pieces(model: I3LM, tokens: Tensor, sizes: list[int], wanted: Tensor) -> float:
+    """The same of one row [L], read as a prompt of sizes[0] tokens and then in pieces: every other
+    one at once, the rest token by token."""
+    decoder, end = BatchDecoder(model, [tokens[: sizes[0]]]), sizes[0]
+    gaps = [(decoder.logits[0] - wanted[end - 1]).abs().max()]
+    for number, size in enumerate(sizes[1:]):
+        new, end = tokens[end : end + size], end + size
+        read = decoder.read(new) if number % 2 == 0 else [decoder.feed(x[None]) for x in new][-1]
+        gaps.append((read[0] - wanted[end - 1]).abs().max())
+    return float(torch.stack(gaps).max())
+
+
+@each_stack
+@pytest.mark.parametrize("carry", [False, True])
+@given(
+    seed=seeds,
+    sizes=st.lists(
+        st.one_of(st.integers(1, 4 * T), st.sampled_from([T, 2 * T])), min_size=3, max_size=6
+    ),
+    begun=st.integers(0, 2 * T),
+)
+@settings(max_examples=5, deadline=None)
+def test_pieces_of_a_document_are_read_as_the_whole(
+    changes: dict[str, str], carry: bool, seed: int, sizes: list[int], begun: int
+) -> None:
+    """It begins anywhere in its chunk, behind others; pieces end anywhere."""
+    with model_of(state_carry=carry, **changes) as model:
+        others = random_stream(seed, 3, 6).flatten()[:begun]
+        text = random_stream(seed + 1, 30, 1e9).flatten()
+        length = begun + sum(sizes)
+        tokens = torch.cat([others, text])[: -(-length // T) * T]
+        wanted = logits(model, tokens.view(1, -1, T)).flatten(0, 2)
+        first = [begun + sizes[0], *sizes[1:]]
+        assert gap_in_pieces(model, tokens, first, wanted) < 1e-5
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda x: "-".join(x.values()))
 def test_in_fp32_too(changes: dict[str, str]) -> None:
     model = build(**changes)
