@@ -10,13 +10,19 @@ from pathlib import Path
 
 import torch
 
+from i3dist.checkpoint.format import is_checkpoint
+from i3dist.checkpoint.weights import newest_in
 from i3dist.cli.paths import as_unicode
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.download import shown
+from i3dist.data.token_types import TOKEN_TYPES
 from i3dist.distributed.devices import uses_cuda
+from i3dist.tracking.metrics_log import STARTS, read_lines
 
 GIT_TIMEOUT_S = 5.0
+DATA_FORMAT = "data_format"  # what documents are, in the words of data_prep/shard.py --format:
+TEXT, CHAT = "text", "chat"
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ def describe(
         "data_fingerprint": corpus.fingerprint,
         "data_source": data.source,
         "data_tokens": str(data.tokens),
+        DATA_FORMAT: CHAT if TOKEN_TYPES[data.dtype].has_mask else TEXT,
         **versions,
     }
     if weights is not None:
@@ -77,6 +84,18 @@ def describe(
         "profile": json.dumps(profile),
     }
     return Origin({name: as_unicode(text) for name, text in tags.items()}, dataset)
+
+
+def data_format(trained: Path) -> str | None:
+    """What the documents were that a model was trained on last: `CHAT`, `TEXT`, or None if nothing
+    says it (exported models, copies of checkpoints, runs of earlier versions).
+
+    `trained` is a run or a checkpoint, as `SavedModel.find` takes it.
+    """
+    path = newest_in(trained)
+    run = path.resolve().parent.parent if is_checkpoint(path) else path
+    starts = read_lines(run / STARTS)
+    return starts[-1].get(DATA_FORMAT) if starts else None
 
 
 def device_name() -> str:

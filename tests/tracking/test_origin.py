@@ -32,7 +32,7 @@ def test_the_origin_of_a_run_names_its_code_versions_and_data(tmp_path):
     assert tags["data_tokens"] == str(corpus.train.manifest.tokens)
     assert origin.facts.items() < tags.items() and "mlflow.source.name" not in origin.facts
     assert tags["git_commit"] == git_commit() and tags["data_source"] == "known"
-    assert tags["data_fingerprint"] == corpus.fingerprint
+    assert tags["data_fingerprint"] == corpus.fingerprint and tags["data_format"] == "text"
     assert "init_from" not in tags
     begun = describe(settings, corpus, 5_678_901, 4, tmp_path / "base")
     assert begun.tags == tags | {"init_from": str(tmp_path / "base")}
