@@ -12,7 +12,7 @@ import pytest
 import i3dist
 from data_prep import shard
 from i3dist.config import Settings
-from i3dist.programs import evaluate, generate, train
+from i3dist.programs import chat, evaluate, generate, train
 from i3dist.programs.main import COMMANDS
 from tests.conftest import ROOT
 
@@ -52,7 +52,7 @@ def test_commands_are_legal(words: list[str], monkeypatch: pytest.MonkeyPatch) -
         arguments = train.parse_arguments()
         Settings.load(arguments.config, arguments.overrides)
     else:
-        {"evaluate": evaluate, "generate": generate}[command].parse_arguments()
+        {"chat": chat, "evaluate": evaluate, "generate": generate}[command].parse_arguments()
 
 
 def test_the_table_has_every_command_and_its_file() -> None:

@@ -5,7 +5,9 @@ A message is ``<|im_start|> <|role|> text <|im_end|>``, where ``<|role|>`` is ``
 is learned is each answer: the text of the assistant, and the ``<|im_end|>`` that ends it.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 
 from i3dist.data.long_texts import Ids
 from i3dist.data.tokenizer import Tokenizer
+from i3dist.errors import UserError
+from i3dist.files import write_whole
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 ANSWERS = "assistant"
@@ -63,6 +67,55 @@ def encode_conversation(
     ids = np.concatenate(parts, dtype=np.uint32, casting="unsafe")
     del parts  # perhaps hundreds of megabytes
     return ids, np.repeat(learned, counts)
+
+
+def message_of(turn: object) -> Message:
+    """The message in a turn such as ``{"role": "user", "content": "..."}``.
+
+    Raises:
+        UserError: it is no such object, or its text is not valid Unicode.
+    """
+    match turn:
+        case {"role": str(role), "content": str(content)} if role in ROLES:
+            try:
+                return Message(role, content.encode())
+            except UnicodeEncodeError:
+                raise UserError("a message is not valid Unicode: it has a lone surrogate") from None
+    roles = ", ".join(ROLES)
+    raise UserError(f"a message should have a role ({roles}) and a content, both text")
+
+
+def read_conversation(path: Path) -> list[dict[str, str]]:
+    """The turns in a file of one conversation, as `write_conversation` writes it.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        (line,) = filter(str.strip, path.read_text("utf-8").split("\n"))
+        messages = [message_of(turn) for turn in json.loads(line)["messages"]]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(
+            f"{path} is no conversation: it should be one line of JSON with `messages`"
+        ) from None
+    return [{"role": role, "content": content.decode()} for role, content in messages]
+
+
+def write_conversation(path: Path, turns: Sequence[dict[str, str]]) -> None:
+    """Write turns as a line of jsonl, which `data_prep/shard.py --format chat` reads too.
+
+    Raises:
+        UserError: the file cannot be written; an earlier one is untouched.
+    """
+    line = json.dumps({"messages": turns}, ensure_ascii=False)
+    try:
+        write_whole(path, f"{line}\n".encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def transcript(tokenizer: Tokenizer, ids: Sequence[int] | NDArray[np.integer]) -> str:

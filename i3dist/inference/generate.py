@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from i3dist.data.tokenizer import Tokenizer
-from i3dist.errors import UserError
 from i3dist.inference.batch_decoder import BatchDecoder
 from i3dist.inference.sampling import Sampling
-from i3dist.inference.token_stream import NOT_FINITE, TokenStream
+from i3dist.inference.token_stream import TokenStream, finite
 from i3dist.model.lm import I3LM
 
 __all__ = ["Sampling", "generate", "stream"]
@@ -92,11 +91,9 @@ class _Text:
         """What a token adds to the text; the last one also completes it."""
         if self.ended or token == self.tokenizer.bos_id:
             return ""
-        if token == NOT_FINITE:
-            raise UserError("the model's logits are not finite: choose an earlier checkpoint of it")
         self.left -= 1
         if token != self.tokenizer.eos_id:
-            piece = self.decoder.push(token)
+            piece = self.decoder.push(finite(token))
         elif self.ignore_eos:
             piece = self.decoder.finish() + "\n\n"
         else:

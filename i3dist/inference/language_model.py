@@ -4,7 +4,7 @@ Notation: L tokens of a stream, V vocabulary, n tokens of a text.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypedDict, Unpack, overload
 
 import torch
@@ -19,6 +19,7 @@ from i3dist.config import Settings
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.distributed.devices import pick_device
 from i3dist.errors import UserError
+from i3dist.inference.chat import Chat
 from i3dist.inference.forward import read, rows_at_once
 from i3dist.inference.generate import Sampling, stream
 from i3dist.model.lm import I3LM
@@ -174,6 +175,30 @@ class LanguageModel:
         sampling = Sampling(temperature, top_k, top_p)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return stream(self.model, self.tokenizer, prompts, tokens, sampling, seed, ignore_eos)
+
+    def chat(
+        self,
+        messages: Iterable[Mapping[str, str]] = (),
+        *,
+        tokens: int = 256,
+        temperature: float = Sampling.temperature,
+        top_k: int = Sampling.top_k,
+        top_p: float = Sampling.top_p,
+        seed: int = 0,
+    ) -> Chat:
+        """Begin a conversation, or go on with one: `Chat.say` answers.
+
+        Args:
+            messages: what was said before, as ``{"role": "system", "content": "..."}``; roles are
+                system, user and assistant.
+            tokens: most tokens of an answer.
+            temperature: this and the others are those of `stream`.
+
+        Raises:
+            UserError: an option is out of range, or a message is none.
+        """
+        sampling = Sampling(temperature, top_k, top_p)
+        return Chat(self.model, self.tokenizer, messages, tokens, sampling, seed)
 
     def _log_probabilities(self, documents: list[Tensor]) -> Tensor:
         """Of each id but the first, given those before it, [rows, longest] on the CPU."""

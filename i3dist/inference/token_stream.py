@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from i3dist.errors import UserError
 from i3dist.inference.batch_decoder import BatchDecoder
 from i3dist.inference.recording import Recorded
 from i3dist.inference.sampling import Sampling, sample, uniform
@@ -32,6 +33,8 @@ class TokenStream:
         seed: int,
         eos_id: int,
         forbidden: Iterable[int] = (),
+        ahead: int = AHEAD,
+        drawn: int = 0,
     ):
         """Sample the tokens after the prompts.
 
@@ -41,6 +44,8 @@ class TokenStream:
             seed: row i draws its random numbers from seed + i.
             eos_id: the token that ends a document; ``<BOS>`` follows without being sampled.
             forbidden: tokens that are never sampled.
+            ahead: steps that a GPU may be ahead; a CPU never is.
+            drawn: random numbers to pass over.
         """
         self.decoder, self.sampling, self.eos_id = decoder, sampling, eos_id
         logits = decoder.logits
@@ -48,23 +53,33 @@ class TokenStream:
         self.allowed[list(forbidden)] = float("-inf")
         seeds = [(seed + row) % 2**63 for row in range(len(logits))]
         self.seeds = torch.tensor(seeds, device=logits.device)
-        self.drawn = torch.zeros((), dtype=torch.int64, device=logits.device)
+        self.drawn = torch.tensor(drawn, device=logits.device)
         self.tokens = torch.zeros_like(self.seeds)  # sampled last
         self.step = Recorded(self._step, decoder.recorded)
+        self.ahead = ahead if logits.is_cuda else 0
         self.underway: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._sample(logits)
         self._send()
 
     def next(self) -> list[int]:
         """Each row's next token, or `NOT_FINITE`."""
-        ahead = AHEAD if self.tokens.is_cuda else 0
-        while len(self.underway) <= ahead:
+        while len(self.underway) <= self.ahead:
             self.advance()
             self._send()
         tokens, sent = self.underway.popleft()
         if sent is not None:
             sent.synchronize()
         return tokens.tolist()
+
+    def read(self, tokens: Tensor) -> None:
+        """Read given tokens [L] of the only row, and sample what follows them.
+
+        Only where `ahead` is 0: the decoder has then read all tokens before the last one that
+        `next` gave, and is not past it. Each token takes a random number as if it were sampled.
+        """
+        self.drawn.add_(len(tokens) - 1)
+        self._sample(self.decoder.read(tokens))
+        self._send()
 
     def advance(self) -> None:
         """Read the tokens sampled last, and sample the next, without waiting for the device."""
@@ -89,6 +104,13 @@ class TokenStream:
         ended = (self.tokens == self.eos_id) & (sampled != NOT_FINITE)
         self.tokens.copy_(torch.where(ended, self.decoder.model.bos_id, sampled))
         self.drawn.add_(1)
+
+
+def finite(token: int) -> int:
+    """A token that was sampled; raises `UserError` if it is `NOT_FINITE`."""
+    if token == NOT_FINITE:
+        raise UserError("the model's logits are not finite: choose an earlier checkpoint of it")
+    return token
 
 
 def choose_tokens(

@@ -12,29 +12,16 @@ from i3dist.cli import streams
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.distributed import devices
 from i3dist.errors import UserError
-from i3dist.inference.generate import Sampling, generate
+from i3dist.inference.generate import generate
+from i3dist.programs.sampling import add_sampling_arguments, sampling_of
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
-    default = Sampling()
     add_model_arguments(parser)
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
-    parser.add_argument("--tokens", type=int, default=256, help="most new tokens (256)")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=default.temperature,
-        help=f"divides the logits; 0 takes the likeliest token ({default.temperature})",
-    )
-    parser.add_argument(
-        "--top-k", type=int, default=default.top_k, help="likeliest tokens to keep; 0 keeps all (0)"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=default.top_p, help="probability mass to keep (1.0)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    add_sampling_arguments(parser, tokens="most new tokens")
     parser.add_argument(
         "--ignore-eos",
         action="store_true",
@@ -66,11 +53,7 @@ def read_prompt(given: str | None) -> str:
 def main() -> None:
     """Stream a continuation to standard output."""
     arguments = parse_arguments()
-    if arguments.tokens < 1:
-        raise UserError(f"--tokens {arguments.tokens} must be 1 or more")
-    if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed {arguments.seed} must be from 0 to 2^63 - 1")
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    sampling = sampling_of(arguments)
     streams.require_output()
     prompt = read_prompt(arguments.prompt)
     model, _, tokenizer = load_run(arguments.checkpoint, devices.pick_device(arguments.device))

@@ -32,6 +32,7 @@ COMMANDS = {
     "ledger": Command("i3dist.programs.ledger", "launch/ledger.py", "check or compare runs"),
     "evaluate": Command("i3dist.programs.evaluate", "launch/evaluate.py", "measure a model's loss"),
     "generate": Command("i3dist.programs.generate", "launch/generate.py", "continue a text"),
+    "chat": Command("i3dist.programs.chat", "launch/chat.py", "talk with a model"),
     "export": Command("i3dist.programs.export", "launch/export.py", "make a transformers model"),
     "report": Command("i3dist.programs.report", "launch/report.py", "show runs on one page"),
 }

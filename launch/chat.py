@@ -1,0 +1,6 @@
+"""Talk with a model: a door to i3dist/programs/chat.py."""
+
+from i3dist.programs.chat import start
+
+if __name__ == "__main__":
+    start()
