@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -105,6 +105,7 @@ def gap_in_pieces(model: I3LM, tokens: Tensor, sizes: list[int], wanted: Tensor)
     ),
     begun=st.integers(0, 2 * T),
 )
+@example(seed=0, sizes=[2, 3, 1, T], begun=T + 4)  # a piece in the chunk that it begins in
 @settings(max_examples=5, deadline=None)
 def test_pieces_of_a_document_are_read_as_the_whole(
     changes: dict[str, str], carry: bool, seed: int, sizes: list[int], begun: int
