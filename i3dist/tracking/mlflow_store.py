@@ -9,8 +9,8 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -44,15 +44,17 @@ MAX_BATCH = 1000  # metrics of one request: MLflow's own limit
 MAX_PARAM_LENGTH = 6000  # MLflow's own limits, in characters
 MAX_TAG_LENGTH = 8000
 
+REQUEST_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 # Set unless the user has set them. MLflow's own patience is 7 retries of up to 120 s each.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    REQUEST_TIMEOUT: "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",  # it would store a uv.lock of the current directory
 }
+UPLOAD_TIMEOUT_S = "600"  # a server answers when it has stored the whole file
 QUIET_LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 MODEL = "model"  # what MLflow's examples call a run's model, so that runs:/ID/model names it
 STEP_TAG = "step"  # the step after which a model was taken
@@ -322,7 +324,9 @@ class _ModelLog:
             with tempfile.TemporaryDirectory(prefix="i3dist-") as scratch:
                 folder = Path(scratch, MODEL)
                 _write_model(folder, model.folder.resolve(), logged)
-                self.client.log_model_artifacts(logged.model_id, str(folder))
+                with _time_to_upload():
+                    self.client.log_model_artifacts(logged.model_id, str(folder))
+            self._join_to_run(logged, model.step)
             self.client.finalize_logged_model(logged.model_id, "READY")
         if model.registered_as is None:
             return f"models:/{logged.model_id}"
@@ -335,26 +339,30 @@ class _ModelLog:
         return found[0] if found else None
 
     def _create(self, step: int) -> "LoggedModel":
-        """A new model after a step, as yet without files, with the run's params and validation."""
+        """A new model after a step, as yet without files, with the run's params."""
+        params = self.client.get_run(self.run_id).data.params
+        tags = {STEP_TAG: str(step)}
+        return self.client.create_logged_model(self.experiment_id, MODEL, self.run_id, tags, params)
+
+    def _join_to_run(self, logged: "LoggedModel", step: int) -> None:
+        """Make a model the run's output, and the run's validation after `step` the model's."""
         from mlflow.entities import LoggedModelOutput, Metric
 
         run = self.client.get_run(self.run_id)
-        logged = self.client.create_logged_model(
-            self.experiment_id, MODEL, self.run_id, {STEP_TAG: str(step)}, run.data.params
-        )
-        self.client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
-        names = [name for name in run.data.metrics if name.startswith(f"{LOGS[VALIDATION]}/")]
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if logged.model_id not in [output.model_id for output in outputs]:
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
         metrics = [
             # Equal to one of the run's, so that the run still has one.
             Metric(name, at.value, at.timestamp, step, logged.model_id, run_id=self.run_id)
-            for name in names
+            for name in run.data.metrics
+            if name.startswith(f"{LOGS[VALIDATION]}/")
             for at in self.client.get_metric_history(self.run_id, name)
             if at.step == step
         ]
         self.client.log_batch(self.run_id, metrics)
-        return logged
 
-    def _version(self, logged: "LoggedModel", name: str) -> str:
+    def _version(self, logged: "LoggedModel", name: str) -> "str | int":
         """The version of the registered model `name` that a logged model is, or becomes."""
         from mlflow.exceptions import MlflowException
         from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
@@ -376,6 +384,19 @@ class _ModelLog:
         tags = {MLFLOW_MODEL_VERSIONS: json.dumps(versions)}  # the model's page links to them
         self.client.set_logged_model_tags(logged.model_id, tags)
         return made.version
+
+
+@contextmanager
+def _time_to_upload() -> Iterator[None]:
+    """Wait longer for a server's answer than `ENVIRONMENT` says, unless the user has set a time."""
+    before = os.environ.get(REQUEST_TIMEOUT)
+    if before == ENVIRONMENT[REQUEST_TIMEOUT]:
+        os.environ[REQUEST_TIMEOUT] = UPLOAD_TIMEOUT_S
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[REQUEST_TIMEOUT] = before
 
 
 def _write_model(folder: Path, run: Path, logged: "LoggedModel") -> None:

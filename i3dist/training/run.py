@@ -163,11 +163,10 @@ def print_charts(tracker: Tracker | NoTracker) -> None:
 
 def log_model(trainer: Trainer, stop: StopRequest) -> None:
     """Log the model of a run that is done, unless the user does not want it in MLflow."""
-    tracking = trainer.settings.tracking
-    if tracking.log_model:
-        model = FinalModel(
-            trainer.settings.run.path, trainer.progress.step, tracking.registered_model
-        )
+    settings = trainer.settings
+    if settings.tracking.log_model:
+        name = settings.tracking.registered_model
+        model = FinalModel(settings.run.path, trainer.progress.step, name)
         patience = read_timeout().total_seconds() / 2  # the other ranks wait for this one
         trainer.log.tracker.log_model(model, patience, lambda: stop.reason is not None)
 

@@ -191,23 +191,55 @@ def test_each_step_is_logged_once_and_registered_once_under_each_name(
     assert versions_of(run) == [("it's 2024", 1), ("mine", 1), ("mine", 2)]
 
 
-def test_an_upload_that_was_cut_off_is_made_up_for(
-    run: Path, again: Tracker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [
+        (STEPS + 2, "log_model_artifacts"),
+        (STEPS + 3, "log_batch"),
+        (STEPS + 4, "finalize_logged_model"),
+    ],
+)
+def test_what_was_cut_off_is_made_up_for(
+    run: Path,
+    again: Tracker,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    call: str,
 ) -> None:
     caplog.set_level("INFO")
+    name = f"cut off in step {step}"
     before = {logged.model_id for logged in models_of(run)}
     with monkeypatch.context() as patch:
 
-        def fail(*words: object) -> None:
+        def fail(*words: object, **named: object) -> None:
             raise OSError("no room")
 
-        patch.setattr(MlflowClient, "log_model_artifacts", fail)
-        log_model(again, run, STEPS + 2, "cut")
+        patch.setattr(MlflowClient, call, fail)
+        log_model(again, run, step, name)
     said = caplog.messages[-1]
     assert "did not take the model (OSError: no room)" in said and str(run) in said
     (pending,) = (m for m in models_of(run) if m.model_id not in before)
-    assert pending.status == "PENDING" and "cut" not in dict(versions_of(run))
-    log_model(again, run, STEPS + 2, "cut")
+    assert pending.status == "PENDING" and name not in dict(versions_of(run))
+    log_model(again, run, step, name)
     (now,) = (m for m in models_of(run) if m.model_id not in before)
     assert (now.model_id, now.status) == (pending.model_id, "READY")
-    assert dict(versions_of(run))["cut"] == 1
+    assert dict(versions_of(run))[name] == 1
+    outputs = stored(make_settings(run))[1].outputs.model_outputs
+    assert [o.model_id for o in outputs].count(now.model_id) == 1
+
+
+@pytest.mark.parametrize(("set_before", "uploads_with"), [("10", "600"), ("33", "33")])
+def test_a_server_has_time_to_store_large_weights_unless_the_user_has_set_a_time(
+    run: Path, again: Tracker, monkeypatch: pytest.MonkeyPatch, set_before: str, uploads_with: str
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", set_before)
+    monkeypatch.setattr(
+        MlflowClient,
+        "log_model_artifacts",
+        lambda *_: seen.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]),
+    )
+    log_model(again, run, int(set_before))
+    assert seen == [uploads_with]
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == set_before
