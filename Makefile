@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	  echo "error: $(PYTHON) is missing or older than Python 3.11: make PYTHON=python3.11 ..." >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
 	@touch $@
 
 $(DATA_READY): | $(READY)

@@ -36,12 +36,13 @@ from functools import partial
 from pathlib import Path
 
 import gpt_decoder
+import kernels
 import torch
+from generation_results import Row, gpu_figures, table
 from gpt_decoder import CachedGPT
 from measure import free, mark, milliseconds
 from results import Figure, figure_table
 from rich.console import Console
-from rich.table import Table
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings
@@ -94,22 +95,6 @@ def toy(layers: str) -> Sizes:
     return Sizes(model, tiny, grouped, tiny, (5, 40, 80, 200), (1, 2, 4), 2**16)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contestant at one batch and context."""
-
-    contestant: str
-    batch: int
-    context: int
-    ms: float  # of a step, or of a prompt
-    slowest_ms: float
-    tokens_per_s: float
-    weight_bytes: int = 0  # that a step reads
-    cache_bytes: int = 0
-    share: float | None = None  # of the copy bandwidth
-    memory_gib: float | None = None  # most that was reserved on the GPU
-
-
 class Bench:
     """The contestants, on one device."""
 
@@ -119,7 +104,8 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.compiled = self.device.type == "cuda"
-        self.bandwidth = copy_bandwidth(self.sizes.copied, self.device)
+        self.clock = time.process_time if options.cpu_time else time.perf_counter
+        self.bandwidth = copy_bandwidth(self.sizes.copied, self.device, self.clock)
         self.figures: list[Figure] = []
         if options.out:
             options.out.write_text("")
@@ -193,6 +179,9 @@ class Bench:
     ) -> Row:
         """Time a step."""
         times, memory = time_calls(step, warm_up, self.options.steps)
+        if self.options.profile:
+            found = kernels.kernels(lambda: [step() for _ in range(100)])
+            kernels.show(found, f"{name}, batch {batch}, context {context:,}, 100 tokens")
         ms, each = statistics.median(times), statistics.fmean(times)
         share = (weights + cache) / (ms / 1e3) / self.bandwidth
         speed = 1e3 * batch / each
@@ -229,9 +218,8 @@ class Bench:
         batched, simple = BatchDecoder(model, [prompt]), Decoder(model)
         simple.feed(prompt)
         token = torch.tensor([EOS + 1])
-        times = in_turns(
-            [partial(batched.feed, token), partial(simple.feed, token)], self.options.rounds
-        )
+        calls = [partial(batched.feed, token), partial(simple.feed, token)]
+        times = in_turns(calls, self.options.rounds, self.clock)
         for name, each in zip(["i3 batched", "i3 simple"], times, strict=True):
             yield self.in_fp32(name, len(prompt), each, *i3_bytes(batched))
         ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
@@ -246,7 +234,7 @@ class Bench:
         for gpt in models:
             gpt.begin(Sampling(0))
             calls.append(gpt.advance)
-        i3, *times = in_turns(calls, self.options.rounds)
+        i3, *times = in_turns(calls, self.options.rounds, self.clock)
         yield self.in_fp32("i3 batched", contexts[0], i3, *i3_bytes(decoder))
         for context, gpt, each in zip(contexts, models, times, strict=True):
             yield self.in_fp32("gpt-2 shape", context, each, *gpt.bytes_read())
@@ -261,11 +249,15 @@ class Bench:
         return Row(name, 1, context, ms, max(times), 1e3 / ms, weights, cache, share)
 
 
-def copy_bandwidth(size: int, device: torch.device) -> float:
+def copy_bandwidth(size: int, device: torch.device, clock: Callable[[], float]) -> float:
     """Bytes per second that copying a tensor of `size` bytes reads and writes."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times, _ = time_calls(lambda: target.copy_(source), 3, 20)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    times = time_calls(copy, 3, 20)[0] if source.is_cuda else in_turns([copy], 10, clock)[0]
     return 2 * size / (statistics.median(times) / 1e3)
 
 
@@ -289,14 +281,17 @@ def time_calls(
     return times, torch.cuda.max_memory_reserved() / 2**30 if cuda else None
 
 
-def in_turns(calls: list[Callable[[], object]], rounds: int) -> list[list[float]]:
+def in_turns(
+    calls: list[Callable[[], object]], rounds: int, clock: Callable[[], float]
+) -> list[list[float]]:
     """Milliseconds of each call in each round, after one round that is not timed."""
     times: list[list[float]] = [[] for _ in calls]
     for number in range(rounds + 1):
         for call, taken in zip(calls, times, strict=True):
-            ((ms,), _) = time_calls(call, 0, 1)
+            begun = clock()
+            call()
             if number:
-                taken.append(ms)
+                taken.append(1e3 * (clock() - begun))
     return times
 
 
@@ -312,71 +307,6 @@ def i3_bytes(decoder: BatchDecoder) -> tuple[int, int]:
     return weights, cache
 
 
-def gpu_figures(rows: list[Row], sizes: Sizes) -> list[Figure]:
-    """The figures of merit whose rows were measured."""
-    at = {(row.contestant, row.batch, row.context): row for row in rows}
-    short, medium, long, longest = sizes.contexts
-    one, some, many = sizes.batches
-    found: list[Figure] = []
-
-    def i3(batch: int, context: int) -> Row | None:
-        return at.get(("i3 together", batch, context))
-
-    if row := i3(one, short):
-        found.append(Figure("batch 1, tokens/s", row.tokens_per_s, ",.0f", least=3_000))
-        share = (row.share or 0.0) * row.weight_bytes / (row.weight_bytes + row.cache_bytes)
-        found.append(Figure("batch 1, share of bandwidth, weights", share, ".1%", least=0.45))
-        if far := i3(one, longest):
-            name = f"time at context {longest:,} / at {short:,}"
-            found.append(Figure(name, far.ms / row.ms, ".3f", most=1.05))
-            if row.memory_gib and far.memory_gib:
-                name = f"memory at context {longest:,} / at {short:,}"
-                found.append(Figure(name, far.memory_gib / row.memory_gib, ".3f", most=1.05))
-    if row := i3(many, short):
-        found.append(Figure(f"batch {many}, tokens/s", row.tokens_per_s, ",.0f", least=100_000))
-    for batch, context, least in ((many, medium, 6.0), (some, long, 15.0)):
-        ours = i3(batch, context)
-        for name, target in (("gpt", least), ("gpt-4kv", None)):
-            if ours and (gpt := at.get((name, batch, context))):
-                what = f"i3 / {name} at context {context:,}, batch {batch}"
-                ratio = ours.tokens_per_s / gpt.tokens_per_s
-                found.append(Figure(what, ratio, ".1f", least=target))
-    for row in rows:
-        if row.contestant.startswith("i3 ") and row.memory_gib and row.share:
-            what = f"{row.contestant}, batch {row.batch}, context {row.context:,}: slowest / median"
-            found.append(Figure(what, row.slowest_ms / row.ms, ".2f", most=2.0))
-        elif row.contestant in ("gpt", "gpt-4kv"):
-            what = f"{row.contestant}, batch {row.batch}, context {row.context:,}: share"
-            found.append(Figure(what, row.share or 0.0, ".1%", least=0.6))
-        elif row.contestant == "i3 prompt":
-            found.append(Figure("prompt, tokens/s", row.tokens_per_s, ",.0f", least=400_000))
-        elif row.contestant == "first token":
-            found.append(Figure("first token, s", row.ms / 1e3, ".1f", most=8.0))
-    return found
-
-
-def table(rows: list[Row], title: str, bandwidth: float) -> Table:
-    """All rows."""
-    shown = Table(title=title, caption=f"copy bandwidth {bandwidth / 1e9:,.0f} GB/s")
-    headings = ("batch", "context", "ms", "slowest", "tokens/s", "GB read", "share", "GiB")
-    shown.add_column("contestant")
-    for heading in headings:
-        shown.add_column(heading, justify="right")
-    for row in rows:
-        shown.add_row(
-            row.contestant,
-            f"{row.batch}",
-            f"{row.context:,}",
-            f"{row.ms:,.3f}",
-            f"{row.slowest_ms:,.3f}",
-            f"{row.tokens_per_s:,.0f}",
-            f"{(row.weight_bytes + row.cache_bytes) / 1e9:.2f}" if row.share else "",
-            "" if row.share is None else f"{row.share:.1%}",
-            "" if row.memory_gib is None else f"{row.memory_gib:.1f}",
-        )
-    return shown
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
@@ -387,7 +317,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", default=ModelSettings().layers, help="model.layers of i3")
     parser.add_argument("--steps", type=int, default=600, help="timed tokens (600)")
     parser.add_argument("--rounds", type=int, default=25, help="rounds on a CPU (25)")
+    parser.add_argument("--profile", action="store_true", help="show each row's GPU kernels")
     parser.add_argument("--threads", type=int, help="threads on a CPU (one for each core)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="on a CPU, take CPU seconds; with --threads 1, where other programs run",
+    )
     parser.add_argument("--run", type=Path, help="a finished run, for the time to the first token")
     parser.add_argument("--out", type=Path, help="file for the rows, a line of JSON each")
     parser.add_argument("--toy", action="store_true", help="small models, to test the program")
@@ -410,11 +346,11 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         if options.out:
             with options.out.open("a") as file:
                 file.write(json.dumps(machine | asdict(row)) + "\n")
-    console = Console(width=120)
+    console, sizes = Console(width=120), bench.sizes
     console.print(
         table(rows, f"Generation, {device}, PyTorch {torch.__version__}", bench.bandwidth)
     )
-    console.print(figure_table(bench.figures + gpu_figures(rows, bench.sizes)))
+    console.print(figure_table(bench.figures + gpu_figures(rows, sizes.contexts, sizes.batches)))
     return rows
 
 

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from data_prep.evidence import Piece
-from data_prep.output import OTHER_CONTENT, Output
+from data_prep.output import OTHER_CONTENT, Output, OutputSettings
 from data_prep.passes import failures
 from data_prep.readers import naming
 from data_prep.sources import Source
+from data_prep.validation import PairOfSources
 from i3dist.data.tokenizer import Tokenizer
 
 
@@ -25,21 +26,24 @@ class Begun:
         """
         former, path = self.output.settings(), self.output.tokenizer
         free = set()
-        if former and self._is_repaired(former.revision):
-            free.add("revision")
+        if former and self._is_repaired(former):
+            free |= {"revision", "valid_revision"}
         is_trained = former and former.tokenizer == "trained" and path.exists()
         if given and is_trained and given.data == path.read_bytes():
             free |= {"tokenizer", "tokenizer_sample_mb", "vocab_size"}
         return free
 
-    def _is_repaired(self, revision: str) -> bool:
-        """Whether only broken files have other sizes than at this revision of the source."""
+    def _is_repaired(self, former: OutputSettings) -> bool:
+        """Whether only broken files have other sizes than when these settings were written."""
         evidence = self.output.evidence()
         if not evidence or len(evidence.states) != len(self.source.files):
             return False
-        pairs = enumerate(zip(evidence.states, self.source.states, strict=True))
+        states = evidence.states
+        pairs = enumerate(zip(states, self.source.states, strict=True))
         resized = {number for number, (then, now) in pairs if then[0] != now[0]}
-        is_same = self.source.outline_at(evidence.states) == revision
+        is_same = self.source.outline_at(states) == former.revision
+        if isinstance(self.source, PairOfSources):
+            is_same &= self.source.validation_at(states) == former.valid_revision
         return is_same and resized <= self.broken()
 
     def broken(self) -> frozenset[int]:

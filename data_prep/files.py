@@ -92,6 +92,14 @@ class FilePart(Part):
         """
         return self.places == tuple((p.file, p.start, p.stop) for p in pieces)
 
+    def split(self) -> Sequence["FilePart"]:
+        """A part for each span."""
+        return [FilePart((span,)) for span in self.spans]
+
+    def of(self, parts: Sequence["FilePart"]) -> "FilePart":
+        """All their spans."""
+        return FilePart(tuple(span for part in parts for span in part.spans))
+
 
 @dataclass
 class FileSource(Source):

@@ -86,7 +86,8 @@ def _conversation_text(document: bytes) -> bytes:
 
 
 def _encode_conversation(tokenizer: Tokenizer, document: bytes) -> Stored:
-    return with_mask(*encode_conversation(tokenizer, messages_of(document)))
+    ids, learned = encode_conversation(tokenizer, messages_of(document))
+    return with_mask(ids, learned, copy=False)
 
 
 FORMATS = {

@@ -1,11 +1,11 @@
 """A part of one of several sources that are read as one."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from data_prep.evidence import Piece
-from data_prep.sources import Part, Record
+from data_prep.sources import Part, Place, Record
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,20 @@ class JoinedPart(Part):
     def files(self) -> frozenset[int]:
         """Numbers of the files that it reads."""
         return frozenset(self.first_file + number for number in self.part.files)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The pieces of files that it reads."""
+        places = self.part.places
+        return tuple((self.first_file + file, start, stop) for file, start, stop in places)
+
+    def split(self) -> Sequence[Self]:
+        """A part for each of its places."""
+        return [replace(self, part=part) for part in self.part.split()]
+
+    def of(self, parts: Sequence["JoinedPart"]) -> Self:
+        """What reads parts of the same source, one after the other."""
+        return replace(self, part=self.part.of([part.part for part in parts]))
 
     def is_made_of(self, pieces: Sequence[Piece]) -> bool:
         """Whether these are the pieces of files that this part reads."""

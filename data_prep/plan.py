@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Self
 
 from data_prep.evidence import Saved
-from data_prep.files import FilePart
 from data_prep.ranges import divided
 from data_prep.sources import Part, Place
 from i3dist.files import write_whole
@@ -37,18 +36,19 @@ class Plan(Saved):
         The pieces of a file that is cut in another way now go to the parts that had its former
         pieces. Where the source has other files, or is not made of files, the parts stay as given.
         """
-        made = [part for part in parts if isinstance(part, FilePart)]
-        spans = {
-            place: span
-            for part in made
-            for place, span in zip(part.places, part.spans, strict=True)
-        }
-        if len(made) < len(parts) or len(spans) < sum(len(part.spans) for part in made):
+        if not all(part.places for part in parts):
             return parts
-        groups = self._groups(list(spans))
+        pieces = [piece for part in parts for piece in part.split()]
+        by_place = {piece.places[0]: piece for piece in pieces}
+        groups = self._groups(list(by_place)) if len(by_place) == len(pieces) else None
         if groups is None:
             return parts
-        return [FilePart(tuple(spans[place] for place in sorted(group))) for group in groups]
+        return [
+            by_place[min(group)].of([by_place[place] for place in sorted(group)])
+            if group
+            else pieces[0].of([])
+            for group in groups
+        ]
 
     def _groups(self, places: Sequence[Place]) -> list[list[Place]] | None:
         """All places, shared out among the parts; None where they are of other files."""

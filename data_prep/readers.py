@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
@@ -39,6 +40,7 @@ _LABELS = ("id", "url")
 _ROWS_AT_A_TIME = 128
 _GENTLY: Any = {"pre_buffer": False, "buffer_size": 1 << 21}
 """Options of pyarrow under which it holds 2 MB of a column, not all of a row group."""
+_ALONE: Any = {"use_threads": False}
 
 _MARK = codecs.BOM_UTF8.decode()
 _BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
@@ -253,21 +255,25 @@ def read_rows(
             for row in range(first_row, first_row + len(rows)):
                 yield Record(f"{name}#{row}", "", "", Skip.WHERE)
             return
-    text = _text(parquet, group, file.column)
-    labels = zip(*(_labels(parquet, group, key) for key in _LABELS), strict=True)
-    documents = zip(text, labels, kept, strict=False)
-    for row, (value, found, is_kept) in enumerate(documents, first_row):
-        fields = dict(zip(_LABELS, found, strict=True))
-        yield _record(f"{name}#{row}", fields, value if is_kept else Skip.WHERE)
+    # `map` keeps no row while its record is in use, as variables would: a text may be large.
+    yield from map(
+        partial(_row, name),
+        itertools.count(first_row),
+        _text(parquet, group, file.column),
+        *(_labels(parquet, group, key) for key in _LABELS),
+        kept,
+    )
+
+
+def _row(name: str, row: int, text: Any, identifier: Any, url: Any, is_kept: bool) -> Record:
+    fields = dict(zip(_LABELS, (identifier, url), strict=True))
+    return _record(f"{name}#{row}", fields, text if is_kept else Skip.WHERE)
 
 
 def _text(parquet: pq.ParquetFile, group: int, key: str) -> Iterator[Any]:
     """The values of the column of text. They are counted: pyarrow skips a damaged page silently."""
     expected = parquet.metadata.row_group(group).num_rows
-    rows = 0
-    for value in _column(parquet, group, key, is_text=True):
-        yield value
-        rows += 1
+    rows = yield from _column(parquet, group, key, is_text=True)
     if rows != expected:
         raise EOFError(f"it holds {rows} rows of text, not {expected}")
 
@@ -283,10 +289,26 @@ def _labels(parquet: pq.ParquetFile, group: int, key: str) -> Iterator[Any]:
     yield from itertools.repeat(None)
 
 
-def _column(parquet: pq.ParquetFile, group: int, key: str, *, is_text: bool) -> Iterator[Any]:
-    for batch in parquet.iter_batches(_ROWS_AT_A_TIME, [group], [key], use_threads=False):
+def _column(
+    parquet: pq.ParquetFile, group: int, key: str, *, is_text: bool
+) -> Generator[Any, None, int]:
+    """The values of a column; returns how many there are."""
+    rows = 0
+    for batch in parquet.iter_batches(_rows_at_a_time(parquet, group), [group], [key], **_ALONE):
         # There may be two columns `id`: the first counts.
-        yield from _values(batch.column(batch.schema.names.index(key)), is_text)
+        values = _values(batch.column(batch.schema.names.index(key)), is_text)
+        del batch
+        rows += len(values)
+        values.reverse()
+        while values:
+            yield values.pop()  # nothing keeps a value that was taken
+    return rows
+
+
+def _rows_at_a_time(parquet: pq.ParquetFile, group: int) -> int:
+    """Rows that are in memory at once: about 16 MB."""
+    metadata = parquet.metadata.row_group(group)
+    return max(1, min(_ROWS_AT_A_TIME, (metadata.num_rows << 24) // (metadata.total_byte_size + 1)))
 
 
 def open_parquet(file: BinaryIO, text_column: str) -> pq.ParquetFile:
@@ -361,15 +383,24 @@ def _read_text(
 ) -> Iterator[Record]:
     name = clean_file_name(file.name)
     if not file.is_a(*JSON_LINES):
-        whole = read_text(stream, file.file_name, encoding)
-        yield Record(name, name, file.scheme + name, whole)
+        yield Record(name, name, file.scheme + name, read_text(stream, file.file_name, encoding))
         return
-    for row, line in enumerate(read_lines(stream, file.file_name, encoding), first_row):
-        # Bad bytes become lone surrogates, which `usable_text` finds.
-        text = line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
-        if text and not text.isspace():
-            fields = _parse_line(text, f"{file.place}, line {row + 1}", file.column)
-            yield _record(f"{name}#{row}", fields, fields[file.column])
+    # `map` and `filter` keep no line while its record is in use, as a variable would.
+    lines = map(_decoded, read_lines(stream, file.file_name, encoding))
+    yield from filter(None, map(partial(_line, file, name), itertools.count(first_row), lines))
+
+
+def _decoded(line: bytes) -> str:
+    """A line without its byte-order mark. Bad bytes become lone surrogates: see `usable_text`."""
+    return line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
+
+
+def _line(file: TextFile, name: str, row: int, text: str) -> Record | None:
+    """The document of a line; None if it is blank."""
+    if not text or text.isspace():
+        return None
+    fields = _parse_line(text, f"{file.place}, line {row + 1}", file.column)
+    return _record(f"{name}#{row}", fields, fields[file.column])
 
 
 def _parse_line(line: str, place: str, key: str) -> dict[str, Any]:

@@ -128,9 +128,9 @@ class RunReader:
     def tokens(self, rows: NDArray[np.int64]) -> Stored:
         """The tokens of rows of the range, one after the other; they stay until the next call.
 
-        They are copied once, from the mapped files into a buffer that is used again. Arrow's
-        `concat` and `take` would copy them twice into fresh memory, whose first use costs more than
-        a slice for each document does.
+        Those of several rows are copied once, from the mapped files into a buffer that is used
+        again. Arrow's `concat` and `take` would copy them twice into fresh memory, whose first use
+        costs more than a slice for each document does.
         """
         if not len(rows):
             return self._buffer[:0]
@@ -144,10 +144,12 @@ class RunReader:
         starts, stops = (bounds[rows] for bounds in ends)
         values = [run.tokens for run, *_ in self._rows]
         places = zip(runs[rows].tolist(), starts.tolist(), stops.tolist(), strict=True)
+        parts = [values[run][start:stop] for run, start, stop in places]
+        if len(parts) == 1:  # perhaps of hundreds of megabytes
+            return parts[0]
         total = int((stops - starts).sum())
         if len(self._buffer) < total:
             self._buffer = np.empty(total, self._buffer.dtype)
-        parts = [values[run][start:stop] for run, start, stop in places]
         return np.concatenate(parts, out=self._buffer[:total])
 
 

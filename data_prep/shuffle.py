@@ -9,10 +9,12 @@ depends only on the seed and the source. Memory holds one run per process. A run
 """
 
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,6 +185,27 @@ class _Tally:
     usable: int = 0
 
 
+class _Written(NamedTuple):
+    """A run on disk. `tokens` does not count <BOS> and <EOS>; `size` is in bytes."""
+
+    name: str
+    documents: int
+    tokens: int
+    smallest_split: int
+    largest_split: int
+    size: int
+
+
+class _Usable(NamedTuple):
+    """A record without what its source gave beside the text, and its number in the part."""
+
+    place: int
+    position: str
+    id: str
+    url: str
+    text: bytes | Skip
+
+
 @dataclass(frozen=True)
 class Spiller:
     """Pass 1: writes the runs of a part into `folder`, and calls `report` with counts of tokens."""
@@ -197,36 +220,37 @@ class Spiller:
     def spill(self, part: Part, number: int) -> PartSummary:
         """Tokenize part `number` into runs, and write its summary last."""
         tally = _Tally()
-        names: list[str] = []
-        documents = tokens = 0
-        smallest, largest = HASH_END, -1
         pieces: list[Piece] = []
-        for run in self._runs(part, _records(part, pieces), tally):
-            names.append(f"part-{number:06d}-run-{len(names):06d}.arrow")
-            if self.choice.deduplicate:
-                run = sorted_by_key(run)
-                found, places = [d.text_hash for d in run], [d.place for d in run]
-                write_hashes(found, places, self.folder / names[-1])
-            table = run_table(run, self.tokenizer.bos_id, self.tokenizer.eos_id)
-            write_run(table, self.folder / names[-1])
-            documents += len(run)
-            tokens += sum(len(document.tokens) for document in run)
-            splits = table["split"].to_numpy()
-            smallest, largest = min(smallest, int(splits.min())), max(largest, int(splits.max()))
+        runs = self._runs(part, _records(part, pieces), tally)
+        # `map` keeps no run while the next one is made, as a variable would.
+        written = list(map(partial(self._write, number), itertools.count(), runs))
         summary = PartSummary(
-            runs=tuple(names),
-            documents=documents,
-            tokens=tokens,
+            runs=tuple(run.name for run in written),
+            documents=sum(run.documents for run in written),
+            tokens=sum(run.tokens for run in written),
             skipped=dict(tally.skipped),
-            smallest_split=smallest,
-            largest_split=largest,
+            smallest_split=min((run.smallest_split for run in written), default=HASH_END),
+            largest_split=max((run.largest_split for run in written), default=-1),
             pieces=tuple(pieces),
             usable=tally.usable,
             identity=part.identity,
-            sizes=tuple((self.folder / name).stat().st_size for name in names),
+            sizes=tuple(run.size for run in written),
         )
         write_whole(summary_path(self.folder, number), summary.model_dump_json().encode())
         return summary
+
+    def _write(self, part: int, number: int, run: list[Document]) -> _Written:
+        """Write run `number` of a part."""
+        path = self.folder / f"part-{part:06d}-run-{number:06d}.arrow"
+        if self.choice.deduplicate:
+            run = sorted_by_key(run)
+            write_hashes([d.text_hash for d in run], [d.place for d in run], path)
+        table = run_table(run, self.tokenizer.bos_id, self.tokenizer.eos_id)
+        write_run(table, path)
+        splits = table["split"].to_numpy()
+        tokens = sum(len(document.tokens) for document in run)
+        bounds = int(splits.min()), int(splits.max())
+        return _Written(path.name, len(run), tokens, *bounds, path.stat().st_size)
 
     def _copies(self, part: Part, text: bytes, position: str) -> list[bytes]:
         """The hashes of each copy of a document that is taken."""
@@ -240,29 +264,41 @@ class Spiller:
     ) -> Iterator[list[Document]]:
         run: list[Document] = []
         size = 0
-        for place, record in enumerate(records):
-            text = self.format.usable(record.text)
-            if isinstance(text, Skip):
-                tally.skipped[text.value] += 1
-                continue
-            found = self._copies(part, text, record.position)
-            if not found and not self.choice.by_length:
-                tally.usable += 1
-                continue
-            tokens = self.format.encode(self.tokenizer, text)
-            self.report(len(tokens) * len(found))
-            if skip := self.choice.skip(part, len(tokens)):
-                tally.skipped[skip.value] += 1
-                continue
-            tally.usable += 1
-            same = text_hash(text) if self.choice.deduplicate else b""
-            run += [Document(each, record.id, record.url, tokens, same, place) for each in found]
-            size += len(tokens) * len(found)
+        # `map` keeps no text while the tokens are in use, as a variable would.
+        usable = map(self._usable, itertools.count(), records)
+        for documents in map(partial(self._documents, part, tally), usable):
+            run += documents
+            size += sum(len(document.tokens) for document in documents)
+            del documents
             if size >= RUN_TOKENS or len(run) >= _RUN_DOCUMENTS:
                 yield run
                 run, size = [], 0
         if run:
             yield run
+
+    def _usable(self, place: int, record: Record) -> _Usable:
+        return _Usable(
+            place, record.position, record.id, record.url, self.format.usable(record.text)
+        )
+
+    def _documents(self, part: Part, tally: _Tally, usable: _Usable) -> list[Document]:
+        """The tokenized copies of a document; none if it is not taken."""
+        place, position, identifier, url, text = usable
+        if isinstance(text, Skip):
+            tally.skipped[text.value] += 1
+            return []
+        found = self._copies(part, text, position)
+        if not found and not self.choice.by_length:
+            tally.usable += 1
+            return []
+        tokens = self.format.encode(self.tokenizer, text)
+        self.report(len(tokens) * len(found))
+        if skip := self.choice.skip(part, len(tokens)):
+            tally.skipped[skip.value] += 1
+            return []
+        tally.usable += 1
+        same = text_hash(text) if self.choice.deduplicate else b""
+        return [Document(each, identifier, url, tokens, same, place) for each in found]
 
 
 def _records(part: Part, pieces: list[Piece]) -> Iterator[Record]:

@@ -114,6 +114,14 @@ class Part:
         """Whether these are the pieces of files that this part reads."""
         return True
 
+    def split(self) -> Sequence["Part"]:
+        """A part for each of its `places`."""
+        raise NotImplementedError
+
+    def of(self, parts: Sequence[Any]) -> "Part":
+        """What reads parts of the same source, as `split` gives them, one after the other."""
+        raise NotImplementedError
+
 
 class Source:
     """A corpus. Only `name`, `revision` and `parts` have no default."""

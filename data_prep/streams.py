@@ -13,6 +13,7 @@ import io
 import lzma
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
 import zstandard
@@ -136,8 +137,8 @@ def read_lines(file: HashedFile, name: str, encoding: str | None) -> Iterator[by
     if encoding is None:
         yield from stream
     else:
-        for line in io.TextIOWrapper(stream, encoding, "surrogatepass", newline="\n"):
-            yield line.encode("utf-8", "surrogatepass")
+        lines = io.TextIOWrapper(stream, encoding, "surrogatepass", newline="\n")
+        yield from map(partial(str.encode, encoding="utf-8", errors="surrogatepass"), lines)
 
 
 def encoding_of(file: BinaryIO, name: str) -> str | None:

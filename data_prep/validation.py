@@ -81,6 +81,10 @@ class PairOfSources(Source):
         """That of the source of training, when the files of both had these states."""
         return self.training.outline_at(states[len(self.validation.files) :])
 
+    def validation_at(self, states: Sequence[State]) -> str:
+        """That of the source of validation, when the files of both had these states."""
+        return self.validation.outline_at(states[: len(self.validation.files)])
+
     def keep_in(self, folder: Path) -> None:
         """Keep what took long to find out, a folder for each source."""
         self.validation.keep_in(folder / VALID)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,6 +44,12 @@ class Totals(NamedTuple):
     bytes: int
 
 
+@lru_cache(maxsize=1)
+def _block_check(stream: Stream) -> BlockCheck:
+    """One for all tasks of a split in this process: making it takes as long as checking 1 MB."""
+    return BlockCheck(stream)
+
+
 @dataclass(frozen=True)
 class ShardTask:
     """Consecutive shards from number `first` on, with their rows in the index."""
@@ -55,7 +62,7 @@ class ShardTask:
 
     def __call__(self) -> list[ShardReport]:
         """Check them."""
-        reports, row, blocks = [], 0, BlockCheck(self.stream)
+        reports, row, blocks = [], 0, _block_check(self.stream)
         for n, shard in enumerate(self.shards):
             rows = None
             if self.rows is not None:

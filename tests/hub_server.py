@@ -8,17 +8,18 @@ parts of them. The files are those of a model of the same name too, and they are
 import hashlib
 import json
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.http_server import running
 
 DATASET = "owner/words"
 COMMIT = "c0ffee" + 34 * "0"
@@ -167,23 +168,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        """Clients that are killed break their connections."""
-
-
 @contextmanager
 def hub(folder: Path) -> Iterator[Behavior]:
     """Serve the files of a folder as the dataset `DATASET`, at the behavior's `url`."""
     behavior = Behavior()
-    server = Server(("127.0.0.1", 0), partial(Handler, folder, behavior))
-    behavior.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with running(partial(Handler, folder, behavior)) as behavior.url:
         yield behavior
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -56,11 +56,14 @@ def test_commands_are_legal(words: list[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_table_has_every_command_and_its_file() -> None:
-    for name, command in COMMANDS.items():
-        row = next(
-            line
-            for line in PAGE.splitlines()
-            if f"| `i3dist {name}`" in line
-            or (line.startswith("| ") and f", `i3dist {name}`" in line)
+    rows = [line.split(" | ") for line in PAGE.splitlines() if line.startswith("| `i3dist ")]
+    found = {
+        name: file
+        for names, files, _ in rows
+        for name, file in zip(
+            re.findall(r"`i3dist ([\w-]+)`", names),
+            re.findall(r"`([\w/]+\.py)`", files),
+            strict=True,
         )
-        assert f"`{command.file}`" in row
+    }
+    assert found == {name: command.file for name, command in COMMANDS.items()}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from i3dist.data.encoders import Ids
+from i3dist.data.long_texts import Ids
 from i3dist.data.tokenizer import Tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
@@ -56,11 +56,12 @@ def encode_conversation(
     parts: list[Sequence[int] | Ids] = []
     counts, learned = [], []
     for role, content in messages:
-        text = tokenizer.encode_utf8(content)
-        parts += [(chat.begin, tokenizer.special_ids[ROLES[role]]), text, (chat.end,)]
-        counts += [2, len(text) + 1]
+        begin = chat.begin, tokenizer.special_ids[ROLES[role]]
+        parts += [begin, tokenizer.encode_utf8(content), (chat.end,)]
+        counts += [2, len(parts[-2]) + 1]
         learned += [False, role == ANSWERS]
     ids = np.concatenate(parts, dtype=np.uint32, casting="unsafe")
+    del parts  # perhaps hundreds of megabytes
     return ids, np.repeat(learned, counts)
 
 

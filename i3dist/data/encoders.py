@@ -6,7 +6,6 @@ gives the same ids on `trial_texts`. Otherwise the next one is tried, and at las
 
 import json
 import random
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,20 +13,12 @@ from typing import Any
 
 import numpy as np
 import psutil
-from numpy.typing import NDArray
 from tokenizers import Tokenizer as HFTokenizer
 
-Ids = NDArray[np.unsignedinteger]
-Encode = Callable[[bytes], Ids]
-"""Ids [T] of a text in valid UTF-8: uint16 where all ids of the vocabulary fit, else uint32."""
+from i3dist.data.long_texts import Encode, Ids, encodes_in_pieces
 
-_PIECE_BYTES = 1 << 22
 _CACHE_BYTES = 1 << 26
 _BYTES_BETWEEN_LOOKS = 1 << 22
-
-# GPT-2's pattern always splits before a blank that follows a character which is not white space.
-# The bytes B0 to BF end no white space.
-_PLACE_TO_CUT = re.compile(rb"[!-~\xb0-\xbf][ \n]")
 
 
 class UnsuitableError(Exception):
@@ -52,8 +43,7 @@ class Gigatoken:
     """gigatoken, on the calling thread and in bounded memory.
 
     It keeps the ids of every word that it has seen, without a limit. When the process has grown by
-    64 MiB, the encoder is built again. Long texts are encoded in pieces, so that this also happens
-    within a text.
+    64 MiB, the encoder is built again. Long texts come in pieces, so this also happens within one.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
@@ -62,21 +52,12 @@ class Gigatoken:
         self._json = json.dumps({**spec, "added_tokens": []})
         added = (token["id"] for token in spec["added_tokens"])
         self._dtype = _dtype_of(max(*spec["model"]["vocab"].values(), *added) + 1)
-        self._splits_at_blanks = _splits_at_blanks(spec)
         self._process = psutil.Process()
         self._encode, self._limit = self._build()
         self._unseen = 0
 
     def __call__(self, text: bytes) -> Ids:
         """Ids of a text, [T]."""
-        if len(text) <= _PIECE_BYTES or not self._splits_at_blanks:
-            return self._encode_piece(text)
-        ids = bytearray()  # grows in place, while `np.concatenate` would hold everything twice
-        for piece in pieces(text, _PIECE_BYTES):
-            ids += self._encode_piece(piece).data
-        return np.frombuffer(ids, self._dtype)
-
-    def _encode_piece(self, text: bytes) -> Ids:
         self._unseen += len(text)
         if self._unseen > _BYTES_BETWEEN_LOOKS:
             self._unseen = 0
@@ -114,7 +95,7 @@ def choose_encoder(
     rejected: dict[str, str] = {}
     for name, make in ENCODERS.items():
         try:
-            encode = make(spec)
+            encode = encodes_in_pieces(spec, make(spec))
             for text in trial_texts(tokens, [token["content"] for token in spec["added_tokens"]]):
                 _compare(encode, reference, text)
         except ImportError:
@@ -125,7 +106,7 @@ def choose_encoder(
             rejected[name] = " ".join(str(error).split())[:120] or type(error).__name__
         else:
             return Encoder(name, encode, rejected)
-    return Encoder("tokenizers", reference, rejected)
+    return Encoder("tokenizers", encodes_in_pieces(spec, reference), rejected)
 
 
 def _compare(encode: Encode, reference: Encode, text: str) -> None:
@@ -154,25 +135,5 @@ def trial_texts(tokens: Sequence[bytes], added: Iterable[str]) -> Iterator[str]:
         yield f"x{word * 4000}y"
 
 
-def pieces(text: bytes, size: int) -> Iterator[bytes]:
-    """Pieces of about `size` bytes or more, cut only where GPT-2's pattern splits any text."""
-    start = 0
-    while found := _PLACE_TO_CUT.search(text, start + size):
-        yield text[start : found.start() + 1]
-        start = found.start() + 1
-    yield text[start:]
-
-
 def _dtype_of(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def _splits_at_blanks(spec: Mapping[str, Any]) -> bool:
-    """Whether the text is split by GPT-2's pattern and nothing else."""
-    splitter = spec["pre_tokenizer"] or {}
-    return (
-        splitter.get("type") == "ByteLevel"
-        and splitter["use_regex"]
-        and not splitter["add_prefix_space"]
-        and spec["normalizer"] is None
-    )

@@ -52,7 +52,7 @@ def token_type(vocab_size: int, *, has_mask: bool = False) -> TokenType:
     return UINT16 if vocab_size <= UINT16.vocabulary else UINT32
 
 
-def with_mask(ids: Stored, learned: NDArray[np.bool_]) -> NDArray[np.uint32]:
-    """Tokens as `MASKED` stores them."""
-    stored = ids.astype(np.uint32)
+def with_mask(ids: Stored, learned: NDArray[np.bool_], *, copy: bool = True) -> NDArray[np.uint32]:
+    """Tokens as `MASKED` stores them, [T]. Without `copy`, uint32 `ids` become these tokens."""
+    stored = ids.astype(np.uint32, copy=copy)
     return np.bitwise_or(stored, LEARNED, out=stored, where=learned)

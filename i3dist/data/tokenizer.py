@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as HFTokenizer
 
-from i3dist.data.encoders import Encoder, Ids, choose_encoder
+from i3dist.data.encoders import Encoder, choose_encoder
 from i3dist.data.folder import Folder, open_file
+from i3dist.data.long_texts import Ids
 from i3dist.errors import UserError
 
 SPECIAL_TOKENS: tuple[str, ...] = (

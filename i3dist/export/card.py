@@ -114,10 +114,11 @@ tags: [i3, rwkv, compressed-history]
 ---
 # {name}
 
-A language model of the architecture i3, trained with i3dist. Its layers are `{layers}`. It reads a
-text in chunks of {chunk} tokens, and a compressor turns each chunk into {latents} latents. The
-attention layers see the tokens of their own chunk and the latents of the {chunks} chunks before it,
-which are {reach} tokens. {carried} Memory does not grow with the length of a text.
+A language model of the architecture i3, trained with i3dist. Its layers, from the bottom, are
+`{layers}`. It reads a text in chunks of {chunk} tokens, and a compressor turns each
+chunk into {latents} latents. The attention layers see the tokens of their own chunk and the latents
+of the {chunks} chunks before it, which are {reach} tokens. {carried}
+Memory does not grow with the length of a text.
 
 | | |
 | --- | --- |
@@ -135,7 +136,8 @@ tokens = model.generate(**prompts, max_new_tokens=50, do_sample=True)
 print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 ```
 
-The code in this folder needs torch and transformers only. It was tested with {tested}.
+The code in this folder needs torch and transformers only. It was tested with
+{tested}.
 
 - A document begins with `<BOS>`; the tokenizer adds it. Each later `<BOS>` restarts the model, so
   that documents in one row do not see each other.

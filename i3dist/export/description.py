@@ -1,18 +1,15 @@
 """What an export says about a model: the JSON files that transformers reads."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
-from i3dist.cli.layer_pattern import write_layers
-from i3dist.config import ModelSettings
+from i3dist.checkpoint.exported import MODEL_TYPE
 from i3dist.data.chat import ANSWERS, BEGIN, END, ROLES
 from i3dist.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from i3dist.errors import UserError
 from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM
 
-MODEL_TYPE = "i3"
 LAYERS = ("rwkv", "attention", "dual-attention")
 COMPRESSORS = ("literal", "records")
 # Settings that a configuration has under the same name and with the same value.
@@ -73,13 +70,6 @@ def configuration(model: I3LM, tokenizer: Tokenizer, dtype: str) -> dict[str, An
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
     }
-
-
-def model_settings(configuration: Mapping[str, Any]) -> ModelSettings:
-    """The settings of the model that a config.json describes; the inverse of `configuration`."""
-    same = (*SAME, "vocab_size", "heads", "compressor", "sub_latents")
-    values = {name: configuration[name] for name in same}
-    return ModelSettings(**values, layers=write_layers(configuration["layers"]))
 
 
 def generation_configuration(tokenizer: Tokenizer) -> dict[str, Any]:

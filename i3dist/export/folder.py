@@ -11,13 +11,13 @@ from secrets import token_hex
 import torch
 from torch import Tensor
 
+from i3dist.checkpoint.exported import CONFIGURATION, is_export
 from i3dist.checkpoint.format import TOKENIZER
 from i3dist.checkpoint.weights import WEIGHTS, load_run
 from i3dist.checkpoint.writer import write_tensors
 from i3dist.errors import UserError
 from i3dist.export.card import Figures, card
 from i3dist.export.description import (
-    MODEL_TYPE,
     configuration,
     generation_configuration,
     tokenizer_configuration,
@@ -27,7 +27,6 @@ from i3dist.files import PARTIAL, remove, sync, write_whole
 from i3dist.model.lm import I3LM
 
 CODE = ("configuration_i3.py", "modeling_i3.py")
-CONFIGURATION = "config.json"
 
 
 def export(source: Path, out: Path, overwrite: bool = False) -> None:
@@ -59,7 +58,7 @@ def export(source: Path, out: Path, overwrite: bool = False) -> None:
             code = resources.files("i3dist.export.files") / name
             write_whole(folder / name, code.read_bytes())
         write_whole(folder / "README.md", card(settings, figures, out.name).encode())
-        write_tensors(folder / WEIGHTS, weights(model, dtype), format="pt")
+        write_tensors(folder / WEIGHTS, weights(model, dtype), format="pt", step=str(figures.step))
         shutil.copymode(folder / CONFIGURATION, folder / WEIGHTS)  # safetensors' is for the owner
 
 
@@ -92,15 +91,6 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} holds something else than an export: name another folder")
     if not overwrite:
         raise UserError(f"{out} holds an export: name another folder, or replace it (--overwrite)")
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder holds an export, judged by its config.json."""
-    try:
-        content = json.loads((folder / CONFIGURATION).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from i3dist.checkpoint.exported import is_export
 from i3dist.errors import UserError
-from i3dist.export.folder import export, is_export
+from i3dist.export.folder import export
 
 MAX_LENGTH = 16_384
 """Tokens of the longest context; longer ones lose their beginning. Much more than history reaches;

@@ -161,7 +161,7 @@ class LanguageModel:
             temperature: divides the logits; 0 takes the likeliest token.
             top_k: number of likeliest tokens to sample from; 0 takes all.
             top_p: probability that the likeliest tokens sampled from reach together; 1 takes all.
-            seed: of the random numbers.
+            seed: of the random numbers; row i draws them from seed + i.
             ignore_eos: begin another document where one ends, instead of stopping.
 
         Raises:

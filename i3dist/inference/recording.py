@@ -29,7 +29,7 @@ class Recorded:
         else:
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):  # runs nothing
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.call()
             self.graph.replay()
 

@@ -8,7 +8,8 @@ import torch
 from i3dist.data.held_out import HeldOut
 from i3dist.data.shards import read_shard
 from i3dist.data.tokenizer import Tokenizer
-from i3dist.inference.generate import Sampling, generate
+from i3dist.inference.generate import stream
+from i3dist.inference.sampling import Sampling
 from i3dist.model.lm import I3LM
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
@@ -18,7 +19,7 @@ SAMPLING = Sampling(temperature=0.8)
 def beginnings(held_out: HeldOut, tokenizer: Tokenizer, count: int) -> list[str]:
     """How the first `count` documents of a held-out subset begin, as text; fewer if it has fewer.
 
-    A beginning is half a document, `PROMPT_TOKENS` at most.
+    A beginning is half of what its shard has of the document, `PROMPT_TOKENS` at most.
 
     Raises:
         UserError: a shard is missing or damaged.
@@ -49,12 +50,9 @@ def continuations(model: I3LM, tokenizer: Tokenizer, prompts: list[str]) -> list
     Raises:
         UserError: the model's logits are not finite.
     """
-    # Each length of a chunk is a shape of its own, which is not worth compiling.
+    texts = [""] * len(prompts)
+    # Prompts have shapes of their own, which are not worth compiling.
     with torch.compiler.set_stance("force_eager"):
-        return [
-            {
-                "prompt": prompt,
-                "text": "".join(generate(model, tokenizer, prompt, NEW_TOKENS, SAMPLING, seed)),
-            }
-            for seed, prompt in enumerate(prompts)
-        ]
+        for row, text in stream(model, tokenizer, prompts, NEW_TOKENS, SAMPLING, seed=0):
+            texts[row] += text
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]

@@ -25,7 +25,6 @@ from i3dist.model.rwkv import RwkvBlock
 from i3dist.ops.attention import NEVER, Branch, KeysValues, attention_bias
 from i3dist.ops.layer_norm import add_and_norm_naive
 from i3dist.ops.precision import widen
-from i3dist.ops.shift_mix import Mixed, MixInputs, norm_shift_mix_naive
 from i3dist.ops.wkv_naive import WkvInputs, wkv_naive
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -238,16 +237,14 @@ def rwkv_step(
     channel_shift: Tensor,
 ) -> Tensor:
     """`RwkvBlock.forward` of one token, x [B, D], which changes the state in place."""
-    x, restart = x.unsqueeze(1), restart.unsqueeze(1)
-    mixed = _mix(block.norm_time, weights.time_mixes, x, restart, time_shift)
-    time_shift.copy_(mixed.last)
-    k, v, r = _products(mixed.mixed, weights.projections)
+    restart = restart.unsqueeze(1)
+    inputs, x = _mix(block.norm_time, weights.time_mixes, x, restart, time_shift)
+    k, v, r = (part.unsqueeze(1) for part in _products(inputs, weights.projections))
     y, state = wkv_naive(WkvInputs(weights.decay, weights.bonus, k, v, restart, wkv, r))
     wkv.copy_(state)
-    read = block.time_mix.output(y)
-    mixed = _mix(block.norm_channel, weights.channel_mixes, x, restart, channel_shift, read)
-    channel_shift.copy_(mixed.last)
-    return (mixed.total + block.channel_mix(mixed.mixed)).squeeze(1)
+    read = block.time_mix.output(y.squeeze(1))
+    inputs, x = _mix(block.norm_channel, weights.channel_mixes, x, restart, channel_shift, read)
+    return x + block.channel_mix(inputs)
 
 
 def _mix(
@@ -257,20 +254,21 @@ def _mix(
     restart: Tensor,
     shift: Tensor,
     branch: Tensor | None = None,
-) -> Mixed:
-    weight, bias, channels, eps = norm.padded()
-    inputs = MixInputs(x, weight, bias, mixes, restart, shift, channels, eps, branch)
-    return norm_shift_mix_naive(inputs)
+) -> tuple[list[Tensor], Tensor]:
+    """`norm_and_mix` of one token, x [B, D]: the inputs, and x + branch. Changes the shift."""
+    normed, x = add_and_norm_naive(x, norm.padded(), branch)
+    before = shift.masked_fill(restart, 0.0)
+    inputs = [torch.lerp(before, normed, mix) for mix in mixes]
+    shift.copy_(normed)
+    return inputs, x
 
 
-def _products(inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-    """Each of N inputs [B, 1, D] times one of weights [N, D, D]: N of [B, 1, D]."""
-    rows = [each.squeeze(1) for each in inputs]
-    if rows[0].is_cuda:
-        products = list(torch.bmm(torch.stack(rows), weights.transpose(1, 2)))
-    else:  # a batched product of single rows reads weights at a third of the speed
-        products = [F.linear(row, weight) for row, weight in zip(rows, weights, strict=True)]
-    return [product.unsqueeze(1) for product in products]
+def _products(inputs: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor]:
+    """Each of N inputs [B, D] times one of weights [N, D, D]: N of [B, D]."""
+    if inputs[0].is_cuda:
+        return torch.bmm(torch.stack(list(inputs)), weights.transpose(1, 2)).unbind()
+    # Here a batched product of single rows reads weights at a third of the speed.
+    return [F.linear(row, weight) for row, weight in zip(inputs, weights, strict=True)]
 
 
 def attention_step(
@@ -284,7 +282,7 @@ def attention_step(
     for buffer, new in ((keys, now.keys), (values, now.values)):
         buffer[rows, :, history + sight.position] = new.unflatten(-1, (attention.heads, -1))
     query = _turned(attention, normed, sight.order)
-    logits = widen(keys @ query.unsqueeze(-1)).squeeze(-1) * attention.scale
+    logits = widen(query.unsqueeze(2) @ keys.transpose(-1, -2)).squeeze(2) * attention.scale
     past = sight.past.gather(1, sight.order)
     past = past.unsqueeze(-1).expand(-1, -1, history // past.shape[1]).flatten(1)  # of each key
     visible = torch.cat([past, sight.own], dim=1).unsqueeze(1)

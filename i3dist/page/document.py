@@ -44,8 +44,8 @@ table { border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .2rem .4rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
 .runs th:first-child, .runs td:first-child { overflow-wrap: normal; position: sticky; left: 0;
-  background: var(--back); color: var(--soft); }
-.runs td { overflow-wrap: anywhere; min-width: 5.5rem; }
+  background: var(--back); color: var(--soft); min-width: 8rem; }
+.runs td + td { overflow-wrap: anywhere; min-width: 5.5rem; }
 @media (max-width: 44rem) { .runs { font-size: .85rem; } }
 .texts th, .texts td { text-align: left; vertical-align: top; }
 .texts td { overflow-wrap: anywhere; min-width: 5.5rem; }

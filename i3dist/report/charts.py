@@ -90,15 +90,17 @@ class Chart:
             *(curve.x, curve.y, curve.style),
             color=curve.color,
             alpha=0.35 if curve.faint else 1.0,
-            lw=0.8 if curve.faint else 1.5,
+            lw=0.8 if curve.faint else 1.3,
             ms=4,
             label=curve.label or None,
         )
         line.set_gid(curve.name)
 
     def _scale(self, axes: Any, x: Numbers) -> None:
-        if self.log_x:
-            scale_steps(axes, x, step_scale(x))
+        if self.log_x and (scale := step_scale(x))["value"] != "linear":
+            scale_steps(axes, x, scale)
+            begin = [0] if x.min() == 0 else []
+            axes.set_xticks([*begin, *_round_numbers(x[x > 0].min(), x.max())])
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(short))
         if self.log_y:
             axes.set_yscale("log")
@@ -119,8 +121,9 @@ def _perplexity(axes: Any) -> None:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Some in a range above 0: 1, 2, 5, 10, 20 and so on if there are three of them."""
-    for locator in (ticker.LogLocator(subs=(1, 2, 5)), ticker.MaxNLocator(5)):
+    """Some in a range above 0: powers of ten, or 1, 2, 5, 10, 20, if there are three of them."""
+    powers, halves = ticker.LogLocator(), ticker.LogLocator(subs=(1, 2, 5))
+    for locator in (powers, halves, ticker.MaxNLocator(5)):
         found = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
         if len(found) > 2:
             break

@@ -14,7 +14,7 @@ from i3dist.page.document import cell, document, quoted, table, tiles
 from i3dist.page.svg import SERIES, short
 from i3dist.report.charts import Chart, families, overlaid
 from i3dist.report.run import HOLDS, Run, Start, differing, names
-from i3dist.tracking.series import Lines
+from i3dist.tracking.series import Lines, mean_gain
 
 MOST_SKIPPED = 20  # steps that are listed
 MOST_SAMPLES = 8  # validations whose texts are shown
@@ -141,6 +141,11 @@ def _number(lines: Lines, *columns: str, digits: int = 4) -> str | None:
     return next((f"{value:.{digits}f}" for value in values if value is not None), None)
 
 
+def _gain(run: Run) -> str | None:
+    gain = mean_gain(run.validation[-1].get("by_chunk") or ()) if run.validation else math.nan
+    return f"{gain:+.4f}" if math.isfinite(gain) else None
+
+
 def _best(run: Run) -> str | None:
     known = [line for line in run.validation if line.get("loss") is not None]
     if not known:
@@ -171,7 +176,7 @@ FIGURES: Facts = {
     "held-out loss": lambda run: _number(run.validation[-1:], "loss"),
     "best held-out loss": _best,
     "held-out perplexity": lambda run: _number(run.validation[-1:], "perplexity", digits=2),
-    "gain of history": lambda run: _number(run.validation[-1:], "history_gain"),
+    "gain of history": _gain,
     "tokens per second": lambda run: _median(run, "tokens_per_second", short),
     "MFU": lambda run: _median(run, "mfu", "{:.1%}".format),
     "time in training": lambda run: _duration(run.seconds) if run.seconds else None,

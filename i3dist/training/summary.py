@@ -122,7 +122,7 @@ def refuse_large(settings: Settings) -> None:
         raise UserError(
             f"there is no GPU here, and a model of {parameters / 1e6:.0f}M parameters is slow to "
             f"train on a CPU: minutes for a step of {tokens_per_step(settings):,} tokens; start it "
-            "on a GPU, try out a small one (--config configs/tiny.yaml), or set train.device=cpu "
+            "on a GPU, try out a small one (--config tiny), or set train.device=cpu "
             "to train this one all the same"
         )
 

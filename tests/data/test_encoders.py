@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import pre_tokenizers
 
-from i3dist.data import encoders
-from i3dist.data.encoders import Gigatoken, pieces
+from i3dist.data import encoders, long_texts
+from i3dist.data.encoders import Gigatoken
+from i3dist.data.long_texts import Encode, Ids, InPieces
 from i3dist.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.data.test_tokenizer import REAL_TEXTS, edited, texts
 from tests.data.test_tokenizer import path as path  # a fixture
@@ -242,25 +242,73 @@ def test_without_gigatoken_tokenizers_encodes(path: Path, monkeypatch: pytest.Mo
     pair.check(REAL_TEXTS[1])
 
 
-@settings(max_examples=200, deadline=None)
-@given(texts, st.integers(0, 20))
-@example("a b\u3000  c\u2028 \n d\xa0  \n e\u1680  f    g\n\n h" * 3, 0)
-def test_pieces_of_a_text_have_its_ids(pairs: dict[str, Pair], text: str, size: int) -> None:
-    cut = list(pieces(text.encode(), size))
-    assert b"".join(cut).decode() == text
-    pair = pairs["as trained"]
-    ids = [pair.tokenizer.encode_utf8(piece) for piece in cut]
-    assert np.concatenate(ids).tolist() == pair.reference(text)
-    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words = [word for piece in cut for word, _ in splitter.pre_tokenize_str(piece.decode())]
-    assert words == [word for word, _ in splitter.pre_tokenize_str(text)]
+LONG_WORDS = ("abcdef", "a", "aab", "selfreturn", "07", "!?-", "é", "世界", "😀", "Ⅷ²a", "{':,1a}")
+BETWEEN = ("'", "'s", "'ll", "'ll\u0301", " ", "\n", " \t\n", "\u3000 ", "the end", "\n\n<>")
+long_words = st.lists(
+    st.tuples(
+        st.sampled_from(LONG_WORDS + BETWEEN),
+        st.sampled_from([1, 2, 5, 40, 300]),
+        st.randoms(use_true_random=False),
+    ),
+    max_size=6,
+).map(lambda runs: "".join("".join(rng.choices(kind, k=count)) for kind, count, rng in runs))
 
 
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of about 100 bytes, so that texts of hundreds are long."""
+    monkeypatch.setattr(long_texts, "PIECE_BYTES", 100)
+    monkeypatch.setattr(long_texts, "WINDOW_BYTES", 64)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("kind", VOCABULARIES)
+@settings(max_examples=150, deadline=None, suppress_health_check=[*HealthCheck])
+@given(st.one_of(long_words, texts.map(lambda text: text * 50)))
+@example("a b\u3000  c\u2028 \n d\xa0  \n e\u1680  f    g\n\n h" * 30)
+def test_a_text_in_pieces_has_the_ids_of_the_whole(
+    pairs: dict[str, Pair], kind: str, text: str
+) -> None:
+    pairs[kind].check(text)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("kind", ["abcdefghij", "a", "0123456789", " ", "\n", "!?", "é", "世"])
+def test_words_are_cut(pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    pair, sizes = pairs["as trained"], []
+    in_pieces = pair.tokenizer.encoder.encode
+    assert isinstance(in_pieces, InPieces)
+
+    def encode(text: bytes, then: Encode = in_pieces.encode) -> Ids:
+        sizes.append(len(text))
+        return then(text)
+
+    monkeypatch.setattr(in_pieces, "encode", encode)
+    pair.check("x" + "".join(random.Random(0).choices(kind, k=3000)))
+    assert max(sizes) < 300
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_where_a_cut_would_change_ids_the_word_stays_whole(
+    pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_pieces = pairs["as trained"].tokenizer.encoder.encode
+    assert isinstance(in_pieces, InPieces)
+
+    def encode(text: bytes) -> Ids:
+        """Ids that a word's end decides."""
+        return np.frombuffer(text, np.uint8).astype(np.uint16) + text[-1]
+
+    monkeypatch.setattr(in_pieces, "encode", encode)
+    text = bytes(random.Random(0).choices(b"abcdefghij", k=3000))
+    assert np.array_equal(in_pieces(text), encode(text))
+
+
+@pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize("kind", ["as trained", "prefix space"])
 def test_a_long_text_and_a_new_encoder_change_no_id(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(encoders, "_PIECE_BYTES", 1000)
     monkeypatch.setattr(encoders, "_BYTES_BETWEEN_LOOKS", 5000)
     monkeypatch.setattr(encoders, "_CACHE_BYTES", -(1 << 40))
     pair = Pair(edited(path, (VOCABULARIES | OTHERS)[kind], tmp_path / "t.json"))
@@ -279,7 +327,9 @@ def test_a_long_text_and_a_new_encoder_change_no_id(
 
 def test_the_memory_of_words_that_were_seen_is_bounded(pairs: dict[str, Pair]) -> None:
     """100 MB of words that never come again would take 700 MB."""
-    gigatoken = pairs["as trained"].tokenizer.encoder.encode
+    in_pieces = pairs["as trained"].tokenizer.encoder.encode
+    assert isinstance(in_pieces, InPieces)
+    gigatoken = in_pieces.encode
     assert isinstance(gigatoken, Gigatoken)
     rng = np.random.default_rng(0)
     before = gigatoken._process.memory_info().rss

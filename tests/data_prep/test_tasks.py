@@ -29,7 +29,7 @@ from data_prep.sources import Part
 from i3dist.data import encoders
 from i3dist.errors import UserError
 from i3dist.files import PARTIAL
-from tests.data_prep.advice import counting
+from tests.data_prep.advice import counting, write
 from tests.data_prep.corpus import arguments, build, text_of, tree_digest
 
 ROOT = Path(__file__).parents[2]
@@ -395,6 +395,38 @@ def test_a_broken_file_costs_its_own_parts(
     assert sorted(spilled) == bad
     monkeypatch.undo()
     build(source, tmp_path / "whole", *options)
+    assert tree_digest(out) == tree_digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("which", ["a", "b", "own"])
+@pytest.mark.parametrize("damage", [break_line, swell])
+def test_a_repair_costs_its_own_parts_where_there_are_several_sources(
+    built: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    which: str,
+    damage: Callable[[Path], None],
+) -> None:
+    """Files lie in two sources, one with a weight, and in one for validation."""
+    for place in ("a", "b", "own"):
+        for number in range(8):
+            documents = [f"{place} {number} {n} " * 20 for n in range(5)]  # some files to a part
+            write(tmp_path / place / f"{number}.jsonl", documents)
+    options: list[object] = ["--tokenizer", built / "tokenizer.json", "--source"]
+    options += [f"{tmp_path / 'b'}:1.5", "--valid", tmp_path / "own"]
+    out, path = tmp_path / "out", tmp_path / which / "1.jsonl"
+    good = path.read_bytes()
+    damage(path)
+    with pytest.raises(UserError, match=rf"the others are done; the first: .*{which}/1\.jsonl"):
+        build(tmp_path / "a", out, "--task", "1/1", *options)
+    before = {path.name: path.read_bytes() for path in out.glob(".work/runs/part-*.json")}
+    path.write_bytes(good)
+    spilled = counting(monkeypatch)
+    run_all(tmp_path / "a", out, ["1/2", "2/2"], *options)
+    after = {int(name[5:11]) for name in before}
+    assert spilled and not after & set(spilled)
+    monkeypatch.undo()
+    build(tmp_path / "a", tmp_path / "whole", *options)
     assert tree_digest(out) == tree_digest(tmp_path / "whole")
 
 

@@ -22,7 +22,6 @@ from i3dist.model.lm import I3LM
 
 # Where transformers keeps copies of modeling code; read when it is imported.
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="i3dist-modules-"))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 BOS, EOS = 2, 3
 WORDS = "the cat sat on the mat and the dog sat on the log; where was the hat of the cat? "

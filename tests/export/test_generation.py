@@ -34,12 +34,20 @@ def greedy(model: I3LM, prompt: Tensor) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_greedy_generation_of_unequal_prompts_is_i3dists(each: Exported, side: str) -> None:
-    ids, mask = padded(PROMPTS, side)
+def test_greedy_generation_of_unequal_prompts_is_i3dists(each: Exported) -> None:
+    ids, mask = padded(PROMPTS, "left")
     found = each.load().generate(ids, attention_mask=mask, do_sample=False, **FREE)
     wanted = [greedy(each.model, prompt) for prompt in PROMPTS]
     assert found[:, ids.shape[1] :].tolist() == wanted
+
+
+def test_prompts_may_be_padded_on_the_right(hf: Any) -> None:
+    found = []
+    for side in ("left", "right"):
+        ids, mask = padded(PROMPTS, side)
+        texts = hf.generate(ids, attention_mask=mask, num_beams=2, **FREE)
+        found.append(texts[:, ids.shape[1] :])
+    assert found[0].equal(found[1])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on an export: local tasks whose answers i3dist knows. About 15 s."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from i3dist.data.tokenizer import Tokenizer
+from i3dist.errors import UserError
+from i3dist.export.harness import run_tasks
 from i3dist.inference.generate import Sampling, generate
 from tests.conftest import error_line, program
 from tests.export.conftest import BOS, WORDS, Exported
@@ -26,6 +29,13 @@ metric_list: [{{metric: {metric}}}]
 """
 GENERATING = "generation_kwargs: {until: [], max_gen_toks: 20, do_sample: false}\n"
 CHOOSING = "doc_to_choice: ['cat', 'dog', ' hat']\n"
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No task comes from the hub, and nothing stays in the user's cache."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +103,6 @@ def test_an_unknown_task_is_one_line(one: Exported) -> None:
 def test_without_the_harness_one_line_says_how_to_get_it(
     one: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from i3dist.errors import UserError
-    from i3dist.export.harness import run_tasks
-
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'i3dist\[eval\]'"):
         run_tasks(one.folder, ["choose"], torch.device("cpu"))

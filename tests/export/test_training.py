@@ -62,8 +62,8 @@ def test_the_trainers_number_of_targets_divides_the_loss(hf: Any) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(each: Exported, reentrant: bool) -> None:
-    hf, tokens = each.load().train(), documents(1, 50, 100)[None]
+def test_gradient_checkpointing_changes_nothing(one: Exported, reentrant: bool) -> None:
+    hf, tokens = one.load().train(), documents(1, 50, 100)[None]
     found = []
     for on in (False, True):
         if on:

@@ -54,12 +54,14 @@ def test_prompts_are_how_held_out_documents_begin(
     monkeypatch.setattr(samples, "PROMPT_TOKENS", most)
     validator = sampling.trainer.validator
     tokenizer = validator.corpus.tokenizer
-    wanted = []
+    wanted: list[list[int]] = []  # of each document its part in the shard in which it begins
     for shard in dict.fromkeys(shard for shard, _ in validator.held_out.places):
+        begun = False
         for token in known.shards["valid"][shard].ravel().tolist():
             if token == BOS:
+                begun = True
                 wanted.append([])
-            elif wanted and token not in (EOS, PAD):
+            elif begun and token not in (EOS, PAD):
                 wanted[-1].append(token)
     texts = [tokenizer.decode(ids[: min(most, len(ids) // 2)]).rstrip("\ufffd") for ids in wanted]
     assert len(texts) > 2 and all(texts)

@@ -36,23 +36,26 @@ def wide(x: Tensor) -> Tensor:
 
 
 class Piece(NamedTuple):
-    """New tokens of each row that lie in one chunk. A row's come first, the others are padding."""
+    """New tokens of each row that lie in one chunk, in columns. The columns behind a row's tokens
+    hold anything."""
 
-    slot: Tensor  # [B, n], where each stands in its chunk, below T
-    new: Tensor  # [B, n] bool, which are tokens of the row
+    counts: Tensor  # [B], tokens of each row
+    rows: Tensor  # [N], the row of each of all these tokens,
+    columns: Tensor  # [N], its column,
+    slots: Tensor  # [N], and where it stands in its chunk, below T
     restart: Tensor  # [B, n] bool, before which tokens recurrent state is emptied
     size: int  # S, the largest number of tokens of a row's chunk, these included
 
     def put(self, kept: Tensor, x: Tensor) -> Tensor:
-        """Add the new tokens' x [B, n, ...] to that of the chunk's tokens: [B, S, ...]."""
+        """Add what x [B, n, ...] holds of the tokens to that of the chunk's earlier ones:
+        [B, S, ...]."""
         missing = (0, 0) * (x.dim() - 2) + (0, self.size - kept.shape[1])
-        rows = torch.arange(len(x), device=x.device).unsqueeze(1).expand_as(self.new)
-        index = rows[self.new], self.slot[self.new]
-        return F.pad(kept.to(x.dtype), missing).index_put(index, x[self.new])
+        kept = F.pad(kept.to(x.dtype), missing)
+        return kept.index_put((self.rows, self.slots), x[self.rows, self.columns])
 
     def after(self, states: Tensor) -> Tensor:
         """The last of states [B, 1 + n, ...], which begin with the one before: [B, ...]."""
-        return states[torch.arange(len(states), device=states.device), self.new.sum(1)]
+        return states[torch.arange(len(states), device=states.device), self.counts]
 
 
 class Seen(NamedTuple):
@@ -674,13 +677,14 @@ class I3ForCausalLM(PreTrainedModel, GenerationMixin):
         A segment is a document's part of a chunk. Segment 0 continues the chunk before, and only it
         sees history.
         """
-        bos, number = self.config.bos_token_id, torch.arange(tokens.shape[1], device=tokens.device)
-        slot = cache.filled.unsqueeze(1) + number
-        restart = (tokens == bos) | (slot == 0)
-        if self.config.state_carry:
-            restart = (tokens == bos) | ((slot == 0) & (cache.depth == 0).unsqueeze(1))
+        bos, column = self.config.bos_token_id, torch.arange(tokens.shape[1], device=tokens.device)
+        rows, columns = (column < count.unsqueeze(1)).nonzero(as_tuple=True)
+        slot = cache.filled.unsqueeze(1) + column
+        restart = tokens == bos
+        if not self.config.state_carry:
+            restart = restart | (slot == 0)
         size = int((cache.filled + count).max())
-        piece = Piece(slot, number < count.unsqueeze(1), restart, size)
+        piece = Piece(count, rows, columns, slot[rows, columns], restart, size)
         cache.tokens = piece.put(cache.tokens, tokens)
         segments = (cache.tokens == bos).cumsum(1)
         key = torch.arange(size, device=tokens.device)
