@@ -326,6 +326,24 @@ class TrackingSettings(Section):
     """MLflow run name; by default the last part of run.path."""
     system_metrics: bool = False
     """Log CPU, memory and GPU use too."""
+    log_model: bool = True
+    """When the run has ended, log a copy of its model, for mlflow.pyfunc.load_model and mlflow
+    models serve."""
+    registered_model: OptionalName = None
+    """Name in MLflow's model registry under which that model becomes the next version; by default
+    it is not registered."""
+
+    @field_validator("registered_model")
+    @classmethod
+    def _can_be_registered(cls, name: str | None, others: ValidationInfo) -> str | None:
+        if name is None:
+            return None
+        marks = {"/", ":"} & set(name) or name == "." or name.startswith("..")  # MLflow's own rules
+        if marks or not 1 <= len(name.strip()) <= len(name) <= 256:
+            raise ValueError("should be a name of at most 256 characters without / and :")
+        if not others.data.get("log_model", True):
+            raise ValueError("should be left out with tracking.log_model=false: no model is logged")
+        return name
 
 
 class Settings(SettingsTree):

@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import _validate_model_name
 
 from i3dist.config import Settings
 from i3dist.errors import UserError
@@ -76,10 +78,12 @@ WORDS = {
     "train.compile": (True, False, "auto"),
     "tracking.enabled": (True, False),
     "tracking.system_metrics": (True, False),
+    "tracking.log_model": (True, False),
 }
 NAMES = (
     *("run.path", "data.path", "data.cache", "model.compressor", "optimizer.kind"),
     *("train.init_from", "tracking.experiment", "tracking.run_name"),
+    "tracking.registered_model",
 )
 LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1xof-mine,1024xof_mine2")
 NO_LAYERS = (
@@ -170,8 +174,23 @@ def test_a_chunk_has_as_many_latents_as_tokens_at_most() -> None:
 def test_names_are_taken_as_they_are() -> None:
     for name in NAMES:
         assert takes(**{name: "a b#c"})
-    for name in ("tracking.run_name", "train.init_from"):
+    for name in ("tracking.run_name", "tracking.registered_model", "train.init_from"):
         assert takes(**{name: None})
+
+
+def test_a_registered_model_has_a_name_that_mlflow_takes() -> None:
+    """Those that MLflow's own check takes, but for names that it would not store whole."""
+    for name in ("x", "2024", "a.b.c", "it's", " x ", ".x", "x..", "é\n", "x" * 256):
+        _validate_model_name(name)
+        assert takes(**{"tracking.registered_model": name}), name
+    for name in ("", " ", ".", "..", "..x", "a/b", "a:b", "/"):
+        with pytest.raises(MlflowException):
+            _validate_model_name(name)
+        assert not takes(**{"tracking.registered_model": name}), name
+    assert not takes(**{"tracking.registered_model": "x" * 257})
+    for logged in (True, False):
+        both = {"tracking.log_model": logged, "tracking.registered_model": "x"}
+        assert takes(**both) == logged
 
 
 def test_layers_are_counts_and_kinds() -> None:

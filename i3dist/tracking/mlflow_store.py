@@ -3,27 +3,36 @@
 Everything here may block, and raises what MLflow raises; `tracker` calls it from a thread.
 """
 
+import json
 import logging
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from i3dist import __version__
+from i3dist.checkpoint.format import TOKENIZER
+from i3dist.checkpoint.store import SETTINGS
+from i3dist.checkpoint.weights import WEIGHTS
 from i3dist.cli.paths import as_unicode
 from i3dist.config import Settings
 from i3dist.errors import UserError
 from i3dist.files import write_whole
+from i3dist.inference import pyfunc
+from i3dist.tracking.metrics_log import VALIDATION
 from i3dist.tracking.origin import Origin
-from i3dist.tracking.outbox import Entry
+from i3dist.tracking.outbox import LOGS, Entry
 
 # mlflow is imported when a run is opened: it takes 1 to 2 s and 130 MiB, and only rank 0 needs it.
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.models import ModelSignature
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -35,14 +44,23 @@ MAX_BATCH = 1000  # metrics of one request: MLflow's own limit
 MAX_PARAM_LENGTH = 6000  # MLflow's own limits, in characters
 MAX_TAG_LENGTH = 8000
 
+REQUEST_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 # Set unless the user has set them. MLflow's own patience is 7 retries of up to 120 s each.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    REQUEST_TIMEOUT: "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # it would store a uv.lock of the current directory
 }
+UPLOAD_TIMEOUT_S = "600"  # a server answers when it has stored the whole file
 QUIET_LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
+MODEL = "model"  # what MLflow's examples call a run's model, so that runs:/ID/model names it
+STEP_TAG = "step"  # the step after which a model was taken
+MODEL_FILES = (WEIGHTS, SETTINGS, TOKENIZER)  # of a finished run's folder; `i3dist.load` reads them
+EXAMPLE = (["Once upon a time"], {"tokens": 32})
+MLFLOW_TYPES = {int: "long", float: "double", bool: "boolean"}
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 
 
@@ -92,6 +110,15 @@ def import_mlflow() -> None:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
 
 
+@dataclass(frozen=True)
+class FinalModel:
+    """The model of a run that has ended: its folder, its last step, its name in the registry."""
+
+    folder: Path
+    step: int
+    registered_as: str | None = None
+
+
 @dataclass
 class OpenRun:
     """A run that takes entries. Its methods block, and raise what MLflow raises."""
@@ -116,6 +143,10 @@ class OpenRun:
     def artifact(self, path: Path, folder: str | None) -> None:
         """Store a file with the run, in a folder of its artifacts."""
         self._client.log_artifact(self.id, str(path), folder)
+
+    def model(self, model: FinalModel) -> str:
+        """Log and register the run's model, each once; returns its URI in MLflow."""
+        return _ModelLog(self._client, self.id, self.experiment_id).log(model)
 
     def finish(self, status: Status) -> None:
         """End the run."""
@@ -274,3 +305,134 @@ def _log_dataset(client: "MlflowClient", run: "Run", origin: Origin) -> None:
     if origin.dataset:
         tag = InputTag("mlflow.data.context", "training")
         client.log_inputs(run.info.run_id, [DatasetInput(Dataset(**origin.dataset), [tag])])
+
+
+@dataclass(frozen=True)
+class _ModelLog:
+    """Logs models of a run, and registers them. What an earlier call has done is left as it is."""
+
+    client: "MlflowClient"
+    run_id: str
+    experiment_id: str
+
+    def log(self, model: FinalModel) -> str:
+        """Log a model, and register it if it has a name for that; returns its URI in MLflow."""
+        from mlflow.entities import LoggedModelStatus
+
+        logged = self._find(model.step) or self._create(model.step)
+        if logged.status != LoggedModelStatus.READY:
+            with tempfile.TemporaryDirectory(prefix="i3dist-") as scratch:
+                folder = Path(scratch, MODEL)
+                _write_model(folder, model.folder.resolve(), logged)
+                with _time_to_upload():
+                    self.client.log_model_artifacts(logged.model_id, str(folder))
+            self._join_to_run(logged, model.step)
+            self.client.finalize_logged_model(logged.model_id, "READY")
+        if model.registered_as is None:
+            return f"models:/{logged.model_id}"
+        return f"models:/{model.registered_as}/{self._version(logged, model.registered_as)}"
+
+    def _find(self, step: int) -> "LoggedModel | None":
+        """The run's model after a step, if there is one; its upload may have been cut off."""
+        query = f"source_run_id = '{self.run_id}' AND tags.{STEP_TAG} = '{step}'"
+        found = self.client.search_logged_models([self.experiment_id], query)
+        return found[0] if found else None
+
+    def _create(self, step: int) -> "LoggedModel":
+        """A new model after a step, as yet without files, with the run's params."""
+        params = self.client.get_run(self.run_id).data.params
+        tags = {STEP_TAG: str(step)}
+        return self.client.create_logged_model(self.experiment_id, MODEL, self.run_id, tags, params)
+
+    def _join_to_run(self, logged: "LoggedModel", step: int) -> None:
+        """Make a model the run's output, and the run's validation after `step` the model's."""
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        run = self.client.get_run(self.run_id)
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if logged.model_id not in [output.model_id for output in outputs]:
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
+        metrics = [
+            # Equal to one of the run's, so that the run still has one.
+            Metric(name, at.value, at.timestamp, step, logged.model_id, run_id=self.run_id)
+            for name in run.data.metrics
+            if name.startswith(f"{LOGS[VALIDATION]}/")
+            for at in self.client.get_metric_history(self.run_id, name)
+            if at.step == step
+        ]
+        self.client.log_batch(self.run_id, metrics)
+
+    def _version(self, logged: "LoggedModel", name: str) -> "str | int":
+        """The version of the registered model `name` that a logged model is, or becomes."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+        versions = json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+        for version in versions:
+            if version["name"] == name:
+                return version["version"]
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # A URI as source would be looked up in the process's default store.
+        made = self.client.create_model_version(
+            name, logged.artifact_location, self.run_id, model_id=logged.model_id
+        )
+        versions.append({"name": name, "version": made.version})
+        tags = {MLFLOW_MODEL_VERSIONS: json.dumps(versions)}  # the model's page links to them
+        self.client.set_logged_model_tags(logged.model_id, tags)
+        return made.version
+
+
+@contextmanager
+def _time_to_upload() -> Iterator[None]:
+    """Wait longer for a server's answer than `ENVIRONMENT` says, unless the user has set a time."""
+    before = os.environ.get(REQUEST_TIMEOUT)
+    if before == ENVIRONMENT[REQUEST_TIMEOUT]:
+        os.environ[REQUEST_TIMEOUT] = UPLOAD_TIMEOUT_S
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[REQUEST_TIMEOUT] = before
+
+
+def _write_model(folder: Path, run: Path, logged: "LoggedModel") -> None:
+    """Write what MLflow stores of a model: a description, and links to the run's files."""
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    described = Model(
+        artifact_path=logged.artifact_location,
+        run_id=logged.source_run_id,
+        model_uuid=logged.model_id,
+        model_id=logged.model_id,
+    )
+    mlflow.pyfunc.save_model(
+        folder,
+        loader_module=pyfunc.__name__,
+        mlflow_model=described,
+        signature=_signature(),
+        input_example=EXAMPLE,
+        pip_requirements=[f"i3dist=={__version__}"],
+        model_config={"device": "auto", "dtype": "auto"},
+    )
+    for name in MODEL_FILES:
+        (folder / name).symlink_to(run / name)  # a copy would need room and time
+    described.model_size_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    described.save(folder / "MLmodel")
+
+
+def _signature() -> "ModelSignature":
+    """Texts in, texts out, and the options of sampling."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    texts = Schema([ColSpec("string")])
+    params = [
+        ParamSpec(name, MLFLOW_TYPES[type(default)], default)
+        for name, default in pyfunc.default_params().items()
+    ]
+    return ModelSignature(texts, texts, ParamSchema(params))

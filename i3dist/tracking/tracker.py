@@ -6,6 +6,7 @@ wakes the thread. A store that fails costs one warning line, and gets everything
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +15,7 @@ from pathlib import Path
 from i3dist.config import Settings
 from i3dist.errors import UserError, printable
 from i3dist.tracking import mlflow_store
-from i3dist.tracking.mlflow_store import OpenRun, Status, Store
+from i3dist.tracking.mlflow_store import FinalModel, OpenRun, Status, Store
 from i3dist.tracking.origin import Origin
 from i3dist.tracking.outbox import Outbox
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 START_WAIT_S = 15.0
 # A run that failed makes room for the next one soon.
 FINISH_WAIT_S: dict[Status, float] = {"FINISHED": 10.0, "FAILED": 5.0, "KILLED": 5.0}
+SILENT_S = 10.0  # that logging a model may take before a line says that it goes on
+MOMENT_S = 0.1
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # after a failure
 MAX_ARTIFACTS = 1000
 ERROR_LENGTH = 160
@@ -38,6 +41,9 @@ class NoTracker:
         """Do nothing."""
 
     def finish(self, status: Status = "FINISHED") -> None:
+        """Do nothing."""
+
+    def log_model(self, model: FinalModel, patience: float, gives_up: Callable[[], bool]) -> None:
         """Do nothing."""
 
     def where(self) -> list[str]:
@@ -95,6 +101,41 @@ class Tracker:
                     self._shown,
                     printable(self._folder),
                 )
+
+    def log_model(self, model: FinalModel, patience: float, gives_up: Callable[[], bool]) -> None:
+        """Log the model of a run that is finished, and wait until that is done.
+
+        Args:
+            model: the model.
+            patience: seconds to wait at most.
+            gives_up: whether to wait no longer; asked every `MOMENT_S`, but not in the first
+                `SILENT_S`.
+        """
+        sender = threading.Thread(target=self._log_model, args=(model,), name="model", daemon=True)
+        deadline = time.monotonic() + patience
+        sender.start()
+        sender.join(min(SILENT_S, patience))
+        if sender.is_alive():
+            log.info("tracking: %s still takes the model; waiting %d s", self._shown, patience)
+        while sender.is_alive() and time.monotonic() < deadline and not gives_up():
+            sender.join(MOMENT_S)
+        if sender.is_alive():
+            self._model_is_not_taken(model, "it takes too long")
+
+    def _log_model(self, model: FinalModel) -> None:
+        try:
+            if self._thread.is_alive() or self._run is None:
+                raise UserError("it does not answer")
+            log.info("tracking: the model is %s", printable(self._run.model(model)))
+        except Exception as error:
+            self._model_is_not_taken(model, _root_cause(error))
+
+    def _model_is_not_taken(self, model: FinalModel, why: str) -> None:
+        log.warning(
+            "tracking: %s did not take the model (%s); %s keeps it, and the same command sends it "
+            "again",
+            *(self._shown, why, printable(model.folder)),
+        )
 
     def where(self) -> list[str]:
         """How to see the run's charts: a command, if the store needs one, and an address."""

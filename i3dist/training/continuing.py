@@ -31,6 +31,8 @@ FREE_TO_CHANGE = (
     "tracking.experiment",
     "tracking.run_name",
     "tracking.system_metrics",
+    "tracking.log_model",
+    "tracking.registered_model",
 )
 
 # May change where a run has ended and is trained further.

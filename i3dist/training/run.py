@@ -14,6 +14,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
+from i3dist.distributed.rendezvous import read_timeout
 from i3dist.distributed.signals import StopRequest
 from i3dist.engine import setup
 from i3dist.errors import UserError, warned
@@ -23,6 +24,7 @@ from i3dist.model.lm import I3LM
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.tracking import tracker as tracking
 from i3dist.tracking.metrics_log import STARTS, MetricsLog
+from i3dist.tracking.mlflow_store import FinalModel
 from i3dist.tracking.origin import describe
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.continuing import further
@@ -159,6 +161,16 @@ def print_charts(tracker: Tracker | NoTracker) -> None:
         print_topic(topic, text)
 
 
+def log_model(trainer: Trainer, stop: StopRequest) -> None:
+    """Log the model of a run that is done, unless the user does not want it in MLflow."""
+    settings = trainer.settings
+    if settings.tracking.log_model:
+        name = settings.tracking.registered_model
+        model = FinalModel(settings.run.path, trainer.progress.step, name)
+        patience = read_timeout().total_seconds() / 2  # the other ranks wait for this one
+        trainer.log.tracker.log_model(model, patience, lambda: stop.reason is not None)
+
+
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Train, or say what the run would be.
 
@@ -195,4 +207,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     with warned("after training"):
         print_rank_0(f"done: {settings.run.path}")
         print_charts(trainer.log.tracker)
+    with warned("tracking"):
+        log_model(trainer, stop)
+    with warned("after training"):
         collectives.leave_group()

@@ -18,10 +18,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from i3dist.checkpoint.weights import WEIGHTS
 from i3dist.config import Settings
 from i3dist.distributed.signals import REQUEUE
+from i3dist.tracking import tracker as tracking
 from i3dist.tracking.metrics_log import read_metrics
-from i3dist.tracking.mlflow_store import RUN_ID_FILE
+from i3dist.tracking.mlflow_store import RUN_ID_FILE, FinalModel
+from i3dist.tracking.origin import Origin
 from tests.conftest import QUICK, ROOT, environment, free_port
 
 LONGEST_S = 90.0  # that anything here is waited for
@@ -117,8 +120,11 @@ def last_step(run: Path) -> int:
     return max((line["step"] for line in read_metrics(run / "metrics.jsonl")), default=0)
 
 
-def test_a_server_that_is_killed_and_comes_back(data: Path, server: Server, tmp_path: Path) -> None:
-    """Training goes on meanwhile, and at last every metric of every step is there once."""
+def test_a_server_that_is_killed_and_comes_back(
+    data: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on meanwhile, and at last every metric of every step is there once. The server
+    takes a model, too."""
     run, output = tmp_path / "run", tmp_path / "output"
     words = ["tracking.enabled=true", "train.steps=100000", f"validate.every={EVERY}"]
     words += [f"log.diagnose_every={EVERY}", f"data.path={data}", f"run.path={run}"]
@@ -148,6 +154,20 @@ def test_a_server_that_is_killed_and_comes_back(data: Path, server: Server, tmp_
     for name in ("settings.yaml", "tokenizer.json"):
         (kept,) = (server.folder / "artifacts").rglob(name)
         assert kept.read_bytes() == (run / name).read_bytes()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    log_model(run, settings)
+    (version,) = client.search_model_versions()
+    assert (version.name, version.run_id) == ("mine", stored.info.run_id)
+    (kept,) = (server.folder / "artifacts").rglob(WEIGHTS)
+    assert kept.read_bytes() == (run / WEIGHTS).read_bytes()
+
+
+def log_model(run: Path, settings: Settings) -> None:
+    """Log and register a model of a run, as if it had ended."""
+    (run / WEIGHTS).write_bytes(b"weights")
+    tracker = tracking.start(settings, Origin(), fresh=False)
+    tracker.finish()
+    tracker.log_model(FinalModel(run, 7, "mine"), LONGEST_S, lambda: False)
 
 
 def logged_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:

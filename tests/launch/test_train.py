@@ -14,6 +14,7 @@ from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 from i3dist.programs.train import main
 from i3dist.tracking.metrics_log import read_lines
+from i3dist.tracking.mlflow_store import FinalModel
 from i3dist.training import run
 from tests.conftest import ROOT
 from tests.known import CHUNK, Known
@@ -85,20 +86,27 @@ def test_train_starts_as_it_is_told(
     assert path.resolve() == wanted.resolve()
 
 
-@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize(("done", "fails"), [(True, False), (True, True), (False, False)])
 def test_train_ends_as_it_went(
     train: ModuleType,
     known: Known,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     done: bool,
+    fails: bool,
 ) -> None:
-    """Done: recorded as finished. Asked to stop: as killed, and with the status of a requeue."""
+    """Done: recorded as finished, and the model is logged; if that fails, it changes nothing.
+    Asked to stop: recorded as killed, and ends with the status of a requeue."""
     stop, left = mock.Mock(), mock.Mock()
     stop.return_value.exit_to_requeue.side_effect = SystemExit(75)
     tracker = mock.Mock(**{"where.return_value": ["mlflow ui", "http://there"]})
+    tracker.log_model.side_effect = OSError("no room") if fails else None
+    settings = Settings().with_values(**{"tracking.registered_model": "mine"})
     trainer = SimpleNamespace(
-        log=mock.Mock(tracker=tracker), fit=lambda: done, progress=SimpleNamespace(step=12)
+        log=mock.Mock(tracker=tracker),
+        fit=lambda: done,
+        progress=SimpleNamespace(step=12),
+        settings=settings,
     )
     monkeypatch.setattr(train, "StopRequest", stop)
     monkeypatch.setattr(train, "build", lambda *_: trainer)
@@ -117,6 +125,26 @@ def test_train_ends_as_it_went(
     charts = "done: runs/i3-4096ctx\ncharts    mlflow ui\n          http://there\n"
     assert (charts in said) == done
     assert left.called == done and stop.return_value.exit_to_requeue.called != done
+    logged = [call.args[0] for call in tracker.log_model.call_args_list]
+    assert logged == [FinalModel(settings.run.path, 12, "mine")] * done
+    assert ("warning: tracking: no room" in said) == fails
+
+
+def test_a_model_is_logged_unless_the_user_does_not_want_it(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks wait meanwhile, so it takes half of the time after which they give up."""
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "3")
+    stop = SimpleNamespace(reason=None)
+    for wanted in (True, False):
+        trainer = mock.Mock(settings=Settings().with_values(**{"tracking.log_model": wanted}))
+        train.log_model(trainer, stop)
+        assert trainer.log.tracker.log_model.called == wanted
+        if wanted:
+            _, patience, gives_up = trainer.log.tracker.log_model.call_args.args
+            assert patience == 90 and not gives_up()
+            stop.reason = "SIGTERM"
+            assert gives_up()
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pytest
 
 from i3dist.tracking import mlflow_store
 from i3dist.tracking import tracker as tracking
+from i3dist.tracking.mlflow_store import FinalModel
 from i3dist.tracking.origin import Origin
 from i3dist.tracking.tracker import NoTracker, Tracker
 from tests.tracking.logging_run import log, make_settings, start, wait_for
@@ -87,6 +88,56 @@ def test_a_store_that_comes_back_gets_everything(caplog, monkeypatch, tmp_path):
     assert "second line" not in caplog.text
 
 
+def finished(run, folder):
+    """A tracker whose run in the store is this one, and has ended."""
+    tracker = Tracker("store", lambda: run, folder)
+    tracker.finish()
+    return tracker
+
+
+def test_a_store_that_takes_no_model_costs_a_line_that_says_what_to_do(tmp_path, caplog):
+    model = FinalModel(tmp_path, 1)
+    run = FakeRun()
+    run.model = mock.Mock(side_effect=PermissionError("first line\nsecond line"))
+    finished(run, tmp_path).log_model(model, 5.0, lambda: False)
+    run.finish = mock.Mock(side_effect=ConnectionError("away"))  # so that there is no open run
+    finished(run, tmp_path).log_model(model, 5.0, lambda: False)
+    said = [text for text in caplog.messages if "did not take the model" in text]
+    reasons = "PermissionError: first line", "it does not answer"
+    assert said == [
+        f"tracking: store did not take the model ({why}); {tmp_path} keeps it, and the same "
+        "command sends it again"
+        for why in reasons
+    ]
+
+
+@pytest.mark.parametrize("ends", ["patience", "stop request", "model"])
+def test_a_model_that_takes_long_is_waited_for_with_patience_or_until_a_stop_request(
+    monkeypatch, tmp_path, caplog, ends
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(tracking, "SILENT_S", 0.05)
+    monkeypatch.setattr(tracking, "MOMENT_S", 0.01)
+    release, asked, run = threading.Event(), [], FakeRun()
+    run.model = lambda model: release.wait(20) and "models:/m-1"
+
+    def gives_up():
+        asked.append(time.monotonic())
+        if ends == "model" and len(asked) == 3:
+            release.set()
+        return ends == "stop request" and len(asked) == 3
+
+    tracker = finished(run, tmp_path)
+    patience = 0.3 if ends == "patience" else 20.0
+    begin = time.monotonic()
+    tracker.log_model(FinalModel(tmp_path, 1), patience, gives_up)
+    assert (0.3 if ends == "patience" else 0.05) <= time.monotonic() - begin < 5
+    assert f"still takes the model; waiting {int(patience)} s" in caplog.messages[0]
+    last = "the model is models:/m-1" if ends == "model" else "(it takes too long)"
+    assert last in caplog.messages[-1] and len(caplog.messages) == 2
+    release.set()
+
+
 @pytest.mark.parametrize("works", [1, 3])
 def test_outages_retry_as_fast_after_a_success_as_at_first(monkeypatch, tmp_path, works):
     """Each pause is twice the one before, up to the longest, in every outage alike."""
@@ -161,6 +212,7 @@ def test_where_tracking_is_off_nothing_is_written(tmp_path):
     tracker.send()
     tracker.artifact(tmp_path / "none")
     tracker.finish("FAILED")
+    tracker.log_model(FinalModel(tmp_path, 1, "name"), 1.0, lambda: False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -202,7 +254,7 @@ def test_whatever_goes_wrong_at_the_start_training_goes_on(tmp_path, caplog, mon
 
 def test_both_trackers_have_the_same_methods():
     public = {name for name in vars(NoTracker) if not name.startswith("_")}
-    assert public == {"send", "artifact", "finish", "where"}
+    assert public == {"send", "artifact", "finish", "log_model", "where"}
     assert public < set(vars(Tracker))
 
 
@@ -212,6 +264,7 @@ import sys
 from i3dist.config import Settings
 from i3dist.tracking import tracker
 from i3dist.tracking.metrics_log import MetricsLog
+from i3dist.tracking.mlflow_store import FinalModel
 from i3dist.tracking.origin import Origin
 assert "mlflow" not in sys.modules
 settings = Settings().with_values(**{"run.path": "runs/one", "tracking.system_metrics": True})

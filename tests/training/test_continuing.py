@@ -46,6 +46,8 @@ FREE = {
     "tracking.experiment": "another",
     "tracking.run_name": "another",
     "tracking.system_metrics": True,
+    "tracking.log_model": False,
+    "tracking.registered_model": "another",
 }
 # ... and of every one that may not.
 KEPT = {
