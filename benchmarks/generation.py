@@ -14,6 +14,7 @@ On a GPU, in bf16, every step is one CUDA graph of compiled layers, sampling inc
 On a CPU, in fp32:
 
   pairs      i3-4096ctx at batch 1: the batched decoder and the simple one, in turns
+  closing    a token that closes a chunk, and the one after it, in turns
   crossing   the context from which i3-4096ctx takes less time for a token than a GPT of GPT-2's
              shape (124M parameters) does; both in turns
 
@@ -55,7 +56,7 @@ from i3dist.inference.token_stream import TokenStream
 from i3dist.model.lm import I3LM
 
 BOS, EOS = 2, 3
-GPU, CPU = ["i3", "gpt", "gpt-4kv", "prompt", "start"], ["pairs", "crossing"]
+GPU, CPU = ["i3", "gpt", "gpt-4kv", "prompt", "start"], ["pairs", "closing", "crossing"]
 LAUNCH = Path(__file__).parent.parent / "launch"
 
 
@@ -133,6 +134,8 @@ class Bench:
                 yield self.start()
             elif part == "pairs":
                 yield from self.pairs()
+            elif part == "closing":
+                yield from self.closing()
             elif part == "crossing":
                 yield from self.crossing()
 
@@ -224,6 +227,21 @@ class Bench:
             yield self.in_fp32(name, len(prompt), each, *i3_bytes(batched))
         ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
         self.figures.append(Figure("batched decoder / simple one", ratio, ".1f", least=5))
+
+    def closing(self) -> Iterator[Row]:
+        """A token that closes a chunk, and the one after it."""
+        prompt = self.prompt(self.sizes.model.chunk_length)
+        decoder, token = BatchDecoder(self.model(), [prompt]), torch.tensor([EOS + 1])
+
+        def close() -> None:
+            decoder.filled = [len(prompt)]  # the same chunk again
+            decoder.feed(token)
+
+        times = in_turns([close, partial(decoder.feed, token)], self.options.rounds, self.clock)
+        for name, each in zip(["i3 closing", "i3 next"], times, strict=True):
+            yield self.in_fp32(name, len(prompt), each, *i3_bytes(decoder))
+        ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+        self.figures.append(Figure("token that closes a chunk / the next", ratio, ".2f", most=2))
 
     def crossing(self) -> Iterator[Row]:
         """A token of i3, and one of a GPT of GPT-2's shape at several contexts."""

@@ -126,5 +126,5 @@ def pick_device(wanted: str) -> torch.device:
         if named is None and (unseen := unseen_gpus()):
             log.warning("warning: %s; until then this runs on the CPU", unseen)
     elif wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda: {unseen_gpus() or NO_GPU}; or use --device cpu")
+        raise UserError(f"device cuda: {unseen_gpus() or NO_GPU}; or use device cpu")
     return torch.device(wanted)

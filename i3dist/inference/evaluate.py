@@ -29,7 +29,8 @@ class ChunkLoss:
 
     `loss_other_history` is the loss with another document's history in place of the own one: `loss`
     plus the mean change over the tokens for which some other document has as many chunks. None
-    where there is no such token.
+    where there is no such token. `bits_per_byte` is of `loss`; None where the tokens stand for no
+    text.
     """
 
     index: int
@@ -37,6 +38,7 @@ class ChunkLoss:
     loss: float
     loss_without_history: float
     loss_other_history: float | None
+    bits_per_byte: float | None
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,14 @@ def evaluate(
     """
     device, most = model.head.weight.device, held_out.manifest.chunks_per_shard
     bytes_of = torch.from_numpy(token_bytes).to(device)
-    sums = torch.zeros(5, most + 1, dtype=torch.float64, device=device)
-    text_bytes = torch.zeros((), dtype=torch.float64, device=device)
+    sums = torch.zeros(6, most + 1, dtype=torch.float64, device=device)
     share = held_out.share(rank, ranks, window, rows, model.settings.state_carry)
     batches = token_losses(model, held_out, share, rows)
     if rank == 0:
         batches = progress(batches, len(share.table.positions))
     for losses in batches:
-        targets = losses.batch.targets
-        sums += _by_index(losses, model.bos_id, most)
-        text_bytes += bytes_of[targets[targets != IGNORE]].sum()
-    return _summary(collectives.all_sum(sums).cpu(), float(collectives.all_sum(text_bytes)))
+        sums += _by_index(losses, bytes_of, model.bos_id, most)
+    return _summary(collectives.all_sum(sums).cpu())
 
 
 @torch.no_grad()
@@ -214,33 +213,41 @@ def chunk_index(batch: Batch, bos_id: int) -> Tensor:
     return torch.where(continues, batch.depth.unsqueeze(-1), 0)
 
 
-def _by_index(losses: TokenLosses, bos_id: int, max_index: int) -> Tensor:
-    """Sums by chunk index, [5, max_index + 1] fp64: tokens, loss, loss withheld, tokens with
-    another document's history, and what that changes of their loss."""
+def _by_index(losses: TokenLosses, bytes_of: Tensor, bos_id: int, max_index: int) -> Tensor:
+    """Sums by chunk index, [6, max_index + 1] fp64: tokens, loss, loss withheld, tokens with
+    another document's history, what that changes of their loss, and bytes of text."""
     batch, loss, withheld, other, exchanged = losses
     index = chunk_index(batch, bos_id)
     used = batch.targets != IGNORE
     change = (other - loss).where(exchanged, 0.0)
-    values = torch.stack([used, loss, withheld, exchanged, change]).double()[:, used]
+    text = bytes_of[batch.targets.where(used, 0)]
+    values = torch.stack([used, loss, withheld, exchanged, change, text]).double()[:, used]
     sums = torch.zeros(len(values), max_index + 1, dtype=torch.float64, device=values.device)
     return sums.index_add_(1, index[used], values)
 
 
-def _summary(sums: Tensor, text_bytes: float) -> Evaluation:
-    total = max(1.0, float(sums[0].sum()))
-    loss = float(sums[1].sum()) / total
+def _summary(sums: Tensor) -> Evaluation:
+    tokens, total, *_, text = sums.sum(1).tolist()
+    loss = total / max(1.0, tokens)
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=float(sums[1].sum()) / math.log(2) / max(1.0, text_bytes),
-        tokens=int(sums[0].sum()),
+        bits_per_byte=total / math.log(2) / max(1.0, text),
+        tokens=int(tokens),
         by_chunk=[_chunk_loss(i, *row) for i, row in enumerate(sums.T.tolist()) if row[0] > 0],
     )
 
 
 def _chunk_loss(
-    index: int, tokens: float, loss: float, without: float, exchanged: float, more: float
+    index: int,
+    tokens: float,
+    loss: float,
+    without: float,
+    exchanged: float,
+    more: float,
+    text: float,
 ) -> ChunkLoss:
     """The means of one index; `exchanged` counts tokens with another document's history."""
     other = loss / tokens + more / exchanged if exchanged else None
-    return ChunkLoss(index, int(tokens), loss / tokens, without / tokens, other)
+    bits = loss / math.log(2) / text if text else None
+    return ChunkLoss(index, int(tokens), loss / tokens, without / tokens, other, bits)

@@ -30,11 +30,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature and not 1e-3 <= self.temperature <= 1e3:
-            raise UserError(f"--temperature {self.temperature} must be 0, or from 0.001 to 1000")
+            raise UserError(f"temperature {self.temperature} must be 0, or from 0.001 to 1000")
         if self.top_k < 0:
-            raise UserError(f"--top-k {self.top_k} must be 0 or more; 0 keeps all")
+            raise UserError(f"top_k {self.top_k} must be 0 or more; 0 keeps all")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p} must be above 0 and at most 1")
+            raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
 
 
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from i3dist.model.lm import I3LM
 from i3dist.model.rwkv import RwkvBlock
 from i3dist.ops.attention import NEVER, Branch, KeysValues, attention_bias
 from i3dist.ops.layer_norm import add_and_norm_naive
+from i3dist.ops.linear import linear
 from i3dist.ops.precision import widen
 from i3dist.ops.wkv_naive import WkvInputs, wkv_naive
 
@@ -184,6 +185,7 @@ class AttentionStep(UpperStep):
     block: AttentionBlock
 
     def _place(self, own: Sequence[KeysValues], latents: Tensor) -> None:
+        self.fixed: dict[int, tuple[Tensor, Tensor]] = {}  # of each view, see `project`
         self.attention = self.block.attention
         heads, inner = self.attention.heads, self.attention.inner.computed
         chunks = latents.shape[1]
@@ -207,6 +209,21 @@ class AttentionStep(UpperStep):
         for buffer, part in zip((self.keys, self.values), joined, strict=True):
             new = part[:, 0, start:].unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
             buffer[:, :, self.history + start :][:, :, : new.shape[2]] = new
+
+    def project(self, latents: Tensor) -> Project:
+        """See `UpperStep.project`. Products without latents are computed once: attention multiplies
+        each of its views by one weight, which stays the same."""
+        compressor, slots = self.model.compressor, self.model.slots
+        keys = compressor.split(latents)
+
+        def project(weight: Tensor, view: int = 0) -> Tensor:
+            if view not in self.fixed:
+                through = compressor.through(weight, self.views[view])
+                self.fixed[view] = through, slots.project(weight)
+            through, offset = self.fixed[view]
+            return linear(keys, through) + offset
+
+        return project
 
     def remember(self, rows: Tensor, latents: Tensor, slot: Tensor) -> None:
         """See `UpperStep.remember`."""

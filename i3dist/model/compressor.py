@@ -43,13 +43,26 @@ class Compressor(nn.Module):
     def project(self, latents: Tensor, weight: Tensor, view: int = 0) -> Tensor:
         """What attention sees of latents [..., M, D], times a weight [out, D]: [..., M R, out].
 
+        Kinds override `split` and `through` instead: decoding calls these, and `through` only once.
+
         Args:
             latents: of any chunks.
             weight: the matrix.
-            view: which of `Stack.views`, for compressors that show latents to layers in different
-                ways; by default all see the latents as they are.
+            view: which of `Stack.views`.
         """
-        return linear(latents, weight)
+        return linear(self.split(latents), self.through(weight, view))
+
+    def split(self, latents: Tensor) -> Tensor:
+        """Latents [..., M, D] -> the sub-latents that attention sees as keys, [..., M R, d]."""
+        return latents
+
+    def through(self, weight: Tensor, view: int = 0) -> Tensor:
+        """A weight [out, D] -> what multiplies sub-latents in its place, [out, d].
+
+        It depends on the view (`Stack.views`) in compressors that show latents to layers in
+        different ways; by default all see the latents as they are.
+        """
+        return weight
 
     def reset_parameters(self) -> None:
         """Initialize what differs from the model's rule for matrices, which has been applied."""

@@ -127,18 +127,18 @@ class RecordsCompressor(Compressor):
         return self.width.pad(parts.flatten(-2))
 
     def split(self, latents: Tensor) -> Tensor:
-        """The inverse of `fold`."""
+        """See `Compressor.split`; the inverse of `fold`."""
         parts = self.width.trim(latents).unflatten(-1, (self.sub_latents, -1))
         return self.part.pad(parts.flatten(-3, -2))
 
-    def project(self, latents: Tensor, weight: Tensor, view: int = 0) -> Tensor:
-        """What attention sees of latents [..., M, D], times a weight [out, D]: [..., S, out].
+    def through(self, weight: Tensor, view: int = 0) -> Tensor:
+        """See `Compressor.through`: [out, D] -> [out, D/R].
 
-        It sees each sub-latent times a view, a block of the rows of `token`. The two matrices are
-        multiplied first; their product is R times as small as `weight`.
+        Attention sees each sub-latent times a view, a block of the rows of `token`. The weight is
+        multiplied by the view first; their product is R times as small as `weight`.
         """
         token = self.token.computed(self.token.weight).chunk(self.views)[view]
-        return linear(self.split(latents), multipliable(weight) @ multipliable(token))
+        return multipliable(weight) @ multipliable(token)
 
     def reset_parameters(self) -> None:
         """Start with an orthonormal projection to sub-latents; every view is its inverse."""

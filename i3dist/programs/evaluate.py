@@ -1,8 +1,9 @@
 """Evaluate a trained model on held-out data: `launch/evaluate.py --checkpoint RUN --data DIR`.
 
-Prints loss, perplexity and bits per byte on the whole valid split of DIR, and the loss by chunk
-index within the document: with history, without it, and with another document's. With --tasks
-instead of --data it runs tasks of lm-evaluation-harness, and prints its table.
+Prints loss, perplexity and bits per byte on the whole valid split of DIR. By chunk index within the
+document it prints bits per byte, and the loss with history, without it, and with that of another
+document. With --tasks instead of --data it runs tasks of lm-evaluation-harness, and prints its
+table.
 """
 
 import argparse
@@ -68,10 +69,12 @@ def print_tables(result: Evaluation) -> None:
         f"bits/byte {result.bits_per_byte:.4f}   tokens {result.tokens:,}"
     )
     table = Table(title="loss by chunk index within the document", title_justify="left")
-    for heading in ("chunk", "tokens", "loss", "without history", "another document's", "gain"):
+    losses = ("loss", "without history", "another document's", "gain", "bits/byte")
+    for heading in ("chunk", "tokens", *losses):
         table.add_column(heading, justify="right")
     for chunk in result.by_chunk[:ROWS_SHOWN]:
         gain, other = chunk.loss_without_history - chunk.loss, chunk.loss_other_history
+        bits = chunk.bits_per_byte
         table.add_row(
             str(chunk.index),
             f"{chunk.tokens:,}",
@@ -79,6 +82,7 @@ def print_tables(result: Evaluation) -> None:
             f"{chunk.loss_without_history:.4f}",
             "" if other is None else f"{other:.4f}",
             f"{gain:+.4f}",
+            "" if bits is None else f"{bits:.4f}",
         )
     console.print(table)
     if len(result.by_chunk) > ROWS_SHOWN:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -185,6 +186,19 @@ def test_weights_are_padded_once() -> None:
         if name.endswith(("key.weight", "up.weight", "norm_time.bias")):
             assert part.shape[-1] == model.width.computed, name
             assert not part.requires_grad
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda x: "-".join(x.values()))
+def test_closing_a_chunk_makes_no_product_of_weights(changes: dict[str, str]) -> None:
+    tokens = random_stream(1, 3, 1e9).flatten()
+    decoder = BatchDecoder(build(**changes), [tokens[:1]])
+    unused = mock.Mock(side_effect=AssertionError)
+    with (
+        mock.patch.object(decoder.model.compressor, "through", unused),
+        mock.patch.object(decoder.model.slots, "project", unused),
+    ):
+        for token in tokens:
+            decoder.feed(token.unsqueeze(0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -159,7 +159,7 @@ def test_figures_belong_together(model: I3LM, held_out: HeldOut) -> None:
     """Against the losses of all tokens, summed here."""
     result = evaluate(model, held_out, TOKEN_BYTES, 3, 2)
     loss, text, more, exchanged = 0.0, 0, {}, {}
-    tokens = 0
+    tokens, bits, size = 0, {}, {}
     for _, each in batches(model, held_out, 2, 3):
         used = each.batch.targets != IGNORE
         tokens += int(used.sum())
@@ -171,6 +171,9 @@ def test_figures_belong_together(model: I3LM, held_out: HeldOut) -> None:
             at = used & (segments == 0) & (depth == index) & each.exchanged
             more[index] = more.get(index, 0.0) + float((each.other - each.loss)[at].sum())
             exchanged[index] = exchanged.get(index, 0) + int(at.sum())
+            at = used & (segments == 0) & (depth == index)
+            bits[index] = bits.get(index, 0.0) + float(each.loss[at].sum()) / math.log(2)
+            size[index] = size.get(index, 0) + int(each.batch.targets[at].sum())
     assert result.tokens == tokens == sum(chunk.tokens for chunk in result.by_chunk)
     assert result.loss == pytest.approx(loss / tokens)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
@@ -179,6 +182,13 @@ def test_figures_belong_together(model: I3LM, held_out: HeldOut) -> None:
         assert exchanged[chunk.index], "of each index some are exchanged here"
         wanted = chunk.loss + more[chunk.index] / exchanged[chunk.index]
         assert chunk.loss_other_history == pytest.approx(wanted)
+        assert chunk.bits_per_byte == pytest.approx(bits[chunk.index] / size[chunk.index])
+
+
+def test_tokens_without_text_have_no_bits_per_byte(model: I3LM, held_out: HeldOut) -> None:
+    result = evaluate(model, held_out, np.zeros_like(TOKEN_BYTES), 3, 2)
+    assert {chunk.bits_per_byte for chunk in result.by_chunk} == {None}
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_a_single_document_has_no_other_history(model: I3LM, tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ def test_an_environment_that_is_set_by_halves() -> None:
     with pytest.raises(UserError, match="unset RANK and WORLD_SIZE"):
         Job.detect({"RANK": "0"})
     assert Job.detect({}).world_size == 1
-    with pytest.raises(UserError, match="use --device cpu") as error:
+    with pytest.raises(UserError, match="or use device cpu"):
         devices.pick_device("cuda")
-    assert "--device cpu" in str(error.value) and devices.pick_device("cpu").type == "cpu"
+    assert devices.pick_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize("launcher", [SLURM_ALONE, DEEPSPEED_ALONE], ids=["srun", "deepspeed"])

@@ -16,6 +16,8 @@ from i3dist.inference.evaluate import ChunkLoss, Evaluation
 from tests.known import BOS, TOKENIZER, Known
 from tests.launch.conftest import cells, load, typed
 
+HEADINGS = ["chunk", "tokens", "loss", "without history", "another document's", "gain", "bits/byte"]
+
 
 def evaluated(
     finished: Path, known: Known, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -36,7 +38,7 @@ def test_evaluate_reads_every_target_of_the_valid_split(
     names = {number: name for name, number in json.loads(TOKENIZER)["model"]["vocab"].items()}
     size = {number: len(names[number]) if number > 12 else 0 for number in names}
     tokens: Counter[int] = Counter()
-    text = 0
+    text: Counter[int] = Counter()
     for shard in range(len(known.shards["valid"])):
         stored, wanted = known.shards["valid"][shard], known.targets("valid", shard)
         for chunk, depth in enumerate(known.depth("valid", shard)):
@@ -45,11 +47,14 @@ def test_evaluate_reads_every_target_of_the_valid_split(
                 index = 0 if token == BOS else index
                 if target >= 0:
                     tokens[index] += 1
-                    text += size[int(target)]
+                    text[index] += size[int(target)]
     assert figures["tokens"] == sum(tokens.values())
     assert {c["index"]: c["tokens"] for c in figures["by_chunk"]} == dict(tokens)
     bits = figures["loss"] * figures["tokens"] / math.log(2)
-    assert figures["bits_per_byte"] == pytest.approx(bits / text)
+    assert figures["bits_per_byte"] == pytest.approx(bits / text.total())
+    for chunk in figures["by_chunk"]:
+        bits = chunk["loss"] * chunk["tokens"] / math.log(2)
+        assert chunk["bits_per_byte"] == pytest.approx(bits / text[chunk["index"]])
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
     total = sum(c["loss"] * c["tokens"] for c in figures["by_chunk"])
     assert figures["loss"] == pytest.approx(total / figures["tokens"])
@@ -75,7 +80,8 @@ def row(chunk: dict[str, Any]) -> list[str]:
         chunk[f"loss{end}"] for end in ("", "_without_history", "_other_history")
     )
     shown = "" if other is None else f"{other:.4f}"
-    figures = [f"{loss:.4f}", f"{without:.4f}", shown, f"{without - loss:+.4f}"]
+    bits = "" if chunk["bits_per_byte"] is None else f"{chunk['bits_per_byte']:.4f}"
+    figures = [f"{loss:.4f}", f"{without:.4f}", shown, f"{without - loss:+.4f}", bits]
     return [str(chunk["index"]), f"{chunk['tokens']:,}", *figures]
 
 
@@ -84,13 +90,15 @@ def test_evaluates_table_says_how_much_it_leaves_out(
     count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chunks = [
-        ChunkLoss(i, 1000 + i, 3 - i / 64, 3 + i / 32, None if i == 1 else 4.0 + i)
+        ChunkLoss(
+            i, 1000 + i, 3 - i / 64, 3 + i / 32, *((None, None) if i == 1 else (4.0 + i, 1.5))
+        )
         for i in range(count)
     ]
     load("evaluate").print_tables(Evaluation(3.0, 20.0, 1.0, 12345, chunks))
     said = capsys.readouterr().out
     assert cells(said) == [
-        ["chunk", "tokens", "loss", "without history", "another document's", "gain"],
+        HEADINGS,
         *(row(vars(chunk)) for chunk in chunks[:12]),
     ]
     assert ("later chunks" in said) == (count > 12)

@@ -99,7 +99,7 @@ def test_lanes_that_ranks_cannot_share_are_one_line(
         (["launch/evaluate.py", "--data", "x"], "--checkpoint"),
         (["launch/generate.py", "--checkpoint", "x", "--tokens", "0"], "--tokens 0"),
         (["launch/generate.py", "--checkpoint", "x", "--seed", "-1"], "--seed -1"),
-        (["launch/generate.py", "--checkpoint", "x", "--top-p", "2"], "--top-p 2.0"),
+        (["launch/generate.py", "--checkpoint", "x", "--top-p", "2"], "top_p 2.0"),
         (["launch/generate.py", "--checkpoint", "x", "--device", "cuda"], "no CUDA GPU"),
     ],
 )

@@ -17,7 +17,7 @@ from i3dist.tracking.report import progress_bar, validation_line
 
 def evaluation(*chunks: tuple[float, float, float | None]) -> Evaluation:
     """Losses with history, without and with another's of chunk 0, 1, ...; more tokens the later."""
-    by_chunk = [ChunkLoss(i, 10 * (i + 1), *losses) for i, losses in enumerate(chunks)]
+    by_chunk = [ChunkLoss(i, 10 * (i + 1), *losses, 1.0) for i, losses in enumerate(chunks)]
     return Evaluation(3.0, 20.0, 1.0, sum(c.tokens for c in by_chunk), by_chunk)
 
 

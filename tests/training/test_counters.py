@@ -229,9 +229,9 @@ def test_a_speed_takes_five_columns(number: float, text: str) -> None:
 def test_the_printed_gain_is_the_mean_over_tokens_that_may_have_history() -> None:
     """(30 x 0.5 + 10 x 0.1) / 40; of the other document's (30 x -0.3 + 10 x 0.02) / 40."""
     chunks = [
-        ChunkLoss(0, 1000, 4.0, 9.0, 7.0),
-        ChunkLoss(1, 30, 3.0, 3.5, 3.8),
-        ChunkLoss(7, 10, 2.9, 3.0, 2.98),
+        ChunkLoss(0, 1000, 4.0, 9.0, 7.0, 1.0),
+        ChunkLoss(1, 30, 3.0, 3.5, 3.8, 1.0),
+        ChunkLoss(7, 10, 2.9, 3.0, 2.98, 1.0),
     ]
     result = Evaluation(3.5, 33.125, 1.25, 1040, chunks)
     assert history.history_gain(result) == pytest.approx(0.4)
