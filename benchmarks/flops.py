@@ -1,6 +1,6 @@
-"""Operations of a token in a GPT, and how many the device can do; `i3dist.tracking.mfu` has the
-formula. MFU is here a share of the best rate that a bf16 matrix product reaches on the same device
-in the same run.
+"""Operations of a token in a GPT, and how many the device can do in practice: the best rate that a
+bf16 matrix product reaches on it. `i3dist.tracking.mfu` has the formula, and the data sheets' peaks
+that MFU is a share of.
 """
 
 import time

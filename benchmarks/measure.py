@@ -15,6 +15,7 @@ from results import Row
 from torch import Tensor, nn
 
 from i3dist.errors import UserError
+from i3dist.tracking.mfu import job_peak_flops
 
 FEW = (2, 4)  # warm-up and timed steps of a contestant that takes seconds for each
 
@@ -47,7 +48,7 @@ def measure(case: Case, warm_up: int, timed: int, peak: float, profiled: bool = 
         case: the contestant.
         warm_up: steps before the clock starts.
         timed: steps that are timed.
-        peak: FLOP/s that its MFU is a share of.
+        peak: FLOP/s of the best matrix product.
         profiled: whether to print its GPU kernels and their times afterwards.
 
     Raises:
@@ -78,6 +79,7 @@ def measure(case: Case, warm_up: int, timed: int, peak: float, profiled: bool = 
         first_loss=losses[0],
         last_loss=losses[-1],
         data_wait=1e3 * sum(ready.waits[warm_up:]) / sum(times) if ready.waits else None,
+        sheet=job_peak_flops(world_size=1),
     )
 
 

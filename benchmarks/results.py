@@ -13,6 +13,7 @@ from i3dist.errors import UserError
 
 # A ratio compares with the fastest of these.
 GPT_SHORT, GPT_LONG = ("gpt-512",), ("gpt-4096", "gpt-4096-masks")
+DERIVED = ("tokens_per_s", "mfu", "of_product")  # of a row's fields, stored with them
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Row:
     first_loss: float  # of the timed steps
     last_loss: float
     data_wait: float | None = None  # share of the time
+    sheet: float | None = None  # FLOP/s of the GPU by its data sheet, None if unknown
 
     @property
     def tokens_per_s(self) -> float:
@@ -37,7 +39,12 @@ class Row:
         return 1e3 * self.tokens / self.ms
 
     @property
-    def mfu(self) -> float:
+    def mfu(self) -> float | None:
+        """Share of the data sheet's dense bf16 peak, as everywhere; None if that is unknown."""
+        return self.flops_per_token * self.tokens_per_s / self.sheet if self.sheet else None
+
+    @property
+    def of_product(self) -> float:
         """Share of the best matrix product's rate."""
         return self.flops_per_token * self.tokens_per_s / self.peak
 
@@ -73,8 +80,10 @@ def figures(rows: list[Row], card_step: str) -> list[Figure]:
         return []
     found = [
         Figure("engine, best shape, tokens/s", engine.tokens_per_s, ",.0f", least=240_000),
-        Figure("engine, best shape, MFU", engine.mfu, ".1%", least=0.53),
+        Figure("engine, best shape, of the best product", engine.of_product, ".1%", least=0.53),
     ]
+    if engine.mfu is not None:
+        found.append(Figure("engine, best shape, MFU", engine.mfu, ".1%"))
     at = {(row.contestant, row.shape): row for row in rows}
 
     def ratio(name: str, a: Row | None, b: Row | None, least: float | None = None) -> None:
@@ -107,8 +116,8 @@ def show(rows: list[Row], merits: list[Figure], title: str) -> None:
 
 
 def _row_table(rows: list[Row], title: str) -> Table:
-    table = Table(title=title, caption=f"{FORMULA}; MFU against the run's best matrix product")
-    numbers = ("weights", "tokens", "ms", "tokens/s", "MFU", "peak TFLOP/s", "GiB")
+    table = Table(title=title, caption=f"{FORMULA}; MFU against the data sheet")
+    numbers = ("weights", "tokens", "ms", "tokens/s", "MFU", "of product", "its TFLOP/s", "GiB")
     for heading in ("contestant", "step", *numbers):
         table.add_column(heading, justify="right" if heading in numbers else "left")
     for row in rows:
@@ -119,7 +128,8 @@ def _row_table(rows: list[Row], title: str) -> Table:
             f"{row.tokens:,}",
             f"{row.ms:,.1f}",
             f"{row.tokens_per_s:,.0f}",
-            f"{row.mfu:.1%}",
+            "" if row.mfu is None else f"{row.mfu:.1%}",
+            f"{row.of_product:.1%}",
             f"{row.peak / 1e12:,.1f}",
             "" if row.memory_gib is None else f"{row.memory_gib:.1f}",
         )
@@ -150,8 +160,9 @@ def load(path: Path | None) -> list[Row]:
         return []
     try:
         given = json.loads(path.read_text())["rows"]
-        return [Row(**{field.name: row[field.name] for field in fields(Row)}) for row in given]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = {field.name for field in fields(Row)}
+        return [Row(**{name: row[name] for name in names & row.keys()}) for row in given]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no results of this program: {error}") from None
 
 
@@ -164,7 +175,7 @@ def merge(rows: list[Row], new: Row) -> list[Row]:
 def store(path: Path, rows: list[Row], merits: list[Figure], machine: dict[str, str]) -> None:
     """Write all as one JSON object."""
     tables = {
-        "rows": [asdict(row) | {"tokens_per_s": row.tokens_per_s, "mfu": row.mfu} for row in rows],
+        "rows": [asdict(row) | {name: getattr(row, name) for name in DERIVED} for row in rows],
         "figures": [asdict(figure) | {"met": figure.met} for figure in merits],
     }
     path.write_text(json.dumps(machine | {"formula": FORMULA} | tables, indent=1) + "\n")

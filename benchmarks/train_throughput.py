@@ -19,8 +19,9 @@ gradient clipping, AdamW in fp32 on bf16 parameters. Contestants:
   scripted        bare, not compiled, with WKV as a TorchScript loop over time: same shape
 
 "Best" is the engine's fastest of --shapes in this run or in --json FILE. Times are medians. Except
-in `data` the batch stays the same, and a loss that does not fall ends the program. MFU is relative
-to the best bf16 matrix product of the same run; i3dist/tracking/mfu.py states the formula.
+in `data` the batch stays the same, and a loss that does not fall ends the program. MFU is against
+the data sheet (i3dist/tracking/mfu.py); beside it is the share of the best bf16 matrix product of
+the same run.
 """
 
 import argparse

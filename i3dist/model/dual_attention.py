@@ -97,6 +97,8 @@ class DualAttentionBlock(AttentionBlock):
     """As `AttentionBlock`, with a softmax for the chunk and one for history."""
 
     attention_kind = DualAttention
+    # Beside what `AttentionBlock` keeps: history's queries, what they read, and the sum of both.
+    kept_values = AttentionBlock.kept_values + 3
     views = DualAttention.views
 
     @staticmethod

@@ -63,7 +63,9 @@ def parse_arguments() -> argparse.Namespace:
         "--verbose", action="store_true", help="print all settings, parameters and memory first"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print what the run would be, and stop"
+        "--dry-run",
+        action="store_true",
+        help="print what the run would be, its memory and expected speed, and stop",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
     parser.add_argument(

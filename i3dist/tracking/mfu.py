@@ -3,6 +3,10 @@
     FLOPs per token = 6 x N + 12 x A
     MFU = FLOPs per token x tokens per second / peak FLOP/s of all GPUs
 
+The peak is the data sheet's, dense bf16, everywhere in this project. What share of the best matrix
+product measured in the same run that is stands beside it where it is known, under a name of its
+own (`benchmarks/results.py`).
+
 N is the number of weights that a token is multiplied with: each projection's stored weights, times
 how often it is applied per token. Tables, norms and elementwise work (WKV among it) count nothing,
 nor does padding. A is the sum over attention layers of width x keys that a token sees on average,
@@ -16,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from i3dist.config import ModelSettings
 from i3dist.data.lanes import Batch
 from i3dist.distributed.devices import uses_cuda
 from i3dist.model.lm import I3LM
@@ -55,6 +60,25 @@ def peak_flops(name: str) -> float | None:
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if f" {part} " in words), None)
 
 
+class Gpu(NamedTuple):
+    """A GPU that a run could use."""
+
+    name: str
+    peak: float | None  # FLOP/s by its data sheet, None if unknown
+    memory: float  # bytes
+
+
+H100 = Gpu("NVIDIA H100 80GB", 1e12 * PEAK_TFLOPS["H100"], 79.0 * 2**30)  # as its driver reports
+
+
+def present_gpu() -> Gpu | None:
+    """This rank's GPU; None on a CPU."""
+    if not uses_cuda():
+        return None
+    found = torch.cuda.get_device_properties()
+    return Gpu(found.name, peak_flops(found.name), float(found.total_memory))
+
+
 def job_peak_flops(world_size: int) -> float | None:
     """FLOP/s of a job with one GPU like this rank's per rank; None if unknown or on a CPU."""
     peak = peak_flops(torch.cuda.get_device_name()) if uses_cuda() else None
@@ -73,17 +97,45 @@ class PerToken(NamedTuple):
         return 6 * self.weights + 12 * self.attention
 
 
+class Seen(NamedTuple):
+    """What a token sees on average, and what the compressor reads."""
+
+    own: float  # tokens of its chunk, itself among them
+    past: float  # chunks of history
+    kept: float  # tokens of a chunk that latents are made of
+
+
+def seen_in(batch: Batch, bos_id: int, chunks: int) -> Seen:
+    """Means over a batch's tokens, where history has at most `chunks` chunks."""
+    segments = segment_ids(batch.tokens, bos_id).flatten(0, 1)
+    past = history_mask(segments, batch.depth.flatten(), chunks)
+    kept = float(last_segment(segments).sum(-1).float().mean())
+    return Seen(mean_seen(causal_mask(segments)), mean_seen(past), kept)
+
+
+def seen_in_a_long_document(settings: ModelSettings) -> Seen:
+    """Where every chunk has all of its history: the most that a token can see on average."""
+    length = settings.chunk_length
+    return Seen((length + 1) / 2, float(settings.history_chunks), float(length))
+
+
 def per_token(model: I3LM, batch: Batch) -> PerToken:
-    """A window of the i3, with a compressor or without compressor and history.
+    """Of a batch of windows; see `operations`."""
+    seen = seen_in(batch, model.bos_id, model.settings.history_chunks)
+    return operations(model, seen, batch.tokens.shape[1])
+
+
+def operations(model: I3LM, seen: Seen, window: int) -> PerToken:
+    """Of windows of `window` chunks, with a compressor or without compressor and history.
 
     Per chunk, M latents go through the projections that `Compressor.of_latents` names, and read the
     kept tokens: D channels each, whether by heads or by sub-latents. A window of K chunks projects
     the latents of C + K chunks; one costs as much as a token. Left out: router scores, picking
     queries, and work that does not grow with the lanes.
     """
-    s, (_, window, length) = model.settings, batch.tokens.shape
+    s = model.settings
     with_history = model.keys_per_chunk > 0
-    latents = s.latents / length if with_history else 0.0
+    latents = s.latents / s.chunk_length if with_history else 0.0
     again = latents * (s.history_chunks + window) / window
     uses = {"attention.key_value": 1 + again}
     if with_history:
@@ -94,13 +146,8 @@ def per_token(model: I3LM, batch: Batch) -> PerToken:
         if isinstance(module, nn.Linear):
             use = next((n for part, n in uses.items() if part in name), 1.0)
             weights += use * module.weight.numel()
-    segments = segment_ids(batch.tokens, model.bos_id).flatten(0, 1)
-    keys = mean_seen(causal_mask(segments))
-    read = 0.0
-    if with_history:
-        past = history_mask(segments, batch.depth.flatten(), s.history_chunks)
-        keys += model.keys_per_chunk * mean_seen(past)
-        read = latents * float(last_segment(segments).sum(-1).float().mean())
+    keys = seen.own + model.keys_per_chunk * seen.past
+    read = latents * seen.kept
     return PerToken(weights, s.d_model * (len(model.upper) * keys + read))
 
 

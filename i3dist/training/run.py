@@ -51,15 +51,15 @@ from i3dist.training.trainer import Trainer
 
 
 def dry_run(settings: Settings, job: Job) -> None:
-    """Print settings, parameters, tokens per step and memory; without data, the card's."""
-    vocab_size = settings.model.vocab
+    """Print what the run would be, memory and speed included; without data, the card's."""
+    vocab_size, tokens = settings.model.vocab, None
     path = settings.data.path
     if isinstance(path, str) or path.exists():
         corpus = Corpus.open(path, settings.model, data=settings.data)
-        vocab_size = corpus.tokenizer.vocab_size
+        vocab_size, tokens = corpus.tokenizer.vocab_size, corpus.train.manifest.tokens
     if job.rank == 0:
         settings = decide(settings, job.world_size, vocab_size)
-        print_tables(settings, job.world_size)
+        print_tables(settings, job.world_size, tokens)
 
 
 def build(
@@ -127,7 +127,7 @@ def begin_record(
     if job.rank != 0:
         return NoTracker()
     if verbose:
-        print_tables(settings, job.world_size)
+        print_tables(settings, job.world_size, corpus.train.manifest.tokens)
     print_overview(settings, corpus, job.world_size)
     if start.weights is not None:
         print_topic("weights", f"those of {start.weights.path}")

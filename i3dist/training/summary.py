@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,18 +10,26 @@ from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.download import shown
 from i3dist.errors import UserError
-from i3dist.model.layer_kinds import LAYER_KINDS
 from i3dist.model.lm import I3LM, parameters_by_part
+from i3dist.tracking.mfu import H100, present_gpu
+from i3dist.training.estimate import (
+    Memory,
+    flops_per_token,
+    memory_estimate,
+    meta_model,
+    share_of_peak,
+    tokens_per_second,
+)
 
 GIB = 2**30
-NUMBERS = ("count", "share", "GiB")  # columns that stand to the right
+# Columns that stand to the right.
+NUMBERS = ("count", "share", "one lane, GiB", "GiB", "TFLOP/s", "of it", "tokens/s", "hours")
 LARGEST_ON_CPU = 100e6  # parameters; a step of the card takes minutes, and its run months
 
 
 def count_parameters(settings: Settings) -> dict[str, int]:
     """Parameters by part, without allocating any."""
-    with torch.device("meta"):
-        return parameters_by_part(I3LM(settings.model, bos_id=0))
+    return parameters_by_part(meta_model(settings))
 
 
 def tokens_per_step(settings: Settings) -> int:
@@ -31,36 +38,11 @@ def tokens_per_step(settings: Settings) -> int:
     return train.lane_count * train.accumulation * train.window_chunks * settings.model.chunk_length
 
 
-def memory_estimate(settings: Settings, parameters: int, world_size: int) -> dict[str, float]:
-    """Bytes on one rank, by what they hold. A guide, not a bound.
-
-    Every rank keeps bf16 weights and gradients (4 bytes a parameter) and, while they are reduced,
-    the fp32 gradients (4 bytes); ZeRO shares out fp32 weights and two AdamW moments (12 bytes).
-    Activations are those that compiled blocks keep for backward: about `kept_values` x D per token
-    in a layer (with 4x feed-forward) and 7 D elsewhere, in bf16, and the logits with their
-    gradients. With the card's 4 lanes, and layers of `attention`, one H200 held 19.5 GiB.
-    """
-    model, train = settings.model, settings.train
-    lanes = train.lane_count // world_size
-    rows = lanes if train.micro_batch == "auto" else train.micro_batch
-    tokens = rows * train.window_chunks * model.chunk_length
-    values = model.d_model * (
-        sum(LAYER_KINDS.of(kind).kept_values for kind in model.layer_kinds) + 7
-    )
-    return {
-        "weights and gradients, bf16": 4.0 * parameters,
-        "gradients, fp32": 4.0 * parameters,
-        "weights and AdamW, fp32, 1/ranks": 12.0 * parameters / world_size,
-        "activations of a micro-batch": 2.0 * tokens * values,
-        "logits of a micro-batch": 4.0 * tokens * model.vocab,
-    }
-
-
 def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
     """Print what a run is, one line per topic."""
     model, train, data = settings.model, settings.train, corpus.train.manifest
     parameters = sum(count_parameters(settings).values())
-    memory = sum(memory_estimate(settings, parameters, world_size).values())
+    memory = memory_estimate(settings, parameters, world_size, (present_gpu() or H100).memory)
     per_step, gate = tokens_per_step(settings), settings.compression
     tokens = train.steps * per_step
     windows = f"{train.accumulation} windows x " if train.accumulation > 1 else ""
@@ -77,7 +59,7 @@ def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
         f"{train.window_chunks} chunks x {model.chunk_length}",
         "training": f"{train.steps:,} steps, {tokens / 1e6:,.1f}M tokens "
         f"({tokens / data.tokens:.1f} epochs), on {ranks}",
-        "memory": f"about {memory / GIB:.1f} GiB per rank",
+        "memory": f"about {memory.total / GIB:.1f} GiB per rank",
     }
     for topic, text in topics.items():
         print_topic(topic, text)
@@ -88,27 +70,74 @@ def print_topic(topic: str, text: str) -> None:
     print(f"{topic:<9} {text}", flush=True)
 
 
-def print_tables(settings: Settings, world_size: int) -> None:
-    """Print settings, the parameter table, tokens per step and the memory estimate."""
+def print_tables(settings: Settings, world_size: int, data_tokens: int | None = None) -> None:
+    """Print the settings, and what follows from them: parameters, memory, speed, tokens.
+
+    Args:
+        settings: the run's, decided.
+        world_size: its ranks.
+        data_tokens: tokens of the training data, if they are known.
+    """
     console = Console(width=100)
-    parameters = count_parameters(settings)
+    model = meta_model(settings)
+    parameters = parameters_by_part(model)
     total = sum(parameters.values())
-    memory = memory_estimate(settings, total, world_size)
     flat = ((name, str(value)) for name, value in settings.flat().items())
     console.print(_table("settings", ("setting", "value"), flat))
     shares = [(part, f"{count:,}", f"{count / total:.1%}") for part, count in parameters.items()]
     shares.append(("total", f"{total:,}", ""))
     console.print(_table("parameters", ("part", "count", "share"), shares))
-    sizes = [*memory.items(), ("total", sum(memory.values()))]
-    rows = [(what, f"{size / GIB:.2f}") for what, size in sizes]
-    console.print(_table("memory of a rank (estimate)", ("what", "GiB"), rows))
-    train = settings.train
+    gpu = present_gpu() or H100
+    memory = memory_estimate(settings, total, world_size, gpu.memory)
+    console.print(_memory_table(memory))
+    if memory.total > gpu.memory:
+        print(f"That is more than the {gpu.memory / GIB:.1f} GiB of one {gpu.name}.")
+    console.print(_speed_table(settings, model, world_size))
     print(
-        f"tokens_per_step={tokens_per_step(settings)} ({train.lanes} lanes x {train.accumulation} "
+        f"Speed assumes {share_of_peak(settings.model.d_model):.0%} of the data sheet's dense bf16 "
+        f"peak, and {flops_per_token(settings, model) / 1e9:.3f} GFLOPs a token\n"
+        "(documents longer than the history). Validation, saving, and waiting for data or other "
+        "ranks\nare left out."
+    )
+    train, per_step = settings.train, tokens_per_step(settings)
+    tokens = train.steps * per_step
+    epochs = "" if data_tokens is None else f" ({tokens / data_tokens:.2f} epochs of the data)"
+    print(f"tokens_total={tokens}{epochs}")
+    print(
+        f"tokens_per_step={per_step} ({train.lanes} lanes x {train.accumulation} "
         f"windows x {train.window_chunks} chunks x {settings.model.chunk_length} tokens, "
         f"{world_size} ranks)"
     )
     print(f"parameters_total={total}")
+
+
+def _memory_table(memory: Memory) -> Table:
+    """What a rank's memory holds."""
+    rows = [(what, "", f"{size / GIB:.2f}") for what, size in memory.fixed.items()]
+    for what, size in memory.lane.items():
+        name = f"{what}, {memory.lanes} lanes at once"
+        rows.append((name, f"{size / GIB:.2f}", f"{memory.lanes * size / GIB:.2f}"))
+    rows.append(("total", "", f"{memory.total / GIB:.2f}"))
+    return _table("memory of a rank (estimate)", ("what", "one lane, GiB", "GiB"), rows)
+
+
+def _speed_table(settings: Settings, model: I3LM, world_size: int) -> Table:
+    """How fast the run is on the GPU present, if there is one, and on an H100."""
+    present, rows = present_gpu(), []
+    tokens = settings.train.steps * tokens_per_step(settings)
+    same = present is not None and present.peak == H100.peak
+    for gpu in filter(None, (present, None if same else H100)):
+        rate = tokens_per_second(settings, model, gpu)
+        if gpu.peak is None or rate is None:
+            rows.append((f"{gpu.name}, of unknown peak", "", "", "", ""))
+            continue
+        rate *= world_size
+        share = share_of_peak(settings.model.d_model)
+        hours = tokens / rate / 3600
+        figures = (f"{gpu.peak / 1e12:,.1f}", f"{share:.0%}", f"{rate:,.0f}", f"{hours:,.2f}")
+        rows.append((f"{world_size} x {gpu.name}", *figures))
+    heads = ("GPU", "TFLOP/s", "of it", "tokens/s", "hours")
+    return _table(f"speed of {settings.train.steps:,} steps (estimate)", heads, rows)
 
 
 def refuse_large(settings: Settings) -> None:

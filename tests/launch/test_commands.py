@@ -111,7 +111,7 @@ def test_settings_and_errors_are_those_of_the_command_in_any_folder(tmp_path: Pa
     (tmp_path / "tiny").write_text("train: {steps: nothing}\n")
     assert "tiny, line 1" in error_line(i3dist("train", "--config", "tiny", folder=tmp_path))
     line = error_line(i3dist("train", "--config", "tyni", folder=tmp_path))
-    assert "'tyni' is no file, and none of i3-4096ctx, tiny" in line
+    assert "'tyni' is no file, and none of 125M, 1B, 35M, i3-4096ctx, tiny" in line
 
 
 def test_settings_that_come_with_the_package_are_those_of_the_tree() -> None:

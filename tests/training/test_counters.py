@@ -15,9 +15,11 @@ from i3dist.inference.evaluate import ChunkLoss, Evaluation
 from i3dist.tracking import history, interval, report
 from i3dist.tracking.interval import Figures, Interval
 from i3dist.tracking.metrics import measure, perplexity
+from i3dist.tracking.mfu import H100
 from i3dist.training import summary
 from i3dist.training.counts import count_step
-from i3dist.training.summary import count_parameters, memory_estimate, tokens_per_step
+from i3dist.training.estimate import fixed_memory, memory_estimate
+from i3dist.training.summary import count_parameters, tokens_per_step
 
 PAD, NONE = 1, -100
 CARD = Settings().with_values(**{"train.lanes": 4})
@@ -292,27 +294,29 @@ def test_tokens_of_a_step() -> None:
 
 
 def test_memory_of_a_rank_by_hand() -> None:
-    """The card on one GPU: 19.5 GiB, as was measured on an H200 with layers of `attention`."""
-    sizes = list(memory_estimate(CARD, TOTAL, 1).values())
-    tokens = 4 * 8 * 512
-    assert sizes == [
-        4 * TOTAL,  # weights and gradients of 2 bytes
-        4 * TOTAL,
-        12 * TOTAL,  # three tensors of 4 bytes
-        2 * tokens * 1180 * (12 * 22 + 2 * 20 + 7),
+    """Of the card on one GPU."""
+    memory = memory_estimate(CARD, TOTAL, 1, H100.memory)
+    tokens = 8 * 512
+    assert list(memory.fixed.values()) == [2 * TOTAL, 2 * TOTAL, 4 * TOTAL, 4 * TOTAL, 8 * TOTAL]
+    assert list(memory.lane.values()) == [
+        2 * tokens * 1180 * (12 * 22 + 2 * 23 + 7),
         4 * tokens * 32_000,  # logits and their gradient, of 2 bytes
     ]
-    assert sum(sizes) / 2**30 == pytest.approx(19.49, abs=0.01)
+    assert memory.lanes == 4
 
 
-@pytest.mark.parametrize(("micro_batch", "rows"), [("auto", 3), (1, 1)])
-def test_memory_on_several_ranks(micro_batch: int | str, rows: int) -> None:
+@pytest.mark.parametrize(("micro_batch", "lanes"), [("auto", 3), (1, 1)])
+def test_memory_on_several_ranks(micro_batch: int | str, lanes: int) -> None:
     """12 lanes on 4 ranks: what ZeRO shares out is a fourth, and a rank computes 3 lanes or 1."""
     settings = SMALL.with_values(**{"train.micro_batch": micro_batch})
-    sizes = list(memory_estimate(settings, 1000, 4).values())
-    tokens = rows * 7 * 16
+    memory = memory_estimate(settings, 1000, 4, H100.memory)
+    tokens = 7 * 16
     activations = 2 * tokens * 24 * (3 * 22 + 1 * 20 + 7)
-    assert sizes == [4000, 4000, 3000, activations, 4 * tokens * 50]
+    assert list(memory.fixed.values()) == [2000, 2000, 4000, 1000, 2000]
+    assert list(memory.lane.values()) == [activations, 4 * tokens * 50]
+    assert memory.lanes == lanes
+    lion = settings.with_values(**{"optimizer.kind": "lion"})
+    assert fixed_memory(lion, 1000, 4)["optimizer, fp32, 1/ranks"] == 1000
 
 
 def test_the_summary_prints_what_was_computed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,9 +328,12 @@ def test_the_summary_prints_what_was_computed(capsys: pytest.CaptureFixture[str]
     for part, count in parts.items():
         assert [part, f"{count:,}", f"{count / total:.1%}"] in rows
     assert ["total", f"{total:,}", ""] in rows
-    sizes = memory_estimate(SMALL, total, 4)
-    for what, size in [*sizes.items(), ("total", sum(sizes.values()))]:
-        assert [what, f"{size / 2**30:.2f}"] in rows
+    memory = memory_estimate(SMALL, total, 4, H100.memory)
+    for what, size in [*memory.fixed.items(), ("total", memory.total)]:
+        assert [what, "", f"{size / 2**30:.2f}"] in rows
+    for what, size in memory.lane.items():
+        one, all_three = f"{size / 2**30:.2f}", f"{3 * size / 2**30:.2f}"
+        assert [f"{what}, 3 lanes at once", one, all_three] in rows
     for name, value in SMALL.flat().items():
         assert [name, str(value)] in rows
     assert "tokens_per_step=6720 (12 lanes x 5 windows x 7 chunks x 16 tokens, 4 ranks)" in said
