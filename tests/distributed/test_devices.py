@@ -131,7 +131,7 @@ def test_evaluating_and_generating_say_what_is_wrong(
 
 def test_only_large_models_are_refused_on_a_cpu() -> None:
     refuse_large(TINY)
-    with pytest.raises(UserError, match=r"339M parameters.*16,384 tokens.*train\.device=cpu"):
+    with pytest.raises(UserError, match=r"340M parameters.*16,384 tokens.*train\.device=cpu"):
         refuse_large(CARD)
 
 
