@@ -24,7 +24,8 @@ class Figures:
     """What is known of a trained model."""
 
     parameters: int
-    step: int
+    step: int | None
+    """None if the weights do not say, as in an export that transformers has saved again."""
     tokens: int | None
     """Tokens read in training; None if no log or checkpoint says."""
     validation: Mapping[str, Any] | None
@@ -36,11 +37,13 @@ class Figures:
         path = newest_in(source)
         if is_checkpoint(path):
             state = read_state(path)
-            step, tokens = state.step, state.tokens_seen
+            step: int | None = state.step
+            tokens: int | None = state.tokens_seen
             run = path.resolve().parent.parent
         else:
             with utf8_path(path / WEIGHTS) as name, safe_open(name, "pt") as file:
-                step = int(file.metadata()["step"])
+                text = (file.metadata() or {}).get("step")
+            step = None if text is None else int(text)
             tokens, run = None, path
         metrics = _line(run / METRICS, step)
         return cls(
@@ -52,7 +55,9 @@ class Figures:
 
     def rows(self) -> list[tuple[str, str]]:
         """What a table says of them."""
-        rows = [("parameters", f"{self.parameters:,}"), ("optimizer steps", f"{self.step:,}")]
+        rows = [("parameters", f"{self.parameters:,}")]
+        if self.step is not None:
+            rows.append(("optimizer steps", f"{self.step:,}"))
         if self.tokens is not None:
             rows.append(("tokens trained on", f"{self.tokens:,}"))
         found = self.validation
@@ -70,7 +75,7 @@ class Figures:
         return rows
 
 
-def _line(log: Path, step: int) -> dict[str, Any] | None:
+def _line(log: Path, step: int | None) -> dict[str, Any] | None:
     """A log's line of a step, or None."""
     return next((line for line in read_metrics(log) if line["step"] == step), None)
 

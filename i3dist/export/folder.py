@@ -57,8 +57,9 @@ def export(source: Path, out: Path, overwrite: bool = False) -> None:
         for name in CODE:
             code = resources.files("i3dist.export.files") / name
             write_whole(folder / name, code.read_bytes())
-        write_whole(folder / "README.md", card(settings, figures, out.name).encode())
-        write_tensors(folder / WEIGHTS, weights(model, dtype), format="pt", step=str(figures.step))
+        write_whole(folder / "README.md", card(settings, figures, out.resolve().name).encode())
+        facts = {} if figures.step is None else {"step": str(figures.step)}
+        write_tensors(folder / WEIGHTS, weights(model, dtype), format="pt", **facts)
         shutil.copymode(folder / CONFIGURATION, folder / WEIGHTS)  # safetensors' is for the owner
 
 
@@ -85,6 +86,8 @@ def _check_target(out: Path, overwrite: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is no folder: name another place for the export")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UserError(f"you are in {out}, which the export would replace: type it elsewhere")
     if not out.exists() or not any(out.iterdir()):
         return
     if not is_export(out):
@@ -109,6 +112,8 @@ def folder_aside(out: Path) -> Iterator[Path]:
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if former.exists() and not out.exists():
+            former.rename(out)
         raise
     sync(out.parent)
     if former.exists():

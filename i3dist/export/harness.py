@@ -40,8 +40,11 @@ def run_tasks(
         What the harness's `simple_evaluate` returns.
 
     Raises:
-        UserError: the harness is not installed, or does not have one of the tasks.
+        UserError: the harness is not installed or does not have one of the tasks, or `folder` is
+            no folder.
     """
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--task-folder {folder} is no folder: name one with tasks as YAML files")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -52,8 +55,8 @@ def run_tasks(
     manager = TaskManager(include_path=None if folder is None else str(folder))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise UserError(
-            f"--tasks {','.join(unknown)}: lm-evaluation-harness has no such task; `lm_eval ls "
-            "tasks` lists those it has, and --task-folder adds yours"
+            f"--tasks {','.join(unknown) or repr('')}: lm-evaluation-harness has no such task; "
+            "`lm_eval ls tasks` lists those it has, and --task-folder adds yours"
         )
     with exported(model) as place:
         found = simple_evaluate(

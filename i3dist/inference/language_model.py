@@ -5,6 +5,7 @@ Notation: L tokens of a stream, V vocabulary, n tokens of a text.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import TypedDict, Unpack, overload
 
 import torch
@@ -168,8 +169,8 @@ class LanguageModel:
         Raises:
             UserError: an option is out of range, or the logits are not finite.
         """
-        if tokens < 1:
-            raise UserError(f"tokens={tokens} must be 1 or more")
+        if not isinstance(tokens, Integral) or tokens < 1:
+            raise UserError(f"tokens={tokens} must be a whole number, 1 or more")
         if not 0 <= seed < 2**63:
             raise UserError(f"seed={seed} must be from 0 to 2^63 - 1")
         sampling = Sampling(temperature, top_k, top_p)
@@ -220,6 +221,8 @@ class LanguageModel:
             tensor = torch.as_tensor(ids)
         except (TypeError, ValueError, RuntimeError):
             raise UserError(f"{legal}; `encode` makes them of a text") from None
+        if tensor.numel() == 0:  # torch calls no numbers floating point
+            tensor = tensor.long()
         if tensor.dim() == 0 or tensor.is_floating_point() or tensor.dtype == torch.bool:
             raise UserError(f"{legal}; these are {tensor.dtype} {list(tensor.shape)}")
         tensor = tensor.to(self.device, torch.int64)
@@ -238,7 +241,7 @@ def load(
     Args:
         path: the folder of a run that has ended, or a checkpoint: RUN/checkpoints (the newest in
             it), RUN/checkpoints/step-00000100, or a copy of one; or an exported model's folder.
-        device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is a GPU.
+        device: "cpu" or "cuda", torch's current one; "auto" is CUDA where there is a GPU.
         dtype: "float32" or "bfloat16"; "auto" is the type that it was trained in (bfloat16 by
             default), but float32 on a CPU.
 

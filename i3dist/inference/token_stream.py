@@ -86,6 +86,12 @@ class TokenStream:
         self.decoder.make_room()
         self.step()
 
+    def close(self) -> None:
+        """Let go of the recordings. They refer to what holds them, so the memory of this and of the
+        decoder, with its copy of the weights, would wait for Python's collector of cycles."""
+        del self.step
+        self.decoder.closing.clear()
+
     def _send(self) -> None:
         """Copy the tokens to the host, without waiting for them."""
         tokens = self.tokens.to("cpu", non_blocking=True, copy=True)

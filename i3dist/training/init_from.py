@@ -1,15 +1,19 @@
 """Beginning a run with trained weights: `train.init_from`."""
 
+from typing import Any
+
 import torch
 
 from i3dist.checkpoint.weights import SavedModel
+from i3dist.cli.layer_pattern import write_layers
 from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.errors import UserError
+from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM
 
-# No weight's shape depends on these.
-SHAPELESS = ("vocab_size", "chunk_length", "state_carry")
+# Weights fit models with any value of these.
+FREE = ("vocab_size", "chunk_length", "state_carry")
 
 
 def initial_weights(settings: Settings, corpus: Corpus) -> SavedModel | None:
@@ -59,14 +63,14 @@ def history_is_off(settings: Settings) -> str | None:
 
 def _unlike(saved: ModelSettings, ours: ModelSettings) -> str:
     """What is wrong with weights of `saved` for a model of `ours`, and what to do; else ""."""
-    theirs, wanted = _shapes(saved), _shapes(ours)
+    theirs, wanted = _structure(saved), _structure(ours)
     if theirs == wanted:
         return ""
     name = next(name for name in theirs | wanted if theirs.get(name) != wanted.get(name))
-    values = ours.model_dump(exclude=set(SHAPELESS))
+    values = ours.model_dump(exclude=set(FREE))
     settings = [
         f"model.{key}={value}"
-        for key, value in saved.model_dump(exclude=set(SHAPELESS)).items()
+        for key, value in saved.model_dump(exclude=set(FREE)).items()
         if value != values[key]
     ]
     return (
@@ -75,8 +79,13 @@ def _unlike(saved: ModelSettings, ours: ModelSettings) -> str:
     )
 
 
-def _shapes(model: ModelSettings) -> dict[str, list[int]]:
-    """The shape of every parameter, by name."""
+def _structure(model: ModelSettings) -> dict[str, Any]:
+    """What weights are made for: the order of layers, heads, and the shape of every parameter.
+
+    The first two are not always in the shapes: logits of ages are a row for each head and age.
+    """
     with torch.device("meta"):
         parameters = I3LM(model, bos_id=0).named_parameters()
-    return {name: list(parameter.shape) for name, parameter in parameters}
+    shapes = {name: list(parameter.shape) for name, parameter in parameters}
+    layers, heads = write_layers(model.layer_kinds), adjust_heads(model.d_model, model.heads)
+    return {"the stack of layers": layers, "the number of heads": heads, **shapes}

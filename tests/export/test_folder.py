@@ -1,6 +1,7 @@
 """What launch/export.py writes, and what it refuses. About 4 s."""
 
 import ast
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from i3dist.checkpoint.format import RunState
 from i3dist.checkpoint.weights import export_weights, load_run
@@ -135,6 +137,49 @@ def test_an_export_that_fails_leaves_what_was_there(
         export(run, out, overwrite=True)
     after = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
     assert after == before and len(list(out.parent.iterdir())) == there
+
+
+def test_an_export_whose_place_cannot_be_taken_leaves_the_former_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "place" / "out", Path.rename
+    export(run, out)
+    before = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
+    failed = []
+
+    def refuse_once(path: Path, target: Path) -> Path:
+        if target == out and not failed:
+            failed.append(path)
+            raise OSError(5, "Input/output error", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_once)
+    with pytest.raises(OSError, match="Input/output"):
+        export(run, out, overwrite=True)
+    after = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
+    assert after == before and failed
+
+
+def test_an_export_that_transformers_saved_again_is_exported(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "again")
+    shutil.copy(tmp_path / "out" / "tokenizer.json", tmp_path / "again")
+    for source, target in (("again", "twice"), ("twice", "thrice")):
+        export(tmp_path / source, tmp_path / target)
+        assert "optimizer steps" not in (tmp_path / target / "README.md").read_text()
+    saved = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "thrice")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(saved[0][name].equal(saved[1][name]) for name in saved[0])
+
+
+def test_the_folder_that_the_user_is_in_is_not_replaced(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"you are in \."):
+        export(run, Path("."))
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def as_file(out: Path) -> None:

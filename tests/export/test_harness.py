@@ -100,6 +100,11 @@ def test_an_unknown_task_is_one_line(one: Exported) -> None:
     assert "--tasks no-such" in error_line(result)
 
 
+def test_tasks_from_a_folder_that_is_not_there_are_one_line(one: Exported, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder: name one with tasks"):
+        run_tasks(one.folder, ["choose"], torch.device("cpu"), folder=tmp_path / "no-such")
+
+
 def test_without_the_harness_one_line_says_how_to_get_it(
     one: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:

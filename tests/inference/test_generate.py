@@ -1,5 +1,7 @@
 """Generation: what may be sampled, when it stops, that rows do not touch, and that seeds decide."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,8 @@ import torch
 from i3dist.config import ModelSettings
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
+from i3dist.inference import generate as module
+from i3dist.inference.batch_decoder import BatchDecoder
 from i3dist.inference.decoder import Decoder
 from i3dist.inference.generate import generate, stream
 from i3dist.inference.sampling import Sampling, sample, uniform
@@ -146,3 +150,27 @@ def test_one_bad_row_is_found(parts: tuple[I3LM, Tokenizer]) -> None:
 
 def test_no_prompt_is_no_text(parts: tuple[I3LM, Tokenizer]) -> None:
     assert texts(parts, [], Sampling(), 0) == []
+
+
+@pytest.mark.parametrize("taken", [TOKENS, 1], ids=["all", "given up"])
+def test_memory_is_free_at_the_end_without_the_collector(
+    parts: tuple[I3LM, Tokenizer], monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    """A decoder has a copy of the weights."""
+    alive: weakref.WeakSet[BatchDecoder] = weakref.WeakSet()
+
+    class Watched(BatchDecoder):
+        def __init__(self, model: I3LM, prompts: list[torch.Tensor], compiled: bool):
+            super().__init__(model, prompts, compiled)
+            alive.add(self)
+
+    monkeypatch.setattr(module, "BatchDecoder", Watched)
+    gc.disable()
+    try:
+        text = generate(*parts, PROMPTS[1], TOKENS, Sampling(1.0), 0, ignore_eos=True)
+        for _, _ in zip(range(taken), text, strict=False):
+            assert len(alive) == 1
+        del text
+        assert not alive
+    finally:
+        gc.enable()

@@ -114,6 +114,10 @@ def test_what_are_no_ids_is_one_line(lm: LanguageModel, ids: object, says: str) 
         lm(ids)  # type: ignore[arg-type]
 
 
+def test_no_ids_are_ids(lm: LanguageModel) -> None:
+    assert lm.decode([]) == "" and lm([]).shape == (0, V)
+
+
 TEXTS = st.lists(st.text("ab \nü<BOS>", max_size=3 * T), max_size=5)
 
 
@@ -149,7 +153,15 @@ def test_text_is_that_of_generate_alone_and_side_by_side(lm: LanguageModel) -> N
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tokens": 0}, {"seed": -1}, {"temperature": -1}, {"top_k": -1}, {"top_p": 0}]
+    "wrong",
+    [
+        {"tokens": 0},
+        {"tokens": 2.5},
+        {"seed": -1},
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0},
+    ],
 )
 def test_options_out_of_range_are_refused_at_once(lm: LanguageModel, wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match="must be"):

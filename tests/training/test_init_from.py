@@ -84,6 +84,30 @@ def test_other_shapes_are_refused_with_the_settings_that_fit(
     assert found(known, base, **advised) is not None
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            {"model.heads": 1, "model.history_chunks": 4},
+            {"model.heads": 2, "model.history_chunks": 2},
+        ),
+        (
+            {"model.layers": "1xrwkv,1xattention,1xdual-attention"},
+            {"model.layers": "1xrwkv,1xdual-attention,1xattention"},
+        ),
+    ],
+    ids=["heads", "order"],
+)
+def test_equal_shapes_of_another_model_are_refused(
+    known: Known, tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    shared = {"model.layers": "1xrwkv,1xattention"}
+    base = finished(tmp_path / "base", **shared | theirs)
+    line = refused(known, base, **shared | ours)
+    assert line.endswith("; set " + " ".join(f"{key}={value}" for key, value in theirs.items()))
+    assert found(known, base, **shared | theirs) is not None
+
+
 def test_another_tokenizer_is_refused(known: Known, tmp_path: Path) -> None:
     """Though it has as many entries: they mean something else."""
     other = train_tokenizer(["cd cd cd"], 300)
