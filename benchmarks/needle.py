@@ -3,6 +3,8 @@
     python benchmarks/needle.py --checkpoint RUN --data DIR [--json FILE] [--plot FILE]
     python benchmarks/needle.py --checkpoint RUN --text BOOK.txt ...
 
+RUN may also be a checkpoint or an export.
+
 A needle is a sentence that states a made-up fact: a key and a value of random common words. It
 stands in a held-out text, some distance before a query that repeats its beginning (passkeys:
 Mohtashami & Jaggi, 2023, arXiv:2305.16300; values of words: RULER, Hsieh et al., 2024,

@@ -278,7 +278,7 @@ class ValidateSettings(Section):
     """Steps between validations; 0 validates only before the first step and after the last."""
     chunks: Count = 1024
     """Chunks of the fixed validation subset, rounded up to whole shards."""
-    samples: CountOrZero = 2
+    samples: Annotated[int, Field(ge=0, le=256)] = 2
     """Held-out documents whose beginnings each validation continues by 64 tokens (samples.jsonl),
     to read what the model writes; 0 makes none."""
 

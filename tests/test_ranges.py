@@ -36,7 +36,7 @@ WHOLE = {
     "log.diagnose_every": COUNT_OR_ZERO,
     "validate.every": COUNT_OR_ZERO,
     "validate.chunks": COUNT,
-    "validate.samples": COUNT_OR_ZERO,
+    "validate.samples": (0, 256),
     "checkpoint.every": COUNT_OR_ZERO,
     "checkpoint.keep": COUNT,
     "checkpoint.keep_every": COUNT_OR_ZERO,

@@ -81,7 +81,7 @@ class Corpus:
             name: Split(path / name, Manifest.load(path / name)) for name in ("train", "valid")
         }
         tokenizer = Tokenizer.load(path / "tokenizer.json")
-        if trained_with is not None and trained_with.sha256 != tokenizer.sha256:
+        if trained_with is not None and not trained_with.encodes_like(tokenizer):
             raise UserError(
                 f"{path} was made with another tokenizer than {trained_with.path}; "
                 f"make it again with --tokenizer {trained_with.path}"

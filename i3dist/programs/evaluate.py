@@ -46,8 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         "--tasks",
         type=lambda text: text.split(","),
         metavar="NAME,...",
-        help="tasks of lm-evaluation-harness (pip install 'i3dist[eval]'); --checkpoint may then "
-        "be an export too",
+        help="tasks of lm-evaluation-harness (pip install 'i3dist[eval]')",
     )
     parser.add_argument(
         "--json", type=typed_path, metavar="FILE", help="write the results here too"
@@ -69,7 +68,7 @@ def print_tables(result: Evaluation) -> None:
         f"bits/byte {result.bits_per_byte:.4f}   tokens {result.tokens:,}"
     )
     table = Table(title="loss by chunk index within the document", title_justify="left")
-    losses = ("loss", "without history", "another document's", "gain", "bits/byte")
+    losses = ("loss", "without history", "another's", "gain", "bits/byte")
     for heading in ("chunk", "tokens", *losses):
         table.add_column(heading, justify="right")
     for chunk in result.by_chunk[:ROWS_SHOWN]:

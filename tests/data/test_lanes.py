@@ -1,5 +1,6 @@
 """Every token of an epoch is an input exactly once, whoever reads it, with any number of hands."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import lanes_of_rank
 from i3dist.data.shards import read_shard
+from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
+from i3dist.export.description import tokenizer_file
 from i3dist.ops.cross_entropy import IGNORE
 
 CPU = torch.device("cpu")
@@ -140,6 +143,13 @@ def test_another_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer + "\n")
     with pytest.raises(UserError, match="is not the tokenizer that made"):
         Corpus.open(tmp_path, ModelSettings())
+
+
+def test_an_exports_tokenizer_is_not_another(data: Path, tmp_path: Path) -> None:
+    """Its file differs from the run's, and gives every text the same ids."""
+    file = tokenizer_file(Tokenizer.load(data / "tokenizer.json"))
+    exported = Tokenizer(json.dumps(file).encode(), tmp_path / "tokenizer.json")
+    assert Corpus.open(data, ModelSettings(), exported).tokenizer.sha256 != exported.sha256
 
 
 def test_missing_data_names_the_command(tmp_path: Path) -> None:
