@@ -33,13 +33,20 @@ class Launcher:
         )
 
     def run(
-        self, words: list[str], environs: list[dict[str, str]], timeout: float
+        self,
+        words: list[str],
+        environs: list[dict[str, str]],
+        timeout: float,
+        folder: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program, its path first, in one process for each environment."""
+        """Run a program, its path first, in one process for each environment.
+
+        `folder` is the one to run it in, if it is another than this class was given.
+        """
         assert self._server.stdin is not None and self._server.stdout is not None
-        with TemporaryDirectory() as folder:
-            files = [Path(folder, name) for name in ("stdout", "stderr")]
-            request = {"words": words, "environs": environs, "timeout": timeout}
+        with TemporaryDirectory() as outputs:
+            files = [Path(outputs, name) for name in ("stdout", "stderr")]
+            request = {"words": words, "environs": environs, "timeout": timeout, "folder": folder}
             self._server.stdin.write(json.dumps(request | {"output": list(map(str, files))}) + "\n")
             self._server.stdin.flush()
             answer = self._server.stdout.readline()
@@ -66,6 +73,7 @@ def main() -> None:
         for environ in request["environs"]:
             pid = os.fork()
             if not pid:
+                os.chdir(request["folder"] or ".")
                 become(request["words"], environ, request["output"])
                 return
             ranks.append(psutil.Process(pid))

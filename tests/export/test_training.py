@@ -102,7 +102,7 @@ def test_the_documents_example_fine_tunes_with_trainer(
     exec(example("Fine-tune"), names)
     losses = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
     assert len(losses) == 30 and losses[-1] < losses[0] - 1
-    again = AutoModelForCausalLM.from_pretrained("tuned", trust_remote_code=True).eval()
+    again = AutoModelForCausalLM.from_pretrained("exports/tuned", trust_remote_code=True).eval()
     ids = names["tokenizer"]("the cat", return_tensors="pt").input_ids
     tuned = names["model"].eval()
     with torch.no_grad():
