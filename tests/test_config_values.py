@@ -65,6 +65,7 @@ def test_paths_and_names_are_literal_by_their_type() -> None:
         "train.init_from",
         "tracking.experiment",
         "tracking.run_name",
+        "tracking.registered_model",
         "model.layers",
         "compression.schedule",
         "optimizer.schedule",

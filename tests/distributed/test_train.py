@@ -251,7 +251,7 @@ def test_evaluate_reads_a_finished_run(whole: Path, data: Path, tmp_path: Path) 
     assert set(figures) >= {"loss", "perplexity", "bits_per_byte", "by_chunk"}
     for chunk in figures["by_chunk"]:
         kinds = {"loss", "loss_without_history", "loss_other_history"}
-        assert set(chunk) == {"index", "tokens", *kinds}
+        assert set(chunk) == {"index", "tokens", "bits_per_byte", *kinds}
     # The trainer validated a part of the same split in bf16.
     validated = json.loads((whole / "validation.jsonl").read_text().splitlines()[-1])
     assert figures["loss"] == pytest.approx(validated["loss"], abs=0.3)
