@@ -4,8 +4,8 @@ Notation: B rows, L tokens of context, D width, H heads, G heads of keys and val
 feed-forward, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ class CachedGPT(nn.Module):
         self.allowed = torch.zeros(self.shape.vocab, device=weight.device)
         self.last = torch.tensor([context - 1], device=weight.device)
         self.sampling = sampling
-        self.advance: Callable[[], None] = Recorded(self._step, weight.is_cuda)
+        self.advance = partial(Recorded(weight.is_cuda), self._step)
 
     def _step(self) -> None:
         x = self.embedding(self.tokens).unsqueeze(1)

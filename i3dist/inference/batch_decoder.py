@@ -178,11 +178,11 @@ class BatchDecoder:
         count = min(1 << (len(full) - 1).bit_length(), len(self.filled))
         if count not in self.closing:
             rows = torch.zeros(count, dtype=torch.int64, device=self.hidden.device)
-            self.closing[count] = rows, Recorded(partial(self._compress, rows), self.recorded)
-        rows, compress = self.closing[count]
+            self.closing[count] = rows, Recorded(self.recorded)
+        rows, recorded = self.closing[count]
         named = torch.tensor(full + full[:1] * (count - len(full)))
         rows.copy_(named, non_blocking=True)
-        compress()
+        recorded(partial(self._compress, rows))
 
     @torch.no_grad()
     def _compress(self, rows: Tensor) -> None:

@@ -68,13 +68,10 @@ def stream(
     forbidden = [i for i in tokenizer.special_ids.values() if i != tokenizer.eos_id]
     sampled = TokenStream(decoder, sampling, seed, tokenizer.eos_id, forbidden)
     texts = [_Text(tokenizer, tokens, ignore_eos) for _ in prompts]
-    try:
-        while not all(text.ended for text in texts):
-            for row, (text, token) in enumerate(zip(texts, sampled.next(), strict=True)):
-                if piece := text.push(token):
-                    yield row, piece
-    finally:
-        sampled.close()
+    while not all(text.ended for text in texts):
+        for row, (text, token) in enumerate(zip(texts, sampled.next(), strict=True)):
+            if piece := text.push(token):
+                yield row, piece
 
 
 class _Text:

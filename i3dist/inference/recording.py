@@ -6,37 +6,41 @@ import torch
 
 
 class Recorded:
-    """Calls a function that reads and writes the same tensors every time.
+    """Calls one function, which reads and writes the same tensors every time.
 
     The first call runs as it is, and compiles what is to be compiled; the second is recorded. From
     then on the recording is replayed.
+
+    The function is given with each call and not kept: it is often a method of what holds this, and
+    memory in such a cycle would wait for Python's collector.
     """
 
-    def __init__(self, call: Callable[[], None], recorded: bool):
+    def __init__(self, recorded: bool):
         """`recorded` false, as on the CPU, leaves every call as it is."""
-        self.call, self.recorded = call, recorded
+        self.recorded = recorded
         self.graph: torch.cuda.CUDAGraph | None = None
         self.called = False
 
     @torch.no_grad()
-    def __call__(self) -> None:
-        """Call it."""
+    def __call__(self, call: Callable[[], None]) -> None:
+        """Call the function, which is the same every time."""
         if not self.recorded:
-            self.call()
+            call()
         elif not self.called:
-            self._on_another_stream()
+            self._on_another_stream(call)
             self.called = True
         else:
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                    self.call()
+                    call()
             self.graph.replay()
 
-    def _on_another_stream(self) -> None:
+    @staticmethod
+    def _on_another_stream(call: Callable[[], None]) -> None:
         """As PyTorch asks for before recording."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.call()
+            call()
         torch.cuda.current_stream().wait_stream(stream)

@@ -55,7 +55,7 @@ class TokenStream:
         self.seeds = torch.tensor(seeds, device=logits.device)
         self.drawn = torch.tensor(drawn, device=logits.device)
         self.tokens = torch.zeros_like(self.seeds)  # sampled last
-        self.step = Recorded(self._step, decoder.recorded)
+        self.step = Recorded(decoder.recorded)
         self.ahead = ahead if logits.is_cuda else 0
         self.underway: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._sample(logits)
@@ -84,13 +84,7 @@ class TokenStream:
     def advance(self) -> None:
         """Read the tokens sampled last, and sample the next, without waiting for the device."""
         self.decoder.make_room()
-        self.step()
-
-    def close(self) -> None:
-        """Let go of the recordings. They refer to what holds them, so the memory of this and of the
-        decoder, with its copy of the weights, would wait for Python's collector of cycles."""
-        del self.step
-        self.decoder.closing.clear()
+        self.step(self._step)
 
     def _send(self) -> None:
         """Copy the tokens to the host, without waiting for them."""
