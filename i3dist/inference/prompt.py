@@ -10,19 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from i3dist.inference.forward import WINDOW, document_depth
 from i3dist.model.block import LayerState
 from i3dist.model.lm import I3LM
 from i3dist.model.segments import (
     causal_mask,
     chunks_seen,
     history_mask,
-    last_segment,
     restarts,
     segment_ids,
 )
+from i3dist.model.state import LaneState, unstack_states
 from i3dist.ops.attention import KeysValues, attention_bias
-
-WINDOW = 8  # chunks computed at once
 
 
 class Prompt(NamedTuple):
@@ -46,54 +45,32 @@ def read_prompt(model: I3LM, tokens: Tensor) -> Prompt:
     """
     settings, bos = model.settings, model.bos_id
     length = settings.chunk_length
-    count = (len(tokens) - 1) // length
-    chunks, last = tokens[: count * length].view(count, length), tokens[count * length :]
-    depths = _depths(chunks, bos)
-    reach = depths[-1] if settings.state_carry else min(depths[-1], settings.history_chunks)
-    first = count - reach
-    latents, states = _compress(model, chunks[first:], depths[first:-1])
+    depths = document_depth(tokens.unsqueeze(0), bos, length)  # [1, N], of all chunks
+    depth, count = int(depths[0, -1]), depths.shape[1] - 1
+    first = count - (depth if settings.state_carry else min(depth, settings.history_chunks))
+    full, last = tokens.tensor_split([count * length])
+    chunks = full.view(1, count, length)[:, first:]
+    latents, states = _history(model, chunks, depths[:, first:-1])
 
-    depth = torch.tensor([[depths[-1]]], device=tokens.device)
-    restart = restarts(last.view(1, 1, -1), depth, bos, settings.state_carry)[0]
+    restart = restarts(last.view(1, 1, -1), depths[:, -1:], bos, settings.state_carry)[0]
     hidden, states = model.run_lower(model.embed(last.unsqueeze(0)), restart, states)
     segments = segment_ids(last, bos).unsqueeze(0)
-    x, own = read_above(model, hidden, latents, segments, depth)
+    x, own = read_above(model, hidden, latents, segments, depths[:, -1:])
     logits = model.head(model.norm_out(x[0, -1])).float()
-    return Prompt(hidden, states, own, latents, depths[-1], segments[0], logits)
+    return Prompt(hidden, states, own, latents, depth, segments[0], logits)
 
 
-def _depths(chunks: Tensor, bos: int) -> list[int]:
-    """How many chunks before each one, and before what follows, belong to its first document."""
-    depths = [0]
-    for opens in (chunks == bos).any(1).tolist():
-        depths.append(1 if opens else depths[-1] + 1)
-    return depths
-
-
-def _compress(
-    model: I3LM, chunks: Tensor, depths: list[int]
-) -> tuple[Tensor, list[LayerState] | None]:
-    """Latents [1, C, M, D] of the newest of chunks [N, T], and the state after them if it is
-    carried; None is empty."""
+def _history(model: I3LM, chunks: Tensor, depth: Tensor) -> tuple[Tensor, list[LayerState] | None]:
+    """Latents [1, C, M, D] of the newest of chunks [1, N, T], whose depths are [1, N], and the
+    state after them if it is carried; None is empty."""
     settings, weight = model.settings, model.head.weight
-    capacity, carry = settings.history_chunks, settings.state_carry
-    latents = weight.new_zeros(1, capacity, settings.latents, model.width.computed)
-    states: list[LayerState] | None = None
-    depth = torch.tensor([depths], device=chunks.device)
-    for start in range(0, len(chunks), WINDOW):
-        window = chunks[start : start + WINDOW]
-        restart = restarts(window[None], depth[:, start : start + WINDOW], model.bos_id, carry)[0]
-        x = model.embed(window)
-        if carry:  # one sequence
-            hidden, states = model.run_lower(
-                x.view(1, -1, x.shape[-1]), restart.view(1, -1), states
-            )
-        else:
-            hidden, _ = model.run_lower(x, restart)
-        keep = last_segment(segment_ids(window, model.bos_id))
-        new = model.compressor(hidden.view_as(x), keep)
-        latents = torch.cat([latents, new.unsqueeze(0)], dim=1)[:, -capacity:]
-    return latents, states
+    state = LaneState.empty(1, settings, weight.device, weight.dtype)
+    for window, depths in zip(chunks.split(WINDOW, 1), depth.split(WINDOW, 1), strict=True):
+        if window.shape[1]:  # no chunks are split into one part, which is empty
+            _, state = model.below(window, depths, state)
+    padded = state.map(model.width.pad)
+    carried = settings.state_carry
+    return padded.latents, unstack_states(model.stack.lower, padded.layers) if carried else None
 
 
 def read_above(
