@@ -8,7 +8,7 @@ from i3dist.data.chat import ANSWERS, ChatIds, encode_conversation, message_of
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 from i3dist.inference.batch_decoder import BatchDecoder
-from i3dist.inference.sampling import Sampling
+from i3dist.inference.sampling import Sampling, check_request
 from i3dist.inference.token_stream import TokenStream, finite
 from i3dist.model.lm import I3LM
 
@@ -46,10 +46,7 @@ class Chat:
         Raises:
             UserError: an argument is out of range, or a message is none.
         """
-        if tokens < 1:
-            raise UserError(f"tokens={tokens} must be 1 or more")
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed={seed} must be from 0 to 2^63 - 1")
+        check_request(tokens, seed)
         self.model, self.tokenizer = model, tokenizer
         self.tokens, self.sampling, self.seed = tokens, sampling, seed
         self.template = ChatIds.of(tokenizer)

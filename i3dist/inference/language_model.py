@@ -5,7 +5,6 @@ Notation: L tokens of a stream, V vocabulary, n tokens of a text.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Integral
 from typing import TypedDict, Unpack, overload
 
 import torch
@@ -22,7 +21,8 @@ from i3dist.distributed.devices import pick_device
 from i3dist.errors import UserError
 from i3dist.inference.chat import Chat
 from i3dist.inference.forward import read, rows_at_once
-from i3dist.inference.generate import Sampling, stream
+from i3dist.inference.generate import stream
+from i3dist.inference.sampling import Sampling, check_request
 from i3dist.model.lm import I3LM
 from i3dist.ops.cross_entropy import IGNORE, token_losses
 
@@ -169,10 +169,7 @@ class LanguageModel:
         Raises:
             UserError: an option is out of range, or the logits are not finite.
         """
-        if not isinstance(tokens, Integral) or tokens < 1:
-            raise UserError(f"tokens={tokens} must be a whole number, 1 or more")
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed={seed} must be from 0 to 2^63 - 1")
+        check_request(tokens, seed)
         sampling = Sampling(temperature, top_k, top_p)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return stream(self.model, self.tokenizer, prompts, tokens, sampling, seed, ignore_eos)

@@ -4,6 +4,7 @@ Everything here runs on the logits' device and waits for nothing, so it can be p
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,14 @@ class Sampling:
             raise UserError(f"top_k {self.top_k} must be 0 or more; 0 keeps all")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
+
+
+def check_request(tokens: int, seed: int) -> None:
+    """Raise `UserError` unless so many tokens can be sampled with this seed."""
+    if not isinstance(tokens, Integral) or tokens < 1:
+        raise UserError(f"tokens={tokens} must be 1 or more, a whole number")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} must be from 0 to 2^63 - 1")
 
 
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:

@@ -184,6 +184,7 @@ def test_no_special_token_but_the_end_is_sampled() -> None:
     ("options", "says"),
     [
         ({"tokens": 0}, "tokens=0 must be 1 or more"),
+        ({"tokens": 2.5}, r"tokens=2\.5 must be 1 or more, a whole number"),
         ({"seed": -1}, "seed=-1 must be from 0"),
         ({"temperature": -1.0}, "temperature -1.0 must be 0, or"),
         ({"messages": ["hello"]}, "a message should have a role"),
