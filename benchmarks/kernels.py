@@ -16,7 +16,7 @@ KINDS = {
     "attention": r"flex_attention|flash|fmha|sdpa",
     "WKV": r"wkv_(forward|backward)_kernel",
     "LayerNorm, shift, mixes": r"shift_mix_",
-    "loss": r"log_softmax|nll_loss",
+    "loss": r"log_softmax|nll_loss|copy__exp_log",
     "AdamW": r"FusedOptimizer|[Aa]dam|triton_poi\w*_sqrt",
     "communication": r"nccl",
     "other compiled": r"^triton_",
