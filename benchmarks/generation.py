@@ -107,6 +107,8 @@ class Bench:
         self.compiled = self.device.type == "cuda"
         self.clock = time.process_time if options.cpu_time else time.perf_counter
         self.bandwidth = copy_bandwidth(self.sizes.copied, self.device, self.clock)
+        # The shapes of one function; beyond this number it would not be compiled.
+        torch._dynamo.config.recompile_limit = 64
         self.figures: list[Figure] = []
         if options.out:
             options.out.write_text("")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from i3dist.errors import UserError
 
-BLOCK = 128  # tokens whose weights are summed first: PyTorch 2.11 compiles no long sum of several rows
+# Tokens whose weights are summed first: for several rows PyTorch 2.11 compiles no long running sum.
+BLOCK = 128
 
 # SplitMix64 (Steele et al., 2014, doi:10.1145/2660193.2660195), its constants as signed integers.
 _STEP = 0x9E3779B97F4A7C15 - 2**64
