@@ -2,8 +2,7 @@
 
 `LowerStep` and `UpperStep` run a layer's own `forward`, so every layer kind decodes. The kinds in
 `STEPS` have a faster step: the same equations, with fewer kernels. These change their memory in
-place, so that they can be recorded. A single row on a GPU takes the kernels of
-`i3dist.ops.one_row_triton`.
+place, so that they can be recorded. On a GPU they are kernels of `i3dist.ops.step_triton`.
 
 Notation: B rows, G rows whose chunk is full, T tokens of a chunk, C history chunks, M keys of an
 earlier chunk, H heads, D width.
@@ -175,8 +174,8 @@ class RwkvStep(LowerStep):
 
     def __call__(self, x: Tensor, restart: Tensor) -> Tensor:
         """See `LowerStep`."""
-        if has_one_row_kernels(x):
-            return rwkv_row(self.block, self.weights, x, restart, *self.state)
+        if has_kernels(x):
+            return rwkv_kernels(self.block, self.weights, x, restart, *self.state)
         step = compile_if(self.compiled, rwkv_step)
         return step(self.block, self.weights, x, restart, *self.state)
 
@@ -260,8 +259,8 @@ class AttentionStep(UpperStep):
         """See `UpperStep`."""
         attend = compile_if(self.compiled, attend_step)
         read = attend(self.block, x, self.keys, self.values, sight, self.rows)
-        if has_one_row_kernels(x):
-            return finish_row(self.block, x, read)
+        if single_row(x):
+            return finish_kernels(self.block, x, read)
         return compile_if(self.compiled, finish_step)(self.block, x, read)
 
 
@@ -272,15 +271,15 @@ STEPS: dict[type[Block], Any] = {
 }
 
 
-def has_one_row_kernels(x: Tensor) -> bool:
-    """Whether a step of x [B, D] runs as the kernels of a single row."""
+def single_row(x: Tensor) -> bool:
+    """Whether products of x [B, D] run as Triton kernels of a single row."""
     return len(x) == 1 and has_kernels(x)
 
 
 @functools.cache
-def one_row_kernels() -> ModuleType:
+def step_kernels() -> ModuleType:
     """Loaded on first use: Triton comes with PyTorch for CUDA only."""
-    return importlib.import_module("i3dist.ops.one_row_triton")
+    return importlib.import_module("i3dist.ops.step_triton")
 
 
 def compile_if(wanted: bool, call: Call) -> Call:
@@ -313,7 +312,7 @@ def rwkv_step(
     return x + block.channel_mix(inputs)
 
 
-def rwkv_row(
+def rwkv_kernels(
     block: RwkvBlock,
     weights: RwkvWeights,
     x: Tensor,
@@ -322,15 +321,13 @@ def rwkv_row(
     time_shift: Tensor,
     channel_shift: Tensor,
 ) -> Tensor:
-    """`rwkv_step` of a single row, x [1, D], in four kernels."""
-    kernels, time, channel = one_row_kernels(), block.time_mix, block.channel_mix
-    norm, shift = block.norm_time.padded(), (time_shift, restart, weights.time_mixes)
-    curves = weights.decay, weights.bonus
-    y, fresh = kernels.time_mix(x, norm, shift, weights.projections, curves, wkv)
-    x = kernels.add_product(x, y, time.output.weight, shift=(time_shift, fresh))
-    norm, shift = block.norm_channel.padded(), (channel_shift, restart, weights.channel_mixes)
-    hidden, gate, fresh = kernels.channel_mix(x, norm, shift, weights.channel)
-    return kernels.add_product(x, hidden, channel.value.weight, gate, (channel_shift, fresh))
+    """`rwkv_step` by Triton kernels."""
+    kernels, time, channel = step_kernels(), block.time_mix, block.channel_mix
+    shift, curves = (time_shift, restart, weights.time_mixes), (weights.decay, weights.bonus)
+    norm, output = block.norm_time.padded(), time.output.weight
+    x = kernels.time_mix(x, norm, shift, weights.projections, curves, wkv, output)
+    shift, norm = (channel_shift, restart, weights.channel_mixes), block.norm_channel.padded()
+    return kernels.channel_mix(x, norm, shift, weights.channel, channel.value.weight)
 
 
 def _mix(
@@ -384,9 +381,9 @@ def finish_step(block: AttentionBlock, x: Tensor, read: Tensor) -> Tensor:
     return x + block.ff(normed)
 
 
-def finish_row(block: AttentionBlock, x: Tensor, read: Tensor) -> Tensor:
-    """`finish_step` of a single row, [1, D] each, in three kernels."""
-    kernels = one_row_kernels()
+def finish_kernels(block: AttentionBlock, x: Tensor, read: Tensor) -> Tensor:
+    """`finish_step` of a single row by Triton kernels."""
+    kernels = step_kernels()
     x = kernels.add_product(x, read, block.attention.output.weight)
     hidden = kernels.normed_product(x, block.norm_ff.padded(), block.ff.up.weight, gelu=True)
     return kernels.add_product(x, hidden, block.ff.down.weight)
