@@ -14,7 +14,15 @@ from torch import Tensor
 from i3dist.inference.layout import laid_out
 from i3dist.inference.prompt import Prompt, read_above, read_prompt
 from i3dist.inference.recording import Recorded
-from i3dist.inference.steps import STEPS, LowerStep, Sight, UpperStep, compile_if
+from i3dist.inference.steps import (
+    STEPS,
+    LowerStep,
+    Sight,
+    UpperStep,
+    compile_if,
+    single_row,
+    step_kernels,
+)
 from i3dist.model.lm import I3LM
 
 
@@ -167,6 +175,9 @@ class BatchDecoder:
         for upper in self.upper:
             x = upper(x, sight)
         self.place.position.add_(1)
+        if single_row(x):
+            weight, norm = self.model.head.weight, self.model.norm_out.padded()
+            return step_kernels().normed_product(x, norm, weight).float()
         return compile_if(self.compiled, predict)(self.model, x)
 
     def _close(self, full: list[int]) -> None:

@@ -32,7 +32,9 @@ def laid_out(model: I3LM) -> I3LM:
 
 def _padded(module: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
     if isinstance(module, Linear) and name == "weight":
-        return module.computed(parameter.detach())
+        weight = module.computed(parameter.detach())
+        # Padding of dim 0 leaves columns in a row of memory, where GPUs want rows.
+        return weight.contiguous() if weight.is_cuda else weight
     if isinstance(module, LayerNorm):
         return module.channels.pad(parameter.detach())
     return parameter.detach()

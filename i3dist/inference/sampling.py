@@ -12,6 +12,9 @@ from torch import Tensor
 
 from i3dist.errors import UserError
 
+# Tokens whose weights are summed first: for several rows PyTorch 2.11 compiles no long running sum.
+BLOCK = 128
+
 # SplitMix64 (Steele et al., 2014, doi:10.1145/2660193.2660195), its constants as signed integers.
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 _ROUNDS = (30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)
@@ -56,9 +59,21 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # In fp64, so that rounding cuts no tail. The token is the first whose sum is above the number.
-    sums = distribution(logits, sampling).double().cumsum(-1)
-    return (sums <= uniform.unsqueeze(-1) * sums[:, -1:]).sum(-1)
+    # In fp64, so that rounding cuts no tail.
+    weights = distribution(logits, sampling).double()
+    blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    ends = blocks.sum(-1).cumsum(-1)
+    point = uniform.unsqueeze(-1) * ends[:, -1:]
+    block = _first_above(ends, point)
+    rows = torch.arange(len(logits), device=logits.device)
+    start = F.pad(ends, (1, 0))[rows, block].unsqueeze(-1)
+    return block * BLOCK + _first_above(start + blocks[rows, block].cumsum(-1), point)
+
+
+def _first_above(sums: Tensor, point: Tensor) -> Tensor:
+    """The first of rising sums [B, N] that is above a point [B, 1]: [B] int64. If rounding leaves
+    none, the first of the largest, which is the last that adds something."""
+    return ((sums <= point) & (sums < sums[:, -1:])).sum(-1)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:

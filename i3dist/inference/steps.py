@@ -2,14 +2,16 @@
 
 `LowerStep` and `UpperStep` run a layer's own `forward`, so every layer kind decodes. The kinds in
 `STEPS` have a faster step: the same equations, with fewer kernels. These change their memory in
-place, so that they can be recorded.
+place, so that they can be recorded. On a GPU they are kernels of `i3dist.ops.step_triton`.
 
 Notation: B rows, G rows whose chunk is full, T tokens of a chunk, C history chunks, M keys of an
 earlier chunk, H heads, D width.
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -19,13 +21,14 @@ from torch import Tensor
 from i3dist.model.attention import Attention, AttentionBlock
 from i3dist.model.block import Block, HistoryBlock, LayerState, LowerBlock, Project
 from i3dist.model.dual_attention import DualAttention, DualAttentionBlock
-from i3dist.model.layers import LayerNorm
+from i3dist.model.layers import LayerNorm, Linear
 from i3dist.model.lm import I3LM
 from i3dist.model.rwkv import RwkvBlock
 from i3dist.ops.attention import NEVER, Branch, KeysValues, attention_bias
 from i3dist.ops.layer_norm import add_and_norm_naive
 from i3dist.ops.linear import linear
 from i3dist.ops.precision import widen
+from i3dist.ops.shift_mix import has_kernels
 from i3dist.ops.wkv_naive import WkvInputs, wkv_naive
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -140,10 +143,11 @@ class UpperStep:
 
 
 class RwkvWeights(NamedTuple):
-    """What `rwkv_step` reads beside the block."""
+    """What a step reads beside the block. F is the hidden width of the channel-mix."""
 
     projections: Tensor  # [3, D, D], of keys, values and receptances
     time_mixes: Tensor  # [3, D]
+    channel: Tensor  # [F + D, D], of the channel-mix's keys and receptances
     channel_mixes: Tensor  # [2, D]
     decay: Tensor  # [D] fp32
     bonus: Tensor  # [D] fp32
@@ -157,13 +161,12 @@ class RwkvStep(LowerStep):
     def __init__(self, block: LowerBlock, states: Sequence[LayerState]):
         super().__init__(block, states)
         time, channel = self.block.time_mix, self.block.channel_mix
-        pad, parts = time.width.pad, (time.key, time.value, time.receptance)
-        projections = torch.stack([part.weight for part in parts])
-        for part, weight in zip(parts, projections, strict=True):
-            part.weight.data = weight  # no second copy in memory
+        pad = time.width.pad
+        projections = _joined(time.key, time.value, time.receptance)
         self.weights = RwkvWeights(
-            projections,
+            projections.unflatten(0, (3, -1)),
             pad(torch.stack([time.mix_key, time.mix_value, time.mix_receptance])),
+            _joined(channel.key, channel.receptance),
             pad(torch.stack([channel.mix_key, channel.mix_receptance])),
             -torch.exp(pad(time.decay_base) + pad(time.decay_offset)),
             pad(time.bonus_base) + pad(time.bonus_offset),
@@ -171,8 +174,19 @@ class RwkvStep(LowerStep):
 
     def __call__(self, x: Tensor, restart: Tensor) -> Tensor:
         """See `LowerStep`."""
+        if has_kernels(x):
+            return rwkv_kernels(self.block, self.weights, x, restart, *self.state)
         step = compile_if(self.compiled, rwkv_step)
         return step(self.block, self.weights, x, restart, *self.state)
+
+
+def _joined(*parts: Linear) -> Tensor:
+    """The weights of products below each other, which the products then share."""
+    joined = torch.cat([part.weight for part in parts])
+    sizes = [len(part.weight) for part in parts]
+    for part, weight in zip(parts, joined.split(sizes), strict=True):
+        part.weight.data = weight  # no second copy in memory
+    return joined
 
 
 class AttentionStep(UpperStep):
@@ -243,8 +257,11 @@ class AttentionStep(UpperStep):
 
     def __call__(self, x: Tensor, sight: Sight) -> Tensor:
         """See `UpperStep`."""
-        step = compile_if(self.compiled, attention_step)
-        return step(self.block, x, self.keys, self.values, sight, self.rows)
+        attend = compile_if(self.compiled, attend_step)
+        read = attend(self.block, x, self.keys, self.values, sight, self.rows)
+        if single_row(x):
+            return finish_kernels(self.block, x, read)
+        return compile_if(self.compiled, finish_step)(self.block, x, read)
 
 
 STEPS: dict[type[Block], Any] = {
@@ -252,6 +269,17 @@ STEPS: dict[type[Block], Any] = {
     AttentionBlock: AttentionStep,
     DualAttentionBlock: AttentionStep,
 }
+
+
+def single_row(x: Tensor) -> bool:
+    """Whether products of x [B, D] run as Triton kernels of a single row."""
+    return len(x) == 1 and has_kernels(x)
+
+
+@functools.cache
+def step_kernels() -> ModuleType:
+    """Loaded on first use: Triton comes with PyTorch for CUDA only."""
+    return importlib.import_module("i3dist.ops.step_triton")
 
 
 def compile_if(wanted: bool, call: Call) -> Call:
@@ -284,6 +312,24 @@ def rwkv_step(
     return x + block.channel_mix(inputs)
 
 
+def rwkv_kernels(
+    block: RwkvBlock,
+    weights: RwkvWeights,
+    x: Tensor,
+    restart: Tensor,
+    wkv: Tensor,
+    time_shift: Tensor,
+    channel_shift: Tensor,
+) -> Tensor:
+    """`rwkv_step` by Triton kernels."""
+    kernels, time, channel = step_kernels(), block.time_mix, block.channel_mix
+    shift, curves = (time_shift, restart, weights.time_mixes), (weights.decay, weights.bonus)
+    norm, output = block.norm_time.padded(), time.output.weight
+    x = kernels.time_mix(x, norm, shift, weights.projections, curves, wkv, output)
+    shift, norm = (channel_shift, restart, weights.channel_mixes), block.norm_channel.padded()
+    return kernels.channel_mix(x, norm, shift, weights.channel, channel.value.weight)
+
+
 def _mix(
     norm: LayerNorm,
     mixes: Tensor,
@@ -308,10 +354,10 @@ def _products(inputs: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor]:
     return [F.linear(row, weight) for row, weight in zip(inputs, weights, strict=True)]
 
 
-def attention_step(
+def attend_step(
     block: AttentionBlock, x: Tensor, keys: Tensor, values: Tensor, sight: Sight, rows: Tensor
 ) -> Tensor:
-    """`AttentionBlock.forward` of one token, x [B, D], which adds to keys and values in place."""
+    """What attention reads for one token, x [B, D] -> [B, D]; adds to keys and values in place."""
     attention = block.attention
     history = keys.shape[2] - sight.own.shape[1]
     normed, _ = add_and_norm_naive(x, block.norm_attention.padded())
@@ -325,11 +371,22 @@ def attention_step(
     visible = torch.cat([past, sight.own], dim=1).unsqueeze(1)
     logits = logits.masked_fill(~visible, NEVER)  # [B, H, C * M + T]
     if isinstance(attention, DualAttention):
-        read = _read_apart(attention, normed, logits, values, history)
-    else:
-        read = _weigh(logits, values)
-    normed, x = add_and_norm_naive(x, block.norm_ff.padded(), attention.output(read))
+        return _read_apart(attention, normed, logits, values, history)
+    return _weigh(logits, values)
+
+
+def finish_step(block: AttentionBlock, x: Tensor, read: Tensor) -> Tensor:
+    """What follows attention in `AttentionBlock.forward`, [B, D] each -> [B, D]."""
+    normed, x = add_and_norm_naive(x, block.norm_ff.padded(), block.attention.output(read))
     return x + block.ff(normed)
+
+
+def finish_kernels(block: AttentionBlock, x: Tensor, read: Tensor) -> Tensor:
+    """`finish_step` of a single row by Triton kernels."""
+    kernels = step_kernels()
+    x = kernels.add_product(x, read, block.attention.output.weight)
+    hidden = kernels.normed_product(x, block.norm_ff.padded(), block.ff.up.weight, gelu=True)
+    return kernels.add_product(x, hidden, block.ff.down.weight)
 
 
 def _turned(attention: Attention, normed: Tensor, order: Tensor) -> Tensor:
