@@ -8,6 +8,7 @@ from i3dist.config import Settings
 from i3dist.data.schedule import divisors
 from i3dist.model.layer_kinds import LAYER_KINDS
 from i3dist.model.lm import I3LM
+from i3dist.ops.cross_entropy import slice_rows
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.tracking.mfu import Gpu, operations, seen_in_a_long_document
 
@@ -29,15 +30,19 @@ def fixed_memory(settings: Settings, parameters: int, world_size: int) -> dict[s
     """Bytes on one rank that do not grow with its lanes, by what they hold.
 
     Every rank keeps bf16 weights and gradients and, while they are reduced, the fp32 gradients;
-    ZeRO shares out fp32 weights and the optimizer's tensors.
+    ZeRO shares out fp32 weights and the optimizer's tensors. The loss holds the logits of a slice
+    of the tokens, and the head's gradient.
     """
     states = len(OPTIMIZERS.of(settings.optimizer.kind).states)
+    model = settings.model
     return {
         "weights, bf16": 2.0 * parameters,
         "gradients, bf16": 2.0 * parameters,
         "gradients, fp32": 4.0 * parameters,
         "weights, fp32, 1/ranks": 4.0 * parameters / world_size,
         "optimizer, fp32, 1/ranks": 4.0 * states * parameters / world_size,
+        "logits of a slice, bf16": 2.0 * slice_rows(model.vocab, on_gpu=True) * model.vocab,
+        "gradient of the head, fp32": 4.0 * model.vocab * model.d_model,
     }
 
 
@@ -45,22 +50,19 @@ def lane_memory(settings: Settings) -> dict[str, float]:
     """Bytes that one lane's window takes while it is computed, by what they hold.
 
     Activations are those that compiled blocks keep for backward: about `kept_values` x D per token
-    in a layer (with 4x feed-forward) and 7 D elsewhere, in bf16. Logits have a gradient.
+    in a layer (with 4x feed-forward) and 7 D elsewhere, in bf16.
     """
     model = settings.model
     tokens = settings.train.window_chunks * model.chunk_length
     kept = sum(LAYER_KINDS.of(kind).kept_values for kind in model.layer_kinds) + 7
-    return {
-        "activations": 2.0 * tokens * model.d_model * kept,
-        "logits": 4.0 * tokens * model.vocab,
-    }
+    return {"activations": 2.0 * tokens * model.d_model * kept}
 
 
 class Memory(NamedTuple):
     """Bytes on one rank. A guide, not a bound.
 
-    The card with layers of `attention` took 19.6, 58.8 and 111.3 GiB on an H200 with 4, 16 and 32
-    lanes (docs/performance.md); this says 19.5, 58.9 and 111.5.
+    Without history the card took 93.8 GiB on an H200 with 32 lanes (docs/performance.md); this says
+    96.7.
     """
 
     fixed: dict[str, float]

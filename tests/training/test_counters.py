@@ -12,6 +12,7 @@ from i3dist.config import ModelSettings, Settings
 from i3dist.data.lanes import Batch, StepCounts
 from i3dist.distributed import collectives
 from i3dist.inference.evaluate import ChunkLoss, Evaluation
+from i3dist.ops.cross_entropy import slice_rows
 from i3dist.tracking import history, interval, report
 from i3dist.tracking.interval import Figures, Interval
 from i3dist.tracking.metrics import measure, perplexity
@@ -297,11 +298,9 @@ def test_memory_of_a_rank_by_hand() -> None:
     """Of the card on one GPU."""
     memory = memory_estimate(CARD, TOTAL, 1, H100.memory)
     tokens = 8 * 512
-    assert list(memory.fixed.values()) == [2 * TOTAL, 2 * TOTAL, 4 * TOTAL, 4 * TOTAL, 8 * TOTAL]
-    assert list(memory.lane.values()) == [
-        2 * tokens * 1180 * (12 * 22 + 2 * 23 + 7),
-        4 * tokens * 32_000,  # logits and their gradient, of 2 bytes
-    ]
+    weights = [2 * TOTAL, 2 * TOTAL, 4 * TOTAL, 4 * TOTAL, 8 * TOTAL]
+    assert list(memory.fixed.values()) == [*weights, 2 * 2**14 * 32_000, 4 * 32_000 * 1180]
+    assert list(memory.lane.values()) == [2 * tokens * 1180 * (12 * 22 + 2 * 23 + 7)]
     assert memory.lanes == 4
 
 
@@ -312,8 +311,9 @@ def test_memory_on_several_ranks(micro_batch: int | str, lanes: int) -> None:
     memory = memory_estimate(settings, 1000, 4, H100.memory)
     tokens = 7 * 16
     activations = 2 * tokens * 24 * (3 * 22 + 1 * 20 + 7)
-    assert list(memory.fixed.values()) == [2000, 2000, 4000, 1000, 2000]
-    assert list(memory.lane.values()) == [activations, 4 * tokens * 50]
+    slice_ = 2 * slice_rows(50, on_gpu=True) * 50
+    assert list(memory.fixed.values()) == [2000, 2000, 4000, 1000, 2000, slice_, 4 * 50 * 24]
+    assert list(memory.lane.values()) == [activations]
     assert memory.lanes == lanes
     lion = settings.with_values(**{"optimizer.kind": "lion"})
     assert fixed_memory(lion, 1000, 4)["optimizer, fp32, 1/ranks"] == 1000
