@@ -45,8 +45,8 @@ quickstart: $(READY) $(DATA_READY)  ## prepare data, train, evaluate and generat
 	@echo "         http://127.0.0.1:5000/#/experiments"
 
 test: $(READY)  ## run the tests
-	@# Two files at a time, because many tests wait for the processes that they start.
-	pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@# Three files at a time for two cores: many tests wait for the processes that they start.
+	pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## run ruff and mypy
 	ruff check .

@@ -1,12 +1,14 @@
 """What several parts of the suite share: a small real data set and a way to run the programs."""
 
 import email
+import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,7 @@ hypothesis.settings.register_profile("i3dist", deadline=None)
 hypothesis.settings.load_profile("i3dist")
 
 ROOT = Path(__file__).parent.parent
+STARTUP = ROOT / "tests" / "startup"  # what Python does first in the programs that tests start
 # Small enough for seconds; history is on from the first step, so every part takes part.
 QUICK = [
     *("--config", "configs/tiny.yaml", "model.d_model=32", "model.rwkv_layers=2"),
@@ -40,10 +43,29 @@ STEPS = 12
 SAVING = [f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=9"]
 
 
+def made_once(name: str, make: Callable[[Path], Path], factory: pytest.TempPathFactory) -> Path:
+    """What `make` makes in a folder that it is given, once for all processes that run tests."""
+    place = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent  # which all have
+    folder, made = place / name, place / f"{name}.made"
+    with (place / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            made.write_text(str(make(folder)))
+    return Path(made.read_text())
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of a few modules of the standard library: some 240 chunks in shards of 8."""
-    return shards_of(texts(), tmp_path_factory.mktemp("data"), "--vocab-size", 512)
+
+    def make(folder: Path) -> Path:
+        return shards_of(texts(), folder, "--vocab-size", 512)
+
+    return made_once("data", make, tmp_path_factory)
 
 
 def texts() -> list[str]:
@@ -66,11 +88,14 @@ def shards_of(documents: Iterable[str], folder: Path, *words: object) -> Path:
 @pytest.fixture(scope="session")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed run of two ranks, with `QUICK` and `SAVING`; only to be read."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    places = f"data.path={data}", f"run.path={run}"
-    result = run_ranks(*QUICK, *SAVING, "validate.samples=2", *places)
-    assert result.returncode == 0, result.stderr
-    return run
+
+    def make(folder: Path) -> Path:
+        places = f"data.path={data}", f"run.path={folder / 'run'}"
+        result = run_ranks(*QUICK, *SAVING, "validate.samples=2", *places)
+        assert result.returncode == 0, result.stderr
+        return folder / "run"
+
+    return made_once("whole", make, tmp_path_factory)
 
 
 def environment() -> dict[str, str]:
@@ -79,8 +104,9 @@ def environment() -> dict[str, str]:
     With one thread a process, as above: on a busy machine more take several times as long.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    modules = os.pathsep.join(filter(None, (str(STARTUP), os.environ.get("PYTHONPATH"))))
     # "1" is what torchrun sets where nobody chose a number, so that ranks take it for no choice.
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "01"}
+    return os.environ | {"PATH": path, "PYTHONPATH": modules, "OMP_NUM_THREADS": "01"}
 
 
 @cache

@@ -7,6 +7,7 @@ process of its own with torchrun's environment, and where one fails the others a
                                     each with the first status that is not 0
 """
 
+import gc
 import json
 import os
 import runpy
@@ -19,6 +20,13 @@ from typing import Any
 import psutil
 
 TIMED_OUT = "timed out"
+SLOW = (
+    "i3dist.tracking.plots",
+    "i3dist.tracking.tracker",
+    "i3dist.training.trainer",
+    "torch._dynamo",
+)
+DEEPSPEED = "i3dist.training.run"  # imports it, and it looks for GPUs: then no fork can use one
 
 
 class Launcher:
@@ -60,13 +68,13 @@ class Launcher:
 
 def main() -> None:
     """Serve until standard input ends. In a fork: be the program that was asked for."""
-    for module in (
-        "i3dist.training.trainer",
-        "i3dist.tracking.plots",
-        "i3dist.tracking.tracker",
-        "torch._dynamo",
-    ):
+    for module in SLOW:
         __import__(module)
+    if not Path("/dev/nvidiactl").exists():
+        __import__(DEEPSPEED)
+    # A fork's garbage collector leaves alone what is here: it would copy it all, for a second.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         ranks = []

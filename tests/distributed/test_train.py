@@ -230,7 +230,7 @@ def test_an_altered_shard_stops_every_rank_with_one_line(data: Path, tmp_path: P
         content[600] ^= 1
         shard.write_bytes(content)
     words = [f"data.path={bad}", f"run.path={tmp_path / 'run'}"]
-    line = error_line(deepspeed(*QUICK, *words, timeout=90))
+    line = error_line(run_ranks(*QUICK, *words, timeout=90))
     assert "shard-" in line and "differs from its manifest" in line
 
 

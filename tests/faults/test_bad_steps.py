@@ -49,7 +49,7 @@ def test_too_many_in_a_row_end_the_run(
     monkeypatch.setenv("INJECT_FAULT", "nan 1 2 3 4 5")
     run = tmp_path / "run"
     words = [*QUICK, "train.steps=9", "guard.bad_steps=3", f"data.path={data}", f"run.path={run}"]
-    result = deepspeed(*words, script=SCRIPT)
+    result = run_ranks(*words, script=SCRIPT)
     line = error_line(result)
     assert "in 3 steps in a row, up to step 4" in line and "guard.bad_steps" in line
     assert [e.step for e in ledger.read(run)] == [1, 2, 3, 4]
