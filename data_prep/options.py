@@ -1,7 +1,6 @@
 """The command line of shard.py."""
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from data_prep.arguments import CORES, TaskShare, number_in
@@ -83,7 +82,7 @@ def add_options(parser: ArgumentParser) -> None:
         type=typed_path,
         metavar="DIR",
         help="where they are made for an --out at a URL; --dry-run says how much disk they take "
-        f"(default: the system's folder for temporary files, {tempfile.gettempdir()})",
+        "(default: the system's folder for temporary files)",
     )
     parser.add_argument(
         "--tokenizer",

@@ -36,6 +36,7 @@ DEFAULTS = {
     "format": "text",
     "source": [(DATASET, 1.0)],
     "out": Path("data/fineweb-edu"),
+    "scratch": None,
     "text_column": None,
     "tokenizer": None,
     "vocab_size": None,
@@ -78,7 +79,7 @@ def test_the_fraction_reaches_from_end_to_end() -> None:
             value("valid-fraction", wrong)
 
 
-@pytest.mark.parametrize("name", ["out", "tokenizer"])
+@pytest.mark.parametrize("name", ["out", "scratch", "tokenizer"])
 def test_a_place_is_what_was_typed(name: str) -> None:
     assert str(value(name, "a b#c")) == "a b#c"
 
