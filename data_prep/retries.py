@@ -49,12 +49,18 @@ def is_final(error: BaseException) -> bool:
     """Whether trying again is of no use."""
     # fsspec says that a file is not there for whatever went wrong; the cause tells what did.
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    status = getattr(cause, "status", None) or getattr(
-        getattr(cause, "response", None), "status_code", None
-    )
+    status = _status(cause)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in TEMPORARY
     return isinstance(cause, _FINAL) or "Credentials" in type(cause).__name__
+
+
+def _status(error: BaseException) -> object:
+    """The HTTP status that an error of a library tells, if any."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # of botocore
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(error, "status", None) or getattr(response, "status_code", None)
 
 
 def why(error: BaseException) -> str:

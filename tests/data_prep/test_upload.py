@@ -10,6 +10,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from data_prep import retries, upload
+from data_prep.store import Store
 from i3dist.errors import UserError
 from tests.data_prep.advice import counting
 from tests.data_prep.corpus import build, tree_digest
@@ -154,6 +155,36 @@ def test_a_url_that_keeps_no_files_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=r"^(cannot open )?--out .*name a folder"):
         make(corpus, tmp_path, out=url)
+
+
+class NotFoundError(Exception):
+    """As botocore tells it."""
+
+    response: ClassVar = {"ResponseMetadata": {"HTTPStatusCode": 404}}
+
+
+class NoCredentialsError(Exception):
+    """As botocore calls it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [(FileNotFoundError("no such bucket"), NotFoundError()), (NoCredentialsError("none"), None)],
+)
+def test_a_store_that_will_never_work_is_tried_once(
+    at_url: Path, tmp_path: Path, error: Exception, cause: Exception | None
+) -> None:
+    tries = []
+
+    def refuse(path: str, place: Path) -> None:
+        tries.append(path)
+        raise error from cause
+
+    Storage.put = refuse
+    (tmp_path / "a").write_bytes(b"a")
+    with pytest.raises(UserError, match=r"^cannot write storage://bucket/data/a: .*check the URL"):
+        Store(URL).put(tmp_path / "a", "a")
+    assert len(tries) == 1
 
 
 def test_other_files_at_the_url_stay(
