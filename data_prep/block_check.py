@@ -20,6 +20,7 @@ from i3dist.data.token_types import Stored
 BLOCK = 1 << 19
 
 Ints = NDArray[np.int64]
+_NOWHERE: Ints = np.empty(0, np.int64)
 
 
 class Findings(NamedTuple):
@@ -43,7 +44,12 @@ class BlockCheck:
         self.members = min(max(1, BLOCK // self.stride), stream.chunks_per_shard)
         self._vocab_size = stream.vocab_size
         self._ordinary, self._inner = _ordinary_ids(stream.vocab_size, stream.special_ranges())
+        self._most = self._id(max(len(self._ordinary) - 1, 0))  # counted from the first one
         self._data = memoryview(bytearray(self.members * self.stride))
+        data = np.frombuffer(self._data, np.uint8).reshape(self.members, self.stride)
+        end = TAR_BLOCK + self._payload
+        self._stored, self._padding = data[:, :TAR_BLOCK], data[:, end:]
+        self._tokens = data[:, TAR_BLOCK:end].view(self._kind.dtype)
         self._headers = Headers(self._payload, stream.chunks_per_shard, self._kind.dtype.itemsize)
         self._made = self._headers.blank(self.members)
         self._shifted = np.empty((self.members, self.length), self._kind.dtype)
@@ -61,39 +67,62 @@ class BlockCheck:
             done += got
         return self._data[:done]
 
-    def check(self, number: int, first: int, count: int) -> Findings:
-        """Check the `count` members last read, which are chunks `first` and on of a shard."""
-        end = TAR_BLOCK + self._payload
-        data = np.frombuffer(self._data[: count * self.stride], np.uint8)
-        members = data.reshape(count, self.stride)
-        tokens = members[:, TAR_BLOCK:end].view(self._kind.dtype)
+    def check(self, number: int, first: int, count: int, expected: Ints) -> Findings:
+        """Check the `count` members last read, which are chunks `first` and on of a shard.
+
+        Args:
+            number: the shard's.
+            first: the first chunk.
+            count: how many.
+            expected: where special ids may stand in the block, ascending. Those elsewhere are found
+                too, by a search that takes longer.
+        """
+        tokens = self._tokens[:count]
         changes, start = self._changes(tokens, first), first * self.length
-        tokens = self._kind.ids(tokens)
-        places = _flatnonzero(self._not_ordinary(tokens).reshape(-1))
-        ids = tokens[np.divmod(places, self.length)]
-        is_known = ids < self._vocab_size
-        beyond, special = places[~is_known], places[is_known]
-        malformed = self._malformed(number, first, members)
-        return Findings(malformed, beyond + start, special + start, ids[is_known], changes + start)
+        special, ids = self._special(self._kind.ids(tokens), expected)
+        beyond = _NOWHERE
+        if len(ids) and ids.max() >= self._vocab_size:
+            is_known = ids < self._vocab_size
+            beyond, special, ids = special[~is_known], special[is_known], ids[is_known]
+        malformed = self._malformed(number, first, count)
+        return Findings(malformed, beyond + start, special + start, ids, changes + start)
 
     def _changes(self, tokens: Stored, first: int) -> Ints:
         """Where the mask of a block changes, given the number of its first chunk."""
         learned = self._kind.learned(tokens)
         if learned is None:
-            return np.empty(0, np.int64)
+            return _NOWHERE
         learned = learned.reshape(-1)
         before = self._learned_before if first else False
         self._learned_before = bool(learned[-1])
         return np.flatnonzero(learned != np.concatenate(([before], learned[:-1])))
 
-    def _malformed(self, number: int, first: int, members: NDArray[np.uint8]) -> list[int]:
-        made = self._headers.number(self._made[: len(members)], number, first)
-        stored, padding = members[:, :TAR_BLOCK], members[:, TAR_BLOCK + self._payload :]
+    def _malformed(self, number: int, first: int, count: int) -> list[int]:
+        made = self._headers.number(self._made[:count], number, first)
+        stored, padding = self._stored[:count], self._padding[:count]
         alike = np.array_equal(stored.view(np.uint64), made.view(np.uint64))
         if alike and not (padding.size and padding.any()):
             return []
         wrong = (stored != made).any(axis=1) | padding.any(axis=1)
         return (np.flatnonzero(wrong) + first).tolist()
+
+    def _special(self, tokens: Stored, expected: Ints) -> tuple[Ints, Stored]:
+        """Where ids are that are special or outside the vocabulary, and these ids."""
+        if self._ordinary and not self._inner and len(expected):
+            shifted = self._shift(tokens).reshape(-1)
+            found = shifted[expected]
+            if not (is_special := found > self._most).all():
+                expected, found = expected[is_special], found[is_special]
+            shifted[expected] = 0
+            if shifted.max() <= self._most:
+                return expected, found + self._id(self._ordinary.start)
+        places = _flatnonzero(self._not_ordinary(tokens).reshape(-1))
+        return places, tokens[np.divmod(places, self.length)]
+
+    def _shift(self, tokens: Stored) -> Stored:
+        """Ids counted from the first ordinary one; those below it wrap around to large numbers."""
+        start = self._id(self._ordinary.start)
+        return np.subtract(tokens, start, out=self._shifted[: len(tokens)])
 
     def _not_ordinary(self, tokens: Stored) -> NDArray[np.bool_]:
         """Where ids are that are special or outside the vocabulary."""
@@ -102,9 +131,8 @@ class BlockCheck:
         if not ordinary:
             found[:] = True
             return found
-        # Unsigned: ids below the first ordinary one wrap around to large numbers.
-        shifted = np.subtract(tokens, self._id(ordinary.start), out=self._shifted[:count])
-        np.greater(shifted, self._id(len(ordinary) - 1), out=found)
+        shifted = self._shift(tokens)
+        np.greater(shifted, self._most, out=found)
         for low, high in self._inner:
             np.subtract(tokens, self._id(low), out=shifted)
             np.less_equal(shifted, self._id(high - low), out=within)

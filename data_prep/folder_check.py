@@ -8,14 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.damage import Damage
-from data_prep.output import TRAIN, VALID, Output, OutputSettings
+from data_prep.output import (
+    EVIDENCE_NAME,
+    SETTINGS_NAME,
+    TOKENIZER_NAME,
+    TRAIN,
+    VALID,
+    Output,
+    OutputSettings,
+)
 from data_prep.pack import INDEX_NAME
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
 SPLITS = (TRAIN, VALID)
-SETTINGS_NAME, EVIDENCE_NAME, TOKENIZER_NAME = "shard.json", "source.json", "tokenizer.json"
 
 
 class FolderCheck:

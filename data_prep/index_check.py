@@ -75,7 +75,7 @@ class IndexCheck:
             self.damages.append(Damage(self.stream.file(INDEX_NAME), "", "is not zstd throughout"))
         with open(self.stream.folder / INDEX_NAME, "rb") as raw:
             self.has_checksums = all(has_checksum(raw, column) for column in columns)
-        self._batches = file.iter_batches(ROWS_AT_A_TIME, columns=list(NUMBERS))
+        self._batches = file.iter_batches(ROWS_AT_A_TIME, columns=list(NUMBERS), use_threads=False)
 
     @property
     def is_readable(self) -> bool:
@@ -167,7 +167,8 @@ def check_texts(stream: Stream, group: int) -> TextReport:
     try:
         file = open_index(stream.folder)
         start = row = sum(file.metadata.row_group(g).num_rows for g in range(group))
-        for batch in file.iter_batches(ROWS_AT_A_TIME, [group], columns=["piece", *TEXTS]):
+        columns = ["piece", *TEXTS]
+        for batch in file.iter_batches(ROWS_AT_A_TIME, [group], columns, use_threads=False):
             try:
                 batch.validate(full=True)
             except UNREADABLE as error:

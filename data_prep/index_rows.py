@@ -64,6 +64,20 @@ def row_damage(stream: Stream, row: int, problem: str) -> Damage:
     return Damage(stream.file(INDEX_NAME), f"row {row}", problem)
 
 
+def piece_ends(stream: Stream, rows: Rows | None) -> Ints:
+    """Where pieces begin and end by the rows of a shard, ascending; none if they are in disorder.
+
+    These are tokens of the shard, of which most are <BOS> or <EOS>.
+    """
+    if rows is None:
+        return np.empty(0, np.int64)
+    starts = rows.chunk * stream.chunk_length + rows.offset
+    ends = np.stack((starts, starts + rows.length - 1), axis=1).reshape(-1)
+    steps = np.diff(ends, prepend=-1)
+    # A piece of one token begins and ends there.
+    return ends[steps > 0] if steps.min(initial=0) >= 0 else ends[:0]
+
+
 def compare_rows(
     stream: Stream, number: int, rows: Rows, starts: Ints, stops: Ints, begins_inside: bool
 ) -> Iterator[Damage]:

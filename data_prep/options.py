@@ -15,7 +15,7 @@ from data_prep.tokenizer import (
     DEFAULT_VOCABULARY,
     SMALLEST_VOCABULARY,
 )
-from i3dist.cli.paths import is_url, literal_name, typed_path
+from i3dist.cli.paths import literal_name, typed_path, typed_place
 from i3dist.cli.program import ArgumentParser
 from i3dist.data.token_types import LARGEST_VOCABULARY
 from i3dist.errors import UserError
@@ -70,7 +70,20 @@ def add_options(parser: ArgumentParser) -> None:
         f"{FORMATS[CHAT].key})",
     )
     out = Path("data/fineweb-edu")
-    parser.add_argument("--out", type=_out, default=out, help=f"folder (default: {out})")
+    parser.add_argument(
+        "--out",
+        type=typed_place,
+        default=out,
+        help="folder, or the URL of one that fsspec can write to (s3, gs, ...): shards are made on "
+        f"the disk, and moved there (default: {out})",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=typed_path,
+        metavar="DIR",
+        help="where they are made for an --out at a URL; --dry-run says how much disk they take "
+        "(default: the system's folder for temporary files)",
+    )
     parser.add_argument(
         "--tokenizer",
         type=typed_tokenizer,
@@ -134,6 +147,8 @@ def check_choices(options: argparse.Namespace) -> None:
     least, most = options.min_tokens, options.max_tokens
     if least is not None and most is not None and least > most:
         raise UserError(f"--min-tokens {least} is more than --max-tokens {most}: lower it")
+    if options.scratch and isinstance(options.out, Path):
+        raise UserError("--scratch is for an --out at a URL: omit it")
     if options.valid and options.valid_fraction is not None:
         raise UserError("--valid and --valid-fraction exclude each other: omit one")
     if options.valid_fraction is None:
@@ -145,15 +160,6 @@ def _column(text: str) -> str:
         return literal_name(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-
-
-def _out(text: str) -> Path:
-    if is_url(text):
-        raise argparse.ArgumentTypeError(
-            f"{text} is a URL, and shards are made on a disk: name a folder, and copy it to the "
-            "URL when it is complete"
-        )
-    return typed_path(text)
 
 
 def _add_steps(group: argparse._MutuallyExclusiveGroup) -> None:

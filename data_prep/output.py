@@ -2,7 +2,8 @@
 
 `shard.json` holds the settings. The work is done in `.work`. At the end `source.json` is written,
 which says what was read, the splits are moved into place, and their manifests are written last:
-they make the folder complete. Settings that only packing uses (chunk length, chunks per shard,
+they make the folder complete. An output at a URL is made in a folder of the disk first, and
+moved from there (`upload`). Settings that only packing uses (chunk length, chunks per shard,
 share of validation) may change until the first split is in place, because no other work depends on
 them.
 """
@@ -10,7 +11,7 @@ them.
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -22,6 +23,7 @@ from data_prep.formats import FORMATS
 from data_prep.locks import lock, locked_file
 from data_prep.records import WorkFolder
 from data_prep.sources import TEXT
+from data_prep.store import Store
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.data.token_types import TokenType, token_type
 from i3dist.errors import UserError
@@ -31,10 +33,11 @@ Model = TypeVar("Model", bound=Saved)
 
 TRAIN, VALID = "train", "valid"
 OTHER_CONTENT = "from other content of the same source"
-_SETTINGS_NAME = "shard.json"
-_EVIDENCE_NAME = "source.json"
+SETTINGS_NAME = "shard.json"
+EVIDENCE_NAME = "source.json"
+TOKENIZER_NAME = "tokenizer.json"
 _WORK_NAME = ".work"
-_BEGUN_NAME = f"{_WORK_NAME}/{_EVIDENCE_NAME}"
+_BEGUN_NAME = f"{_WORK_NAME}/{EVIDENCE_NAME}"
 _OF_PACKING = frozenset(("chunk_length", "chunks_per_shard", "valid_fraction"))
 _LICENSES = ("license", "valid_license")
 _IF_USED = Field(exclude_if=lambda value: value is None)
@@ -117,34 +120,42 @@ def _in_words(name: str, value: object, theirs: object) -> str:
 
 
 class Output:
-    """The folder DIR."""
+    """The folder DIR, or the one on the disk in which the output at a URL is made.
 
-    def __init__(self, folder: Path) -> None:
+    `place` is what the user calls it.
+    """
+
+    def __init__(self, folder: Path, store: Store | None = None) -> None:
         self.folder = folder
+        self.store = store
+        self.place = str(store or folder)
         self.runs = folder / _WORK_NAME / "runs"
         self.facts = folder / _WORK_NAME / "source"
         self.plan = folder / _WORK_NAME / "plan.json"
         self.merged_runs = folder / _WORK_NAME / "merged"
         self.duplicates = folder / _WORK_NAME / "duplicates"
         self.work = WorkFolder(folder / _WORK_NAME / "splits", folder / _WORK_NAME / "ranges")
-        self.tokenizer = folder / "tokenizer.json"
+        self.tokenizer = folder / TOKENIZER_NAME
 
     def settings(self) -> OutputSettings | None:
         """The settings that the folder was begun with; None where it is new."""
-        return self._read(OutputSettings, _SETTINGS_NAME)
+        return self._read(OutputSettings, SETTINGS_NAME)
 
     def evidence(self) -> Evidence | None:
         """What was read of the source; before the work is done, the state of its files."""
-        return self._read(Evidence, _EVIDENCE_NAME) or self._read(Evidence, _BEGUN_NAME)
+        return self._read(Evidence, EVIDENCE_NAME) or self._read(Evidence, _BEGUN_NAME)
 
     def _read(self, model: type[Model], name: str) -> Model | None:
-        path = self.folder / name
+        path, data = self.folder / name, None
         try:
-            return model.model_validate_json(path.read_bytes())
+            data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            if self.store:
+                data = self.store.get(name)
+        try:
+            return None if data is None else model.model_validate_json(data)
         except ValidationError:
-            advice = f"choose another --out, or delete {self.folder}"
+            advice = f"choose another --out, or delete {self.place}"
             raise UserError(f"{path} is damaged: {advice}") from None
 
     @contextmanager
@@ -194,28 +205,43 @@ class Output:
         Raises:
             UserError: the folder was made with other settings, is damaged, or is not ours.
         """
-        found = [entry.name for entry in self.folder.iterdir()]
+        found = self.store.sizes() if self.store else os.listdir(self.folder)
         former = self.settings()  # read after that: another task may begin the folder just now
         if former is None:
-            ours = (_WORK_NAME, f".{_SETTINGS_NAME}.")  # a killed run may have left the second
+            ours = (_WORK_NAME, f".{SETTINGS_NAME}.")  # a killed run may have left the second
             if not all(name.startswith(ours) for name in found):
-                raise UserError(f"{self.folder} holds other files: choose another --out")
+                raise UserError(f"{self.place} holds other files: choose another --out")
             return False
-        is_packed = any((self.folder / split).exists() for split in (TRAIN, VALID))
+        uploaded = self._uploaded_manifests(settings.splits)
+        is_packed = any((self.folder / split).exists() for split in (TRAIN, VALID)) or uploaded
         free = frozenset() if is_packed else _OF_PACKING | free
         if difference := former.difference(settings, free):
             raise self.refusal(difference)
+        for split, data in uploaded.items():
+            (self.folder / split).mkdir(exist_ok=True)
+            write_whole(self.folder / split / MANIFEST_NAME, data)
         folders = [self.folder / split for split in settings.splits]
         if not all((folder / MANIFEST_NAME).exists() for folder in folders):
             return False
         for folder in folders:
-            _check_shards(folder)
+            _check_shards(folder, self.store.sizes(folder.name) if self.store else {})
         self._discard_work()
         return True
 
+    def _uploaded_manifests(self, splits: Sequence[str]) -> dict[str, bytes]:
+        """The manifests of an output that is complete at its URL, and not here."""
+        if self.store is None or any((self.folder / split).exists() for split in splits):
+            return {}
+        found = {split: self.store.get(f"{split}/{MANIFEST_NAME}") for split in splits}
+        there = {split: data for split, data in found.items() if data is not None}
+        return there if len(there) == len(splits) else {}
+
     def refusal(self, difference: str) -> UserError:
         """The error for a folder that was made in another way: `difference` says in which."""
-        return UserError(f"{self.folder} was made {difference}: choose another --out, or delete it")
+        it = f"it and {self.folder}" if self.store else "it"
+        return UserError(
+            f"{self.place} was made {difference}: choose another --out, or delete {it}"
+        )
 
     def free_bytes(self) -> int:
         """Bytes free where the folder is, or will be."""
@@ -241,7 +267,7 @@ class Output:
                 with another tokenizer.
         """
         self.runs.mkdir(parents=True, exist_ok=True)
-        write_first(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
+        write_first(self.folder / SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
         former = self.settings()
         if former and (difference := former.difference(settings, _OF_PACKING | free)):
             raise self.refusal(difference)
@@ -251,10 +277,12 @@ class Output:
         write_first(self.tokenizer, tokenizer)
         if self.tokenizer.read_bytes() != tokenizer:
             raise self.refusal("with another tokenizer just now")
+        if self.store:  # early, so that a URL that cannot be written to is refused early
+            self.store.put(self.folder / SETTINGS_NAME, SETTINGS_NAME)
 
     def write_settings(self, settings: OutputSettings) -> None:
         """Write down the settings."""
-        write_whole(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
+        write_whole(self.folder / SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
 
     def take_back(self) -> None:
         """Take splits that a killed run has moved into place back, so as not to pack them again."""
@@ -268,7 +296,7 @@ class Output:
     def publish(self, manifests: Mapping[str, Manifest], evidence: Evidence | None) -> None:
         """Move the staged splits into place, and write their manifests last."""
         if evidence:
-            write_whole(self.folder / _EVIDENCE_NAME, evidence.model_dump_json().encode())
+            write_whole(self.folder / EVIDENCE_NAME, evidence.model_dump_json().encode())
         for split in manifests:
             final = self.folder / split
             (final / MANIFEST_NAME).unlink(missing_ok=True)
@@ -283,7 +311,9 @@ class Output:
         """Remove everything that was begun."""
         self.tokenizer.unlink(missing_ok=True)
         self._discard_work()
-        (self.folder / _SETTINGS_NAME).unlink(missing_ok=True)  # last: it marks the folder as ours
+        if self.store:
+            self.store.remove(SETTINGS_NAME)
+        (self.folder / SETTINGS_NAME).unlink(missing_ok=True)  # last: it marks the folder as ours
 
     def _discard_work(self) -> None:
         shutil.rmtree(self.folder / _WORK_NAME, ignore_errors=True)
@@ -292,7 +322,7 @@ class Output:
 
 def is_output(folder: Path) -> bool:
     """Whether this tool has made a folder."""
-    path = folder / _SETTINGS_NAME
+    path = folder / SETTINGS_NAME
     try:
         OutputSettings.model_validate_json(path.read_bytes() if path.is_file() else b"")
     except (ValidationError, OSError):
@@ -300,10 +330,11 @@ def is_output(folder: Path) -> bool:
     return True
 
 
-def _check_shards(folder: Path) -> None:
+def _check_shards(folder: Path, moved: Mapping[str, int]) -> None:
+    """Refuse a split whose shards are neither there nor `moved`, in their full size."""
     for shard in Manifest.load(folder).shards:
         path = folder / shard.name
-        size = path.stat().st_size if path.is_file() else None
+        size = path.stat().st_size if path.is_file() else moved.get(shard.name)
         if size != shard.size:
             found = "missing" if size is None else f"{size} bytes long, not {shard.size}"
             raise UserError(f"{path} is {found}: delete {folder.parent} and make it again")

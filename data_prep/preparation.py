@@ -36,7 +36,8 @@ from data_prep.progress import closing_table, dropped_table, pass_bar, sources_t
 from data_prep.shuffle import PartSummary
 from data_prep.sources import Part, Source, clean_file_name
 from data_prep.tokenizer import no_usable_document, sample_texts, train_tokenizer
-from i3dist.data.manifest import MAX_SHARDS
+from data_prep.upload import clear, is_uploaded, upload
+from i3dist.data.manifest import MAX_SHARDS, Manifest
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
@@ -112,12 +113,13 @@ class Preparation:
         self._finish(plan, summaries, workers, start)
 
     def is_complete(self, given: Tokenizer | None) -> bool:
-        """Whether all work is done; says so."""
+        """Whether all work is done; says so. An upload that was stopped is completed."""
         free = self._begun.may_differ(given)
         if not self.output.is_complete(self.settings, free):
             return False
         self.check_complete()
-        print(clean_file_name(f"{self.output.folder} is already complete"))
+        self._upload()
+        print(clean_file_name(f"{self.output.place} is already complete"))
         return True
 
     def _refuse_old_runs(self) -> None:
@@ -189,6 +191,20 @@ class Preparation:
             self.console.print(dropped_table(dropped, of_splits=settings.valid is not None))
         if self.source.left_out:
             self._say(f"left out: {self.source.left_out}")
+        self._upload()
+
+    def _upload(self) -> None:
+        """Move the complete output to its URL, if it has one."""
+        output, store = self.output, self.output.store
+        if store is None:
+            return
+        manifests = {split: Manifest.load(output.folder / split) for split in self.settings.splits}
+        if not is_uploaded(output.folder, store, manifests):
+            shards = sum(len(manifest.shards) for manifest in manifests.values())
+            with pass_bar(self.console, "upload", "shards", shards) as report:
+                upload(output.folder, store, manifests, report)
+            self._say(f"{output.place} is complete")
+        clear(output.folder)
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

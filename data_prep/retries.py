@@ -18,8 +18,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
 
 
-def retried(work: Callable[[], Result], place: str) -> Result:
-    """Do `work`, and again while it raises what may be temporary; `place` is what it reads.
+def retried(work: Callable[[], Result], place: str, doing: str = "read") -> Result:
+    """Do `work`, and again while it raises what may be temporary; `place` is what it reads, or is
+    `doing` something else to.
 
     Raises:
         UserError: it has failed for good, or for `PATIENCE_SECONDS`.
@@ -34,10 +35,10 @@ def retried(work: Callable[[], Result], place: str) -> Result:
         except Exception as error:  # libraries of many kinds of stores raise as many kinds
             tried = time.monotonic() - start
             if is_final(error):
-                raise UserError(f"cannot read {place}: {why(error)}; check the URL") from None
+                raise UserError(f"cannot {doing} {place}: {why(error)}; check the URL") from None
             if tried + pause > PATIENCE_SECONDS:
                 raise UserError(
-                    f"cannot read {place} ({why(error)}; tried for {tried:.0f} s): run the same "
+                    f"cannot {doing} {place} ({why(error)}; tried for {tried:.0f} s): run the same "
                     "command again when it can be reached, and it continues"
                 ) from None
         time.sleep(pause * random.uniform(0.5, 1.0))
@@ -48,12 +49,18 @@ def is_final(error: BaseException) -> bool:
     """Whether trying again is of no use."""
     # fsspec says that a file is not there for whatever went wrong; the cause tells what did.
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    status = getattr(cause, "status", None) or getattr(
-        getattr(cause, "response", None), "status_code", None
-    )
+    status = _status(cause)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in TEMPORARY
-    return isinstance(cause, _FINAL)
+    return isinstance(cause, _FINAL) or "Credentials" in type(cause).__name__
+
+
+def _status(error: BaseException) -> object:
+    """The HTTP status that an error of a library tells, if any."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # of botocore
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(error, "status", None) or getattr(response, "status_code", None)
 
 
 def why(error: BaseException) -> str:

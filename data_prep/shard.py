@@ -47,8 +47,11 @@ while it works; --dry-run says how much, about.
 """
 
 import argparse
+import hashlib
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
@@ -59,6 +62,7 @@ from data_prep.options import add_options, check_choices
 from data_prep.output import Output, OutputSettings
 from data_prep.preparation import Preparation
 from data_prep.sources import Source, clean_file_name
+from data_prep.store import Store
 from data_prep.tokenizer import DEFAULT_SAMPLE_MB, DEFAULT_VOCABULARY, check_vocabulary
 from data_prep.validation import PairOfSources
 from i3dist.cli.extend import add_extend_option
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: whatever a user can get wrong.
     """
     options = parse(arguments)
-    output = Output(options.out)
+    output = output_of(options)
     given = None
     if options.tokenizer:
         given, added = given_tokenizer(options.tokenizer)
@@ -99,6 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         place = error.filename or output.folder
         raise UserError(f"cannot write to {place}: {error.strerror or error}") from None
+
+
+def output_of(options: argparse.Namespace) -> Output:
+    """The output: a folder, or one of the disk whose content goes to a URL."""
+    if isinstance(options.out, Path):
+        return Output(options.out)
+    store = Store(options.out)
+    store.check()
+    # The same for every run with this URL, so that one that was stopped continues.
+    name = f"i3dist-{hashlib.sha256(options.out.encode()).hexdigest()[:16]}"
+    return Output((options.scratch or Path(tempfile.gettempdir())) / name, store)
 
 
 def step_of(

@@ -22,7 +22,7 @@ from data_prep.chat_check import (
     wrong_mask,
 )
 from data_prep.damage import MAKE_AGAIN, RESTORE, Damage, by_chunk, token_place
-from data_prep.index_rows import Rows, compare_rows
+from data_prep.index_rows import Rows, compare_rows, piece_ends
 from data_prep.stream import Stream
 from i3dist.data.manifest import Shard
 from i3dist.data.token_types import Stored
@@ -62,7 +62,7 @@ def check_shard(
     """
     check = _Check(stream, number, shard, blocks)
     try:
-        is_read = check.read()
+        is_read = check.read(rows)
     except OSError as error:
         check.add("", f"cannot be read ({error.strerror})")
         is_read = False
@@ -96,9 +96,14 @@ class _Check:
             more = f" (and {count - 1} more in this chunk)" if count > 1 else ""
             self.add(token_place(first, self.stream.chunk_length), f"{problem}{more}", remedy)
 
-    def read(self) -> bool:
-        """Read the file and check all but the boundaries of documents; False if it is cut."""
+    def read(self, rows: Rows | None) -> bool:
+        """Read the file and check all but the boundaries of documents; False if it is cut.
+
+        Special ids are looked for where the shard's rows of the index say that they stand, and
+        searched for if any stands elsewhere.
+        """
         stream, chunks, blocks = self.stream, self.shard.chunks, self.blocks
+        expected = piece_ends(stream, rows)
         digest = hashlib.sha256()
         with open(stream.folder / self.shard.name, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -114,7 +119,9 @@ class _Check:
                 if len(data) < count * blocks.stride:
                     raise OSError(0, "it became shorter")
                 # Before it is hashed: hashing would push the block out of the cache.
-                self._note(first, blocks.check(self.number, first, count))
+                begin, end = first * blocks.length, (first + count) * blocks.length
+                here = expected[slice(*expected.searchsorted((begin, end)))] - begin
+                self._note(first, blocks.check(self.number, first, count, here))
                 digest.update(data)
             tail = file.read()
             digest.update(tail)

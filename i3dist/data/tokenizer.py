@@ -9,11 +9,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import count
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.decoders import ByteLevel
 
 from i3dist.data.encoders import Encoder, choose_encoder
 from i3dist.data.folder import Folder, open_file
@@ -55,12 +57,11 @@ class Tokenizer:
         self.vocab_size = len(vocab)
         if max(vocab.values(), default=0) > _LARGEST_ID:  # `to_str` counts up to it
             raise UserError(f"{path}: an id is larger than {_LARGEST_ID:,}")
-        self._spec = json.loads(self._backend.to_str())
-        _check_vocab(vocab, self._spec, path)
+        _check_vocab(vocab, self._backend, path)
         self.bos_id, self.eos_id, self.pad_id = (vocab[t] for t in ("<BOS>", "<EOS>", "<PAD>"))
         self.special_ids: dict[str, int] = {token: vocab[token] for token in SPECIAL_TOKENS}
         """Id of each special token. Chat tokens are made only from here, never from text."""
-        self._bytes = _bytes_of_ids(vocab, self._spec, path)
+        self._bytes = _bytes_of_ids(vocab, self._backend, path)
         made = [token for token in SPECIAL_TOKENS if self._is_made_of_text(token)]
         if made:
             names = " ".join(made)
@@ -89,6 +90,12 @@ class Tokenizer:
     def _is_made_of_text(self, token: str) -> bool:
         ids = self._backend.encode(token, add_special_tokens=False).ids
         return not set(self.special_ids.values()).isdisjoint(ids)
+
+    @cached_property
+    def _spec(self) -> dict[str, Any]:
+        """The tokenizer as `tokenizers` writes it, whatever the form of the file."""
+        spec: dict[str, Any] = json.loads(self._backend.to_str())
+        return spec
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -177,41 +184,44 @@ def _parse(data: bytes, path: Folder) -> HFTokenizer:
     return backend
 
 
-def _check_vocab(vocab: dict[str, int], spec: dict[str, Any], path: Folder) -> None:
-    if (spec.get("decoder") or {}).get("type") != "ByteLevel":
+def _check_vocab(vocab: dict[str, int], backend: HFTokenizer, path: Folder) -> None:
+    if not isinstance(backend.decoder, ByteLevel):
         raise UserError(f"{path} is not a byte-level tokenizer, so not every text round-trips")
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise UserError(f"{path} lacks the special tokens {' '.join(missing)}")
-    if any(char not in vocab for char in _BYTE_OF_CHARACTER):
+    if any(char not in vocab for char in _BYTE_CHARACTERS):
         raise UserError(f"{path} lacks some of the 256 single bytes, so not every text round-trips")
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise UserError(f"{path}: its ids do not run from 0 to {len(vocab) - 1}")
 
 
-def _byte_characters() -> dict[str, int]:
-    """The byte of each character of a byte-level vocabulary.
+def _byte_characters() -> str:
+    """The character of each byte in a byte-level vocabulary.
 
     Printable Latin-1 characters stand for their own bytes; U+0100 and on stand for the other bytes.
     """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = count(0x100)
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
-_BYTE_OF_CHARACTER = _byte_characters()
+_BYTE_CHARACTERS = _byte_characters()
+_BYTE_OF_CHARACTER = codecs.charmap_build(_BYTE_CHARACTERS)
 
 
-def _bytes_of_ids(vocab: dict[str, int], spec: dict[str, Any], path: Folder) -> list[bytes]:
+def _bytes_of_ids(vocab: dict[str, int], backend: HFTokenizer, path: Folder) -> list[bytes]:
     """The bytes of each id: none for special tokens, the text of other added tokens."""
-    added = {token["id"]: token for token in spec["added_tokens"]}
+    added = backend.get_added_tokens_decoder()
     table = [b""] * len(vocab)
     for token, number in vocab.items():
         if number in added:
-            table[number] = b"" if added[number]["special"] else token.encode()
-        elif all(char in _BYTE_OF_CHARACTER for char in token):
-            table[number] = bytes(_BYTE_OF_CHARACTER[char] for char in token)
-        else:
-            raise UserError(f"{path}: its token {token!r} is neither bytes nor an added token")
+            table[number] = b"" if added[number].special else token.encode()
+            continue
+        try:
+            table[number] = codecs.charmap_encode(token, "strict", _BYTE_OF_CHARACTER)[0]
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{path}: its token {token!r} is neither bytes nor an added token"
+            ) from None
     return table

@@ -36,6 +36,7 @@ DEFAULTS = {
     "format": "text",
     "source": [(DATASET, 1.0)],
     "out": Path("data/fineweb-edu"),
+    "scratch": None,
     "text_column": None,
     "tokenizer": None,
     "vocab_size": None,

@@ -1,0 +1,117 @@
+"""A folder at a URL that fsspec can write to: s3, gs and others."""
+
+import posixpath
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from data_prep.retries import retried, why
+from i3dist.data.download import shown
+from i3dist.errors import UserError
+
+Result = TypeVar("Result")
+
+READ_ONLY = ("http", "https", "pipe", "data", "memory")
+"""Protocols that cannot keep files: `memory` forgets them with the process."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder. Every request that fails is sent again, with growing pauses."""
+
+    url: str
+
+    def __str__(self) -> str:
+        """Its URL, without a password."""
+        return shown(self.url)
+
+    def check(self) -> None:
+        """Refuse a URL that nobody can write to.
+
+        Raises:
+            UserError: its protocol is read-only or unknown, or needs a package.
+        """
+        scheme = urlsplit(self.url).scheme
+        if scheme in READ_ONLY:
+            raise UserError(
+                f"--out {self}: {scheme} keeps no files; name a folder, or a URL that can be "
+                "written to, such as s3://BUCKET/FOLDER"
+            )
+        self._open("")
+
+    def put(self, path: Path, name: str) -> None:
+        """Write a file, and see that all of its bytes are there."""
+        size = path.stat().st_size
+
+        def write(filesystem: Any, place: str) -> None:
+            filesystem.put_file(str(path), place)
+            filesystem.invalidate_cache()
+            if (found := filesystem.info(place)["size"]) != size:
+                raise OSError(f"{found:,} bytes are there instead of {size:,}")
+
+        self._tried(write, name, "write")
+
+    def get(self, name: str) -> bytes | None:
+        """The bytes of a file; None if it is not there."""
+
+        def read(filesystem: Any, place: str) -> bytes | None:
+            try:
+                data: bytes = filesystem.cat_file(place)
+            except FileNotFoundError:
+                return None
+            return data
+
+        return self._tried(read, name, "read")
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """The names in a folder, and the size of each file in bytes (0 for a folder)."""
+
+        def names(filesystem: Any, place: str) -> dict[str, int]:
+            filesystem.invalidate_cache()
+            try:
+                found = filesystem.ls(place, detail=True)
+            except FileNotFoundError:
+                return {}
+            paths = {info["name"].rstrip("/"): info.get("size") or 0 for info in found}
+            paths.pop(place.rstrip("/"), None)  # an object that marks the folder
+            return {posixpath.basename(path): size for path, size in paths.items()}
+
+        return self._tried(names, folder, "read")
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+        def remove(filesystem: Any, place: str) -> None:
+            with suppress(FileNotFoundError):
+                filesystem.rm_file(place)
+
+        self._tried(remove, name, "write")
+
+    def _tried(self, work: Callable[[Any, str], Result], name: str, doing: str) -> Result:
+        """`work` with the filesystem and the path of a file, again and again if it fails."""
+
+        def attempt() -> Result:
+            filesystem, place = self._open(name)
+            try:
+                return work(filesystem, place)
+            except Exception:
+                type(filesystem).clear_instance_cache()  # its connection may be broken
+                raise
+
+        return retried(attempt, "/".join(filter(None, (str(self).rstrip("/"), name))), doing)
+
+    def _open(self, name: str) -> tuple[Any, str]:
+        """The filesystem, which each thread has its own of, and a path there."""
+        from fsspec.core import url_to_fs
+
+        try:
+            filesystem, root = url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"cannot open --out {self}: {why(error)}; install what it asks for, or name a "
+                "folder"
+            ) from None
+        return filesystem, posixpath.join(root, name) if name else root
