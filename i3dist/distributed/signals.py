@@ -4,6 +4,8 @@ A rank that is asked to stop votes for it in the exchange that ends the next ste
 learn of it at the same step. Every rank then saves (unless it just did), waits at a barrier, and
 exits with status `REQUEUE`.
 
+A launcher also sends SIGTERM to end the other ranks when one has failed; these leave with status 1.
+
 A thread receives the signals. Python runs handlers in the main thread, which runs none while it
 waits for a collective whose other end is gone.
 """
@@ -23,10 +25,9 @@ import torch
 
 from i3dist.distributed import collectives, devices
 from i3dist.distributed.job import Job
+from i3dist.distributed.peers import REQUEUE, Peers
 
-# EX_TEMPFAIL of sysexits.h: failed for now, try again.
-REQUEUE = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LAUNCHER_CHECK_SECONDS = 1.0
 
 
@@ -36,14 +37,16 @@ class StopRequest:
     def __init__(self, job: Job):
         """Receive `SIGNALS` from now on. Call this in the main thread."""
         self.reason: str | None = None  # why this rank is to stop: a signal's name, for example
+        self.peers: Peers | None = None  # once the ranks have met
         self._agreed = False
         self._exiting = False
-        self._ranks = job.local_world_size
+        self._job = job
         self._launchers = _launchers(job)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
 
@@ -91,9 +94,14 @@ class StopRequest:
                 self._launchers = []
 
     def _another_rank_is_gone(self) -> bool:
-        """Whether the launcher has fewer live ranks on this host than it started."""
+        """Whether the launcher has fewer live ranks on this host than it started.
+
+        srun ends ranks that have not met yet when one has failed; later `Peers` tells of that.
+        """
+        if self._job.launcher == "slurm":
+            return self.peers is None and self._job.world_size > 1
         with suppress(psutil.Error, IndexError):  # it is gone, or there is none
-            return sum(map(_is_alive, self._launchers[0].children())) < self._ranks
+            return sum(map(_is_alive, self._launchers[0].children())) < self._job.local_world_size
         return False
 
 

@@ -8,12 +8,13 @@ from functools import partial
 
 import torch
 
-from i3dist.cli.program import keep_tracebacks_in
+from i3dist.cli.program import keep_tracebacks_in, tell_others_by
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
+from i3dist.distributed.peers import Peers
 from i3dist.distributed.rendezvous import read_timeout
 from i3dist.distributed.signals import StopRequest
 from i3dist.engine import setup
@@ -77,7 +78,8 @@ def build(
     host.share_threads(job)
     if not devices.uses_cuda():
         host.keep_freed_memory()
-    setup.start(job, str(settings.run.path))
+    stop.peers = setup.start(job, str(settings.run.path))
+    tell_others_by(stop.peers.fail)
     agree(start)
     preflight(corpus, settings.data.on_damage, job)
     start = verify_checkpoint(start, job)
@@ -90,7 +92,7 @@ def build(
         print_rank_0("compiling the model: minutes the first time, seconds from then on")
     engine = setup.build(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus, arguments.verbose)
-    with recorded(tracker):
+    with recorded(tracker, stop.peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
@@ -98,14 +100,17 @@ def build(
 
 
 @contextmanager
-def recorded(tracker: Tracker | NoTracker) -> Iterator[None]:
+def recorded(tracker: Tracker | NoTracker, peers: Peers | None) -> Iterator[None]:
     """Record a failure inside in the tracker, and explain it if possible."""
     try:
         yield
     except BaseException as error:
+        lost = collectives.lost_peer(error)
+        if lost and peers is not None:
+            peers.await_verdict()
         with warned("tracking"):
             tracker.finish("FAILED")
-        if collectives.lost_peer(error):
+        if lost:
             raise UserError("another rank of the job ended early; its message says why") from None
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
@@ -195,8 +200,10 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         return
     corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
     trainer = build(arguments, settings, job, corpus, stop)
-    with recorded(trainer.log.tracker):
+    with recorded(trainer.log.tracker, stop.peers):
         done = trainer.fit()
+    if stop.peers is not None:
+        stop.peers.close()
     with warned("tracking"):
         trainer.log.tracker.finish("FINISHED" if done else "KILLED")
     if not done:
