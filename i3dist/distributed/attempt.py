@@ -1,12 +1,17 @@
 """Which start of a job this is: launchers start the same command again by themselves."""
 
 import os
-from collections.abc import Mapping
+import signal
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+TIME = "%Y-%m-%d %H:%M:%S"  # how the log says when something happened
 # Set by slurm/train.sbatch in a job that succeeds another: the first job's id, and how often it was
 # started again before.
 FIRST_JOB, EARLIER_RESTARTS = "I3DIST_FIRST_JOB", "I3DIST_EARLIER_RESTARTS"
+# Also set there: which file takes the names of lost hosts, and the shell that then gets SIGUSR2.
+LOST_HOSTS, BATCH_SHELL = "I3DIST_LOST_HOSTS", "I3DIST_BATCH_SHELL"
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,18 @@ class Attempt:
 
     def __str__(self) -> str:
         if self.job is None:
-            return "no job that is started again"
+            return "this job"
         return f"job {self.job}, restart {self.restarts}" if self.restarts else f"job {self.job}"
+
+
+def ask_for_successor(hosts: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
+    """Have slurm/train.sbatch submit this job again without these hosts; only rank 0 calls this.
+
+    It runs on the host of the batch shell. Without that shell, or without hosts, nothing happens.
+    """
+    if hosts and LOST_HOSTS in environ and BATCH_SHELL in environ:
+        Path(environ[LOST_HOSTS]).write_text(",".join(hosts))
+        os.kill(int(environ[BATCH_SHELL]), signal.SIGUSR2)
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as torch_dist
 
-from i3dist.distributed.attempt import Attempt
+from i3dist.distributed.attempt import TIME, Attempt
 from i3dist.distributed.job import Job
 
 # EX_TEMPFAIL of sysexits.h: failed for now, try again.
@@ -68,7 +68,7 @@ class Peers:
         """End this process because others are gone; say so on the first rank of a host."""
         if self._job.local_rank == 0:
             where = "" if self._job.rank == 0 else f"[rank {self._job.rank}] "
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            now = time.strftime(TIME)
             line = f"{where}error: lost {who} ({now}, {Attempt.detect()}); the job ends"
             print(line, file=sys.stderr, flush=True)
         os._exit(self._status_of_loss())
@@ -142,7 +142,7 @@ class _First(Peers):
     def _say_who_is_gone(self) -> str:
         """Name the ranks that are gone; hand hosts that lost all of theirs to `on_lost`."""
         hosts = sorted({self._hosts[rank] for rank in self._gone})
-        left = {socket.gethostname()} | {self._hosts[rank] for rank in self._writers}
+        left = {host_name()} | {self._hosts[rank] for rank in self._writers}
         with suppress(Exception):
             self.on_lost([host for host in hosts if host not in left])
         ranks = ", ".join(map(str, sorted(self._gone)[:8]))
@@ -176,7 +176,7 @@ class _Other(Peers):
         self._socket.settimeout(None)
         keep_alive(self._socket)
         os.register_at_fork(after_in_child=self._socket.close)
-        self._tell({"token": token, "rank": job.rank, "host": socket.gethostname()})
+        self._tell({"token": token, "rank": job.rank, "host": host_name()})
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
 
     def _listen(self) -> None:
@@ -195,6 +195,11 @@ class _Other(Peers):
     def _tell(self, message: Message) -> None:
         with suppress(OSError):
             self._socket.sendall(_line(message))
+
+
+def host_name() -> str:
+    """This host, as Slurm calls it if it is one of its nodes."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def keep_alive(connection: socket.socket) -> None:

@@ -127,8 +127,8 @@ class Asked:
     def agreed(self) -> bool:
         return self.heard > 0
 
-    def vote_now(self) -> bool:
-        return self.agreed()
+    def saved(self) -> None:
+        pass
 
 
 @dataclass
