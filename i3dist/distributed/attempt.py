@@ -37,9 +37,9 @@ class Attempt:
         return Attempt(environ.get(FIRST_JOB) or environ["SLURM_JOB_ID"], restarts)
 
     def __str__(self) -> str:
-        if self.job is None:
-            return "this job"
-        return f"job {self.job}, restart {self.restarts}" if self.restarts else f"job {self.job}"
+        """Such as ", job 77, restart 1"; nothing where nobody starts the job again."""
+        restart = f", restart {self.restarts}" if self.restarts else ""
+        return "" if self.job is None else f", job {self.job}{restart}"
 
 
 def ask_for_successor(hosts: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:

@@ -68,8 +68,8 @@ class Peers:
         """End this process because others are gone; say so on the first rank of a host."""
         if self._job.local_rank == 0:
             where = "" if self._job.rank == 0 else f"[rank {self._job.rank}] "
-            now = time.strftime(TIME)
-            line = f"{where}error: lost {who} ({now}, {Attempt.detect()}); the job ends"
+            when = f"{time.strftime(TIME)}{Attempt.detect()}"
+            line = f"{where}error: lost {who} ({when}); the job ends"
             print(line, file=sys.stderr, flush=True)
         os._exit(self._status_of_loss())
 
@@ -111,20 +111,20 @@ class _First(Peers):
         self._loop = asyncio.new_event_loop()
         start = asyncio.start_server(self._follow, sock=listener)
         threading.Thread(target=self._loop.run_forever, name="peers", daemon=True).start()
-        asyncio.run_coroutine_threadsafe(start, self._loop).result()
-        os.register_at_fork(after_in_child=self._close_copies)
+        self._server = asyncio.run_coroutine_threadsafe(start, self._loop).result()
+        os.register_at_fork(after_in_child=lambda: _close(self._connections()))
         store.set(KEY, json.dumps([address, listener.getsockname()[1], self._token]))
 
     async def _follow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Follow one rank from its first word to its last."""
-        hello = _read(await reader.readline())
+        hello = await _next_word(reader)
         if hello.get("token") != self._token:
             writer.close()
             return
         rank = int(hello["rank"])
         keep_alive(writer.get_extra_info("socket"))
         self._hosts[rank], self._writers[rank] = str(hello["host"]), writer
-        last = await _last_word(reader)
+        last = await _next_word(reader)
         del self._writers[rank]
         writer.close()
         if self._closed or last == BYE:
@@ -159,10 +159,8 @@ class _First(Peers):
         with suppress(OSError, asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.gather(*(writer.drain() for writer in writers)), 1)
 
-    def _close_copies(self) -> None:
-        """A fork, such as a reader of data, may outlive this rank: it must not hold the others."""
-        for writer in self._writers.values():
-            os.close(writer.get_extra_info("socket").fileno())
+    def _connections(self) -> list[socket.socket]:
+        return [writer.get_extra_info("socket") for writer in self._writers.values()]
 
 
 class _Other(Peers):
@@ -175,7 +173,7 @@ class _Other(Peers):
         self._socket = socket.create_connection((address, port), CONNECT_SECONDS)
         self._socket.settimeout(None)
         keep_alive(self._socket)
-        os.register_at_fork(after_in_child=self._socket.close)
+        os.register_at_fork(after_in_child=lambda: _close([self._socket]))
         self._tell({"token": token, "rank": job.rank, "host": host_name()})
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
 
@@ -212,11 +210,18 @@ def keep_alive(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
 
 
-async def _last_word(reader: asyncio.StreamReader) -> Message:
-    """The only message of a rank after its first; empty if its connection ends without one."""
+def _close(connections: list[socket.socket]) -> None:
+    """Close a fork's copies: it may outlive the rank, whose end must be seen at once."""
+    for connection in connections:
+        with suppress(OSError):
+            os.close(connection.fileno())
+
+
+async def _next_word(reader: asyncio.StreamReader) -> Message:
+    """The next message of a rank; empty if its connection ends without one."""
     try:
         return _read(await reader.readline())
-    except OSError:  # the kernel ended it
+    except (OSError, ValueError):  # the kernel ended it; or a line without end
         return {}
 
 

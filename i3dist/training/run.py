@@ -144,7 +144,7 @@ def begin_record(
         return NoTracker()
     attempt = Attempt.detect()
     place = f"on {', '.join(hosts)} ({device_name()})"
-    print_topic("started", f"{time.strftime(TIME)}, {attempt}, {place}")
+    print_topic("started", f"{time.strftime(TIME)}{attempt}, {place}")
     if verbose:
         print_tables(settings, job.world_size, corpus.train.manifest.tokens)
     print_overview(settings, corpus, job.world_size)

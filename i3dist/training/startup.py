@@ -82,9 +82,9 @@ def check_progress(start: Start, attempt: Attempt) -> None:
     fruitless = attempt.restarts - max(fruitful, default=0)
     if 0 < most <= fruitless:
         raise UserError(
-            f"{attempt}: {fruitless} starts in a row have made no new checkpoint (the newest is of "
-            f"step {step}), so it stops (guard.requeues={most}); see above what ended them, then "
-            "type the same command again"
+            f"job {attempt.job}: {fruitless} starts in a row have made no new checkpoint (the "
+            f"newest is of step {step}), so it stops (guard.requeues={most}); see above what ended "
+            "them, then type the same command again"
         )
 
 
