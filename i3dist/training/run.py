@@ -13,6 +13,7 @@ from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
 from i3dist.distributed.console import print_rank_0
+from i3dist.distributed.hang_report import keep_records_in
 from i3dist.distributed.job import Job
 from i3dist.distributed.rendezvous import read_timeout
 from i3dist.distributed.signals import StopRequest
@@ -77,6 +78,7 @@ def build(
     host.share_threads(job)
     if not devices.uses_cuda():
         host.keep_freed_memory()
+    keep_records_in(settings.run.path)
     setup.start(job, str(settings.run.path))
     agree(start)
     preflight(corpus, settings.data.on_damage, job)

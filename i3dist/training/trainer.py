@@ -18,6 +18,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import lanes_of_rank
 from i3dist.distributed.job import Job
+from i3dist.distributed.patience import STEP
 from i3dist.distributed.signals import StopRequest, signals_blocked
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
@@ -58,9 +59,9 @@ class Trainer:
         self.settings, self.engine, self.stop = settings, engine, stop
         train, folder = settings.train, settings.run.path
         checkpoints, tokenizer = folder / store.CHECKPOINTS, corpus.tokenizer.data
-        saver = AsyncSaver(checkpoints, job, settings.checkpoint, tokenizer)
+        watchdog = self.watchdog = Watchdog(settings.guard.hang_seconds, job, folder)
+        saver = AsyncSaver(checkpoints, job, settings.checkpoint, tokenizer, watchdog.saving)
         guard = self.guard = Guard(settings.guard)
-        watchdog = self.watchdog = Watchdog(settings.guard.hang_seconds, job)
         lanes, device = lanes_of_rank(train.lane_count, job.rank, job.world_size), engine.device
         empty_lanes = partial(LaneState.empty, len(lanes), settings.model, device, engine.dtype)
         tokens_seen = torch.zeros((), dtype=torch.int64, device=device)
@@ -87,7 +88,7 @@ class Trainer:
         )
         self.recovery = Recovery(guard, progress, self.checkpointer, empty_lanes)
         self.validator = Validator(settings, job, corpus, engine, rows, progress, watchdog, log)
-        self.diagnoser = Diagnoser(settings, engine, progress, interval, log)
+        self.diagnoser = Diagnoser(settings, engine, progress, interval, watchdog, log)
 
     def fit(self) -> bool:
         """Train to `train.steps`; the last step is always reported, validated and saved.
@@ -123,7 +124,7 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: every window, every micro-batch, one update."""
         settings, progress = self.settings, self.progress
-        self.watchdog.beat("taking a step")
+        self.watchdog.beat(STEP)
         gate = settings.compression.gate_at(progress.step)
         lr = settings.optimizer.lr_at(progress.step)
         with self.interval.waiting(), signals_blocked():
