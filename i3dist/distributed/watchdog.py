@@ -73,7 +73,8 @@ class Watchdog:
         self.grace = GRACE_SECONDS if setting == "auto" else min(GRACE_SECONDS, setting / 4)
         self._tick = TICK_SECONDS if setting == "auto" else min(TICK_SECONDS, setting / 8)
         self._job, self._setting, self._run = job, setting, run
-        self._closed = threading.Event()
+        self._processors = len(os.sched_getaffinity(0))
+        self._closed, self._ending = threading.Event(), threading.Event()
         self._lock = threading.Lock()  # guards what follows
         self._clock = RunningClock(TICKS_ASLEEP * self._tick)
         self._began = 0.0  # by that clock
@@ -88,6 +89,8 @@ class Watchdog:
         """Say what the run does next; the first call starts the watch. Only the main thread may."""
         if self.patience.endless or self._closed.is_set():
             return
+        if self._ending.is_set():  # what hung has gone on meanwhile, but the job is being ended
+            time.sleep(2 * self.grace)
         with self._lock:
             now, before = self._clock.read(), self._doing
             if before is not None and self._learns:
@@ -98,10 +101,12 @@ class Watchdog:
             self._others = 0.0 if doing == STEP else limit
             changed, self._limit = limit != self._limit, limit
             self._began, self._doing = now, doing
+            if before is None:
+                faulthandler.register(signal.SIGPROF, chain=True)  # print stacks, then die of it
+            self._wind()
         if changed:
             collectives.set_timeout(limit + MARGIN_SECONDS)
         if before is None:
-            faulthandler.register(signal.SIGPROF, chain=True)  # print the stacks, then die of it
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @contextmanager
@@ -122,8 +127,14 @@ class Watchdog:
             self._closed.set()
             signal.setitimer(signal.ITIMER_PROF, 0)
 
+    def _wind(self) -> None:
+        """Set the kernel's timer anew. Even threads on all processors need `limit` seconds for it.
+
+        It counts while this is not called: while no thread of Python's runs.
+        """
+        signal.setitimer(signal.ITIMER_PROF, self._limit * self._processors)
+
     def _watch(self) -> None:
-        processors = len(os.sched_getaffinity(0))
         pause = self._tick
         while True:
             told = self._neighbours.wait(pause)
@@ -131,8 +142,7 @@ class Watchdog:
                 if self._closed.is_set():
                     return
                 work = self._most_urgent()
-                # Threads on all processors reach this no sooner than in `limit` seconds.
-                signal.setitimer(signal.ITIMER_PROF, self._limit * processors)
+                self._wind()
             if told or work.left <= 0:
                 self._end(self._explain(work, told))
             pause = min(self._tick, work.left)
@@ -158,6 +168,7 @@ class Watchdog:
 
     def _end(self, line: str) -> None:
         """Report, give the other ranks time to report, and end the process."""
+        self._ending.set()
         try:
             # In a thread, because a file system or a terminal that hangs would block it.
             report = partial(hang_report.report, line, self._job, self._run)

@@ -26,7 +26,8 @@ from i3dist.model.state import LaneState
 from i3dist.tracking.interval import Interval
 from i3dist.tracking.metrics import measure
 from i3dist.tracking.metrics_log import METRICS
-from i3dist.tracking.report import report_line
+from i3dist.tracking.report import report_line, straggler_line
+from i3dist.tracking.stragglers import Stragglers
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.checkpointer import Checkpointer
 from i3dist.training.counts import count_step
@@ -82,7 +83,8 @@ class Trainer:
         )
         log = self.log = RunLog(folder, tracker, job.rank)
         ledger = self.ledger = LedgerWriter(folder, schedule, train.accumulation, lanes)
-        interval = self.interval = Interval(engine.model, job.world_size)
+        stragglers = self.stragglers = Stragglers(job)
+        interval = self.interval = Interval(engine.model, job.world_size, stragglers)
         self.checkpointer = Checkpointer(
             settings, corpus.fingerprint, lanes, engine, progress, guard, ledger, watchdog, saver
         )
@@ -133,11 +135,14 @@ class Trainer:
         lanes_before = progress.lane_state
         loss_sum = self.forward_backward(step_batches, gate, counts.targets)
         self.diagnoser.diagnose_if_due(step_batches[0], lanes_before, gate)
-        stepped = self.engine.step(lr, self.with_votes(loss_sum), self.guard.limit())
+        sums = self.with_votes(loss_sum)
+        shares = self.stragglers.share(sums)
+        stepped = self.engine.step(lr, torch.cat([sums, shares]), self.guard.limit())
         progress.step += 1
         progress.windows += settings.train.accumulation
         progress.tokens_seen += counts.tokens.long()
-        self.count_votes(*stepped.sums[1:])
+        self.count_votes(*stepped.sums[1 : len(sums)])
+        self.stragglers.add(stepped.sums[len(sums) :], self.engine.compute_seconds)
         skipped = self.recovery.after(stepped)
         self.ledger.add(progress, counts.targets, stepped, skipped)
         self.interval.add(stepped.sums[0], counts, stepped.norm, step_batches[-1])
@@ -194,7 +199,8 @@ class Trainer:
         self.ledger.flush()
         self.interval.restart()
         if figures is not None:
-            self.log.log(METRICS, progress.step, measure(figures), report_line(figures))
+            lines = filter(None, (report_line(figures), straggler_line(figures)))
+            self.log.log(METRICS, progress.step, measure(figures), "\n".join(lines))
 
     def batches(self) -> Generator[Batch, None, None]:
         """Batches of this rank's lanes, from the next window to the last of the run."""

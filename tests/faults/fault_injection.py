@@ -6,6 +6,7 @@ With WRITE_LATE=N the disk is slow: checkpoints are written N steps after they w
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -38,6 +39,10 @@ def faulty_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
         return losses, state
     if KIND == "hang":
         hang_here()
+    elif KIND == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif KIND == "unlink":  # the network, which is the job's own
+        subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
     elif KIND == "kill":  # where a step has several micro-batches
         if micro_batches == 2:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -54,6 +59,8 @@ def counted_step(self: Engine, *inputs: object) -> object:
 
 
 def late_write(*what: Any, **more: Any) -> Path:
+    if KIND == "block" and os.environ["RANK"] == RANK:
+        block_here(what[0].with_name("fifo"))
     until = taken + LATE
     while taken < until and not waited_for.is_set():
         time.sleep(0.005)
@@ -70,6 +77,12 @@ def observed_wait(self: AsyncSaver) -> None:
 
 def hang_here() -> None:
     time.sleep(3600)
+
+
+def block_here(path: Path) -> None:
+    """As on a file system that does not answer: nobody opens the pipe's other end."""
+    os.mkfifo(path)
+    path.open()
 
 
 Engine.__call__, Engine.step = faulty_forward, counted_step
