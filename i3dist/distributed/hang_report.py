@@ -3,7 +3,6 @@
 import faulthandler
 import os
 import pickle
-import sys
 import tempfile
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ from torch._C import _distributed_c10d
 from i3dist.distributed.devices import uses_cuda
 from i3dist.distributed.job import Job
 
+STDERR = 2  # the process's own, whatever stands in for sys.stderr
 # In the run's folder, followed by the rank. `torchfrtrace --prefix flight_record_rank_ RUN`, a
 # program of torch's, compares the ranks'.
 FILE = "flight_record_rank_"
@@ -44,7 +44,7 @@ def report(line: str, job: Job, run: Path) -> None:
 
 
 def _print(text: bytes) -> None:
-    os.write(sys.stderr.fileno(), text)
+    os.write(STDERR, text)
 
 
 def _stacks() -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from i3dist.distributed import collectives, hang_report
+from i3dist.distributed.hang_report import STDERR
 from i3dist.distributed.job import Job
 from i3dist.distributed.neighbours import Neighbours
 from i3dist.distributed.patience import SAVE, STEP, Patience
@@ -102,7 +103,8 @@ class Watchdog:
             changed, self._limit = limit != self._limit, limit
             self._began, self._doing = now, doing
             if before is None:
-                faulthandler.register(signal.SIGPROF, chain=True)  # print stacks, then die of it
+                # Print the stacks, then die of the signal.
+                faulthandler.register(signal.SIGPROF, file=STDERR, chain=True)
             self._wind()
         if changed:
             collectives.set_timeout(limit + MARGIN_SECONDS)

@@ -6,7 +6,6 @@ With WRITE_LATE=N the disk is slow: checkpoints are written N steps after they w
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,9 @@ from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from tests.faults.own_network import set_link  # noqa: E402
+
 KIND, RANK, *STEPS = os.environ["INJECT_FAULT"].split()
 
 LATE = int(os.environ.get("WRITE_LATE", "0"))
@@ -41,8 +43,8 @@ def faulty_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
         hang_here()
     elif KIND == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
-    elif KIND == "unlink":  # the network, which is the job's own
-        subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+    elif KIND == "unlink":  # see own_network.py
+        set_link(up=False)
     elif KIND == "kill":  # where a step has several micro-batches
         if micro_batches == 2:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -59,8 +61,6 @@ def counted_step(self: Engine, *inputs: object) -> object:
 
 
 def late_write(*what: Any, **more: Any) -> Path:
-    if KIND == "block" and os.environ["RANK"] == RANK:
-        block_here(what[0].with_name("fifo"))
     until = taken + LATE
     while taken < until and not waited_for.is_set():
         time.sleep(0.005)
@@ -79,13 +79,6 @@ def hang_here() -> None:
     time.sleep(3600)
 
 
-def block_here(path: Path) -> None:
-    """As on a file system that does not answer: nobody opens the pipe's other end."""
-    os.mkfifo(path)
-    path.open()
-
-
 Engine.__call__, Engine.step = faulty_forward, counted_step
 writer.save, AsyncSaver.wait = late_write, observed_wait
-sys.path.insert(0, str(ROOT))
 runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
