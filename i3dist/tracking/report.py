@@ -25,18 +25,21 @@ def report_line(figures: Figures) -> str:
 
 
 def straggler_line(figures: Figures) -> str | None:
-    """The slowest and the fastest rank as one line, if they differ by 10%; else None."""
+    """The slowest and the fastest rank as one line, if they differ by 10%; else None.
+
+    Times are those in which a rank computes by itself in a step, without waiting for others.
+    """
     slowest, fastest = figures.slowest, figures.fastest
     if slowest is None or fastest is None or slowest.seconds < SLOW * fastest.seconds:
         return None
     return (
         f"rank {_place(figures.step, figures.steps)}  slowest {_rank(slowest)}  "
-        f"fastest {_rank(fastest)} of own computing a step"
+        f"fastest {_rank(fastest)}"
     )
 
 
 def _rank(rank: RankFigures) -> str:
-    gpu = f" at {rank.clock:.0f} MHz, {rank.temperature:.0f} C" if rank.clock else ""
+    gpu = f", {rank.clock:.0f} MHz, {rank.temperature:.0f} C" if rank.clock else ""
     return f"{rank.rank} on {rank.host}: {1000 * rank.seconds:.0f} ms{gpu}"
 
 
