@@ -7,7 +7,6 @@ which process will answer it.
 
 import hashlib
 import os
-import select
 import signal
 import socket
 import struct
@@ -41,9 +40,11 @@ class Neighbours:
         if self._listening is None:
             time.sleep(seconds)
             return False
-        if not select.select([self._listening], [], [], seconds)[0]:
+        self._listening.settimeout(seconds)
+        try:
+            teller, _ = self._listening.accept()
+        except TimeoutError:
             return False
-        teller, _ = self._listening.accept()
         with teller:
             return _owner(teller)[1] == os.getuid()  # other users' processes can connect, too
 

@@ -163,9 +163,8 @@ class Watchdog:
         has_been = f"rank {self._job.rank} has been {work.doing} for {work.seconds:.0f} s"
         if told:
             return f"error: {has_been} and ends with another rank of its host, which hangs"
-        limit = f"guard.hang_seconds={self._setting}" + f": {work.limit:.0f} s" * (
-            self._setting == "auto"
-        )
+        allows = f" allows {work.limit:.0f} s" if self._setting == "auto" else ""
+        limit = f"guard.hang_seconds={self._setting}{allows}"
         return f"error: {has_been}, so the job ends, to be started again ({limit})"
 
     def _end(self, line: str) -> None:
