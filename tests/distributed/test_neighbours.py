@@ -1,4 +1,4 @@
-"""A rank tells the others of its host and job; tests/faults/test_hangs.py tells one that stopped."""
+"""Whom a rank tells that the job hangs; tests/faults/test_hangs.py has one that is stopped."""
 
 import os
 from dataclasses import replace
@@ -15,11 +15,7 @@ def test_ranks_of_this_host_and_job_are_told_and_no_others(monkeypatch: pytest.M
     """Those that have left their address, or never had one, cost nothing."""
     second = replace(JOB, rank=5, local_rank=1)
     me, other = Neighbours(JOB), Neighbours(second)
-    others = [
-        Neighbours(replace(second, master_port=12346)),
-        Neighbours(replace(second, local_world_size=1)),  # alone on its host
-        me,
-    ]
+    others = [me, Neighbours(replace(second, master_port=12346)), Neighbours(Job.detect({}))]
     assert not other.wait(0.01)
     me.tell()
     assert other.wait(5.0) and not other.wait(0.01)
