@@ -315,6 +315,17 @@ class GuardSettings(Section):
     every rank in the log and status 75, which asks to be started again; 0 waits for ever. auto: ten
     times the longest that was seen of its kind, at least 60 for steps and 300 for others; until a
     kind, or 50 steps, were seen, 1800."""
+    requeues: CountOrZero = 3
+    """A job that its launcher starts again by itself stops after so many starts in a row that have
+    made no new checkpoint; 0 never stops it."""
+
+
+class SlurmSettings(Section):
+    """What slurm/train.sbatch does beyond requeueing."""
+
+    successor: bool = False
+    """When a host is lost, submit the same job again without that host, and give up this one. Slurm
+    would hold it until it has declared the host down, which takes minutes."""
 
 
 class TrackingSettings(Section):
@@ -361,6 +372,7 @@ class Settings(SettingsTree):
     validate_: ValidateSettings = Field(default=ValidateSettings(), alias="validate")
     checkpoint: CheckpointSettings = CheckpointSettings()
     guard: GuardSettings = GuardSettings()
+    slurm: SlurmSettings = SlurmSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @classmethod

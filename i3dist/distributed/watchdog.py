@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from i3dist.distributed.hang_report import STDERR
 from i3dist.distributed.job import Job
 from i3dist.distributed.neighbours import Neighbours
 from i3dist.distributed.patience import SAVE, STEP, Patience
-from i3dist.distributed.signals import REQUEUE
+from i3dist.distributed.peers import REQUEUE
 
 # A rank that reports waits this long before it exits, because a launcher then ends the others.
 GRACE_SECONDS = 5.0
@@ -70,6 +70,7 @@ class Watchdog:
             job: this rank's place.
             run: the run's folder.
         """
+        self.on_end: Callable[[], None] = lambda: None  # called before this process ends
         self.patience = Patience(setting)
         self.grace = GRACE_SECONDS if setting == "auto" else min(GRACE_SECONDS, setting / 4)
         self._tick = TICK_SECONDS if setting == "auto" else min(TICK_SECONDS, setting / 8)
@@ -174,7 +175,8 @@ class Watchdog:
             # In a thread, because a file system or a terminal that hangs would block it.
             report = partial(hang_report.report, line, self._job, self._run)
             threading.Thread(target=report, daemon=True).start()
-            with suppress(OSError):
+            with suppress(Exception):
+                self.on_end()
                 self._neighbours.tell()
             time.sleep(self.grace)
         finally:
