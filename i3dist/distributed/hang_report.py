@@ -39,8 +39,8 @@ def report(line: str, job: Job, run: Path) -> None:
         return
     path = run / f"{FILE}{job.rank}"
     with suppress(OSError):
-        path.write_bytes(record)
         _print(f"rank {job.rank}: {_last(pickle.loads(record))}; all: {path}\n".encode())
+        path.write_bytes(record)
 
 
 def _print(text: bytes) -> None:

@@ -175,9 +175,9 @@ class Watchdog:
             # In a thread, because a file system or a terminal that hangs would block it.
             report = partial(hang_report.report, line, self._job, self._run)
             threading.Thread(target=report, daemon=True).start()
-            with suppress(Exception):
-                self.on_end()
-                self._neighbours.tell()
+            for tell in (self._neighbours.tell, self.on_end):
+                with suppress(Exception):
+                    tell()
             time.sleep(self.grace)
         finally:
             os._exit(REQUEUE)

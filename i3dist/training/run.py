@@ -114,9 +114,9 @@ def build(
 
 def let_go(job: Job, peers: Peers) -> None:
     """Before the watchdog ends this rank: the others, which hang too, leave by themselves."""
+    peers.close()
     if job.rank == 0:
         ask_for_requeue()
-    peers.close()
 
 
 @contextmanager
