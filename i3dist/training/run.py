@@ -13,8 +13,9 @@ from i3dist.cli.program import keep_tracebacks_in, tell_others_by
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
-from i3dist.distributed.attempt import TIME, Attempt, ask_for_successor
+from i3dist.distributed.attempt import TIME, Attempt, ask_for_requeue, ask_for_successor
 from i3dist.distributed.console import print_rank_0
+from i3dist.distributed.hang_report import keep_records_in
 from i3dist.distributed.job import Job
 from i3dist.distributed.peers import Peers, host_name
 from i3dist.distributed.rendezvous import read_timeout
@@ -86,6 +87,7 @@ def build(
     host.share_threads(job)
     if not devices.uses_cuda():
         host.keep_freed_memory()
+    keep_records_in(settings.run.path)
     stop.peers = setup.start(job, str(settings.run.path))
     tell_others_by(stop.peers.fail)
     if settings.slurm.successor:
@@ -104,9 +106,17 @@ def build(
     tracker = begin_record(start, job, corpus, arguments.verbose)
     with recorded(tracker, stop.peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop)
+        trainer.watchdog.on_end = partial(let_go, job, stop.peers)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
     return trainer
+
+
+def let_go(job: Job, peers: Peers) -> None:
+    """Before the watchdog ends this rank: the others, which hang too, leave by themselves."""
+    peers.close()
+    if job.rank == 0:
+        ask_for_requeue()
 
 
 @contextmanager
