@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
 # What the jobs of this folder share. They source this file when they have found the repository,
 # $root, and then have: $job, what Slurm says of the job; python, the command that starts Python;
-# srun_options, what the site adds to srun.
+# srun_options, what the site adds to srun. Outside of a job they print their help, if asked to.
 # shellcheck disable=SC2034,SC2154
 
 fail() {
     echo "error: $*" >&2
     exit 1
 }
+
+if [[ ${1:-} == --help ]]; then
+    sed -n '2,/^#SBATCH/{ /^#SBATCH/d; s/^# \{0,1\}//; p }' "$0" # the comment it begins with
+    exit
+fi
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "submit this file with sbatch; bash $0 --help explains it"
 
 # An array's last task has the number of the array, by which Slurm describes all tasks.
 number=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}

@@ -264,7 +264,7 @@ def test_a_sweep_without_a_line_for_the_task_is_one_line(tmp_path: Path) -> None
     assert "missing" in started.result.stderr
 
 
-@pytest.mark.parametrize("name", ["train.sbatch", "shard.sbatch"])
+@pytest.mark.parametrize("name", ["train.sbatch", "shard.sbatch", "run.sbatch", "pipeline.sh"])
 def test_a_script_explains_itself(name: str) -> None:
     words = ["bash", f"slurm/{name}", "--help"]
     shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,5 +1,5 @@
-"""The small model on two Slurm nodes learns as it does under the deepspeed launcher, also where the
-job is put back into the queue on its way. About 1 minute.
+"""The small model on two Slurm nodes learns as on one host, though the job is put back into the
+queue on its way. About half a minute. (Undisturbed: test_pipeline.py.)
 """
 
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import QUICK, ROOT, SAVING, STEPS, losses
+from tests.conftest import QUICK, ROOT, SAVING, losses
 from tests.slurm.cluster import Cluster
 
 
@@ -20,15 +20,6 @@ def submit(cluster: Cluster, data: Path, folder: Path) -> tuple[str, Path]:
     options = ["--gpus-per-node=0", "--nodes=2", "--ntasks-per-node=1", f"--output={output}"]
     words = [*QUICK, *SAVING, f"data.path={data}", f"run.path={folder / 'run'}", "data.workers=1"]
     return cluster.submit(*options, ROOT / "slurm" / "train.sbatch", *words, cwd=ROOT), output
-
-
-def test_two_nodes_learn_like_two_ranks(
-    cluster: Cluster, data: Path, whole: Path, tmp_path: Path
-) -> None:
-    job, output = submit(cluster, data, tmp_path)
-    assert cluster.wait(job, 300) == "COMPLETED", output.read_text()
-    assert len(losses(tmp_path / "run")) == STEPS
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
 
 
 def test_a_job_told_to_stop_is_requeued_and_loses_nothing(
