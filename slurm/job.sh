@@ -71,8 +71,16 @@ rank_folder() {
 
 # A task of a step, for `bash -c "$logged" rank FOLDER PROGRAM ...`: it shows what the program
 # prints, and keeps it in a file of the rank's own. A signal reaches all processes of a task, and
-# only the program is to follow it.
+# only the program is to follow it. Readers of data may hold the output open for some seconds when
+# the program has ended; what they say then is not waited for.
 # shellcheck disable=SC2016
 logged='trap : HUP USR1 TERM
-"${@:2}" 2>&1 | (trap "" HUP USR1 TERM && exec tee -a "$1/rank-$SLURM_PROCID.log")
-exit "${PIPESTATUS[0]}"'
+exec 3> >(trap "" HUP USR1 TERM && exec tee -a "$1/rank-$SLURM_PROCID.log")
+tee=$! status=0
+"${@:2}" >&3 2>&3 3>&- || status=$?
+exec 3>&-
+for _ in {1..10}; do
+    kill -0 "$tee" 2>/dev/null || break
+    sleep 0.1
+done
+exit "$status"'

@@ -8,7 +8,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ DEBUG = "I3DIST_DEBUG"  # set to 1, tracebacks are printed too
 _traceback_folder: Path | None = None
 _name: str | None = None  # what the user typed to start this program
 _commands: dict[str, str] = {}  # by a program's file: what starts the same
+_tell_others: Callable[[], None] | None = None  # that this rank has failed
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -87,6 +88,12 @@ def keep_tracebacks_in(folder: Path) -> None:
     _traceback_folder = folder
 
 
+def tell_others_by(tell: Callable[[], None]) -> None:
+    """From now on call this when the line of an error has been printed, before the exit."""
+    global _tell_others
+    _tell_others = tell
+
+
 @contextmanager
 def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
     """Print an error as one line on stderr and exit with status 1, without a traceback.
@@ -118,6 +125,8 @@ def _leave(message: str) -> NoReturn:
         time.sleep(OTHERS_WAIT_SECONDS)
     where = "" if rank == "0" else f"[rank {rank}] "
     print(f"{where}error: {as_typed(message)}", file=sys.stderr, flush=True)
+    if _tell_others is not None:
+        _tell_others()
     os._exit(1)
 
 

@@ -10,6 +10,7 @@ from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.distributed import devices, rendezvous
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
+from i3dist.distributed.peers import Peers
 from i3dist.engine import config_file
 from i3dist.engine.deepspeed_internals import (
     UnknownDeepSpeedError,
@@ -39,8 +40,11 @@ def read_engine_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def start(job: Job, name: str = "") -> None:
+def start(job: Job, name: str = "") -> Peers:
     """Join the job's process group: NCCL on GPUs, else gloo. `name` tells the job from others.
+
+    Returns:
+        This rank's connection with the others.
 
     Raises:
         UserError: ranks do not find each other (`rendezvous.meet`), or DEEPSPEED_TIMEOUT is wrong.
@@ -51,8 +55,9 @@ def start(job: Job, name: str = "") -> None:
     if devices.uses_cuda():
         torch.cuda.set_device(devices.device(job))
         writable_caches()
-    with rendezvous.meet(job, name, timeout):
+    with rendezvous.meet(job, name, timeout) as peers:
         deepspeed.init_distributed(dist_backend=devices.backend(), verbose=False, timeout=timeout)
+    return peers
 
 
 def build(

@@ -17,6 +17,7 @@ saves, and exits with status 75, which asks to be started again. Status 1 is an 
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -100,6 +101,9 @@ def without_gpus(words: Sequence[str]) -> list[str]:
 
 def start() -> None:
     """Run the program."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        # srun ends ranks by SIGTERM when another has failed; they leave with the status of that.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     with one_line_errors():
         main()
         sys.stdout.flush()

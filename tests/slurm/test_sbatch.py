@@ -74,7 +74,7 @@ def run(folder: Path, *words: str, nodes: str = "", **environ: str) -> Started:
     environ = plain | ALLOCATION | described | environ
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        ["bash", SCRIPT, *words],
+        ["bash", shutil.copy(SCRIPT, folder / "bin" / "slurm_script"), *words],
         env=environ | {"PATH": path},
         cwd=folder,
         capture_output=True,
