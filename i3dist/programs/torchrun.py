@@ -2,7 +2,8 @@
 
 examples, with the same command on each of two hosts:
   python launch/torchrun.py --nnodes=2 --nproc-per-node=8 \\
-      --rdzv-backend=c10d --rdzv-endpoint=host1:29500 launch/train.py --config tiny
+      --rdzv-backend=c10d --rdzv-endpoint=host1:29500 \\
+      --module i3dist train --config tiny
 
 Takes torchrun's options (torchrun --help lists them). torchrun itself ends with
 status 1 whatever its ranks end with. This program ends with the status of the
@@ -30,7 +31,7 @@ def main() -> int:
     """Run torchrun's agent with the command line's words; returns the status to end with."""
     if sys.argv[1:] in ([], ["--help"], ["-h"]):
         summary, _, more = (__doc__ or "").partition("\n\n")
-        usage = "%(prog)s OPTIONS PROGRAM ..."
+        usage = "%(prog)s [OPTIONS] PROGRAM ..."
         ArgumentParser(description=summary, epilog=more, usage=usage).print_help()
         return 0
     # An agent whose peer has left says so in 25 lines.
