@@ -29,10 +29,11 @@ from i3dist.distributed.job import Job
 # EX_TEMPFAIL of sysexits.h: failed for now, try again.
 REQUEUE = 75
 LOST_SECONDS = 8
-GATHER_SECONDS = 0.5  # between the first rank of a lost host that is missed and the last
+GATHER_SECONDS = 1.5  # at most, from the first rank of a lost host that is missed to the last
 CONNECT_SECONDS = 10.0
 KEY = "i3dist/peers"  # in the ranks' store: where rank 0 listens
 Message = dict[str, Any]
+WELCOME: Message = {"says": "welcome"}
 BYE: Message = {"says": "bye"}
 FAILED: Message = {"says": "failed"}
 LOST: Message = {"says": "lost"}
@@ -59,7 +60,7 @@ class Peers:
     def await_verdict(self) -> None:
         """Wait after a collective lost a rank. The process ends meanwhile, if the loss is real."""
         if self._job.world_size > 1:
-            time.sleep(LOST_SECONDS + 2 * GATHER_SECONDS)
+            time.sleep(LOST_SECONDS + GATHER_SECONDS)
 
     def _tell(self, message: Message) -> None:
         """Send a message to the other ranks."""
@@ -124,6 +125,7 @@ class _First(Peers):
         rank = int(hello["rank"])
         keep_alive(writer.get_extra_info("socket"))
         self._hosts[rank], self._writers[rank] = str(hello["host"]), writer
+        writer.write(_line(WELCOME))
         last = await _next_word(reader)
         del self._writers[rank]
         writer.close()
@@ -134,17 +136,23 @@ class _First(Peers):
             os._exit(1)
         self._gone.append(rank)
         if len(self._gone) == 1:
-            await asyncio.sleep(GATHER_SECONDS)
-            if not self._closed:
-                await self._send(LOST)
-                self._leave_without(self._say_who_is_gone())
+            await self._send(LOST)
+            await self._await_all_of(self._hosts[rank])
+            self._leave_without(self._say_who_is_gone())
+
+    async def _await_all_of(self, host: str) -> None:
+        """Wait until all ranks of a host are gone; one killed by itself leaves its host's alone."""
+        there = [rank for rank, its in self._hosts.items() if its == host]
+        end = time.monotonic() + GATHER_SECONDS
+        while set(there) - set(self._gone) and time.monotonic() < end:
+            await asyncio.sleep(0.05)
 
     def _say_who_is_gone(self) -> str:
         """Name the ranks that are gone; hand hosts that lost all of theirs to `on_lost`."""
         hosts = sorted({self._hosts[rank] for rank in self._gone})
-        left = {host_name()} | {self._hosts[rank] for rank in self._writers}
+        left = {host for rank, host in self._hosts.items() if rank not in self._gone}
         with suppress(Exception):
-            self.on_lost([host for host in hosts if host not in left])
+            self.on_lost([host for host in hosts if host not in left | {host_name()}])
         ranks = ", ".join(map(str, sorted(self._gone)[:8]))
         return f"rank{'s' * (len(self._gone) > 1)} {ranks} on {', '.join(hosts)}"
 
@@ -171,22 +179,26 @@ class _Other(Peers):
         address, port, token = json.loads(store.get(KEY))
         self._address = address
         self._socket = socket.create_connection((address, port), CONNECT_SECONDS)
-        self._socket.settimeout(None)
         keep_alive(self._socket)
-        os.register_at_fork(after_in_child=lambda: _close([self._socket]))
         self._tell({"token": token, "rank": job.rank, "host": host_name()})
+        self._words = self._socket.makefile("rb")
+        if _read(self._words.readline()) != WELCOME:
+            raise OSError(f"what listens at {address}:{port} is not rank 0")
+        self._socket.settimeout(None)
+        os.register_at_fork(after_in_child=lambda: _close([self._socket]))
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
 
     def _listen(self) -> None:
-        """Wait for the only word that rank 0 says, or for its end."""
+        """Wait for the only word of rank 0 after its welcome, or for its end."""
         said: Message = {}
-        with suppress(OSError), self._socket.makefile("rb") as file:
-            said = _read(file.readline())
+        with suppress(OSError):
+            said = _read(self._words.readline())
         if self._closed or said == BYE:
             return
         if said == FAILED:
             os._exit(1)
         if said == LOST:  # rank 0 names it
+            self._tell(BYE)
             os._exit(self._status_of_loss())
         self._leave_without(f"rank 0 on {self._address}")
 

@@ -13,7 +13,7 @@ import torch.distributed as torch_dist
 from i3dist.distributed import peers
 from i3dist.distributed.devices import backend
 from i3dist.distributed.job import Job
-from i3dist.errors import UserError
+from i3dist.errors import UserError, explain
 
 # Keys under which ranks leave messages for each other in the store.
 JOB_KEY, RANK_KEY, BACKEND_KEY = "i3dist/job", "i3dist/rank/", "i3dist/backend/"
@@ -75,6 +75,11 @@ def meet(job: Job, name: str, timeout: timedelta) -> Iterator[peers.Peers]:
         connected = peers.connect(job, store, socket.getfqdn() if by_agent else job.master_addr)
     except torch_dist.DistError:
         raise UserError(f"rank 0 at {_address(job)} is gone: its own message says why") from None
+    except OSError as error:
+        raise UserError(
+            f"rank {job.rank} cannot connect with rank 0 at {job.master_addr}: {explain(error)}; "
+            "let the hosts of a job reach each other on all ports"
+        ) from None
     yield connected
     del store  # until here rank 0 listens
 

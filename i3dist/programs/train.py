@@ -11,8 +11,10 @@ examples:
 Runs under deepspeed, torchrun, Slurm (see slurm/train.sbatch) or by itself (one rank, or --gpus).
 The same command continues a run.
 
-SIGTERM or SIGUSR1 to any rank, or the launcher's end, stops the job after the current step: it
-saves, and exits with status 75, which asks to be started again. Status 1 is an error, in one line.
+SIGTERM, SIGUSR1 or SIGHUP to any rank, or the launcher's end, stops the job after the current step:
+it saves, and exits with status 75, which asks to be started again. Status 1 is an error, in one
+line. `touch RUN/SAVE` makes it save and go on, `touch RUN/STOP` save and end with status 0 (RUN is
+run.path). --fresh counts for a job's first start; when its launcher starts it again, it continues.
 """
 
 import argparse
@@ -87,6 +89,8 @@ def main() -> None:
     settings = Settings.load(arguments.config, arguments.overrides)
     if arguments.gpus != 1:
         start_ranks(arguments.gpus, without_gpus(sys.argv[1:]))
+    # When a rank is gone, torch's warnings of it are stacks of C++; `Peers` says it in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from i3dist.training.run import run  # imports torch, which takes seconds
 
     run(arguments, settings)

@@ -32,6 +32,7 @@ def rank(number: int, port: int, launcher: Launcher, does: Callable[[int, Peers]
     store = torch_dist.TCPStore("127.0.0.1", port, None, number == 0, patience, False)
     tied = peers.connect(job, store, "127.0.0.1")
     tied.on_lost = lambda hosts: Path("lost").write_text(",".join(hosts))
+    Path(f"pid-{number}").write_text(str(os.getpid()))
     store.add("there", 1)
     while store.add("there", 0) < RANKS:
         time.sleep(0.01)
@@ -83,7 +84,7 @@ def test_when_one_fails_all_leave_with_1(capfd: pytest.CaptureFixture[str], fail
         ([3], "slurm", "error: lost rank 3 on node2 (", ""),
         ([2, 3], "slurm", "error: lost ranks 2, 3 on node2 (", "node2"),
         ([2, 3], "deepspeed", "error: lost ranks 2, 3 on node2 (", "node2"),
-        ([0, 1], "slurm", "[rank 2] error: lost rank 0 on 127.0.0.1 (", None),
+        ([0], "slurm", "[rank 2] error: lost rank 0 on 127.0.0.1 (", None),
     ],
 )
 def test_when_some_are_lost_the_others_leave_and_one_names_them(
@@ -97,10 +98,14 @@ def test_when_some_are_lost_the_others_leave_and_one_names_them(
 
     def die(number: int, _: Peers) -> None:
         if os.fork() == 0:
-            time.sleep(3)
+            time.sleep(9)
             os._exit(0)
-        if number in killed:
-            os.kill(os.getpid(), signal.SIGKILL)
+        Path(f"forked-{number}").touch()
+        if number == killed[-1]:
+            while len(list(Path().glob("forked-*"))) < RANKS:
+                time.sleep(0.01)
+            for one in killed:  # at once, as a host that dies takes all of them with it
+                os.kill(int(Path(f"pid-{one}").read_text()), signal.SIGKILL)
 
     left = REQUEUE if launcher == "slurm" else 1
     assert statuses(die, launcher) == [-9 if n in killed else left for n in range(RANKS)]

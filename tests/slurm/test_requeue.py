@@ -46,6 +46,8 @@ open(f"ready-{{attempt.restarts}}-{{job.rank}}", "w")
 with one_line_errors():
     if "fail" in sys.argv and job.rank == 1:
         raise UserError("this one alone")
+    if "die" in sys.argv and job.rank == 1:
+        os.kill(os.getpid(), 9)
     if not attempt.restarts:
         time.sleep(600)
 """
@@ -97,13 +99,19 @@ def test_a_lost_host_is_left_out_by_the_job_that_succeeds(tmp_path: Path) -> Non
     """At once; Slurm finds the loss only when its time is up, and then leaves the old job alone."""
     with running_cluster((*NODES, "node3")) as cluster:
         options = [*TWO, "--time=17", "--mem-per-cpu=100"]
+        killed = tmp_path / "killed"  # a rank alone: its host is none to leave out
+        killed.mkdir()
+        job = submit(cluster, killed, CONNECTED, TWO, "die")
+        assert cluster.wait(job, 60) == "FAILED"
+        assert "ExitCode=137:0" in cluster.command("scontrol", "show", "job", job)
+        assert "succeeds" not in (killed / "job.out").read_text()
         job = submit(cluster, tmp_path, CONNECTED, options)
         wait_for(lambda: len(list(tmp_path.glob("ready-0-?"))) == 2)
         cluster.kill_node("node2")
-        wait_for((tmp_path / "ready-1-1").exists, 20)
+        wait_for((tmp_path / "ready-1-1").exists)
         text = (tmp_path / "job.out").read_text()
         assert re.search(rf"error: lost rank 1 on node2 \(.*, job {job}\); the job ends", text)
-        found = re.search(rf"job (\d+) succeeds job {job}\n", text)
+        found = re.search(rf"job (\d+) succeeds job {job}, without node2\n", text)
         assert found is not None
         assert cluster.wait(found[1], 30) == "COMPLETED"
         record = cluster.command("scontrol", "show", "job", found[1])
