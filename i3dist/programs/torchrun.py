@@ -61,7 +61,8 @@ def pass_signals_on() -> list[int]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in PASSED_ON:
-        signal.signal(number, lambda *_: None)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def watch() -> None:
