@@ -14,9 +14,11 @@ import pytest
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "slurm" / "train.sbatch"
-# Writes down its words and what it sees of Slurm, and ends as it is told.
+# Writes down its words and what it sees of Slurm, and ends as it is told; describes the job.
 STAND_IN = """#!{python}
 import json, os, sys
+if sys.argv[1] == "show":
+    sys.exit(print(os.environ["JOB"]))
 with open({to!r}, "w") as file:
     seen = {{name: value for name, value in os.environ.items() if name.startswith("SLURM_")}}
     json.dump({{"words": sys.argv[1:], "seen": seen}}, file)
@@ -26,8 +28,16 @@ ALLOCATION = {
     "SLURM_JOB_ID": "77",
     "SLURM_JOB_NUM_NODES": "1",
     "SLURM_NNODES": "1",
-    "SLURM_CPUS_ON_NODE": "8",
+    "SLURM_JOB_CPUS_PER_NODE": "8",
 }
+
+
+# What the site's file says: where to find what, and how to start Python and the tasks.
+SITE = """
+export NCCL_DEBUG=INFO SLURM_SITE=yes
+srun_options+=(--cpu-bind=cores --container-mounts="/a b:/c")
+python=(apptainer exec --nv "my image.sif" python3)
+"""
 
 
 class Started(NamedTuple):
@@ -40,45 +50,60 @@ class Started(NamedTuple):
     result: subprocess.CompletedProcess[str]
 
 
-def run(folder: Path, *words: str, **environ: str) -> Started:
-    """Run the script as Slurm does, in a folder that looks like the repository."""
-    (folder / "launch").mkdir(parents=True)
-    shutil.copy(ROOT / "launch" / "train.py", folder / "launch")
-    (folder / "bin").mkdir()
+def repository(folder: Path) -> Path:
+    """Make a folder that looks like the repository."""
+    shutil.copytree(ROOT / "slurm", folder / "slurm", dirs_exist_ok=True)
+    return folder
+
+
+def run(folder: Path, *words: str, nodes: str = "", **environ: str) -> Started:
+    """Run the script as Slurm does in `folder`, which looks like the repository.
+
+    `nodes` are the lines in which Slurm describes the job's nodes.
+    """
+    if "SLURM_SUBMIT_DIR" not in environ:
+        repository(folder)
+    (folder / "bin").mkdir(parents=True)
     for name in ("srun", "scontrol"):
         program = folder / "bin" / name
         program.write_text(STAND_IN.format(python=sys.executable, to=str(folder / f"{name}.json")))
         program.chmod(0o755)
     foreign = ("SLURM", "SBATCH", "SRUN", "CUDA_VISIBLE")
     plain = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    environ = plain | ALLOCATION | {"SLURM_SUBMIT_DIR": str(folder)} | environ
+    described = {"JOB": f"   WorkDir={folder}\n{nodes}", "SLURM_SUBMIT_DIR": str(folder)}
+    environ = plain | ALLOCATION | described | environ
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        ["bash", SCRIPT, *words],
+        ["bash", shutil.copy(SCRIPT, folder / "bin" / "slurm_script"), *words],
         env=environ | {"PATH": path},
-        cwd=folder.parent,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=60,
     )
     steps = folder / "srun.json"
-    started = (
-        json.loads(steps.read_text()) if steps.exists() else {"words": ["python3"], "seen": {}}
-    )
-    options = [word for word in started["words"] if word.startswith("--")]
-    first = started["words"].index("python3")
-    split = [word.partition("=") for word in started["words"][:first]]
-    assert all(name in options or value for name, _, value in split)
+    started = json.loads(steps.read_text()) if steps.exists() else {"words": [], "seen": {}}
+    options, command = split(started["words"])
     requeue = folder / "scontrol.json"
     told = json.loads(requeue.read_text())["words"] if requeue.exists() else None
     assert told is None or told[0] == "requeue"
     return Started(
-        {name: value for name, _, value in split},
-        started["words"][first:],
+        {name: value for name, _, value in (word.partition("=") for word in options)},
+        command,
         started["seen"],
         told[1] if told else None,
         result,
     )
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The options of srun, and the rank's program without what logs it."""
+    if not words:
+        return [], []
+    first = words.index("bash")
+    shell, logs = words[first : first + 2], words[first + 3 : first + 5]
+    assert shell == ["bash", "-c"] and logs[0] == "rank" and logs[1].endswith("slurm-77.ranks")
+    return words[:first], words[first + 5 :]
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (4, 8)])
@@ -90,8 +115,21 @@ def test_gpus_get_a_task_each_on_every_node(tmp_path: Path, nodes: int, gpus: in
     assert started.result.returncode == 0, started.result.stderr
     assert started.options["--ntasks"] == str(nodes * gpus)
     assert started.options["--ntasks-per-node"] == str(gpus)
-    assert "--overcommit" not in started.options and "--cpus-per-task" not in started.options
+    assert started.options["--cpus-per-task"] == str(8 // gpus)
+    assert "--overcommit" not in started.options
     assert not set(binding) & set(started.seen)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "each"), [("16", "4"), ("19", "4"), ("64(x2),16", "4"), ("4(x9)", "1"), ("64,9", "2")]
+)
+def test_ranks_on_gpus_share_the_cpus_of_the_node_that_has_fewest(
+    tmp_path: Path, cpus: str, each: str
+) -> None:
+    environ = {"SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_CPUS_PER_NODE": cpus}
+    started = run(tmp_path, **environ, SLURM_CPUS_PER_GPU="9", SLURM_CPUS_PER_TASK="9")
+    assert started.options["--cpus-per-task"] == each
+    assert not {"SLURM_CPUS_PER_GPU", "SLURM_CPUS_PER_TASK"} & set(started.seen)
 
 
 def refusal(folder: Path, **environ: str) -> str:
@@ -110,25 +148,31 @@ def starts(folder: Path, **environ: str) -> bool:
 
 def test_what_its_messages_tell_to_do_helps(tmp_path: Path) -> None:
     """Where it is submitted and how; GPUs for every node; CPUs for every GPU."""
-    line = refusal(tmp_path / "shell", SLURM_SUBMIT_DIR="")
-    assert line.endswith("SLURM_SUBMIT_DIR: is not set: submit this file with sbatch")
+    root = repository(tmp_path / "root")
+    line = refusal(tmp_path / "shell", SLURM_JOB_ID="")
+    assert line.startswith("error: submit this file with sbatch")
     assert starts(tmp_path / "sbatch")  # which sets it
-    (tmp_path / "home").mkdir()
-    line = refusal(tmp_path / "elsewhere", SLURM_SUBMIT_DIR=str(tmp_path / "home"))
-    assert line.endswith("home has no launch/train.py: submit from the root of the repository")
-    assert starts(tmp_path / "root", SLURM_SUBMIT_DIR=str(tmp_path / "root"))
+    line = refusal(tmp_path / "elsewhere", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert line.endswith("is not the root of the repository: submit from there, or with --chdir")
+    assert starts(tmp_path / "chdir", SLURM_SUBMIT_DIR=str(root))
+    line = refusal(tmp_path / "lost", JOB=f"WorkDir={tmp_path}/gone", SLURMD_NODENAME="n7")
+    assert line.startswith(f"error: n7 has no folder {tmp_path}/gone: submit from")
     two_nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
-    line = refusal(tmp_path / "uneven", **two_nodes, SLURM_GPUS="6")
-    assert line == "error: not every node has 4 of the 6 GPUs: ask for --gpus-per-node"
-    assert starts(tmp_path / "even", **two_nodes, SLURM_GPUS_PER_NODE="4")
-    few = run(tmp_path / "few", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE="2").result.stderr
+    odd = "     Nodes=a[1-2] CPU_IDs=0 Mem=0 GRES=gpu:x:3(IDX:0-2),gpu:y:1(IDX:3)\n"
+    odd += "     Nodes=a7 CPU_IDs=0-9 Mem=0 GRES=gpu:{}(IDX:0-1),mps:9(0)"
+    line = refusal(tmp_path / "uneven", nodes=odd.format(2), **two_nodes)
+    wanted = "error: not every node has as many GPUs (a[1-2]: 4, a7: 2): ask for --gpus-per-node=N"
+    assert line == wanted
+    assert starts(tmp_path / "even", nodes=odd.format(4), **two_nodes)
+    few = run(tmp_path / "few", SLURM_GPUS_ON_NODE="4", SLURM_JOB_CPUS_PER_NODE="2").result.stderr
     asked = int(few.rpartition("ask for more, --cpus-per-gpu=")[2])
-    assert starts(tmp_path / "more", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE=str(4 * asked))
+    cpus = str(4 * asked)
+    assert starts(tmp_path / "more", SLURM_GPUS_ON_NODE="4", SLURM_JOB_CPUS_PER_NODE=cpus)
 
 
 def test_fewer_cpus_than_gpus_are_allowed_and_warned_of(tmp_path: Path) -> None:
-    started = run(tmp_path, SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE="2")
-    assert "--overcommit" in started.options
+    started = run(tmp_path, SLURM_GPUS_ON_NODE="4", SLURM_JOB_CPUS_PER_NODE="2")
+    assert "--overcommit" in started.options and "--cpus-per-task" not in started.options
     (line,) = started.result.stderr.splitlines()
     assert line == "warning: 2 CPUs for 4 GPUs: ask for more, --cpus-per-gpu=8"
 
@@ -153,15 +197,79 @@ def test_a_task_that_fails_ends_the_others_and_ranks_fill_a_node_first(
 def test_words_reach_the_program_as_they_are(tmp_path: Path) -> None:
     words = ["train.steps=5", "run.path=a b", "--config", "x y.yaml", "", "*", "$HOME"]
     started = run(tmp_path, *words)
-    engine = ["--deepspeed", "configs/zero2.json"]
-    assert started.command == ["python3", "-u", "launch/train.py", *engine, *words]
+    assert started.command == ["python3", "-u", f"{tmp_path}/launch/train.py", *words]
     assert started.seen["SLURM_JOB_ID"] == "77"
+    assert started.options["--export"] == "ALL"  # also where sbatch was given --export=NONE
 
 
-@pytest.mark.parametrize("given", [["--deepspeed", "own.json"], ["--deepspeed=own.json"]])
-def test_an_engine_file_of_the_users_stands_alone(tmp_path: Path, given: list[str]) -> None:
-    started = run(tmp_path, "train.steps=5", *given)
-    assert started.command == ["python3", "-u", "launch/train.py", "train.steps=5", *given]
+def test_a_site_says_how_python_and_tasks_are_started(tmp_path: Path) -> None:
+    repository(tmp_path)
+    (tmp_path / "slurm" / "site.sh").write_text(SITE)
+    started = run(tmp_path, "a b", SLURM_SUBMIT_DIR=str(tmp_path))
+    python = ["apptainer", "exec", "--nv", "my image.sif", "python3", "-u"]
+    assert started.command == [*python, f"{tmp_path}/launch/train.py", "a b"]
+    assert started.options["--cpu-bind"] == "cores"
+    assert started.options["--container-mounts"] == "/a b:/c"
+    assert started.seen["SLURM_SITE"] == "yes"
+
+
+LINES = """# three runs
+optimizer.lr=1e-4 run.path=runs/a
+
+  run.path='runs/b c' data.path="x  y"
+   # the last
+run.path=runs/$HOME;`id`
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("1", ["optimizer.lr=1e-4", "run.path=runs/a"]),
+        ("2", ["run.path=runs/b c", "data.path=x  y"]),
+        ("3", ["run.path=runs/$HOME;`id`"]),
+    ],
+)
+def test_each_task_of_a_sweep_adds_the_words_of_its_line(
+    tmp_path: Path, task: str, words: list[str]
+) -> None:
+    """After those of all, so they win."""
+    (tmp_path / "sweep").write_text(LINES)
+    started = run(
+        tmp_path,
+        "--sweep",
+        "sweep",
+        "--config",
+        "a b",
+        SLURM_ARRAY_JOB_ID="77",
+        SLURM_ARRAY_TASK_ID=task,
+    )
+    assert started.command[2:] == [f"{tmp_path}/launch/train.py", "--config", "a b", *words]
+
+
+def test_a_sweep_without_a_line_for_the_task_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sweep").write_text(LINES)
+    words = "--sweep", str(tmp_path / "sweep")
+    for number, task in enumerate(("0", "4", "")):
+        started = run(
+            tmp_path / str(number), *words, SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID=task
+        )
+        assert started.result.returncode == 1 and not started.options
+        (line,) = started.result.stderr.splitlines()
+        assert line.endswith("submit --array=1-3")
+    started = run(
+        tmp_path / "none", "--sweep", "missing", SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID="1"
+    )
+    assert started.result.returncode and not started.options
+    assert "missing" in started.result.stderr
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "shard.sbatch", "run.sbatch", "pipeline.sh"])
+def test_a_script_explains_itself(name: str) -> None:
+    words = ["bash", f"slurm/{name}", "--help"]
+    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not shown.stderr and f"slurm/{name}" in shown.stdout
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines())
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, None), (1, None), (75, "77"), (76, None)])

@@ -57,9 +57,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
 
 def submit(cluster: Cluster, folder: Path, source: Path, trouble: str, *words: object) -> str:
     """Submit an array of four tasks from `folder`; returns the job."""
-    for name in ("slurm", "data_prep"):
-        (folder / name).mkdir(exist_ok=True)
-    shutil.copy(ROOT / "slurm" / "shard.sbatch", folder / "slurm")
+    (folder / "data_prep").mkdir(exist_ok=True)
+    shutil.copytree(ROOT / "slurm", folder / "slurm", dirs_exist_ok=True)
     text = STAND_IN.format(root=str(ROOT), trouble=trouble)
     (folder / "data_prep" / "shard.py").write_text(text)
     options = ["--array=1-4", "--cpus-per-task=1", "--mem=500", "--time=10"]
@@ -192,7 +191,7 @@ def test_what_it_refuses_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit("--output=a.out", "--cpus-per-task=1", script, cwd=tmp_path)
     assert cluster.wait(job, 60) == "FAILED"
     (line,) = (tmp_path / "a.out").read_text().splitlines()
-    assert "data_prep/shard.py" in line and "root of the repository" in line
+    assert "root of the repository" in line and "--chdir" in line
     output = f"--output={tmp_path / 'b.out'}"
     job = cluster.submit("--array=1,3", output, "--cpus-per-task=1", script, cwd=ROOT)
     assert cluster.wait(job, 60) == "FAILED"

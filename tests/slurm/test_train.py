@@ -1,5 +1,5 @@
-"""The small model on two Slurm nodes learns as it does under the deepspeed launcher, also where the
-job is put back into the queue on its way. About 1 minute.
+"""The small model on two Slurm nodes learns as on one host, though the job is put back into the
+queue on its way. About half a minute. (Undisturbed: test_pipeline.py.)
 """
 
 import re
@@ -24,15 +24,6 @@ def submit(cluster: Cluster, data: Path, folder: Path, *more: str) -> tuple[str,
     words = [*QUICK, *SAVING, f"data.path={data}", f"run.path={folder / 'run'}", "data.workers=1"]
     script = ROOT / "slurm" / "train.sbatch"
     return cluster.submit(*options, script, *words, *more, cwd=ROOT), output
-
-
-def test_two_nodes_learn_like_two_ranks(
-    cluster: Cluster, data: Path, whole: Path, tmp_path: Path
-) -> None:
-    job, output = submit(cluster, data, tmp_path)
-    assert cluster.wait(job, 300) == "COMPLETED", output.read_text()
-    assert len(losses(tmp_path / "run")) == STEPS
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
 
 
 def test_a_job_that_is_requeued_and_cancelled_loses_nothing(

@@ -1,0 +1,102 @@
+"""Start ranks with torchrun, and end with their exit status.
+
+examples, with the same command on each of two hosts:
+  python launch/torchrun.py --nnodes=2 --nproc-per-node=8 \\
+      --rdzv-backend=c10d --rdzv-endpoint=host1:29500 \\
+      --module i3dist train --config tiny
+
+Takes torchrun's options (torchrun --help lists them). torchrun itself ends with
+status 1 whatever its ranks end with. This program ends with the status of the
+rank that ended first: 75 asks to be started again, 1 is an error.
+
+SIGTERM, SIGUSR1 and SIGHUP go to this host's ranks, which save and end with 75.
+A second one changes nothing.
+"""
+
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
+
+import psutil
+
+from i3dist.cli.program import ArgumentParser, one_line_errors
+from i3dist.distributed.signals import REQUEUE
+
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def main() -> int:
+    """Run torchrun's agent with the command line's words; returns the status to end with."""
+    if sys.argv[1:] in ([], ["--help"], ["-h"]):
+        summary, _, more = (__doc__ or "").partition("\n\n")
+        usage = "%(prog)s [OPTIONS] PROGRAM ..."
+        ArgumentParser(description=summary, epilog=more, usage=usage).print_help()
+        return 0
+    # An agent whose peer has left says so in 25 lines.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from torch.distributed import run  # takes seconds
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    arguments = run.parse_args(sys.argv[1:])
+    # On its other signals the agent ends the ranks, and then with 1.
+    arguments.signals_to_handle = "SIGINT,SIGQUIT"
+    told = pass_signals_on()
+    try:
+        run.run(arguments)
+    except ChildFailedError as failed:
+        _, first = failed.get_first_failure()
+        return status_of(first.exitcode, told)
+    return 0
+
+
+def pass_signals_on() -> list[int]:
+    """From now on send the first of `PASSED_ON` to the ranks; returns a list of those that came.
+
+    While there are no ranks, a signal ends this process with `REQUEUE`. A thread receives them,
+    because the main thread runs no handlers while it waits for the agents of other hosts.
+    """
+    told: list[int] = []
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for number in PASSED_ON:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while True:
+            number = os.read(reader, 1)[0]
+            if number not in PASSED_ON:
+                continue
+            ranks = psutil.Process().children()
+            if not ranks:
+                os._exit(REQUEUE)
+            told.append(number)
+            for rank in ranks if len(told) == 1 else ():
+                with suppress(psutil.Error):  # it has just ended
+                    rank.send_signal(number)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    return told
+
+
+def status_of(exitcode: int, told: list[int]) -> int:
+    """The status to end with if the first rank ended with `exitcode`, below 0 by a signal.
+
+    A rank that had not begun yet dies of a signal in `told`; then nothing is lost.
+    """
+    if exitcode >= 0:
+        return exitcode
+    return REQUEUE if -exitcode in told else 128 - exitcode
+
+
+def start() -> None:
+    """Run the program."""
+    with one_line_errors():
+        sys.exit(main())
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# What the jobs of this folder share. They source this file when they have found the repository,
+# $root, and then have: $job, what Slurm says of the job; python, the command that starts Python;
+# srun_options, what the site adds to srun. Outside of a job they print their help, if asked to.
+# shellcheck disable=SC2034,SC2154
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+if [[ ${1:-} == --help ]]; then
+    sed -n '2,/^#SBATCH/{ /^#SBATCH/d; s/^# \{0,1\}//; p }' "$0" # the comment it begins with
+    exit
+fi
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "submit this file with sbatch; bash $0 --help explains it"
+
+# An array's last task has the number of the array, by which Slurm describes all tasks.
+number=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=$(scontrol show --details job "${number:-$SLURM_JOB_ID}")
+# Where its folder is missing on a node, Slurm starts a job in /tmp.
+folder=$(sed -n 's/^ *WorkDir=//p' <<<"$job")
+[[ $PWD -ef $folder ]] || fail "${SLURMD_NODENAME:-this node} has no folder $folder:" \
+    "submit from a folder that all nodes see, or with --chdir=FOLDER"
+
+srun_options=() python=(python3)
+for file in slurm/site.sh .venv/bin/activate; do
+    # shellcheck disable=SC1090
+    [[ -f $root/$file ]] && source "$root/$file"
+done
+unset file folder number
+
+# Print the words of the file's line for this task of an array, each ended by a zero byte. Empty
+# lines and comments do not count.
+sweep_words() {
+    local file=$1 task=${SLURM_ARRAY_TASK_ID:-0} lines count
+    lines=$(sed '/^[[:space:]]*\(#\|$\)/d' "$file")
+    count=$(grep -c . <<<"$lines" || true)
+    ((task >= 1 && task <= count)) ||
+        fail "--sweep: $file has $count lines, and this is task $task: submit --array=1-$count"
+    sed -n "${task}p" <<<"$lines" | xargs printf '%s\0'
+}
+
+# Print "NODES: GPUS" for each group of nodes of the job, where those of a group are alike.
+gpus_of_nodes() {
+    local line rest count gpus='gpu(:[^:,(]+)?:([0-9]+)(.*)'
+    while read -r line; do
+        [[ $line == Nodes=* ]] || continue
+        rest=${line##* GRES=} count=0
+        while [[ $rest =~ $gpus ]]; do
+            ((count += BASH_REMATCH[2]))
+            rest=${BASH_REMATCH[3]}
+        done
+        line=${line%% *}
+        echo "${line#Nodes=}: $count"
+    done <<<"$job"
+}
+
+# Print the fewest CPUs that the job has on a node. Slurm writes "16(x2),8".
+fewest_cpus() {
+    tr ',' '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1
+}
+
+# Print the folder for the ranks' output: beside the job's output, if that is a file.
+rank_folder() {
+    local output
+    output=$(readlink "/proc/$$/fd/1")
+    [[ -f $output ]] || output=slurm-$SLURM_JOB_ID.out
+    echo "${output%.out}.ranks"
+}
+
+# A task of a step, for `bash -c "$logged" rank FOLDER PROGRAM ...`: it shows what the program
+# prints, and keeps it in a file of the rank's own. A signal reaches all processes of a task, and
+# only the program is to follow it. Readers of data may hold the output open for some seconds when
+# the program has ended; what they say then is not waited for.
+# shellcheck disable=SC2016
+logged='trap : HUP USR1 TERM
+exec 3> >(trap "" HUP USR1 TERM && exec tee -a "$1/rank-$SLURM_PROCID.log")
+tee=$! status=0
+"${@:2}" >&3 2>&3 3>&- || status=$?
+exec 3>&-
+for _ in {1..10}; do
+    kill -0 "$tee" 2>/dev/null || break
+    sleep 0.1
+done
+exit "$status"'

@@ -1,0 +1,102 @@
+"""Two hosts without Slurm, each with a network and a name of its own: what their launchers end
+with. About 1 minute.
+"""
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import QUICK, ROOT, SAVING, environment, losses
+from tests.distributed.hosts import Host, missing, two_hosts
+
+# Says where it is, and asks to be started again.
+STAND_IN = """
+import json, os, socket, sys
+from dataclasses import asdict
+from i3dist.distributed.job import Job
+seen = asdict(Job.detect()) | {"host": socket.gethostname(), "words": sys.argv[2:]}
+seen["threads"] = os.environ.get("OMP_NUM_THREADS")
+with open(f"rank-{seen['rank']}.json", "w") as file:
+    json.dump(seen, file)
+sys.exit(75)
+"""
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Sequence[Host]]:
+    """Two hosts; where they must exist (CI), their absence is a failure."""
+    reason = missing()
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"no hosts for the tests: {reason}")
+    if reason:
+        pytest.skip(reason)
+    with two_hosts() as both:
+        yield both
+
+
+def test_deepspeed_starts_ranks_through_ssh_and_ends_as_they_do(
+    hosts: Sequence[Host], tmp_path: Path
+) -> None:
+    """It hands on the words, and of the environment what a file says."""
+    (tmp_path / "hostfile").write_text("host1 slots=1\nhost2 slots=1\n")
+    (tmp_path / "rank.py").write_text(STAND_IN)
+    (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=7\n")
+    environ = environment() | {"PYTHONPATH": str(ROOT)}
+    words = ("deepspeed", "--hostfile", "hostfile", "rank.py", "a b")
+    output = tmp_path / "output"
+    command = hosts[0].start(*words, folder=tmp_path, environ=environ, output=output)
+    assert command.wait(120) == 75, output.read_text()
+    for rank, name in enumerate(("host1", "host2")):
+        seen = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert (seen["host"], seen["words"], seen["threads"]) == (name, ["a b"], "7")
+        assert (seen["rank"], seen["world_size"]) == (rank, 2)
+        assert (seen["local_rank"], seen["local_world_size"]) == (0, 1)
+        assert (seen["master_addr"], seen["launcher"]) == ("10.77.0.1", "deepspeed")
+
+
+def torchrun(hosts: Sequence[Host], folder: Path, *words: object) -> list[subprocess.Popen[str]]:
+    """Start launch/torchrun.py on both hosts; each writes to a file of `folder`."""
+    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=tests"]
+    command = ["python", "launch/torchrun.py", *options, "--rdzv-endpoint=host1:29400"]
+    return [
+        host.start(
+            *(*command, "launch/train.py", *words),
+            folder=ROOT,
+            environ=environment(),
+            output=folder / f"host{number}",
+        )
+        for number, host in enumerate(hosts, start=1)
+    ]
+
+
+def test_torchrun_ends_as_its_ranks_do(
+    hosts: Sequence[Host], data: Path, whole: Path, tmp_path: Path
+) -> None:
+    """A signal to one host's agent stops both hosts, which learned like two ranks of one host."""
+    words = [*QUICK, *SAVING, f"data.path={data}", f"run.path={tmp_path / 'run'}"]
+    commands = torchrun(hosts, tmp_path, *words)
+    deadline = time.monotonic() + 200
+    while "step  3/" not in (tmp_path / "host1").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "host1").read_text()
+        time.sleep(0.05)
+    (agent,) = psutil.Process(commands[1].pid).children()
+    agent.terminate()
+    assert [command.wait(60) for command in commands] == [75, 75], (tmp_path / "host1").read_text()
+    said = (tmp_path / "host1").read_text()
+    stopped = re.search(r"stopped on request at step (\d+)", said)
+    assert stopped is not None
+    learned = losses(tmp_path / "run")
+    assert len(learned) == int(stopped[1])
+    assert learned == pytest.approx(losses(whole)[: len(learned)], abs=1e-4)
+
+    commands = torchrun(hosts, tmp_path, "train.step=5")
+    assert [command.wait(60) for command in commands] == [1, 1]
+    errors = re.findall("error: .*", (tmp_path / "host1").read_text())
+    assert len(errors) == 1 and "train.steps" in errors[0]
