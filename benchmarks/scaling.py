@@ -221,7 +221,7 @@ def tables(cost: Cost, measured: dict[tuple[int, int], float]) -> dict[str, str]
 
 
 def several_table(cost: Cost, path: Path) -> str:
-    """Speeds measured by several_gpus.py beside the derived ones, in Markdown."""
+    """Speeds measured through launch/train.py beside the derived ones, in Markdown."""
     columns = "lanes a GPU | GPUs | derived, tokens/s | measured | derived, efficiency | measured"
     alone: dict[int, float] = {}
     rows = []
