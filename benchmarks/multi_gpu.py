@@ -32,6 +32,7 @@ import torch.multiprocessing
 from gpu_ranks import CASES, Case, Results, Setting, compile_one, measure_local, measure_slow
 from rich.console import Console
 from rich.table import Table
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from train_throughput import CARD, TOY
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
@@ -106,8 +107,9 @@ def start(stage: Callable[..., None], processes: int, setting: Setting, cases: l
         torch.multiprocessing.start_processes(
             stage, (setting, cases), nprocs=processes, start_method=method
         )
-    except torch.multiprocessing.ProcessException as error:
-        raise UserError(f"{stage.__name__}: {error.msg.strip()}") from None
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        why = error.msg.strip().splitlines()[-1]
+        raise UserError(f"{stage.__name__}, process {error.error_index}: {why}") from None
     finally:
         setting.meeting.unlink(missing_ok=True)
 
