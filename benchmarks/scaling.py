@@ -1,6 +1,6 @@
 """Derives tokens/s of i3-4096ctx on 1 to 1,024 GPUs from steps on one GPU: docs/scaling.md.
 
-    python benchmarks/scaling.py [--measured FILE] [--plot FILE] [--document FILE] [--json FILE]
+    python benchmarks/scaling.py [--measured FILE] [--several FILE] [--plot FILE] [--document FILE]
 
 Nothing runs on a GPU here. The step times of one GPU come from a FILE of train_throughput.py
 --json, by default from the results in docs/. The model is fitted to the rows "engine" of 4 and of
@@ -238,6 +238,53 @@ def several_table(cost: Cost, path: Path) -> str:
     return _markdown(columns, rows)
 
 
+def compared_table(path: Path) -> str:
+    """The formula beside steps that multi_gpu.py measured on several GPUs, in Markdown.
+
+    Computing is fitted to one GPU of the same call. Communication is first derived from the
+    assumptions, then the sum of the exchanges that were timed by themselves on the same network.
+
+    Raises:
+        UserError: there is no such file, or it is not one of that program.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        world = next(row["gpus"] for row in rows if row["stage"] == "machine")
+        alone: dict[tuple[str, int], list[float]] = {}
+        for row in rows:
+            if row["stage"] == "alone":
+                alone.setdefault((row["case"], row["lanes"]), []).append(row["ms"] / 1e3)
+        exchanges = {(r["network"], r["what"]): r["ms"] for r in rows if r["stage"] == "exchange"}
+        together = [row for row in rows if row["stage"] == "together"]
+        lines = [_compared(row, world, alone, exchanges) for row in together]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UserError(f"{path} holds no results of multi_gpu.py: {error!r}") from None
+    columns = "case | lanes a GPU | measured, ms | derived | off | with timed exchanges | off"
+    return _markdown(columns, filter(None, lines))
+
+
+def _compared(
+    row: dict[str, Any],
+    world: int,
+    alone: dict[tuple[str, int], list[float]],
+    exchanges: dict[tuple[str, str], float],
+) -> list[str] | None:
+    """A row of `compared_table`; None for a case that the formula does not describe."""
+    loop, lanes, wire, *network = row["case"].split("-")
+    if loop not in ("zero2", "disk"):
+        return None
+    fitted = {(n, n): statistics.mean(alone[f"zero2-{n}-fp32", n]) for n in LANES}
+    gradient_bytes = FP32 if wire == "fp32" else BF16
+    job = SimulatedJob(world, int(lanes), gradient_bytes=gradient_bytes)
+    derived = 1e3 * job.seconds(Cost.fit(fitted))
+    place = network[0] if network else "local"
+    timed = exchanges[place, f"reduce-scatter, {wire}"] + exchanges[place, "all-gather, bf16"]
+    sent = derived - 1e3 * job.communication() + timed
+    shown = [row["case"], lanes, f"{row['ms']:,.1f}"]
+    shown += ["", ""] if network else [f"{derived:,.1f}", f"{derived / row['ms'] - 1:+.1%}"]
+    return [*shown, f"{sent:,.1f}", f"{sent / row['ms'] - 1:+.1%}"]
+
+
 def _markdown(columns: str, rows: Iterable[list[str]]) -> str:
     names = columns.split(" | ")
     return "".join(f"| {' | '.join(row)} |\n" for row in [names, ["---:"] * len(names), *rows])
@@ -329,6 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add = partial(parser.add_argument, metavar="FILE", type=Path)
     add("--measured", default=MEASURED, help="steps of one GPU (default: those in docs/)")
+    add("--several", help="compare with the results of multi_gpu.py --json in this file too")
     add("--plot", help="plot the curves into this PNG file")
     add("--document", help="replace the tables of this document")
     add("--json", help="write every point to this file")
@@ -336,6 +384,8 @@ def main(arguments: list[str] | None = None) -> None:
     measured = load(options.measured)
     cost = Cost.fit(measured)
     contents = tables(cost, measured)
+    if options.several:
+        contents["compared"] = compared_table(options.several)
     print("\n".join(f"{name}\n\n{table}" for name, table in contents.items()))
     if options.plot:
         plot(cost, options.plot)

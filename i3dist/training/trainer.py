@@ -20,6 +20,7 @@ from i3dist.data.schedule import lanes_of_rank
 from i3dist.distributed.job import Job
 from i3dist.distributed.signals import StopRequest, signals_blocked
 from i3dist.distributed.watchdog import Watchdog
+from i3dist.engine.compile_cache import CompileCache
 from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
 from i3dist.tracking.interval import Interval
@@ -36,6 +37,7 @@ from i3dist.training.micro_batch import choose_micro_batch, dummy_batch
 from i3dist.training.progress import Progress
 from i3dist.training.recovery import Recovery
 from i3dist.training.run_log import RunLog
+from i3dist.training.start_times import START
 from i3dist.training.validator import Validator
 
 
@@ -50,12 +52,14 @@ class Trainer:
         engine: Engine,
         tracker: Tracker | NoTracker,
         stop: StopRequest,
+        compile_cache: CompileCache | None = None,
     ):
         """Put the parts together; every rank calls this.
 
         `settings` has no "auto" left that a run decides (see `startup.decide`).
         """
         self.settings, self.engine, self.stop = settings, engine, stop
+        self.compile_cache = compile_cache if job.rank == 0 else None  # one rank writes it
         train, folder = settings.train, settings.run.path
         checkpoints, tokenizer = folder / store.CHECKPOINTS, corpus.tokenizer.data
         saver = AsyncSaver(checkpoints, job, settings.checkpoint, tokenizer)
@@ -72,6 +76,7 @@ class Trainer:
         engine.accumulate(train.accumulation * len(lanes) // rows)
         example = dummy_batch(settings, progress.lane_state.rows(0, rows), manifest.pad_id)
         engine.prepare(*example)  # before data readers start threads
+        START.end("micro-batch, compilation")
 
         schedule = corpus.train.schedule(
             train.lane_count, train.window_chunks, train.seed, train.schedule_version
@@ -100,11 +105,14 @@ class Trainer:
         with saver, closing(self.watchdog):
             if progress.step == 0:
                 self.validator.validate()
+                START.end("validation")
             self.stop.vote_now()  # on requests that came while the run was set up
             self.interval.restart()
             with closing(self.batches()) as batches:
                 while not (progress.done or self.stop.agreed()):
                     self.train_step(batches)
+                    if START.end_all() and self.compile_cache is not None:
+                        self.compile_cache.save()
                     if progress.due(settings.log.every):
                         self.report()
                     with self.interval.stopped_clock():
@@ -117,6 +125,8 @@ class Trainer:
             else:
                 self.checkpointer.save()
             saver.wait()
+            if self.compile_cache is not None:
+                self.compile_cache.wait()
         self.log.plot()
         return progress.done
 

@@ -5,6 +5,7 @@ on CPUs; on two GPUs 4 minutes, `pytest -k "two_gpus and gpu" -rP` prints how lo
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -64,9 +65,15 @@ def ranks(request: pytest.FixtureRequest, data: Path) -> Ranks:
 def whole(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks, one of which once had a loss that is not a number."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    result = ranks.train(run, STEPS, fault=f"nan 1 {BAD}")
+    result = ranks.train(run, STEPS, "--verbose", fault=f"nan 1 {BAD}")
     assert result.returncode == 0, result.stderr
     assert f"step {BAD} is skipped: not finite" in result.stdout
+    _, _, start = result.stdout.partition("time until the first step")
+    rows = re.findall(r"^│ (.+?) +│ +([\d.]+) │$", start, re.MULTILINE)
+    parts = {part: float(seconds) for part, seconds in rows}
+    assert parts.pop("all") == pytest.approx(sum(parts.values()), abs=0.1 * len(parts))
+    assert {"imports", "process group", "engine", "first step"} <= parts.keys()
+    print(f"start: {parts}")
     return run
 
 
