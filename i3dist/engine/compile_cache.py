@@ -17,8 +17,6 @@ import threading
 from collections.abc import MutableMapping
 from pathlib import Path
 
-import torch
-
 from i3dist.config import Settings
 from i3dist.distributed import collectives
 from i3dist.distributed.console import print_rank_0
@@ -140,8 +138,7 @@ def is_private(folder: Path) -> bool:
 
 
 def key_of(settings: Settings) -> str:
-    """Names what decides compiled code, so that archives hold no code of other models."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = [importlib.metadata.version("torch"), device, str(settings.train.window_chunks)]
-    text = "\n".join([settings.model.model_dump_json(), *versions])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Names the model and torch's version, so that an archive holds no code of others."""
+    texts = [settings.model.model_dump_json(), f"{settings.train.window_chunks}"]
+    texts.append(importlib.metadata.version("torch"))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
