@@ -27,6 +27,8 @@ from i3dist.files import written_aside
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 # Triton writes absolute paths into files of this name; in an archive they begin with ROOT.
 PATHS, ROOT = "__grp__", b"/i3dist-compiled"
+# Folders that nobody chose: torch's own, which it writes into the variable, `writable_caches`'.
+NOT_CHOSEN = ("torchinductor_", "triton-")
 UNFINISHED = ("tmp.", ".tmp", "lock")  # in names of files that are no entries
 
 
@@ -111,7 +113,8 @@ def enter(
     Every rank calls this, before it compiles. None if the user chose folders by the compilers' own
     variables, or if the folder is not this user's alone, as others could place code in it.
     """
-    if any(environ.get(name) for name in VARIABLES):
+    named = [Path(environ[name]).name for name in VARIABLES if environ.get(name)]
+    if not all(name.startswith(NOT_CHOSEN) for name in named):
         return None
     own = Path(tempfile.gettempdir(), f"i3dist-compiled-{os.getuid()}")
     if not is_private(own):

@@ -1,10 +1,12 @@
 """Compiled code that travels: files of any compiler, in an archive beside the run."""
 
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from i3dist.config import Settings
 from i3dist.distributed.job import Job
@@ -106,6 +108,18 @@ def test_a_users_own_folders_stand(tmp_path: Path) -> None:
     environ = {"TRITON_CACHE_DIR": "/chosen"}
     assert enter(tmp_path, environ) is None
     assert environ == {"TRITON_CACHE_DIR": "/chosen"}
+
+
+def test_folders_that_torch_and_this_program_chose_do_not(tmp_path: Path) -> None:
+    """torch writes its own into the variable, and launchers pass that on."""
+    torchs = {"TORCHINDUCTOR_CACHE_DIR": default_cache_dir()}
+    for environ in (torchs, {"TRITON_CACHE_DIR": tempfile.mkdtemp(prefix="triton-", dir=tmp_path)}):
+        cache = enter(tmp_path, environ)
+        assert cache is not None
+        assert set(map(Path, environ.values())) == {
+            cache.folder / "inductor",
+            cache.folder / "triton",
+        }
 
 
 def test_a_folder_that_others_can_write_is_not_used(
