@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,12 @@ class StartTimes:
 
 def command_began(default: float) -> float:
     """When the launcher that started this process began; `default` if there is none."""
-    for parent in psutil.Process().parents():
-        words = parent.cmdline()[:4]
-        if not any(Path(word).name.startswith(LAUNCHERS) for word in words):
-            return default
-        default = parent.create_time()
+    with suppress(psutil.Error):  # processes of others may be hidden
+        for parent in psutil.Process().parents():
+            words = parent.cmdline()[:4]
+            if not any(Path(word).name.startswith(LAUNCHERS) for word in words):
+                break
+            default = parent.create_time()
     return default
 
 
@@ -75,9 +77,13 @@ def compilations() -> Table | None:
     measured = utils.get_compilation_metrics() if hasattr(utils, "get_compilation_metrics") else []
     if not measured:
         return None
-    counts = utils.counters["inductor"]
-    hits, misses = counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]
-    table = Table(title=f"compiled graphs: {hits} from the cache, {misses} anew")
+    counts, above = utils.counters["inductor"], utils.counters["aot_autograd"]
+    found = {
+        "kernels": (counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]),
+        "gradient": (above["autograd_cache_hit"], above["autograd_cache_miss"]),
+    }
+    caches = ", ".join(f"{what} {hits} of {hits + more}" for what, (hits, more) in found.items())
+    table = Table(title="compiled graphs", caption=f"from the cache: {caches}")
     for heading in ("function", "pass", "s", "inductor", "kernels"):
         table.add_column(heading, justify="left" if heading in ("function", "pass") else "right")
     for one in measured:
