@@ -35,6 +35,7 @@ from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 
 ADAMW = 2.3e-3  # of a step on one GPU: AdamW over all states, from a profile
+BACKWARD = 2 / 3  # of computing: two matrix products for each of forward
 WORLDS = [2**power for power in range(11)]
 SHOWN = (1, 8, 64, 256, 1024)  # of them, in tables
 LANE_TOKENS = 8 * 512
@@ -212,12 +213,26 @@ def tables(cost: Cost, measured: dict[tuple[int, int], float]) -> dict[str, str]
     scaling += " | communication | tokens/s | efficiency | bf16 | Ethernet | Ethernet, bf16"
     schemes = "GPUs, link | DP, ms | ZeRO-1, ms | ZeRO-2, ms | ZeRO-2, m = 8, ms"
     schemes += " | longer: 8 x 4 lanes | 8 x 16 lanes | DP, GB | ZeRO, GB"
+    overlap = "link | gradients | step, ms | reduce-scatter | backward | gain at most"
     return {
         "fit": _markdown(fit, _fit_rows(cost, measured)),
         "scaling": _markdown(scaling, _scaling_rows(cost)),
         "schemes": _markdown(schemes, _scheme_rows(cost)),
+        "overlap": _markdown(overlap, _overlap_rows(cost)),
         "several": several_table(cost, SEVERAL),
     }
+
+
+def _overlap_rows(cost: Cost) -> Iterator[list[str]]:
+    """What hiding the reduce-scatter behind backward could gain on 64 GPUs of 4 lanes."""
+    for link, size in WIRES:
+        job = SimulatedJob(64, LANES[0], link=link, gradient_bytes=size)
+        step = job.seconds(cost)
+        scattering = sum(ring(size * elements, job.world, link) for elements in flats())
+        backward = BACKWARD * (step - job.overhead())
+        gain = step / (step - min(scattering, backward)) - 1
+        shown = [f"{1e3 * seconds:,.1f}" for seconds in (step, scattering, backward)]
+        yield [link, "fp32" if size == FP32 else "bf16", *shown, f"{gain:.1%}"]
 
 
 def several_table(cost: Cost, path: Path) -> str:
