@@ -111,14 +111,14 @@ def enter(
     """Let compilers use a folder for code of this model, with what an earlier job compiled in it.
 
     Every rank calls this, before it compiles. None if the user chose folders by the compilers' own
-    variables, or if the folder is not this user's alone, as others could place code in it.
+    variables, or if the folder cannot be this user's alone, as others could place code in it.
     """
     named = [Path(environ[name]).name for name in VARIABLES if environ.get(name)]
     if not all(name.startswith(NOT_CHOSEN) for name in named):
         return None
     own = Path(tempfile.gettempdir(), f"i3dist-compiled-{os.getuid()}")
     if not is_private(own):
-        print_rank_0(f"warning: {own} is not yours alone, so compiled code is not kept for later")
+        print_rank_0(f"warning: compiled code is not kept: {own} must be a folder of yours alone")
         return None
     key = key_of(settings)
     chosen = settings.train.compile_cache
@@ -126,16 +126,19 @@ def enter(
     cache = CompileCache(place / f"compiled-{key}.tar.gz", own / key)
     environ.update({name: str(cache.folder / part) for name, part in VARIABLES.items()})
     if job.local_rank == 0 and cache.archive.exists():
-        with warned(f"{cache.archive} is damaged, so the model is compiled anew"):
+        with warned(f"{cache.archive} cannot be used, so the model is compiled anew"):
             cache.unpack()
     collectives.barrier()
     return cache
 
 
 def is_private(folder: Path) -> bool:
-    """Whether a folder, made if it is missing, can be written by this user only."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
+    """Whether a folder, made if it is missing, can be written by this user and nobody else."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError:
+        return False
     is_folder = stat.S_ISDIR(status.st_mode)
     return is_folder and status.st_uid == os.getuid() and not status.st_mode & 0o022
 

@@ -12,6 +12,7 @@ from i3dist.config import Settings
 from i3dist.distributed.job import Job
 from i3dist.engine import compile_cache
 from i3dist.engine.compile_cache import CompileCache
+from i3dist.files import remove
 
 GROUP = Path("triton/AB/__grp__kernel.json")
 CODE = Path("inductor/cd/code.so")
@@ -101,7 +102,9 @@ def test_a_damaged_archive_is_one_warning_and_adds_nothing(
     assert set(environ) == set(compile_cache.VARIABLES)
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    assert said.startswith(f"warning: {cache.archive} is damaged, so the model is compiled anew: ")
+    assert said.startswith(
+        f"warning: {cache.archive} cannot be used, so the model is compiled anew: "
+    )
 
 
 def test_a_users_own_folders_stand(tmp_path: Path) -> None:
@@ -127,8 +130,9 @@ def test_a_folder_that_others_can_write_is_not_used(
 ) -> None:
     monkeypatch.setattr(compile_cache.tempfile, "gettempdir", lambda: str(tmp_path))
     own = tmp_path / f"i3dist-compiled-{os.getuid()}"
-    own.mkdir()
-    own.chmod(0o777)
-    environ: dict[str, str] = {}
-    assert enter(tmp_path / "run", environ) is None and not environ
-    assert f"warning: {own} is not yours alone" in capsys.readouterr().out
+    for make in (lambda: (own.mkdir(), own.chmod(0o777)), own.touch):
+        make()
+        environ: dict[str, str] = {}
+        assert enter(tmp_path / "run", environ) is None and not environ
+        assert f"{own} must be a folder of yours alone" in capsys.readouterr().out
+        remove(own)
