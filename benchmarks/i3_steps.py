@@ -112,16 +112,20 @@ Loop = Callable[[I3LM, Shape, torch.device], I3Steps]
 
 
 def in_engine(
-    model: I3LM, shape: Shape, device: torch.device, train: TrainSettings | None = None
+    model: I3LM,
+    shape: Shape,
+    device: torch.device,
+    train: TrainSettings | None = None,
+    **changes: str,
 ) -> I3Steps:
-    """Steps through the engine, compiled as `launch/train.py` does."""
+    """Steps through the engine, compiled as `launch/train.py` does; changes of its file."""
     from i3dist.engine import setup  # other contestants need no DeepSpeed
 
     if not torch.distributed.is_initialized():
         setup.start(Job.detect({}))
     if device.type == "cuda":
         model.compile_blocks()
-    config = setup.read_engine_config(ENGINE_CONFIG)
+    config = setup.read_engine_config(ENGINE_CONFIG) | changes
     settings, train = OptimizerSettings(), train or TrainSettings()
     loop = setup.build(model, config, settings, train)
     loop.accumulate(shape.micro_batches)

@@ -1,6 +1,6 @@
 """Derives tokens/s of i3-4096ctx on 1 to 1,024 GPUs from steps on one GPU: docs/scaling.md.
 
-    python benchmarks/scaling.py [--measured FILE] [--plot FILE] [--document FILE] [--json FILE]
+    python benchmarks/scaling.py [--measured FILE] [--several FILE] [--plot FILE] [--document FILE]
 
 Nothing runs on a GPU here. The step times of one GPU come from a FILE of train_throughput.py
 --json, by default from the results in docs/. The model is fitted to the rows "engine" of 4 and of
@@ -35,6 +35,7 @@ from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 
 ADAMW = 2.3e-3  # of a step on one GPU: AdamW over all states, from a profile
+BACKWARD = 2 / 3  # of computing: two matrix products for each of forward
 WORLDS = [2**power for power in range(11)]
 SHOWN = (1, 8, 64, 256, 1024)  # of them, in tables
 LANE_TOKENS = 8 * 512
@@ -212,16 +213,30 @@ def tables(cost: Cost, measured: dict[tuple[int, int], float]) -> dict[str, str]
     scaling += " | communication | tokens/s | efficiency | bf16 | Ethernet | Ethernet, bf16"
     schemes = "GPUs, link | DP, ms | ZeRO-1, ms | ZeRO-2, ms | ZeRO-2, m = 8, ms"
     schemes += " | longer: 8 x 4 lanes | 8 x 16 lanes | DP, GB | ZeRO, GB"
+    overlap = "link | gradients | step, ms | reduce-scatter | backward | gain at most"
     return {
         "fit": _markdown(fit, _fit_rows(cost, measured)),
         "scaling": _markdown(scaling, _scaling_rows(cost)),
         "schemes": _markdown(schemes, _scheme_rows(cost)),
+        "overlap": _markdown(overlap, _overlap_rows(cost)),
         "several": several_table(cost, SEVERAL),
     }
 
 
+def _overlap_rows(cost: Cost) -> Iterator[list[str]]:
+    """What hiding the reduce-scatter behind backward could gain on 64 GPUs of 4 lanes."""
+    for link, size in WIRES:
+        job = SimulatedJob(64, LANES[0], link=link, gradient_bytes=size)
+        step = job.seconds(cost)
+        scattering = sum(ring(size * elements, job.world, link) for elements in flats())
+        backward = BACKWARD * (step - job.overhead())
+        gain = step / (step - min(scattering, backward)) - 1
+        shown = [f"{1e3 * seconds:,.1f}" for seconds in (step, scattering, backward)]
+        yield [link, "fp32" if size == FP32 else "bf16", *shown, f"{gain:.1%}"]
+
+
 def several_table(cost: Cost, path: Path) -> str:
-    """Speeds measured by several_gpus.py beside the derived ones, in Markdown."""
+    """Speeds measured through launch/train.py beside the derived ones, in Markdown."""
     columns = "lanes a GPU | GPUs | derived, tokens/s | measured | derived, efficiency | measured"
     alone: dict[int, float] = {}
     rows = []
@@ -236,6 +251,53 @@ def several_table(cost: Cost, path: Path) -> str:
             + [f"{share:.1%}" for share in shares]
         )
     return _markdown(columns, rows)
+
+
+def compared_table(path: Path) -> str:
+    """The formula beside steps that multi_gpu.py measured on several GPUs, in Markdown.
+
+    Computing is fitted to one GPU of the same call. Communication is first derived from the
+    assumptions, then the sum of the exchanges that were timed by themselves on the same network.
+
+    Raises:
+        UserError: there is no such file, or it is not one of that program.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        world = next(row["gpus"] for row in rows if row["stage"] == "machine")
+        alone: dict[tuple[str, int], list[float]] = {}
+        for row in rows:
+            if row["stage"] == "alone":
+                alone.setdefault((row["case"], row["lanes"]), []).append(row["ms"] / 1e3)
+        exchanges = {(r["network"], r["what"]): r["ms"] for r in rows if r["stage"] == "exchange"}
+        together = [row for row in rows if row["stage"] == "together"]
+        lines = [_compared(row, world, alone, exchanges) for row in together]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UserError(f"{path} holds no results of multi_gpu.py: {error!r}") from None
+    columns = "case | lanes a GPU | measured, ms | derived | off | with timed exchanges | off"
+    return _markdown(columns, filter(None, lines))
+
+
+def _compared(
+    row: dict[str, Any],
+    world: int,
+    alone: dict[tuple[str, int], list[float]],
+    exchanges: dict[tuple[str, str], float],
+) -> list[str] | None:
+    """A row of `compared_table`; None for a case that the formula does not describe."""
+    loop, lanes, wire, *network = row["case"].split("-")
+    if loop not in ("zero2", "disk"):
+        return None
+    fitted = {(n, n): statistics.mean(alone[f"zero2-{n}-fp32", n]) for n in LANES}
+    gradient_bytes = FP32 if wire == "fp32" else BF16
+    job = SimulatedJob(world, int(lanes), gradient_bytes=gradient_bytes)
+    derived = 1e3 * job.seconds(Cost.fit(fitted))
+    place = network[0] if network else "local"
+    timed = exchanges[place, f"reduce-scatter, {wire}"] + exchanges[place, "all-gather, bf16"]
+    sent = derived - 1e3 * job.communication() + timed
+    shown = [row["case"], lanes, f"{row['ms']:,.1f}"]
+    shown += ["", ""] if network else [f"{derived:,.1f}", f"{derived / row['ms'] - 1:+.1%}"]
+    return [*shown, f"{sent:,.1f}", f"{sent / row['ms'] - 1:+.1%}"]
 
 
 def _markdown(columns: str, rows: Iterable[list[str]]) -> str:
@@ -329,6 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add = partial(parser.add_argument, metavar="FILE", type=Path)
     add("--measured", default=MEASURED, help="steps of one GPU (default: those in docs/)")
+    add("--several", help="compare with the results of multi_gpu.py --json in this file too")
     add("--plot", help="plot the curves into this PNG file")
     add("--document", help="replace the tables of this document")
     add("--json", help="write every point to this file")
@@ -336,6 +399,8 @@ def main(arguments: list[str] | None = None) -> None:
     measured = load(options.measured)
     cost = Cost.fit(measured)
     contents = tables(cost, measured)
+    if options.several:
+        contents["compared"] = compared_table(options.several)
     print("\n".join(f"{name}\n\n{table}" for name, table in contents.items()))
     if options.plot:
         plot(cost, options.plot)

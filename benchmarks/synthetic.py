@@ -63,11 +63,11 @@ class Data:
         manifest.write(folder)
         return cls(folder, manifest, tokens)
 
-    def lane_windows(self, lanes: int, window: int) -> LaneWindows:
-        """The windows of `lanes` lanes, as one rank reads them."""
+    def lane_windows(self, lanes: int, window: int, own: range | None = None) -> LaneWindows:
+        """The windows of the lanes that a rank reads, `own`, of so many in all; by default all."""
         sizes = tuple(shard.chunks for shard in self.manifest.shards)
         schedule = Schedule(sizes, lanes, window, seed=0)
-        return LaneWindows(self.folder, self.manifest, schedule, range(lanes))
+        return LaneWindows(self.folder, self.manifest, schedule, own or range(lanes))
 
     def rows(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and targets [B, T] of successive pieces of the stream."""

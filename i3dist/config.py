@@ -245,6 +245,9 @@ class TrainSettings(Section):
     slower, for any version of it. Changes rounding only, as the number of ranks does."""
     compile: bool | Auto = "auto"
     """Compile the blocks (torch.compile) before the first step; auto does on GPUs."""
+    compile_cache: AutoPath = "auto"
+    """Folder that keeps compiled code in an archive, so that a job on another host need not compile
+    again; auto is run.path. Runs may share one. Who can write there can run code in your job."""
     clip: Positive = 1.0
     """Largest global gradient norm; a larger gradient is scaled down to it."""
 

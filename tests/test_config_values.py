@@ -60,6 +60,7 @@ def test_paths_and_names_are_literal_by_their_type() -> None:
         "run.path",
         "data.path",
         "data.cache",
+        "train.compile_cache",
         "model.compressor",
         "optimizer.kind",
         "train.init_from",

@@ -84,8 +84,15 @@ WORDS = {
     "tracking.log_model": (True, False),
 }
 NAMES = (
-    *("run.path", "data.path", "data.cache", "model.compressor", "optimizer.kind"),
-    *("train.init_from", "tracking.experiment", "tracking.run_name"),
+    *(
+        "run.path",
+        "data.path",
+        "data.cache",
+        "train.compile_cache",
+        "model.compressor",
+        "optimizer.kind",
+    ),
+    *("train.init_from", "train.compile_cache", "tracking.experiment", "tracking.run_name"),
     "tracking.registered_model",
 )
 LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1xof-mine,1024xof_mine2")

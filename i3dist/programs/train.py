@@ -63,7 +63,9 @@ def parse_arguments() -> argparse.Namespace:
         "--fresh", action="store_true", help="start over; keep the old run under another name"
     )
     parser.add_argument(
-        "--verbose", action="store_true", help="print all settings, parameters and memory first"
+        "--verbose",
+        action="store_true",
+        help="print all settings, parameters and memory first, then where the start's time went",
     )
     parser.add_argument(
         "--dry-run",

@@ -18,6 +18,7 @@ FREE_TO_CHANGE = (
     "train.device",
     "train.engine",
     "train.compile",
+    "train.compile_cache",
     "log.every",
     "log.diagnose_every",
     "validate.every",

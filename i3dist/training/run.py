@@ -20,7 +20,7 @@ from i3dist.distributed.job import Job
 from i3dist.distributed.peers import Peers, host_name
 from i3dist.distributed.rendezvous import read_timeout
 from i3dist.distributed.signals import REQUEUE, StopRequest
-from i3dist.engine import setup
+from i3dist.engine import compile_cache, setup
 from i3dist.errors import UserError, warned
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
@@ -36,6 +36,7 @@ from i3dist.training.init_from import history_is_off
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.orders import STOP
 from i3dist.training.run_folder import lay_out
+from i3dist.training.start_times import START
 from i3dist.training.startup import (
     Start,
     agree,
@@ -88,27 +89,37 @@ def build(
     if not devices.uses_cuda():
         host.keep_freed_memory()
     keep_records_in(settings.run.path)
+    START.end("settings")
     stop.peers = setup.start(job, str(settings.run.path))
+    START.end("process group")
     tell_others_by(stop.peers.fail)
     if settings.slurm.successor:
         stop.peers.on_lost = ask_for_successor
     agree(start)
     preflight(corpus, settings.data.on_damage, job)
     start = verify_checkpoint(start, job)
+    START.end("checks")
+    compiled = settings.train.compile
+    compiles = devices.uses_cuda() if compiled == "auto" else compiled
+    cache = compile_cache.enter(settings, job) if compiles else None
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
     if start.weights is not None:
         collectives.on_all_ranks(partial(start.weights.load_into, model))
-    if settings.train.compile is True or (settings.train.compile == "auto" and devices.uses_cuda()):
+    if compiles:
         model.compile_blocks()
         print_rank_0("compiling the model: minutes the first time, seconds from then on")
+    START.end("model")
     engine = setup.build(model, engine_config, settings.optimizer, settings.train)
+    START.end("engine")
     tracker = begin_record(start, job, corpus, arguments.verbose)
+    START.end("run's folder, MLflow")
     with recorded(tracker, stop.peers):
-        trainer = Trainer(settings, job, corpus, engine, tracker, stop)
+        trainer = Trainer(settings, job, corpus, engine, tracker, stop, cache)
         trainer.watchdog.on_end = partial(let_go, job, stop.peers)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
+            START.end("checkpoint")
     return trainer
 
 
@@ -218,12 +229,15 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
     keep_tracebacks_in(settings.run.path)
     job = Job.detect()
+    START.end("imports")
+    START.wanted = arguments.verbose and job.rank == 0
     stop = StopRequest(job)
     logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
     if arguments.dry_run:
         dry_run(settings, job)
         return
     corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
+    START.end("data")
     trainer = build(arguments, settings, job, corpus, stop)
     with recorded(trainer.log.tracker, stop.peers):
         done = trainer.fit()

@@ -22,6 +22,7 @@ from i3dist.distributed.job import Job
 from i3dist.distributed.patience import STEP
 from i3dist.distributed.signals import StopRequest, signals_blocked
 from i3dist.distributed.watchdog import Watchdog
+from i3dist.engine.compile_cache import CompileCache
 from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
 from i3dist.tracking.interval import Interval
@@ -40,6 +41,7 @@ from i3dist.training.orders import Orders
 from i3dist.training.progress import Progress
 from i3dist.training.recovery import Recovery
 from i3dist.training.run_log import RunLog
+from i3dist.training.start_times import START
 from i3dist.training.validator import Validator
 
 
@@ -54,12 +56,14 @@ class Trainer:
         engine: Engine,
         tracker: Tracker | NoTracker,
         stop: StopRequest,
+        compile_cache: CompileCache | None = None,
     ):
         """Put the parts together; every rank calls this.
 
         `settings` has no "auto" left that a run decides (see `startup.decide`).
         """
         self.settings, self.engine, self.stop = settings, engine, stop
+        self.compile_cache = compile_cache if job.rank == 0 else None  # one rank writes it
         train, folder = settings.train, settings.run.path
         checkpoints, tokenizer = folder / store.CHECKPOINTS, corpus.tokenizer.data
         watchdog = self.watchdog = Watchdog(settings.guard.hang_seconds, job, folder)
@@ -76,6 +80,7 @@ class Trainer:
         engine.accumulate(train.accumulation * len(lanes) // rows)
         example = dummy_batch(settings, progress.lane_state.rows(0, rows), manifest.pad_id)
         engine.prepare(*example)  # before data readers start threads
+        START.end("micro-batch, compilation")
 
         schedule = corpus.train.schedule(
             train.lane_count, train.window_chunks, train.seed, train.schedule_version
@@ -106,11 +111,14 @@ class Trainer:
         with saver, closing(self.watchdog):
             if progress.step == 0:
                 self.validator.validate()
+                START.end("validation")
             self.vote_now()  # on requests that came while the run was set up
             self.interval.restart()
             with closing(self.batches()) as batches:
                 while not (progress.done or self.asked_to_stop):
                     self.train_step(batches)
+                    if START.end_all() and self.compile_cache is not None:
+                        self.compile_cache.save()
                     if progress.due(settings.log.every):
                         self.report()
                     with self.interval.stopped_clock():
@@ -125,6 +133,8 @@ class Trainer:
                 self.checkpointer.save()
             saver.wait()
             self.orders.done()
+            if self.compile_cache is not None:
+                self.compile_cache.wait()
         self.stop.saved()
         self.log.plot()
         return progress.done

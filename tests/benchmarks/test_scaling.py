@@ -199,6 +199,29 @@ def test_tables_replace_those_of_a_document(tmp_path: Path) -> None:
         scaling.fill(path, {"three": ""})
 
 
+def test_the_formula_beside_steps_on_several_gpus(tmp_path: Path) -> None:
+    """Steps that take as long as derived are off by nothing; exchanges that take longer count."""
+    cost, path = Cost.fit({(4, 4): 70e-3, (16, 16): 250e-3}), tmp_path / "rows.jsonl"
+    job = SimulatedJob(2, 4)
+    rows: list[dict[str, object]] = [{"stage": "machine", "gpus": 2}]
+    for lanes, ms in ((4, 69.0), (4, 71.0), (16, 250.0)):  # two GPUs, of which the mean counts
+        rows.append({"stage": "alone", "case": f"zero2-{lanes}-fp32", "lanes": lanes, "ms": ms})
+    ms = 1e3 * job.seconds(cost)
+    for case in ("zero2-4-fp32", "zero2-4-fp32-sockets", "ddp-4-bf16"):
+        rows.append({"stage": "together", "case": case, "ms": ms})
+    for network, exchange in (("local", 500 * job.communication()), ("sockets", 100.0)):
+        for what in ("reduce-scatter, fp32", "all-gather, bf16"):
+            rows.append({"stage": "exchange", "network": network, "what": what, "ms": exchange})
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    _, _, local, slow = scaling.compared_table(path).splitlines()
+    assert local == f"| zero2-4-fp32 | 4 | {ms:.1f} | {ms:.1f} | +0.0% | {ms:.1f} | +0.0% |"
+    longer = ms - 1e3 * job.communication() + 200
+    assert slow.split(" | ")[3:6] == ["", "", f"{longer:.1f}"]
+    path.write_text(json.dumps(rows[0]) + '\n{"stage": "together", "case": "zero2-4-fp32"}\n')
+    with pytest.raises(UserError, match="holds no results of multi_gpu"):
+        scaling.compared_table(path)
+
+
 def test_all_that_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a file of steps; the project's own document has a place for every table."""
     steps = [engine("4 lanes x 8 chunks", 70.0, 4), engine("16 lanes x 8 chunks", 250.0, 16)]

@@ -16,7 +16,7 @@ PROGRAMS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").glob("*.p
 OTHERS = (
     *(f"data_prep/{name}.py" for name in ("shard", "verify", "show", "report")),
     "benchmarks/books.py",
-    "benchmarks/several_gpus.py",
+    "benchmarks/multi_gpu.py",
     "benchmarks/verifying.py",
 )
 # Prints --help of several files, in forks that have imported torch.
@@ -24,7 +24,7 @@ FORKS = """
 import os, runpy, sys, torch
 for path in sys.argv[1:]:
     if os.fork() == 0:
-        sys.argv = [path, "--help"]
+        sys.argv, sys.path[0] = [path, "--help"], os.path.dirname(path)
         runpy.run_path(path, run_name="__main__")
     os.wait()
 """

@@ -48,6 +48,8 @@ def faulty_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
     elif KIND == "kill":  # where a step has several micro-batches
         if micro_batches == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+    elif KIND == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     else:
         losses = losses * float(KIND)
         state.latents[0, -1] = float("nan")

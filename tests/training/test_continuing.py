@@ -33,6 +33,7 @@ FREE = {
     "train.engine": "stock",
     "train.micro_batch": 2,
     "train.compile": False,
+    "train.compile_cache": "elsewhere",
     "log.every": 7,
     "log.diagnose_every": 7,
     "validate.every": 7,

@@ -1,0 +1,150 @@
+"""Compiled code that travels with a run, so that a job on another host need not compile again.
+
+torch's compiler and Triton keep what they compiled in a folder of the host. After the first step
+rank 0 packs that folder into one archive beside the run; the next job unpacks it on each of its
+hosts before it compiles. Both compilers check by themselves whether an entry fits.
+"""
+
+import gzip
+import hashlib
+import importlib.metadata
+import io
+import os
+import stat
+import tarfile
+import tempfile
+import threading
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from i3dist.config import Settings
+from i3dist.distributed import collectives
+from i3dist.distributed.console import print_rank_0
+from i3dist.distributed.job import Job
+from i3dist.errors import warned
+from i3dist.files import written_aside
+
+VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+# Triton writes absolute paths into files of this name; in an archive they begin with ROOT.
+PATHS, ROOT = "__grp__", b"/i3dist-compiled"
+# Folders that nobody chose: torch's own, which it writes into the variable, `writable_caches`'.
+NOT_CHOSEN = ("torchinductor_", "triton-")
+UNFINISHED = ("tmp.", ".tmp", "lock")  # in names of files that are no entries
+
+
+class CompileCache:
+    """The folder of this host in which compilers keep what they made, and its archive."""
+
+    def __init__(self, archive: Path, folder: Path):
+        """Neither need exist."""
+        self.archive, self.folder = archive, folder
+        self._unpacked: set[Path] = set()
+        self._thread: threading.Thread | None = None
+
+    def entries(self) -> set[Path]:
+        """Files of the folder, relative to it."""
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        kept = (path for path in found if not any(part in path.name for part in UNFINISHED))
+        return {path.relative_to(self.folder) for path in kept}
+
+    def unpack(self) -> None:
+        """Add what the archive holds to the folder; what is there stays.
+
+        Raises:
+            Exception: of many kinds, if it is damaged; then nothing was added.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder.parent) as name:
+            with gzip.open(self.archive) as content:
+                with tarfile.open(fileobj=content) as archive:
+                    archive.extractall(name, filter="data")
+                while content.read(2**20):  # up to the checksum at the end
+                    pass
+            unpacked = CompileCache(self.archive, Path(name)).entries()
+            for path in unpacked - self.entries():
+                made = Path(name, path)
+                if path.name.startswith(PATHS):
+                    made.write_bytes(made.read_bytes().replace(ROOT, bytes(self.folder)))
+                target = self.folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                made.replace(target)
+        self._unpacked = unpacked
+
+    def pack(self) -> None:
+        """Write the archive, unless it has every entry of the folder already."""
+        entries = self.entries()
+        if entries <= self._unpacked and self.archive.exists():
+            return
+        self.archive.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            written_aside(self.archive) as partial,
+            tarfile.open(partial, "w:gz", compresslevel=1) as archive,
+        ):
+            for path in sorted(entries):
+                content = (self.folder / path).read_bytes()
+                if path.name.startswith(PATHS):
+                    content = content.replace(bytes(self.folder), ROOT)
+                member = tarfile.TarInfo(str(path))
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        self._unpacked = entries
+
+    def save(self) -> None:
+        """`pack` in a thread; a failure is a warning."""
+
+        def pack() -> None:
+            with warned("compile cache"):
+                self.pack()
+
+        self._thread = threading.Thread(target=pack, name="compile cache", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until `save` is done."""
+        if self._thread is not None:
+            self._thread.join()
+
+
+def enter(
+    settings: Settings, job: Job, environ: MutableMapping[str, str] = os.environ
+) -> CompileCache | None:
+    """Let compilers use a folder for code of this model, with what an earlier job compiled in it.
+
+    Every rank calls this, before it compiles. None if the user chose folders by the compilers' own
+    variables, or if the folder cannot be this user's alone, as others could place code in it.
+    """
+    named = [Path(environ[name]).name for name in VARIABLES if environ.get(name)]
+    if not all(name.startswith(NOT_CHOSEN) for name in named):
+        return None
+    own = Path(tempfile.gettempdir(), f"i3dist-compiled-{os.getuid()}")
+    if not is_private(own):
+        print_rank_0(f"warning: compiled code is not kept: {own} must be a folder of yours alone")
+        return None
+    key = key_of(settings)
+    chosen = settings.train.compile_cache
+    place = settings.run.path if chosen == "auto" else chosen
+    cache = CompileCache(place / f"compiled-{key}.tar.gz", own / key)
+    environ.update({name: str(cache.folder / part) for name, part in VARIABLES.items()})
+    if job.local_rank == 0 and cache.archive.exists():
+        with warned(f"{cache.archive} cannot be used, so the model is compiled anew"):
+            cache.unpack()
+    collectives.barrier()
+    return cache
+
+
+def is_private(folder: Path) -> bool:
+    """Whether a folder, made if it is missing, can be written by this user and nobody else."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError:
+        return False
+    is_folder = stat.S_ISDIR(status.st_mode)
+    return is_folder and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def key_of(settings: Settings) -> str:
+    """Names the model and torch's version, so that an archive holds no code of others."""
+    texts = [settings.model.model_dump_json(), f"{settings.train.window_chunks}"]
+    texts.append(importlib.metadata.version("torch"))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

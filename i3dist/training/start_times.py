@@ -1,0 +1,98 @@
+"""How long each part of a start takes, from the command to the end of the first step."""
+
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+# Of a compilation: all of it, Inductor's part, and of that the wait for kernels.
+MICROSECONDS = ("duration_us", "inductor_cumulative_compile_time_us", "triton_compile_time_us")
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run")
+
+
+class StartTimes:
+    """The parts of this rank's start, in their order, and their seconds."""
+
+    def __init__(self) -> None:
+        """Begin where this process began, and its launcher, if it has one."""
+        self.parts: dict[str, float] = {}
+        self.wanted = False  # whether to print them
+        self._under_way = True
+        self._last = psutil.Process().create_time()
+        if launched := self._last - command_began(self._last):
+            self.parts["launcher"] = launched
+
+    def end(self, part: str) -> None:
+        """A part ends now; it began where the one before it ended. Nothing after the start."""
+        if self._under_way:
+            now = time.time()
+            self.parts[part] = self.parts.get(part, 0.0) + now - self._last
+            self._last = now
+
+    def end_all(self) -> bool:
+        """A step is done: of the first one, print the parts if they are wanted, and return True."""
+        if not self._under_way:
+            return False
+        self.end("first step")
+        self._under_way = False
+        if self.wanted:
+            self.show()
+        return True
+
+    def show(self) -> None:
+        """Print the parts, and what was compiled."""
+        table = Table(title="time until the first step")
+        table.add_column("part")
+        table.add_column("s", justify="right")
+        for part, seconds in (*self.parts.items(), ("all", sum(self.parts.values()))):
+            table.add_row(part, f"{seconds:.1f}")
+        console = Console(width=100)
+        console.print(table)
+        if (compiled := compilations()) is not None:
+            console.print(compiled)
+
+
+def command_began(default: float) -> float:
+    """When the launcher that started this process began; `default` if there is none."""
+    with suppress(psutil.Error):  # processes of others may be hidden
+        for parent in psutil.Process().parents():
+            words = parent.cmdline()[:4]
+            if not any(Path(word).name.startswith(LAUNCHERS) for word in words):
+                break
+            default = parent.create_time()
+    return default
+
+
+def compilations() -> Table | None:
+    """Seconds of each compilation of torch.compile in this process; None if there was none.
+
+    `get_compilation_metrics` is torch's own, but not public: without it there is no table.
+    """
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    measured = utils.get_compilation_metrics() if hasattr(utils, "get_compilation_metrics") else []
+    if not measured:
+        return None
+    counts, above = utils.counters["inductor"], utils.counters["aot_autograd"]
+    found = {
+        "kernels": (counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]),
+        "gradient": (above["autograd_cache_hit"], above["autograd_cache_miss"]),
+    }
+    caches = ", ".join(f"{what} {hits} of {hits + more}" for what, (hits, more) in found.items())
+    table = Table(title="compiled graphs", caption=f"from the cache: {caches}")
+    for heading in ("function", "pass", "s", "inductor", "kernels"):
+        table.add_column(heading, justify="left" if heading in ("function", "pass") else "right")
+    for one in measured:
+        table.add_row(
+            one.co_name or "",
+            "forward" if one.is_forward else "backward",
+            *(f"{(getattr(one, name) or 0) / 1e6:.1f}" for name in MICROSECONDS),
+        )
+    return table
+
+
+START = StartTimes()

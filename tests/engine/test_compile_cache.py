@@ -1,0 +1,138 @@
+"""Compiled code that travels: files of any compiler, in an archive beside the run."""
+
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from i3dist.config import Settings
+from i3dist.distributed.job import Job
+from i3dist.engine import compile_cache
+from i3dist.engine.compile_cache import CompileCache
+from i3dist.files import remove
+
+GROUP = Path("triton/AB/__grp__kernel.json")
+CODE = Path("inductor/cd/code.so")
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """An archive that one host has made."""
+    cache = CompileCache(tmp_path / "run" / "archive", tmp_path / "one" / "key")
+    inside = {
+        CODE: os.urandom(10_000),
+        GROUP: b'{"x": "' + bytes(cache.folder / "triton/AB/x.cubin") + b'"}',
+        Path("inductor/locks/a.lock"): b"",
+        Path("triton/AB/tmp.pid_7"): b"half",
+    }
+    for path, content in inside.items():
+        (cache.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (cache.folder / path).write_bytes(content)
+    cache.save()
+    cache.wait()
+    return cache.archive
+
+
+def test_another_host_has_the_same_code_with_its_own_paths(packed: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one" / "key"
+    other = CompileCache(packed, tmp_path / "other" / "key")
+    other.unpack()
+    assert other.entries() == {CODE, GROUP}
+    assert (other.folder / CODE).read_bytes() == (one / CODE).read_bytes()
+    assert bytes(other.folder / "triton/AB/x.cubin") in (other.folder / GROUP).read_bytes()
+    assert bytes(one) not in (other.folder / GROUP).read_bytes()
+    assert list(other.folder.parent.iterdir()) == [other.folder], "nothing is left beside it"
+
+
+def test_only_new_code_is_packed_again_and_what_is_there_stays(
+    packed: Path, tmp_path: Path
+) -> None:
+    other = CompileCache(packed, tmp_path / "other" / "key")
+    (other.folder / CODE).parent.mkdir(parents=True)
+    (other.folder / CODE).write_bytes(b"mine")
+    other.unpack()
+    assert (other.folder / CODE).read_bytes() == b"mine"
+    before = packed.stat().st_ino
+    other.pack()
+    assert packed.stat().st_ino == before
+    (other.folder / "inductor" / "new").touch()
+    other.pack()
+    third = CompileCache(packed, tmp_path / "third" / "key")
+    third.unpack()
+    assert third.entries() == {CODE, GROUP, Path("inductor/new")}
+
+
+def test_many_may_unpack_into_one_folder_at_once(packed: Path, tmp_path: Path) -> None:
+    caches = [CompileCache(packed, tmp_path / "other" / "key") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(CompileCache.unpack, caches))
+    assert caches[0].entries() == {CODE, GROUP}
+
+
+def enter(run: Path, environ: dict[str, str]) -> CompileCache | None:
+    settings = Settings().with_values(**{"run.path": run})
+    return compile_cache.enter(settings, Job.detect({}), environ)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "flipped at the end", "text"])
+def test_a_damaged_archive_is_one_warning_and_adds_nothing(
+    damage: str,
+    packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compile_cache.tempfile, "gettempdir", lambda: str(tmp_path / "one"))
+    monkeypatch.setattr(compile_cache, "key_of", lambda settings: "key")
+    content = bytearray(packed.read_bytes())
+    at = {"cut": 0, "flipped": len(content) // 2, "flipped at the end": len(content) - 6}
+    if damage == "text":
+        content = bytearray(b"no archive")
+    elif damage == "cut":
+        del content[-100:]
+    else:
+        content[at[damage]] ^= 1
+    (packed.parent / "compiled-key.tar.gz").write_bytes(content)
+    environ: dict[str, str] = {}
+    cache = enter(packed.parent, environ)
+    assert cache is not None and cache.entries() == set()
+    assert set(environ) == set(compile_cache.VARIABLES)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert said.startswith(
+        f"warning: {cache.archive} cannot be used, so the model is compiled anew: "
+    )
+
+
+def test_a_users_own_folders_stand(tmp_path: Path) -> None:
+    environ = {"TRITON_CACHE_DIR": "/chosen"}
+    assert enter(tmp_path, environ) is None
+    assert environ == {"TRITON_CACHE_DIR": "/chosen"}
+
+
+def test_folders_that_torch_and_this_program_chose_do_not(tmp_path: Path) -> None:
+    """torch writes its own into the variable, and launchers pass that on."""
+    torchs = {"TORCHINDUCTOR_CACHE_DIR": default_cache_dir()}
+    for environ in (torchs, {"TRITON_CACHE_DIR": tempfile.mkdtemp(prefix="triton-", dir=tmp_path)}):
+        cache = enter(tmp_path, environ)
+        assert cache is not None
+        assert set(map(Path, environ.values())) == {
+            cache.folder / "inductor",
+            cache.folder / "triton",
+        }
+
+
+def test_a_folder_that_others_can_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compile_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    own = tmp_path / f"i3dist-compiled-{os.getuid()}"
+    for make in (lambda: (own.mkdir(), own.chmod(0o777)), own.touch):
+        make()
+        environ: dict[str, str] = {}
+        assert enter(tmp_path / "run", environ) is None and not environ
+        assert f"{own} must be a folder of yours alone" in capsys.readouterr().out
+        remove(own)
