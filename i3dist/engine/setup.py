@@ -42,9 +42,13 @@ def read_engine_config(path: Path) -> dict[str, Any]:
 def start(job: Job, name: str = "") -> None:
     """Join the job's process group: NCCL on GPUs, else gloo. `name` tells the job from others.
 
+    A process that has joined already stays in that group.
+
     Raises:
         UserError: ranks do not find each other (`rendezvous.meet`), or DEEPSPEED_TIMEOUT is wrong.
     """
+    if torch.distributed.is_initialized():
+        return
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     timeout = rendezvous.read_timeout()
     job.export()

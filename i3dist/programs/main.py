@@ -29,6 +29,9 @@ COMMANDS = {
     "show": Command("data_prep.show", "data_prep/show.py", "lead from a token to its source"),
     "data-report": Command("data_prep.report", "data_prep/report.py", "describe such data"),
     "train": Command("i3dist.programs.train", "launch/train.py", "train a model"),
+    "preflight": Command(
+        "i3dist.programs.preflight", "launch/preflight.py", "check the hosts of a job"
+    ),
     "ledger": Command("i3dist.programs.ledger", "launch/ledger.py", "check or compare runs"),
     "evaluate": Command("i3dist.programs.evaluate", "launch/evaluate.py", "measure a model's loss"),
     "generate": Command("i3dist.programs.generate", "launch/generate.py", "continue a text"),

@@ -30,13 +30,14 @@ from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.continuing import further
 from i3dist.training.init_from import history_is_off
 from i3dist.training.micro_batch import check_micro_batch
+from i3dist.training.preflight import preflight, wanted
 from i3dist.training.run_folder import lay_out
 from i3dist.training.startup import (
     Start,
     agree,
+    check_data,
     decide,
     idle_lanes,
-    preflight,
     resolve,
     verify_checkpoint,
 )
@@ -79,7 +80,7 @@ def build(
         host.keep_freed_memory()
     setup.start(job, str(settings.run.path))
     agree(start)
-    preflight(corpus, settings.data.on_damage, job)
+    collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
     start = verify_checkpoint(start, job)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
@@ -171,6 +172,33 @@ def log_model(trainer: Trainer, stop: StopRequest) -> None:
         trainer.log.tracker.log_model(model, patience, lambda: stop.reason is not None)
 
 
+def detect_job(settings: Settings) -> Job:
+    """This rank's place, once its log and settings are in order.
+
+    Raises:
+        UserError: unknown kinds, layers that cannot be built, or no such place.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Before ranks meet.
+    OPTIMIZERS.of(settings.optimizer.kind, settings.place_of("optimizer.kind"))
+    Stack.of(settings.model, settings.place_of("model.layers"))
+    COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
+    keep_tracebacks_in(settings.run.path)
+    job = Job.detect()
+    logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
+    return job
+
+
+def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Check that the job's hosts fit together, and stop: what `i3dist preflight` does.
+
+    Raises:
+        UserError: on every rank, if they do not.
+    """
+    preflight(arguments, settings, detect_job(settings))
+    collectives.leave_group()
+
+
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Train, or say what the run would be.
 
@@ -181,18 +209,13 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     Raises:
         UserError: whatever a user can get wrong.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # Refuse unknown kinds, and layers that cannot be built, before ranks meet.
-    OPTIMIZERS.of(settings.optimizer.kind, settings.place_of("optimizer.kind"))
-    Stack.of(settings.model, settings.place_of("model.layers"))
-    COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
-    keep_tracebacks_in(settings.run.path)
-    job = Job.detect()
+    job = detect_job(settings)
     stop = StopRequest(job)
-    logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
     if arguments.dry_run:
         dry_run(settings, job)
         return
+    if wanted(arguments, job):
+        preflight(arguments, settings, job)
     corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
     trainer = build(arguments, settings, job, corpus, stop)
     with recorded(trainer.log.tracker):
