@@ -8,7 +8,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ HELP_WIDTH = 80
 DEBUG = "I3DIST_DEBUG"  # set to 1, tracebacks are printed too
 
 _traceback_folder: Path | None = None
+_on_failure: Callable[[str], None] | None = None
 _name: str | None = None  # what the user typed to start this program
 _commands: dict[str, str] = {}  # by a program's file: what starts the same
 
@@ -87,6 +88,12 @@ def keep_tracebacks_in(folder: Path) -> None:
     _traceback_folder = folder
 
 
+def call_on_failure(call: Callable[[str], None]) -> None:
+    """From now on pass an error's line to this too, when it has been printed, before the exit."""
+    global _on_failure
+    _on_failure = call
+
+
 @contextmanager
 def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
     """Print an error as one line on stderr and exit with status 1, without a traceback.
@@ -118,6 +125,8 @@ def _leave(message: str) -> NoReturn:
         time.sleep(OTHERS_WAIT_SECONDS)
     where = "" if rank == "0" else f"[rank {rank}] "
     print(f"{where}error: {as_typed(message)}", file=sys.stderr, flush=True)
+    if _on_failure is not None:
+        _on_failure(as_typed(message))
     os._exit(1)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from i3dist.cli.program import keep_tracebacks_in
+from i3dist.cli.program import call_on_failure, keep_tracebacks_in
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
@@ -25,6 +25,7 @@ from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.tracking import tracker as tracking
 from i3dist.tracking.metrics_log import STARTS, MetricsLog
 from i3dist.tracking.mlflow_store import FinalModel
+from i3dist.tracking.notify import Notifier
 from i3dist.tracking.origin import describe
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.continuing import further
@@ -214,10 +215,13 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     if arguments.dry_run:
         dry_run(settings, job)
         return
+    notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
+    call_on_failure(partial(notifier.stop, "failure"))
     if wanted(arguments, job):
         preflight(arguments, settings, job)
     corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
     trainer = build(arguments, settings, job, corpus, stop)
+    notifier.start(trainer.progress.step)
     with recorded(trainer.log.tracker):
         done = trainer.fit()
     with warned("tracking"):
@@ -226,11 +230,13 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         print_rank_0(
             f"stopped on request at step {trainer.progress.step}: run the same command to continue"
         )
+        notifier.stop("requeue", stop.reason or "another rank was asked to stop")
         stop.exit_to_requeue()
     with warned("after training"):
         print_rank_0(f"done: {settings.run.path}")
         print_charts(trainer.log.tracker)
     with warned("tracking"):
         log_model(trainer, stop)
+    notifier.stop("end")
     with warned("after training"):
         collectives.leave_group()
