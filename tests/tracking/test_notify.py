@@ -22,10 +22,10 @@ from i3dist.tracking.notify import Notifier
 told = Notifier(Path(sys.argv[1]), sys.argv[2])
 told.start(7)
 if os.fork() == 0:
-    time.sleep(20)
+    time.sleep(90)
     os._exit(0)
 print("begun", flush=True)
-time.sleep(20)
+time.sleep(90)
 """
 
 

@@ -75,11 +75,13 @@ def test_a_reader_never_finds_half_a_file_nor_another_with_its_ending(tmp_path: 
 
     thread = threading.Thread(target=rewrite)
     thread.start()
-    for _ in range(100):
-        assert len(read(tmp_path)) == 204
-        assert [path.name for path in tmp_path.glob("*.prom")] == [FILE]
-    done.set()
-    thread.join()
+    try:
+        for _ in range(100):
+            assert len(read(tmp_path)) == 204
+            assert [path.name for path in tmp_path.glob("*.prom")] == [FILE]
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_what_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
