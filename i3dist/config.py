@@ -313,6 +313,17 @@ class GuardSettings(Section):
     hang_seconds: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """A step, validation or save that takes longer ends the job within seconds, with the stacks of
     every rank in the log; 0 waits for ever."""
+    requeues: CountOrZero = 3
+    """A job that its launcher starts again by itself stops after so many starts in a row that have
+    made no new checkpoint; 0 never stops it."""
+
+
+class SlurmSettings(Section):
+    """What slurm/train.sbatch does beyond requeueing."""
+
+    successor: bool = False
+    """When a host is lost, submit the same job again without that host, and give up this one. Slurm
+    would hold it until it has declared the host down, which takes minutes."""
 
 
 class TrackingSettings(Section):
@@ -364,6 +375,7 @@ class Settings(SettingsTree):
     validate_: ValidateSettings = Field(default=ValidateSettings(), alias="validate")
     checkpoint: CheckpointSettings = CheckpointSettings()
     guard: GuardSettings = GuardSettings()
+    slurm: SlurmSettings = SlurmSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @classmethod

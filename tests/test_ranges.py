@@ -42,6 +42,7 @@ WHOLE = {
     "checkpoint.keep_every": COUNT_OR_ZERO,
     "guard.bad_steps": COUNT,
     "guard.rollbacks": COUNT_OR_ZERO,
+    "guard.requeues": COUNT_OR_ZERO,
     "guard.spike_window": (1, 10_000),
     "guard.spike_steps": COUNT,
 }
@@ -76,6 +77,7 @@ WORDS = {
     "train.engine": ("zero2", "stock"),
     "train.micro_batch": ("auto",),
     "train.compile": (True, False, "auto"),
+    "slurm.successor": (True, False),
     "tracking.enabled": (True, False),
     "tracking.system_metrics": (True, False),
     "tracking.log_model": (True, False),

@@ -19,6 +19,9 @@ from i3dist.errors import UserError, reason
 # Most errors hit all ranks alike. The other ranks wait so long before they print theirs; meanwhile
 # the first has printed its own and exited, and the launcher ends the others.
 OTHERS_WAIT_SECONDS = 3.0
+# srun ends the others as soon as one exits. Before they have met, those that started later need so
+# long until they can leave with status 1 (`programs.train.start`).
+LATE_SECONDS = 3.0
 HELP_WIDTH = 80
 DEBUG = "I3DIST_DEBUG"  # set to 1, tracebacks are printed too
 
@@ -26,6 +29,7 @@ _traceback_folder: Path | None = None
 _on_failure: Callable[[str], None] | None = None
 _name: str | None = None  # what the user typed to start this program
 _commands: dict[str, str] = {}  # by a program's file: what starts the same
+_tell_others: Callable[[], None] | None = None  # that this rank has failed
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -94,6 +98,12 @@ def call_on_failure(call: Callable[[str], None]) -> None:
     _on_failure = call
 
 
+def tell_others_by(tell: Callable[[], None]) -> None:
+    """From now on call this when the line of an error has been printed, before the exit."""
+    global _tell_others
+    _tell_others = tell
+
+
 @contextmanager
 def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
     """Print an error as one line on stderr and exit with status 1, without a traceback.
@@ -121,12 +131,18 @@ def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
 
 def _leave(message: str) -> NoReturn:
     rank = _rank()
+    meeting = _tell_others is None and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    late = LATE_SECONDS * meeting
     if rank != "0":
-        time.sleep(OTHERS_WAIT_SECONDS)
+        time.sleep(OTHERS_WAIT_SECONDS + late)
     where = "" if rank == "0" else f"[rank {rank}] "
     print(f"{where}error: {as_typed(message)}", file=sys.stderr, flush=True)
     if _on_failure is not None:
         _on_failure(as_typed(message))
+    if _tell_others is not None:
+        _tell_others()
+    elif rank == "0":
+        time.sleep(late)
     os._exit(1)
 
 

@@ -10,9 +10,10 @@ from datetime import timedelta
 
 import torch.distributed as torch_dist
 
+from i3dist.distributed import peers
 from i3dist.distributed.devices import backend
 from i3dist.distributed.job import Job
-from i3dist.errors import UserError
+from i3dist.errors import UserError, explain
 
 # Keys under which ranks leave messages for each other in the store.
 JOB_KEY, RANK_KEY, BACKEND_KEY = "i3dist/job", "i3dist/rank/", "i3dist/backend/"
@@ -42,8 +43,10 @@ def read_timeout(environ: Mapping[str, str] = os.environ) -> timedelta:
 
 
 @contextmanager
-def meet(job: Job, name: str, timeout: timedelta) -> Iterator[None]:
+def meet(job: Job, name: str, timeout: timedelta) -> Iterator[peers.Peers]:
     """Wait until every rank of this job is here, and none of another; form the group inside.
+
+    The `with` yields this rank's connection with the others.
 
     Rank 0 listens until the end of the `with`, so torch's own rendezvous inside succeeds at once.
     Without this, a rank whose rank 0 found the port taken would join the job that holds the port,
@@ -65,13 +68,19 @@ def meet(job: Job, name: str, timeout: timedelta) -> Iterator[None]:
     try:
         if by_agent:  # its store survives when it restarts the ranks
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            _wait_for_ranks(job, torch_dist.PrefixStore(f"i3dist/{attempt}", store), timeout)
+            store = torch_dist.PrefixStore(f"i3dist/{attempt}", store)
         else:
             _identify(job, store, name)
-            _wait_for_ranks(job, store, timeout)
+        _wait_for_ranks(job, store, timeout)
+        connected = peers.connect(job, store, socket.getfqdn() if by_agent else job.master_addr)
     except torch_dist.DistError:
         raise UserError(f"rank 0 at {_address(job)} is gone: its own message says why") from None
-    yield
+    except OSError as error:
+        raise UserError(
+            f"rank {job.rank} cannot connect with rank 0 at {job.master_addr}: {explain(error)}; "
+            "let the hosts of a job reach each other on all ports"
+        ) from None
+    yield connected
     del store  # until here rank 0 listens
 
 

@@ -4,6 +4,8 @@ A rank that is asked to stop votes for it in the exchange that ends the next ste
 learn of it at the same step. Every rank then saves (unless it just did), waits at a barrier, and
 exits with status `REQUEUE`.
 
+A launcher also sends SIGTERM to end the other ranks when one has failed; these leave with status 1.
+
 A thread receives the signals. Python runs handlers in the main thread, which runs none while it
 waits for a collective whose other end is gone.
 """
@@ -13,20 +15,23 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import psutil
-import torch
 
-from i3dist.distributed import collectives, devices
+from i3dist.distributed import collectives
+from i3dist.distributed.attempt import TIME
+from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
+from i3dist.distributed.peers import REQUEUE, Peers, host_name
 
-# EX_TEMPFAIL of sysexits.h: failed for now, try again.
-REQUEUE = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+__all__ = ["REQUEUE", "SIGNALS", "StopRequest", "signals_blocked"]
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LAUNCHER_CHECK_SECONDS = 1.0
 
 
@@ -36,14 +41,17 @@ class StopRequest:
     def __init__(self, job: Job):
         """Receive `SIGNALS` from now on. Call this in the main thread."""
         self.reason: str | None = None  # why this rank is to stop: a signal's name, for example
+        self.peers: Peers | None = None  # once the ranks have met
+        self._when = 0.0
         self._agreed = False
-        self._exiting = False
-        self._ranks = job.local_world_size
+        self._exit_status = 1  # once other ranks are gone
+        self._job = job
         self._launchers = _launchers(job)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
 
@@ -59,22 +67,38 @@ class StopRequest:
         """Take in the sum of all ranks' votes."""
         self._agreed = self._agreed or votes > 0
 
-    def vote_now(self) -> None:
-        """Exchange votes outside of a step. Every rank calls this."""
-        device = torch.device("cuda") if devices.uses_cuda() else torch.device("cpu")
-        self.count(float(collectives.all_sum(torch.tensor(self.vote(), device=device))))
+    def saved(self) -> None:
+        """All that a run continues from is on disk: from now on the loss of a rank ends nothing."""
+        if self.peers is not None:
+            self.peers.close()
 
-    def exit_to_requeue(self) -> NoReturn:
-        """Wait for the other ranks, all of which have saved, and exit at once with `REQUEUE`.
+    def exit(self, status: int) -> NoReturn:
+        """Say who asked, wait for the other ranks, all of which have saved, and exit at once.
 
-        When the first rank exits, a launcher ends the others; they exit with `REQUEUE` too,
-        wherever they are. A rank that dies only now changes nothing, because all is saved.
+        When the first rank exits, a launcher ends the others; they exit with `status` too, wherever
+        they are. A rank that dies only now changes nothing, because all is saved.
         """
-        self._exiting = True
+        self._exit_status = status
         sys.stdout.flush()
         with suppress(RuntimeError):
+            if asked := self._asked():
+                print_rank_0(f"told to stop by {asked}")
             collectives.barrier()
-        os._exit(REQUEUE)
+        os._exit(status)
+
+    def _asked(self) -> str | None:
+        """Who was asked first, by what and when: "SIGUSR1 on rank 1 (node2) and 3 more, ..."."""
+        mine = (self._when, self.reason, f"rank {self._job.rank} ({host_name()})")
+        asked = sorted(one for one in collectives.gather_objects(mine) if one[1] is not None)
+        if not asked:
+            return None
+        when, reason, who = asked[0]
+        more = f" and {len(asked) - 1} more" * (len(asked) > 1)
+        return f"{reason} on {who}{more}, {time.strftime(TIME, time.localtime(when))}"
+
+    def _ask(self, reason: str) -> None:
+        if self.reason is None:
+            self.reason, self._when = reason, time.time()
 
     def _watch(self, reader: int) -> None:
         """Wait for signals, and check now and then that the launcher is alive."""
@@ -83,17 +107,22 @@ class StopRequest:
                 number = os.read(reader, 1)[0]
                 if number == signal.SIGTERM and self._another_rank_is_gone():
                     # The launcher ends the remaining ranks after a failure or the first exit.
-                    os._exit(REQUEUE if self._exiting else 1)
+                    os._exit(self._exit_status)
                 if number in SIGNALS:
-                    self.reason = self.reason or signal.Signals(number).name
+                    self._ask(signal.Signals(number).name)
             elif self._launchers and not all(map(_is_alive, self._launchers)):
-                self.reason = self.reason or "the end of its launcher"
+                self._ask("the end of its launcher")
                 self._launchers = []
 
     def _another_rank_is_gone(self) -> bool:
-        """Whether the launcher has fewer live ranks on this host than it started."""
+        """Whether the launcher has fewer live ranks on this host than it started.
+
+        srun ends ranks that have not met yet when one has failed; later `Peers` tells of that.
+        """
+        if self._job.launcher == "slurm":
+            return self.peers is None and self._job.world_size > 1
         with suppress(psutil.Error, IndexError):  # it is gone, or there is none
-            return sum(map(_is_alive, self._launchers[0].children())) < self._ranks
+            return sum(map(_is_alive, self._launchers[0].children())) < self._job.local_world_size
         return False
 
 

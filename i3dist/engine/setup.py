@@ -10,6 +10,7 @@ from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.distributed import devices, rendezvous
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
+from i3dist.distributed.peers import Peers
 from i3dist.engine import config_file
 from i3dist.engine.deepspeed_internals import (
     UnknownDeepSpeedError,
@@ -26,6 +27,8 @@ from i3dist.model.lm import I3LM
 
 __all__ = ["build", "choose_device", "read_engine_config", "start"]
 
+_peers: Peers | None = None  # in the group that this process has joined
+
 
 def read_engine_config(path: Path) -> dict[str, Any]:
     """Read and check the engine's file (configs/zero2.json).
@@ -39,24 +42,29 @@ def read_engine_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def start(job: Job, name: str = "") -> None:
+def start(job: Job, name: str = "") -> Peers:
     """Join the job's process group: NCCL on GPUs, else gloo. `name` tells the job from others.
 
     A process that has joined already stays in that group.
 
+    Returns:
+        This rank's connection with the others.
+
     Raises:
         UserError: ranks do not find each other (`rendezvous.meet`), or DEEPSPEED_TIMEOUT is wrong.
     """
-    if torch.distributed.is_initialized():
-        return
+    global _peers
+    if torch.distributed.is_initialized() and _peers is not None:
+        return _peers
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     timeout = rendezvous.read_timeout()
     job.export()
     if devices.uses_cuda():
         torch.cuda.set_device(devices.device(job))
         writable_caches()
-    with rendezvous.meet(job, name, timeout):
+    with rendezvous.meet(job, name, timeout) as _peers:
         deepspeed.init_distributed(dist_backend=devices.backend(), verbose=False, timeout=timeout)
+    return _peers
 
 
 def build(

@@ -11,12 +11,15 @@ examples:
 Runs under deepspeed, torchrun, Slurm (see slurm/train.sbatch) or by itself (one rank, or --gpus).
 The same command continues a run.
 
-SIGTERM or SIGUSR1 to any rank, or the launcher's end, stops the job after the current step: it
-saves, and exits with status 75, which asks to be started again. Status 1 is an error, in one line.
+SIGTERM, SIGUSR1 or SIGHUP to any rank, or the launcher's end, stops the job after the current step:
+it saves, and exits with status 75, which asks to be started again. Status 1 is an error, in one
+line. `touch RUN/SAVE` makes it save and go on, `touch RUN/STOP` save and end with status 0 (RUN is
+run.path). --fresh counts for a job's first start; when its launcher starts it again, it continues.
 """
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -91,6 +94,8 @@ def main() -> None:
     settings = Settings.load(arguments.config, arguments.overrides)
     if arguments.gpus != 1:
         start_ranks(arguments.gpus, without_gpus(sys.argv[1:]))
+    # When a rank is gone, torch's warnings of it are stacks of C++; `Peers` says it in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from i3dist.training.run import run  # imports torch, which takes seconds
 
     run(arguments, settings)
@@ -105,6 +110,9 @@ def without_gpus(words: Sequence[str]) -> list[str]:
 
 def start() -> None:
     """Run the program."""
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        # srun ends ranks by SIGTERM when another has failed; they leave with the status of that.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     with one_line_errors():
         main()
         sys.stdout.flush()

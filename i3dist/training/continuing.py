@@ -27,6 +27,8 @@ FREE_TO_CHANGE = (
     "checkpoint.keep_every",
     "guard.bad_steps",
     "guard.hang_seconds",
+    "guard.requeues",
+    "slurm.successor",
     "tracking.enabled",
     "tracking.experiment",
     "tracking.run_name",

@@ -1,4 +1,4 @@
-"""What a job checks before step 0: what its ranks make of their input, and their hosts."""
+"""What a rank makes of its input before the ranks meet: facts for the preflight."""
 
 import argparse
 import json
@@ -7,14 +7,14 @@ from dataclasses import replace
 from i3dist.checkpoint import store
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
+from i3dist.distributed.attempt import Attempt
 from i3dist.distributed.job import Job
 from i3dist.engine import setup
 from i3dist.errors import UserError
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.preflight.facts import Given
-from i3dist.preflight.run import check
 from i3dist.training.micro_batch import check_micro_batch
-from i3dist.training.startup import check_data, resolve
+from i3dist.training.startup import check_data, check_progress, resolve, starts_over
 from i3dist.training.summary import count_parameters
 
 
@@ -23,34 +23,18 @@ def wanted(arguments: argparse.Namespace, job: Job) -> bool:
     return not arguments.no_preflight and job.local_world_size < job.world_size
 
 
-def preflight(arguments: argparse.Namespace, settings: Settings, job: Job) -> None:
-    """Join the job's process group, and check that its hosts fit together.
-
-    Every rank calls this. A rank whose input is wrong joins too, so that all hear of it.
-
-    Args:
-        arguments: options of `programs/train.py`: deepspeed and fresh.
-        settings: as the user gave them.
-        job: this rank's place.
-
-    Raises:
-        UserError: on every rank, if something is wrong on any; on one rank, if it cannot join.
-    """
-    setup.choose_device(settings.train.device)
-    given = read_input(arguments, settings, job)
-    setup.start(job, str(settings.run.path))
-    check(given, job)
-
-
 def read_input(arguments: argparse.Namespace, settings: Settings, job: Job) -> Given:
     """What this rank makes of its input; whatever is wrong with it becomes `fault`."""
     typed = {name: str(value) for name, value in settings.flat().items()}
     typed["--fresh"] = str(arguments.fresh)
     given = Given(settings.run.path, typed, arguments.deepspeed)
+    attempt = Attempt.detect()
+    fresh = starts_over(arguments.fresh, settings.run.path, attempt)
     try:
         corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
         engine = setup.read_engine_config(arguments.deepspeed)
-        start = resolve(settings, engine, corpus, job.world_size, arguments.fresh)
+        start = resolve(settings, engine, corpus, job.world_size, fresh)
+        check_progress(start, attempt)
         check_micro_batch(start.settings, job)
         check_data(corpus, settings.data.on_damage, job)
     except UserError as error:

@@ -2,44 +2,51 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
-from i3dist.cli.program import call_on_failure, keep_tracebacks_in
+from i3dist.cli.program import call_on_failure, keep_tracebacks_in, tell_others_by
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
+from i3dist.distributed.attempt import TIME, Attempt, ask_for_successor
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
+from i3dist.distributed.peers import Peers, host_name
 from i3dist.distributed.rendezvous import read_timeout
-from i3dist.distributed.signals import StopRequest
+from i3dist.distributed.signals import REQUEUE, StopRequest
 from i3dist.engine import setup
 from i3dist.errors import UserError, warned
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
 from i3dist.optim.optimizers import OPTIMIZERS
+from i3dist.preflight.run import check
 from i3dist.tracking import tracker as tracking
 from i3dist.tracking.metrics_log import STARTS, MetricsLog
 from i3dist.tracking.mlflow_store import FinalModel
 from i3dist.tracking.notify import Notifier
-from i3dist.tracking.origin import describe
+from i3dist.tracking.origin import describe, device_name
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.continuing import further
 from i3dist.training.init_from import history_is_off
 from i3dist.training.micro_batch import check_micro_batch
-from i3dist.training.preflight import preflight, wanted
+from i3dist.training.orders import STOP
+from i3dist.training.preflight import read_input, wanted
 from i3dist.training.run_folder import lay_out
 from i3dist.training.startup import (
     Start,
     agree,
     check_data,
+    check_progress,
     decide,
     idle_lanes,
     resolve,
+    starts_over,
     verify_checkpoint,
 )
 from i3dist.training.summary import (
@@ -64,6 +71,30 @@ def dry_run(settings: Settings, job: Job) -> None:
         print_tables(settings, job.world_size, tokens)
 
 
+def join(settings: Settings, job: Job, stop: StopRequest) -> None:
+    """Join the job's process group; from now on ranks hear of each other's end."""
+    stop.peers = setup.start(job, str(settings.run.path))
+    tell_others_by(stop.peers.fail)
+    if settings.slurm.successor:
+        stop.peers.on_lost = ask_for_successor
+
+
+def preflight(
+    arguments: argparse.Namespace, settings: Settings, job: Job, stop: StopRequest
+) -> None:
+    """Join the job, and check that its hosts fit together.
+
+    Every rank calls this. A rank whose input is wrong joins too, so that all hear of it.
+
+    Raises:
+        UserError: on every rank, if something is wrong on any; on one rank, if it cannot join.
+    """
+    setup.choose_device(settings.train.device)
+    given = read_input(arguments, settings, job)
+    join(settings, job, stop)
+    check(given, job)
+
+
 def build(
     arguments: argparse.Namespace, settings: Settings, job: Job, corpus: Corpus, stop: StopRequest
 ) -> Trainer:
@@ -71,15 +102,18 @@ def build(
     # Find whatever is wrong with the input before the ranks wait for each other.
     fell_back_to_cpu = setup.choose_device(settings.train.device)
     engine_config = setup.read_engine_config(arguments.deepspeed)
-    start = resolve(settings, engine_config, corpus, job.world_size, arguments.fresh)
+    attempt = Attempt.detect()
+    fresh = starts_over(arguments.fresh, settings.run.path, attempt)
+    start = resolve(settings, engine_config, corpus, job.world_size, fresh)
     settings = start.settings
+    check_progress(start, attempt)
     check_micro_batch(settings, job)
     if fell_back_to_cpu:
         refuse_large(settings)
     host.share_threads(job)
     if not devices.uses_cuda():
         host.keep_freed_memory()
-    setup.start(job, str(settings.run.path))
+    join(settings, job, stop)
     agree(start)
     collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
     start = verify_checkpoint(start, job)
@@ -92,7 +126,7 @@ def build(
         print_rank_0("compiling the model: minutes the first time, seconds from then on")
     engine = setup.build(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus, arguments.verbose)
-    with recorded(tracker):
+    with recorded(tracker, stop.peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
@@ -100,14 +134,17 @@ def build(
 
 
 @contextmanager
-def recorded(tracker: Tracker | NoTracker) -> Iterator[None]:
+def recorded(tracker: Tracker | NoTracker, peers: Peers | None) -> Iterator[None]:
     """Record a failure inside in the tracker, and explain it if possible."""
     try:
         yield
     except BaseException as error:
+        lost = collectives.lost_peer(error)
+        if lost and peers is not None:
+            peers.await_verdict()
         with warned("tracking"):
             tracker.finish("FAILED")
-        if collectives.lost_peer(error):
+        if lost:
             raise UserError("another rank of the job ended early; its message says why") from None
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
@@ -126,8 +163,12 @@ def begin_record(
     """
     settings = start.settings
     collectives.on_rank_0(lambda: lay_out(start, corpus))
+    hosts = list(dict.fromkeys(collectives.gather_objects(host_name())))
     if job.rank != 0:
         return NoTracker()
+    attempt = Attempt.detect()
+    place = f"on {', '.join(hosts)} ({device_name()})"
+    print_topic("started", f"{time.strftime(TIME)}{attempt}, {place}")
     if verbose:
         print_tables(settings, job.world_size, corpus.train.manifest.tokens)
     print_overview(settings, corpus, job.world_size)
@@ -139,7 +180,8 @@ def begin_record(
     weights = start.weights.path if start.weights is not None else None
     origin = describe(settings, corpus, parameters, job.world_size, weights)
     taken = 0 if start.state is None else start.state.step
-    MetricsLog(settings.run.path / STARTS).append(taken, origin.facts)
+    facts = {"job": attempt.job, "restarts": attempt.restarts, "hosts": hosts}
+    MetricsLog(settings.run.path / STARTS).append(taken, origin.facts | facts)
     tracker = tracking.start(settings, origin, fresh=start.checkpoint is None)
     for name in ("settings.yaml", "tokenizer.json"):
         tracker.artifact(settings.run.path / name)
@@ -196,7 +238,11 @@ def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
     Raises:
         UserError: on every rank, if they do not.
     """
-    preflight(arguments, settings, detect_job(settings))
+    job = detect_job(settings)
+    stop = StopRequest(job)
+    preflight(arguments, settings, job, stop)
+    assert stop.peers is not None
+    stop.peers.close()
     collectives.leave_group()
 
 
@@ -218,20 +264,20 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
     call_on_failure(partial(notifier.stop, "failure"))
     if wanted(arguments, job):
-        preflight(arguments, settings, job)
+        preflight(arguments, settings, job, stop)
     corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
     trainer = build(arguments, settings, job, corpus, stop)
     notifier.start(trainer.progress.step)
-    with recorded(trainer.log.tracker):
+    with recorded(trainer.log.tracker, stop.peers):
         done = trainer.fit()
     with warned("tracking"):
         trainer.log.tracker.finish("FINISHED" if done else "KILLED")
     if not done:
-        print_rank_0(
-            f"stopped on request at step {trainer.progress.step}: run the same command to continue"
-        )
-        notifier.stop("requeue", stop.reason or "another rank was asked to stop")
-        stop.exit_to_requeue()
+        step, ordered = trainer.progress.step, trainer.orders.stop
+        why = f"as {settings.run.path / STOP} asked" if ordered else "on request"
+        print_rank_0(f"stopped {why} at step {step}: run the same command to continue")
+        notifier.stop("end" if ordered else "requeue", stop.reason or f"stopped {why}")
+        stop.exit(0 if ordered else REQUEUE)
     with warned("after training"):
         print_rank_0(f"done: {settings.run.path}")
         print_charts(trainer.log.tracker)

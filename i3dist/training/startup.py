@@ -14,9 +14,11 @@ from i3dist.data.schedule import NEWEST
 from i3dist.data.shards import check_shards
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.distributed import collectives
+from i3dist.distributed.attempt import Attempt
 from i3dist.distributed.job import Job
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
+from i3dist.tracking.metrics_log import STARTS, read_lines
 from i3dist.training.continuing import fill, first_conflict, inherit_decided
 from i3dist.training.init_from import initial_weights
 
@@ -49,6 +51,47 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
         "model.vocab_size": vocab_size,
     }
     return fill(settings, decided)
+
+
+def starts_over(fresh: bool, run: Path, attempt: Attempt) -> bool:
+    """Whether --fresh counts: in a job that its launcher starts again, until it has begun its run.
+
+    Args:
+        fresh: whether it was typed.
+        run: the run's folder.
+        attempt: which start of the job this is.
+    """
+    return fresh and not (attempt.restarts and _starts_of(run, attempt))
+
+
+def check_progress(start: Start, attempt: Attempt) -> None:
+    """Stop a job that is started again and again and never gets to a new checkpoint.
+
+    What counts is how often the launcher has started the job again, whoever asked for that, since
+    the attempt that made the newest checkpoint.
+
+    Raises:
+        UserError: `guard.requeues` attempts in a row have made none.
+    """
+    step, most = start.state.step if start.state else 0, start.settings.guard.requeues
+    fruitful = [
+        int(line["restarts"]) + 1
+        for line in _starts_of(start.settings.run.path, attempt)
+        if line["step"] < step
+    ]
+    fruitless = attempt.restarts - max(fruitful, default=0)
+    if 0 < most <= fruitless:
+        raise UserError(
+            f"job {attempt.job}: {fruitless} starts in a row have made no new checkpoint (the "
+            f"newest is of step {step}), so it stops (guard.requeues={most}); see above what ended "
+            "them, then type the same command again"
+        )
+
+
+def _starts_of(run: Path, attempt: Attempt) -> list[dict[str, Any]]:
+    """The lines of this job in the record of the run's starts."""
+    lines = read_lines(run / STARTS) if attempt.job is not None else []
+    return [line for line in lines if line.get("job") == attempt.job]
 
 
 def resolve(

@@ -17,6 +17,7 @@ from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import lanes_of_rank
+from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.distributed.signals import StopRequest, signals_blocked
 from i3dist.distributed.watchdog import Watchdog
@@ -33,6 +34,7 @@ from i3dist.training.diagnoser import Diagnoser
 from i3dist.training.guard import Guard
 from i3dist.training.ledger_writer import LedgerWriter
 from i3dist.training.micro_batch import choose_micro_batch, dummy_batch
+from i3dist.training.orders import Orders
 from i3dist.training.progress import Progress
 from i3dist.training.recovery import Recovery
 from i3dist.training.run_log import RunLog
@@ -80,6 +82,7 @@ class Trainer:
             corpus.train.folder, manifest, schedule, lanes, settings.data.on_damage
         )
         log = self.log = RunLog(folder, tracker, job.rank)
+        self.orders = Orders(folder, looks=job.rank == 0)
         ledger = self.ledger = LedgerWriter(folder, schedule, train.accumulation, lanes)
         interval = self.interval = Interval(engine.model, job.world_size)
         self.checkpointer = Checkpointer(
@@ -100,25 +103,33 @@ class Trainer:
         with saver, closing(self.watchdog):
             if progress.step == 0:
                 self.validator.validate()
-            self.stop.vote_now()  # on requests that came while the run was set up
+            self.vote_now()  # on requests that came while the run was set up
             self.interval.restart()
             with closing(self.batches()) as batches:
-                while not (progress.done or self.stop.agreed()):
+                while not (progress.done or self.asked_to_stop):
                     self.train_step(batches)
                     if progress.due(settings.log.every):
                         self.report()
                     with self.interval.stopped_clock():
                         if progress.due(settings.validate_.every):
                             self.validator.validate()
-                        if progress.due(settings.checkpoint.every):
+                        if progress.due(settings.checkpoint.every) or self.orders.save:
                             self.checkpointer.save()
+                            self.orders.done()
             if progress.done:
                 self.checkpointer.export()
             else:
                 self.checkpointer.save()
             saver.wait()
+            self.orders.done()
+        self.stop.saved()
         self.log.plot()
         return progress.done
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether the ranks have agreed to save and stop, on a signal or an order."""
+        return self.stop.agreed() or self.orders.stop
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: every window, every micro-batch, one update."""
@@ -171,16 +182,25 @@ class Trainer:
         return loss_sum
 
     def with_votes(self, loss_sum: Tensor) -> Tensor:
-        """[3] on the device: the loss sum and this rank's votes, to be summed over ranks."""
+        """[5] on the device: the loss sum and this rank's votes, to be summed over ranks."""
         # `new_full` fills on the device; a copy from the host would wait.
-        votes = (self.stop.vote(), self.checkpointer.saver.failed())
-        return torch.stack([loss_sum, *(loss_sum.new_full((), vote) for vote in votes)])
+        return torch.stack([loss_sum, *(loss_sum.new_full((), vote) for vote in self.votes())])
 
-    def count_votes(self, asked_to_stop: float, failed_to_save: float) -> None:
+    def votes(self) -> tuple[float, ...]:
+        """This rank's: to stop, that its last checkpoint failed, and of orders."""
+        return self.stop.vote(), self.checkpointer.saver.failed(), *self.orders.votes()
+
+    def count_votes(self, asked_to_stop: float, failed_to_save: float, *orders: float) -> None:
         """Take in the sums of all ranks' votes."""
         self.stop.count(asked_to_stop)
+        self.orders.count(*orders)
         if failed_to_save:
             self.checkpointer.saver.wait()  # raises the reason on every rank
+
+    def vote_now(self) -> None:
+        """Exchange votes outside of a step."""
+        votes = torch.tensor(self.votes(), device=self.engine.device)
+        self.count_votes(*collectives.all_sum(votes).tolist())
 
     def report(self) -> None:
         """Write the ledger, and log, track and print the metrics."""

@@ -15,8 +15,8 @@ from tests.faults.running import Running, running
 
 
 def early(job: Running) -> None:
-    """Before the first step."""
-    job.ranks()[1].send_signal(signal.SIGTERM)
+    """Before the first step, as when a terminal is closed."""
+    job.ranks()[1].send_signal(signal.SIGHUP)
 
 
 def every_process(job: Running) -> None:
@@ -34,6 +34,11 @@ def on_and_on(job: Running) -> None:
             rank.send_signal(signal.SIGTERM)
 
 
+def by_order(job: Running) -> None:
+    """RUN/STOP, which no launcher is to undo."""
+    (job.output.parent / "run" / "STOP").touch()
+
+
 def the_launcher(job: Running) -> None:
     """Which then signals a rank and its readers, and itself returns 1 whatever the ranks do."""
     job.launcher().terminate()
@@ -45,6 +50,7 @@ def the_launcher(job: Running) -> None:
         (early, "parameters", REQUEUE),
         (every_process, "step  5/", REQUEUE),  # while it saves as it would anyway
         (on_and_on, "step  7/", REQUEUE),
+        (by_order, "step  3/", 0),
         (the_launcher, "step  2/", 1),
     ],
 )
@@ -63,8 +69,11 @@ def test_asked_to_stop(
         assert job.command.wait(60) == status, job.output.read_text()
         said = job.output.read_text()
     assert "Traceback" not in said and "error:" not in said
-    step = int(said.split("stopped on request at step ")[1].split(":")[0])
+    asked = f"as {run}/STOP asked" if ask is by_order else "on request"
+    step = int(said.split(f"stopped {asked} at step ")[1].split(":")[0])
+    assert not (run / "STOP").exists()
     if ask is early:
+        assert "told to stop by SIGHUP on rank 1 (" in said
         assert step == 0 and not (run / "checkpoints").exists()
         return
     assert 2 <= step < STEPS

@@ -98,13 +98,14 @@ def test_train_ends_as_it_went(
     """Done: recorded as finished, and the model is logged; if that fails, it changes nothing.
     Asked to stop: recorded as killed, and ends with the status of a requeue."""
     stop, left = mock.Mock(), mock.Mock()
-    stop.return_value.exit_to_requeue.side_effect = SystemExit(75)
+    stop.return_value.exit.side_effect = SystemExit(75)
     tracker = mock.Mock(**{"where.return_value": ["mlflow ui", "http://there"]})
     tracker.log_model.side_effect = OSError("no room") if fails else None
     settings = Settings().with_values(**{"tracking.registered_model": "mine"})
     trainer = SimpleNamespace(
         log=mock.Mock(tracker=tracker),
         fit=lambda: done,
+        orders=SimpleNamespace(stop=False),
         progress=SimpleNamespace(step=12),
         settings=settings,
     )
@@ -124,7 +125,7 @@ def test_train_ends_as_it_went(
     assert ("stopped on request at step 12: run the same command to continue" in said) == (not done)
     charts = "done: runs/i3-4096ctx\ncharts    mlflow ui\n          http://there\n"
     assert (charts in said) == done
-    assert left.called == done and stop.return_value.exit_to_requeue.called != done
+    assert left.called == done and stop.return_value.exit.call_args_list == [((75,),)] * (not done)
     logged = [call.args[0] for call in tracker.log_model.call_args_list]
     assert logged == [FinalModel(settings.run.path, 12, "mine")] * done
     assert ("warning: tracking: no room" in said) == fails

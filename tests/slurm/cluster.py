@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -114,6 +114,10 @@ class Cluster:
         self.command("scancel", job)
         raise TimeoutError(f"job {job} was still {state} after {seconds} s")
 
+    def kill_node(self, name: str) -> None:
+        """Take a node down with all its processes, as a power cut would."""
+        _end(self.nodes[name])
+
     def state(self, job: str) -> str:
         """The state that the controller reports for a job."""
         match = re.search(r"JobState=(\w+)", self.command("scontrol", "show", "job", job))
@@ -131,29 +135,29 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def running_cluster() -> Iterator[Cluster]:
-    """Start a cluster, hand it over when both nodes are idle, and leave no process behind."""
+def running_cluster(names: Sequence[str] = NODES) -> Iterator[Cluster]:
+    """Start a cluster, hand it over when all nodes are idle, and leave no process behind."""
     with ExitStack() as stack:
         # Short, because a socket's path may have 107 characters at most.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="i3-slurm-")))
         folder.chmod(0o755)
-        _configure(folder)
+        _configure(folder, names)
         stack.enter_context(_daemon(folder, "munged", _munged(folder)))
         _wait_for((folder / "munge.socket").exists, "munged's socket")
         controller = ["slurmctld", "-D", "-f", str(folder / "slurm.conf")]
         stack.enter_context(_daemon(folder, "slurmctld", controller))
         nodes = {
-            name: stack.enter_context(_daemon(folder, name, _node(folder, name))) for name in NODES
+            name: stack.enter_context(_daemon(folder, name, _node(folder, name))) for name in names
         }
         cluster = Cluster(folder, nodes)
-        _wait_for(lambda: _idle_nodes(folder) == len(NODES), "two idle nodes")
+        _wait_for(lambda: _idle_nodes(folder) == len(names), "idle nodes")
         yield cluster
 
 
-def _configure(folder: Path) -> None:
-    controller, *ports = free_ports(1 + len(NODES))
+def _configure(folder: Path, nodes: Sequence[str]) -> None:
+    controller, *ports = free_ports(1 + len(nodes))
     text = CONFIGURATION.format(folder=folder, host=_short_host_name(), controller=controller)
-    for name, port in zip(NODES, ports, strict=True):
+    for name, port in zip(nodes, ports, strict=True):
         text += NODE.format(name=name, port=port, cpus=CPUS, gpus=GPUS)
         (folder / name).mkdir()
     (folder / "slurm.conf").write_text(text + PARTITION)
@@ -162,7 +166,7 @@ def _configure(folder: Path) -> None:
         # A character device like /dev/null stands for a GPU: Slurm only counts and hands out.
         os.mknod(folder / f"gpu{gpu}", 0o020666, os.makedev(1, 3))
     (folder / "state").mkdir()
-    names = " ".join(("localhost", *NODES, _short_host_name()))
+    names = " ".join(("localhost", *nodes, _short_host_name()))
     (folder / "hosts").write_text(f"127.0.0.1 {names}\n")
     subprocess.run(["mungekey", "-c", "-k", str(folder / "munge.key")], check=True)
 

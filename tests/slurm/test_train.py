@@ -3,23 +3,27 @@ job is put back into the queue on its way. About 1 minute.
 """
 
 import re
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from i3dist.checkpoint import store, verify
 from tests.conftest import QUICK, ROOT, SAVING, STEPS, losses
 from tests.slurm.cluster import Cluster
 
 
-def submit(cluster: Cluster, data: Path, folder: Path) -> tuple[str, Path]:
+def submit(cluster: Cluster, data: Path, folder: Path, *more: str) -> tuple[str, Path]:
     """Submit the run that `whole` is, on two nodes and with readers that signals may reach, too;
     returns the job and its output.
     """
     output = folder / "job.out"
     options = ["--gpus-per-node=0", "--nodes=2", "--ntasks-per-node=1", f"--output={output}"]
     words = [*QUICK, *SAVING, f"data.path={data}", f"run.path={folder / 'run'}", "data.workers=1"]
-    return cluster.submit(*options, ROOT / "slurm" / "train.sbatch", *words, cwd=ROOT), output
+    script = ROOT / "slurm" / "train.sbatch"
+    return cluster.submit(*options, script, *words, *more, cwd=ROOT), output
 
 
 def test_two_nodes_learn_like_two_ranks(
@@ -31,20 +35,46 @@ def test_two_nodes_learn_like_two_ranks(
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
 
 
-def test_a_job_told_to_stop_is_requeued_and_loses_nothing(
+def test_a_job_that_is_requeued_and_cancelled_loses_nothing(
     cluster: Cluster, data: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """As two minutes before its time is up: the batch shell alone is signalled."""
-    job, output = submit(cluster, data, tmp_path)
-    deadline = time.monotonic() + 200
-    while not output.exists() or "step  3/" not in output.read_text():
-        assert time.monotonic() < deadline, output.read_text()
-        time.sleep(0.05)
+    """Told to save; told to stop as before its time is up, where the batch shell alone is
+    signalled; started over for the first time only; cancelled with the site's grace."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    job, output = submit(cluster, data, tmp_path, "--fresh", "train.steps=500")
+
+    def wait_for(ready: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 200
+        while not ready():
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.05)
+
+    def said(text: str) -> bool:
+        return output.exists() and text in output.read_text()
+
+    wait_for(lambda: said("step   3/"))
+    (run / "SAVE").touch()
+    wait_for(lambda: not (run / "SAVE").exists())
     cluster.command("scancel", "--batch", "--signal=USR1", job)
-    assert cluster.wait(job, 300) == "COMPLETED", output.read_text()
-    said = output.read_text()
-    assert said.count(f"requeueing job {job}\n") == 1
-    assert "Restarts=1 " in cluster.command("scontrol", "show", "job", job)
-    stopped = re.search(r"stopped on request at step (\d+)", said)
-    assert stopped is not None and f"continued from step {stopped[1]}\n" in said
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
+    wait_for(lambda: said("restart 1") and len(losses(run)) > STEPS)
+    cluster.command("scancel", job)
+    assert cluster.wait(job, 60) == "CANCELLED"
+
+    text = output.read_text()
+    assert text.count(f"requeueing job {job}\n") == 1 and text.count("the earlier run is now") == 1
+    for restart in ("", ", restart 1"):
+        assert re.search(
+            rf"started +[-\d]+ [:\d]+, job {job}{restart}, on node1, node2 \(CPU\)\n", text
+        )
+    assert re.search(
+        r"told to stop by SIGUSR1 on rank 0 \(node1\) and 1 more, [-\d]+ [:\d]+\n", text
+    )
+    stopped = re.search(r"stopped on request at step (\d+)", text)
+    assert stopped is not None and f"continued from step {stopped[1]}\n" in text
+    assert losses(run)[:STEPS] == pytest.approx(losses(whole), abs=1e-4)
+    newest = store.steps(run / "checkpoints")[0]
+    assert newest == len(losses(run)) and not verify.quick_fault(
+        store.place(run / "checkpoints", newest)
+    )
+    assert len({int(n) for n in re.findall(r"saved .*step-(\d+) ", text)} - {5, 10}) >= 2

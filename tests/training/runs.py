@@ -115,7 +115,7 @@ class Asked:
     """Stands in for `StopRequest`: asked to stop in step `at`."""
 
     def __init__(self, at: int | None = None) -> None:
-        self.at, self.votes, self.heard = at, 0, 0.0
+        self.at, self.votes, self.heard = at, -1, 0.0  # it votes before the first step, too
 
     def vote(self) -> float:
         self.votes += 1
@@ -127,8 +127,8 @@ class Asked:
     def agreed(self) -> bool:
         return self.heard > 0
 
-    def vote_now(self) -> bool:
-        return self.agreed()
+    def saved(self) -> None:
+        pass
 
 
 @dataclass

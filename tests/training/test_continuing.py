@@ -42,6 +42,8 @@ FREE = {
     "checkpoint.keep_every": 7,
     "guard.bad_steps": 7,
     "guard.hang_seconds": 7.0,
+    "guard.requeues": 7,
+    "slurm.successor": True,
     "tracking.enabled": False,
     "tracking.experiment": "another",
     "tracking.run_name": "another",

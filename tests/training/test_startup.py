@@ -3,20 +3,32 @@
 import hashlib
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from i3dist.checkpoint.format import CheckpointManifest, FileDigest, RunState
 from i3dist.cli.former_settings import FORMER_LAYERS
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives
+from i3dist.distributed.attempt import Attempt
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
+from i3dist.tracking.metrics_log import STARTS, MetricsLog
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.run_folder import lay_out, set_aside
-from i3dist.training.startup import Start, agree, decide, resolve
+from i3dist.training.startup import (
+    Start,
+    agree,
+    check_progress,
+    decide,
+    resolve,
+    starts_over,
+)
 from tests.known import CHUNK, Known, documents, make
 
 MODEL = {"model.chunk_length": CHUNK, "model.latents": 2}
@@ -141,6 +153,58 @@ def test_fresh_looks_at_nothing_that_is_there(typed: Settings, corpus: Corpus) -
     checkpoint(decide(typed, 2, 999), corpus, 7, data="other")
     start = resolve(typed, ENGINE, corpus, 1, fresh=True)
     assert start == Start(decide(typed, 1, corpus.tokenizer.vocab_size))
+
+
+def record(run: Path, step: int, attempt: Attempt) -> None:
+    """Note a start as a run does."""
+    run.mkdir(exist_ok=True)
+    facts = {"job": attempt.job, "restarts": attempt.restarts}
+    MetricsLog(run / STARTS).append(step, facts)
+
+
+def test_fresh_counts_until_the_job_has_begun_its_run(tmp_path: Path) -> None:
+    """Neither another job nor one without restarts forgets that it was typed."""
+    run = tmp_path / "run"
+    first, again = Attempt("77"), Attempt("77", 1)
+    record(run, 500, Attempt("76", 2))
+    assert starts_over(True, run, first) and starts_over(True, run, again)
+    record(run, 0, first)
+    assert not starts_over(True, run, again) and not starts_over(False, run, first)
+    assert starts_over(True, run, Attempt("77")) and starts_over(True, run, Attempt("78", 1))
+    assert starts_over(True, run, Attempt())
+
+
+@example(saves=[False] * 4, dies=[True] * 4, most=3, begun=False)
+@given(
+    saves=st.lists(st.booleans(), min_size=1, max_size=12),
+    dies=st.lists(st.booleans(), min_size=12, max_size=12),
+    most=st.integers(0, 4),
+    begun=st.booleans(),
+)
+def test_a_job_stops_after_so_many_starts_without_a_new_checkpoint(
+    saves: list[bool], dies: list[bool], most: int, begun: bool
+) -> None:
+    """Whoever starts it again; some attempts die before they have noted their start."""
+    with TemporaryDirectory() as folder:
+        run, step, fruitless = Path(folder), 0, 0
+        if begun:  # by another job
+            step = 9
+            record(run, 0, Attempt("76"))
+        values = {"run.path": folder, "guard.requeues": most}
+        settings = Settings().with_values(**values)
+        for restarts, saved in enumerate(saves):
+            state = RunState(step=step, windows=1, tokens_seen=1, settings={}, data="", engine={})
+            start, attempt = Start(settings, state=state if step else None), Attempt("77", restarts)
+            if 0 < most <= fruitless:
+                with pytest.raises(
+                    UserError, match=rf"^job 77.*: {fruitless} starts .*step {step}"
+                ):
+                    check_progress(start, attempt)
+                return
+            check_progress(start, attempt)
+            if saved or not dies[restarts]:
+                record(run, step, attempt)
+            step, fruitless = (step + 1, 0) if saved else (step, fruitless + 1)
 
 
 @pytest.mark.parametrize(

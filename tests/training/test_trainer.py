@@ -5,12 +5,13 @@ from unittest import mock
 
 import pytest
 
-from i3dist.checkpoint import verify
+from i3dist.checkpoint import store, verify
 from i3dist.checkpoint.async_saver import AsyncSaver
 from i3dist.checkpoint.format import read_state
 from i3dist.config import Settings
 from i3dist.distributed import collectives
 from i3dist.errors import UserError
+from i3dist.training.orders import SAVE, STOP
 from tests.training.runs import STEPS, WINDOWS, Start, TrainedRun
 
 
@@ -42,6 +43,31 @@ def test_a_run_is_done_at_its_last_step_only(
     assert before.engine.steps[-1].sums[1] == 1
     assert [len(r.engine.steps) for r in (run, after)] == [STEPS, STEPS - 6]
     assert (before.settings.run.path / "model.safetensors").exists()
+
+
+def test_orders_are_followed_at_the_next_step_and_carried_out_once(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that was given before the run began; looking at files costs the steps nothing."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / SAVE).touch()
+    trained = start(run, **{"checkpoint.every": 0})
+    trainer, orders, take = trained.trainer, trained.trainer.orders, trained.trainer.train_step
+    monkeypatch.setattr(orders, "_watch", lambda: None)  # in place of its thread, see below
+
+    def observed(*batches: object) -> None:
+        take(*batches)  # type: ignore[arg-type]
+        step = trainer.progress.step
+        if step in (4, 6):
+            (run / {4: SAVE, 6: STOP}[step]).touch()
+            orders._look()
+            assert not orders.stop and (step == 6 or not orders.save), "only a vote decides"
+
+    monkeypatch.setattr(trainer, "train_step", observed)
+    assert not trainer.fit() and trainer.progress.step == 7 and trainer.asked_to_stop
+    assert store.steps(run / "checkpoints") == [7, 5, 1]
+    assert not (run / SAVE).exists() and not (run / STOP).exists()
 
 
 @pytest.mark.parametrize("where", ["validator.validate", "train_step", "checkpointer.export"])

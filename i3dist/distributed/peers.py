@@ -1,0 +1,248 @@
+"""Ranks that learn at once when another rank fails or is lost, and leave with it.
+
+A collective whose other end is gone may wait for minutes, and a launcher ends the other ranks by
+signals, which hide the status of the first. So every rank holds a connection to rank 0. A rank that
+fails says so there, after it has printed why, and all others leave with status 1. A connection that
+ends without a word means that a rank is lost: all others leave, and rank 0 names the host.
+
+The kernel watches the connections (TCP keep-alive). So a rank that computes for long is not taken
+for lost, and a host without power is found after `LOST_SECONDS`.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import torch.distributed as torch_dist
+
+from i3dist.distributed.attempt import TIME, Attempt
+from i3dist.distributed.job import Job
+
+# EX_TEMPFAIL of sysexits.h: failed for now, try again.
+REQUEUE = 75
+LOST_SECONDS = 8
+GATHER_SECONDS = 1.5  # at most, from the first rank of a lost host that is missed to the last
+CONNECT_SECONDS = 10.0
+KEY = "i3dist/peers"  # in the ranks' store: where rank 0 listens
+Message = dict[str, Any]
+WELCOME: Message = {"says": "welcome"}
+BYE: Message = {"says": "bye"}
+FAILED: Message = {"says": "failed"}
+LOST: Message = {"says": "lost"}
+
+
+class Peers:
+    """This rank's tie to the others of its job; this base ties a job of a single rank."""
+
+    def __init__(self, job: Job) -> None:
+        self.on_lost: Callable[[list[str]], None] = lambda _: None  # called with the lost hosts
+        self._job = job
+        self._closed = False  # whether this rank does not care any more if others are there
+
+    def close(self) -> None:
+        """Training is over: from now on no rank needs another."""
+        self._closed = True
+        self._tell(BYE)
+
+    def fail(self) -> None:
+        """This rank has said why it fails: end the other ranks with status 1."""
+        self._closed = True
+        self._tell(FAILED)
+
+    def await_verdict(self) -> None:
+        """Wait after a collective lost a rank. The process ends meanwhile, if the loss is real."""
+        if self._job.world_size > 1:
+            time.sleep(LOST_SECONDS + GATHER_SECONDS)
+
+    def _tell(self, message: Message) -> None:
+        """Send a message to the other ranks."""
+
+    def _leave_without(self, who: str) -> NoReturn:
+        """End this process because others are gone; say so on the first rank of a host."""
+        if self._job.local_rank == 0:
+            where = "" if self._job.rank == 0 else f"[rank {self._job.rank}] "
+            when = f"{time.strftime(TIME)}{Attempt.detect()}"
+            line = f"{where}error: lost {who} ({when}); the job ends"
+            print(line, file=sys.stderr, flush=True)
+        os._exit(self._status_of_loss())
+
+    def _status_of_loss(self) -> int:
+        """Under Slurm `REQUEUE`: a lost host is no reason to give up.
+
+        srun returns the largest status of all ranks, so a rank that a signal killed (more than 128)
+        still decides the job's.
+        """
+        return REQUEUE if self._job.launcher == "slurm" else 1
+
+
+def connect(job: Job, store: torch_dist.Store, address: str) -> Peers:
+    """Connect this rank with the others; every rank calls this.
+
+    Args:
+        job: this rank's place.
+        store: through which rank 0 tells the others where it listens.
+        address: rank 0's host, as the other ranks can reach it.
+
+    Raises:
+        OSError: rank 0 cannot be reached.
+    """
+    if job.world_size == 1:
+        return Peers(job)
+    return _First(job, store, address) if job.rank == 0 else _Other(job, store)
+
+
+class _First(Peers):
+    """Rank 0, which all others are connected with."""
+
+    def __init__(self, job: Job, store: torch_dist.Store, address: str) -> None:
+        super().__init__(job)
+        self._token = secrets.token_hex(8)  # a stranger that connects does not know it
+        self._hosts: dict[int, str] = {}  # by rank
+        self._writers: dict[int, asyncio.StreamWriter] = {}  # of the ranks that are there
+        self._gone: list[int] = []
+        listener = socket.create_server(("", 0), backlog=job.world_size)
+        self._loop = asyncio.new_event_loop()
+        start = asyncio.start_server(self._follow, sock=listener)
+        threading.Thread(target=self._loop.run_forever, name="peers", daemon=True).start()
+        self._server = asyncio.run_coroutine_threadsafe(start, self._loop).result()
+        os.register_at_fork(after_in_child=lambda: _close(self._connections()))
+        store.set(KEY, json.dumps([address, listener.getsockname()[1], self._token]))
+
+    async def _follow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Follow one rank from its first word to its last."""
+        hello = await _next_word(reader)
+        if hello.get("token") != self._token:
+            writer.close()
+            return
+        rank = int(hello["rank"])
+        keep_alive(writer.get_extra_info("socket"))
+        self._hosts[rank], self._writers[rank] = str(hello["host"]), writer
+        writer.write(_line(WELCOME))
+        last = await _next_word(reader)
+        del self._writers[rank]
+        writer.close()
+        if self._closed or last == BYE:
+            return
+        if last == FAILED:
+            await self._send(FAILED)
+            os._exit(1)
+        self._gone.append(rank)
+        if len(self._gone) == 1:
+            await self._send(LOST)
+            await self._await_all_of(self._hosts[rank])
+            self._leave_without(self._say_who_is_gone())
+
+    async def _await_all_of(self, host: str) -> None:
+        """Wait until all ranks of a host are gone; one killed by itself leaves its host's alone."""
+        there = [rank for rank, its in self._hosts.items() if its == host]
+        end = time.monotonic() + GATHER_SECONDS
+        while set(there) - set(self._gone) and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+
+    def _say_who_is_gone(self) -> str:
+        """Name the ranks that are gone; hand hosts that lost all of theirs to `on_lost`."""
+        hosts = sorted({self._hosts[rank] for rank in self._gone})
+        left = {host for rank, host in self._hosts.items() if rank not in self._gone}
+        with suppress(Exception):
+            self.on_lost([host for host in hosts if host not in left | {host_name()}])
+        ranks = ", ".join(map(str, sorted(self._gone)[:8]))
+        return f"rank{'s' * (len(self._gone) > 1)} {ranks} on {', '.join(hosts)}"
+
+    def _tell(self, message: Message) -> None:
+        with suppress(Exception):
+            asyncio.run_coroutine_threadsafe(self._send(message), self._loop).result(2)
+
+    async def _send(self, message: Message) -> None:
+        writers = list(self._writers.values())
+        for writer in writers:
+            writer.write(_line(message))
+        with suppress(OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(writer.drain() for writer in writers)), 1)
+
+    def _connections(self) -> list[socket.socket]:
+        return [writer.get_extra_info("socket") for writer in self._writers.values()]
+
+
+class _Other(Peers):
+    """Any other rank, which is connected with rank 0."""
+
+    def __init__(self, job: Job, store: torch_dist.Store) -> None:
+        super().__init__(job)
+        address, port, token = json.loads(store.get(KEY))
+        self._address = address
+        self._socket = socket.create_connection((address, port), CONNECT_SECONDS)
+        keep_alive(self._socket)
+        self._tell({"token": token, "rank": job.rank, "host": host_name()})
+        self._words = self._socket.makefile("rb")
+        if _read(self._words.readline()) != WELCOME:
+            raise OSError(f"what listens at {address}:{port} is not rank 0")
+        self._socket.settimeout(None)
+        os.register_at_fork(after_in_child=lambda: _close([self._socket]))
+        threading.Thread(target=self._listen, name="peers", daemon=True).start()
+
+    def _listen(self) -> None:
+        """Wait for the only word of rank 0 after its welcome, or for its end."""
+        said: Message = {}
+        with suppress(OSError):
+            said = _read(self._words.readline())
+        if self._closed or said == BYE:
+            return
+        if said == FAILED:
+            os._exit(1)
+        if said == LOST:  # rank 0 names it
+            self._tell(BYE)
+            os._exit(self._status_of_loss())
+        self._leave_without(f"rank 0 on {self._address}")
+
+    def _tell(self, message: Message) -> None:
+        with suppress(OSError):
+            self._socket.sendall(_line(message))
+
+
+def host_name() -> str:
+    """This host, as Slurm calls it if it is one of its nodes."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Let the kernel end a connection whose other host has not answered for `LOST_SECONDS`."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"KEEPIDLE": 1, "KEEPINTVL": 1, "KEEPCNT": LOST_SECONDS - 1}
+    options["USER_TIMEOUT"] = 1000 * LOST_SECONDS
+    for name, value in options.items():
+        if hasattr(socket, f"TCP_{name}"):  # Linux has them all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
+
+
+def _close(connections: list[socket.socket]) -> None:
+    """Close a fork's copies: it may outlive the rank, whose end must be seen at once."""
+    for connection in connections:
+        with suppress(OSError):
+            os.close(connection.fileno())
+
+
+async def _next_word(reader: asyncio.StreamReader) -> Message:
+    """The next message of a rank; empty if its connection ends without one."""
+    try:
+        return _read(await reader.readline())
+    except (OSError, ValueError):  # the kernel ended it; or a line without end
+        return {}
+
+
+def _line(message: Message) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _read(line: bytes) -> Message:
+    with suppress(ValueError):
+        message = json.loads(line)
+        return message if isinstance(message, dict) else {}
+    return {}

@@ -1,0 +1,191 @@
+"""Ranks leave with one that fails or is lost, and with no other. Ranks are forks; seconds."""
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch.distributed as torch_dist
+
+from i3dist.distributed import peers
+from i3dist.distributed.job import Job, Launcher
+from i3dist.distributed.peers import REQUEUE, Peers
+from tests.conftest import free_port
+
+RANKS = 4  # two on each of two hosts
+WAIT = 20
+
+
+def rank(number: int, port: int, launcher: Launcher, does: Callable[[int, Peers], None]) -> None:
+    """One rank, a process of its own: it meets the others, and then does something or waits."""
+    os.environ["SLURMD_NODENAME"] = f"node{1 + number // 2}"
+    job = Job(number, RANKS, number % 2, 2, "127.0.0.1", port, launcher)
+    patience = timedelta(seconds=WAIT)
+    store = torch_dist.TCPStore("127.0.0.1", port, None, number == 0, patience, False)
+    tied = peers.connect(job, store, "127.0.0.1")
+    tied.on_lost = lambda hosts: Path("lost").write_text(",".join(hosts))
+    Path(f"pid-{number}").write_text(str(os.getpid()))
+    store.add("there", 1)
+    while store.add("there", 0) < RANKS:
+        time.sleep(0.01)
+    does(number, tied)
+    time.sleep(WAIT)
+    os._exit(9)  # nothing has ended it
+
+
+def statuses(does: Callable[[int, Peers], None], launcher: Launcher = "slurm") -> list[int]:
+    """How the ranks end, if each does so: exit statuses, or the signals that killed them, below 0.
+
+    Raises:
+        AssertionError: one is ended by nothing.
+    """
+    port, begun, pids = free_port(), time.monotonic(), []
+    for number in range(RANKS):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            try:
+                rank(number, port, launcher, does)
+            finally:
+                os._exit(8)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert time.monotonic() - begun < 6
+    return ended
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("failing", [0, 1, RANKS - 1])
+def test_when_one_fails_all_leave_with_1(capfd: pytest.CaptureFixture[str], failing: int) -> None:
+    """Without a word: the rank itself has said why."""
+
+    def fail(number: int, tied: Peers) -> None:
+        if number == failing:
+            tied.fail()
+            os._exit(1)
+
+    assert statuses(fail) == [1] * RANKS
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("killed", "launcher", "said", "host"),
+    [
+        ([3], "slurm", "error: lost rank 3 on node2 (", ""),
+        ([2, 3], "slurm", "error: lost ranks 2, 3 on node2 (", "node2"),
+        ([2, 3], "deepspeed", "error: lost ranks 2, 3 on node2 (", "node2"),
+        ([0], "slurm", "[rank 2] error: lost rank 0 on 127.0.0.1 (", None),
+    ],
+)
+def test_when_some_are_lost_the_others_leave_and_one_names_them(
+    capfd: pytest.CaptureFixture[str],
+    killed: list[int],
+    launcher: Launcher,
+    said: str,
+    host: str | None,
+) -> None:
+    """At once, though a reader of data that they forked lives on; Slurm is to start them again."""
+
+    def die(number: int, _: Peers) -> None:
+        if os.fork() == 0:
+            time.sleep(9)
+            os._exit(0)
+        Path(f"forked-{number}").touch()
+        if number == killed[-1]:
+            while len(list(Path().glob("forked-*"))) < RANKS:
+                time.sleep(0.01)
+            for one in killed:  # at once, as a host that dies takes all of them with it
+                os.kill(int(Path(f"pid-{one}").read_text()), signal.SIGKILL)
+
+    left = REQUEUE if launcher == "slurm" else 1
+    assert statuses(die, launcher) == [-9 if n in killed else left for n in range(RANKS)]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(said) and line.endswith("; the job ends")
+    assert (Path("lost").read_text() if Path("lost").exists() else None) == host
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root, and ip of iproute2"
+)
+def test_a_host_without_power_is_found(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """No packet says so. A rank that is only busy, here stopped, is not taken for lost before."""
+    names = [f"i3-{os.getpid()}-{number}" for number in range(2)]
+    for words in [
+        *(f"netns add {name}" for name in names),
+        f"-n {names[0]} link add v0 type veth peer name v1 netns {names[1]}",
+        *(f"-n {name} addr add 10.9.9.{n + 1}/24 dev v{n}" for n, name in enumerate(names)),
+        *(f"-n {name} link set v{n} up" for n, name in enumerate(names)),
+    ]:
+        subprocess.run(["ip", *words.split()], check=True)
+    for name in names:
+        request.addfinalizer(partial(subprocess.run, ["ip", "netns", "delete", name]))
+
+    pids = []
+    for number, name in enumerate(names):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            with open(f"/run/netns/{name}") as namespace:
+                ctypes.CDLL(None).setns(namespace.fileno(), 0)
+            os.environ["SLURMD_NODENAME"] = name
+            store = torch_dist.FileStore(str(tmp_path / "store"), 2)
+            peers.connect(Job(number, 2, 0, 1, "10.9.9.1", 1, "slurm"), store, "10.9.9.1")
+            (tmp_path / name).touch()
+            time.sleep(60)
+            os._exit(9)
+    while len(list(tmp_path.glob("i3-*"))) < 2:
+        time.sleep(0.01)
+    os.kill(pids[1], signal.SIGSTOP)
+    time.sleep(1)
+    subprocess.run(["ip", "-n", names[1], "link", "set", "v1", "down"], check=True)
+    cut = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == REQUEUE
+    assert peers.LOST_SECONDS - 3 < time.monotonic() - cut < 10
+    os.kill(pids[1], signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pids[1], 0)[1]) == REQUEUE
+    said = capfd.readouterr().err
+    assert f"lost rank 1 on {names[1]} (" in said and "[rank 1] error: lost rank 0 on" in said
+
+
+def test_after_the_end_of_training_no_rank_needs_another() -> None:
+    """In whatever order they leave, and however."""
+
+    def end(number: int, tied: Peers) -> None:
+        tied.close()
+        time.sleep(0.2 * (number in (0, 2)))
+        os.kill(os.getpid(), signal.SIGKILL) if number == 3 else os._exit(number)
+
+    assert statuses(end) == [0, 1, 2, -9]
+
+
+def test_a_stranger_is_no_rank(tmp_path: Path) -> None:
+    """A scan of ports, or a job that took the port over, ends nobody."""
+
+    def receive(number: int, tied: Peers) -> None:
+        if number == 0:
+            (port,) = (s.getsockname()[1] for s in tied._server.sockets)  # type: ignore[attr-defined]
+            for words in (
+                b"",
+                b"GET /\r\n",
+                b'{"says": "failed"}\n',
+                b'{"token": "", "rank": 1}\n',
+            ):
+                with socket.create_connection(("127.0.0.1", port)) as stranger:
+                    stranger.sendall(words)
+            time.sleep(1)
+        time.sleep(1)
+        tied.close()
+        os._exit(0)
+
+    assert statuses(receive) == [0] * RANKS
