@@ -11,6 +11,7 @@ import torch
 
 from i3dist.distributed.devices import uses_cuda
 
+LEAVE_SECONDS = 10.0  # that an earlier job's processes may take to leave the GPU
 SIZE, REPEATS = 8192, 20  # of the product: 2 x SIZE^3 operations, 1.6 ms each on an H200
 
 
@@ -58,15 +59,14 @@ def describe_gpu() -> GpuFacts | None:
 
 
 def granted_gpus(environ: Mapping[str, str] = os.environ) -> int | None:
-    """GPUs of this host that the job was given, by what Slurm or CUDA_VISIBLE_DEVICES says."""
-    counted = environ.get("SLURM_GPUS_ON_NODE", "")
-    if counted.isdecimal() and int(counted):
-        return int(counted)
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    # DeepSpeed's launcher sets it from its own list; CROSS_SIZE is how to tell.
-    if visible is None or "CROSS_SIZE" in environ:
-        return None
-    return len(visible.split(","))
+    """GPUs of this host that the job was given, by the lower of Slurm and CUDA_VISIBLE_DEVICES."""
+    counts = []
+    if environ.get("SLURM_GPUS_ON_NODE", "0").isdecimal():
+        counts.append(int(environ.get("SLURM_GPUS_ON_NODE", "0")))
+    # DeepSpeed's launcher sets the variable from its own list; CROSS_SIZE is how to tell.
+    if "CUDA_VISIBLE_DEVICES" in environ and "CROSS_SIZE" not in environ:
+        counts.append(len(environ["CUDA_VISIBLE_DEVICES"].split(",")))
+    return min(filter(None, counts), default=None)
 
 
 def multiply() -> tuple[int, float]:
@@ -90,6 +90,18 @@ def multiply() -> tuple[int, float]:
     return checksum, REPEATS * 2 * SIZE**3 / seconds
 
 
+def wait_for_others(users: Callable[[], set[int]]) -> tuple[int, ...]:
+    """The processes that use the GPU, once this one is alone or others have had time to leave."""
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while True:
+        found = users()
+        others = found - {os.getpid()}
+        # Without this process among them the driver counts process ids otherwise.
+        if not others or others == found or time.monotonic() > deadline:
+            return tuple(sorted(found))
+        time.sleep(0.5)
+
+
 def _ask_driver(uuid: str) -> dict[str, Any]:
     """What NVIDIA's management library says of a GPU; nothing where it does not know the GPU."""
     found: dict[str, Any] = {}
@@ -99,8 +111,9 @@ def _ask_driver(uuid: str) -> dict[str, Any]:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if "-" in uuid[:4] else f"GPU-{uuid}")
         found["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        found["users"] = tuple(sorted(process.pid for process in processes))
+        found["users"] = wait_for_others(
+            lambda: {use.pid for use in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+        )
         found["faults"] = tuple(_faults(pynvml, handle))
     return found
 
