@@ -348,6 +348,11 @@ class TrackingSettings(Section):
     registered_model: OptionalName = None
     """Name in MLflow's model registry under which that model becomes the next version; by default
     it is not registered."""
+    notify: OptionalName = None
+    """Command that sh runs when the run begins to train, stops to be started again, fails, or ends.
+    Its environment says what happened: I3DIST_EVENT is start, requeue, failure or end; I3DIST_RUN,
+    _STEP, _HOST and _REASON say more. Training never waits for it; the end of the run does, for at
+    most 10 s."""
 
     @field_validator("registered_model")
     @classmethod

@@ -67,6 +67,7 @@ def test_paths_and_names_are_literal_by_their_type() -> None:
         "tracking.experiment",
         "tracking.run_name",
         "tracking.registered_model",
+        "tracking.notify",
         "model.layers",
         "compression.schedule",
         "optimizer.schedule",

@@ -20,7 +20,7 @@ LAYERS = [
     {"i3dist.checkpoint"},
     {"i3dist.engine", "i3dist.inference"},
     {"i3dist.tracking", "i3dist.page"},
-    {"i3dist.export"},
+    {"i3dist.export", "i3dist.preflight"},
     {"i3dist.training"},
     {"i3dist.report"},
     {"i3dist.programs", "i3dist.__main__"},

@@ -94,6 +94,7 @@ NAMES = (
     ),
     *("train.init_from", "train.compile_cache", "tracking.experiment", "tracking.run_name"),
     "tracking.registered_model",
+    "tracking.notify",
 )
 LAYERS = ("1xrwkv", "1024xrwkv,1xattention", "2xattention,1xmine,1xof-mine,1024xof_mine2")
 NO_LAYERS = (
@@ -184,7 +185,12 @@ def test_a_chunk_has_as_many_latents_as_tokens_at_most() -> None:
 def test_names_are_taken_as_they_are() -> None:
     for name in NAMES:
         assert takes(**{name: "a b#c"})
-    for name in ("tracking.run_name", "tracking.registered_model", "train.init_from"):
+    for name in (
+        "tracking.run_name",
+        "tracking.registered_model",
+        "tracking.notify",
+        "train.init_from",
+    ):
         assert takes(**{name: None})
 
 

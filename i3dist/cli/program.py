@@ -26,6 +26,7 @@ HELP_WIDTH = 80
 DEBUG = "I3DIST_DEBUG"  # set to 1, tracebacks are printed too
 
 _traceback_folder: Path | None = None
+_on_failure: Callable[[str], None] | None = None
 _name: str | None = None  # what the user typed to start this program
 _commands: dict[str, str] = {}  # by a program's file: what starts the same
 _tell_others: Callable[[], None] | None = None  # that this rank has failed
@@ -91,6 +92,12 @@ def keep_tracebacks_in(folder: Path) -> None:
     _traceback_folder = folder
 
 
+def call_on_failure(call: Callable[[str], None]) -> None:
+    """From now on pass an error's line to this too, when it has been printed, before the exit."""
+    global _on_failure
+    _on_failure = call
+
+
 def tell_others_by(tell: Callable[[], None]) -> None:
     """From now on call this when the line of an error has been printed, before the exit."""
     global _tell_others
@@ -130,6 +137,8 @@ def _leave(message: str) -> NoReturn:
         time.sleep(OTHERS_WAIT_SECONDS + late)
     where = "" if rank == "0" else f"[rank {rank}] "
     print(f"{where}error: {as_typed(message)}", file=sys.stderr, flush=True)
+    if _on_failure is not None:
+        _on_failure(as_typed(message))
     if _tell_others is not None:
         _tell_others()
     elif rank == "0":

@@ -20,25 +20,28 @@ from i3dist.errors import UserError
 HIDDEN = ("", "-1", "NoDevFiles")
 
 
-def start_ranks(number: int, words: Sequence[str]) -> NoReturn:
+def start_ranks(number: int, words: Sequence[str], program: str = "train") -> NoReturn:
     """Become the launcher of so many ranks of `i3dist train`.
 
     Args:
         number: of ranks.
         words: the command line of each.
+        program: the command that each runs, if it is another.
 
     Raises:
         UserError: the number is not 1 or more, there are fewer GPUs to be seen, or this process is
             a rank of another launcher.
     """
     environ = dict(os.environ)
-    command = launcher_command(number, words, environ)
+    command = launcher_command(number, words, environ, program)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, environ)
 
 
-def launcher_command(number: int, words: Sequence[str], environ: dict[str, str]) -> list[str]:
+def launcher_command(
+    number: int, words: Sequence[str], environ: dict[str, str], program: str = "train"
+) -> list[str]:
     """The command that starts the ranks; adds to `environ` what it needs. See `start_ranks`."""
     if number < 1:
         raise UserError(f"--gpus {number} must be 1 or more")
@@ -57,7 +60,7 @@ def launcher_command(number: int, words: Sequence[str], environ: dict[str, str])
     return [
         *(sys.executable, "-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank"),
         f"--world_info={base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()}",
-        *(f"--master_port={port}", "--module", "i3dist", "train", *words),
+        *(f"--master_port={port}", "--module", "i3dist", program, *words),
     ]
 
 

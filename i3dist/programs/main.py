@@ -32,6 +32,10 @@ COMMANDS = {
     "torchrun": Command(
         "i3dist.programs.torchrun", "launch/torchrun.py", "start ranks on several hosts"
     ),
+    "preflight": Command(
+        "i3dist.programs.preflight", "launch/preflight.py", "check the hosts of a job"
+    ),
+    "status": Command("i3dist.programs.status", "launch/status.py", "say how a run fares"),
     "ledger": Command("i3dist.programs.ledger", "launch/ledger.py", "check or compare runs"),
     "evaluate": Command("i3dist.programs.evaluate", "launch/evaluate.py", "measure a model's loss"),
     "generate": Command("i3dist.programs.generate", "launch/generate.py", "continue a text"),

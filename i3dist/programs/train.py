@@ -33,10 +33,10 @@ from i3dist.distributed.launcher import start_ranks
 from i3dist.errors import UserError
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line; `--help` lists every setting."""
-    description, _, more = __doc__.partition("\n\n")
-    parser = ArgumentParser(description=description, epilog=f"{more}\n\n{help_text(Settings)}")
+def parse_arguments(text: str = f"{__doc__}\n{help_text(Settings)}") -> argparse.Namespace:
+    """Read the command line; `--help` shows `text`."""
+    description, _, more = text.partition("\n\n")
+    parser = ArgumentParser(description=description, epilog=more)
     parser.add_argument(
         "--gpus",
         "--ranks",
@@ -71,6 +71,11 @@ def parse_arguments() -> argparse.Namespace:
         "--dry-run",
         action="store_true",
         help="print what the run would be, its memory and expected speed, and stop",
+    )
+    parser.add_argument(
+        "--no-preflight",
+        action="store_true",
+        help="on several hosts, do not check first that they fit together (launch/preflight.py)",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed appends it
     parser.add_argument(

@@ -123,12 +123,24 @@ def git_commit(file: Path = Path(__file__)) -> str:
     as changes: they can be imported.
     """
     try:
-        _git(file.parent, "ls-files", "--error-unmatch", file.name)
-        commit = _git(file.parent, "rev-parse", "HEAD").strip()
+        commit = _tracking_commit(file)
         changed = _git(file.parent, "status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return f"{commit}+dirty" if changed else commit
+
+
+def git_head(file: Path = Path(__file__)) -> str:
+    """As `git_commit`, without a look at the working tree, which may take seconds."""
+    try:
+        return _tracking_commit(file)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _tracking_commit(file: Path) -> str:
+    _git(file.parent, "ls-files", "--error-unmatch", file.name)
+    return _git(file.parent, "rev-parse", "HEAD").strip()
 
 
 def _git(folder: Path, *arguments: str) -> str:

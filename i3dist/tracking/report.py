@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from rich.console import Console
 from rich.progress import track
 
+from i3dist.cli.amounts import duration, short
 from i3dist.inference.evaluate import Evaluation, TokenLosses
 from i3dist.tracking.history import history_gain, other_history_gain
 from i3dist.tracking.interval import Figures
@@ -18,7 +19,7 @@ def report_line(figures: Figures) -> str:
     return (
         f"step {_place(figures.step, figures.steps)}  loss {figures.mean_loss:.4f}  "
         f"lr {figures.learning_rate:.1e}  norm {figures.gradient_norm:4.2f}  "
-        f"{_short(figures.tokens_per_second)} tok/s  "
+        f"{short(figures.tokens_per_second)} tok/s  "
         + ("" if figures.mfu is None else f"MFU {figures.mfu:3.0%}  ")
         + f"time {duration(figures.elapsed)}  ETA {duration(figures.eta)}"
     )
@@ -66,20 +67,6 @@ def diagnosis_line(step: int, steps: int, found: Mapping[str, float]) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """Six columns: "   42s", "12m05s", " 1h05m", " 3d04h"."""
-    minutes, hours, days = (int(seconds) // unit for unit in (60, 3600, 86_400))
-    if days:
-        text = f"{days}d{hours % 24:02d}h"
-    elif hours:
-        text = f"{hours}h{minutes % 60:02d}m"
-    elif minutes:
-        text = f"{minutes}m{int(seconds) % 60:02d}s"
-    else:
-        text = f"{int(seconds)}s"
-    return f"{text:>6}"
-
-
 def progress_bar(batches: Iterator[TokenLosses], total: int) -> Iterator[TokenLosses]:
     """Show on a terminal how many of an evaluation's batches are done."""
     console, off = Console(stderr=True), not sys.stderr.isatty()
@@ -88,12 +75,3 @@ def progress_bar(batches: Iterator[TokenLosses], total: int) -> Iterator[TokenLo
 
 def _place(step: int, steps: int) -> str:
     return f"{step:>{len(str(steps))}}/{steps}"
-
-
-def _short(number: float) -> str:
-    """Five columns: "  850", " 3.3k", " 263k", "12.4M"."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            decimals = 1 if number < 100 * size else 0
-            return f"{number / size:4.{decimals}f}{unit}"
-    return f"{number:5.0f}"

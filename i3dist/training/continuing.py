@@ -36,6 +36,7 @@ FREE_TO_CHANGE = (
     "tracking.system_metrics",
     "tracking.log_model",
     "tracking.registered_model",
+    "tracking.notify",
 )
 
 # May change where a run has ended and is trained further.

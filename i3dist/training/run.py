@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from i3dist.cli.program import keep_tracebacks_in, tell_others_by
+from i3dist.cli.program import call_on_failure, keep_tracebacks_in, tell_others_by
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
@@ -26,24 +26,27 @@ from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
 from i3dist.optim.optimizers import OPTIMIZERS
+from i3dist.preflight.run import check
 from i3dist.tracking import tracker as tracking
 from i3dist.tracking.metrics_log import STARTS, MetricsLog
 from i3dist.tracking.mlflow_store import FinalModel
+from i3dist.tracking.notify import Notifier
 from i3dist.tracking.origin import describe, device_name
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.continuing import further
 from i3dist.training.init_from import history_is_off
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.orders import STOP
+from i3dist.training.preflight import read_input, wanted
 from i3dist.training.run_folder import lay_out
 from i3dist.training.start_times import START
 from i3dist.training.startup import (
     Start,
     agree,
+    check_data,
     check_progress,
     decide,
     idle_lanes,
-    preflight,
     resolve,
     starts_over,
     verify_checkpoint,
@@ -70,6 +73,31 @@ def dry_run(settings: Settings, job: Job) -> None:
         print_tables(settings, job.world_size, tokens)
 
 
+def join(settings: Settings, job: Job, stop: StopRequest) -> None:
+    """Join the job's process group; from now on ranks hear of each other's end."""
+    keep_records_in(settings.run.path)
+    stop.peers = setup.start(job, str(settings.run.path))
+    tell_others_by(stop.peers.fail)
+    if settings.slurm.successor:
+        stop.peers.on_lost = ask_for_successor
+
+
+def preflight(
+    arguments: argparse.Namespace, settings: Settings, job: Job, stop: StopRequest
+) -> None:
+    """Join the job, and check that its hosts fit together.
+
+    Every rank calls this. A rank whose input is wrong joins too, so that all hear of it.
+
+    Raises:
+        UserError: on every rank, if something is wrong on any; on one rank, if it cannot join.
+    """
+    setup.choose_device(settings.train.device)
+    given = read_input(arguments, settings, job)
+    join(settings, job, stop)
+    check(given, job)
+
+
 def build(
     arguments: argparse.Namespace, settings: Settings, job: Job, corpus: Corpus, stop: StopRequest
 ) -> Trainer:
@@ -88,15 +116,11 @@ def build(
     host.share_threads(job)
     if not devices.uses_cuda():
         host.keep_freed_memory()
-    keep_records_in(settings.run.path)
     START.end("settings")
-    stop.peers = setup.start(job, str(settings.run.path))
+    join(settings, job, stop)
     START.end("process group")
-    tell_others_by(stop.peers.fail)
-    if settings.slurm.successor:
-        stop.peers.on_lost = ask_for_successor
     agree(start)
-    preflight(corpus, settings.data.on_damage, job)
+    collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
     start = verify_checkpoint(start, job)
     START.end("checks")
     compiled = settings.train.compile
@@ -212,6 +236,37 @@ def log_model(trainer: Trainer, stop: StopRequest) -> None:
         trainer.log.tracker.log_model(model, patience, lambda: stop.reason is not None)
 
 
+def detect_job(settings: Settings) -> Job:
+    """This rank's place, once its log and settings are in order.
+
+    Raises:
+        UserError: unknown kinds, layers that cannot be built, or no such place.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Before ranks meet.
+    OPTIMIZERS.of(settings.optimizer.kind, settings.place_of("optimizer.kind"))
+    Stack.of(settings.model, settings.place_of("model.layers"))
+    COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
+    keep_tracebacks_in(settings.run.path)
+    job = Job.detect()
+    logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
+    return job
+
+
+def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Check that the job's hosts fit together, and stop: what `i3dist preflight` does.
+
+    Raises:
+        UserError: on every rank, if they do not.
+    """
+    job = detect_job(settings)
+    stop = StopRequest(job)
+    preflight(arguments, settings, job, stop)
+    assert stop.peers is not None
+    stop.peers.close()
+    collectives.leave_group()
+
+
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Train, or say what the run would be.
 
@@ -222,23 +277,21 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     Raises:
         UserError: whatever a user can get wrong.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # Refuse unknown kinds, and layers that cannot be built, before ranks meet.
-    OPTIMIZERS.of(settings.optimizer.kind, settings.place_of("optimizer.kind"))
-    Stack.of(settings.model, settings.place_of("model.layers"))
-    COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
-    keep_tracebacks_in(settings.run.path)
-    job = Job.detect()
+    job = detect_job(settings)
     START.end("imports")
     START.wanted = arguments.verbose and job.rank == 0
     stop = StopRequest(job)
-    logging.getLogger("i3dist").setLevel(logging.INFO if job.rank == 0 else logging.ERROR)
     if arguments.dry_run:
         dry_run(settings, job)
         return
+    notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
+    call_on_failure(partial(notifier.stop, "failure"))
+    if wanted(arguments, job):
+        preflight(arguments, settings, job, stop)
     corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
     START.end("data")
     trainer = build(arguments, settings, job, corpus, stop)
+    notifier.start(trainer.progress.step)
     with recorded(trainer.log.tracker, stop.peers):
         done = trainer.fit()
     with warned("tracking"):
@@ -247,11 +300,13 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         step, ordered = trainer.progress.step, trainer.orders.stop
         why = f"as {settings.run.path / STOP} asked" if ordered else "on request"
         print_rank_0(f"stopped {why} at step {step}: run the same command to continue")
+        notifier.stop("end" if ordered else "requeue", stop.reason or f"stopped {why}")
         stop.exit(0 if ordered else REQUEUE)
     with warned("after training"):
         print_rank_0(f"done: {settings.run.path}")
         print_charts(trainer.log.tracker)
     with warned("tracking"):
         log_model(trainer, stop)
+    notifier.stop("end")
     with warned("after training"):
         collectives.leave_group()

@@ -7,6 +7,7 @@ from typing import Any
 
 from i3dist.errors import warned
 from i3dist.tracking.metrics_log import SAMPLES, MetricsLog
+from i3dist.tracking.prometheus import PrometheusFile
 from i3dist.tracking.tracker import NoTracker, Tracker
 
 PLOT_SECONDS = 60  # at most: a job that is to be requeued has two minutes
@@ -20,12 +21,14 @@ class RunLog:
         self.folder = folder
         self.tracker = tracker
         self.active = rank == 0
+        self._prometheus = PrometheusFile(folder)
 
     def log(self, name: str, step: int, figures: Mapping[str, Any], line: str) -> None:
         """Append `figures` to the log of this name (`metrics_log`), track them, print `line`."""
         if self.active:
             MetricsLog(self.folder / name).append(step, figures)
             self.tracker.send()
+            self._prometheus.update(name, step, figures)
             print(line, flush=True)
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:

@@ -180,24 +180,22 @@ def verify_checkpoint(start: Start, job: Job) -> Start:
     return replace(start, checkpoint=path, state=read_state(path))
 
 
-def preflight(corpus: Corpus, on_damage: OnDamage, job: Job) -> None:
-    """Check that no shard is missing or cut, before any is read; every rank calls this.
+def check_data(corpus: Corpus, on_damage: OnDamage, job: Job) -> None:
+    """Check that no shard is missing or cut, before any is read.
 
     The first rank of each host checks for all ranks of that host.
 
     Raises:
-        UserError: on every rank, if a shard is missing or cut.
+        UserError: a shard is missing or cut.
     """
-
-    def check() -> None:
-        try:
-            check_shards(corpus.train.folder, corpus.train.manifest, on_damage)
-            check_shards(corpus.valid.folder, corpus.valid.manifest)
-        except UserError as error:
-            where = f" (on {socket.gethostname()})" if job.local_world_size < job.world_size else ""
-            raise UserError(f"{error}{where}") from None
-
-    collectives.on_all_ranks(check if job.local_rank == 0 else lambda: None)
+    if job.local_rank != 0:
+        return
+    try:
+        check_shards(corpus.train.folder, corpus.train.manifest, on_damage)
+        check_shards(corpus.valid.folder, corpus.valid.manifest)
+    except UserError as error:
+        where = f" (on {socket.gethostname()})" if job.local_world_size < job.world_size else ""
+        raise UserError(f"{error}{where}") from None
 
 
 def idle_lanes(settings: Settings, corpus: Corpus) -> str | None:

@@ -15,7 +15,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.data.schedule import lanes_of_rank
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
-from i3dist.training.startup import preflight
+from i3dist.training.startup import check_data
 from tests.conftest import QUICK, ROOT, environment, error_line, free_port, program, run_ranks
 
 LANES, K = 4, 2
@@ -63,8 +63,8 @@ def test_where_it_is_missing_on_one_host_every_rank_hears_of_it(
     monkeypatch.setattr("socket.gethostname", lambda: "node7")
     job = replace(Job.detect({}), rank=2, world_size=4, local_world_size=2)
     with pytest.raises(UserError, match=r"shard-000004\.tar: .* \(on node7\)$"):
-        preflight(corpus, "stop", job)
-    preflight(corpus, "stop", replace(job, rank=3, local_rank=1))  # hears by the exchange
+        check_data(corpus, "stop", job)
+    check_data(corpus, "stop", replace(job, rank=3, local_rank=1))  # hears by the exchange
 
 
 def test_every_rank_stops_within_seconds_and_one_says_why(data: Path, tmp_path: Path) -> None:

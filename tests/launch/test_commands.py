@@ -181,6 +181,7 @@ def test_ranks_train_and_their_status_is_the_programs(data: Path, tmp_path: Path
     """A signal to one of two ranks: both save, and 75 asks to be started again."""
     config, rest = ROOT / QUICK[1], QUICK[2:]
     words = ["--ranks", 2, "--config", config, *rest, f"data.path={data}", "run.path=run"]
+    words.append('tracking.notify=echo "$I3DIST_EVENT" >> "$I3DIST_RUN/../told"')
     command = [sys.executable, "-m", "i3dist", "train", *map(str, words)]
     environ = environment() | {"PYTHONPATH": str(ROOT)}
     with (tmp_path / "said").open("w") as said:
@@ -190,9 +191,16 @@ def test_ranks_train_and_their_status_is_the_programs(data: Path, tmp_path: Path
     while not metrics.exists() and started.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     ranks = psutil.Process(started.pid).children()
+    assert (
+        i3dist("status", tmp_path / "run").stdout.splitlines()[1].startswith("state     training")
+    )
     assert len(ranks) == 2, (tmp_path / "said").read_text()
     ranks[1].send_signal(signal.SIGUSR1)
     assert started.wait(100) == 75, (tmp_path / "said").read_text()
     text = (tmp_path / "said").read_text()
     assert "on 2 ranks" in text and "stopped on request at step" in text
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()
+    assert (tmp_path / "told").read_text() == "start\nrequeue\n"
+    status = i3dist("status", tmp_path / "run")
+    assert status.returncode == 3 and "state     waiting: " in status.stdout, status
+    assert "\ni3dist_running{" in (tmp_path / "run" / "metrics.prom").read_text()

@@ -51,6 +51,7 @@ FREE = {
     "tracking.system_metrics": True,
     "tracking.log_model": False,
     "tracking.registered_model": "another",
+    "tracking.notify": "another",
 }
 # ... and of every one that may not.
 KEPT = {

@@ -1,0 +1,152 @@
+"""Telling people of a run: events.jsonl in its folder, and a command of theirs (tracking.notify).
+
+The command is run by a process that watches rank 0's, so that it also hears of a death without a
+word: `python -m i3dist.tracking.notify` with rank 0's process id and the command, and a JSON line
+on standard input for each event. It imports nothing that takes long.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from i3dist.errors import printable, warned
+from i3dist.tracking import prometheus
+from i3dist.tracking.metrics_log import EVENTS, METRICS, MetricsLog, read_lines
+
+Event = Literal["start", "requeue", "failure", "end"]
+LAST: tuple[Event, ...] = ("requeue", "failure", "end")  # after these the process ends
+WAIT_SECONDS = 10.0  # that the end of a run waits for the command
+LIMIT_SECONDS = 60.0  # after which the command is ended
+LOOK_SECONDS = 0.5
+UNSAID = "the process of rank 0 ended without a word: the job's log may say why"
+
+
+class Notifier:
+    """Tells of the events of a run, on rank 0; on other ranks it does nothing. Never raises."""
+
+    def __init__(self, folder: Path, command: str | None, active: bool = True) -> None:
+        """Watch this process from now on, if there is a `command`.
+
+        Args:
+            folder: the run's.
+            command: what to run at each event; None runs nothing.
+            active: whether this is rank 0.
+        """
+        self._folder, self._active = folder, active
+        self._begun = False  # whether the folder is this run's: another may have held it
+        self._watcher: subprocess.Popen[bytes] | None = None
+        if active and command is not None:
+            with warned("tracking.notify"):
+                self._watcher = _start_watcher(folder, command)
+
+    def start(self, step: int) -> None:
+        """The run trains from this step on."""
+        self._begun = True
+        self._tell("start", step, "")
+
+    def stop(self, event: Event, reason: str = "") -> None:
+        """The process is about to end; waits for the command, but not for long."""
+        self._tell(event, self._last_step(), reason)
+        if self._begun:
+            prometheus.mark_stopped(self._folder)
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None and watcher.stdin is not None:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                watcher.stdin.close()
+                watcher.wait(WAIT_SECONDS)
+
+    def _tell(self, event: Event, step: int, reason: str) -> None:
+        if not self._active:
+            return
+        line = {"event": event, "host": socket.gethostname(), "reason": reason}
+        if self._begun:
+            with warned("events"):
+                MetricsLog(self._folder / EVENTS).append(step, line)
+        if self._watcher is not None and self._watcher.stdin is not None:
+            with suppress(OSError):
+                self._watcher.stdin.write(json.dumps({"step": step, **line}).encode() + b"\n")
+                self._watcher.stdin.flush()
+
+    def _last_step(self) -> int:
+        """The last step reported, or 0."""
+        with suppress(OSError):
+            lines = read_lines(self._folder / METRICS) if self._begun else []
+            return int(lines[-1]["step"]) if lines else 0
+        return 0
+
+
+def _start_watcher(folder: Path, command: str) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "i3dist.tracking.notify", str(os.getpid()), command]
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = os.environ | {"I3DIST_RUN": str(folder.absolute()), "PYTHONPATH": path}
+    # A session of its own: a signal to the job's process group is not for it.
+    return subprocess.Popen(words, stdin=subprocess.PIPE, env=environ, start_new_session=True)
+
+
+def main() -> None:
+    """Watch the process of rank 0, and run the command at each event."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # launchers end the children of a rank too
+    parent, command = int(sys.argv[1]), sys.argv[2]
+    last: Mapping[str, Any] = {}
+    for message in _messages(sys.stdin.buffer, parent):
+        last = message
+        _run(command, message)
+    if last.get("event") not in LAST:
+        _run(command, {**last, "event": "failure", "reason": UNSAID})
+
+
+def _messages(stream: IO[bytes], parent: int) -> Iterator[dict[str, Any]]:
+    """Lines of the stream, until it or the parent ends: data readers hold it open for longer."""
+    waiting = b""
+    while True:
+        ready = select.select([stream], [], [], LOOK_SECONDS)[0]
+        if ready:
+            found = os.read(stream.fileno(), 65_536)
+            if not found:
+                return
+            *lines, waiting = (waiting + found).split(b"\n")
+            yield from map(json.loads, lines)
+        elif os.getppid() != parent:
+            return
+
+
+def _run(command: str, message: Mapping[str, Any]) -> None:
+    told = {
+        f"I3DIST_{name.upper()}": printable(message.get(name, ""))
+        for name in ("event", "step", "reason", "host")
+    }
+    try:
+        # Its own session, so that all of it can be ended.
+        process = subprocess.Popen(
+            ["sh", "-c", command],
+            env=os.environ | told,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        status = process.wait(LIMIT_SECONDS)
+        if status:
+            _warn(f"the command ended with status {status}")
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        _warn(f"the command took over {LIMIT_SECONDS:.0f} s, and was ended")
+    except OSError as error:
+        _warn(f"{error}")
+
+
+def _warn(what: str) -> None:
+    with suppress(OSError, ValueError):
+        print(f"warning: tracking.notify: {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Say how a run fares: a door to i3dist/programs/status.py."""
+
+from i3dist.programs.status import start
+
+if __name__ == "__main__":
+    start()
