@@ -73,13 +73,14 @@ def dry_run(settings: Settings, job: Job) -> None:
         print_tables(settings, job.world_size, tokens)
 
 
-def join(settings: Settings, job: Job, stop: StopRequest) -> None:
+def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
     """Join the job's process group; from now on ranks hear of each other's end."""
     keep_records_in(settings.run.path)
     stop.peers = setup.start(job, str(settings.run.path))
     tell_others_by(stop.peers.fail)
     if settings.slurm.successor:
         stop.peers.on_lost = ask_for_successor
+    return stop.peers
 
 
 def preflight(
@@ -117,7 +118,7 @@ def build(
     if not devices.uses_cuda():
         host.keep_freed_memory()
     START.end("settings")
-    join(settings, job, stop)
+    peers = join(settings, job, stop)
     START.end("process group")
     agree(start)
     collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
@@ -138,9 +139,9 @@ def build(
     START.end("engine")
     tracker = begin_record(start, job, corpus, arguments.verbose)
     START.end("run's folder, MLflow")
-    with recorded(tracker, stop.peers):
+    with recorded(tracker, peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop, cache)
-        trainer.watchdog.on_end = partial(let_go, job, stop.peers)
+        trainer.watchdog.on_end = partial(let_go, job, peers)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
             START.end("checkpoint")

@@ -13,7 +13,7 @@ from i3dist.config import Settings
 from i3dist.model.state import LaneState
 from i3dist.training import ledger
 from i3dist.training.ledger_writer import lane_checksums
-from tests.conftest import QUICK, deepspeed, differences, error_line, losses, run_ranks
+from tests.conftest import QUICK, differences, error_line, losses, run_ranks
 
 SCRIPT = "tests/faults/fault_injection.py"
 
