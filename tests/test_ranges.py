@@ -68,6 +68,7 @@ WORDS = {
     "data.on_damage": ("stop", "quarantine"),
     "model.vocab_size": ("auto",),
     "model.state_carry": (True, False),
+    "guard.hang_seconds": ("auto",),
     "optimizer.decay_steps": ("auto",),
     "optimizer.schedule": ("cosine", "linear", "warmup-stable-decay"),
     "compression.schedule": ("cosine", "linear", "warmup-stable-decay"),

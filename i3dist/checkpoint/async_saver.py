@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from concurrent import futures
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,14 @@ class AsyncSaver:
     that is being written.
     """
 
-    def __init__(self, folder: Path, job: Job, retention: CheckpointSettings, tokenizer: bytes):
+    def __init__(
+        self,
+        folder: Path,
+        job: Job,
+        retention: CheckpointSettings,
+        tokenizer: bytes,
+        watched: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
         """Every rank creates one, all at the same time.
 
         Args:
@@ -33,7 +41,9 @@ class AsyncSaver:
             job: this rank's place.
             retention: which checkpoints to keep.
             tokenizer: content of the data's tokenizer.json, which goes into every checkpoint.
+            watched: the thread writes a checkpoint inside of this.
         """
+        self._watched = watched
         self.folder = folder
         self.job = job
         self.step = 0  # step of the newest checkpoint that was begun or restored
@@ -72,7 +82,8 @@ class AsyncSaver:
 
         def write() -> None:
             started = time.perf_counter()
-            path = self._save(state=state, fragments=fragments, lanes=copied)
+            with self._watched():
+                path = self._save(state=state, fragments=fragments, lanes=copied)
             written = time.perf_counter() - started
             print_rank_0(
                 f"saved {path} (training waited {stalled:.1f} s, writing took {written:.1f} s)"

@@ -52,6 +52,15 @@ def ask_for_successor(hosts: Sequence[str], environ: Mapping[str, str] = os.envi
         os.kill(int(environ[BATCH_SHELL]), signal.SIGUSR2)
 
 
+def ask_for_requeue(environ: Mapping[str, str] = os.environ) -> None:
+    """Have slurm/train.sbatch requeue this job whatever srun returns; only rank 0 calls this.
+
+    Where a rank hangs srun may have to kill it, and then returns that signal's status, not 75.
+    """
+    if BATCH_SHELL in environ:
+        os.kill(int(environ[BATCH_SHELL]), signal.SIGUSR1)
+
+
 def _number(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name, "")
     return int(text) if text.isdecimal() else 0

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed import distributed_c10d
 
 from i3dist.distributed.devices import uses_cuda
 from i3dist.errors import UserError, explain
@@ -13,6 +15,8 @@ from i3dist.errors import UserError, explain
 Result = TypeVar("Result")
 Group = torch_dist.ProcessGroup
 
+# A side group's description, and its time-out: longer than any that a user may set.
+SIDE, SIDE_TIMEOUT = "side", timedelta(days=14)
 # What gloo reports when the other end of a connection is gone.
 PEER_LOSS = r"gloo.*(closed|reset|refused|broken|timed out)|onnection (closed|reset) by peer"
 
@@ -49,9 +53,25 @@ def sum_parts(tensor: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tens
 def side_group() -> Group | None:
     """A second group of all ranks, for one other thread; None without a process group.
 
-    Every rank calls this. The group uses gloo, because only objects on the host are exchanged.
+    Every rank calls this. The group uses gloo, because only objects on the host are exchanged. Its
+    exchanges wait for whatever the other ranks do in that thread: the watchdog ends them.
     """
-    return torch_dist.new_group(backend="gloo") if torch_dist.is_initialized() else None
+    if not torch_dist.is_initialized():
+        return None
+    group = torch_dist.new_group(backend="gloo", group_desc=SIDE)
+    distributed_c10d._set_pg_timeout(SIDE_TIMEOUT, group)
+    return group
+
+
+def set_timeout(seconds: float) -> None:
+    """How long exchanges that begin from now on may take, those of side groups left out.
+
+    It is for when the watchdog cannot: NCCL then ends the process, and gloo raises.
+    """
+    if torch_dist.is_initialized():
+        for group in distributed_c10d._world.pg_map:
+            if group.group_desc != SIDE:
+                distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def gather_objects(mine: Result, group: Group | None = None) -> list[Result]:

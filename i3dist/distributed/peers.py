@@ -37,6 +37,7 @@ WELCOME: Message = {"says": "welcome"}
 BYE: Message = {"says": "bye"}
 FAILED: Message = {"says": "failed"}
 LOST: Message = {"says": "lost"}
+SILENT: Message = {"says": "silent"}  # lost as well: its host or the link does not answer
 
 
 class Peers:
@@ -46,6 +47,7 @@ class Peers:
         self.on_lost: Callable[[list[str]], None] = lambda _: None  # called with the lost hosts
         self._job = job
         self._closed = False  # whether this rank does not care any more if others are there
+        self._silent = False  # whether a host or a link was lost, rather than a process
 
     def close(self) -> None:
         """Training is over: from now on no rank needs another."""
@@ -75,12 +77,12 @@ class Peers:
         os._exit(self._status_of_loss())
 
     def _status_of_loss(self) -> int:
-        """Under Slurm `REQUEUE`: a lost host is no reason to give up.
+        """`REQUEUE` for a host or link that is lost, and under Slurm for a rank, too.
 
         srun returns the largest status of all ranks, so a rank that a signal killed (more than 128)
         still decides the job's.
         """
-        return REQUEUE if self._job.launcher == "slurm" else 1
+        return REQUEUE if self._silent or self._job.launcher == "slurm" else 1
 
 
 def connect(job: Job, store: torch_dist.Store, address: str) -> Peers:
@@ -136,7 +138,8 @@ class _First(Peers):
             os._exit(1)
         self._gone.append(rank)
         if len(self._gone) == 1:
-            await self._send(LOST)
+            self._silent = last == SILENT
+            await self._send(SILENT if self._silent else LOST)
             await self._await_all_of(self._hosts[rank])
             self._leave_without(self._say_who_is_gone())
 
@@ -191,13 +194,18 @@ class _Other(Peers):
     def _listen(self) -> None:
         """Wait for the only word of rank 0 after its welcome, or for its end."""
         said: Message = {}
-        with suppress(OSError):
+        try:
             said = _read(self._words.readline())
+        except TimeoutError:  # the kernel's: see `keep_alive`
+            self._silent = True
+        except OSError:
+            pass
         if self._closed or said == BYE:
             return
         if said == FAILED:
             os._exit(1)
-        if said == LOST:  # rank 0 names it
+        if said in (LOST, SILENT):  # rank 0 names it
+            self._silent = said == SILENT
             self._tell(BYE)
             os._exit(self._status_of_loss())
         self._leave_without(f"rank 0 on {self._address}")
@@ -233,6 +241,8 @@ async def _next_word(reader: asyncio.StreamReader) -> Message:
     """The next message of a rank; empty if its connection ends without one."""
     try:
         return _read(await reader.readline())
+    except TimeoutError:  # the kernel's: see `keep_alive`
+        return SILENT
     except (OSError, ValueError):  # the kernel ended it; or a line without end
         return {}
 

@@ -1,86 +1,183 @@
-"""A watchdog ends a job that hangs, and every rank reports where it hung."""
+"""A watchdog ends a job that hangs, so that it is started again; every rank says where it hung."""
 
 import faulthandler
 import os
-import sys
-import tempfile
+import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
 
+from i3dist.distributed import collectives, hang_report
+from i3dist.distributed.hang_report import STDERR
 from i3dist.distributed.job import Job
+from i3dist.distributed.neighbours import Neighbours
+from i3dist.distributed.patience import SAVE, STEP, Patience
+from i3dist.distributed.peers import REQUEUE
 
 # A rank that reports waits this long before it exits, because a launcher then ends the others.
 GRACE_SECONDS = 5.0
+# The watchdog's thread reads its clock this often. If it reads later than so many of these, the
+# process did not run.
+TICK_SECONDS, TICKS_ASLEEP = 1.0, 5
+# By how much collectives' time-outs exceed the watchdog's limit: it is to speak first.
+MARGIN_SECONDS = 60.0
+
+
+class RunningClock:
+    """Seconds that this process has run. While it or its machine is suspended, hardly any pass."""
+
+    def __init__(self, longest_gap: float) -> None:
+        """A longer gap between two readings counts as `longest_gap`."""
+        self._longest_gap = longest_gap
+        self._seconds, self._read = 0.0, time.monotonic()
+
+    def read(self) -> float:
+        """The time now."""
+        now = time.monotonic()
+        self._seconds += min(now - self._read, self._longest_gap)
+        self._read = now
+        return self._seconds
+
+
+class _Work(NamedTuple):
+    doing: str
+    seconds: float  # that it has taken
+    limit: float
+
+    @property
+    def left(self) -> float:
+        return self.limit - self.seconds
 
 
 class Watchdog:
-    """Ends this process if `beat` is not called again within `seconds`; 0 watches nothing.
+    """Ends this process with `REQUEUE` if some work takes longer than `Patience` allows.
 
-    At the limit a thread prints the rank and its stacks, and `grace` seconds later it ends the
-    process. The thread cannot run while the main thread holds the interpreter. For that case a
-    timer of faulthandler, which needs no interpreter, ends the process at the limit; as long as
-    the thread runs, it postpones that timer shortly before the limit.
+    A thread watches. At the limit it tells the other ranks of its host, prints this rank's stacks,
+    and `grace` seconds later ends the process. It cannot run while the main thread holds the
+    interpreter. For that case a timer of the kernel ends the process by SIGPROF, after the stacks;
+    it counts processor time, because that stands still while the process is suspended.
     """
 
-    def __init__(self, seconds: float, job: Job):
-        self.seconds = seconds
-        self.grace = min(GRACE_SECONDS, seconds / 4)
-        self.rank = job.rank
-        self._closed = threading.Event()
+    def __init__(self, setting: float | Literal["auto"], job: Job, run: Path):
+        """Watch nothing before the first `beat`.
+
+        Args:
+            setting: guard.hang_seconds; 0 watches nothing.
+            job: this rank's place.
+            run: the run's folder.
+        """
+        self.on_end: Callable[[], None] = lambda: None  # called before this process ends
+        self.patience = Patience(setting)
+        self.grace = GRACE_SECONDS if setting == "auto" else min(GRACE_SECONDS, setting / 4)
+        self._tick = TICK_SECONDS if setting == "auto" else min(TICK_SECONDS, setting / 8)
+        self._job, self._setting, self._run = job, setting, run
+        self._processors = len(os.sched_getaffinity(0))
+        self._closed, self._ending = threading.Event(), threading.Event()
         self._lock = threading.Lock()  # guards what follows
-        self._beaten = time.monotonic()
-        self._doing = "starting"
-        self._watching = False
+        self._clock = RunningClock(TICKS_ASLEEP * self._tick)
+        self._began = 0.0  # by that clock
+        self._doing: str | None = None
+        self._learns = False  # whether the time that this takes says what it takes by itself
+        self._limit = self._others = 0.0  # of this rank's work, and what others may still do
+        self._saving: float | None = None  # since when another thread writes a checkpoint
+        if not self.patience.endless:
+            self._neighbours = Neighbours(job)
 
     def beat(self, doing: str) -> None:
-        """Report progress, and what the run does next; the first call starts the watch."""
-        if not self.seconds or self._closed.is_set():
+        """Say what the run does next; the first call starts the watch. Only the main thread may."""
+        if self.patience.endless or self._closed.is_set():
             return
+        if self._ending.is_set():  # what hung has gone on meanwhile, but the job is being ended
+            time.sleep(2 * self.grace)
         with self._lock:
-            self._beaten, self._doing = time.monotonic(), doing
-            faulthandler.dump_traceback_later(self.seconds, exit=True)
-        if not self._watching:
-            self._watching = True
+            now, before = self._clock.read(), self._doing
+            if before is not None and self._learns:
+                self.patience.saw(before, now - self._began)
+            # A rank that is done waits for others, which may still do what came before.
+            limit = max(self.patience.limit(doing), self._others)
+            self._learns = doing != SAVE and not (doing == STEP and self._others)
+            self._others = 0.0 if doing == STEP else limit
+            changed, self._limit = limit != self._limit, limit
+            self._began, self._doing = now, doing
+            if before is None:
+                # Print the stacks, then die of the signal.
+                faulthandler.register(signal.SIGPROF, file=STDERR, chain=True)
+            self._wind()
+        if changed:
+            collectives.set_timeout(limit + MARGIN_SECONDS)
+        if before is None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Watch another thread too, which writes a checkpoint inside; one at a time."""
+        with self._lock:
+            self._saving = began = self._clock.read()
+        try:
+            yield
+            with self._lock:
+                self.patience.saw(SAVE, self._clock.read() - began)
+        finally:
+            self._saving = None
 
     def close(self) -> None:
         """Stop watching."""
         with self._lock:
             self._closed.set()
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def _wind(self) -> None:
+        """Set the kernel's timer anew. Even threads on all processors need `limit` seconds for it.
+
+        It counts while this is not called: while no thread of Python's runs.
+        """
+        signal.setitimer(signal.ITIMER_PROF, self._limit * self._processors)
 
     def _watch(self) -> None:
-        pause = 0.0
-        while not self._closed.wait(pause):
+        pause = self._tick
+        while True:
+            told = self._neighbours.wait(pause)
             with self._lock:
                 if self._closed.is_set():
                     return
-                waited, doing = time.monotonic() - self._beaten, self._doing
-                left = self.seconds - waited
-                if left <= self.grace:  # twice that, because the thread reports first
-                    faulthandler.dump_traceback_later(max(left, 0.0) + 2 * self.grace, exit=True)
-            if left <= 0:
-                self._end(doing, waited)
-            pause = left - self.grace if left > self.grace else left
+                work = self._most_urgent()
+                self._wind()
+            if told or work.left <= 0:
+                self._end(self._explain(work, told))
+            pause = min(self._tick, work.left)
 
-    def _end(self, doing: str, waited: float) -> None:
+    def _most_urgent(self) -> "_Work":
+        """What has least time left: the run's work or, in another thread, a checkpoint."""
+        now = self._clock.read()
+        work = _Work(str(self._doing), now - self._began, self._limit)
+        if self._saving is None:
+            return work
+        saving = _Work(SAVE, now - self._saving, self.patience.limit(SAVE))
+        return min(work, saving, key=lambda each: each.left)
+
+    def _explain(self, work: "_Work", told: bool) -> str:
+        """The first line of the report."""
+        has_been = f"rank {self._job.rank} has been {work.doing} for {work.seconds:.0f} s"
+        if told:
+            return f"error: {has_been} and ends with another rank of its host, which hangs"
+        allows = f" allows {work.limit:.0f} s" if self._setting == "auto" else ""
+        limit = f"guard.hang_seconds={self._setting}{allows}"
+        return f"error: {has_been}, so the job ends, to be started again ({limit})"
+
+    def _end(self, line: str) -> None:
         """Report, give the other ranks time to report, and end the process."""
+        self._ending.set()
         try:
-            with suppress(OSError):
-                self._report(doing, waited)
+            # In a thread, because a file system or a terminal that hangs would block it.
+            report = partial(hang_report.report, line, self._job, self._run)
+            threading.Thread(target=report, daemon=True).start()
+            for tell in (self._neighbours.tell, self.on_end):
+                with suppress(Exception):
+                    tell()
             time.sleep(self.grace)
         finally:
-            os._exit(1)
-
-    def _report(self, doing: str, waited: float) -> None:
-        """Print where this rank hangs, in one write, so that the ranks' reports do not mix."""
-        with tempfile.TemporaryFile() as file:
-            faulthandler.dump_traceback(file)
-            file.seek(0)
-            stacks = file.read()
-        line = (
-            f"error: rank {self.rank} has been {doing} for {waited:.0f} s, so the job ends "
-            f"(guard.hang_seconds={self.seconds:g}); its stacks:\n"
-        )
-        os.write(sys.stderr.fileno(), line.encode() + stacks + b"\n")
+            os._exit(REQUEUE)

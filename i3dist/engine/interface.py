@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from i3dist.checkpoint.format import Fragment
 from i3dist.config import OptimizerSettings
+from i3dist.engine.compute_timer import ComputeTimer
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
@@ -53,6 +54,8 @@ class Engine(ABC):
         """
         self.model = model
         self.micro_batches = 1  # of one optimizer step on this rank
+        self.compute_seconds = 0.0  # this rank's own in the last step; 0 if not known
+        self._compute = ComputeTimer()
         self.numeric = numeric_part(config)
         self._module = module
         self._kind = OPTIMIZERS.of(optimizer.kind)
@@ -120,6 +123,7 @@ class Engine(ABC):
         self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
     ) -> tuple[Tensor, LaneState]:
         """`I3LM.forward` through the engine."""
+        self._compute.start()
         losses, state = self._engine(tokens, targets, depth, state, gate)
         # The next replay of a CUDA graph overwrites what this one returned.
         return losses, state.map(lambda part: part.detach().clone())
@@ -149,7 +153,10 @@ class Engine(ABC):
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        return self._step(torch.empty(0, device=self.device) if sums is None else sums, limit)
+        sums = torch.empty(0, device=self.device) if sums is None else sums
+        stepped = self._step(sums, limit)
+        self.compute_seconds = self._compute.take()
+        return stepped
 
     @abstractmethod
     def _step(self, sums: Tensor, limit: float) -> StepResult:

@@ -71,6 +71,7 @@ class StockEngine(Engine):
         self._pending += 1
         self._engine.set_gradient_accumulation_boundary(self._pending == self.micro_batches)
         scale = self.micro_batches * self._engine.dp_world_size / targets.clamp(min=1)
+        self._compute.stop()  # DeepSpeed exchanges gradients inside of its backward
         self._engine.backward(loss_sum * scale.to(loss_sum.dtype))
 
     def _step(self, sums: Tensor, limit: float) -> StepResult:

@@ -93,6 +93,7 @@ class Zero2Engine(Engine):
             gradients: [elements], the bucket: gradients of one or more flat tensors.
             dtype: what they are summed in.
         """
+        self._compute.stop()
         groups = self._zero.bucket(dtype)
         flats = [self._flat.flats[group].parameter for group in groups]
         if sum(map(len, flats)) != len(gradients):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from i3dist.config import Settings
 from i3dist.data.lanes import Batch, StepCounts
 from i3dist.model.lm import I3LM
 from i3dist.tracking.mfu import job_peak_flops, per_token
+from i3dist.tracking.stragglers import RankFigures, Stragglers
 
 MEASURED_LANES = 4  # or as many as there are
 
@@ -53,6 +54,8 @@ class Figures:
     """Inputs of the whole run so far."""
     skipped_steps: int
     """Steps of the whole run that were skipped as bad."""
+    ranks: Sequence[RankFigures] = ()
+    """Of each rank; none if they are not known yet."""
     flops_per_token: float | None = None
     """Floating-point operations of forward and backward (see `mfu`); None if the GPU is unknown."""
     peak_flops: float | None = None
@@ -70,12 +73,28 @@ class Figures:
             return None
         return self.flops_per_token * self.tokens_per_second / self.peak_flops
 
+    @property
+    def slowest(self) -> RankFigures | None:
+        """The rank that computes longest by itself."""
+        return max(self.ranks, key=lambda rank: rank.seconds, default=None)
+
+    @property
+    def fastest(self) -> RankFigures | None:
+        """The rank that computes shortest."""
+        return min(self.ranks, key=lambda rank: rank.seconds, default=None)
+
 
 class Interval:
     """The steps since the last report; adding one does not wait for the device."""
 
-    def __init__(self, model: I3LM | None = None, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        model: I3LM | None = None,
+        world_size: int = 1,
+        stragglers: Stragglers | None = None,
+    ) -> None:
         """Begin with the first step of this process; `model` is what a rank trains."""
+        self._stragglers = stragglers
         self._model = model
         self._peak_flops = job_peak_flops(world_size)
         self._began, self._taken = time.perf_counter(), 0
@@ -84,6 +103,8 @@ class Interval:
     def restart(self) -> None:
         """Begin the next interval. The clock of the whole run goes on."""
         self._started = time.perf_counter()
+        if self._stragglers is not None:
+            self._stragglers.restart()
         self._steps = 0
         self._waited = 0.0  # seconds, for data
         self._tokens: Tensor | float = 0.0
@@ -144,6 +165,7 @@ class Interval:
             eta=elapsed / self._taken * (settings.train.steps - step),
             tokens_seen=tokens_seen,
             skipped_steps=skipped_steps,
+            ranks=self._stragglers.figures() if self._stragglers is not None else (),
             flops_per_token=self._flops_per_token(),
             peak_flops=self._peak_flops,
         )

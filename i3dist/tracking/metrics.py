@@ -64,6 +64,36 @@ def active_latents(figures: Figures) -> float:
     return figures.latents if figures.gate > 0 else 0.0
 
 
+@METRICS.register("slowest_rank")
+def slowest_rank(figures: Figures) -> int | None:
+    """The rank that computes longest by itself, in a job of several."""
+    return figures.slowest.rank if figures.slowest and len(figures.ranks) > 1 else None
+
+
+@METRICS.register("slowest_compute")
+def slowest_compute(figures: Figures) -> float | None:
+    """Seconds that it computes by itself in a step."""
+    return figures.slowest.seconds if figures.slowest else None
+
+
+@METRICS.register("fastest_compute")
+def fastest_compute(figures: Figures) -> float | None:
+    """Seconds that the fastest rank computes by itself in a step."""
+    return figures.fastest.seconds if figures.fastest else None
+
+
+@METRICS.register("gpu_clock")
+def gpu_clock(figures: Figures) -> float | None:
+    """Lowest clock of the job's GPUs, MHz."""
+    return min((rank.clock for rank in figures.ranks if rank.clock), default=None)
+
+
+@METRICS.register("gpu_temperature")
+def gpu_temperature(figures: Figures) -> float | None:
+    """Highest temperature of the job's GPUs, degrees Celsius."""
+    return max((rank.temperature for rank in figures.ranks if rank.temperature), default=None)
+
+
 def measure(figures: Figures) -> dict[str, float]:
     """Every metric by name. One that fails is left out and costs a warning."""
     found = {}

@@ -27,7 +27,11 @@ LOGS = {
 }
 EARLIER = "tracking.jsonl"
 READ_BYTES = 1 << 18
-SPEED = {"tokens_per_second", "step_time", "data_wait", "mfu"}  # group "train_speed"
+# Group "train_speed".
+SPEED = {
+    *("tokens_per_second", "step_time", "data_wait", "mfu", "slowest_rank", "slowest_compute"),
+    *("fastest_compute", "gpu_clock", "gpu_temperature"),
+}
 # What others imply; the logs have all.
 LEFT_OUT = {"step", "time", "elapsed", "perplexity", "active_latents", "tokens", "by_chunk"}
 

@@ -11,6 +11,7 @@ from i3dist.cli.amounts import duration, short
 from i3dist.inference.evaluate import Evaluation, TokenLosses
 from i3dist.tracking.history import history_gain, other_history_gain
 from i3dist.tracking.interval import Figures
+from i3dist.tracking.stragglers import SLOW, RankFigures
 
 
 def report_line(figures: Figures) -> str:
@@ -22,6 +23,25 @@ def report_line(figures: Figures) -> str:
         + ("" if figures.mfu is None else f"MFU {figures.mfu:3.0%}  ")
         + f"time {duration(figures.elapsed)}  ETA {duration(figures.eta)}"
     )
+
+
+def straggler_line(figures: Figures) -> str | None:
+    """The slowest and the fastest rank as one line, if they differ by 10%; else None.
+
+    Times are those in which a rank computes by itself in a step, without waiting for others.
+    """
+    slowest, fastest = figures.slowest, figures.fastest
+    if slowest is None or fastest is None or slowest.seconds < SLOW * fastest.seconds:
+        return None
+    return (
+        f"rank {_place(figures.step, figures.steps)}  slowest {_rank(slowest)}  "
+        f"fastest {_rank(fastest)}"
+    )
+
+
+def _rank(rank: RankFigures) -> str:
+    gpu = f", {rank.clock:.0f} MHz, {rank.temperature:.0f} C" if rank.clock else ""
+    return f"{rank.rank} on {rank.host}: {1000 * rank.seconds:.0f} ms{gpu}"
 
 
 def validation_line(step: int, steps: int, result: Evaluation) -> str:

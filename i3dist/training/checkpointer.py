@@ -12,6 +12,7 @@ from i3dist.checkpoint.weights import export_weights
 from i3dist.config import Settings
 from i3dist.distributed.collectives import on_all_ranks, on_rank_0
 from i3dist.distributed.console import print_rank_0
+from i3dist.distributed.patience import SAVE
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
 from i3dist.training.guard import Guard
@@ -38,7 +39,7 @@ class Checkpointer:
         progress = self.progress
         if progress.step == self.saver.step:
             return
-        self.watchdog.beat("saving")
+        self.watchdog.beat(SAVE)
         self.ledger.sync()
         state = RunState(
             step=progress.step,

@@ -6,6 +6,7 @@ import torch
 
 from i3dist.config import Settings
 from i3dist.data.lanes import Batch
+from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
 from i3dist.tracking.diagnose import diagnose
@@ -26,6 +27,7 @@ class Diagnoser:
     engine: Engine
     progress: Progress
     interval: Interval
+    watchdog: Watchdog
     log: RunLog
 
     def diagnose_if_due(self, batch: Batch, state: LaneState, gate: float) -> None:
@@ -39,6 +41,7 @@ class Diagnoser:
         step, every = self.progress.step + 1, self.settings.log.diagnose_every
         if not every or (step % every and step != self.progress.last_step):
             return
+        self.watchdog.beat("diagnosing the model")  # rank 0, while others wait
         # Every rank takes part in this, and waits for backward: that is training time.
         norm = self.engine.gradient_norm_of("compressor.")
         if self.log.active:

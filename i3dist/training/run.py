@@ -13,8 +13,9 @@ from i3dist.cli.program import call_on_failure, keep_tracebacks_in, tell_others_
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
-from i3dist.distributed.attempt import TIME, Attempt, ask_for_successor
+from i3dist.distributed.attempt import TIME, Attempt, ask_for_requeue, ask_for_successor
 from i3dist.distributed.console import print_rank_0
+from i3dist.distributed.hang_report import keep_records_in
 from i3dist.distributed.job import Job
 from i3dist.distributed.peers import Peers, host_name
 from i3dist.distributed.rendezvous import read_timeout
@@ -71,17 +72,19 @@ def dry_run(settings: Settings, job: Job) -> None:
         print_tables(settings, job.world_size, tokens)
 
 
-def join(settings: Settings, job: Job, stop: StopRequest) -> None:
+def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
     """Join the job's process group; from now on ranks hear of each other's end."""
-    stop.peers = setup.start(job, str(settings.run.path))
-    tell_others_by(stop.peers.fail)
+    keep_records_in(settings.run.path)
+    peers = stop.peers = setup.start(job, str(settings.run.path))
+    tell_others_by(peers.fail)
     if settings.slurm.successor:
-        stop.peers.on_lost = ask_for_successor
+        peers.on_lost = ask_for_successor
+    return peers
 
 
 def preflight(
     arguments: argparse.Namespace, settings: Settings, job: Job, stop: StopRequest
-) -> None:
+) -> Peers:
     """Join the job, and check that its hosts fit together.
 
     Every rank calls this. A rank whose input is wrong joins too, so that all hear of it.
@@ -91,8 +94,9 @@ def preflight(
     """
     setup.choose_device(settings.train.device)
     given = read_input(arguments, settings, job)
-    join(settings, job, stop)
+    peers = join(settings, job, stop)
     check(given, job)
+    return peers
 
 
 def build(
@@ -113,7 +117,7 @@ def build(
     host.share_threads(job)
     if not devices.uses_cuda():
         host.keep_freed_memory()
-    join(settings, job, stop)
+    peers = join(settings, job, stop)
     agree(start)
     collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
     start = verify_checkpoint(start, job)
@@ -126,11 +130,19 @@ def build(
         print_rank_0("compiling the model: minutes the first time, seconds from then on")
     engine = setup.build(model, engine_config, settings.optimizer, settings.train)
     tracker = begin_record(start, job, corpus, arguments.verbose)
-    with recorded(tracker, stop.peers):
+    with recorded(tracker, peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop)
+        trainer.watchdog.on_end = partial(let_go, job, peers)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
     return trainer
+
+
+def let_go(job: Job, peers: Peers) -> None:
+    """Before the watchdog ends this rank: the others, which hang too, leave by themselves."""
+    peers.close()
+    if job.rank == 0:
+        ask_for_requeue()
 
 
 @contextmanager
@@ -239,10 +251,8 @@ def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
         UserError: on every rank, if they do not.
     """
     job = detect_job(settings)
-    stop = StopRequest(job)
-    preflight(arguments, settings, job, stop)
-    assert stop.peers is not None
-    stop.peers.close()
+    peers = preflight(arguments, settings, job, StopRequest(job))
+    peers.close()
     collectives.leave_group()
 
 

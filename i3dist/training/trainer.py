@@ -19,6 +19,7 @@ from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import lanes_of_rank
 from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
+from i3dist.distributed.patience import STEP
 from i3dist.distributed.signals import StopRequest, signals_blocked
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
@@ -26,7 +27,8 @@ from i3dist.model.state import LaneState
 from i3dist.tracking.interval import Interval
 from i3dist.tracking.metrics import measure
 from i3dist.tracking.metrics_log import METRICS
-from i3dist.tracking.report import report_line
+from i3dist.tracking.report import report_line, straggler_line
+from i3dist.tracking.stragglers import Stragglers
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.checkpointer import Checkpointer
 from i3dist.training.counts import count_step
@@ -60,9 +62,9 @@ class Trainer:
         self.settings, self.engine, self.stop = settings, engine, stop
         train, folder = settings.train, settings.run.path
         checkpoints, tokenizer = folder / store.CHECKPOINTS, corpus.tokenizer.data
-        saver = AsyncSaver(checkpoints, job, settings.checkpoint, tokenizer)
+        watchdog = self.watchdog = Watchdog(settings.guard.hang_seconds, job, folder)
+        saver = AsyncSaver(checkpoints, job, settings.checkpoint, tokenizer, watchdog.saving)
         guard = self.guard = Guard(settings.guard)
-        watchdog = self.watchdog = Watchdog(settings.guard.hang_seconds, job)
         lanes, device = lanes_of_rank(train.lane_count, job.rank, job.world_size), engine.device
         empty_lanes = partial(LaneState.empty, len(lanes), settings.model, device, engine.dtype)
         tokens_seen = torch.zeros((), dtype=torch.int64, device=device)
@@ -84,13 +86,14 @@ class Trainer:
         log = self.log = RunLog(folder, tracker, job.rank)
         self.orders = Orders(folder, looks=job.rank == 0)
         ledger = self.ledger = LedgerWriter(folder, schedule, train.accumulation, lanes)
-        interval = self.interval = Interval(engine.model, job.world_size)
+        stragglers = self.stragglers = Stragglers(job)
+        interval = self.interval = Interval(engine.model, job.world_size, stragglers)
         self.checkpointer = Checkpointer(
             settings, corpus.fingerprint, lanes, engine, progress, guard, ledger, watchdog, saver
         )
         self.recovery = Recovery(guard, progress, self.checkpointer, empty_lanes)
         self.validator = Validator(settings, job, corpus, engine, rows, progress, watchdog, log)
-        self.diagnoser = Diagnoser(settings, engine, progress, interval, log)
+        self.diagnoser = Diagnoser(settings, engine, progress, interval, watchdog, log)
 
     def fit(self) -> bool:
         """Train to `train.steps`; the last step is always reported, validated and saved.
@@ -134,7 +137,7 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: every window, every micro-batch, one update."""
         settings, progress = self.settings, self.progress
-        self.watchdog.beat("taking a step")
+        self.watchdog.beat(STEP)
         gate = settings.compression.gate_at(progress.step)
         lr = settings.optimizer.lr_at(progress.step)
         with self.interval.waiting(), signals_blocked():
@@ -143,11 +146,14 @@ class Trainer:
         lanes_before = progress.lane_state
         loss_sum = self.forward_backward(step_batches, gate, counts.targets)
         self.diagnoser.diagnose_if_due(step_batches[0], lanes_before, gate)
-        stepped = self.engine.step(lr, self.with_votes(loss_sum), self.guard.limit())
+        sums = self.with_votes(loss_sum)
+        shares = self.stragglers.share(sums)
+        stepped = self.engine.step(lr, torch.cat([sums, shares]), self.guard.limit())
         progress.step += 1
         progress.windows += settings.train.accumulation
         progress.tokens_seen += counts.tokens.long()
-        self.count_votes(*stepped.sums[1:])
+        self.count_votes(*stepped.sums[1 : len(sums)])
+        self.stragglers.add(stepped.sums[len(sums) :], self.engine.compute_seconds)
         skipped = self.recovery.after(stepped)
         self.ledger.add(progress, counts.targets, stepped, skipped)
         self.interval.add(stepped.sums[0], counts, stepped.norm, step_batches[-1])
@@ -213,7 +219,8 @@ class Trainer:
         self.ledger.flush()
         self.interval.restart()
         if figures is not None:
-            self.log.log(METRICS, progress.step, measure(figures), report_line(figures))
+            lines = filter(None, (report_line(figures), straggler_line(figures)))
+            self.log.log(METRICS, progress.step, measure(figures), "\n".join(lines))
 
     def batches(self) -> Generator[Batch, None, None]:
         """Batches of this rank's lanes, from the next window to the last of the run."""

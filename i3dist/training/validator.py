@@ -51,13 +51,14 @@ class Validator:
         trained_with_history = step > 0 and settings.compression.gate_at(step - 1) == 1.0
         if self.log.active and trained_with_history and (warning := history_warning(result)):
             print(warning, flush=True)
-        if self.log.active and settings.validate_.samples:
+        if settings.validate_.samples:
+            self.watchdog.beat("sampling text")  # rank 0, while others wait in the next step
             with warned("no samples of text"):
-                self.log.log_samples(step, self.samples())
+                if self.log.active:
+                    self.log.log_samples(step, self.samples())
 
     def samples(self) -> list[dict[str, str]]:
         """What the model as it is now writes after the fixed prompts. Changes nothing."""
-        self.watchdog.beat("sampling text")
         return continuations(self.engine.model, self.corpus.tokenizer, self.prompts)
 
     @cached_property

@@ -192,7 +192,7 @@ def test_the_ledger_is_on_disk_before_a_checkpoint_begins(
         progress=progress,
         guard=Guard(GuardSettings()),
         ledger=ledger,
-        watchdog=Watchdog(0, JOB),
+        watchdog=Watchdog(0, JOB, tmp_path),
         saver=cast(AsyncSaver, saver),
     )
     checkpointer.save()

@@ -1,66 +1,94 @@
 """The watchdog of one process: silent while the run goes on, and stopped by nothing that hangs."""
 
-import math
+import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i3dist.distributed import watchdog
+from i3dist.distributed import collectives, watchdog
 from i3dist.distributed.job import Job
+from i3dist.distributed.patience import SAVE, STEP
+from i3dist.distributed.signals import REQUEUE
 from i3dist.distributed.watchdog import Watchdog
-from tests.conftest import ROOT
+from tests.conftest import environment, launcher
 
 HEAD = """
-import os, re, time
+import os, re, subprocess, sys, threading, time
+from pathlib import Path
 from i3dist.distributed.job import Job
 from i3dist.distributed.watchdog import Watchdog
-watchdog = Watchdog({seconds}, Job.detect({{}}))
+watchdog = Watchdog({seconds}, Job.detect({{}}), Path({folder!r}))
+watchdog.beat('taking a step')
 """
-SLEEP = "watchdog.beat('taking a step')\ntime.sleep(60)\n"
+SLEEP = "time.sleep(60)\n"
 # A regular expression that backtracks for ever holds the interpreter: no other thread runs.
-HOLD = "watchdog.beat('taking a step')\nre.match('(a+)+b', 'a' * 64)\n"
+HOLD = "re.match('(a+)+b', 'a' * 64)\n"
 ALIVE = """
-for _ in range(12):
-    watchdog.beat('taking a step')
+for _ in range({beats}):
     time.sleep(0.5)
+    watchdog.beat('taking a step')
 watchdog.close()
 """
+# A second of the machine's sleep, seen by all of its processes.
+SUSPENDED = """
+subprocess.Popen(["sh", "-c", f"kill -STOP {os.getpid()}; sleep 3; kill -CONT {os.getpid()}"])
+"""
+# A file system that does not answer: nobody opens the pipe's other end.
+BLOCKED = """
+def write():
+    with watchdog.saving():
+        open(sys.argv[1])
+os.mkfifo(sys.argv[1])
+threading.Thread(target=write, daemon=True).start()
+"""
 
 
-def run(text: str, seconds: float) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", HEAD.format(seconds=seconds) + text]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+def run(folder: Path, text: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.py"
+    script.write_text(HEAD.format(seconds=seconds, folder=str(folder)) + text)
+    return launcher().run([str(script), str(folder / "fifo")], [environment()], 60)
 
 
-def test_what_sleeps_is_ended_in_time_and_says_where() -> None:
-    result = run(SLEEP, 2)
-    assert result.returncode == 1
+def test_what_sleeps_is_ended_in_time_and_says_where(tmp_path: Path) -> None:
+    result = run(tmp_path, SLEEP, 2)
+    assert result.returncode == REQUEUE
     first, *stacks = result.stderr.splitlines()
-    assert first.startswith("error: rank 0 has been taking a step for ")
-    assert any('File "<string>"' in line for line in stacks)
+    assert first.startswith("error: rank 0 has been taking a step for 2 s, so the job ends")
+    assert any('script.py"' in line for line in stacks)
 
 
-def test_what_holds_the_interpreter_is_ended_too() -> None:
-    result = run(HOLD, 2)
-    assert result.returncode == 1
-    assert "Timeout (0:00:02)!" in result.stderr and 'File "<string>"' in result.stderr
+def test_what_holds_the_interpreter_is_ended_too(tmp_path: Path) -> None:
+    result = run(tmp_path, HOLD, 1)
+    assert result.returncode == -signal.SIGPROF
+    assert 'script.py"' in result.stderr
 
 
-@pytest.mark.parametrize("seconds", [0, 4])
-def test_what_goes_on_is_left_alone(seconds: float) -> None:
-    result = run(ALIVE, seconds)
+@pytest.mark.parametrize("before", ["", SUSPENDED])
+def test_what_goes_on_is_left_alone(tmp_path: Path, before: str) -> None:
+    """Also where it was stopped for longer than the limit."""
+    result = run(tmp_path, before + ALIVE.format(beats=6), 2)
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_a_closed_watchdog_watches_nothing() -> None:
-    result = run("watchdog.beat('saving')\nwatchdog.close()\ntime.sleep(2)\n", 1)
-    assert (result.returncode, result.stderr) == (0, "")
+def test_what_writes_a_checkpoint_is_watched_while_training_goes_on(tmp_path: Path) -> None:
+    result = run(tmp_path, BLOCKED + ALIVE.format(beats=60), 2)
+    assert result.returncode == REQUEUE
+    assert result.stderr.startswith("error: rank 0 has been saving for 2 s")
+    assert "in write" in result.stderr
+
+
+def test_that_nothing_can_be_said_does_not_keep_it_from_ending(tmp_path: Path) -> None:
+    """Its standard error is a pipe that nobody reads."""
+    full = "reader, writer = os.pipe()\nos.dup2(writer, 2)\nos.set_blocking(2, False)\n"
+    full += "while True:\n    try:\n        os.write(2, b'x' * 4096)\n"
+    full += "    except BlockingIOError:\n        break\nos.set_blocking(2, True)\n"
+    assert run(tmp_path, full + SLEEP, 1).returncode == REQUEUE
 
 
 class Ended(BaseException):
@@ -70,115 +98,149 @@ class Ended(BaseException):
 class Simulation:
     """A run of a few seconds in no time: its clock moves when the watchdog's thread waits.
 
-    It stands in for the modules that the watchdog uses, and is the event that ends its thread.
+    It stands in for the modules that the watchdog uses, and for its neighbours.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, seconds: float, beats: list[float]) -> None:
-        """`beats` are times; after the last the run closes its watchdog."""
-        self.now, self.timer = 0.0, math.inf
-        self.spoke: list[float] = []
-        self.todo: list[tuple[float, Callable[[], None]]] = [
-            (when, lambda: self.dog.beat("taking a step")) for when in beats[1:-1]
-        ]
-        self.todo.append((beats[-1], lambda: self.dog.close()))
-        self.closed = False
-        for name in ("time", "faulthandler", "os"):
+    def __init__(self, patch: pytest.MonkeyPatch, setting: float | str) -> None:
+        self.now, self.asleep = 0.0, 0.0
+        self.said: list[tuple[float, str]] = []
+        self.todo: list[tuple[float, Callable[[], object]]] = []
+        self.timeouts: list[float] = []
+        for name in ("time", "faulthandler", "os", "signal"):
             patch.setattr(watchdog, name, self)
-        fakes = SimpleNamespace(Thread=lambda **_: self, Event=lambda: self, Lock=threading.Lock)
+        fakes = SimpleNamespace(Thread=self.thread, Event=threading.Event, Lock=threading.Lock)
         patch.setattr(watchdog, "threading", fakes)
-        patch.setattr(Watchdog, "_report", lambda *_: self.spoke.append(self.now))
-        self.dog = Watchdog(seconds, Job.detect({}))
-        self.dog.beat("taking a step")  # at time 0
+        patch.setattr(watchdog, "Neighbours", lambda _: self)
+        patch.setattr(watchdog.hang_report, "report", lambda line, *_: self.say(line))
+        patch.setattr(collectives, "set_timeout", self.timeouts.append)
+        self.dog = Watchdog(setting, Job.detect({}), Path("run"))  # type: ignore[arg-type]
+
+    def at(self, when: float, do: Callable[[], object]) -> None:
+        self.todo.append((when, do))
 
     def run(self) -> float | None:
         """When the process was ended; None where it was not."""
+        self.advance(0.0)
         try:
             self.dog._watch()
         except Ended:
             return self.now
-        assert self.timer == math.inf, "the timer would still strike"
         return None
 
-    # time, os and faulthandler
-    def monotonic(self) -> float:
-        return self.now
+    def say(self, line: str) -> None:
+        self.said.append((self.now, line))
 
-    def _exit(self, _: int) -> None:
-        raise Ended
+    # what the watchdog calls
+    ITIMER_PROF, SIGPROF = signal.ITIMER_PROF, signal.SIGPROF
+
+    def thread(self, target: Callable[[], None], **_: object) -> SimpleNamespace:
+        watches = target == self.dog._watch
+        return SimpleNamespace(start=lambda: None if watches else target())
+
+    def monotonic(self) -> float:
+        return self.now + self.asleep
 
     def sleep(self, seconds: float) -> None:
-        self._advance(self.now + seconds)
+        self.now += seconds
 
-    def dump_traceback_later(self, seconds: float, exit: bool) -> None:
-        assert exit
-        self.timer = self.now + seconds
-
-    def cancel_dump_traceback_later(self) -> None:
-        self.timer = math.inf
-
-    # the thread and the event
-    def start(self) -> None:
+    def setitimer(self, *_: object) -> None:
         pass
 
-    def set(self) -> None:
-        self.closed = True
+    def register(self, *_: object, **__: object) -> None:
+        pass
 
-    def is_set(self) -> bool:
-        return self.closed
+    def sched_getaffinity(self, _: int) -> set[int]:
+        return {0}
+
+    def _exit(self, status: int) -> None:
+        assert status == REQUEUE
+        raise Ended
+
+    def tell(self) -> None:
+        pass
 
     def wait(self, seconds: float) -> bool:
         """What is due at the very end happens when the thread has woken, so as to race with it."""
-        if self.closed:
-            return True
-        until = self.now + seconds
-        self._advance(until, strictly=True)
-        woken = self.closed
-        self._advance(until)
-        return woken
+        self.advance(self.now + seconds)
+        return False
 
-    def _advance(self, until: float, strictly: bool = False) -> None:
-        while self.todo and (
-            self.todo[0][0] < until or (self.todo[0][0] == until and not strictly)
-        ):
+    def advance(self, until: float) -> None:
+        while self.todo and self.todo[0][0] < until + (until == 0.0):
             self.now, do = self.todo.pop(0)
-            assert self.now < self.timer, "the timer has struck"
             do()
         self.now = until
-        if self.now >= self.timer:
-            raise Ended
 
 
 LIMIT = 8.0
-STEPS = st.lists(st.sampled_from([0.25, 1.0, 3.0, 6.0, 7.0, 7.75]), min_size=1, max_size=8)
+LENGTHS = st.lists(st.sampled_from([0.25, 1.0, 3.0, 6.0, 7.0, 7.75]), min_size=1, max_size=8)
 
 
-def simulate(lengths: list[float]) -> tuple[float | None, list[float]]:
-    """When a run of steps of these lengths is ended, and when its ranks speak."""
-    beats = [0.0]
-    for length in lengths:
-        beats.append(beats[-1] + length)
+def simulate(
+    works: list[tuple[str, float]], setting: float | str = LIMIT, asleep: float = 0.0
+) -> tuple[float | None, Simulation]:
+    """When a run of such works is ended, if it is; it sleeps so long in the middle of each."""
     with pytest.MonkeyPatch.context() as patch:
-        simulation = Simulation(patch, LIMIT, beats)
-        return simulation.run(), simulation.spoke
+        simulation, now = Simulation(patch, setting), 0.0
+
+        def suspend() -> None:
+            simulation.asleep += asleep
+
+        for work, seconds in works:
+            simulation.at(now, lambda work=work: simulation.dog.beat(work))
+            simulation.at(now + seconds / 2, suspend)
+            now += seconds
+        simulation.at(now, lambda: simulation.dog.close())
+        return simulation.run(), simulation
 
 
-@given(lengths=STEPS)
+@given(lengths=LENGTHS)
 def test_steps_below_the_limit_are_never_ended(lengths: list[float]) -> None:
     """The last of them closes the watchdog, at whatever moment of its thread."""
-    assert simulate(lengths) == (None, [])
+    ended, simulation = simulate([(STEP, length) for length in lengths])
+    assert (ended, simulation.said) == (None, [])
 
 
-@given(before=STEPS, longer=st.sampled_from([8.25, 9.0, 60.0]))
+@given(before=LENGTHS, longer=st.sampled_from([8.25, 9.0, 60.0]))
 def test_a_step_above_the_limit_ends_all_after_a_time_to_speak(
     before: list[float], longer: float
 ) -> None:
     """Ranks whose step began up to so much later have spoken by then."""
-    ended, spoke = simulate([*before, longer])
-    assert spoke == [sum(before) + LIMIT]
-    assert ended == spoke[0] + min(watchdog.GRACE_SECONDS, LIMIT / 4)
+    ended, simulation = simulate([(STEP, length) for length in (*before, longer)])
+    ((spoke, line),) = simulation.said
+    assert spoke == sum(before) + LIMIT
+    assert ended == spoke + min(watchdog.GRACE_SECONDS, LIMIT / 4)
+    assert "taking a step for 8 s" in line
 
 
-def test_that_nothing_can_be_said_does_not_keep_it_from_ending() -> None:
-    """Its standard error is closed."""
-    result = run("os.close(2)\n" + SLEEP, 1)
-    assert (result.returncode, result.stderr) == (1, "")
+@given(lengths=st.lists(st.sampled_from([0.25, 1.0, 2.5]), min_size=1, max_size=8))
+def test_a_machine_that_sleeps_ends_nothing(lengths: list[float]) -> None:
+    """Nor does that time count as seen."""
+    for setting in (LIMIT, "auto"):
+        works = [(work, length) for length in lengths for work in ("validating", STEP)]
+        ended, simulation = simulate(works, setting, asleep=1e5)
+        assert (ended, simulation.said) == (None, [])
+    assert simulation.dog.patience.limit("validating") == 300
+
+
+LEARNED = [(STEP, 1.0)] * 50
+
+
+@pytest.mark.parametrize(
+    ("works", "at"),
+    [
+        ([(STEP, 5000.0)], 1800.0),
+        ([*LEARNED, (STEP, 5000.0)], 60.0),
+        ([*LEARNED, ("validating", 100.0), (STEP, 1700.0)], None),  # others may still validate
+        ([*LEARNED, ("validating", 100.0), (STEP, 1.0), ("validating", 1100.0)], 1000.0),
+        ([*LEARNED, ("validating", 9.0), (STEP, 1.0), ("validating", 9.0), (STEP, 400.0)], 300.0),
+        ([*LEARNED, ("validating", 100.0), (STEP, 1700.0), (STEP, 70.0)], 60.0),  # and not learned
+        ([*LEARNED, (SAVE, 1.0), (STEP, 1.0), (SAVE, 1700.0), (STEP, 1.0)], None),
+    ],
+)
+def test_auto_learns_from_what_it_sees(works: list[tuple[str, float]], at: float | None) -> None:
+    """Collectives' time-outs follow, later by a minute."""
+    ended, simulation = simulate(works, "auto")
+    last = sum(seconds for _, seconds in works[:-1])
+    assert ended == (None if at is None else pytest.approx(last + at + watchdog.GRACE_SECONDS))
+    if at is not None:
+        assert simulation.timeouts[-1] == at + 60

@@ -1,8 +1,10 @@
 """Both engines: what each must do alike, that their losses agree, and which one trains."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +261,25 @@ def test_a_parser_that_takes_other_arguments_stops_nobody(monkeypatch: pytest.Mo
     assert internals.refusal({"train_batch_size": "many"}) is not None
     monkeypatch.setattr("deepspeed.runtime.config.DeepSpeedConfig", parser)
     assert internals.refusal({"train_batch_size": "many"}) is None
+
+
+@both
+def test_a_ranks_own_time_has_no_waiting_for_others_in_it(
+    kind: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward takes 0.1 s more here, and each exchange a second."""
+    engine = build(2, kind=kind)
+    forward = engine._engine.forward
+
+    def slow(seconds: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def late(*words: Any, **more: Any) -> Any:
+            time.sleep(seconds)
+            return call(*words, **more)
+
+        return late
+
+    monkeypatch.setattr(engine._engine, "forward", slow(0.1, forward))
+    for name in ("all_reduce", "reduce_scatter_tensor"):
+        monkeypatch.setattr(torch.distributed, name, slow(0.9, getattr(torch.distributed, name)))
+    step(engine, batch(2), 1)
+    assert 0.1 <= engine.compute_seconds < 0.9

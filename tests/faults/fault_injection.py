@@ -20,6 +20,9 @@ from i3dist.engine.interface import Engine
 from i3dist.model.state import LaneState
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from tests.faults.own_network import set_link  # noqa: E402
+
 KIND, RANK, *STEPS = os.environ["INJECT_FAULT"].split()
 
 LATE = int(os.environ.get("WRITE_LATE", "0"))
@@ -38,6 +41,10 @@ def faulty_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
         return losses, state
     if KIND == "hang":
         hang_here()
+    elif KIND == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif KIND == "unlink":  # see own_network.py
+        set_link(up=False)
     elif KIND == "kill":  # where a step has several micro-batches
         if micro_batches == 2:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -74,5 +81,4 @@ def hang_here() -> None:
 
 Engine.__call__, Engine.step = faulty_forward, counted_step
 writer.save, AsyncSaver.wait = late_write, observed_wait
-sys.path.insert(0, str(ROOT))
 runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")

@@ -1,9 +1,8 @@
-"""Losses that are not finite on one of two ranks, and a rank that hangs. About 100 s."""
+"""Losses that are not finite on one of two ranks. About 80 s."""
 
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -149,20 +148,3 @@ def test_too_many_in_a_row_roll_the_run_back(
     monkeypatch.setenv("INJECT_FAULT", "nan 1 2 3")  # the fifth and sixth of the run
     assert run_ranks(*words, script=SCRIPT).returncode == 0
     assert (losses(run), (run / "model.safetensors").read_bytes()) == first
-
-
-def test_a_rank_that_hangs_ends_the_job_with_every_ranks_stack(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("INJECT_FAULT", "hang 1 2")
-    words = [*QUICK, "train.steps=9", "guard.hang_seconds=10", f"data.path={data}"]
-    result = deepspeed(*words, f"run.path={tmp_path / 'run'}", script=SCRIPT)
-    ended = time.time()
-    assert result.returncode != 0
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    assert ended - metrics.stat().st_mtime < 10 + 15, "the launcher takes some seconds as well"
-    said = result.stderr
-    for rank in (0, 1):
-        assert f"error: rank {rank} has been taking a step for " in said
-    assert said.count("in hang_here") == 1
-    assert said.count("in train_step") == 2

@@ -35,7 +35,7 @@ LOGS = {
     "valid": "validation.jsonl",
     "train_diagnostics": "diagnostics.jsonl",
 }
-SPEED = {"tokens_per_second", "step_time", "data_wait"}
+SPEED = {"tokens_per_second", "step_time", "data_wait", "slowest_compute", "fastest_compute"}
 # Not in the store: what others imply.
 LEFT_OUT = {"time", "elapsed", "perplexity", "active_latents", "tokens"}
 

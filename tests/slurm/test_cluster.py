@@ -76,6 +76,23 @@ open("ready-0", "w")
 time.sleep(600)
 """
 
+# In the first run rank 1 is stopped, alone on its host; rank 0 waits for it.
+HANGING = """
+import os, signal, time
+from pathlib import Path
+open("begun-" + os.environ.get("SLURM_RESTART_COUNT", "0"), "w")
+if "SLURM_RESTART_COUNT" not in os.environ:
+    if os.environ["SLURM_PROCID"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    from i3dist.distributed.attempt import ask_for_requeue
+    from i3dist.distributed.job import Job
+    from i3dist.distributed.watchdog import Watchdog
+    watchdog = Watchdog(2, Job.detect(), Path("."))
+    watchdog.on_end = ask_for_requeue
+    watchdog.beat("taking a step")
+    time.sleep(600)
+"""
+
 # Rank 1 fails; rank 0 would go on for longer than any test waits.
 FAILING = """
 import os, sys, time
@@ -279,6 +296,18 @@ def test_a_job_that_fails_is_not_requeued_though_it_was_told(
     cluster.command("scancel", "--batch", "--signal=USR1", job)
     assert cluster.wait(job, 60) == "FAILED"
     assert requeued(cluster, tmp_path, job) == 0
+
+
+def test_a_job_that_hangs_is_requeued_though_slurm_kills_the_stopped_rank(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """srun's status is that of SIGKILL, which asks for nothing by itself."""
+    job = submit(cluster, tmp_path, HANGING, ["--gpus-per-node=0", "--nodes=2"])
+    assert cluster.wait(job, 120) == "COMPLETED"
+    assert requeued(cluster, tmp_path, job) == 1
+    said = (tmp_path / "job.out").read_text()
+    assert "error: rank 0 has been taking a step for 2 s" in said and "in <module>" in said
+    assert (tmp_path / "begun-1").exists()
 
 
 def test_submitting_from_elsewhere_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
