@@ -76,16 +76,16 @@ def dry_run(settings: Settings, job: Job) -> None:
 def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
     """Join the job's process group; from now on ranks hear of each other's end."""
     keep_records_in(settings.run.path)
-    stop.peers = setup.start(job, str(settings.run.path))
-    tell_others_by(stop.peers.fail)
+    peers = stop.peers = setup.start(job, str(settings.run.path))
+    tell_others_by(peers.fail)
     if settings.slurm.successor:
-        stop.peers.on_lost = ask_for_successor
-    return stop.peers
+        peers.on_lost = ask_for_successor
+    return peers
 
 
 def preflight(
     arguments: argparse.Namespace, settings: Settings, job: Job, stop: StopRequest
-) -> None:
+) -> Peers:
     """Join the job, and check that its hosts fit together.
 
     Every rank calls this. A rank whose input is wrong joins too, so that all hear of it.
@@ -95,8 +95,9 @@ def preflight(
     """
     setup.choose_device(settings.train.device)
     given = read_input(arguments, settings, job)
-    join(settings, job, stop)
+    peers = join(settings, job, stop)
     check(given, job)
+    return peers
 
 
 def build(
@@ -261,10 +262,8 @@ def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
         UserError: on every rank, if they do not.
     """
     job = detect_job(settings)
-    stop = StopRequest(job)
-    preflight(arguments, settings, job, stop)
-    assert stop.peers is not None
-    stop.peers.close()
+    peers = preflight(arguments, settings, job, StopRequest(job))
+    peers.close()
     collectives.leave_group()
 
 
