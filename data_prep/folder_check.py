@@ -5,6 +5,7 @@ Which files there are, manifests, the tokenizer, and whether they and shard.json
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from data_prep.damage import Damage
@@ -18,6 +19,7 @@ from data_prep.output import (
     OutputSettings,
 )
 from data_prep.pack import INDEX_NAME
+from data_prep.store import Store
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
@@ -28,25 +30,27 @@ SPLITS = (TRAIN, VALID)
 class FolderCheck:
     """An output folder: its settings, tokenizer and manifests, as far as they can be read."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the small files of a folder.
+    def __init__(self, folder: Path, store: Store | None = None) -> None:
+        """Read the small files of a folder; those of a `store` have been copied to it (`mirror`).
 
         Raises:
             UserError: the folder is not there, or holds no split.
         """
-        self.folder = folder
+        self.folder, self.store = folder, store
         self.damages: list[Damage] = []
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: name an output of data_prep/shard.py")
         self.splits = [split for split in SPLITS if (folder / split).is_dir()]
         if not self.splits:
-            raise UserError(f"{folder} holds neither train/ nor valid/: name a finished output")
+            raise UserError(
+                f"{store or folder} holds neither train/ nor valid/: name a finished output"
+            )
         self.settings = self._settings()
         self.tokenizer = self._tokenizer()
         self.manifests = {split: m for split in self.splits if (m := self._manifest(split))}
-        self.damages += _listing(folder, self.splits, self.settings)
+        self.damages += self._listing()
         for split, manifest in self.manifests.items():
-            self.damages += _files_of_split(folder / split, manifest)
+            self.damages += self._files_of_split(split, manifest)
             self.damages += self._agreement(split, manifest)
         self.damages += _between_splits(self.manifests, self.settings)
         if self.settings and set(self.manifests) == set(self.settings.splits):
@@ -83,8 +87,32 @@ class FolderCheck:
             return Manifest.load(path.parent)
         except UserError as error:
             problem = str(error).removeprefix(f"{path} ")
+            if self.store:
+                problem = problem.replace(str(self.folder), str(self.store))
             self.damages.append(Damage(f"{split}/{MANIFEST_NAME}", "", problem, ""))
         return None
+
+    def _listing(self) -> Iterator[Damage]:
+        """Files and folders of DIR that are missing, or do not belong there."""
+        needed = {TOKENIZER_NAME, SETTINGS_NAME, TRAIN}
+        if self.settings is None or VALID in self.settings.splits:
+            needed.add(VALID)
+        yield from self._compare("", needed, {EVIDENCE_NAME, *self.splits})
+
+    def _files_of_split(self, split: str, manifest: Manifest) -> Iterator[Damage]:
+        """Files of a split that are missing, or do not belong there."""
+        shards = {shard.name for shard in manifest.shards}
+        yield from self._compare(f"{split}/", {MANIFEST_NAME, INDEX_NAME, *shards}, set())
+
+    def _compare(self, below: str, needed: set[str], allowed: set[str]) -> Iterator[Damage]:
+        found = set(
+            self.store.sizes(below.rstrip("/")) if self.store else os.listdir(self.folder / below)
+        )
+        for name in sorted(needed - found):
+            yield Damage(below + name, "", "is missing")
+        for name in sorted(found - needed - allowed):
+            remedy = "run shard.py again, or remove it" if name == ".work" else "remove it"
+            yield Damage(below + name, "", "does not belong to the output", remedy)
 
     def _agreement(self, split: str, manifest: Manifest) -> Iterator[Damage]:
         """Whether a manifest agrees with its folder, the tokenizer and shard.json."""
@@ -110,27 +138,16 @@ class FolderCheck:
             yield Damage(f"{split}/{MANIFEST_NAME}", "key dropped", problem)
 
 
-def _listing(folder: Path, splits: list[str], settings: OutputSettings | None) -> Iterator[Damage]:
-    """Files and folders of DIR that are missing, or do not belong there."""
-    needed = {TOKENIZER_NAME, SETTINGS_NAME, TRAIN}
-    if settings is None or VALID in settings.splits:
-        needed.add(VALID)
-    yield from _compare(folder, "", needed, {EVIDENCE_NAME, *splits})
-
-
-def _files_of_split(folder: Path, manifest: Manifest) -> Iterator[Damage]:
-    """Files of a split that are missing, or do not belong there."""
-    shards = {shard.name for shard in manifest.shards}
-    yield from _compare(folder, f"{folder.name}/", {MANIFEST_NAME, INDEX_NAME, *shards}, set())
-
-
-def _compare(folder: Path, below: str, needed: set[str], allowed: set[str]) -> Iterator[Damage]:
-    found = set(os.listdir(folder))
-    for name in sorted(needed - found):
-        yield Damage(below + name, "", "is missing")
-    for name in sorted(found - needed - allowed):
-        remedy = "run shard.py again, or remove it" if name == ".work" else "remove it"
-        yield Damage(below + name, "", "does not belong to the output", remedy)
+def mirror(store: Store, folder: Path) -> None:
+    """Copy all files of an output at a URL but its shards, as far as they are there."""
+    names = [SETTINGS_NAME, EVIDENCE_NAME, TOKENIZER_NAME]
+    for split in SPLITS:
+        if store.sizes(split):
+            (folder / split).mkdir()
+            names += [f"{split}/{MANIFEST_NAME}", f"{split}/{INDEX_NAME}"]
+    for name in names:
+        with suppress(FileNotFoundError):
+            store.fetch(name, folder / name)
 
 
 def _between_splits(

@@ -105,7 +105,7 @@ class _Check:
         stream, chunks, blocks = self.stream, self.shard.chunks, self.blocks
         expected = piece_ends(stream, rows)
         digest = hashlib.sha256()
-        with open(stream.folder / self.shard.name, "rb", buffering=0) as file:
+        with stream.open_shard(self.shard.name) as file:
             size = os.fstat(file.fileno()).st_size
             if size != self.shard.size:
                 self.add(

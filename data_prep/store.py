@@ -1,5 +1,7 @@
 """A folder at a URL that fsspec can write to: s3, gs and others."""
 
+import errno
+import os
 import posixpath
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from data_prep.retries import retried, why
+from data_prep.retries import is_final, retried, why
 from i3dist.data.download import shown
 from i3dist.errors import UserError
 
@@ -60,11 +62,35 @@ class Store:
         def read(filesystem: Any, place: str) -> bytes | None:
             try:
                 data: bytes = filesystem.cat_file(place)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if not is_final(error):
+                    raise
                 return None
             return data
 
         return self._tried(read, name, "read")
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file to the disk.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+
+        def fetch(filesystem: Any, place: str) -> bool:
+            try:
+                filesystem.get_file(place, str(path))
+                size = filesystem.info(place)["size"]
+            except FileNotFoundError as error:
+                if not is_final(error):
+                    raise
+                return False
+            if size not in (None, found := path.stat().st_size):
+                raise OSError(f"{found:,} bytes came instead of {size:,}")
+            return True
+
+        if not self._tried(fetch, name, "read"):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """The names in a folder, and the size of each file in bytes (0 for a folder)."""

@@ -1,9 +1,12 @@
 """What a manifest says about the stream of a split, in a form that is cheap to send to workers."""
 
+import tempfile
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Self
 
+from data_prep.store import Store
 from i3dist.data.chat import ChatIds
 from i3dist.data.manifest import Manifest
 from i3dist.data.token_types import UINT16, TokenType
@@ -26,9 +29,16 @@ class Stream:
     unused: tuple[int, ...] = ()  # special ids that no document has
     token_type: TokenType = UINT16
     chat: ChatIds | None = None  # of conversations, the ids of their template
+    store: Store | None = None  # where the shards are, if not in the folder
 
     @classmethod
-    def of(cls, folder: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> Self:
+    def of(
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        tokenizer: Tokenizer | None,
+        store: Store | None = None,
+    ) -> Self:
         """The stream of a manifest. Without a tokenizer the other special ids are unknown."""
         framing = {manifest.bos_id, manifest.eos_id, manifest.pad_id}
         special = set(tokenizer.special_ids.values()) if tokenizer else set()
@@ -47,7 +57,16 @@ class Stream:
             tuple(sorted(special - framing - set(chat.all if chat else ()))),
             kind,
             chat,
+            store,
         )
+
+    def open_shard(self, name: str) -> FileIO:
+        """Open a shard without a buffer; of one at a URL a copy, which vanishes when closed."""
+        if self.store is None:
+            return open(self.folder / name, "rb", buffering=0)
+        with tempfile.NamedTemporaryFile() as copy:
+            self.store.fetch(self.file(name), Path(copy.name))
+            return open(copy.name, "rb", buffering=0)
 
     @property
     def shard_tokens(self) -> int:

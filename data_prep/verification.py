@@ -19,6 +19,7 @@ from data_prep.index_check import IndexCheck, TextReport, check_texts, join_text
 from data_prep.index_rows import Rows
 from data_prep.pack import INDEX_NAME
 from data_prep.shard_check import Ends, ShardReport, check_shard
+from data_prep.store import Store
 from data_prep.stream import Stream
 from i3dist.data.manifest import MANIFEST_NAME, Manifest, Shard
 from i3dist.errors import UserError
@@ -93,14 +94,15 @@ class Verification:
             still text goes unnoticed.
     """
 
-    def __init__(self, folder: Path, workers: int) -> None:
-        """Read the small files of a folder.
+    def __init__(self, folder: Path, workers: int, store: Store | None = None) -> None:
+        """Read the small files of a folder, which are copies of those in a `store`, if given.
 
         Raises:
             UserError: it is not an output of shard.py.
         """
-        self.check = FolderCheck(folder)
-        self.workers = max(1, min(workers, self.bytes // WORKER_BYTES + 1))
+        self.check = FolderCheck(folder, store)
+        # One that fetches shards waits most of the time, so it pays at any size.
+        self.workers = workers if store else max(1, min(workers, self.bytes // WORKER_BYTES + 1))
         self.totals: dict[str, Totals] = {}
         self.unprotected: list[str] = []
 
@@ -124,7 +126,8 @@ class Verification:
     def _check_split(
         self, pool: "_Pool", split: str, manifest: Manifest, advance: Advance
     ) -> Iterator[Damage]:
-        stream = Stream.of(self.check.folder / split, manifest, self.check.tokenizer)
+        check = self.check
+        stream = Stream.of(check.folder / split, manifest, check.tokenizer, check.store)
         index = IndexCheck(stream, manifest.documents)
         if not index.has_checksums:
             self.unprotected.append(stream.file(INDEX_NAME))

@@ -3,6 +3,7 @@
 examples:
   python data_prep/verify.py data/fineweb-edu
   python data_prep/verify.py data/mine --workers 4 --most 10
+  python data_prep/verify.py s3://BUCKET/data
 
 Every shard is read once: its size, its SHA-256, the bytes of the archive, the
 range of its ids, <BOS>, <EOS> and <PAD> along the whole stream, the chat tokens
@@ -19,9 +20,11 @@ texts are in one split, and that texts are those of the source.
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -34,8 +37,10 @@ from rich.progress import (
 )
 
 from data_prep.arguments import CORES, number_in
+from data_prep.folder_check import mirror
+from data_prep.store import Store
 from data_prep.verification import Advance, Verification
-from i3dist.cli.paths import typed_path
+from i3dist.cli.paths import typed_place
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError
 
@@ -46,13 +51,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     description, _, more = (__doc__ or "").partition("\n\n")
     parser = ArgumentParser(prog="verify.py", description=description, epilog=more)
-    parser.add_argument("folder", type=typed_path, metavar="DIR", help="an output of shard.py")
+    parser.add_argument(
+        "folder", type=typed_place, metavar="DIR", help="an output of shard.py, also at a URL"
+    )
     parser.add_argument(
         "--workers",
         type=number_in(int, 1, 1024),
         default=CORES,
         metavar="N",
-        help="most processes; a small folder gets fewer (default: one per core)",
+        help="most processes; a small folder of the disk gets fewer (default: one per core)",
     )
     parser.add_argument(
         "--most",
@@ -71,8 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: it is damaged, or not an output of shard.py.
     """
     options = parse(arguments)
+    if isinstance(options.folder, Path):
+        _verify(options, options.folder, Verification(options.folder, options.workers))
+        return
+    store = Store(options.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        mirror(store, Path(folder))
+        _verify(options, store, Verification(Path(folder), options.workers, store))
+
+
+def _verify(options: argparse.Namespace, place: Path | Store, verification: Verification) -> None:
     start = time.monotonic()
-    verification = Verification(options.folder, options.workers)
     count, files = 0, set()
     with _bar(verification.bytes) as advance:
         for damage in verification.damages(advance):
@@ -85,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if count:
         damages = "1 damage" if count == 1 else f"{count:,} damages"
         where = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        raise UserError(f"{options.folder} is not sound: {damages} in {where}")
-    print(f"{options.folder}: sound; {_totals(verification, time.monotonic() - start)}")
+        raise UserError(f"{place} is not sound: {damages} in {where}")
+    print(f"{place}: sound; {_totals(verification, time.monotonic() - start)}")
     if verification.unprotected:
         indexes = " and ".join(verification.unprotected)
         print(f"note: {indexes} without page checksums: changed ids and URLs cannot be noticed")

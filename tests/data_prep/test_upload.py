@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from data_prep import retries, upload
+from data_prep import retries, upload, verify
 from data_prep.store import Store
 from i3dist.errors import UserError
 from tests.data_prep.advice import counting
@@ -34,6 +35,9 @@ class Storage(LocalFileSystem):
         place = Path(self._strip_protocol(rpath))
         place.parent.mkdir(parents=True, exist_ok=True)
         type(self).put(lpath, place)
+
+    def get_file(self, rpath: str, lpath: str, **options: Any) -> None:
+        shutil.copyfile(self._strip_protocol(rpath), lpath)
 
 
 @pytest.fixture
@@ -155,6 +159,31 @@ def test_a_url_that_keeps_no_files_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=r"^(cannot open )?--out .*name a folder"):
         make(corpus, tmp_path, out=url)
+
+
+def test_an_output_at_a_url_is_verified_as_a_local_one(
+    built: Path, at_url: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines(place: Path | str) -> list[str]:
+        with suppress(UserError):
+            verify.main([str(place), "--workers", "1"])
+        return capsys.readouterr().out.replace("storage://bucket/data", str(at_url)).splitlines()
+
+    shutil.copytree(built, at_url)
+    (line,) = lines(URL)
+    assert line.startswith(f"{at_url}: sound; ")
+    for name in ("shard-000001.tar", "manifest.json", "index.parquet"):
+        path = at_url / "valid" / name
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    shard = at_url / "train" / "shard-000002.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"ustar", b"usual", 1))
+    (at_url / "train" / "shard-000000.tar").unlink()
+    (at_url / "train" / "thesis.pdf").touch()
+    damages = lines(at_url)
+    assert lines(URL) == damages and len(damages) > 4
+    shutil.rmtree(at_url)
+    with pytest.raises(UserError, match="storage://bucket/data holds neither train/ nor valid/"):
+        verify.main([URL])
 
 
 class NotFoundError(Exception):
