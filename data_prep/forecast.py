@@ -4,13 +4,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from data_prep.choice import ALL, Choice
 from data_prep.formats import FORMATS, Format
 from data_prep.options import CORES
 from data_prep.output import OutputSettings
 from data_prep.pack import chunks_per_shard
+from data_prep.ranges import useful_workers
 from data_prep.sources import TEXT, Part, Skip
 from i3dist.data.manifest import archive_size
 from i3dist.data.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ BYTES_PER_TOKEN = 4.0
 
 _PARTS, _SECONDS_PER_PART, _BYTES_PER_PART = 3, 2.0, 1 << 20
 _PACK_RATE = 40e6  # tokens per second of a process, docs/performance.md
+_INDEX_RATE = 1e6  # documents per second, of one process
 _BYTES_PER_DOCUMENT = 150  # of a run and of the index: hashes, id, url
 _BYTES_PER_HASH = 52  # of --deduplicate: beside the run, and sorted
 _TRUSTED = 0.8  # the share of an estimate that is surely needed
@@ -131,6 +133,31 @@ def measure(
     return Sample(len(parts), tokens, kept, seconds)
 
 
+class Times(NamedTuple):
+    """Seconds that the steps of a run take, about."""
+
+    tokenizing: float
+    packing: float
+    finishing: float
+
+    @classmethod
+    def of(cls, sample: Sample, tokens: int, processes: int, nodes: int) -> Self | None:
+        """The times with so many processes on each node; None if the sample was not tokenized."""
+        if sample.seconds is None:
+            return None
+        packing = useful_workers(tokens // nodes, processes)
+        return cls(
+            sample.seconds / (processes * nodes),
+            tokens / _PACK_RATE / (packing * nodes),
+            sample.documents / _INDEX_RATE,
+        )
+
+    @property
+    def all(self) -> float:
+        """Of all steps."""
+        return sum(self)
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a run makes and takes, about."""
@@ -140,23 +167,22 @@ class Forecast:
     chunks_per_shard: int
     output_bytes: int
     run_bytes: int
+    nodes: int
     processes: int
-    seconds: float | None
+    """Of each node."""
+    times: Times | None
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, sample: Sample, settings: OutputSettings, workers: int) -> Self:
-        """The forecast for these settings and this many workers."""
+    def of(cls, sample: Sample, settings: OutputSettings, workers: int, nodes: int = 1) -> Self:
+        """The forecast for these settings and this many workers on each of so many nodes."""
         tokens = round(sample.tokens + 2 * sample.documents)
         labels = round(sample.documents * _BYTES_PER_DOCUMENT)
         hashed = round(sample.documents * _BYTES_PER_HASH) if settings.deduplicate else 0
         chunks = settings.chunks_per_shard or chunks_per_shard(tokens, settings.chunk_length)
         shards = -(-tokens // (chunks * settings.chunk_length))
         token_bytes = settings.token_type(settings.vocab_size).dtype.itemsize
-        processes = max(1, min(workers, CORES, sample.parts))
-        seconds = None
-        if sample.seconds is not None:
-            seconds = (sample.seconds + tokens / _PACK_RATE) / processes
+        processes = max(1, min(workers, CORES, -(-sample.parts // nodes)))
         return cls(
             tokens=tokens,
             shards=shards,
@@ -166,8 +192,9 @@ class Forecast:
             // (chunks * settings.chunk_length)
             + labels,
             run_bytes=tokens * token_bytes + labels + hashed,
+            nodes=nodes,
             processes=processes,
-            seconds=seconds,
+            times=Times.of(sample, tokens, processes, nodes),
             notes=tuple(_notes(sample, settings)),
         )
 
@@ -182,12 +209,19 @@ class Forecast:
         made += f"{self.chunks_per_shard:,} chunks, {_short(self.output_bytes)}B"
         disk = f"about {_short(self.disk_bytes)}B of disk while it works; "
         disk += f"{_short(free)}B are free at {folder}"
-        if self.seconds is None:
-            took = f"{BYTES_PER_TOKEN:.0f} bytes a token assumed: there is no tokenizer to measure"
+        return [made, disk, self._took(), *self.notes]
+
+    def _took(self) -> str:
+        times = self.times
+        if times is None:
+            return f"{BYTES_PER_TOKEN:.0f} bytes a token assumed: there is no tokenizer to measure"
+        if self.nodes == 1:
+            took = f"about {_duration(times.all)} in {self.processes} processes"
         else:
-            took = f"about {_duration(self.seconds)} in {self.processes} processes, as a sample "
-            took += "was tokenized"
-        return [made, disk, took, *self.notes]
+            took = f"about {_duration(times.tokenizing)} to tokenize and "
+            took += f"{_duration(times.packing)} to pack on {self.nodes:,} machines with "
+            took += f"{self.processes} processes each, and {_duration(times.finishing)} to finish"
+        return f"{took}, as a sample was tokenized"
 
     def check(self, folder: Path, free: int, most_shards: int) -> None:
         """Refuse what surely exceeds a limit or the disk.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import forecast, preparation
+from data_prep import beginning, forecast
 from data_prep.files import file_source
 from data_prep.forecast import Forecast, Sample, measure
 from data_prep.options import CORES
@@ -38,7 +38,7 @@ def test_ten_billion_tokens_by_hand() -> None:
     # 2,048 members of 512 + 1,024 bytes, and 1.5 GB of ids and urls.
     assert found.output_bytes == pytest.approx(30.1e9 + 1.5e9, rel=0.01)
     assert found.run_bytes == pytest.approx(20e9 + 1.5e9, rel=0.01)
-    assert found.seconds == pytest.approx((7200 + 250) / min(2, CORES), rel=0.01)
+    assert found.times and found.times.all == pytest.approx((7200 + 250) / min(2, CORES), rel=0.01)
     assert found.lines(Path("out"), 10**12) == [
         "about 10.0 G tokens, 9,556 shards of 2,048 chunks, 31.6 GB",
         "about 53.2 GB of disk while it works; 1.0 TB are free at out",
@@ -108,7 +108,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_tokenizes(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And goes on when there is room."""
-    monkeypatch.setattr(preparation, "FORECAST_BYTES", 1)
+    monkeypatch.setattr(beginning, "FORECAST_BYTES", 1)
     spilled = counting(monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(Output, "free_bytes", lambda _: 1000)
@@ -116,7 +116,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_tokenizes(
             with pytest.raises(UserError, match=r"disk are needed at .*: free some, or choose"):
                 build(texts, tmp_path / "out", *options)
     with monkeypatch.context() as patched:
-        patched.setattr(preparation, "MAX_SHARDS", 1)
+        patched.setattr(beginning, "MAX_SHARDS", 1)
         with pytest.raises(UserError, match=r"about .* shards, more than 1: raise --chunks-per"):
             build(texts, tmp_path / "out")
     assert not spilled
