@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 
 from data_prep.choice import ALL, Choice
 from data_prep.formats import FORMATS, Format
+from data_prep.merge import MAX_RUNS
 from data_prep.options import CORES
 from data_prep.output import OutputSettings
 from data_prep.pack import chunks_per_shard
@@ -24,8 +25,9 @@ BYTES_PER_TOKEN = 4.0
 """Where there is no tokenizer yet."""
 
 _PARTS, _SECONDS_PER_PART, _BYTES_PER_PART = 3, 2.0, 1 << 20
-_PACK_RATE = 40e6  # tokens per second of a process, docs/performance.md
-_INDEX_RATE = 1e6  # documents per second, of one process
+_PACK_RATE, _MERGE_RATE = 40e6, 100e6  # tokens per second of a process, docs/performance.md
+_INDEX_RATE = 2e6  # documents per second, of the one process that writes the index
+_RUN_TOKENS = 15e6  # where parts are large
 _BYTES_PER_DOCUMENT = 150  # of a run and of the index: hashes, id, url
 _BYTES_PER_HASH = 52  # of --deduplicate: beside the run, and sorted
 _TRUSTED = 0.8  # the share of an estimate that is surely needed
@@ -145,10 +147,13 @@ class Times(NamedTuple):
         """The times with so many processes on each node; None if the sample was not tokenized."""
         if sample.seconds is None:
             return None
-        packing = useful_workers(tokens // nodes, processes)
+        packers = nodes * useful_workers(tokens // nodes, processes)
+        packing = tokens / _PACK_RATE
+        if _is_merged(tokens):
+            packing += tokens / _MERGE_RATE
         return cls(
             sample.seconds / (processes * nodes),
-            tokens / _PACK_RATE / (packing * nodes),
+            packing / packers,
             sample.documents / _INDEX_RATE,
         )
 
@@ -200,8 +205,9 @@ class Forecast:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes on disk while the run works."""
-        return self.output_bytes + self.run_bytes
+        """Bytes on disk while the run works; several nodes hold merged runs until the end."""
+        copies = 2 if self.nodes > 1 and _is_merged(self.tokens) else 1
+        return self.output_bytes + copies * self.run_bytes
 
     def lines(self, folder: Path, free: int) -> list[str]:
         """What to tell; `free` bytes are free where `folder` will be."""
@@ -215,12 +221,13 @@ class Forecast:
         times = self.times
         if times is None:
             return f"{BYTES_PER_TOKEN:.0f} bytes a token assumed: there is no tokenizer to measure"
+        processes = f"{self.processes} process" + "es" * (self.processes > 1)
         if self.nodes == 1:
-            took = f"about {_duration(times.all)} in {self.processes} processes"
+            took = f"about {_duration(times.all)} in {processes}"
         else:
             took = f"about {_duration(times.tokenizing)} to tokenize and "
             took += f"{_duration(times.packing)} to pack on {self.nodes:,} machines with "
-            took += f"{self.processes} processes each, and {_duration(times.finishing)} to finish"
+            took += f"{processes} each, and {_duration(times.finishing)} to finish"
         return f"{took}, as a sample was tokenized"
 
     def check(self, folder: Path, free: int, most_shards: int) -> None:
@@ -246,6 +253,11 @@ def _notes(sample: Sample, settings: OutputSettings) -> Iterator[str]:
         yield "duplicates are counted in: how many there are is not known beforehand"
     if sample.seconds is None and (settings.min_tokens or settings.max_tokens):
         yield "documents that are too short or too long are counted in: there is no tokenizer yet"
+
+
+def _is_merged(tokens: int) -> bool:
+    """Whether so many tokens are in so many runs that these are merged before they are packed."""
+    return tokens > MAX_RUNS * _RUN_TOKENS
 
 
 def _short(number: float) -> str:

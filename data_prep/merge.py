@@ -8,7 +8,7 @@ about as long as a range.
 
 A task merges for itself what its own partitions need, so it waits for no other: their ranges, and
 the next ones, whose first documents complete their last shards. What is merged is removed once its
-partition is packed. So disk holds merged runs only where there is no shard yet.
+partition is packed.
 """
 
 from collections.abc import Callable, Mapping, Sequence

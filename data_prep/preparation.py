@@ -88,6 +88,8 @@ class Preparation:
                 self._say("all is packed: run the same command with --merge alone, to finish")
                 return
             _, summaries = self._tokenized()
+            if error := self._nothing_taken(summaries):
+                raise error
             second = self._second_pass(summaries, share)
             ranges = second.pack()
         total = second.plan.layout.ranges
@@ -129,7 +131,9 @@ class Preparation:
 
     def _finish(self, plan: SpillPlan, summaries: Sequence[PartSummary], start: float) -> None:
         """Pass 2 of all that is not packed, and publish; `start` is the time to count from."""
-        self._refuse_nothing(summaries)
+        if error := self._nothing_taken(summaries):
+            self._output.abandon()
+            raise error
         second = self._second_pass(summaries)
         settings, summaries = self.beginning.settings, second.left
         sources = count_sources(self.beginning.source, plan.parts, summaries)
@@ -146,18 +150,17 @@ class Preparation:
         if self.beginning.source.left_out:
             self._say(f"left out: {self.beginning.source.left_out}")
 
-    def _refuse_nothing(self, summaries: Sequence[PartSummary]) -> None:
-        """Remove what was begun of a source of which no document is taken, and say so."""
+    def _nothing_taken(self, summaries: Sequence[PartSummary]) -> UserError | None:
+        """What is wrong with a source of which no document is taken."""
         if any(summary.documents for summary in summaries):
-            return
-        self._output.abandon()
+            return None
         name = self.beginning.settings.source
         if any(summary.usable for summary in summaries):
-            raise UserError(
+            return UserError(
                 f"of {name} no document is taken: raise the weight of a --source, or set another "
                 "--seed"
             )
-        raise no_usable_document(name, _skipped(summaries))
+        return no_usable_document(name, _skipped(summaries))
 
     def _second_pass(
         self, summaries: Sequence[PartSummary], share: TaskShare = ALONE

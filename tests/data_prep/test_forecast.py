@@ -47,6 +47,22 @@ def test_ten_billion_tokens_by_hand() -> None:
     ]
 
 
+def test_several_machines_share_all_but_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 30 billion tokens packing sorts once more, and the disk holds both forms."""
+    monkeypatch.setattr(forecast, "CORES", 16)
+    sample = Sample(10_000, 1.3e12, 1.3e9, 52_000.0)
+    alone, shared = (Forecast.of(sample, SETTINGS, 16, nodes) for nodes in (1, 32))
+    assert alone.times and shared.times
+    packing = alone.tokens / 40e6 + alone.tokens / 100e6
+    assert alone.times == pytest.approx((52_000 / 16, packing / 16, 650))
+    assert shared.times == pytest.approx((52_000 / 512, packing / 512, 650))
+    assert shared.disk_bytes == alone.disk_bytes + alone.run_bytes
+    assert shared.lines(Path("out"), 10**13)[2] == (
+        "about 102 s to tokenize and 89 s to pack on 32 machines with 16 processes each, and 11 "
+        "min to finish, as a sample was tokenized"
+    )
+
+
 @pytest.mark.parametrize("changes", [{"vocab_size": 128_256}, {"format": "chat"}])
 def test_tokens_of_four_bytes_take_twice_the_disk(changes: dict[str, object]) -> None:
     settings = SETTINGS.model_copy(update=changes)
@@ -97,6 +113,8 @@ def test_a_dry_run_shows_all_and_makes_nothing(
     texts: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool
 ) -> None:
     options = ["--tokenizer", built / "tokenizer.json"] if given else []
+    build(texts, tmp_path / "deep" / "out", "--dry-run", *options, "--task", "1/4")
+    assert ("on 4 machines with 1 process each" in capsys.readouterr().out) == given
     build(texts, tmp_path / "deep" / "out", "--dry-run", *options)
     said = capsys.readouterr().out
     assert said.count("about") == 3 - (not given) and "free at" in said

@@ -138,6 +138,19 @@ def test_nothing_to_merge(corpus: Corpus, tmp_path: Path) -> None:
     run_all(corpus[0], tmp_path / "out", ["1/1"])
 
 
+def test_a_source_without_text_is_refused_by_whoever_packs_first(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" ")
+    (tmp_path / "tokenizer.txt").write_text(text_of(1))
+    build(tmp_path / "tokenizer.txt", tmp_path / "made", "--valid-fraction", 0)
+    options = ["--tokenizer", tmp_path / "made" / "tokenizer.json"]
+    out = tmp_path / "out"
+    build(tmp_path / "a.txt", out, "--task", "1/1", *options)
+    for step in (["--merge", "--task", "1/2"], ["--merge"]):
+        with pytest.raises(UserError, match="has no usable document"):
+            build(tmp_path / "a.txt", out, *step, *options)
+    assert not out.exists()
+
+
 def test_nothing_is_packed_before_all_is_tokenized(
     corpus: Corpus, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
