@@ -17,6 +17,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from data_prep.arguments import TaskShare
 from data_prep.evidence import Evidence, Saved
 from data_prep.formats import FORMATS
 from data_prep.locks import lock, locked_file
@@ -182,10 +183,10 @@ class Output:
             with suppress(OSError):
                 work.rmdir()
 
-    def locked_task(self, task: str) -> AbstractContextManager[None]:
-        """Lock out another process that does the same task."""
-        name = f"task-{task.replace('/', '-of-')}.lock"
-        busy = f"task {task} is at work in {self.folder} already: wait for it"
+    def locked_task(self, task: TaskShare, step: str) -> AbstractContextManager[None]:
+        """Lock out another process that does the same task of a step, "tokenizing" or "packing"."""
+        name = f"{step}-{task.index}-of-{task.of}.lock"
+        busy = f"task {task} is {step} in {self.folder} already: wait for it"
         return locked_file(self.folder / _WORK_NAME / name, busy)
 
     def is_complete(self, settings: OutputSettings, free: Set[str] = frozenset()) -> bool:

@@ -60,7 +60,7 @@ class Preparation:
         Raises:
             UserError: some parts cannot be read; all others are done.
         """
-        with self._output.locked_task(str(share)):
+        with self._output.locked_task(share, "tokenizing"):
             self._refuse_old_runs()
             is_begun = self._output.tokenizer.exists()
             plan = self.beginning.plan(with_broken=True)
@@ -83,7 +83,7 @@ class Preparation:
         Raises:
             UserError: some parts are not tokenized.
         """
-        with self._output.locked_task(f"pack {share}"):
+        with self._output.locked_task(share, "packing"):
             if self._output.is_moving:
                 self._say("all is packed: run the same command with --merge alone, to finish")
                 return

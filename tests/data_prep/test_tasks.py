@@ -21,6 +21,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from data_prep import ranges
+from data_prep.arguments import TaskShare
 from data_prep.files import FilePart, FileSource, file_source
 from data_prep.output import Output
 from data_prep.passes import failures
@@ -101,6 +102,17 @@ def unique(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@given(total=st.integers(0, 40), of=st.integers(1, 9))
+def test_shares_are_all_there_is_and_each_once(total: int, of: int) -> None:
+    """Also where each task does all, and begins with its own."""
+    shares = [TaskShare(index, of) for index in range(1, of + 1)]
+    assert [n for share in shares for n in share.block(total)] == list(range(total))
+    assert sorted(n for share in shares for n in share.numbers(total)) == list(range(total))
+    for share in shares:
+        order, own = share.first(range(total)), share.block(total)
+        assert order[: len(own)] == list(own) and sorted(order) == list(range(total))
+
+
 def test_a_run_without_merge_does_what_tasks_have_left(
     corpus: Corpus, built: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +179,7 @@ def test_nothing_is_packed_before_all_is_tokenized(
     packed = {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar")}
     build(corpus[0], out, "--merge", "--task", "1/2")
     assert {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar")} == packed
+    assert packed and not list(out.glob(".work/packed/*/splits/*/*.tar"))
     run_all(corpus[0], out, [])
     assert tree_digest(out) == tree_digest(built)
 
@@ -224,15 +237,19 @@ def test_a_task_runs_once_at_a_time_and_not_beside_a_merge(
 ) -> None:
     output = Output(tmp_path / "out")
     build(corpus[0], output.folder, "--begin")
-    with output.locked(shared=True), output.locked_work(shared=True), output.locked_task("1/2"):
-        with pytest.raises(UserError, match=r"task 1/2 is at work in .*out already: wait for it"):
-            build(corpus[0], output.folder, "--task", "1/2")
+    with (
+        output.locked(shared=True),
+        output.locked_work(shared=True),
+        output.locked_task(TaskShare(1, 2), "tokenizing"),
+        output.locked_task(TaskShare(1, 2), "packing"),
+    ):
+        for step, name in (([], "tokenizing"), (["--merge"], "packing")):
+            with pytest.raises(UserError, match=rf"task 1/2 is {name} in .* already: wait for it"):
+                build(corpus[0], output.folder, "--task", "1/2", *step)
         for step in ([], ["--merge"], ["--begin"]):
             with pytest.raises(UserError, match=r"another run is writing .*out: wait for it"):
                 build(corpus[0], output.folder, *step)
         build(corpus[0], output.folder, "--task", "2/2")
-        with output.locked_task("pack 1/2"), pytest.raises(UserError, match="task pack 1/2 is at"):
-            build(corpus[0], output.folder, "--merge", "--task", "1/2", "--chunk-length", 32)
     with output.locked(), pytest.raises(UserError, match="another run is writing"):
         build(corpus[0], output.folder, "--task", "1/2")
     run_all(corpus[0], output.folder, ["1/2"])
