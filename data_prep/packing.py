@@ -258,7 +258,18 @@ def pack_ranges(
 
 def assembled(plan: PackPlan, split: SplitPlan) -> tuple[Shard, ...]:
     """Write the index of a split from those of all ranges, which are packed; returns its shards."""
-    index = IndexWriter(plan.work.split(split.name))
+    with plan.work.making([split.name]) as folder:
+        index = IndexWriter(folder / split.name)
+        shards = _shards(plan, split, index)
+        index.close()
+        sync(index.path)
+        index.path.replace(plan.work.split(split.name) / index.path.name)
+    sync(plan.work.split(split.name))
+    return tuple(shards)
+
+
+def _shards(plan: PackPlan, split: SplitPlan, index: IndexWriter) -> list[Shard]:
+    """All shards of a split; the rows of all ranges are added to its index."""
     shards: list[Shard] = []
     full = plan.framing.chunks_per_shard
     chunks = -(-split.tokens // plan.framing.chunk_length)
@@ -273,9 +284,7 @@ def assembled(plan: PackPlan, split: SplitPlan) -> tuple[Shard, ...]:
         for file in record.shards[split.name]:
             count = min(full, chunks - len(shards) * full)
             shards.append(file.shard(count))
-    index.close()
-    sync(index.path)
-    return tuple(shards)
+    return shards
 
 
 def _changed() -> UserError:
