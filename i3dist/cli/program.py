@@ -19,6 +19,9 @@ from i3dist.errors import UserError, reason
 # Most errors hit all ranks alike. The other ranks wait so long before they print theirs; meanwhile
 # the first has printed its own and exited, and the launcher ends the others.
 OTHERS_WAIT_SECONDS = 3.0
+# srun ends the others as soon as one exits. Before they have met, those that started later need so
+# long until they can leave with status 1 (`programs.train.start`).
+LATE_SECONDS = 3.0
 HELP_WIDTH = 80
 DEBUG = "I3DIST_DEBUG"  # set to 1, tracebacks are printed too
 
@@ -121,12 +124,16 @@ def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
 
 def _leave(message: str) -> NoReturn:
     rank = _rank()
+    meeting = _tell_others is None and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    late = LATE_SECONDS * meeting
     if rank != "0":
-        time.sleep(OTHERS_WAIT_SECONDS)
+        time.sleep(OTHERS_WAIT_SECONDS + late)
     where = "" if rank == "0" else f"[rank {rank}] "
     print(f"{where}error: {as_typed(message)}", file=sys.stderr, flush=True)
     if _tell_others is not None:
         _tell_others()
+    elif rank == "0":
+        time.sleep(late)
     os._exit(1)
 
 

@@ -105,7 +105,7 @@ def without_gpus(words: Sequence[str]) -> list[str]:
 
 def start() -> None:
     """Run the program."""
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         # srun ends ranks by SIGTERM when another has failed; they leave with the status of that.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     with one_line_errors():
