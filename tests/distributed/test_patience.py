@@ -1,6 +1,6 @@
 """How long work may take: what was seen of its kind decides, never less than a floor."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from i3dist.distributed.patience import STEP, Patience
@@ -23,7 +23,9 @@ def test_a_number_is_the_limit_of_all_work(number: float, works: list[tuple[str,
     assert patience.endless == (number == 0)
 
 
-@given(steps=st.lists(SECONDS, max_size=70))
+@given(steps=st.lists(SECONDS, min_size=45, max_size=55))
+@example(steps=[0.0] * 9 + [1000.0] + [0.0] * 40)
+@example(steps=[0.0] * 10 + [1000.0] + [0.0] * 39)
 def test_steps_have_a_limit_of_their_own_once_50_were_seen(steps: list[float]) -> None:
     """The first 10, which compile, do not raise it."""
     limit = after("auto", [(STEP, seconds) for seconds in steps]).limit(STEP)
