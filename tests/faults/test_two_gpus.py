@@ -1,7 +1,8 @@
 """Two ranks, on CPUs and on two GPUs where they are: what breaks one of them, and what goes on.
 
 On GPUs the blocks are compiled and replayed as CUDA graphs, and NCCL connects the ranks. About 12 s
-on CPUs; on two GPUs 4 minutes, `pytest -k "two_gpus and gpu" -rP` prints how long jobs took to end.
+on CPUs. For GPUs alone: `pytest -k "two_gpus and not cpu" -rP`, which prints how long jobs took to
+end.
 """
 
 import json
@@ -44,7 +45,7 @@ class Ranks:
         with pytest.MonkeyPatch.context() as environ:
             environ.setenv("INJECT_FAULT", fault or "")
             if self.device == "cpu":
-                return run_ranks(*all_words, ranks=ranks, script=script)
+                return run_ranks(*all_words, "train.device=cpu", ranks=ranks, script=script)
             return torchrun(script, *all_words, *WIDE, ranks=ranks)
 
 
