@@ -100,7 +100,7 @@ class Tokenizer:
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder in use. It is chosen when it is first needed: choosing compares ids."""
-        return choose_encoder(self._spec, self._backend, self._bytes)
+        return choose_encoder(self.sha256, self._spec, self._backend, self._bytes)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, never special ids. A lone surrogate in the text is a `UserError`."""
