@@ -20,8 +20,9 @@ from rich.console import Console
 from data_prep.files import file_source
 from data_prep.options import CORES
 from data_prep.output import Output, OutputSettings
-from data_prep.passes import SecondPass, SpillPlan, spill_all
+from data_prep.passes import SpillPlan, spill_all
 from data_prep.progress import pass_bar
+from data_prep.second_pass import SecondPass
 from data_prep.shuffle import PartSummary
 from i3dist.data.tokenizer import Tokenizer
 
@@ -51,11 +52,10 @@ def pack(
     settings: OutputSettings, output: Output, summaries: Sequence[PartSummary], workers: int
 ) -> tuple[int, float, float]:
     """Pack once; returns tokens, CPU-seconds and seconds."""
-    for folder in (output.work.ranges, output.work.split("train").parent):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(output.folder / ".work" / "packed", ignore_errors=True)
     start, before = time.monotonic(), sum(os.times()[:4])
     console = Console(file=io.StringIO())
-    manifests = SecondPass(settings, output, console, workers).run(summaries)
+    manifests = SecondPass(settings, output, summaries, console, workers).finish(None, {})
     spent = sum(os.times()[:4]) - before
     return sum(m.tokens for m in manifests.values()), spent, time.monotonic() - start
 

@@ -3,11 +3,12 @@
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
 Number = TypeVar("Number", int, float)
+Item = TypeVar("Item")
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -32,7 +33,7 @@ def number_in(
 
 @dataclass(frozen=True)
 class TaskShare:
-    """Every `of`-th thing, from number `index` on, which counts from 1."""
+    """What task `index` of `of` tasks does of something. `index` counts from 1."""
 
     index: int
     of: int
@@ -46,9 +47,25 @@ class TaskShare:
         return cls(int(found[1]), int(found[2]))
 
     def numbers(self, total: int) -> range:
-        """Which of the numbers below `total` it has."""
+        """Its share of the numbers below `total`: every `of`-th."""
         return range(self.index - 1, total, self.of)
+
+    def block(self, total: int) -> range:
+        """Its share of the numbers below `total`: neighbors."""
+        return range(total * (self.index - 1) // self.of, total * self.index // self.of)
+
+    def first(self, items: Sequence[Item]) -> list[Item]:
+        """All items, from its own block of them on.
+
+        For work that every task needs done, and of which each begins with another piece.
+        """
+        start = self.block(len(items)).start
+        return [*items[start:], *items[:start]]
 
     def __str__(self) -> str:
         """As it was typed."""
         return f"{self.index}/{self.of}"
+
+
+ALONE = TaskShare(1, 1)
+"""The share of a process that does all."""

@@ -14,7 +14,6 @@ There are as many ranges as groups, each of about `GROUP_DOCUMENTS` hashes. So t
 for each pair of a group and a range: 260,000 for 1.5 billion documents.
 """
 
-import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.arguments import ALONE, TaskShare
 from data_prep.evidence import Saved
 from data_prep.runs import Run, write_marks
 from data_prep.shuffle import HASH_END, PartSummary
@@ -76,13 +76,15 @@ class GroupResult(Saved):
 class Deduplication:
     """Marks the duplicates among the documents of all parts.
 
-    `digest` is of all that pass 1 has read: it tells whether work in `folder` is of the same runs.
+    Several tasks may do this at once, each of which begins with its `share`. What others have done
+    meanwhile is not done again.
     """
 
     summaries: Sequence[PartSummary]
     runs: Path
     folder: Path
-    digest: str
+    """For what is done, and is of these summaries alone."""
+    share: TaskShare = ALONE
 
     @cached_property
     def groups(self) -> list[list[RunNumber]]:
@@ -101,7 +103,7 @@ class Deduplication:
 
     def run(self, workers: int, report: Report) -> list[PartSummary]:
         """Do what is not done yet; returns the summaries of what is left. `report` counts steps."""
-        self._begin()
+        self.folder.mkdir(parents=True, exist_ok=True)
         numbers = range(len(self.groups))
         todo = [number for number in numbers if not self.result(number)]
         report(STEPS * (len(numbers) - len(todo)), 0)
@@ -112,20 +114,15 @@ class Deduplication:
             report(len(todo), 0)
             self._do(Marking(self), todo, workers)
             report(len(todo), 0)
-        for number in numbers:  # every group is marked, so these are of no more use
-            self.sorted(number).unlink(missing_ok=True)
-            self.found(number).unlink(missing_ok=True)
         return self._left()
 
-    def _do(self, task: Task[int, None], numbers: Sequence[int], workers: int) -> None:
-        run_jobs(task, numbers, workers, lambda *_: None)
+    def clear(self) -> None:
+        """Remove what is of no use when every group is marked, and no other task is at work."""
+        for path in self.folder.glob("*.npy"):
+            path.unlink()
 
-    def _begin(self) -> None:
-        path = self.folder / "digest"
-        if not path.exists() or path.read_text() != self.digest:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            write_whole(path, self.digest.encode())
+    def _do(self, task: Task[int, None], numbers: Sequence[int], workers: int) -> None:
+        run_jobs(task, self.share.first(numbers), workers, lambda *_: None)
 
     def _left(self) -> list[PartSummary]:
         left: dict[int, Kept] = {}
@@ -176,6 +173,8 @@ class Sorting:
         return self._sort
 
     def _sort(self, group: int) -> None:
+        if self.plan.sorted(group).exists():
+            return
         tables = [np.empty(0, ENTRY)]
         for part, number in self.plan.groups[group]:
             found = read_hashes(self.plan.path((part, number)))
@@ -199,6 +198,8 @@ class Finding:
         return self._find
 
     def _find(self, number: int) -> None:
+        if self.plan.found(number).exists():
+            return
         count = len(self.plan.groups)
         edges = [(1 << 64) * n // count for n in (number, number + 1)]
         paths = map(self.plan.sorted, range(count))
@@ -241,6 +242,8 @@ class Marking:
         return self._mark
 
     def _mark(self, group: int) -> None:
+        if self.plan.result(group):
+            return
         runs = self.plan.groups[group]
         paths = map(self.plan.found, range(len(self.plan.groups)))
         found = [_slice(path, _run_number, runs[0], _after(runs[-1])) for path in paths]

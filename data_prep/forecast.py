@@ -4,13 +4,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from data_prep.choice import ALL, Choice
 from data_prep.formats import FORMATS, Format
+from data_prep.merge import MAX_RUNS
 from data_prep.options import CORES
 from data_prep.output import OutputSettings
 from data_prep.pack import chunks_per_shard
+from data_prep.ranges import useful_workers
 from data_prep.sources import TEXT, Part, Skip
 from i3dist.data.manifest import archive_size
 from i3dist.data.tokenizer import Tokenizer
@@ -23,7 +25,9 @@ BYTES_PER_TOKEN = 4.0
 """Where there is no tokenizer yet."""
 
 _PARTS, _SECONDS_PER_PART, _BYTES_PER_PART = 3, 2.0, 1 << 20
-_PACK_RATE = 40e6  # tokens per second of a process, docs/performance.md
+_PACK_RATE, _MERGE_RATE = 40e6, 100e6  # tokens per second of a process, docs/performance.md
+_INDEX_RATE = 2e6  # documents per second, of the one process that writes the index
+_RUN_TOKENS = 15e6  # where parts are large
 _BYTES_PER_DOCUMENT = 150  # of a run and of the index: hashes, id, url
 _BYTES_PER_HASH = 52  # of --deduplicate: beside the run, and sorted
 _TRUSTED = 0.8  # the share of an estimate that is surely needed
@@ -131,6 +135,34 @@ def measure(
     return Sample(len(parts), tokens, kept, seconds)
 
 
+class Times(NamedTuple):
+    """Seconds that the steps of a run take, about."""
+
+    tokenizing: float
+    packing: float
+    finishing: float
+
+    @classmethod
+    def of(cls, sample: Sample, tokens: int, processes: int, nodes: int) -> Self | None:
+        """The times with so many processes on each node; None if the sample was not tokenized."""
+        if sample.seconds is None:
+            return None
+        packers = nodes * useful_workers(tokens // nodes, processes)
+        packing = tokens / _PACK_RATE
+        if _is_merged(tokens):
+            packing += tokens / _MERGE_RATE
+        return cls(
+            sample.seconds / (processes * nodes),
+            packing / packers,
+            sample.documents / _INDEX_RATE,
+        )
+
+    @property
+    def all(self) -> float:
+        """Of all steps."""
+        return sum(self)
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a run makes and takes, about."""
@@ -140,23 +172,22 @@ class Forecast:
     chunks_per_shard: int
     output_bytes: int
     run_bytes: int
+    nodes: int
     processes: int
-    seconds: float | None
+    """Of each node."""
+    times: Times | None
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, sample: Sample, settings: OutputSettings, workers: int) -> Self:
-        """The forecast for these settings and this many workers."""
+    def of(cls, sample: Sample, settings: OutputSettings, workers: int, nodes: int = 1) -> Self:
+        """The forecast for these settings and this many workers on each of so many nodes."""
         tokens = round(sample.tokens + 2 * sample.documents)
         labels = round(sample.documents * _BYTES_PER_DOCUMENT)
         hashed = round(sample.documents * _BYTES_PER_HASH) if settings.deduplicate else 0
         chunks = settings.chunks_per_shard or chunks_per_shard(tokens, settings.chunk_length)
         shards = -(-tokens // (chunks * settings.chunk_length))
         token_bytes = settings.token_type(settings.vocab_size).dtype.itemsize
-        processes = max(1, min(workers, CORES, sample.parts))
-        seconds = None
-        if sample.seconds is not None:
-            seconds = (sample.seconds + tokens / _PACK_RATE) / processes
+        processes = max(1, min(workers, CORES, -(-sample.parts // nodes)))
         return cls(
             tokens=tokens,
             shards=shards,
@@ -166,15 +197,17 @@ class Forecast:
             // (chunks * settings.chunk_length)
             + labels,
             run_bytes=tokens * token_bytes + labels + hashed,
+            nodes=nodes,
             processes=processes,
-            seconds=seconds,
+            times=Times.of(sample, tokens, processes, nodes),
             notes=tuple(_notes(sample, settings)),
         )
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes on disk while the run works."""
-        return self.output_bytes + self.run_bytes
+        """Bytes on disk while the run works; several nodes hold merged runs until the end."""
+        copies = 2 if self.nodes > 1 and _is_merged(self.tokens) else 1
+        return self.output_bytes + copies * self.run_bytes
 
     def lines(self, folder: Path, free: int) -> list[str]:
         """What to tell; `free` bytes are free where `folder` will be."""
@@ -182,12 +215,20 @@ class Forecast:
         made += f"{self.chunks_per_shard:,} chunks, {_short(self.output_bytes)}B"
         disk = f"about {_short(self.disk_bytes)}B of disk while it works; "
         disk += f"{_short(free)}B are free at {folder}"
-        if self.seconds is None:
-            took = f"{BYTES_PER_TOKEN:.0f} bytes a token assumed: there is no tokenizer to measure"
+        return [made, disk, self._took(), *self.notes]
+
+    def _took(self) -> str:
+        times = self.times
+        if times is None:
+            return f"{BYTES_PER_TOKEN:.0f} bytes a token assumed: there is no tokenizer to measure"
+        processes = f"{self.processes} process" + "es" * (self.processes > 1)
+        if self.nodes == 1:
+            took = f"about {_duration(times.all)} in {processes}"
         else:
-            took = f"about {_duration(self.seconds)} in {self.processes} processes, as a sample "
-            took += "was tokenized"
-        return [made, disk, took, *self.notes]
+            took = f"about {_duration(times.tokenizing)} to tokenize and "
+            took += f"{_duration(times.packing)} to pack on {self.nodes:,} machines with "
+            took += f"{processes} each, and {_duration(times.finishing)} to finish"
+        return f"{took}, as a sample was tokenized"
 
     def check(self, folder: Path, free: int, most_shards: int) -> None:
         """Refuse what surely exceeds a limit or the disk.
@@ -212,6 +253,11 @@ def _notes(sample: Sample, settings: OutputSettings) -> Iterator[str]:
         yield "duplicates are counted in: how many there are is not known beforehand"
     if sample.seconds is None and (settings.min_tokens or settings.max_tokens):
         yield "documents that are too short or too long are counted in: there is no tokenizer yet"
+
+
+def _is_merged(tokens: int) -> bool:
+    """Whether so many tokens are in so many runs that these are merged before they are packed."""
+    return tokens > MAX_RUNS * _RUN_TOKENS
 
 
 def _short(number: float) -> str:

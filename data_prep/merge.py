@@ -4,8 +4,11 @@ Packing maps all runs of a partition at once, and takes a slice of every run for
 more than `MAX_RUNS` runs (beyond 30 billion tokens) these slices get shorter than a document and
 their number grows with the square of the corpus. Then runs are merged first: groups of `GROUP_RUNS`
 runs become one run for each partition of the keys. The partitions are as many as make a merged run
-about as long as a range. Each group is recorded when it is synced, and its old runs are removed, so
-merging needs no more disk than one group for each worker.
+about as long as a range.
+
+A task merges for itself what its own partitions need, so it waits for no other: their ranges, and
+the next ones, whose first documents complete their last shards. What is merged is removed once its
+partition is packed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +17,11 @@ from pathlib import Path
 from typing import Self
 
 from data_prep import ranges
-from data_prep.evidence import Saved
-from data_prep.ranges import Partition, edge, number_of_ranges
+from data_prep.arguments import TaskShare
+from data_prep.ranges import Partition, RunGroup, edge, number_of_ranges
 from data_prep.runs import RunReader
 from data_prep.shuffle import write_run
 from data_prep.workers import Report, run_jobs
-from i3dist.errors import UserError
-from i3dist.files import write_whole
 
 MAX_RUNS = 2048
 GROUP_RUNS = 512
@@ -51,91 +52,73 @@ class Layout:
         start, stop = (self.ranges * n // self.partitions for n in (number, number + 1))
         return range(start, stop)
 
+    def share(self, share: TaskShare) -> range:
+        """Numbers of the ranges that a task packs: whole partitions where runs are merged."""
+        if not self.groups:
+            return share.block(self.ranges)
+        block = share.block(self.partitions)
+        return range(*(self.ranges * n // self.partitions for n in (block.start, block.stop)))
 
-class GroupRecord(Saved):
-    """The merged runs of a group: the size of each in bytes, by its partition."""
-
-    digest: str
-    sizes: Mapping[int, int]
+    def with_any(self, numbers: Sequence[int]) -> list[int]:
+        """Numbers of the partitions that have any of these ranges."""
+        held = set(numbers)
+        return [n for n in range(self.partitions) if held.intersection(self.partition(n))]
 
 
 @dataclass(frozen=True)
 class MergeTask:
-    """Merges groups of runs into `folder`. `digest` tells which runs these are."""
+    """Merges groups of runs into `folder`, each into a run for every partition that is needed."""
 
     layout: Layout
     folder: Path
-    digest: str
+    needed: Mapping[int, range]
+    """For the number of each partition that is needed, the ranges whose documents it gets."""
 
-    def start(self, report: Report) -> Callable[[tuple[int, Sequence[Path]]], None]:
-        """A function that merges a group, given with its number."""
+    def start(self, report: Report) -> Callable[[RunGroup], None]:
+        """A function that merges a group; what is merged already stays."""
 
-        def merge(group: tuple[int, Sequence[Path]]) -> None:
+        def merge(group: RunGroup) -> None:
             number, paths = group
-            sizes = self._merge(number, RunReader(paths), report)
-            record = GroupRecord(digest=self.digest, sizes=sizes)
-            write_whole(self._record(number), record.model_dump_json().encode())
-            _remove(paths)
+            todo = [place for place in self.needed if not self.path(number, place).exists()]
+            reader = RunReader(paths if todo else [])
+            for place in todo:
+                report(0, self._merge(reader, self.needed[place], self.path(number, place)))
             report(1, 0)
 
         return merge
 
-    def _merge(self, number: int, reader: RunReader, report: Report) -> dict[int, int]:
-        sizes = {}
-        for place in range(self.layout.partitions):
-            part = self.layout.partition(place)
-            keys = reader.seek(*(edge(n, self.layout.ranges) for n in (part.start, part.stop)))
-            if len(keys.order):
-                path = self.path(number, place)
-                write_run(reader.table(keys.order), path)
-                sizes[place] = path.stat().st_size
-            report(0, int(keys.lengths.sum()))
-        return sizes
+    def _merge(self, reader: RunReader, part: range, path: Path) -> int:
+        """Write the documents of some ranges as a run, an empty file if there are none."""
+        keys = reader.seek(*(edge(n, self.layout.ranges) for n in (part.start, part.stop)))
+        if len(keys.order):
+            write_run(reader.table(keys.order), path)
+        else:
+            path.touch()
+        return int(keys.lengths.sum())
 
     def path(self, group: int, partition: int) -> Path:
         """Path of a merged run."""
         return self.folder / f"group-{group:06d}-partition-{partition:06d}.arrow"
 
-    def finished(self, group: int) -> GroupRecord | None:
-        """The record of a group that is merged, and whose runs are there."""
-        record = GroupRecord.load(self._record(group))
-        if record is None or record.digest != self.digest:
-            return None
-        paths = {self.path(group, place): size for place, size in record.sizes.items()}
-        there = (path.is_file() and path.stat().st_size == size for path, size in paths.items())
-        return record if all(there) else None
-
-    def _record(self, group: int) -> Path:
-        return self.folder / f"group-{group:06d}.json"
-
 
 def merged(task: MergeTask, runs: Sequence[Path], workers: int, report: Report) -> list[Partition]:
-    """Merge the groups that are not merged yet; returns the partitions. `report` counts groups."""
+    """Merge what is not merged yet; returns the partitions that are needed.
+
+    `report` counts groups.
+    """
     layout = task.layout
     if not layout.groups:
         return [Partition(range(layout.ranges), runs)]
-    task.folder.mkdir(exist_ok=True)
-    todo = []
-    for number in range(layout.groups):
-        group = runs[number * GROUP_RUNS : (number + 1) * GROUP_RUNS]
-        if task.finished(number):
-            _remove(group)  # a run that was killed may have left them
-        else:
-            todo.append((number, group))
-    report(layout.groups - len(todo), 0)
-    if not all(path.exists() for _, group in todo for path in group):
-        folder = task.folder.parent.parent
-        raise UserError(f"files in {task.folder} are missing: delete {folder} and make it again")
-    run_jobs(task, todo, workers, report)
-    held: list[list[Path]] = [[] for _ in range(layout.partitions)]
-    for number in range(layout.groups):
-        record = task.finished(number)
-        assert record
-        for place in record.sizes:
-            held[place].append(task.path(number, place))
-    return [Partition(layout.partition(place), paths) for place, paths in enumerate(held)]
+    task.folder.mkdir(parents=True, exist_ok=True)
+    groups = [runs[n * GROUP_RUNS : (n + 1) * GROUP_RUNS] for n in range(layout.groups)]
+    run_jobs(task, list(enumerate(groups)), workers, report)
+    return [
+        Partition(layout.partition(place), _written(task, place), is_merged=True)
+        for place in task.needed
+    ]
 
 
-def _remove(paths: Sequence[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+def _written(task: MergeTask, partition: int) -> list[Path]:
+    """The merged runs of a partition that hold any documents."""
+    paths = (task.path(group, partition) for group in range(task.layout.groups))
+    return [path for path in paths if path.stat().st_size]

@@ -77,7 +77,7 @@ def add_options(parser: ArgumentParser) -> None:
         help="a tokenizer.json of byte-level BPE, or OWNER/NAME of one on the hub; special tokens "
         "that it lacks are added (default: train it)",
     )
-    _add_steps(parser.add_mutually_exclusive_group())
+    _add_steps(parser)
     unset = {
         "vocab-size": f"--tokenizer's, else {DEFAULT_VOCABULARY}",
         "tokenizer-sample-mb": DEFAULT_SAMPLE_MB,
@@ -131,6 +131,8 @@ def check_choices(options: argparse.Namespace) -> None:
     Raises:
         UserError: they do.
     """
+    if options.begin and options.task:
+        raise UserError("--begin is one step for all tasks: omit --task")
     least, most = options.min_tokens, options.max_tokens
     if least is not None and most is not None and least > most:
         raise UserError(f"--min-tokens {least} is more than --max-tokens {most}: lower it")
@@ -156,23 +158,28 @@ def _out(text: str) -> Path:
     return typed_path(text)
 
 
-def _add_steps(group: argparse._MutuallyExclusiveGroup) -> None:
+def _add_steps(parser: ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="show about what would be made, the disk and the time that it takes, and stop",
+        help="show about what would be made, the disk and the time that it takes, and stop; with "
+        "--task 1/N the time on N machines like this one",
     )
     group.add_argument(
         "--begin", action="store_true", help="show that, make the tokenizer, and stop"
     )
     group.add_argument(
+        "--merge",
+        action="store_true",
+        help="pack what tasks have tokenized and not packed, and finish",
+    )
+    parser.add_argument(
         "--task",
         type=TaskShare.parse,
         metavar="I/N",
-        help="tokenize one of N shares of the parts, I = 1 to N, beside other tasks, and stop",
-    )
-    group.add_argument(
-        "--merge", action="store_true", help="pack what the tasks have tokenized, all of it"
+        help="do one of N shares, I = 1 to N, beside other tasks, and stop: of tokenizing, or with "
+        "--merge of packing, when all is tokenized",
     )
 
 

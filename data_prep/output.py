@@ -17,6 +17,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from data_prep.arguments import TaskShare
 from data_prep.evidence import Evidence, Saved
 from data_prep.formats import FORMATS
 from data_prep.locks import lock, locked_file
@@ -124,10 +125,12 @@ class Output:
         self.runs = folder / _WORK_NAME / "runs"
         self.facts = folder / _WORK_NAME / "source"
         self.plan = folder / _WORK_NAME / "plan.json"
-        self.merged_runs = folder / _WORK_NAME / "merged"
         self.duplicates = folder / _WORK_NAME / "duplicates"
-        self.work = WorkFolder(folder / _WORK_NAME / "splits", folder / _WORK_NAME / "ranges")
         self.tokenizer = folder / "tokenizer.json"
+
+    def work(self, digest: str) -> WorkFolder:
+        """Where splits are packed by the plan of this digest."""
+        return WorkFolder(self.folder / _WORK_NAME / "packed" / digest[:16])
 
     def settings(self) -> OutputSettings | None:
         """The settings that the folder was begun with; None where it is new."""
@@ -180,10 +183,10 @@ class Output:
             with suppress(OSError):
                 work.rmdir()
 
-    def locked_task(self, task: str) -> AbstractContextManager[None]:
-        """Lock out another process that does the same task."""
-        name = f"task-{task.replace('/', '-of-')}.lock"
-        busy = f"task {task} is at work in {self.folder} already: wait for it"
+    def locked_task(self, task: TaskShare, step: str) -> AbstractContextManager[None]:
+        """Lock out another process that does the same task of a step, "tokenizing" or "packing"."""
+        name = f"{step}-{task.index}-of-{task.of}.lock"
+        busy = f"task {task} is {step} in {self.folder} already: wait for it"
         return locked_file(self.folder / _WORK_NAME / name, busy)
 
     def is_complete(self, settings: OutputSettings, free: Set[str] = frozenset()) -> bool:
@@ -201,8 +204,7 @@ class Output:
             if not all(name.startswith(ours) for name in found):
                 raise UserError(f"{self.folder} holds other files: choose another --out")
             return False
-        is_packed = any((self.folder / split).exists() for split in (TRAIN, VALID))
-        free = frozenset() if is_packed else _OF_PACKING | free
+        free = frozenset() if self.is_moving else _OF_PACKING | free
         if difference := former.difference(settings, free):
             raise self.refusal(difference)
         folders = [self.folder / split for split in settings.splits]
@@ -256,24 +258,31 @@ class Output:
         """Write down the settings."""
         write_whole(self.folder / _SETTINGS_NAME, settings.model_dump_json(indent=1).encode())
 
-    def take_back(self) -> None:
+    @property
+    def is_moving(self) -> bool:
+        """Whether a run has begun to move splits into place: all of them are packed."""
+        return any((self.folder / split).exists() for split in (TRAIN, VALID))
+
+    def take_back(self, work: WorkFolder) -> None:
         """Take splits that a killed run has moved into place back, so as not to pack them again."""
         for split in (TRAIN, VALID):
-            final, staged = self.folder / split, self.work.split(split)
-            if final.exists() and not staged.exists():
+            final, staged = self.folder / split, work.split(split)
+            if final.exists() and work.splits.exists() and not staged.exists():
                 (final / MANIFEST_NAME).unlink(missing_ok=True)
-                staged.parent.mkdir(parents=True, exist_ok=True)
                 final.rename(staged)
+            shutil.rmtree(final, ignore_errors=True)
 
-    def publish(self, manifests: Mapping[str, Manifest], evidence: Evidence | None) -> None:
-        """Move the staged splits into place, and write their manifests last."""
+    def publish(
+        self, work: WorkFolder, manifests: Mapping[str, Manifest], evidence: Evidence | None
+    ) -> None:
+        """Move the packed splits into place, and write their manifests last."""
         if evidence:
             write_whole(self.folder / _EVIDENCE_NAME, evidence.model_dump_json().encode())
         for split in manifests:
             final = self.folder / split
             (final / MANIFEST_NAME).unlink(missing_ok=True)
             shutil.rmtree(final, ignore_errors=True)
-            self.work.split(split).rename(final)
+            work.split(split).rename(final)
         sync(self.folder)
         for split, manifest in manifests.items():
             manifest.write(self.folder / split)

@@ -3,20 +3,23 @@
 A job opens every run once and walks through its ranges in the order of the keys. It writes the
 shards whose first token lies in its block. So it skips the tokens of the shard before, and reads
 the first documents behind its block to complete its last shards. The bytes do not depend on how
-ranges are shared out. Each range is recorded once its shards are synced, and a run that continues
-packs the others only.
+ranges are shared out, among processes or tasks. Each range is recorded once its shards are synced,
+and a run that continues packs the others only.
 """
 
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_prep.merge import Layout
 from data_prep.pack import INDEX_SCHEMA, Framing, IndexWriter, ShardWriter, index_rows
 from data_prep.ranges import Counts, Partition, blocks, edge
 from data_prep.records import PackedFile, RangeRecord, WorkFolder
@@ -25,6 +28,9 @@ from data_prep.workers import Report, run_jobs
 from i3dist.data.manifest import Manifest, Shard, lowest_version
 from i3dist.errors import UserError
 from i3dist.files import sync, write_whole
+
+_CHECKS = 32
+"""Ranges whose files are looked at at once: a file system over the network takes its time."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,13 @@ class SplitPlan:
         shards, size = self.shards(ranges, framing), framing.shard_tokens
         return shards.start * size, min(shards.stop * size, self.tokens)
 
+    def reach(self, ranges: range, framing: Framing) -> int:
+        """The end of the ranges that hold all tokens of those shards."""
+        if not self.shards(ranges, framing):
+            return ranges.stop
+        _, stop = self.stretch(ranges, framing)
+        return max(ranges.stop, int(np.searchsorted(self.counts.tokens, stop)))
+
     def manifest(
         self, framing: Framing, shards: tuple[Shard, ...], origin: Mapping[str, Any]
     ) -> Manifest:
@@ -74,45 +87,83 @@ class SplitPlan:
 
 
 @dataclass(frozen=True)
-class PackTask:
-    """Packs blocks of ranges. `digest` is of all that decides the bytes."""
+class PackPlan:
+    """What is to be packed, where. `digest` is of all that decides the bytes."""
 
-    partitions: Sequence[Partition]
+    layout: Layout
     splits: Sequence[SplitPlan]
     framing: Framing
     work: WorkFolder
     digest: str
 
     @property
-    def ranges(self) -> int:
-        """Number of ranges."""
-        return self.partitions[-1].ranges.stop
+    def tokens(self) -> int:
+        """Tokens of all splits."""
+        return sum(split.tokens for split in self.splits)
+
+    def unfinished(self, ranges: range) -> list[int]:
+        """Which of these ranges are not packed yet, or no longer whole."""
+
+        def is_finished(number: int) -> bool:
+            return self.work.is_finished(number, self.digest)
+
+        with ThreadPoolExecutor(_CHECKS) as pool:
+            done = pool.map(is_finished, ranges)
+            return [number for number, is_done in zip(ranges, done, strict=True) if not is_done]
+
+    def needed(self, todo: Sequence[int]) -> dict[int, range]:
+        """The partitions that have any of the ranges `todo`, and all ranges that these read."""
+        parts = {place: self.layout.partition(place) for place in self.layout.with_any(todo)}
+        return {
+            place: range(part.start, max(split.reach(part, self.framing) for split in self.splits))
+            for place, part in parts.items()
+        }
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """Packs blocks of ranges of these partitions."""
+
+    plan: PackPlan
+    partitions: Sequence[Partition]
 
     def start(self, report: Report) -> Callable[[range], None]:
         """A function that packs a block."""
-        return lambda block: _Block(self, block).pack(report)
+
+        def pack(block: range) -> None:
+            partition = next(p for p in self.partitions if block.start in p.ranges)
+            with self.plan.work.making(split.name for split in self.plan.splits) as folder:
+                _Block(self.plan, block, partition, folder).pack(report)
+            if partition.is_merged:
+                self._release(partition)
+
+        return pack
+
+    def _release(self, partition: Partition) -> None:
+        """Remove the runs of a partition that is packed."""
+        plan = self.plan
+        if all(plan.work.recorded(number, plan.digest) for number in partition.ranges):
+            for path in partition.runs:
+                path.unlink(missing_ok=True)
 
 
 class _Block:
-    """Packs one block."""
+    """Packs one block of a partition's ranges. Shards are made in `folder`."""
 
-    def __init__(self, task: PackTask, block: range) -> None:
-        self._task = task
+    def __init__(self, plan: PackPlan, block: range, partition: Partition, folder: Path) -> None:
+        self._plan = plan
         self._block = block
-        self._held = range(0)
-        """The ranges of the partition whose runs are mapped."""
+        self._reader = RunReader(partition.runs)
         self._writers = [
-            ShardWriter(
-                task.work.split(split.name), task.framing, *split.stretch(block, task.framing)
-            )
-            for split in task.splits
+            ShardWriter(folder / split.name, plan.framing, *split.stretch(block, plan.framing))
+            for split in plan.splits
         ]
         self._index: dict[int, dict[str, PackedFile]] = {}
         """The files of index rows of each range that is not recorded yet."""
 
     def pack(self, report: Report) -> None:
         """Pack all ranges; `report` is called for each."""
-        for number in range(self._block.start, self._task.ranges):
+        for number in range(self._block.start, self._plan.layout.ranges):
             is_ours = number in self._block
             if not is_ours and all(writer.is_done for writer in self._writers):
                 break
@@ -123,13 +174,10 @@ class _Block:
 
     def _pack_range(self, number: int, is_ours: bool) -> int:
         """Pack the documents of a range into the shards of this block; returns their tokens."""
-        if number not in self._held:
-            partition = next(p for p in self._task.partitions if number in p.ranges)
-            self._held, self._reader = partition.ranges, RunReader(partition.runs)
-        keys = self._reader.seek(*(edge(n, self._task.ranges) for n in (number, number + 1)))
+        keys = self._reader.seek(*(edge(n, self._plan.layout.ranges) for n in (number, number + 1)))
         if is_ours:
             self._index[number] = {}
-        for split, writer in zip(self._task.splits, self._writers, strict=True):
+        for split, writer in zip(self._plan.splits, self._writers, strict=True):
             self._pack_split(number, split, writer, keys)
         return int(keys.lengths.sum())
 
@@ -153,13 +201,13 @@ class _Block:
         self, number: int, split: SplitPlan, rows: NDArray[np.int64], bounds: NDArray[np.int64]
     ) -> None:
         first = int(split.counts.documents[number])
-        table = index_rows(first, bounds, *self._reader.labels(rows), self._task.framing)
+        table = index_rows(first, bounds, *self._reader.labels(rows), self._plan.framing)
         sink = pa.BufferOutputStream()
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.ipc.new_file(sink, INDEX_SCHEMA, options=options) as writer:
             writer.write_table(table)
         data = sink.getvalue().to_pybytes()
-        path = self._task.work.index(number, split.name)
+        path = self._plan.work.index(number, split.name)
         write_whole(path, data)
         self._index[number][split.name] = PackedFile.of(path, hashlib.sha256(data).hexdigest())
 
@@ -172,60 +220,54 @@ class _Block:
         for number in list(self._index):
             only = range(number, number + 1)
             held = [
-                (split.name, writer, split.shards(only, self._task.framing))
-                for split, writer in zip(self._task.splits, self._writers, strict=True)
+                (split.name, writer, split.shards(only, self._plan.framing))
+                for split, writer in zip(self._plan.splits, self._writers, strict=True)
             ]
             if any(shard not in writer.shards for _, writer, shards in held for shard in shards):
                 continue
             shards = {
-                name: tuple(self._finished(writer, shard) for shard in shards)
+                name: tuple(self._finished(name, writer, shard) for shard in shards)
                 for name, writer, shards in held
             }
-            for writer in self._writers:
-                sync(writer.folder)
+            for name in shards:
+                sync(self._plan.work.split(name))
             index = self._index.pop(number)
-            record = RangeRecord(plan=self._task.digest, shards=shards, index=index)
-            record.write(self._task.work.record(number))
+            record = RangeRecord(plan=self._plan.digest, shards=shards, index=index)
+            record.write(self._plan.work.record(number))
 
-    def _finished(self, writer: ShardWriter, number: int) -> PackedFile:
+    def _finished(self, split: str, writer: ShardWriter, number: int) -> PackedFile:
         shard = writer.shards.pop(number)
-        path = writer.folder / shard.name
-        sync(path)
+        made = writer.folder / shard.name
+        sync(made)
+        path = made.replace(self._plan.work.split(split) / shard.name)
         return PackedFile.of(path, shard.sha256)
 
 
-def pack_all(task: PackTask, workers: int, report: Report) -> dict[str, tuple[Shard, ...]]:
-    """Pack the ranges that are not packed yet, and write each index; returns all shards by split.
-
-    `report` counts ranges.
-    """
-    todo: list[int] = []
-    kept: dict[str, set[str]] = {split.name: set() for split in task.splits}
-    for number in range(task.ranges):
-        if record := task.work.finished(number, task.digest):
-            for name, files in record.shards.items():
-                kept[name].update(file.name for file in files)
-        else:
-            todo.append(number)
-    task.work.prepare(kept)
-    report(task.ranges - len(todo), 0)
-    tokens = sum(split.tokens for split in task.splits)
-    run_jobs(task, blocks(task.partitions, todo, tokens, workers), workers, report)
-    return {split.name: _assemble(task, split) for split in task.splits}
+def pack_ranges(
+    plan: PackPlan,
+    partitions: Sequence[Partition],
+    todo: Sequence[int],
+    workers: int,
+    report: Report,
+) -> None:
+    """Pack ranges of these partitions; `report` counts ranges."""
+    plan.work.prepare(split.name for split in plan.splits)
+    tokens = plan.tokens * len(todo) // plan.layout.ranges
+    run_jobs(PackTask(plan, partitions), blocks(partitions, todo, tokens, workers), workers, report)
 
 
-def _assemble(task: PackTask, split: SplitPlan) -> tuple[Shard, ...]:
-    """Write the index of a split from those of the ranges; returns its shards."""
-    index = IndexWriter(task.work.split(split.name))
+def assembled(plan: PackPlan, split: SplitPlan) -> tuple[Shard, ...]:
+    """Write the index of a split from those of all ranges, which are packed; returns its shards."""
+    index = IndexWriter(plan.work.split(split.name))
     shards: list[Shard] = []
-    full = task.framing.chunks_per_shard
-    chunks = -(-split.tokens // task.framing.chunk_length)
-    for number in range(task.ranges):
-        record = task.work.finished(number, task.digest)
+    full = plan.framing.chunks_per_shard
+    chunks = -(-split.tokens // plan.framing.chunk_length)
+    for number in range(plan.layout.ranges):
+        record = plan.work.recorded(number, plan.digest)
         if record is None:
             raise _changed()
         if split.name in record.index:
-            path = task.work.ranges / record.index[split.name].name
+            path = plan.work.ranges / record.index[split.name].name
             with pa.memory_map(os.fsencode(path)) as file:
                 index.add(pa.ipc.open_file(file).read_all())
         for file in record.shards[split.name]:

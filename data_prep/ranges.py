@@ -7,16 +7,19 @@ each other, in any order.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.arguments import Item, TaskShare
 from data_prep.runs import Run
 from data_prep.shuffle import HASH_END
 from data_prep.workers import Report, run_jobs
+from i3dist.files import written_aside
 
 RANGE_TOKENS = 1 << 25
 WORKER_TOKENS = 1 << 28
@@ -25,9 +28,8 @@ WORKER_TOKENS = 1 << 28
 _COUNTED_FASTER = 32
 """How much faster tokens are counted than packed, at the least."""
 
-_COUNTS_PER_WORKER = 4
-
-Item = TypeVar("Item")
+_GROUP_RUNS, _MOST_GROUPS = 64, 256
+"""Runs that are counted together, unless that makes more groups; each makes a file."""
 
 
 def number_of_ranges(tokens: int) -> int:
@@ -42,10 +44,14 @@ def edge(number: int, ranges: int) -> int:
 
 @dataclass(frozen=True)
 class Partition:
-    """Consecutive ranges, and the runs that hold all their documents."""
+    """Consecutive ranges, and runs that hold all that packing them reads.
+
+    `is_merged` runs are of this partition alone, and of no use once it is packed.
+    """
 
     ranges: range
     runs: Sequence[Path]
+    is_merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,32 +71,59 @@ class Counts:
         return cls(*np.pad(ends, ((0, 0), (1, 0))))
 
 
+RunGroup = tuple[int, Sequence[Path]]
+"""The number of a group of runs, and the runs."""
+
+
 @dataclass(frozen=True)
 class CountTask:
-    """Counts documents and tokens of runs, by split and range."""
+    """Counts documents and tokens of groups of runs, by split and range, into files in `folder`.
+
+    A group is counted unless it is counted already, by another task perhaps.
+    """
 
     ranges: int
     splits: tuple[range, ...]
     """For each split, the range of its hashes."""
+    folder: Path
 
-    def start(self, report: Report) -> Callable[[Partition], NDArray[np.int64]]:
-        """A function from some runs of a partition to int64 [splits, 2, ranges of the partition]:
-        documents and tokens."""
+    def start(self, report: Report) -> Callable[[RunGroup], None]:
+        """A function that counts a group; `report` counts runs."""
 
-        def count(part: Partition) -> NDArray[np.int64]:
-            total = np.zeros((len(self.splits), 2, len(part.ranges)), np.int64)
-            for path in part.runs:
-                total += self._count(Run(path), part.ranges)
+        def count(group: RunGroup) -> None:
+            number, paths = group
+            if self.counted(number) is not None:
+                report(len(paths), 0)
+                return
+            total = np.zeros((len(self.splits), 2, self.ranges), np.int64)
+            for path in paths:
+                total += self._count(Run(path))
                 report(1, 0)
-            return total
+            with written_aside(self._path(number)) as partial, partial.open("wb") as file:
+                np.savez(file, total)
 
         return count
 
-    def _count(self, run: Run, ranges: range) -> NDArray[np.int64]:
-        edges = [edge(number, self.ranges) for number in (*ranges, ranges.stop)]
-        cuts = np.searchsorted(run.high, np.array(edges))
+    def counted(self, group: int) -> NDArray[np.int64] | None:
+        """Documents and tokens of a group: int64 [splits, 2, ranges]; None if it is not counted."""
+        try:
+            with np.load(self._path(group)) as file:  # a zip archive, so it has checksums
+                found: NDArray[np.int64] = file["arr_0"]
+        except (FileNotFoundError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
+        return found
+
+    def _path(self, group: int) -> Path:
+        return self.folder / f"group-{group:06d}.npz"
+
+    @cached_property
+    def _edges(self) -> NDArray[np.int64]:
+        return np.array([edge(number, self.ranges) for number in range(self.ranges + 1)])
+
+    def _count(self, run: Run) -> NDArray[np.int64]:
+        cuts = np.searchsorted(run.high, self._edges)
         lengths = np.diff(run.bounds(0, len(run.high)))
-        found = np.empty((len(self.splits), 2, len(ranges)), np.int64)
+        found = np.empty((len(self.splits), 2, self.ranges), np.int64)
         splits = run.splits(0, len(run.split))
         for counts, hashes in zip(found, self.splits, strict=True):
             inside = (splits >= hashes.start) & (splits < hashes.stop)
@@ -101,14 +134,17 @@ class CountTask:
 
 
 def count_all(
-    task: CountTask, partitions: Sequence[Partition], workers: int, report: Report
+    task: CountTask, runs: Sequence[Path], share: TaskShare, workers: int, report: Report
 ) -> list[Counts]:
-    """Count all runs; returns the counts of each split."""
-    parts = max(1, _COUNTS_PER_WORKER * workers // len(partitions))
-    jobs = [Partition(p.ranges, runs) for p in partitions for runs in divided(p.runs, parts)]
+    """Count the runs that are not counted yet; returns the counts of each split."""
+    task.folder.mkdir(parents=True, exist_ok=True)
+    groups = list(enumerate(divided(runs, min(_MOST_GROUPS, -(-len(runs) // _GROUP_RUNS)))))
+    run_jobs(task, share.first(groups), workers, report)
     total = np.zeros((len(task.splits), 2, task.ranges), np.int64)
-    for job, found in zip(jobs, run_jobs(task, jobs, workers, report), strict=True):
-        total[:, :, job.ranges.start : job.ranges.stop] += found
+    for number, _ in groups:
+        found = task.counted(number)
+        assert found is not None
+        total += found
     return [Counts.of(counts) for counts in total]
 
 
@@ -134,18 +170,15 @@ def blocks(
 ) -> list[range]:
     """Share ranges that are to be packed out among so many workers, as blocks of neighbors.
 
-    A block lies in one partition and opens each run of it once, and at most once each run of the
-    next partitions whose first documents complete its shards. There are about as many blocks as
+    A block lies in one partition and opens each run of it once. There are about as many blocks as
     workers, or as partitions if those are more, and one more for each gap where ranges are done
     already. So the number of opens grows with the runs, as the shards do.
 
     Args:
         todo: numbers of the ranges, ascending.
-        tokens: how many all partitions hold, about.
+        tokens: how many these hold, about.
     """
-    whole = partitions[-1].ranges.stop
-    workers = useful_workers(tokens * len(todo) // whole, workers)
-    shares = max(1, -(-workers // len(partitions)))
+    shares = -(-useful_workers(tokens, workers) // max(1, len(partitions)))
     return [
         block
         for partition in partitions

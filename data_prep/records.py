@@ -1,10 +1,14 @@
 """What a packed range has left on disk, so that a later run can tell whether it is still there."""
 
 import hashlib
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+from data_prep.arguments import TaskShare
 from data_prep.evidence import Saved, State, state_of
 from i3dist.data.manifest import Shard
 from i3dist.files import write_whole
@@ -61,15 +65,27 @@ class RangeRecord(Saved):
 
 
 class WorkFolder:
-    """The folder of pass 2: shards by split in `splits`, records and index rows in `ranges`."""
+    """The folder of pass 2, where ranges are packed by one plan.
 
-    def __init__(self, splits: Path, ranges: Path) -> None:
-        self._splits = splits
-        self.ranges = ranges
+    A shard is made in `making`. It comes to its split's folder when it is synced, so that several
+    tasks may work here at once, even on the same range: whoever comes later replaces a shard by
+    one of the same bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.splits = folder / "splits"
+        self.counts = folder / "counts"
+        self.ranges = folder / "ranges"
+        self._making = folder / "making"
 
     def split(self, name: str) -> Path:
-        """Folder of a split's shards."""
-        return self._splits / name
+        """Folder of a split's finished shards."""
+        return self.splits / name
+
+    def merged(self, share: TaskShare) -> Path:
+        """Folder of the runs that a task has merged for itself."""
+        return self.folder / "merged" / f"{share.index}-of-{share.of}"
 
     def record(self, number: int) -> Path:
         """Path of the record of a range."""
@@ -79,20 +95,39 @@ class WorkFolder:
         """Path of the index rows of a range and split."""
         return self.ranges / f"range-{number:06d}-{split}.arrow"
 
-    def finished(self, number: int, plan: str) -> RangeRecord | None:
-        """The record of a range that is packed by this plan, and whose files are whole."""
+    def recorded(self, number: int, plan: str) -> RangeRecord | None:
+        """The record of a range that was packed by this plan."""
         record = RangeRecord.load(self.record(number))
-        if record is None or record.plan != plan:
-            return None
+        return record if record and record.plan == plan else None
+
+    def is_finished(self, number: int, plan: str) -> bool:
+        """Whether a range is packed by this plan, and its files are whole."""
+        record = self.recorded(number, plan)
+        if record is None:
+            return False
         files = [(self.split(split), f) for split, shards in record.shards.items() for f in shards]
         files += [(self.ranges, file) for file in record.index.values()]
-        return record if all(file.is_whole(folder) for folder, file in files) else None
+        return all(file.is_whole(folder) for folder, file in files)
 
-    def prepare(self, splits: Mapping[str, set[str]]) -> None:
-        """Make the folders, and remove all shards but these names, given by split."""
-        self.ranges.mkdir(parents=True, exist_ok=True)
-        for name in splits:
-            self.split(name).mkdir(parents=True, exist_ok=True)
-        for path in self._splits.glob("*/*"):
-            if path.name not in splits.get(path.parent.name, ()):
-                path.unlink()
+    def prepare(self, splits: Iterable[str]) -> None:
+        """Make the folders."""
+        for folder in (self.ranges, *map(self.split, splits)):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def making(self, splits: Iterable[str]) -> Iterator[Path]:
+        """A folder to make shards in, with one for each split; afterwards it is gone."""
+        folder = self._making / secrets.token_hex(8)
+        try:
+            for split in splits:
+                (folder / split).mkdir(parents=True)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove what killed processes have left unfinished, when no other is at work."""
+        shutil.rmtree(self._making, ignore_errors=True)
+        for other in self.folder.parent.glob("*"):
+            if other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)

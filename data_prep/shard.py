@@ -18,6 +18,8 @@ examples:
     python data_prep/shard.py --source texts --out data/texts --begin
     python data_prep/shard.py --source texts --out data/texts --task 1/2
     python data_prep/shard.py --source texts --out data/texts --task 2/2
+    python data_prep/shard.py --source texts --out data/texts --merge --task 1/2
+    python data_prep/shard.py --source texts --out data/texts --merge --task 2/2
     python data_prep/shard.py --source texts --out data/texts --merge
 
 A document is a row of parquet, a line of jsonl or ndjson (an object), or a txt
@@ -52,6 +54,7 @@ from functools import partial
 
 from rich.console import Console
 
+from data_prep.beginning import Beginning
 from data_prep.given_tokenizer import given_tokenizer
 from data_prep.hub import DATASET
 from data_prep.opening import open_sources, typed_place, typed_source
@@ -83,32 +86,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(clean_file_name(f"added to {given.path}: {' '.join(added)}"))
     former = output.settings()
     source = open_sources(options, former)
-    preparation = Preparation(
-        settings_of(options, source, given, former), output, source, Console()
-    )
+    settings = settings_of(options, source, given, former)
+    beginning = Beginning(settings, output, source, given, Console())
     if options.dry_run:
-        preparation.foresee(given, options.workers)
+        beginning.foresee(options.workers, options.task.of if options.task else 1)
         return
+    preparation = Preparation(beginning, options.workers)
+    shared = options.task is not None
     try:
-        with output.locked(shared=options.task is not None):
-            if preparation.is_complete(given):
+        with output.locked(shared):
+            if preparation.is_complete():
                 return
-            with output.locked_work(shared=options.task is not None):
-                if not preparation.is_complete(given):  # by a run on another host
-                    step_of(options, preparation)(given, options.workers)
+            with output.locked_work(shared):
+                if not preparation.is_complete():  # by a run on another host
+                    step_of(options, preparation)()
     except OSError as error:
         place = error.filename or output.folder
         raise UserError(f"cannot write to {place}: {error.strerror or error}") from None
 
 
-def step_of(
-    options: argparse.Namespace, preparation: Preparation
-) -> Callable[[Tokenizer | None, int], object]:
+def step_of(options: argparse.Namespace, preparation: Preparation) -> Callable[[], None]:
     """The step that was asked for."""
-    if options.task:
-        return partial(preparation.run_task, options.task)
     if options.begin:
         return preparation.begin
+    if options.task:
+        return partial(preparation.pack if options.merge else preparation.tokenize, options.task)
     return preparation.merge if options.merge else preparation.run
 
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from data_prep.arguments import ALONE, TaskShare
 from data_prep.merge import Layout, MergeTask, merged
 from data_prep.pack import Framing
-from data_prep.packing import PackTask, SplitPlan, pack_all
+from data_prep.packing import PackPlan, SplitPlan, assembled, pack_ranges
 from data_prep.ranges import CountTask, count_all
 from data_prep.records import WorkFolder
 from data_prep.shuffle import HASH_END, Document, run_table
@@ -81,25 +82,37 @@ def naive(
     return shards
 
 
-def task_of(
+def plan_of(
     folder: Path,
     runs: Sequence[Path],
     documents: Sequence[Made],
     splits: dict[str, range],
     framing: Framing,
-) -> PackTask:
-    """The task that packs them below `folder`."""
-    work = WorkFolder(folder / "splits", folder / "ranges")
+) -> PackPlan:
+    """The plan by which they are packed in `folder`."""
+    work = WorkFolder(folder)
     layout = Layout.of(sum(made.length + 2 for made in documents), len(runs))
-    partitions = merged(MergeTask(layout, folder / "merged", ""), runs, 1, lambda *_: None)
-    task = CountTask(layout.ranges, tuple(splits.values()))
-    counts = count_all(task, partitions, 1, lambda *_: None)
+    task = CountTask(layout.ranges, tuple(splits.values()), work.counts)
+    counts = count_all(task, runs, ALONE, 1, lambda *_: None)
     plans = [SplitPlan(*item, found) for item, found in zip(splits.items(), counts, strict=True)]
-    return PackTask(partitions, plans, framing, work, f"{framing} {splits}")
+    return PackPlan(layout, plans, framing, work, f"{framing} {splits}")
 
 
-def pack(task: PackTask, workers: int = 1) -> dict[str, tuple[Shard, ...]]:
-    return pack_all(task, workers, lambda *_: None)
+def pack(plan: PackPlan, runs: Sequence[Path], workers: int = 1, share: TaskShare = ALONE) -> None:
+    """Pack what is not packed yet of a task's share."""
+    todo = plan.unfinished(plan.layout.share(share))
+    if todo:
+        task = MergeTask(plan.layout, plan.work.merged(share), plan.needed(todo))
+        partitions = merged(task, runs, workers, lambda *_: None)
+        pack_ranges(plan, partitions, todo, workers, lambda *_: None)
+
+
+def pack_all(
+    plan: PackPlan, runs: Sequence[Path], workers: int = 1
+) -> dict[str, tuple[Shard, ...]]:
+    """Pack what is not packed yet, and put all together."""
+    pack(plan, runs, workers)
+    return {split.name: assembled(plan, split) for split in plan.splits}
 
 
 def halves() -> dict[str, range]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import data_prep.tokenizer
-from data_prep import files, preparation, workers
+from data_prep import files, second_pass, workers
 from data_prep.output import Output
 from data_prep.tokenizer import check_vocabulary
 from i3dist.config import ModelSettings
@@ -126,7 +126,7 @@ def test_an_output_on_a_disk_without_locks(
 def test_too_many_shards(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No text is tokenized again for it."""
     spilled = counting(monkeypatch)
-    monkeypatch.setattr(preparation, "MAX_SHARDS", 1)
+    monkeypatch.setattr(second_pass, "MAX_SHARDS", 1)
     assert refusal(texts, tmp_path / "out").endswith("raise --chunks-per-shard")
     first = len(spilled)
     build(texts, tmp_path / "out", "--chunks-per-shard", 256)

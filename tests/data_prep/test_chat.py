@@ -13,7 +13,7 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import block_check, preparation, report, shard, show, verify
+from data_prep import block_check, pack, report, shard, show, verify
 from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import LaneWindows, windows
@@ -169,7 +169,7 @@ def test_a_run_that_was_stopped_continues_to_the_same_bytes(
     """It is stopped where the fourth shard is to be written."""
     source, out, _ = chats
     calls = iter(range(4))
-    writes = preparation.SecondPass.run.__globals__["pack_all"].__globals__["ShardWriter"]._write
+    writes = pack.ShardWriter._write
     with monkeypatch.context() as patch:
         patch.setattr("data_prep.pack.ShardWriter._write", lambda self: (next(calls), writes(self)))
         with pytest.raises(StopIteration):

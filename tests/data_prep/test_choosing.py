@@ -275,7 +275,7 @@ def test_a_choice_cannot_change_before_packing_either(source: Path, tmp_path: Pa
         pytest.raises(UserError, match="raise --chunks-per-shard"),
         pytest.MonkeyPatch().context() as m,
     ):
-        m.setattr("data_prep.preparation.MAX_SHARDS", 0)
+        m.setattr("data_prep.second_pass.MAX_SHARDS", 0)
         build(source, out, "--min-tokens", 30)
     with pytest.raises(UserError, match="with min-tokens 30, not 31: choose another --out"):
         build(source, out, "--min-tokens", 31)

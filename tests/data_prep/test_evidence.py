@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import evidence, files, preparation, shuffle
+from data_prep import beginning, evidence, files, shuffle
 from data_prep.files import file_source
 from data_prep.output import Output
 from i3dist.errors import UserError
@@ -303,8 +303,8 @@ def test_a_tokenizer_of_an_older_version_is_kept(
     assert (settings["tokenizer_sample_mb"], settings.pop("tokenizer_sample")) == (64, "even")
     (out / "shard.json").write_text(json.dumps(settings | {"tokenizer_sample_mb": 200}))
     touch(source)  # so the tokenizer is trained again, to compare
-    sample = MagicMock(wraps=preparation.sample_texts)
-    monkeypatch.setattr(preparation, "sample_texts", sample)
+    sample = MagicMock(wraps=beginning.sample_texts)
+    monkeypatch.setattr(beginning, "sample_texts", sample)
     build(source, out)
     assert (sample.call_args.args[2], sample.call_args.kwargs["evenly"]) == (200, False)
     build(source, tmp_path / "whole")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import forecast, preparation
+from data_prep import beginning, forecast
 from data_prep.files import file_source
 from data_prep.forecast import Forecast, Sample, measure
 from data_prep.options import CORES
@@ -38,13 +38,29 @@ def test_ten_billion_tokens_by_hand() -> None:
     # 2,048 members of 512 + 1,024 bytes, and 1.5 GB of ids and urls.
     assert found.output_bytes == pytest.approx(30.1e9 + 1.5e9, rel=0.01)
     assert found.run_bytes == pytest.approx(20e9 + 1.5e9, rel=0.01)
-    assert found.seconds == pytest.approx((7200 + 250) / min(2, CORES), rel=0.01)
+    assert found.times and found.times.all == pytest.approx((7200 + 250) / min(2, CORES), rel=0.01)
     assert found.lines(Path("out"), 10**12) == [
         "about 10.0 G tokens, 9,556 shards of 2,048 chunks, 31.6 GB",
         "about 53.2 GB of disk while it works; 1.0 TB are free at out",
         f"about {3725 * 2 // min(2, CORES) // 60} min in {min(2, CORES)} processes, as a sample "
         "was tokenized",
     ]
+
+
+def test_several_machines_share_all_but_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 30 billion tokens packing sorts once more, and the disk holds both forms."""
+    monkeypatch.setattr(forecast, "CORES", 16)
+    sample = Sample(10_000, 1.3e12, 1.3e9, 52_000.0)
+    alone, shared = (Forecast.of(sample, SETTINGS, 16, nodes) for nodes in (1, 32))
+    assert alone.times and shared.times
+    packing = alone.tokens / 40e6 + alone.tokens / 100e6
+    assert alone.times == pytest.approx((52_000 / 16, packing / 16, 650))
+    assert shared.times == pytest.approx((52_000 / 512, packing / 512, 650))
+    assert shared.disk_bytes == alone.disk_bytes + alone.run_bytes
+    assert shared.lines(Path("out"), 10**13)[2] == (
+        "about 102 s to tokenize and 89 s to pack on 32 machines with 16 processes each, and 11 "
+        "min to finish, as a sample was tokenized"
+    )
 
 
 @pytest.mark.parametrize("changes", [{"vocab_size": 128_256}, {"format": "chat"}])
@@ -97,6 +113,8 @@ def test_a_dry_run_shows_all_and_makes_nothing(
     texts: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool
 ) -> None:
     options = ["--tokenizer", built / "tokenizer.json"] if given else []
+    build(texts, tmp_path / "deep" / "out", "--dry-run", *options, "--task", "1/4")
+    assert ("on 4 machines with 1 process each" in capsys.readouterr().out) == given
     build(texts, tmp_path / "deep" / "out", "--dry-run", *options)
     said = capsys.readouterr().out
     assert said.count("about") == 3 - (not given) and "free at" in said
@@ -108,7 +126,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_tokenizes(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And goes on when there is room."""
-    monkeypatch.setattr(preparation, "FORECAST_BYTES", 1)
+    monkeypatch.setattr(beginning, "FORECAST_BYTES", 1)
     spilled = counting(monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(Output, "free_bytes", lambda _: 1000)
@@ -116,7 +134,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_tokenizes(
             with pytest.raises(UserError, match=r"disk are needed at .*: free some, or choose"):
                 build(texts, tmp_path / "out", *options)
     with monkeypatch.context() as patched:
-        patched.setattr(preparation, "MAX_SHARDS", 1)
+        patched.setattr(beginning, "MAX_SHARDS", 1)
         with pytest.raises(UserError, match=r"about .* shards, more than 1: raise --chunks-per"):
             build(texts, tmp_path / "out")
     assert not spilled

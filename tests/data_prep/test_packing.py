@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import merge, packing, ranges
+from data_prep.arguments import ALONE, TaskShare
 from data_prep.pack import Framing, write_shard
+from data_prep.packing import PackPlan
 from data_prep.shuffle import HASH_END
 from i3dist.data.manifest import Shard
 from i3dist.data.token_types import TOKEN_TYPES
@@ -27,8 +28,9 @@ from tests.data_prep.runs import (
     halves,
     naive,
     pack,
+    pack_all,
+    plan_of,
     some,
-    task_of,
     write_run,
     write_runs,
 )
@@ -65,10 +67,10 @@ def compare(
         expected = naive(folder / "naive", documents, halves(), framing)
         (folder / "runs").mkdir()
         paths = write_runs(folder / "runs", documents, runs, framing.token_type)
-        task = task_of(folder / "out", paths, documents, halves(), framing)
+        plan = plan_of(folder / "out", paths, documents, halves(), framing)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(packing, "run_jobs", one_after_the_other)
-            shards = pack(task, workers)
+            shards = pack_all(plan, paths, workers)
         assert {name: list(found) for name, found in shards.items()} == expected
         assert outcome(folder / "out") == tree_digest(folder / "naive")
 
@@ -141,7 +143,7 @@ def test_equal_keys_in_one_run_are_ordered_by_their_split(tmp_path: Path) -> Non
     (tmp_path / "runs").mkdir()
     runs = [write_run(tmp_path / "runs" / "0.arrow", documents)]
     naive(tmp_path / "naive", documents, halves(), FRAMING)
-    pack(task_of(tmp_path, runs, documents, halves(), FRAMING))
+    pack_all(plan_of(tmp_path, runs, documents, halves(), FRAMING), runs)
     assert outcome(tmp_path) == tree_digest(tmp_path / "naive")
 
 
@@ -151,27 +153,83 @@ def test_processes_make_the_same_bytes(tmp_path: Path) -> None:
     runs = write_runs(tmp_path / "runs", documents, 4)
     naive(tmp_path / "naive", documents, halves(), FRAMING)
     with constants(RANGE_TOKENS=500, WORKER_TOKENS=1):
-        pack(task_of(tmp_path, runs, documents, halves(), FRAMING), 3)
+        pack_all(plan_of(tmp_path, runs, documents, halves(), FRAMING), runs, 3)
     assert outcome(tmp_path) == tree_digest(tmp_path / "naive")
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_merged_runs_make_the_same_bytes(tmp_path: Path, workers: int) -> None:
+    """They are gone once they are packed, and made again for a range that is damaged later."""
     documents = some(400, 60)
     (tmp_path / "runs").mkdir()
     runs = write_runs(tmp_path / "runs", documents, 30)
     naive(tmp_path / "naive", documents, halves(), FRAMING)
     with constants(RANGE_TOKENS=500, WORKER_TOKENS=1 << 20, MAX_RUNS=8, GROUP_RUNS=7):
-        task = task_of(tmp_path, runs, documents, halves(), FRAMING)
-        assert len(task.partitions) > 3
-        assert not any(run.exists() for run in runs), "merging takes no more disk"
-        pack(task, workers)
+        plan = plan_of(tmp_path, runs, documents, halves(), FRAMING)
+        assert plan.layout.partitions > 3
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(packing, "run_jobs", lambda *_: None)
+            pack(plan, runs, workers)
+        held = {path: path.stat().st_mtime_ns for path in merged_runs(plan)}
+        damaged = next(iter(held))
+        damaged.unlink()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(packing.PackTask, "_release", lambda *_: None)
+            patched.setattr(packing, "run_jobs", one_after_the_other)
+            pack_all(plan, runs, workers)
+        again = {path for path in held if path.stat().st_mtime_ns != held[path]}
+        assert again == {damaged}, "only what is missing is merged again"
         assert outcome(tmp_path) == tree_digest(tmp_path / "naive")
-        again = task_of(tmp_path, runs, documents, halves(), FRAMING)
-        assert again.partitions == task.partitions
-        next((tmp_path / "merged").glob("*.arrow")).unlink()
-        with pytest.raises(UserError, match=r"files in .*merged are missing: delete"):
-            task_of(tmp_path, runs, documents, halves(), FRAMING)
+        plan.work.record(3).unlink()
+        assert packed_ranges(plan, runs) == [3]
+        left = len(merged_runs(plan))
+        assert 0 < left < len(held), "of one partition they are gone"
+        for number in range(plan.layout.ranges):
+            plan.work.record(number).unlink()
+        pack_all(plan, runs, workers)
+        assert not merged_runs(plan)
+        assert outcome(tmp_path) == tree_digest(tmp_path / "naive")
+
+
+def merged_runs(plan: PackPlan) -> list[Path]:
+    return [path for path in plan.work.merged(ALONE).glob("*.arrow") if path.stat().st_size]
+
+
+@pytest.mark.parametrize("groups", [1, 8], ids=["whole", "merged"])
+def test_tasks_share_ranges_out(tmp_path: Path, groups: int) -> None:
+    """Each packs its own ranges only, whatever there are of other tasks, and reads no more."""
+    documents = some(400, 60)
+    (tmp_path / "runs").mkdir()
+    runs = write_runs(tmp_path / "runs", documents, 30)
+    naive(tmp_path / "naive", documents, halves(), FRAMING)
+    with constants(RANGE_TOKENS=500, WORKER_TOKENS=1 << 20, MAX_RUNS=64 // groups, GROUP_RUNS=7):
+        plan = plan_of(tmp_path, runs, documents, halves(), FRAMING)
+        assert bool(plan.layout.groups) == (groups > 1)
+        records: set[Path] = set()
+        for task in (TaskShare(3, 3), TaskShare(1, 3), TaskShare(2, 4), TaskShare(2, 3)):
+            share = plan.layout.share(task)
+            assert 0 < len(share) < plan.layout.ranges
+            expected = {plan.work.record(n) for n in share} | records
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(packing, "run_jobs", one_after_the_other)
+                pack(plan, runs, 2, task)
+            records = set(tmp_path.glob("ranges/*.json"))
+            assert records == expected
+        assert packed_ranges(plan, runs) == []
+        assert outcome(tmp_path) == tree_digest(tmp_path / "naive")
+
+
+def test_a_count_that_is_damaged_is_made_again(tmp_path: Path) -> None:
+    documents = some(100, 60)
+    (tmp_path / "runs").mkdir()
+    runs = write_runs(tmp_path / "runs", documents, 4)
+    sound = plan_of(tmp_path, runs, documents, halves(), FRAMING)
+    (path,) = tmp_path.glob("counts/*")
+    data = path.read_bytes()
+    for damaged in (data[:-9], b"", data.replace(data[200:208], b"\1" * 8)):
+        path.write_bytes(damaged)
+        again = plan_of(tmp_path, runs, documents, halves(), FRAMING)
+        assert str(again.splits) == str(sound.splits) and path.read_bytes() == data
 
 
 class Killed(BaseException):
@@ -214,13 +272,13 @@ def test_killed_at_random_points_it_ends_with_the_same_bytes(tmp_path: Path) -> 
     with constants(RANGE_TOKENS=300, WORKER_TOKENS=1):
         for attempt in range(6):
             out = tmp_path / f"out-{attempt}"
-            task = task_of(out, runs, documents, halves(), FRAMING)
+            plan = plan_of(out, runs, documents, halves(), FRAMING)
             done = 0
             while True:
                 try:
                     with killed_at(rng.randint(1, 300)), pytest.MonkeyPatch.context() as patched:
                         patched.setattr(packing, "run_jobs", one_after_the_other)
-                        pack(task, rng.randint(1, 4))
+                        pack_all(plan, runs, rng.randint(1, 4))
                     break
                 except Killed:
                     records = len(list(out.glob("ranges/*.json")))
@@ -229,7 +287,7 @@ def test_killed_at_random_points_it_ends_with_the_same_bytes(tmp_path: Path) -> 
             assert outcome(out) == tree_digest(tmp_path / "naive")
 
 
-def packed_ranges(task: packing.PackTask) -> list[int]:
+def packed_ranges(plan: PackPlan, runs: list[Path]) -> list[int]:
     """Pack, and tell which ranges that took."""
     blocks: list[range] = []
 
@@ -239,7 +297,7 @@ def packed_ranges(task: packing.PackTask) -> list[int]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(packing, "run_jobs", run)
-        pack(task)
+        pack_all(plan, runs)
     return [number for block in blocks for number in block]
 
 
@@ -248,26 +306,27 @@ def test_only_what_is_missing_or_damaged_is_packed_again(tmp_path: Path) -> None
     (tmp_path / "runs").mkdir()
     runs = write_runs(tmp_path / "runs", documents, 3)
     with constants(RANGE_TOKENS=500, WORKER_TOKENS=1):
-        task = task_of(tmp_path, runs, documents, halves(), FRAMING)
-        assert packed_ranges(task) == list(range(task.ranges)) and task.ranges > 6
+        plan = plan_of(tmp_path, runs, documents, halves(), FRAMING)
+        count = plan.layout.ranges
+        assert packed_ranges(plan, runs) == list(range(count)) and count > 6
         whole = outcome(tmp_path)
-        assert packed_ranges(task) == []
-        record = task.work.finished(2, task.digest)
+        assert packed_ranges(plan, runs) == []
+        record = plan.work.recorded(2, plan.digest)
         assert record
-        shard = task.work.split("train") / record.shards["train"][1].name
+        shard = plan.work.split("train") / record.shards["train"][1].name
         for damage in (
             lambda: shard.unlink(),
             lambda: shard.write_bytes(shard.read_bytes()[:-1]),
             lambda: shard.write_bytes(shard.read_bytes()[:-20_000] + bytes(20_000)),
-            lambda: task.work.record(2).write_text("{"),
-            lambda: task.work.record(2).unlink(),
-            lambda: task.work.index(2, "train").write_bytes(b"x"),
+            lambda: plan.work.record(2).write_text("{"),
+            lambda: plan.work.record(2).unlink(),
+            lambda: plan.work.index(2, "train").write_bytes(b"x"),
         ):
             damage()
-            assert packed_ranges(task) == [2]
+            assert packed_ranges(plan, runs) == [2]
             assert outcome(tmp_path) == whole
         shard.touch()  # the same bytes
-        assert packed_ranges(task) == []
+        assert packed_ranges(plan, runs) == []
 
 
 def test_a_small_split_does_not_keep_ranges_from_being_recorded(tmp_path: Path) -> None:
@@ -278,8 +337,9 @@ def test_a_small_split_does_not_keep_ranges_from_being_recorded(tmp_path: Path) 
     runs = write_runs(tmp_path / "runs", documents, 3)
     naive(tmp_path / "naive", documents, halves(), FRAMING)
     with constants(RANGE_TOKENS=500, WORKER_TOKENS=1):
-        task = task_of(tmp_path, runs, documents, halves(), FRAMING)
-        last = task.splits[1].shards(range(task.ranges), FRAMING)[-1]
+        plan = plan_of(tmp_path, runs, documents, halves(), FRAMING)
+        count = plan.layout.ranges
+        last = plan.splits[1].shards(range(count), FRAMING)[-1]
         with pytest.MonkeyPatch.context() as patched:
 
             def write(folder: Path, number: int, chunks: object, real=write_shard) -> Shard:  # type: ignore[no-untyped-def]
@@ -289,23 +349,9 @@ def test_a_small_split_does_not_keep_ranges_from_being_recorded(tmp_path: Path) 
 
             patched.setattr("data_prep.pack.write_shard", write)
             with pytest.raises(Killed):
-                pack(task)
-        assert packed_ranges(task) == [0, task.ranges - 2, task.ranges - 1] and task.ranges > 6
+                pack(plan, runs)
+        assert packed_ranges(plan, runs) == [0, count - 2, count - 1] and count > 6
         assert outcome(tmp_path) == tree_digest(tmp_path / "naive")
-
-
-def test_other_settings_of_packing_pack_all_again(tmp_path: Path) -> None:
-    documents = some(200, 40)
-    (tmp_path / "runs").mkdir()
-    runs = write_runs(tmp_path / "runs", documents, 3)
-    other = Framing(8, 50, BOS, EOS, PAD)
-    naive(tmp_path / "naive", documents, {"train": range(HASH_END)}, other)
-    with constants(RANGE_TOKENS=500, WORKER_TOKENS=1):
-        pack(task_of(tmp_path, runs, documents, halves(), FRAMING))
-        task = task_of(tmp_path, runs, documents, {"train": range(HASH_END)}, other)
-        assert packed_ranges(task) == list(range(task.ranges))
-    shutil.rmtree(tmp_path / "splits" / "valid")  # empty: nothing of it is left
-    assert outcome(tmp_path) == tree_digest(tmp_path / "naive")
 
 
 def test_a_damaged_run_is_one_line(tmp_path: Path) -> None:
@@ -314,4 +360,4 @@ def test_a_damaged_run_is_one_line(tmp_path: Path) -> None:
     runs = write_runs(tmp_path / "runs", documents, 1)
     runs[0].write_bytes(runs[0].read_bytes()[:-9])
     with pytest.raises(UserError, match=r"0\.arrow is damaged: delete .* and make it again"):
-        task_of(tmp_path, runs, documents, halves(), FRAMING)
+        plan_of(tmp_path, runs, documents, halves(), FRAMING)

@@ -295,7 +295,7 @@ def test_two_runs_do_not_write_into_one_folder(corpus: Corpus, tmp_path: Path) -
 def test_too_many_shards_name_the_setting(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.preparation.MAX_SHARDS", 3)
+    monkeypatch.setattr("data_prep.second_pass.MAX_SHARDS", 3)
     with pytest.raises(UserError, match="raise --chunks-per-shard"):
         build(corpus[0], tmp_path / "out")
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import shuffle
-from data_prep.passes import split_ranges
 from data_prep.runs import RunReader
+from data_prep.second_pass import split_ranges
 from data_prep.shuffle import HASH_END, PartSummary, Spiller, hash_columns, hashes
 from data_prep.sources import Part, Record
 from i3dist.errors import UserError

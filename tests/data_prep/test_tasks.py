@@ -1,4 +1,4 @@
-"""Tasks that share pass 1 out, and the merge after them: the bytes of one process."""
+"""Tasks that share both passes out, and the merge after them: the bytes of one process."""
 
 import gzip
 import json
@@ -20,6 +20,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from data_prep import ranges
+from data_prep.arguments import TaskShare
 from data_prep.files import FilePart, FileSource, file_source
 from data_prep.output import Output
 from data_prep.passes import failures
@@ -44,10 +46,19 @@ def _encoders_are_not_compared() -> Iterator[None]:
         yield
 
 
-def run_all(source: Path, out: Path, tasks: Sequence[str], *options: object) -> None:
+def run_all(
+    source: Path, out: Path, tasks: Sequence[str], *options: object, packing: Sequence[str] = ()
+) -> None:
     for task in tasks:
         build(source, out, "--task", task, *options)
+    for task in packing:
+        build(source, out, "--merge", "--task", task, *options)
     build(source, out, "--merge", *options)
+
+
+@pytest.fixture(autouse=True)
+def _small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "RANGE_TOKENS", 4000)
 
 
 plans = st.integers(1, 5).flatmap(lambda n: st.permutations([f"{i}/{n}" for i in range(1, n + 1)]))
@@ -56,20 +67,50 @@ plans = st.integers(1, 5).flatmap(lambda n: st.permutations([f"{i}/{n}" for i in
 @settings(max_examples=6, phases=[Phase.generate])
 @given(
     tasks=plans,
+    packing=st.lists(st.sampled_from(["1/1", "1/2", "2/2", "2/3", "1/50"]), max_size=3),
+    deduplicates=st.booleans(),
     others=st.lists(st.sampled_from(["1/2", "2/3", "4/4"]), max_size=2),
     workers=st.sampled_from([1, 1, 2]),
     begins=st.booleans(),
 )
 def test_any_tasks_in_any_order_make_the_bytes_of_one_process(
-    corpus: Corpus, built: Path, tasks: list[str], others: list[str], workers: int, begins: bool
+    corpus: Corpus,
+    built: Path,
+    unique: Path,
+    tasks: list[str],
+    packing: list[str],
+    deduplicates: bool,
+    others: list[str],
+    workers: int,
+    begins: bool,
 ) -> None:
-    """Also if some of them are cut in another way."""
+    """Also if some of them are cut in another way, or come again."""
+    options = ["--workers", workers, *(["--deduplicate"] if deduplicates else [])]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         if begins:
-            build(corpus[0], out, "--begin")
-        run_all(corpus[0], out, [*others, *tasks], "--workers", workers)
-        assert tree_digest(out) == tree_digest(built)
+            build(corpus[0], out, "--begin", *options)
+        run_all(corpus[0], out, [*others, *tasks], *options, packing=packing)
+        assert tree_digest(out) == tree_digest(unique if deduplicates else built)
+
+
+@pytest.fixture(scope="module")
+def unique(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of the corpus without duplicates."""
+    out = tmp_path_factory.mktemp("unique") / "out"
+    build(corpus[0], out, "--deduplicate")
+    return out
+
+
+@given(total=st.integers(0, 40), of=st.integers(1, 9))
+def test_shares_are_all_there_is_and_each_once(total: int, of: int) -> None:
+    """Also where each task does all, and begins with its own."""
+    shares = [TaskShare(index, of) for index in range(1, of + 1)]
+    assert [n for share in shares for n in share.block(total)] == list(range(total))
+    assert sorted(n for share in shares for n in share.numbers(total)) == list(range(total))
+    for share in shares:
+        order, own = share.first(range(total)), share.block(total)
+        assert order[: len(own)] == list(own) and sorted(order) == list(range(total))
 
 
 def test_a_run_without_merge_does_what_tasks_have_left(
@@ -89,7 +130,9 @@ def test_a_run_without_merge_does_what_tasks_have_left(
     assert tree_digest(tmp_path / "again") == tree_digest(built)
 
 
-@pytest.mark.parametrize("step", [["--task", "1/2"], ["--merge"], ["--begin"]])
+@pytest.mark.parametrize(
+    "step", [["--task", "1/2"], ["--merge"], ["--merge", "--task", "1/2"], ["--begin"]]
+)
 def test_a_complete_output_stays_as_it_is(
     corpus: Corpus, built: Path, step: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,10 +143,45 @@ def test_a_complete_output_stays_as_it_is(
 
 
 def test_nothing_to_merge(corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing is tokenized in .*: run its tasks first"):
-        build(corpus[0], tmp_path / "out", "--merge")
-    assert not (tmp_path / "out").exists()
+    for share in ([], ["--task", "1/2"]):
+        with pytest.raises(UserError, match=r"nothing is tokenized in .*: run its tasks first"):
+            build(corpus[0], tmp_path / "out", "--merge", *share)
+        assert not (tmp_path / "out").exists()
     run_all(corpus[0], tmp_path / "out", ["1/1"])
+
+
+def test_a_source_without_text_is_refused_by_whoever_packs_first(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" ")
+    (tmp_path / "tokenizer.txt").write_text(text_of(1))
+    build(tmp_path / "tokenizer.txt", tmp_path / "made", "--valid-fraction", 0)
+    options = ["--tokenizer", tmp_path / "made" / "tokenizer.json"]
+    out = tmp_path / "out"
+    build(tmp_path / "a.txt", out, "--task", "1/1", *options)
+    for step in (["--merge", "--task", "1/2"], ["--merge"]):
+        with pytest.raises(UserError, match="has no usable document"):
+            build(tmp_path / "a.txt", out, *step, *options)
+    assert not out.exists()
+
+
+def test_nothing_is_packed_before_all_is_tokenized(
+    corpus: Corpus, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When all is packed, a task leaves the rest to the merge."""
+    out = tmp_path / "out"
+    build(corpus[0], out, "--task", "1/2")
+    with pytest.raises(UserError, match=r"7 of 14 parts are not tokenized; run their tasks again"):
+        build(corpus[0], out, "--merge", "--task", "1/2")
+    assert not list(out.glob(".work/packed/*"))
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.output.Manifest.write", fail)
+        with pytest.raises(UserError, match="no luck"):
+            run_all(corpus[0], out, ["2/2"])
+    packed = {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar")}
+    build(corpus[0], out, "--merge", "--task", "1/2")
+    assert {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar")} == packed
+    assert packed and not list(out.glob(".work/packed/*/splits/*/*.tar"))
+    run_all(corpus[0], out, [])
+    assert tree_digest(out) == tree_digest(built)
 
 
 def test_a_finished_task_does_nothing_again(
@@ -147,6 +225,8 @@ def test_a_part_whose_runs_are_not_whole_is_made_again(
 def test_what_is_no_task_is_refused(corpus: Corpus, tmp_path: Path, task: str) -> None:
     with pytest.raises(UserError, match=r"is not I/N with I from 1 to N"):
         build(corpus[0], tmp_path / "out", f"--task={task}")
+    with pytest.raises(UserError, match="--begin is one step for all tasks: omit --task"):
+        build(corpus[0], tmp_path / "out", "--begin", "--task", "1/2")
 
 
 # Tasks at once.
@@ -157,9 +237,15 @@ def test_a_task_runs_once_at_a_time_and_not_beside_a_merge(
 ) -> None:
     output = Output(tmp_path / "out")
     build(corpus[0], output.folder, "--begin")
-    with output.locked(shared=True), output.locked_work(shared=True), output.locked_task("1/2"):
-        with pytest.raises(UserError, match=r"task 1/2 is at work in .*out already: wait for it"):
-            build(corpus[0], output.folder, "--task", "1/2")
+    with (
+        output.locked(shared=True),
+        output.locked_work(shared=True),
+        output.locked_task(TaskShare(1, 2), "tokenizing"),
+        output.locked_task(TaskShare(1, 2), "packing"),
+    ):
+        for step, name in (([], "tokenizing"), (["--merge"], "packing")):
+            with pytest.raises(UserError, match=rf"task 1/2 is {name} in .* already: wait for it"):
+                build(corpus[0], output.folder, "--task", "1/2", *step)
         for step in ([], ["--merge"], ["--begin"]):
             with pytest.raises(UserError, match=r"another run is writing .*out: wait for it"):
                 build(corpus[0], output.folder, *step)
@@ -208,7 +294,7 @@ def test_another_tokenizer_that_came_first_is_not_replaced(
         (out / "tokenizer.json").write_bytes(b"another")
         return b"mine"
 
-    monkeypatch.setattr("data_prep.preparation.train_tokenizer", train)
+    monkeypatch.setattr("data_prep.beginning.train_tokenizer", train)
     with pytest.raises(UserError, match="with another tokenizer just now"):
         build(corpus[0], out, "--task", "1/2")
     assert (out / "tokenizer.json").read_bytes() == b"another"
@@ -239,9 +325,9 @@ def test_a_task_that_begins_with_other_settings_at_the_same_time_is_refused(
 
 PROGRAM = """
 import sys
-from data_prep import files, shard
+from data_prep import files, ranges, shard
 from i3dist.cli.program import one_line_errors
-files._SMALLEST_PART = 4000
+files._SMALLEST_PART = ranges.RANGE_TOKENS = 4000
 if __name__ == "__main__":
     with one_line_errors():
         shard.main(sys.argv[1:])
@@ -282,6 +368,49 @@ def test_tasks_killed_at_random_repeat_only_what_is_not_finished(
         else:
             assert status == -signal.SIGKILL
         assert {p: p.stat().st_mtime_ns for p in before} == before
+    build(corpus[0], out, "--merge")
+    assert tree_digest(out) == tree_digest(built)
+
+
+KILLS_ITSELF = """
+import os
+from data_prep import pack
+calls = iter(range(30))
+def write_shard(*arguments, real=pack.write_shard):
+    return real(*arguments) if next(calls, None) is not None else os.kill(os.getpid(), 9)
+pack.write_shard = write_shard
+"""
+
+
+def test_tasks_that_pack_are_killed_and_meet_on_the_same_ranges(
+    corpus: Corpus, built: Path, tmp_path: Path
+) -> None:
+    """What is packed is not packed again, and the merge finds nothing left to pack."""
+    out = tmp_path / "out"
+    build(corpus[0], out, "--task", "1/1")
+    (tmp_path / "kills_itself.py").write_text(KILLS_ITSELF)
+
+    def started(*options: object) -> subprocess.Popen[bytes]:
+        words = arguments(corpus[0], out, "--merge", *options)
+        command = [sys.executable, "-c", PROGRAM, *words]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    killed = started("--task", "1/2", "--extend", tmp_path / "kills_itself.py")
+    assert killed.wait(60) == -signal.SIGKILL
+    (folder,) = out.glob(".work/packed/*/ranges")
+    packed = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    assert packed and list(folder.glob("../making/*")), "it was killed at work"
+    both = [started("--task", "1/2"), started("--task", "2/3")]
+    other = started("--task", "2/2", "--chunk-length", 32)  # other settings meanwhile
+    assert [process.wait(60) for process in (*both, other)] == [0, 0, 0]
+    assert {path: path.stat().st_mtime_ns for path in packed} == packed
+    build(corpus[0], out, "--merge", "--task", "3/3")
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*")}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("data_prep.output.Output.publish", fail)
+        with pytest.raises(UserError, match="no luck"):
+            build(corpus[0], out, "--merge")
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*")} == before
     build(corpus[0], out, "--merge")
     assert tree_digest(out) == tree_digest(built)
 
@@ -459,7 +588,7 @@ def test_a_repair_where_the_tokenizer_was_trained_on_part_of_the_file(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
 ) -> None:
     """It stays if it would be the same now; otherwise it can be kept on request."""
-    monkeypatch.setattr("data_prep.preparation.sample_texts", heads)
+    monkeypatch.setattr("data_prep.beginning.sample_texts", heads)
     out, path = tmp_path / "out", source / "4.jsonl"
     good = path.read_text()
     path.write_text(good[:-3])

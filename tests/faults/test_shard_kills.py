@@ -206,7 +206,7 @@ def finished(out: Path) -> dict[str, str]:
     return {
         name: digest
         for name, digest in tree_digest(out).items()
-        if not Path(name).name.startswith(".") and ".work/splits" not in name
+        if not Path(name).name.startswith(".") and "/making/" not in name
     }
 
 
@@ -269,6 +269,6 @@ def test_a_full_disk_is_one_line_and_the_work_goes_on_when_there_is_room(
     line = error_line(done)
     assert "No space left on device" in line and str(out) in line, line
     assert "Exception ignored" not in done.stderr
-    assert any(out.glob(".work/splits/*")) == (stage == "packing")
+    assert any(out.glob(".work/packed/*")) == (stage == "packing")
     assert program(*command(source, out, 1)).returncode == 0
     assert tree_digest(out) == undisturbed.digest

@@ -1,4 +1,4 @@
-"""slurm/shard.sbatch on a real cluster: an array of tasks and the merge that depends on it.
+"""slurm/shard.sbatch on a real cluster: an array that tokenizes, one that packs, and the last job.
 
 About a minute.
 """
@@ -22,9 +22,9 @@ OPTIONS = ["--chunk-length", "64", "--chunks-per-shard", "4", "--valid-fraction"
 STAND_IN = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from data_prep import files, shard
+from data_prep import files, ranges, shard
 from i3dist.cli.program import one_line_errors
-files._SMALLEST_PART = 4000
+files._SMALLEST_PART, ranges.RANGE_TOKENS = 4000, 2000
 print("on", os.environ["SLURMD_NODENAME"], flush=True)
 first = "SLURM_RESTART_COUNT" not in os.environ
 if __name__ == "__main__":
@@ -55,34 +55,46 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
     return out / "tokenizer.json"
 
 
-def submit(cluster: Cluster, folder: Path, source: Path, trouble: str, *words: object) -> str:
-    """Submit an array of four tasks from `folder`; returns the job."""
+def submit(
+    cluster: Cluster, folder: Path, source: Path, trouble: str, *words: object, tasks: int = 2
+) -> str:
+    """Submit an array of tasks from `folder`; returns the job."""
     (folder / "data_prep").mkdir(exist_ok=True)
     shutil.copytree(ROOT / "slurm", folder / "slurm", dirs_exist_ok=True)
     text = STAND_IN.format(root=str(ROOT), trouble=trouble)
     (folder / "data_prep" / "shard.py").write_text(text)
-    options = ["--array=1-4", "--cpus-per-task=1", "--mem=500", "--time=10"]
+    options = [f"--array=1-{tasks}", "--cpus-per-task=1", "--mem=500", "--time=10"]
     given = ["--source", source, "--out", "out", *OPTIONS, *words]
     return cluster.submit(*options, "slurm/shard.sbatch", *given, cwd=folder)
 
 
-def jobs(cluster: Cluster, array: str) -> dict[str, dict[str, str]]:
-    """What Slurm says of the tasks of an array, by number, and of the merge after it."""
+Jobs = dict[str, dict[str, str]]
+
+
+def jobs(cluster: Cluster, array: str) -> Jobs:
+    """What Slurm says of the tasks of an array ("1", "2", ...), of those of the array that packs
+    after it ("pack 1", ...), and of the last job ("merge")."""
+    text = cluster.command("scontrol", "--oneliner", "show", "job")
+    all_jobs = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
+    packing = {j["ArrayJobId"] for j in all_jobs if j.get("JobName") == f"i3dist-pack-{array}"}
+    assert len(packing) <= 1, "it is submitted once"
     found = {}
-    for block in cluster.command("scontrol", "--oneliner", "show", "job").splitlines():
-        job = dict(re.findall(r"(\w+)=(\S*)", block))
-        if job.get("ArrayJobId") == array and job["ArrayTaskId"].isdigit():
-            found[job["ArrayTaskId"]] = job
-        elif job["JobName"] == f"i3dist-merge-{array}":
+    for job in all_jobs:
+        task = job.get("ArrayTaskId", "")
+        if job.get("ArrayJobId") == array and task.isdigit():
+            found[task] = job
+        elif job.get("ArrayJobId") in packing:
+            found[f"pack {task}"] = job
+        elif job.get("JobName") in {f"i3dist-merge-{pack}" for pack in packing}:
             found["merge"] = job
     return found
 
 
-def finished(cluster: Cluster, array: str, seconds: float = 90) -> dict[str, dict[str, str]]:
+def finished(cluster: Cluster, array: str, seconds: float = 120) -> Jobs:
     """The same, when all of it is over."""
     deadline = time.monotonic() + seconds
     over = ("COMPLETED", "FAILED", "CANCELLED")
-    while len(found := jobs(cluster, array)) < 5 or any(
+    while "merge" not in (found := jobs(cluster, array)) or any(
         job["JobState"] not in over for job in found.values()
     ):
         assert time.monotonic() < deadline, found
@@ -90,40 +102,43 @@ def finished(cluster: Cluster, array: str, seconds: float = 90) -> dict[str, dic
     return found
 
 
-def said(folder: Path, array: str, found: dict[str, dict[str, str]], task: str) -> str:
-    name = found["merge"]["JobId"] if task == "merge" else f"{array}_{task}"
+def said(folder: Path, found: Jobs, task: str) -> str:
+    job = found[task]
+    name = f"{job['ArrayJobId']}_{job['ArrayTaskId']}" if "ArrayJobId" in job else job["JobId"]
     return (folder / f"slurm-{name}.out").read_text()
 
 
-def states(found: dict[str, dict[str, str]]) -> set[str]:
+def states(found: Jobs) -> set[str]:
     return {job["JobState"] for job in found.values()}
 
 
-def restarts(found: dict[str, dict[str, str]]) -> dict[str, str]:
+def restarts(found: Jobs) -> dict[str, str]:
     return {name: job["Restarts"] for name, job in found.items() if job["Restarts"] != "0"}
 
 
-def test_an_array_on_two_nodes_and_its_merge_make_the_bytes_of_one_process(
+def test_arrays_on_two_nodes_make_the_bytes_of_one_process(
     cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    """A task that is killed on its way goes back into the queue alone."""
-    array = submit(cluster, tmp_path, source, KILLED, "--vocab-size", 400)
+    """Tasks that are killed on their way go back into the queue alone, in both arrays."""
+    array = submit(cluster, tmp_path, source, KILLED, "--vocab-size", 400, tasks=4)
     found = finished(cluster, array)
-    assert states(found) == {"COMPLETED"}, said(tmp_path, array, found, "merge")
-    assert restarts(found) == {"2": "1"}
+    assert states(found) == {"COMPLETED"}, said(tmp_path, found, "merge")
+    assert len(found) == 9
+    assert restarts(found) == {"2": "1", "pack 2": "1"}
     assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
-    outputs = [said(tmp_path, array, found, str(task)) for task in range(1, 5)]
-    assert {node for text in outputs for node in re.findall(r"on (node\d)", text)} == {
-        "node1",
-        "node2",
-    }
+    for array_of in ("", "pack "):
+        outputs = [said(tmp_path, found, f"{array_of}{task}") for task in range(1, 5)]
+        nodes = {node for text in outputs for node in re.findall(r"on (node\d)", text)}
+        assert nodes == {"node1", "node2"}
+        assert "has packed its share" in outputs[1] or not array_of
     for name in ("NumCPUs", "TimeLimit", "Partition"):
-        assert found["merge"][name] == found["1"][name]
+        assert found["merge"][name] == found["pack 1"][name] == found["1"][name]
 
 
 def test_a_broken_file_fails_its_task_alone_and_is_repaired(
     cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
+    """Nothing is packed meanwhile."""
     shutil.copytree(source, tmp_path / "in" / source.name)
     broken = tmp_path / "in" / source.name / "4.jsonl"
     good = broken.read_text()
@@ -135,8 +150,10 @@ def test_a_broken_file_fails_its_task_alone_and_is_repaired(
     assert len(failed) == 2 and "merge" in failed
     (task,) = failed - {"merge"}
     assert restarts(found) == {task: "2"}, "neither the others nor the merge"
+    packing = {job["JobState"] for name, job in found.items() if name.startswith("pack")}
+    assert packing == {"CANCELLED"}
     for name in failed:
-        assert f"{broken}, line 30: broken JSON" in said(tmp_path, array, found, name)
+        assert f"{broken}, line 30: broken JSON" in said(tmp_path, found, name)
     broken.write_text(good)
     array = submit(cluster, tmp_path, broken.parent, "", *words)
     assert states(finished(cluster, array)) == {"COMPLETED"}
@@ -151,28 +168,32 @@ def test_a_broken_file_fails_its_task_alone_and_is_repaired(
 def test_a_task_whose_time_is_up_stops_and_comes_back(
     cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    array = submit(cluster, tmp_path, source, SLOW.format(task="3/4"), "--vocab-size", 400)
+    """It has submitted the jobs that follow, and does not do so again."""
+    array = submit(cluster, tmp_path, source, SLOW.format(task="1/2"), "--vocab-size", 400)
     wait_for((tmp_path / "ready").exists)
-    cluster.command("scancel", "--batch", "--signal=USR1", f"{array}_3")
+    cluster.command("scancel", "--batch", "--signal=USR1", f"{array}_1")
+    (tmp_path / "data_prep" / "shard.py").write_text(STAND_IN.format(root=str(ROOT), trouble=""))
     found = finished(cluster, array)
-    assert states(found) == {"COMPLETED"}
-    assert restarts(found) == {"3": "1"}
+    assert states(found) == {"COMPLETED"} and len(found) == 5
+    assert restarts(found) == {"1": "1"}
     assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
 
 
 def test_a_task_whose_node_fails_is_done_on_another(
     cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    array = submit(cluster, tmp_path, source, SLOW.format(task="4/4"), "--vocab-size", 400)
+    array = submit(cluster, tmp_path, source, SLOW.format(task="2/2"), "--vocab-size", 400)
     wait_for((tmp_path / "ready").exists)
-    node = jobs(cluster, array)["4"]["BatchHost"]
+    (tmp_path / "data_prep" / "shard.py").write_text(STAND_IN.format(root=str(ROOT), trouble=""))
+    wait_for(lambda: jobs(cluster, array)["1"]["JobState"] == "COMPLETED")
+    node = jobs(cluster, array)["2"]["BatchHost"]
     cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     try:
         found = finished(cluster, array)
     finally:
         cluster.command("scontrol", "update", f"nodename={node}", "state=resume")
     assert states(found) == {"COMPLETED"}
-    assert restarts(found) == {"4": "1"} and found["4"]["BatchHost"] != node
+    assert restarts(found) == {"2": "1"} and found["2"]["BatchHost"] != node
     assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
 
 
