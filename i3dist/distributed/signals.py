@@ -24,7 +24,7 @@ from typing import NoReturn
 import psutil
 
 from i3dist.distributed import collectives
-from i3dist.distributed.attempt import TIME
+from i3dist.distributed.attempt import TIME, Attempt
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
 from i3dist.distributed.peers import REQUEUE, Peers, host_name
@@ -94,7 +94,8 @@ class StopRequest:
             return None
         when, reason, who = asked[0]
         more = f" and {len(asked) - 1} more" * (len(asked) > 1)
-        return f"{reason} on {who}{more}, {time.strftime(TIME, time.localtime(when))}"
+        at = time.strftime(TIME, time.localtime(when))
+        return f"{reason} on {who}{more}, {at}{Attempt.detect()}"
 
     def _ask(self, reason: str) -> None:
         if self.reason is None:

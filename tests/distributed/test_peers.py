@@ -179,7 +179,7 @@ def test_a_stranger_is_no_rank(tmp_path: Path) -> None:
                 b"",
                 b"GET /\r\n",
                 b'{"says": "failed"}\n',
-                b'{"token": "", "rank": 1}\n',
+                b'{"token": "", "rank": 1, "host": "x"}\n',
             ):
                 with socket.create_connection(("127.0.0.1", port)) as stranger:
                     stranger.sendall(words)
