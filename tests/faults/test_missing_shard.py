@@ -31,9 +31,7 @@ def later_shard_of_rank_1(data: Path) -> Path:
     return train.folder / train.manifest.shards[number].name
 
 
-def test_it_is_found_before_the_first_step_and_every_rank_says_so(
-    data: Path, tmp_path: Path
-) -> None:
+def test_it_is_found_before_the_first_step_and_ends_every_rank(data: Path, tmp_path: Path) -> None:
     """Of either split, also where damaged shards are quarantined; nothing is made of the run."""
     bad, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(data, bad)
