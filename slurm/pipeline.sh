@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From text to an exported model under Slurm, in one command: jobs that begin
-# (train a tokenizer), tokenize the text (an array), merge, verify the shards,
-# train, evaluate and export. Each waits for the one before. Run this from the
-# root of the repository, on a login node:
+# (train a tokenizer), tokenize the text and pack shards (arrays), merge (write
+# the manifest), verify, train, evaluate and export. Each waits for the one
+# before. Run this from the root of the repository, on a login node:
 #
 #   bash slurm/pipeline.sh --source 'texts/*.parquet' --data data/texts \
 #       --run runs/texts --tasks 32 --train '--nodes=4 --gpus-per-node=8' \
@@ -11,7 +11,7 @@
 # --source WHAT        the text, as data_prep/shard.py takes it
 # --data DIR           where the shards go
 # --run DIR            the run's folder; evaluation.json and export/ are in it
-# --tasks N            nodes that tokenize at once (default: 1)
+# --tasks N            nodes that tokenize, and pack, at once (default: 1)
 # --shard ARGUMENTS    more arguments of data_prep/shard.py
 # --prepare OPTIONS    of sbatch, for the jobs without a GPU (all but two)
 # --train OPTIONS      of sbatch, for training
@@ -85,6 +85,7 @@ submit() {
 shards=(slurm/shard.sbatch --alone --source "$source" --out "$data" "${shard[@]}")
 submit begin "${prepare[@]}" "${shards[@]}" --begin
 submit tokenize "${prepare[@]}" --array="1-$tasks" "${shards[@]}"
+submit pack "${prepare[@]}" --array="1-$tasks" "${shards[@]}" --merge
 submit merge "${prepare[@]}" "${shards[@]}" --merge
 submit verify "${prepare[@]}" slurm/run.sbatch data_prep/verify.py "$data"
 submit train "${train[@]}" slurm/train.sbatch "$@" data.path="$data" run.path="$run"

@@ -175,18 +175,8 @@ def test_two_nodes_meet_on_the_first_host(cluster: Cluster, tmp_path: Path) -> N
         assert task["arguments"] == ["train.steps=5", "a b"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1"],
-        ["--gpus-per-node=0", "--nodes=2", "--gpus-per-task=1", "--ntasks-per-node=2"],
-        ["--nodes=2", "--gres=gpu:2"],  # one CPU for two tasks, which the script allows
-    ],
-    ids=" ".join,
-)
-def test_one_task_per_gpu_and_each_sees_all(
-    cluster: Cluster, tmp_path: Path, options: list[str]
-) -> None:
+def test_one_task_per_gpu_and_each_sees_all(cluster: Cluster, tmp_path: Path) -> None:
+    options = ["--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1"]
     state = submitted(cluster, tmp_path, STAND_IN, options)
     assert state == "COMPLETED", (tmp_path / "job.out").read_text()
     seen = tasks(tmp_path)
@@ -209,7 +199,10 @@ def ranks_and_gpus(folder: Path) -> list[str]:
         (["--gpus-per-node=2"], [2]),
         (["--gres=gpu:2"], [2]),
         (["--gpus-per-node=0", "--gres=gpu:1", "--nodes=2"], [1, 1]),
+        (["--gres=gpu:2", "--nodes=2"], [2, 2]),  # a CPU for two tasks, which the script allows
+        (["--exclusive", "--gpus-per-node=1"], [2]),
         (["--gpus-per-node=0", "--gpus=4", "--nodes=2"], [2, 2]),
+        (["--gpus-per-node=0", "--gpus-per-task=1", "--ntasks-per-node=2", "--nodes=2"], [2, 2]),
         (["--gpus-per-node=0", "--gpus=2", "--ntasks-per-gpu=1"], [2]),
         (["--gpus-per-node=0", "--gpus-per-task=1", "--ntasks=2"], [2]),
         (["--gpus-per-node=2", "--ntasks-per-node=1"], [2]),

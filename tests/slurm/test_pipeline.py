@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import QUICK, ROOT, SAVING, STEPS, losses
 from tests.slurm.cluster import Cluster, environment
 
-STAGES = ["begin", "tokenize", "merge", "verify", "train", "evaluate", "export"]
+STAGES = ["begin", "tokenize", "pack", "merge", "verify", "train", "evaluate", "export"]
 
 # Stands for every program: notes its name and words. Training asks to be started again the first
 # time; the evaluation fails while there is a file that says so.
@@ -63,7 +63,7 @@ def test_from_text_to_an_exported_model(
     nodes = f"--gpus-per-node=0 --nodes=2 --ntasks-per-node=1 '{output}'"
     options = ["--shard", shard, "--prepare", cpus, "--train", nodes, "--evaluate", cpus]
     jobs = submitted(pipeline(cluster, ROOT, *places, *options, "--", *QUICK, *SAVING))
-    states = ended(cluster, jobs, 300)
+    states = ended(cluster, jobs, 500)
     said = {stage: (tmp_path / f"{job}.out") for stage, job in jobs.items()}
     assert set(states.values()) == {"COMPLETED"}, {
         stage: file.read_text() for stage, file in said.items() if file.exists()
@@ -99,7 +99,7 @@ def test_a_chain_that_fails_is_cut_and_is_submitted_again(cluster: Cluster, tmp_
     (line,) = again.stderr.splitlines()
     assert line.startswith("error: jobs of this run are in the queue") and first["export"] in line
     states = ended(cluster, first)
-    assert states == dict.fromkeys(STAGES[:5], "COMPLETED") | {
+    assert states == dict.fromkeys(STAGES[:6], "COMPLETED") | {
         "evaluate": "FAILED",
         "export": "CANCELLED",
     }
@@ -110,8 +110,8 @@ def test_a_chain_that_fails_is_cut_and_is_submitted_again(cluster: Cluster, tmp_
     shard = "shard.py --workers 1 --source a b --out in to --seed 1 2"
     train = "train.py train.steps=5 data.path=in to run.path=a.run"
     evaluate = "evaluate.py --checkpoint a.run --data in to --json a.run/evaluation.json"
-    chain = [f"{shard} --begin", f"{shard} --task 1/1", f"{shard} --merge", "verify.py in to"]
-    chain += [train, train, evaluate]
+    chain = [f"{shard} --begin", f"{shard} --task 1/1", f"{shard} --merge --task 1/1"]
+    chain += [f"{shard} --merge", "verify.py in to", train, train, evaluate]
     export = "export.py --overwrite a.run a.run/export"
     assert (tmp_path / "log").read_text().splitlines() == [*chain, *chain, export]
 
