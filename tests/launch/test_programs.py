@@ -154,6 +154,6 @@ def test_a_prompt_that_is_missing_or_no_text_on_the_command_line_is_refused(
 )
 def test_what_fails_is_recorded_and_explained(error: Exception, says: str) -> None:
     tracker = mock.Mock()
-    with pytest.raises(UserError, match=says), recorded(tracker):
+    with pytest.raises(UserError, match=says), recorded(tracker, None):
         raise error
     tracker.finish.assert_called_once_with("FAILED")
