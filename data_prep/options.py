@@ -151,6 +151,12 @@ def check_choices(options: argparse.Namespace) -> None:
         raise UserError(f"--min-tokens {least} is more than --max-tokens {most}: lower it")
     if options.scratch and isinstance(options.out, Path):
         raise UserError("--scratch is for an --out at a URL: omit it")
+    is_shared = options.begin or options.merge or (options.task and not options.dry_run)
+    if is_shared and not isinstance(options.out, Path) and not options.scratch:
+        raise UserError(
+            "tasks of an --out at a URL work in one folder: name it with --scratch DIR, on storage "
+            "that all machines see"
+        )
     if options.valid and options.valid_fraction is not None:
         raise UserError("--valid and --valid-fraction exclude each other: omit one")
     if options.valid_fraction is None:

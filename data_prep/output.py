@@ -11,6 +11,7 @@ them.
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -215,35 +216,59 @@ class Output:
             if not all(name.startswith(ours) for name in found):
                 raise UserError(f"{self.place} holds other files: choose another --out")
             return False
-        uploaded = self._uploaded_manifests(settings.splits)
-        free = frozenset() if self.is_moving or uploaded else _OF_PACKING | free
+        manifests = self.manifests(settings.splits) or self._uploaded_manifests(settings.splits)
+        free = frozenset() if self.is_moving or manifests else _OF_PACKING | free
         if difference := former.difference(settings, free):
             raise self.refusal(difference)
-        for split, data in uploaded.items():
-            (self.folder / split).mkdir(exist_ok=True)
-            write_whole(self.folder / split / MANIFEST_NAME, data)
-        folders = [self.folder / split for split in settings.splits]
-        if not all((folder / MANIFEST_NAME).exists() for folder in folders):
+        if not manifests:
             return False
-        for folder in folders:
-            _check_shards(folder, self.store.sizes(folder.name) if self.store else {})
+        for split, manifest in manifests.items():
+            self._check_shards(split, manifest)
         self._discard_work()
         return True
 
-    def _uploaded_manifests(self, splits: Sequence[str]) -> dict[str, bytes]:
-        """The manifests of an output that is complete at its URL, and not here."""
-        if self.store is None or any((self.folder / split).exists() for split in splits):
+    def manifests(self, splits: Sequence[str]) -> dict[str, Manifest]:
+        """The manifests of an output that is complete on the disk; else none."""
+        folders = {split: self.folder / split for split in splits}
+        if not all((folder / MANIFEST_NAME).exists() for folder in folders.values()):
             return {}
-        found = {split: self.store.get(f"{split}/{MANIFEST_NAME}") for split in splits}
-        there = {split: data for split, data in found.items() if data is not None}
-        return there if len(there) == len(splits) else {}
+        return {split: Manifest.load(folder) for split, folder in folders.items()}
+
+    def _uploaded_manifests(self, splits: Sequence[str]) -> dict[str, Manifest]:
+        """The manifests of an output that is complete at its URL; else none."""
+        found: dict[str, Manifest] = {}
+        if self.store is None:
+            return found
+        with tempfile.TemporaryDirectory() as name:
+            for split in splits:
+                try:
+                    self.store.fetch(f"{split}/{MANIFEST_NAME}", Path(name) / MANIFEST_NAME)
+                except FileNotFoundError:
+                    return {}
+                found[split] = Manifest.load(Path(name))
+        return found
+
+    def _check_shards(self, split: str, manifest: Manifest) -> None:
+        """Refuse a split whose shards are neither here nor at the URL, in their full size."""
+        moved = self.store.sizes(split) if self.store else {}
+        for shard in manifest.shards:
+            path = self.folder / split / shard.name
+            size = path.stat().st_size if path.is_file() else moved.get(shard.name)
+            if size != shard.size:
+                found = "missing" if size is None else f"{size} bytes long, not {shard.size}"
+                remedy = f"delete {self._all(self.place)} and make it again"
+                raise UserError(f"{self.place}/{split}/{shard.name} is {found}: {remedy}")
 
     def refusal(self, difference: str) -> UserError:
         """The error for a folder that was made in another way: `difference` says in which."""
-        it = f"it and {self.folder}" if self.store else "it"
+        it = self._all("it")
         return UserError(
             f"{self.place} was made {difference}: choose another --out, or delete {it}"
         )
+
+    def _all(self, place: str) -> str:
+        """In words: all that there is of the output, which is called `place`."""
+        return f"{place} and {self.folder}" if self.store else place
 
     def free_bytes(self) -> int:
         """Bytes free where the folder is, or will be."""
@@ -337,13 +362,3 @@ def is_output(folder: Path) -> bool:
     except (ValidationError, OSError):
         return False
     return True
-
-
-def _check_shards(folder: Path, moved: Mapping[str, int]) -> None:
-    """Refuse a split whose shards are neither there nor `moved`, in their full size."""
-    for shard in Manifest.load(folder).shards:
-        path = folder / shard.name
-        size = path.stat().st_size if path.is_file() else moved.get(shard.name)
-        if size != shard.size:
-            found = "missing" if size is None else f"{size} bytes long, not {shard.size}"
-            raise UserError(f"{path} is {found}: delete {folder.parent} and make it again")

@@ -20,8 +20,7 @@ from data_prep.second_pass import SecondPass
 from data_prep.shuffle import PartSummary
 from data_prep.sources import clean_file_name
 from data_prep.tokenizer import no_usable_document
-from data_prep.upload import clear, is_uploaded, upload
-from i3dist.data.manifest import Manifest
+from data_prep.upload import clear, upload
 from i3dist.errors import UserError
 
 
@@ -32,11 +31,16 @@ class Preparation:
     beginning: Beginning
     workers: int
 
-    def is_complete(self) -> bool:
-        """Whether all work is done; says so. An upload that was stopped is completed."""
+    def is_complete(self, shared: bool) -> bool:
+        """Whether all work is done; says so. An upload that was stopped is completed.
+
+        Where the work is `shared`, another task may be looking at the same files: then none is
+        moved, and the run that merges completes the upload.
+        """
         if not self.beginning.is_complete():
             return False
-        self._upload()
+        if not shared:
+            self._upload()
         print(clean_file_name(f"{self._output.place} is already complete"))
         return True
 
@@ -159,9 +163,8 @@ class Preparation:
         output, store = self._output, self._output.store
         if store is None:
             return
-        splits = self.beginning.settings.splits
-        manifests = {split: Manifest.load(output.folder / split) for split in splits}
-        if not is_uploaded(output.folder, store, manifests):
+        manifests = output.manifests(self.beginning.settings.splits)
+        if manifests:  # else all is at the URL
             shards = sum(len(manifest.shards) for manifest in manifests.values())
             with pass_bar(self._console, "upload", "shards", shards) as report:
                 upload(output.folder, store, manifests, report)

@@ -99,10 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shared = options.task is not None
     try:
         with output.locked(shared):
-            if preparation.is_complete():
+            if preparation.is_complete(shared):
                 return
             with output.locked_work(shared):
-                if not preparation.is_complete():  # by a run on another host
+                if not preparation.is_complete(shared):  # by a run on another host
                     step_of(options, preparation)()
     except OSError as error:
         place = error.filename or output.folder

@@ -99,7 +99,9 @@ class Store:
             filesystem.invalidate_cache()
             try:
                 found = filesystem.ls(place, detail=True)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if not is_final(error):
+                    raise
                 return {}
             paths = {info["name"].rstrip("/"): info.get("size") or 0 for info in found}
             paths.pop(place.rstrip("/"), None)  # an object that marks the folder

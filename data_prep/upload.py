@@ -6,8 +6,7 @@ are still on the disk.
 """
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,14 +40,6 @@ def upload(folder: Path, store: Store, manifests: Mapping[str, Manifest], report
             store.put(folder / name, name)
     for split in manifests:
         store.put(folder / split / MANIFEST_NAME, f"{split}/{MANIFEST_NAME}")
-
-
-def is_uploaded(folder: Path, store: Store, splits: Iterable[str]) -> bool:
-    """Whether all of an output is at its URL: of these splits only the manifests are left here."""
-    return all(
-        os.listdir(folder / split) == [MANIFEST_NAME] and MANIFEST_NAME in store.sizes(split)
-        for split in splits
-    )
 
 
 def clear(folder: Path) -> None:

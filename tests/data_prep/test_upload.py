@@ -66,9 +66,11 @@ def test_whatever_the_store_does_it_gets_the_bytes_of_a_local_output(
 ) -> None:
     tried: dict[str, int] = {}
     order = []
+    disk = set()  # folders that files come from
 
     def trouble(path: str, place: Path) -> None:
         """Each file fails once in its middle, then once without an error."""
+        disk.add(Path(path).parent)
         times = tried[place.name] = tried.get(place.name, 0) + 1
         if times == 1:
             place.write_bytes(Path(path).read_bytes()[:100])
@@ -87,9 +89,13 @@ def test_whatever_the_store_does_it_gets_the_bytes_of_a_local_output(
     assert not list(scratch.iterdir())
     spilled = counting(monkeypatch)
     Storage.put = shutil.copyfile
-    make(corpus, scratch)
-    assert capsys.readouterr().out.endswith("storage://bucket/data is already complete\n")
-    assert not spilled and not list(scratch.iterdir())
+    (train,) = (folder for folder in disk if folder.name == "train")
+    for was_killed in (False, True):
+        if was_killed:  # while it cleared the disk
+            train.mkdir(parents=True)
+        make(corpus, scratch)
+        assert capsys.readouterr().out.endswith("storage://bucket/data is already complete\n")
+        assert not spilled and not list(scratch.iterdir())
     with pytest.raises(UserError, match=r"^storage://bucket/data was made with seed 0, not 1: "):
         make(corpus, scratch, "--seed", 1)
     assert tree_digest(at_url) == tree_digest(built)
@@ -125,6 +131,8 @@ def test_a_store_that_fails_for_long_loses_nothing(
     (at_url / "train").mkdir(exist_ok=True)
     (at_url / "train" / "shard-999999.tar").write_bytes(b"of an earlier attempt")
     spilled = counting(monkeypatch)
+    make(corpus, scratch, "--task", "1/2")
+    assert {path.name for path in scratch.rglob("valid/*.tar")} == here, "tasks move nothing"
     make(corpus, scratch)
     assert not spilled
     assert tree_digest(at_url) == tree_digest(built)
@@ -217,15 +225,32 @@ def test_a_store_that_will_never_work_is_tried_once(
 
 
 def test_other_files_at_the_url_stay(
-    corpus: tuple[Path, dict[str, str]], at_url: Path, tmp_path: Path
+    corpus: tuple[Path, dict[str, str]],
+    at_url: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A listing that fails is not an empty folder."""
     at_url.mkdir(parents=True)
     (at_url / "thesis.pdf").write_bytes(b"precious")
+    listed = Storage.ls
+
+    def fails_once(store: Storage, path: str, **options: object) -> object:
+        monkeypatch.setattr(Storage, "ls", listed)
+        raise FileNotFoundError(path) from ConnectionResetError("the store has hung up")
+
+    monkeypatch.setattr(Storage, "ls", fails_once)
+    assert Store(URL).sizes() == {"thesis.pdf": 8}
     with pytest.raises(UserError, match=r"^storage://bucket/data holds other files: choose"):
         make(corpus, tmp_path / "scratch")
     assert tree_names(at_url) == ["thesis.pdf"]
 
 
-def test_scratch_is_for_urls(corpus: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_scratch_is_for_urls_and_tasks_need_it(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="--scratch is for an --out at a URL"):
         make(corpus, tmp_path, out=str(tmp_path / "out"))
+    for step in (["--begin"], ["--task", "1/2"], ["--merge"]):
+        with pytest.raises(UserError, match="work in one folder: name it with --scratch DIR"):
+            build(corpus[0], URL, *step)  # type: ignore[arg-type]
