@@ -30,9 +30,10 @@ fail() {
     exit 1
 }
 
-# Set the array `words` to the words of a text.
+# Set the array `words` to the words of an option's value.
 split() {
-    mapfile -d '' -t words < <(xargs --no-run-if-empty printf '%s\0' <<<"$1")
+    mapfile -d '' -t words < <(xargs --no-run-if-empty printf '%s\0' <<<"$2" 2>/dev/null)
+    wait $! || fail "$1 $2: a quotation mark is not closed"
 }
 
 source='' data='' run='' tasks=1 shard=() prepare=() train=() evaluate=(--gpus-per-node=1)
@@ -42,7 +43,7 @@ while (($#)) && [[ $1 != -- ]]; do
         exit
     fi
     (($# > 1)) || fail "$1 needs a value: see --help"
-    split "$2"
+    case $1 in --shard | --prepare | --train | --evaluate) split "$1" "$2" ;; esac
     case $1 in
     --source) source=$2 ;;
     --data) data=$2 ;;
@@ -63,9 +64,10 @@ done
 
 # Jobs are named STAGE:RUN.
 path=$(realpath -m "$run") queued=()
+queue=$(squeue --me --noheader --format='%A %j')
 while read -r id name; do
     [[ ${name#*:} != "$path" ]] || queued+=("$id")
-done < <(squeue --me --noheader --format='%A %j')
+done <<<"$queue"
 ((!${#queued[@]})) ||
     fail "jobs of this run are in the queue: ${queued[*]}: wait for them, or end them with scancel"
 

@@ -124,7 +124,11 @@ def test_a_chain_that_cannot_be_submitted_leaves_no_job(cluster: Cluster, tmp_pa
     assert "error: sbatch does not take the job that is to train" in result.stderr
     for job in re.findall(r"job (\d+)", result.stdout):
         assert cluster.wait(job, 20) in ("CANCELLED", "FAILED")
-    for bad, says in ((["--run"], "needs a value"), (["--x", "1"], "--x is not an option")):
+    for bad, says in (
+        (["--run"], "needs a value"),
+        (["--x", "1"], "--x is not an option"),
+        (["--train", "--nodes=2 --comment='x"], "a quotation mark is not closed"),
+    ):
         result = pipeline(cluster, tmp_path, *bad)
         assert result.returncode == 1 and says in result.stderr
         assert len(result.stderr.splitlines()) == 1
