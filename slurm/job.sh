@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What the jobs of this folder share. They source this file when they have found the repository,
-# $root, and then have: $job, what Slurm says of the job; python, the command that starts Python;
-# srun_options, what the site adds to srun. Outside of a job they print their help, if asked to.
+# $root, and then have: $job_id, the job's name for Slurm's commands; $job, what Slurm says of it;
+# python, the command that starts Python; srun_options, what the site adds to srun. Outside of a job
+# they print their help, if asked to.
 # shellcheck disable=SC2034,SC2154
 
 fail() {
@@ -15,9 +16,11 @@ if [[ ${1:-} == --help ]]; then
 fi
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "submit this file with sbatch; bash $0 --help explains it"
 
-# An array's last task has the number of the array, by which Slurm describes all tasks.
-number=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=$(scontrol show --details job "${number:-$SLURM_JOB_ID}")
+# The SLURM_JOB_ID of an array's last task is the array's number: with that, Slurm's commands show,
+# requeue and change all tasks.
+job_id=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job_id=${job_id:-$SLURM_JOB_ID}
+job=$(scontrol show --details job "$job_id")
 # Where its folder is missing on a node, Slurm starts a job in /tmp.
 folder=$(sed -n 's/^ *WorkDir=//p' <<<"$job")
 [[ $PWD -ef $folder ]] || fail "${SLURMD_NODENAME:-this node} has no folder $folder:" \
@@ -28,7 +31,7 @@ for file in slurm/site.sh .venv/bin/activate; do
     # shellcheck disable=SC1090
     [[ -f $root/$file ]] && source "$root/$file"
 done
-unset file folder number
+unset file folder
 
 # Print the words of the file's line for this task of an array, each ended by a zero byte. Empty
 # lines and comments do not count.

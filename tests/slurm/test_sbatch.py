@@ -233,7 +233,7 @@ run.path=runs/$HOME;`id`
 def test_each_task_of_a_sweep_adds_the_words_of_its_line(
     tmp_path: Path, task: str, words: list[str]
 ) -> None:
-    """After those of all, so they win."""
+    """After those of all, so they win. It is requeued alone: SLURM_JOB_ID may be the array's."""
     (tmp_path / "sweep").write_text(LINES)
     started = run(
         tmp_path,
@@ -243,7 +243,9 @@ def test_each_task_of_a_sweep_adds_the_words_of_its_line(
         "a b",
         SLURM_ARRAY_JOB_ID="77",
         SLURM_ARRAY_TASK_ID=task,
+        STATUS="75",
     )
+    assert started.requeued == f"77_{task}"
     assert started.command[2:] == [f"{tmp_path}/launch/train.py", "--config", "a b", *words]
 
 

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     with one_line_errors():
         shard.main(sys.argv[1:])
 """
-KILLED = 'first and "2/4" in sys.argv and os.kill(os.getpid(), 9)'
+KILLED = 'first and "4/4" in sys.argv and os.kill(os.getpid(), 9)'
 SLOW = 'first and "{task}" in sys.argv and (open("ready", "w"), time.sleep(600))'
 
 
@@ -119,18 +119,21 @@ def restarts(found: Jobs) -> dict[str, str]:
 def test_arrays_on_two_nodes_make_the_bytes_of_one_process(
     cluster: Cluster, source: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    """Tasks that are killed on their way go back into the queue alone, in both arrays."""
+    """Tasks that are killed on their way go back into the queue alone, in both arrays.
+
+    The last task of an array has the number of the array.
+    """
     array = submit(cluster, tmp_path, source, KILLED, "--vocab-size", 400, tasks=4)
     found = finished(cluster, array)
     assert states(found) == {"COMPLETED"}, said(tmp_path, found, "merge")
     assert len(found) == 9
-    assert restarts(found) == {"2": "1", "pack 2": "1"}
+    assert restarts(found) == {"4": "1", "pack 4": "1"}
     assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
     for array_of in ("", "pack "):
         outputs = [said(tmp_path, found, f"{array_of}{task}") for task in range(1, 5)]
         nodes = {node for text in outputs for node in re.findall(r"on (node\d)", text)}
         assert nodes == {"node1", "node2"}
-        assert "has packed its share" in outputs[1] or not array_of
+        assert "has packed its share" in outputs[3] or not array_of
     for name in ("NumCPUs", "TimeLimit", "Partition"):
         assert found["merge"][name] == found["pack 1"][name] == found["1"][name]
 
