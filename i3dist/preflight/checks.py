@@ -14,6 +14,7 @@ from i3dist.preflight.gpu import GpuFacts
 
 Everyone = Sequence[Facts]  # by rank
 
+INPUT = "input"  # name of a check
 NAMED = 4  # hosts, packages or settings that a line names; it counts the others
 CLOCK_SECONDS = 5.0  # that clocks may be apart
 SLOW_LINK, SLOW_GPU = 0.5, 0.7  # shares of the others' speed below which one is refused
@@ -373,7 +374,7 @@ def _show_network(everyone: Everyone) -> str:
 
 
 CHECKS = [
-    Check("input", lambda all_: f"data, settings, checkpoint on {len(all_)} ranks", judge_input),
+    Check(INPUT, lambda all_: f"data, settings, checkpoint on {len(all_)} ranks", judge_input),
     Check("code", lambda all_: _code(all_[0]), judge_code),
     Check("packages", _show_versions, judge_versions),
     Check("settings", lambda all_: f"{len(all_[0].given.settings)} settings", judge_settings),
