@@ -49,7 +49,13 @@ class Store:
         size = path.stat().st_size
 
         def write(filesystem: Any, place: str) -> None:
-            filesystem.put_file(str(path), place)
+            try:
+                filesystem.put_file(str(path), place)
+            except FileNotFoundError as error:
+                if error.__cause__:  # as S3 tells of a bucket that is not there
+                    raise
+                filesystem.makedirs(posixpath.dirname(place), exist_ok=True)
+                filesystem.put_file(str(path), place)
             filesystem.invalidate_cache()
             if (found := filesystem.info(place)["size"]) != size:
                 raise OSError(f"{found:,} bytes are there instead of {size:,}")

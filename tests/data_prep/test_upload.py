@@ -32,9 +32,7 @@ class Storage(LocalFileSystem):
         return name if name.startswith(str(cls.root)) else f"{cls.root}/{name}".rstrip("/")
 
     def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
-        place = Path(self._strip_protocol(rpath))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        type(self).put(lpath, place)
+        type(self).put(lpath, Path(self._strip_protocol(rpath)))
 
     def get_file(self, rpath: str, lpath: str, **options: Any) -> None:
         shutil.copyfile(self._strip_protocol(rpath), lpath)
