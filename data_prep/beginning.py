@@ -54,10 +54,11 @@ class Beginning:
         Broken files are an error, or `with_broken` some are left to the tasks that read them.
         """
         has_tokenizer = self.given or self.output.tokenizer.exists()
-        parts = self._whole_parts
         if with_broken and has_tokenizer:  # training it needs all files
             self.source.keep_in(self.output.facts)
             parts = self.source.parts_with_broken()
+        else:
+            parts = self._whole_parts
         output, former = self.output, Plan.load(self.output.plan)
         return SpillPlan(
             former.arranged(parts) if former else parts,

@@ -415,8 +415,3 @@ def test_a_mixture_of_a_folder_and_a_url(stored: Path, tokenizer: Path, tmp_path
     counts = Manifest.load(tmp_path / "out" / "train").sources or ()
     assert [source.usable for source in counts] == [2 * ROWS + 1, FILES * ROWS]
     assert counts[0].documents == 2 * ROWS + 1 and 60 < counts[1].documents < 120
-
-
-def test_an_output_at_a_url_is_refused(stored: Path) -> None:
-    with pytest.raises(UserError, match=r"s3://b/out is a URL, .*: name a folder, and copy it"):
-        build(stored, "s3://b/out")  # type: ignore[arg-type]

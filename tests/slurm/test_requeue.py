@@ -64,7 +64,7 @@ with one_line_errors():
             PROGRAM,
             "data.path=/nowhere",
             ["run.path=run"],
-            "[rank 1] error: no manifest at /nowhere",
+            "error: preflight: node2: no manifest at /nowhere",
         ),
         (CONNECTED, "", ["fail"], "[rank 1] error: this one alone"),
     ],
