@@ -78,6 +78,7 @@ def dry_run(settings: Settings, job: Job) -> None:
 def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
     """Join the job's process group; from now on ranks hear of each other's end."""
     keep_records_in(settings.run.path)
+    host.allow_many_files()
     peers = stop.peers = setup.start(job, str(settings.run.path))
     tell_others_by(peers.fail)
     if settings.slurm.successor:
