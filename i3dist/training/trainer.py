@@ -108,38 +108,51 @@ class Trainer:
         Returns:
             True when the run is done; False if the job was asked to stop earlier, and has saved.
         """
-        settings, progress, saver = self.settings, self.progress, self.checkpointer.saver
+        progress = self.progress
         # After an error the watchdog closes first: the error may take long to be reported.
-        with saver, closing(self.watchdog):
-            if progress.step == 0:
-                self.validator.validate()
-                self.start_times.end("validation")
-            self.vote_now()  # on requests that came while the run was set up
-            self.interval.restart()
+        with self.checkpointer.saver, closing(self.watchdog):
+            self.begin()
             with closing(self.batches()) as batches:
                 while not (progress.done or self.asked_to_stop):
                     self.train_step(batches)
-                    if self.start_times.end_all() and self.compile_cache is not None:
-                        self.compile_cache.save()
-                    if progress.due(settings.log.every):
-                        self.report()
-                    with self.interval.stopped_clock():
-                        if progress.due(settings.validate_.every):
-                            self.validator.validate()
-                        if progress.due(settings.checkpoint.every) or self.orders.save:
-                            self.checkpointer.save()
-                            self.orders.done()
-            if progress.done:
-                self.checkpointer.export()
-            else:
-                self.checkpointer.save()
-            saver.wait()
-            self.orders.done()
-            if self.compile_cache is not None:
-                self.compile_cache.wait()
+                    self.do_what_is_due()
+            self.keep_the_result()
         self.stop.saved()
         self.log.plot()
         return progress.done
+
+    def begin(self) -> None:
+        """Validate the first weights, and hear what was asked while the run was set up."""
+        if self.progress.step == 0:
+            self.validator.validate()
+            self.start_times.end("validation")
+        self.vote_now()
+        self.interval.restart()
+
+    def do_what_is_due(self) -> None:
+        """After a step: report, validate and save, each if it is time to."""
+        settings, progress = self.settings, self.progress
+        if self.start_times.end_all() and self.compile_cache is not None:
+            self.compile_cache.save()
+        if progress.due(settings.log.every):
+            self.report()
+        with self.interval.stopped_clock():
+            if progress.due(settings.validate_.every):
+                self.validator.validate()
+            if progress.due(settings.checkpoint.every) or self.orders.save:
+                self.checkpointer.save()
+                self.orders.done()
+
+    def keep_the_result(self) -> None:
+        """Write the final weights, or else a checkpoint, and wait until all files are written."""
+        if self.progress.done:
+            self.checkpointer.export()
+        else:
+            self.checkpointer.save()
+        self.checkpointer.saver.wait()
+        self.orders.done()
+        if self.compile_cache is not None:
+            self.compile_cache.wait()
 
     @property
     def asked_to_stop(self) -> bool:
