@@ -1,7 +1,8 @@
-"""A rank's share of its host: CPU threads and freed memory."""
+"""A rank's share of its host: CPU threads, freed memory and open files."""
 
 import ctypes
 import os
+import resource
 from collections.abc import MutableMapping
 
 import torch
@@ -48,3 +49,12 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def allow_many_files() -> None:
+    """Let this process have as many files open as the system allows.
+
+    Rank 0 has several connections with every other rank, and the usual limit is 1,024.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

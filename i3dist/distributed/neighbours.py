@@ -45,6 +45,9 @@ class Neighbours:
             teller, _ = self._listening.accept()
         except TimeoutError:
             return False
+        except OSError:  # this process has too many files open, for example
+            time.sleep(seconds)
+            return False
         with teller:
             return _owner(teller)[1] == os.getuid()  # other users' processes can connect, too
 

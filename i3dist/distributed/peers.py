@@ -10,6 +10,7 @@ for lost, and a host without power is found after `LOST_SECONDS`.
 """
 
 import asyncio
+import errno
 import json
 import os
 import secrets
@@ -38,6 +39,8 @@ BYE: Message = {"says": "bye"}
 FAILED: Message = {"says": "failed"}
 LOST: Message = {"says": "lost"}
 SILENT: Message = {"says": "silent"}  # lost as well: its host or the link does not answer
+# Why the kernel then ends it: by `keep_alive`'s time-out, or with what routers told it meanwhile.
+UNREACHABLE = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
 
 
 class Peers:
@@ -91,7 +94,7 @@ def connect(job: Job, store: torch_dist.Store, address: str) -> Peers:
     Args:
         job: this rank's place.
         store: through which rank 0 tells the others where it listens.
-        address: rank 0's host, as the other ranks can reach it.
+        address: what rank 0 calls its host, for ranks that do not find it at MASTER_ADDR.
 
     Raises:
         OSError: rank 0 cannot be reached.
@@ -110,7 +113,7 @@ class _First(Peers):
         self._hosts: dict[int, str] = {}  # by rank
         self._writers: dict[int, asyncio.StreamWriter] = {}  # of the ranks that are there
         self._gone: list[int] = []
-        listener = socket.create_server(("", 0), backlog=job.world_size)
+        listener = _listen_everywhere(job.world_size)
         self._loop = asyncio.new_event_loop()
         start = asyncio.start_server(self._follow, sock=listener)
         threading.Thread(target=self._loop.run_forever, name="peers", daemon=True).start()
@@ -180,26 +183,35 @@ class _Other(Peers):
     def __init__(self, job: Job, store: torch_dist.Store) -> None:
         super().__init__(job)
         address, port, token = json.loads(store.get(KEY))
-        self._address = address
-        self._socket = socket.create_connection((address, port), CONNECT_SECONDS)
-        keep_alive(self._socket)
-        self._tell({"token": token, "rank": job.rank, "host": host_name()})
-        self._words = self._socket.makefile("rb")
-        if _read(self._words.readline()) != WELCOME:
-            raise OSError(f"what listens at {address}:{port} is not rank 0")
-        self._socket.settimeout(None)
+        hello = {"token": token, "rank": job.rank, "host": host_name()}
+        self._address = job.master_addr
+        try:
+            self._enter(port, hello)
+        except OSError:
+            if address == job.master_addr:
+                raise
+            self._address = address
+            self._enter(port, hello)
         os.register_at_fork(after_in_child=lambda: _close([self._socket]))
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
+
+    def _enter(self, port: int, hello: Message) -> None:
+        """Connect with rank 0, if it is the one that listens there."""
+        self._socket = socket.create_connection((self._address, port), CONNECT_SECONDS)
+        keep_alive(self._socket)
+        self._tell(hello)
+        self._words = self._socket.makefile("rb")
+        if _read(self._words.readline()) != WELCOME:
+            raise OSError(f"what listens at {self._address}:{port} is not rank 0")
+        self._socket.settimeout(None)
 
     def _listen(self) -> None:
         """Wait for the only word of rank 0 after its welcome, or for its end."""
         said: Message = {}
         try:
             said = _read(self._words.readline())
-        except TimeoutError:  # the kernel's: see `keep_alive`
-            self._silent = True
-        except OSError:
-            pass
+        except OSError as error:
+            self._silent = _is_silence(error)
         if self._closed or said == BYE:
             return
         if said == FAILED:
@@ -230,6 +242,16 @@ def keep_alive(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
 
 
+def _listen_everywhere(backlog: int) -> socket.socket:
+    """Listen at a free port of all of this host's addresses, of IPv4 and, where it has it, IPv6."""
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):
+            return socket.create_server(
+                ("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
+            )
+    return socket.create_server(("", 0), backlog=backlog)
+
+
 def _close(connections: list[socket.socket]) -> None:
     """Close a fork's copies: it may outlive the rank, whose end must be seen at once."""
     for connection in connections:
@@ -241,10 +263,15 @@ async def _next_word(reader: asyncio.StreamReader) -> Message:
     """The next message of a rank; empty if its connection ends without one."""
     try:
         return _read(await reader.readline())
-    except TimeoutError:  # the kernel's: see `keep_alive`
-        return SILENT
-    except (OSError, ValueError):  # the kernel ended it; or a line without end
+    except OSError as error:
+        return SILENT if _is_silence(error) else {}
+    except ValueError:  # a line without end
         return {}
+
+
+def _is_silence(error: OSError) -> bool:
+    """Whether the kernel ended a connection because its other host or the link does not answer."""
+    return error.errno in UNREACHABLE
 
 
 def _line(message: Message) -> bytes:

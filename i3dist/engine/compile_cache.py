@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import io
 import os
+import socket
 import stat
 import tarfile
 import tempfile
@@ -19,7 +20,6 @@ from pathlib import Path
 
 from i3dist.config import Settings
 from i3dist.distributed import collectives
-from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.job import Job
 from i3dist.errors import warned
 from i3dist.files import written_aside
@@ -113,22 +113,33 @@ def enter(
     Every rank calls this, before it compiles. None if the user chose folders by the compilers' own
     variables, or if the folder cannot be this user's alone, as others could place code in it.
     """
+    cache = _of_this_host(settings, job, environ)
+    if cache is not None and job.local_rank == 0 and cache.archive.exists():
+        with warned(f"{cache.archive} cannot be used, so the model is compiled anew"):
+            cache.unpack()
+    collectives.barrier()  # also where this host has no folder, because others wait in it
+    return cache
+
+
+def _of_this_host(
+    settings: Settings, job: Job, environ: MutableMapping[str, str]
+) -> CompileCache | None:
+    """The folder, named in `environ`, and its archive; see `enter`."""
     named = [Path(environ[name]).name for name in VARIABLES if environ.get(name)]
     if not all(name.startswith(NOT_CHOSEN) for name in named):
         return None
     own = Path(tempfile.gettempdir(), f"i3dist-compiled-{os.getuid()}")
     if not is_private(own):
-        print_rank_0(f"warning: compiled code is not kept: {own} must be a folder of yours alone")
+        if job.local_rank == 0:
+            where = f"{socket.gethostname()}: {own}"
+            warning = f"warning: compiled code is not kept: {where} must be a folder of yours alone"
+            print(warning, flush=True)
         return None
     key = key_of(settings)
     chosen = settings.train.compile_cache
     place = settings.run.path if chosen == "auto" else chosen
     cache = CompileCache(place / f"compiled-{key}.tar.gz", own / key)
     environ.update({name: str(cache.folder / part) for name, part in VARIABLES.items()})
-    if job.local_rank == 0 and cache.archive.exists():
-        with warned(f"{cache.archive} cannot be used, so the model is compiled anew"):
-            cache.unpack()
-    collectives.barrier()
     return cache
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,7 +22,8 @@ from i3dist.distributed.peers import Peers, host_name
 from i3dist.distributed.rendezvous import read_timeout
 from i3dist.distributed.signals import REQUEUE, StopRequest
 from i3dist.engine import compile_cache, setup
-from i3dist.errors import UserError, warned
+from i3dist.engine.compile_cache import CompileCache
+from i3dist.errors import UserError, reason, warned
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
@@ -39,7 +41,7 @@ from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.orders import STOP
 from i3dist.training.preflight import read_input, wanted
 from i3dist.training.run_folder import lay_out
-from i3dist.training.start_times import START
+from i3dist.training.start_times import StartTimes
 from i3dist.training.startup import (
     Start,
     agree,
@@ -76,6 +78,7 @@ def dry_run(settings: Settings, job: Job) -> None:
 def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
     """Join the job's process group; from now on ranks hear of each other's end."""
     keep_records_in(settings.run.path)
+    host.allow_many_files()
     peers = stop.peers = setup.start(job, str(settings.run.path))
     tell_others_by(peers.fail)
     if settings.slurm.successor:
@@ -101,33 +104,69 @@ def preflight(
 
 
 def build(
-    arguments: argparse.Namespace, settings: Settings, job: Job, corpus: Corpus, stop: StopRequest
+    arguments: argparse.Namespace,
+    settings: Settings,
+    job: Job,
+    corpus: Corpus,
+    stop: StopRequest,
+    times: StartTimes,
 ) -> Trainer:
     """Decide the settings, join the job, and build model, engine, tracker and trainer."""
     # Find whatever is wrong with the input before the ranks wait for each other.
     fell_back_to_cpu = setup.choose_device(settings.train.device)
     engine_config = setup.read_engine_config(arguments.deepspeed)
-    attempt = Attempt.detect()
-    fresh = starts_over(arguments.fresh, settings.run.path, attempt)
-    start = resolve(settings, engine_config, corpus, job.world_size, fresh)
+    start = resolve_start(arguments, settings, engine_config, corpus, job)
     settings = start.settings
-    check_progress(start, attempt)
-    check_micro_batch(settings, job)
     if fell_back_to_cpu:
         refuse_large(settings)
     host.share_threads(job)
     if not devices.uses_cuda():
         host.keep_freed_memory()
-    START.end("settings")
+    times.end("settings")
     peers = join(settings, job, stop)
-    START.end("process group")
+    times.end("process group")
     agree(start)
     collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
     start = verify_checkpoint(start, job)
-    START.end("checks")
+    times.end("checks")
+    model, cache = build_model(start, job, corpus)
+    times.end("model")
+    engine = setup.build(model, engine_config, settings.optimizer, settings.train)
+    times.end("engine")
+    tracker = begin_record(start, job, corpus, arguments.verbose)
+    times.end("run's folder, MLflow")
+    with recorded(tracker, peers):
+        trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, cache)
+        trainer.watchdog.on_end = partial(let_go, job, peers)
+        if start.checkpoint is not None and start.state is not None:
+            trainer.checkpointer.restore(start.checkpoint, start.state)
+            times.end("checkpoint")
+    return trainer
+
+
+def resolve_start(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    engine_config: dict[str, Any],
+    corpus: Corpus,
+    job: Job,
+) -> Start:
+    """What the run starts from, if this start of the job may go on."""
+    attempt = Attempt.detect()
+    fresh = starts_over(arguments.fresh, settings.run.path, attempt)
+    start = resolve(settings, engine_config, corpus, job.world_size, fresh)
+    check_progress(start, attempt)
+    check_micro_batch(start.settings, job)
+    return start
+
+
+def build_model(start: Start, job: Job, corpus: Corpus) -> tuple[I3LM, CompileCache | None]:
+    """The model with its first weights, and where its compiled code is kept, if it is compiled."""
+    settings, cache = start.settings, None
     compiled = settings.train.compile
     compiles = devices.uses_cuda() if compiled == "auto" else compiled
-    cache = compile_cache.enter(settings, job) if compiles else None
+    if compiles:
+        cache = compile_cache.enter(settings, job)
     torch.manual_seed(settings.train.seed)
     model = I3LM(settings.model, corpus.tokenizer.bos_id)
     if start.weights is not None:
@@ -135,18 +174,7 @@ def build(
     if compiles:
         model.compile_blocks()
         print_rank_0("compiling the model: minutes the first time, seconds from then on")
-    START.end("model")
-    engine = setup.build(model, engine_config, settings.optimizer, settings.train)
-    START.end("engine")
-    tracker = begin_record(start, job, corpus, arguments.verbose)
-    START.end("run's folder, MLflow")
-    with recorded(tracker, peers):
-        trainer = Trainer(settings, job, corpus, engine, tracker, stop, cache)
-        trainer.watchdog.on_end = partial(let_go, job, peers)
-        if start.checkpoint is not None and start.state is not None:
-            trainer.checkpointer.restore(start.checkpoint, start.state)
-            START.end("checkpoint")
-    return trainer
+    return model, cache
 
 
 def let_go(job: Job, peers: Peers) -> None:
@@ -168,7 +196,10 @@ def recorded(tracker: Tracker | NoTracker, peers: Peers | None) -> Iterator[None
         with warned("tracking"):
             tracker.finish("FAILED")
         if lost:
-            raise UserError("another rank of the job ended early; its message says why") from None
+            raise UserError(
+                "another rank of the job ended early; its message says why, and if there is none: "
+                f"{reason(error)}"
+            ) from None
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
                 "the GPU's memory is full: set train.micro_batch=auto or a smaller number, or "
@@ -277,9 +308,10 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     Raises:
         UserError: whatever a user can get wrong.
     """
+    times = StartTimes()
     job = detect_job(settings)
-    START.end("imports")
-    START.wanted = arguments.verbose and job.rank == 0
+    times.end("imports")
+    times.wanted = arguments.verbose and job.rank == 0
     stop = StopRequest(job)
     if arguments.dry_run:
         dry_run(settings, job)
@@ -289,8 +321,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     if wanted(arguments, job):
         preflight(arguments, settings, job, stop)
     corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
-    START.end("data")
-    trainer = build(arguments, settings, job, corpus, stop)
+    times.end("data")
+    trainer = build(arguments, settings, job, corpus, stop, times)
     notifier.start(trainer.progress.step)
     with recorded(trainer.log.tracker, stop.peers):
         done = trainer.fit()

@@ -93,6 +93,3 @@ def compilations() -> Table | None:
             *(f"{(getattr(one, name) or 0) / 1e6:.1f}" for name in MICROSECONDS),
         )
     return table
-
-
-START = StartTimes()

@@ -41,7 +41,7 @@ from i3dist.training.orders import Orders
 from i3dist.training.progress import Progress
 from i3dist.training.recovery import Recovery
 from i3dist.training.run_log import RunLog
-from i3dist.training.start_times import START
+from i3dist.training.start_times import StartTimes
 from i3dist.training.validator import Validator
 
 
@@ -56,6 +56,7 @@ class Trainer:
         engine: Engine,
         tracker: Tracker | NoTracker,
         stop: StopRequest,
+        times: StartTimes,
         compile_cache: CompileCache | None = None,
     ):
         """Put the parts together; every rank calls this.
@@ -63,6 +64,7 @@ class Trainer:
         `settings` has no "auto" left that a run decides (see `startup.decide`).
         """
         self.settings, self.engine, self.stop = settings, engine, stop
+        self.start_times = times
         self.compile_cache = compile_cache if job.rank == 0 else None  # one rank writes it
         train, folder = settings.train, settings.run.path
         checkpoints, tokenizer = folder / store.CHECKPOINTS, corpus.tokenizer.data
@@ -80,7 +82,7 @@ class Trainer:
         engine.accumulate(train.accumulation * len(lanes) // rows)
         example = dummy_batch(settings, progress.lane_state.rows(0, rows), manifest.pad_id)
         engine.prepare(*example)  # before data readers start threads
-        START.end("micro-batch, compilation")
+        times.end("micro-batch, compilation")
 
         schedule = corpus.train.schedule(
             train.lane_count, train.window_chunks, train.seed, train.schedule_version
@@ -106,38 +108,51 @@ class Trainer:
         Returns:
             True when the run is done; False if the job was asked to stop earlier, and has saved.
         """
-        settings, progress, saver = self.settings, self.progress, self.checkpointer.saver
+        progress = self.progress
         # After an error the watchdog closes first: the error may take long to be reported.
-        with saver, closing(self.watchdog):
-            if progress.step == 0:
-                self.validator.validate()
-                START.end("validation")
-            self.vote_now()  # on requests that came while the run was set up
-            self.interval.restart()
+        with self.checkpointer.saver, closing(self.watchdog):
+            self.begin()
             with closing(self.batches()) as batches:
                 while not (progress.done or self.asked_to_stop):
                     self.train_step(batches)
-                    if START.end_all() and self.compile_cache is not None:
-                        self.compile_cache.save()
-                    if progress.due(settings.log.every):
-                        self.report()
-                    with self.interval.stopped_clock():
-                        if progress.due(settings.validate_.every):
-                            self.validator.validate()
-                        if progress.due(settings.checkpoint.every) or self.orders.save:
-                            self.checkpointer.save()
-                            self.orders.done()
-            if progress.done:
-                self.checkpointer.export()
-            else:
-                self.checkpointer.save()
-            saver.wait()
-            self.orders.done()
-            if self.compile_cache is not None:
-                self.compile_cache.wait()
+                    self.do_what_is_due()
+            self.keep_the_result()
         self.stop.saved()
         self.log.plot()
         return progress.done
+
+    def begin(self) -> None:
+        """Validate the first weights, and hear what was asked while the run was set up."""
+        if self.progress.step == 0:
+            self.validator.validate()
+            self.start_times.end("validation")
+        self.vote_now()
+        self.interval.restart()
+
+    def do_what_is_due(self) -> None:
+        """After a step: report, validate and save, each if it is time to."""
+        settings, progress = self.settings, self.progress
+        if self.start_times.end_all() and self.compile_cache is not None:
+            self.compile_cache.save()
+        if progress.due(settings.log.every):
+            self.report()
+        with self.interval.stopped_clock():
+            if progress.due(settings.validate_.every):
+                self.validator.validate()
+            if progress.due(settings.checkpoint.every) or self.orders.save:
+                self.checkpointer.save()
+                self.orders.done()
+
+    def keep_the_result(self) -> None:
+        """Write the final weights, or else a checkpoint, and wait until all files are written."""
+        if self.progress.done:
+            self.checkpointer.export()
+        else:
+            self.checkpointer.save()
+        self.checkpointer.saver.wait()
+        self.orders.done()
+        if self.compile_cache is not None:
+            self.compile_cache.wait()
 
     @property
     def asked_to_stop(self) -> bool:

@@ -6,6 +6,7 @@ from functools import cached_property
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.held_out import HeldOut
+from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
@@ -52,10 +53,11 @@ class Validator:
         if self.log.active and trained_with_history and (warning := history_warning(result)):
             print(warning, flush=True)
         if settings.validate_.samples:
-            self.watchdog.beat("sampling text")  # rank 0, while others wait in the next step
+            self.watchdog.beat("sampling text")
             with warned("no samples of text"):
                 if self.log.active:
                     self.log.log_samples(step, self.samples())
+            collectives.barrier()  # so that the watchdog of every rank learns how long it takes
 
     def samples(self) -> list[dict[str, str]]:
         """What the model as it is now writes after the fixed prompts. Changes nothing."""

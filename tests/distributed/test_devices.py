@@ -13,6 +13,7 @@ from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 from i3dist.training.continuing import FREE_TO_CHANGE
 from i3dist.training.run import build
+from i3dist.training.start_times import StartTimes
 from i3dist.training.summary import refuse_large
 from tests.conftest import QUICK, ROOT, error_line, program
 
@@ -152,7 +153,7 @@ def test_a_large_model_is_trained_on_a_cpu_that_was_chosen(
     settings = Settings.load(None, words)
     corpus = Corpus.open(data, settings.model)
     with pytest.raises(UserError if device == "auto" else GoesOnError):
-        build(arguments, settings, Job.detect({}), corpus, None)
+        build(arguments, settings, Job.detect({}), corpus, None, StartTimes())
 
 
 def test_a_run_may_continue_on_another_device() -> None:

@@ -1,6 +1,7 @@
 """Threads are shared by the ranks of a host, and freed memory is kept."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i3dist.distributed.host import share_threads, thread_count
+from i3dist.distributed.host import allow_many_files, share_threads, thread_count
 from i3dist.distributed.job import Job, Launcher
 
 
@@ -80,3 +81,13 @@ for _ in range(5):
 assert faults() - before < 1000, faults() - before
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_rank_may_open_as_many_files_as_the_system_allows() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+        allow_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

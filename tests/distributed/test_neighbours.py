@@ -1,6 +1,7 @@
 """Whom a rank tells that the job hangs; tests/faults/test_hangs.py has one that is stopped."""
 
 import os
+import resource
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,14 @@ def test_ranks_of_this_host_and_job_are_told_and_no_others(monkeypatch: pytest.M
     me.tell()
     assert other.wait(5.0) and not other.wait(0.01)
     assert not any(one.wait(0.01) for one in others)
+    me.tell()
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, files[1]))
+    try:
+        assert not other.wait(0.01), "with too many files open a rank is told later"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    assert other.wait(5.0)
     me.tell()
     user = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)

@@ -1,6 +1,8 @@
 """Ranks leave with one that fails or is lost, and with no other. Ranks are forks; seconds."""
 
+import asyncio
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -17,17 +19,23 @@ import torch.distributed as torch_dist
 
 from i3dist.distributed import peers
 from i3dist.distributed.job import Job, Launcher
-from i3dist.distributed.peers import REQUEUE, Peers
+from i3dist.distributed.peers import REQUEUE, Message, Peers
 from tests.conftest import free_port
 
+IPV6 = Path("/proc/net/if_inet6")  # the addresses of this machine, in hexadecimal
+NO_IPV6 = pytest.mark.skipif(
+    not (IPV6.exists() and f"{1:032x}" in IPV6.read_text()), reason="needs IPv6"
+)
 RANKS = 4  # two on each of two hosts
 WAIT = 20
 
 
-def rank(number: int, port: int, launcher: Launcher, does: Callable[[int, Peers], None]) -> None:
+def rank(
+    number: int, port: int, launcher: Launcher, does: Callable[[int, Peers], None], master: str
+) -> None:
     """One rank, a process of its own: it meets the others, and then does something or waits."""
     os.environ["SLURMD_NODENAME"] = f"node{1 + number // 2}"
-    job = Job(number, RANKS, number % 2, 2, "127.0.0.1", port, launcher)
+    job = Job(number, RANKS, number % 2, 2, master, port, launcher)
     patience = timedelta(seconds=WAIT)
     store = torch_dist.TCPStore("127.0.0.1", port, None, number == 0, patience, False)
     tied = peers.connect(job, store, "127.0.0.1")
@@ -41,7 +49,9 @@ def rank(number: int, port: int, launcher: Launcher, does: Callable[[int, Peers]
     os._exit(9)  # nothing has ended it
 
 
-def statuses(does: Callable[[int, Peers], None], launcher: Launcher = "slurm") -> list[int]:
+def statuses(
+    does: Callable[[int, Peers], None], launcher: Launcher = "slurm", master: str = "127.0.0.1"
+) -> list[int]:
     """How the ranks end, if each does so: exit statuses, or the signals that killed them, below 0.
 
     Raises:
@@ -52,7 +62,7 @@ def statuses(does: Callable[[int, Peers], None], launcher: Launcher = "slurm") -
         pids.append(os.fork())
         if pids[-1] == 0:
             try:
-                rank(number, port, launcher, does)
+                rank(number, port, launcher, does, master)
             finally:
                 os._exit(8)
     ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
@@ -140,7 +150,7 @@ def test_a_host_without_power_is_found(
                 ctypes.CDLL(None).setns(namespace.fileno(), 0)
             os.environ["SLURMD_NODENAME"] = name
             store = torch_dist.FileStore(str(tmp_path / "store"), 2)
-            peers.connect(Job(number, 2, 0, 1, "10.9.9.1", 1, "slurm"), store, "10.9.9.1")
+            peers.connect(Job(number, 2, 0, 1, "10.9.9.1", 1, "deepspeed"), store, "10.9.9.1")
             (tmp_path / name).touch()
             time.sleep(60)
             os._exit(9)
@@ -158,15 +168,46 @@ def test_a_host_without_power_is_found(
     assert f"lost rank 1 on {names[1]} (" in said and "[rank 1] error: lost rank 0 on" in said
 
 
-def test_after_the_end_of_training_no_rank_needs_another() -> None:
-    """In whatever order they leave, and however."""
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        (OSError(errno.ETIMEDOUT, ""), peers.SILENT),
+        (OSError(errno.EHOSTUNREACH, ""), peers.SILENT),  # its neighbours have forgotten it
+        (OSError(errno.ENETUNREACH, ""), peers.SILENT),
+        (ConnectionResetError(errno.ECONNRESET, ""), {}),
+        (ValueError(), {}),
+        (None, {}),
+    ],
+)
+def test_only_what_answers_no_more_is_silent(error: Exception | None, word: Message) -> None:
+    """The kernel gives the reason that it knows, which need not be the time that went by."""
+
+    async def read() -> Message:
+        reader = asyncio.StreamReader()
+        reader.feed_eof() if error is None else reader.set_exception(error)
+        return await peers._next_word(reader)
+
+    assert asyncio.run(read()) == word
+
+
+@pytest.mark.parametrize(
+    ("master", "used"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        pytest.param("::1", "::1", marks=NO_IPV6),
+        ("255.255.255.255", "127.0.0.1"),  # torchrun's agents may meet on another host
+    ],
+)
+def test_after_the_end_of_training_no_rank_needs_another(master: str, used: str) -> None:
+    """In whatever order they leave, and however; by whatever address they met."""
 
     def end(number: int, tied: Peers) -> None:
+        assert number == 0 or tied._address == used  # type: ignore[attr-defined]
         tied.close()
         time.sleep(0.2 * (number in (0, 2)))
         os.kill(os.getpid(), signal.SIGKILL) if number == 3 else os._exit(number)
 
-    assert statuses(end) == [0, 1, 2, -9]
+    assert statuses(end, master=master) == [0, 1, 2, -9]
 
 
 def test_a_stranger_is_no_rank(tmp_path: Path) -> None:

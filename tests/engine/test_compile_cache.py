@@ -4,6 +4,7 @@ import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -73,8 +74,12 @@ def test_many_may_unpack_into_one_folder_at_once(packed: Path, tmp_path: Path) -
 
 
 def enter(run: Path, environ: dict[str, str]) -> CompileCache | None:
-    settings = Settings().with_values(**{"run.path": run})
-    return compile_cache.enter(settings, Job.detect({}), environ)
+    """A rank waits for the others whatever its host has, as theirs may have something else."""
+    settings, meet = Settings().with_values(**{"run.path": run}), mock.Mock()
+    with mock.patch.object(compile_cache.collectives, "barrier", meet):
+        cache = compile_cache.enter(settings, Job.detect({}), environ)
+    meet.assert_called_once_with()
+    return cache
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "flipped at the end", "text"])

@@ -148,7 +148,7 @@ def test_a_prompt_that_is_missing_or_no_text_on_the_command_line_is_refused(
     ("error", "says"),
     [
         (torch.OutOfMemoryError("CUDA"), "train.micro_batch=auto"),
-        (torch.distributed.DistError("gone"), "another rank"),
+        (torch.distributed.DistError("gone"), "another rank.*: DistError: gone"),
         (UserError("as it is"), "as it is"),
     ],
 )

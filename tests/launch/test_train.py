@@ -191,7 +191,8 @@ def build(
         monkeypatch.setattr(train.host, name, mock.Mock())
     arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False, verbose=False)
     job = Job(rank, 2, rank, 2, "127.0.0.1", 1, "python")
-    assert train.build(arguments, settings, job, corpus, mock.Mock()) is built.trainer
+    made = train.build(arguments, settings, job, corpus, mock.Mock(), mock.Mock())
+    assert made is built.trainer
     return built
 
 

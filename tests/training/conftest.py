@@ -18,6 +18,7 @@ from i3dist.engine.interface import Engine
 from i3dist.engine.setup import read_engine_config
 from i3dist.model.lm import I3LM
 from i3dist.tracking.outbox import LOGS
+from i3dist.training.start_times import StartTimes
 from i3dist.training.trainer import Trainer
 from tests.conftest import ROOT, one_rank
 from tests.known import BOS, PAD, Known, documents, make
@@ -72,7 +73,7 @@ def start(job: None, known: Known) -> Iterator[Start]:
             sum(len(file.read_text().splitlines()) for file in files if file.exists())
         )
         job = Job.detect({})
-        trainer = Trainer(settings, job, corpus, recorder, tracker, stop or Asked())  # type: ignore[arg-type]
+        trainer = Trainer(settings, job, corpus, recorder, tracker, stop or Asked(), StartTimes())  # type: ignore[arg-type]
         return TrainedRun(trainer, recorder, tracker, known, settings=settings, sent=sent)
 
     yield put_together

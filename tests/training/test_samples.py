@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
+from i3dist.distributed import collectives
 from i3dist.inference import samples
 from i3dist.inference.generate import generate
 from i3dist.inference.samples import NEW_TOKENS, SAMPLING, beginnings, continuations
@@ -18,7 +19,10 @@ from tests.training.runs import Start, TrainedRun
 def sampling(start: Start, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """A run like `run`, but with samples."""
     run = start(tmp_path_factory.mktemp("samples") / "run", **{"validate.samples": 2})
-    run.done = run.trainer.fit()
+    watchdog, during = run.trainer.watchdog, []
+    with mock.patch.object(collectives, "barrier", lambda: during.append(watchdog._doing)):
+        run.done = run.trainer.fit()
+    assert during.count("sampling text") == 4, "ranks wait for rank 0's texts, and so learn of them"
     return run
 
 
