@@ -87,8 +87,8 @@ def write_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> FileDigest:
     """Write and sync a safetensors file, and hash the same memory in a thread meanwhile.
 
-    The bytes are those of `safetensors.torch.save_file`, which would have to be read again to be
-    hashed.
+    Bytes and mode are those of `safetensors.torch.save_file`, whose files would have to be read
+    again to be hashed.
 
     Args:
         path: the file; one that exists is replaced.
@@ -102,7 +102,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) ->
     with ThreadPoolExecutor(1, "hash") as thread:
         digest = thread.submit(_sha256, content)
         try:
-            with path.open("wb") as file:
+            with open(path, "wb", opener=partial(os.open, mode=0o600)) as file:
                 file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())

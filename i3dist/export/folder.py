@@ -60,6 +60,7 @@ def export(source: Path, out: Path, overwrite: bool = False) -> None:
         write_whole(folder / "README.md", card(settings, figures, out.resolve().name).encode())
         facts = {} if figures.step is None else {"step": str(figures.step)}
         write_tensors(folder / WEIGHTS, weights(model, dtype), format="pt", **facts)
+        shutil.copymode(folder / CONFIGURATION, folder / WEIGHTS)  # safetensors' is for the owner
 
 
 def smallest_dtype(model: I3LM) -> torch.dtype:

@@ -124,9 +124,11 @@ def test_files_are_what_the_library_writes_and_digests_are_theirs(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "tensors"
+    path.unlink(missing_ok=True)
     digest = writer.write_tensors(path, tensors, **metadata)
     assert path.read_bytes() == safetensors.torch.save(tensors, metadata or None)
     assert digest == FileDigest.of(path)
+    assert path.stat().st_mode & 0o777 == 0o600, "for its owner, as the library's"
 
 
 def test_hashing_does_not_wait_for_the_disk(
@@ -140,7 +142,7 @@ def test_hashing_does_not_wait_for_the_disk(
         return digest
 
     def sync(_: int) -> None:
-        assert hashed.wait(30), "nothing is hashed before the file is on disk"
+        assert hashed.wait(10), "nothing is hashed before the file is on disk"
 
     monkeypatch.setattr(writer, "_sha256", sha256)
     monkeypatch.setattr(os, "fsync", sync)
