@@ -1,13 +1,16 @@
 """Writing a checkpoint: into a temporary folder, hashed, then published by a rename."""
 
-import errno
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import safetensors.torch
+import torch
 from torch import Tensor
 
 from i3dist.checkpoint import store
@@ -25,7 +28,7 @@ from i3dist.config import CheckpointSettings
 from i3dist.distributed.collectives import Group, on_all_ranks, on_rank_0
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
-from i3dist.files import sync, write_whole
+from i3dist.files import write_whole
 from i3dist.model.state import LaneState
 
 
@@ -78,18 +81,62 @@ def save(
 
 def write_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, FileDigest]:
     """Write and sync files of tensors, given by name; returns their digests."""
-    for name, tensors in files.items():
-        write_tensors(folder / name, tensors)
-    return {name: FileDigest.of(folder / name) for name in files}
+    return {name: write_tensors(folder / name, tensors) for name, tensors in files.items()}
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write and sync a safetensors file; raises `OSError` if it cannot be written."""
-    try:
-        save_file(tensors, path, metadata or None)
-    except SafetensorError as error:  # it wraps the system's error in its own words
-        raise OSError(errno.EIO, str(error), path.name) from None
-    sync(path)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> FileDigest:
+    """Write and sync a safetensors file, and hash the same memory in a thread meanwhile.
+
+    Bytes and mode are those of `safetensors.torch.save_file`, whose files would have to be read
+    again to be hashed.
+
+    Args:
+        path: the file; one that exists is replaced.
+        tensors: contiguous, on the host.
+        metadata: further strings in the header.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = _content(tensors, metadata)
+    with ThreadPoolExecutor(1, "hash") as thread:
+        digest = thread.submit(_sha256, content)
+        try:
+            with open(path, "wb", opener=partial(os.open, mode=0o600)) as file:
+                file.writelines(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # that of a write does not name the file
+            raise OSError(error.errno, error.strerror, path.name) from None
+    return FileDigest(size=sum(map(len, content)), sha256=digest.result())
+
+
+def _content(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> list[bytes | memoryview]:
+    """A safetensors file's parts in order; those of tensors are their memory, not copied.
+
+    The library orders the tensors and names their types in the header of a file of empty ones;
+    shapes and offsets are filled in here (https://github.com/huggingface/safetensors#format).
+    """
+    empty = {name: tensor.new_empty(0) for name, tensor in tensors.items()}
+    header = json.loads(safetensors.torch.save(empty, metadata or None)[8:])
+    parts: list[bytes | memoryview] = []
+    end = 0
+    for name in filter(tensors.__contains__, header):
+        tensor = tensors[name]
+        parts.append(tensor.detach().view(-1).view(torch.uint8).numpy().data)
+        start, end = end, end + len(parts[-1])
+        header[name] |= {"shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *parts]
+
+
+def _sha256(content: Iterable[bytes | memoryview]) -> str:
+    """Hash what `content` joins to, as hexadecimal digits."""
+    hashed = hashlib.sha256()
+    for part in content:
+        hashed.update(part)
+    return hashed.hexdigest()
 
 
 def _finish(

@@ -15,6 +15,8 @@ from i3dist.engine import cuda_graph
 from i3dist.model.layers import ALIGNMENT, Linear
 from i3dist.model.lm import I3LM, by_decay
 
+PACKED_AT_ONCE = 2**18  # elements, which stay in the processor's cache
+
 
 class Slot(NamedTuple):
     """One parameter's place in a flat tensor.
@@ -35,6 +37,22 @@ class Slot(NamedTuple):
     def computed(self, part: Tensor) -> Tensor:
         """The padded parameter that blocks compute with, as a view."""
         return part if len(self.shape) == 1 else self._whole(part)
+
+    def pack(self, part: Tensor) -> Tensor:
+        """Move the parameter to the front of its part of the flat tensor, over padding.
+
+        Returns:
+            [elements], a view.
+        """
+        stored = self.stored(part)
+        if stored.is_contiguous():
+            return stored.view(-1)
+        packed = part[: stored.numel()]
+        rows = max(1, PACKED_AT_ONCE // stored[0].numel())
+        places = packed.view(stored.shape).split(rows)
+        for source, target in zip(stored.split(rows), places, strict=True):
+            target.copy_(source.clone())  # they overlap
+        return packed
 
     def _whole(self, part: Tensor) -> Tensor:
         # Sliced only where needed: in backward a slice is a copy.

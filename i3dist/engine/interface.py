@@ -174,7 +174,8 @@ class Engine(ABC):
     def snapshot(self) -> Iterator[Fragment]:
         """Copy this rank's share of weights and optimizer state to the host.
 
-        Every rank calls this. Any thread may iterate over the result, until the next call.
+        Every rank calls this. Any thread may iterate over the result; it and its tensors are valid
+        until the next call.
         """
 
     @abstractmethod

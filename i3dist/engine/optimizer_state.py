@@ -33,6 +33,13 @@ class Place(NamedTuple):
         """Its part of a partition, as a view."""
         return partition.narrow(0, self.at, self.length)
 
+    def mask(self, device: torch.device) -> tuple[int, Tensor]:
+        """The parameter's first element here; [length] True for elements that are not padding."""
+        skipped = self.first - self.slot.start
+        cuts = [skipped, skipped + self.length]
+        before, mask = self.slot.mask(device).tensor_split(cuts)[:2]
+        return int(before.sum()), mask
+
 
 class PartitionedState:
     """This rank's partitions."""
@@ -69,20 +76,33 @@ class PartitionedState:
             self._host[key].copy_(tensor, non_blocking=True)
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
-        places = list(self.places())
-        return (
-            Fragment(name, start, {key: part[mask] for key, part in parts.items()})
-            for name, start, mask, parts in self._shares(places, self._host)
-        )
+        return self._fragments(list(self.places()))
+
+    def _fragments(self, places: Iterable[Place]) -> Iterator[Fragment]:
+        """Parts of the host's copies, whose elements it moves to leave out padding.
+
+        Indexing by a mask is slower than many disks: only parameters that ranks share need it.
+        """
+        for place in places:
+            views = self._views(place, self._host)
+            if place.length == place.slot.size:
+                start, parts = 0, {key: place.slot.pack(view) for key, view in views.items()}
+            else:
+                start, mask = place.mask(torch.device("cpu"))
+                parts = {key: view[mask] for key, view in views.items()}
+            yield Fragment(place.name, start, parts)
 
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
         """Restore partitions; the arguments are those of `Engine.load`."""
         for partition in self._zero.partitions:
             self._optimizer.state[partition] = fresh_state(partition, self._names, steps)
-        for name, start, mask, parts in self._shares(self.places(), self._held()):
-            whole, length = state[name], int(mask.sum())
-            for key, part in parts.items():
-                part[mask] = whole[key].narrow(0, start, length).to(part.device)
+        held = self._held()
+        for place in self.places():
+            views = self._views(place, held)
+            start, mask = place.mask(views["weight"].device)
+            length = int(mask.sum())
+            for key, view in views.items():
+                view[mask] = state[place.name][key].narrow(0, start, length).to(view.device)
 
     def _held(self) -> Partitions:
         """Weights and optimizer state as they are, not copied."""
@@ -93,15 +113,6 @@ class PartitionedState:
             held |= {(group, name): state[name] for name in self._names}
         return held
 
-    def _shares(
-        self, places: Iterable[Place], held: Partitions
-    ) -> Iterator[tuple[str, int, Tensor, dict[str, Tensor]]]:
-        """For each parameter in the partitions: its name, the index of its first element here, a
-        mask of the elements that are not padding, and views of `held` that the mask is for.
-        """
-        for place in places:
-            views = {key: place.of(held[place.group, key]) for key in ("weight", *self._names)}
-            mask = place.slot.mask(views["weight"].device)
-            skipped = place.first - place.slot.start
-            before, mask = mask.tensor_split([skipped, skipped + place.length])[:2]
-            yield place.name, int(before.sum()), mask, views
+    def _views(self, place: Place, held: Partitions) -> dict[str, Tensor]:
+        """A parameter's weights and optimizer state, with padding."""
+        return {key: place.of(held[place.group, key]) for key in ("weight", *self._names)}

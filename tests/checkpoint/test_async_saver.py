@@ -200,19 +200,34 @@ def test_the_ledger_is_on_disk_before_a_checkpoint_begins(
 
 
 def test_the_benchmark_saves_what_it_says(tmp_path: Path) -> None:
-    """`benchmarks/saving.py` with a small model: every kind of interval, two with a checkpoint."""
+    """`benchmarks/saving.py` with a small model: all intervals, then writing beside the tools."""
     config = tmp_path / "small.yaml"
     config.write_text(
         "model: {d_model: 32, rwkv_layers: 1, attention_layers: 1, heads: 2, chunk_length: 64}\n"
         "train: {window_chunks: 1}\n"
     )
-    words = ["--config", config, "--interval", 1, "--rounds", 1]
+    words = ["--config", config, "--interval", 1, "--rounds", 1, "--folder", tmp_path]
     result = program("benchmarks/saving.py", *words)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("saved /") == 3, "one to warm up"
-    rows = [line for line in result.stdout.splitlines() if line.startswith("│ ")]
-    assert [row.split("│")[1].strip() for row in rows] == [
-        "no checkpoint",
-        "saved behind",
-        "waited for",
-    ]
+    assert result.stdout.count(f"saved {tmp_path}/") == 3 + 2, "one to warm up each time"
+    first = [row[0] for row in rows(result.stdout)]
+    assert first[:3] == ["no checkpoint", "saved behind", "waited for"]
+    assert first[3:7] == ["checkpoint", "sha256sum", "OpenSSL", "dd conv=fsync"]
+    assert [path.name for path in tmp_path.iterdir()] == [config.name]
+
+
+def test_the_benchmark_compares_as_many_bytes_as_it_was_told(tmp_path: Path) -> None:
+    """Its share is that of the times that it prints. The default width has padding."""
+    words = ["--gb", 0.05, "--rounds", 1, "--folder", tmp_path]
+    result = program("benchmarks/saving.py", *words)
+    assert result.returncode == 0, result.stderr
+    *turns, share, _ = rows(result.stdout)
+    assert [row[1] for row in turns] == 4 * ["0.05"]
+    saved, hashed, _, copied = (float(row[5].replace(",", "")) for row in turns)
+    assert float(share[1].rstrip("%")) == pytest.approx(100 * saved / min(hashed, copied), abs=2)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all tables."""
+    lines = (line for line in text.splitlines() if line.startswith("│ "))
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]

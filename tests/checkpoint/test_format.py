@@ -3,14 +3,25 @@
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from i3dist.checkpoint import store, verify, writer
-from i3dist.checkpoint.format import Fragment, GuardState, RunState, read_state, tensors_of_rank
+from i3dist.checkpoint.format import (
+    FileDigest,
+    Fragment,
+    GuardState,
+    RunState,
+    read_state,
+    tensors_of_rank,
+)
 from i3dist.checkpoint.reader import OptimizerReader, read_lanes
 from i3dist.config import CheckpointSettings, ModelSettings, Settings
 from i3dist.distributed.job import Job
@@ -95,6 +106,47 @@ def test_parts_of_several_ranks_join_by_name_and_lane(tmp_path: Path) -> None:
     assert all(reader["w"][key].equal(t) for key, t in whole.items())
     middle = read_lanes(path, range(1, 3), lanes)
     assert middle.latents.equal(lanes.latents[1:3])
+
+
+TENSORS = st.dictionaries(
+    st.text(max_size=5),
+    st.builds(
+        lambda shape, dtype: (100 * torch.randn(shape)).to(dtype),
+        st.lists(st.integers(0, 3), max_size=3),
+        st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]),
+    ),
+    max_size=5,
+)
+
+
+@given(TENSORS, st.dictionaries(st.just("step"), st.text(max_size=5)))
+def test_files_are_what_the_library_writes_and_digests_are_theirs(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "tensors"
+    path.unlink(missing_ok=True)
+    digest = writer.write_tensors(path, tensors, **metadata)
+    assert path.read_bytes() == safetensors.torch.save(tensors, metadata or None)
+    assert digest == FileDigest.of(path)
+    assert path.stat().st_mode & 0o777 == 0o600, "for its owner, as the library's"
+
+
+def test_hashing_does_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, real = threading.Event(), writer._sha256
+
+    def sha256(content: list[bytes | memoryview]) -> str:
+        digest = real(content)
+        hashed.set()
+        return digest
+
+    def sync(_: int) -> None:
+        assert hashed.wait(10), "nothing is hashed before the file is on disk"
+
+    monkeypatch.setattr(writer, "_sha256", sha256)
+    monkeypatch.setattr(os, "fsync", sync)
+    writer.write_tensors(tmp_path / "tensors", {"a": torch.ones(3)})
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -202,7 +254,7 @@ def full(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["writer.save_file", "writer.sync", "writer.write_whole", "store.write_whole"],
+    ["writer.write_tensors", "writer.os.fsync", "writer.write_whole", "store.write_whole"],
 )
 def test_a_full_disk_leaves_the_old_state_whole(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
