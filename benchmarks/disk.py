@@ -61,7 +61,10 @@ class Turn(NamedTuple):
 def measure(
     save: Callable[[], None], saver: AsyncSaver, folder: Path, rounds: int
 ) -> dict[str, list[Turn]]:
-    """Save a checkpoint, hash and copy its largest file, in turn; the first round does not count.
+    """Copy a checkpoint's largest file and save the next checkpoint in turn, after a first save.
+
+    Hashing comes before both. So both write about as long after another file was removed, whose
+    memory and blocks are quick to use again, for a while.
 
     Args:
         save: begins a checkpoint of `saver`.
@@ -73,16 +76,19 @@ def measure(
         UserError: dd or sha256sum is missing, or fails.
     """
     found: dict[str, list[Turn]] = {SAVING: [], SHA256SUM: [], OPENSSL: [], DD: []}
-    for _ in track(range(rounds + 1), "writing"):
-        found[SAVING].append(_save(save, saver))
-        file = max(_files(saver), key=lambda path: path.stat().st_size)
-        copy = folder / "copy"
-        write = ["dd", f"if={file}", f"of={copy}", "bs=4M", "conv=fsync", "status=none"]
+
+    def hash_file() -> None:
+        file = _largest(saver)
         found[SHA256SUM].append(_timed(file, partial(_run, "sha256sum", file)))
         found[OPENSSL].append(_timed(file, partial(FileDigest.of, file)))
-        found[DD].append(_timed(file, partial(_run, *write)))
-        copy.unlink()
-    return {name: turns[1:] for name, turns in found.items()}
+
+    _save(save, saver)
+    for _ in track(range(rounds), "writing"):
+        hash_file()
+        found[DD].append(_copy(_largest(saver), folder / "copy"))
+        hash_file()
+        found[SAVING].append(_save(save, saver))
+    return found
 
 
 def _save(save: Callable[[], None], saver: AsyncSaver) -> Turn:
@@ -96,6 +102,17 @@ def _save(save: Callable[[], None], saver: AsyncSaver) -> Turn:
 
 def _files(saver: AsyncSaver) -> list[Path]:
     return list(store.place(saver.folder, saver.step).iterdir())
+
+
+def _largest(saver: AsyncSaver) -> Path:
+    return max(_files(saver), key=lambda path: path.stat().st_size)
+
+
+def _copy(file: Path, copy: Path) -> Turn:
+    command = ["dd", f"if={file}", f"of={copy}", "bs=4M", "conv=fsync", "status=none"]
+    turn = _timed(file, partial(_run, *command))
+    copy.unlink()
+    return turn
 
 
 def _timed(file: Path, work: Callable[[], object]) -> Turn:
