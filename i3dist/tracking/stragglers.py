@@ -6,6 +6,7 @@ place, and the sum has all of them.
 """
 
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from i3dist.distributed.job import Job
 
 # A rank is slow if it takes so much longer than the fastest.
 SLOW = 1.1
+# The driver takes milliseconds to tell a GPU's state, and steps wait meanwhile.
+ASK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class Stragglers:
         self._rank, self._ranks = job.rank, job.world_size
         self._hosts = gather_objects(socket.gethostname())
         self._own = [0.0, 0.0, 0.0]  # seconds of the last step, clock, temperature
+        self._asked = -ASK_SECONDS
         self.restart()
 
     def restart(self) -> None:
         """Begin the next interval."""
-        self._own[1:] = _gpu_state()
+        if (now := time.monotonic()) - self._asked >= ASK_SECONDS:
+            self._asked, self._own[1:] = now, _gpu_state()
         self._sums = [0.0] * (3 * self._ranks)
         self._steps = 0
 
