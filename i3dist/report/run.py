@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from i3dist.checkpoint import store
 from i3dist.config import Settings
 from i3dist.errors import UserError
+from i3dist.report.settings import settings_of
 from i3dist.tracking.metrics_log import (
     DIAGNOSTICS,
     METRICS,
@@ -71,10 +71,7 @@ class Run:
         Raises:
             UserError: it is not a run's, or cannot be read.
         """
-        if not (folder / store.SETTINGS).is_file():
-            what = "holds no run" if folder.is_dir() else "is no folder"
-            raise UserError(f"{folder} {what}: name a run's, with {store.SETTINGS} in it")
-        settings = Settings.load(folder / store.SETTINGS).of_saved_run()
+        settings = settings_of(folder)
         try:
             written = read_lines(folder / METRICS)
             logs = {name: read_metrics(folder / name) for name in (VALIDATION, DIAGNOSTICS)}

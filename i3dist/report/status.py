@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from i3dist.checkpoint import store
-from i3dist.config import Settings
 from i3dist.errors import UserError
+from i3dist.report.settings import settings_of
 from i3dist.tracking.metrics_log import (
     EVENTS,
     METRICS,
@@ -125,10 +125,7 @@ def read_status(folder: Path) -> Status:
     Raises:
         UserError: it is not a run's, or cannot be read.
     """
-    if not (folder / store.SETTINGS).is_file():
-        what = "holds no run" if folder.is_dir() else "is no folder"
-        raise UserError(f"{folder} {what}: name a run's, with {store.SETTINGS} in it")
-    settings = Settings.load(folder / store.SETTINGS).of_saved_run()
+    settings = settings_of(folder)
     try:
         starts, events = read_lines(folder / STARTS), read_lines(folder / EVENTS)
         metrics = in_order(read_lines(folder / METRICS))[-RECENT:]
