@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from i3dist.distributed.held_signals import release
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 
@@ -36,6 +37,7 @@ def start_ranks(number: int, words: Sequence[str], program: str = "train") -> No
     command = launcher_command(number, words, environ, program)
     sys.stdout.flush()
     sys.stderr.flush()
+    release()
     os.execve(command[0], command, environ)
 
 

@@ -6,18 +6,16 @@ exits with status `REQUEUE`.
 
 A launcher also sends SIGTERM to end the other ranks when one has failed; these leave with status 1.
 
-A thread receives the signals. Python runs handlers in the main thread, which runs none while it
-waits for a collective whose other end is gone.
+A thread receives the signals (`held_signals`). Python runs handlers in the main thread, which runs
+none while it waits for a collective whose other end is gone.
 """
 
 import os
-import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,12 +24,12 @@ import psutil
 from i3dist.distributed import collectives
 from i3dist.distributed.attempt import TIME, Attempt
 from i3dist.distributed.console import print_rank_0
+from i3dist.distributed.held_signals import SIGNALS, hold
 from i3dist.distributed.job import Job
 from i3dist.distributed.peers import REQUEUE, Peers, host_name
 
-__all__ = ["REQUEUE", "SIGNALS", "StopRequest", "signals_blocked"]
+__all__ = ["REQUEUE", "StopRequest"]
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LAUNCHER_CHECK_SECONDS = 1.0
 
 
@@ -39,7 +37,7 @@ class StopRequest:
     """Whether this rank was asked to stop, and whether the job has agreed to stop."""
 
     def __init__(self, job: Job):
-        """Receive `SIGNALS` from now on. Call this in the main thread."""
+        """Receive `SIGNALS` from now on, and those held since `hold` was called."""
         self.reason: str | None = None  # why this rank is to stop: a signal's name, for example
         self.peers: Peers | None = None  # once the ranks have met
         self._when = 0.0
@@ -47,13 +45,9 @@ class StopRequest:
         self._exit_status = 1  # once other ranks are gone
         self._job = job
         self._launchers = _launchers(job)
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
+        hold()
+        for work in (self._receive, self._watch_launchers)[: 1 + bool(self._launchers)]:
+            threading.Thread(target=work, name="stop", daemon=True).start()
 
     def agreed(self) -> bool:
         """Whether any rank has voted to stop; all ranks give the same answer."""
@@ -101,19 +95,20 @@ class StopRequest:
         if self.reason is None:
             self.reason, self._when = reason, time.time()
 
-    def _watch(self, reader: int) -> None:
-        """Wait for signals, and check now and then that the launcher is alive."""
+    def _receive(self) -> None:
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # under nohup
+        awaited = set(SIGNALS) - ({signal.SIGHUP} if ignored else set())
         while True:
-            if select.select([reader], [], [], LAUNCHER_CHECK_SECONDS)[0]:
-                number = os.read(reader, 1)[0]
-                if number == signal.SIGTERM and self._another_rank_is_gone():
-                    # The launcher ends the remaining ranks after a failure or the first exit.
-                    os._exit(self._exit_status)
-                if number in SIGNALS:
-                    self._ask(signal.Signals(number).name)
-            elif self._launchers and not all(map(_is_alive, self._launchers)):
-                self._ask("the end of its launcher")
-                self._launchers = []
+            number = signal.sigwait(awaited)
+            if number == signal.SIGTERM and self._another_rank_is_gone():
+                # The launcher ends the remaining ranks after a failure or the first exit.
+                os._exit(self._exit_status)
+            self._ask(signal.Signals(number).name)
+
+    def _watch_launchers(self) -> None:
+        while all(map(_is_alive, self._launchers)):
+            time.sleep(LAUNCHER_CHECK_SECONDS)
+        self._ask("the end of its launcher")
 
     def _another_rank_is_gone(self) -> bool:
         """Whether the launcher has fewer live ranks on this host than it started.
@@ -146,16 +141,3 @@ def _is_alive(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-@contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Block `SIGNALS` in this thread; processes started inside never receive them.
-
-    Launchers signal a rank's children too, and a data reader that dies would end its rank.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -21,6 +21,7 @@ import sys
 
 from i3dist.cli.program import one_line_errors
 from i3dist.config import Settings
+from i3dist.distributed.held_signals import hold
 from i3dist.distributed.launcher import start_ranks
 from i3dist.programs.train import parse_arguments, without_gpus
 
@@ -38,6 +39,7 @@ def main() -> None:
 
 def start() -> None:
     """Run the program."""
+    hold()
     with one_line_errors():
         main()
         sys.stdout.flush()

@@ -19,7 +19,6 @@ run.path). --fresh counts for a job's first start; when its launcher starts it a
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +28,7 @@ from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.cli.settings_text import all_settings, help_text
 from i3dist.cli.suggest import hint
 from i3dist.config import Settings
+from i3dist.distributed.held_signals import hold
 from i3dist.distributed.launcher import start_ranks
 from i3dist.errors import UserError
 
@@ -112,9 +112,7 @@ def without_gpus(words: Sequence[str]) -> list[str]:
 
 def start() -> None:
     """Run the program."""
-    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        # srun ends ranks by SIGTERM when another has failed; they leave with the status of that.
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    hold()
     with one_line_errors():
         main()
         sys.stdout.flush()

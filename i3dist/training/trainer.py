@@ -20,7 +20,7 @@ from i3dist.data.schedule import lanes_of_rank
 from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.distributed.patience import STEP
-from i3dist.distributed.signals import StopRequest, signals_blocked
+from i3dist.distributed.signals import StopRequest
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.compile_cache import CompileCache
 from i3dist.engine.interface import Engine
@@ -165,7 +165,7 @@ class Trainer:
         self.watchdog.beat(STEP)
         gate = settings.compression.gate_at(progress.step)
         lr = settings.optimizer.lr_at(progress.step)
-        with self.interval.waiting(), signals_blocked():
+        with self.interval.waiting():
             step_batches = [next(batches) for _ in range(settings.train.accumulation)]
         counts = count_step(step_batches, self.data.manifest.pad_id, settings.model)
         lanes_before = progress.lane_state

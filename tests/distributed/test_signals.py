@@ -16,8 +16,10 @@ from tests.conftest import ROOT, deepspeed, deepspeed_command, environment
 HEAD = """
 import os, sys, time
 sys.path.insert(0, os.getcwd())
+from i3dist.distributed.held_signals import hold
+hold()
 from i3dist.distributed.job import Job
-from i3dist.distributed.signals import REQUEUE, StopRequest, signals_blocked
+from i3dist.distributed.signals import REQUEUE, StopRequest
 job = Job.detect()
 stop = StopRequest(job)
 print(f"rank {job.rank} is {os.getpid()}", flush=True)
@@ -135,17 +137,48 @@ def test_the_end_of_the_command_reaches_the_ranks(tmp_path: Path) -> None:
         command.wait(10)
 
 
+# As LLVM does when Triton first compiles a kernel, whatever a process's own handlers were.
+COMPILED = (
+    HEAD
+    + """
+import signal
+signal.signal(signal.SIGUSR1, lambda *_: None)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+"""
+    + WAITING.removeprefix(HEAD)
+)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_single_process_is_asked_by_a_signal(tmp_path: Path, number: int) -> None:
-    words = [sys.executable, script(tmp_path, WAITING), tmp_path / "asked"]
+    words = [sys.executable, script(tmp_path, COMPILED), tmp_path / "asked"]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline().startswith("rank 0")
-    process.send_signal(number)
+    time.sleep(0.2)  # until handlers are replaced
+    for _ in range(2):  # `timeout` sends one to the process and one to its group
+        process.send_signal(number)
     assert process.wait(40) == REQUEUE
     assert (tmp_path / "asked.0").read_text() == signal.Signals(number).name
 
 
-def test_what_starts_while_signals_are_blocked_never_receives_them(tmp_path: Path) -> None:
+def test_a_signal_is_kept_while_torch_is_imported_and_nohup_ignores_sighup(tmp_path: Path) -> None:
+    early = """
+import os, signal, sys
+sys.path.insert(0, os.getcwd())
+from i3dist.distributed.held_signals import hold
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+hold()
+os.kill(os.getpid(), signal.SIGHUP)
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    words = [sys.executable, script(tmp_path, early + WAITING), tmp_path / "asked"]
+    result = subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=60)
+    assert result.returncode == REQUEUE
+    assert (tmp_path / "asked.0").read_text() == "SIGUSR1"
+
+
+def test_processes_of_a_rank_outlive_a_stop_request(tmp_path: Path) -> None:
     text = (
         HEAD
         + """
@@ -155,8 +188,7 @@ def read():  # as torch's readers of data do, which end on a signal that is not 
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     print(os.getpid(), flush=True)
     time.sleep(600)
-with signals_blocked():
-    multiprocessing.get_context("fork").Process(target=read, daemon=True).start()
+multiprocessing.get_context("fork").Process(target=read, daemon=True).start()
 time.sleep(600)
 """
     )
@@ -176,10 +208,10 @@ time.sleep(600)
         process.wait(10)
 
 
-def test_one_vote_of_any_rank_stops_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(signal, "set_wakeup_fd", lambda *_, **__: None)
+def test_one_vote_of_any_rank_stops_the_job() -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     stop = StopRequest(Job.detect({}))
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # its thread keeps its own
     stop.count(0.0)
     assert not stop.agreed()
     stop.count(1.0)

@@ -12,12 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from i3dist.distributed.held_signals import hold
 
-from i3dist.checkpoint import writer
-from i3dist.checkpoint.async_saver import AsyncSaver
-from i3dist.engine.interface import Engine
-from i3dist.model.state import LaneState
+hold()  # as launch/train.py does, before torch is imported and starts threads
+
+from torch import Tensor  # noqa: E402
+
+from i3dist.checkpoint import writer  # noqa: E402
+from i3dist.checkpoint.async_saver import AsyncSaver  # noqa: E402
+from i3dist.engine.interface import Engine  # noqa: E402
+from i3dist.model.state import LaneState  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))

@@ -24,6 +24,8 @@ runpy.run_path({str(ROOT / "launch" / "train.py")!r}, run_name="__main__")
 CONNECTED = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+from i3dist.distributed.held_signals import hold
+hold()
 import torch.distributed
 from i3dist.cli.program import one_line_errors, tell_others_by
 from i3dist.distributed import peers
