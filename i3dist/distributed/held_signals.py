@@ -1,26 +1,53 @@
-"""The signals that ask for a stop, held back from every thread until `StopRequest` takes them.
+"""The signals that ask for a stop: held back from all threads but one, which hands them on.
 
 Handlers are not enough. Triton's compiler (LLVM) replaces those of a process when it first compiles
-a kernel: from then on SIGUSR1 would be lost, and two SIGTERM at once, as `timeout` and `scancel`
-send them to a process group, would end the process before it saves. A signal that is blocked
-reaches no handler.
+a kernel: from then on SIGUSR1 would be lost, and two SIGTERM at once, as `timeout` sends them,
+would end the process before it saves. A blocked signal reaches no handler.
 """
 
+import os
 import signal
+import threading
+from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+_take: Callable[[int], None] | None = None
 
 
 def hold() -> None:
     """Block `SIGNALS` in this thread, and in threads and processes that it starts from now on.
 
-    Call this in the main thread before NumPy and torch are imported, since they start threads. A
-    signal that comes early waits for `StopRequest`. Processes that read data or compile ignore what
-    a launcher sends to all processes of a rank, and end with the rank.
+    Call this in the main thread before NumPy and torch are imported, since they start threads.
+    Processes that read data or compile ignore what a launcher sends to all processes of a rank, and
+    end with the rank. Until `hand_to` a signal ends this process.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_receive, name="signals", daemon=True).start()
+
+
+def hand_to(take: Callable[[int], None]) -> None:
+    """Call `take` with the number of each signal from now on, in a thread."""
+    global _take
+    _take = take
 
 
 def release() -> None:
-    """Undo `hold` in this thread."""
+    """Unblock `SIGNALS` in this thread, for the program that takes this one's place."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _receive() -> None:
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # under nohup
+    awaited = set(SIGNALS) - ({signal.SIGHUP} if ignored else set())
+    while True:
+        number = signal.sigwait(awaited)
+        (_take or _end_by)(number)
+
+
+def _end_by(number: int) -> None:
+    """End this process as if the signal had not been held."""
+    if number == signal.SIGTERM and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        os._exit(1)  # srun ends ranks when another has failed; they leave with the status of that
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    signal.raise_signal(number)

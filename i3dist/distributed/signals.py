@@ -24,7 +24,7 @@ import psutil
 from i3dist.distributed import collectives
 from i3dist.distributed.attempt import TIME, Attempt
 from i3dist.distributed.console import print_rank_0
-from i3dist.distributed.held_signals import SIGNALS, hold
+from i3dist.distributed.held_signals import hand_to
 from i3dist.distributed.job import Job
 from i3dist.distributed.peers import REQUEUE, Peers, host_name
 
@@ -37,7 +37,7 @@ class StopRequest:
     """Whether this rank was asked to stop, and whether the job has agreed to stop."""
 
     def __init__(self, job: Job):
-        """Receive `SIGNALS` from now on, and those held since `hold` was called."""
+        """Take the signals that are held (`held_signals`) from now on."""
         self.reason: str | None = None  # why this rank is to stop: a signal's name, for example
         self.peers: Peers | None = None  # once the ranks have met
         self._when = 0.0
@@ -45,9 +45,9 @@ class StopRequest:
         self._exit_status = 1  # once other ranks are gone
         self._job = job
         self._launchers = _launchers(job)
-        hold()
-        for work in (self._receive, self._watch_launchers)[: 1 + bool(self._launchers)]:
-            threading.Thread(target=work, name="stop", daemon=True).start()
+        hand_to(self._take)
+        if self._launchers:
+            threading.Thread(target=self._watch_launchers, name="stop", daemon=True).start()
 
     def agreed(self) -> bool:
         """Whether any rank has voted to stop; all ranks give the same answer."""
@@ -95,15 +95,11 @@ class StopRequest:
         if self.reason is None:
             self.reason, self._when = reason, time.time()
 
-    def _receive(self) -> None:
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # under nohup
-        awaited = set(SIGNALS) - ({signal.SIGHUP} if ignored else set())
-        while True:
-            number = signal.sigwait(awaited)
-            if number == signal.SIGTERM and self._another_rank_is_gone():
-                # The launcher ends the remaining ranks after a failure or the first exit.
-                os._exit(self._exit_status)
-            self._ask(signal.Signals(number).name)
+    def _take(self, number: int) -> None:
+        if number == signal.SIGTERM and self._another_rank_is_gone():
+            # The launcher ends the remaining ranks after a failure or the first exit.
+            os._exit(self._exit_status)
+        self._ask(signal.Signals(number).name)
 
     def _watch_launchers(self) -> None:
         while all(map(_is_alive, self._launchers)):

@@ -162,20 +162,29 @@ def test_a_single_process_is_asked_by_a_signal(tmp_path: Path, number: int) -> N
     assert (tmp_path / "asked.0").read_text() == signal.Signals(number).name
 
 
-def test_a_signal_is_kept_while_torch_is_imported_and_nohup_ignores_sighup(tmp_path: Path) -> None:
+def test_an_early_signal_ends_the_process_and_nohup_ignores_sighup(tmp_path: Path) -> None:
+    """Early means before a rank can save: while torch is imported, for example."""
     early = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, os.getcwd())
 from i3dist.distributed.held_signals import hold
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
+if "nohup" in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 hold()
 os.kill(os.getpid(), signal.SIGHUP)
-os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(0.5)
+os.kill(os.getpid(), getattr(signal, sys.argv[-1]))
+time.sleep(5)
 """
-    words = [sys.executable, script(tmp_path, early + WAITING), tmp_path / "asked"]
-    result = subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=60)
-    assert result.returncode == REQUEUE
-    assert (tmp_path / "asked.0").read_text() == "SIGUSR1"
+    slurm = environment() | {"SLURM_STEP_NUM_TASKS": "2"}
+    for words, environ, status in [
+        (["SIGTERM"], environment(), -signal.SIGHUP),
+        (["nohup", "SIGTERM"], environment(), -signal.SIGTERM),
+        (["nohup", "SIGUSR1"], slurm, -signal.SIGUSR1),
+        (["nohup", "SIGTERM"], slurm, 1),  # srun's, as another rank has failed
+    ]:
+        command = [sys.executable, script(tmp_path, early), *words]
+        assert subprocess.run(command, cwd=ROOT, env=environ, timeout=60).returncode == status
 
 
 def test_processes_of_a_rank_outlive_a_stop_request(tmp_path: Path) -> None:
@@ -209,9 +218,7 @@ time.sleep(600)
 
 
 def test_one_vote_of_any_rank_stops_the_job() -> None:
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     stop = StopRequest(Job.detect({}))
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # its thread keeps its own
     stop.count(0.0)
     assert not stop.agreed()
     stop.count(1.0)
