@@ -163,6 +163,43 @@ def test_gains_of_the_readme_are_those_recorded() -> None:
         assert re.search(row, README.read_text()), row
 
 
+def test_figures_at_full_size_are_those_recorded() -> None:
+    """Losses, gains and costs of the full model and its twin, in history.md, README and others."""
+    lines = (ROOT / "docs" / "results" / "twins.jsonl").read_text().splitlines()
+    at = {(run["run"], run["step"]): run for run in map(json.loads, lines)}
+    history, speeds, readme = (
+        (ROOT / name).read_text()
+        for name in ("docs/history.md", "docs/performance.md", "README.md")
+    )
+    for step in sorted(step for name, step in at if name == "run"):
+        ours, twin = (at[name, step]["by_chunk"] for name in ("run", "twin"))
+        count, columns = sum(ours["count"][1:]), (*ours.items(), ("none", twin["withheld"]))
+        later = {name: sum(values[1:]) / count for name, values in columns}
+        first = (sums[0] / ours["count"][0] for sums in (twin["withheld"], ours["loss"]))
+        losses = (*first, later["none"], later["loss"])
+        costs = (later[name] - later["loss"] for name in ("none", "withheld", "other"))
+        row = [f"{loss:.4f}" for loss in losses] + [f"{cost:.3f}" for cost in costs]
+        assert " | ".join(row) in history.replace("**", "")
+    gain = later["none"] - later["loss"]
+    assert f"gains {gain:.3f} over its twin" in readme
+    for run in (at["run", step], at["twin", step]):
+        row = (f"{run['ms']:.1f}", f"{run['tokens_per_s']:,}", f"{run['mfu']:.1%}")
+        assert f"| {' | '.join(row)} |" in speeds
+
+
+def test_needles_of_the_full_model_are_those_recorded() -> None:
+    results = json.loads((ROOT / "docs" / "results" / "needle.json").read_text())["results"]
+    history = (ROOT / "docs" / "history.md").read_text()
+    for each in results:
+        margins = (
+            f"{each['margin'][name]['mean']:.3f}" for name in ("history", "withheld", "other")
+        )
+        gain, found = each["gain"], each["found"]["history"]["mean"]
+        half = (gain["high"] - gain["low"]) / 2
+        row = f"{' | '.join(margins)} | {gain['mean']:.3f} ± {half:.3f} | {found:.3f} |"
+        assert f"| {each['distance']:,} | {row}" in history
+
+
 def test_speeds_of_the_readme_are_those_recorded() -> None:
     rows = json.loads((ROOT / "docs" / "results" / "train_throughput.json").read_text())["rows"]
     best: dict[str, float] = defaultdict(float)
