@@ -31,11 +31,11 @@ class Slot(NamedTuple):
     layout: torch.Size  # of the padded parameter; the parameter is its first corner
 
     def stored(self, part: Tensor) -> Tensor:
-        """The parameter in its own shape, as a view of its part of the flat tensor."""
+        """The parameter in its own `shape`, as a view of its part [size] of the flat tensor."""
         return self._whole(part)[tuple(slice(length) for length in self.shape)]
 
     def computed(self, part: Tensor) -> Tensor:
-        """The padded parameter that blocks compute with, as a view."""
+        """What blocks compute with, a view of the part [size]: the padded matrix, or the part."""
         return part if len(self.shape) == 1 else self._whole(part)
 
     def pack(self, part: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ class Engine(ABC):
         """Restore weights and optimizer state that any number of ranks saved.
 
         Args:
-            state: parameter name -> "weight" and the optimizer's states, fp32, whole and 1-D.
+            state: parameter name -> "weight" and the optimizer's states, whole: [elements] fp32.
             steps: number of optimizer steps that updated them.
 
         Raises:
@@ -223,6 +223,10 @@ def check_applied(engine: Any, config: dict[str, Any]) -> None:
 
 def check_states(entry: Mapping[str, Tensor], states: tuple[str, ...]) -> None:
     """See that a parameter's tensors in a checkpoint are a weight and these optimizer states.
+
+    Args:
+        entry: the tensors by name; their [elements] are not looked at.
+        states: names of the optimizer's states.
 
     Raises:
         UserError: they are another optimizer's.

@@ -30,7 +30,7 @@ class Place(NamedTuple):
     length: int  # elements
 
     def of(self, partition: Tensor) -> Tensor:
-        """Its part of a partition, as a view."""
+        """Its part of a partition: [elements] -> [length], a view."""
         return partition.narrow(0, self.at, self.length)
 
     def mask(self, device: torch.device) -> tuple[int, Tensor]:

@@ -149,7 +149,7 @@ class AttentionBlock(HistoryBlock):
     def forward(
         self, x: Tensor, past: KeysValues, own: KeysValues | None, visible: Visibility
     ) -> tuple[Tensor, KeysValues]:
-        """See `HistoryBlock.forward`."""
+        """See `HistoryBlock.forward`: x [B, K, T, D] -> the same, and [B, K, S, D] twice."""
         normed, x = self.norm_attention.of_sum(x)
         now = self.attention.keys_values(normed)
         if own is not None:

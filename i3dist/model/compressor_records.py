@@ -127,7 +127,7 @@ class RecordsCompressor(Compressor):
         return self.width.pad(parts.flatten(-2))
 
     def split(self, latents: Tensor) -> Tensor:
-        """See `Compressor.split`; the inverse of `fold`."""
+        """See `Compressor.split`: [..., M, D] -> [..., S, D/R], the inverse of `fold`."""
         parts = self.width.trim(latents).unflatten(-1, (self.sub_latents, -1))
         return self.part.pad(parts.flatten(-3, -2))
 

@@ -8,7 +8,7 @@ _FAST_BF16_ON_CPU = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """fp32, or fp64 where x is."""
+    """fp32, or fp64 where x is; x has any shape, here and below."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

@@ -186,7 +186,11 @@ def let_go(job: Job, peers: Peers) -> None:
 
 @contextmanager
 def recorded(tracker: Tracker | NoTracker, peers: Peers | None) -> Iterator[None]:
-    """Record a failure inside in the tracker, and explain it if possible."""
+    """Record a failure inside in the tracker, and explain it if possible.
+
+    Raises:
+        UserError: in place of the error of a lost rank or of a GPU without memory.
+    """
     try:
         yield
     except BaseException as error:

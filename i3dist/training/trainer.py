@@ -160,7 +160,11 @@ class Trainer:
         return self.stop.agreed() or self.orders.stop
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step: every window, every micro-batch, one update."""
+        """One optimizer step: every window, every micro-batch, one update.
+
+        Raises:
+            UserError: on every rank, if the guard gives up or the last checkpoint was not written.
+        """
         settings, progress = self.settings, self.progress
         self.watchdog.beat(STEP)
         gate = settings.compression.gate_at(progress.step)
