@@ -1,4 +1,4 @@
-"""The door to DeepSpeed: the only file that imports it, and all of its internals that we touch.
+"""All that i3dist uses of DeepSpeed: no other file imports it or touches its internals.
 
 `StockEngine` needs none of the internals. `Zero2Engine` reaches them through `ZeroInternals`, which
 names each, says why, and checks it against the installed DeepSpeed when the engine is built. It was

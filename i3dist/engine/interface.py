@@ -218,7 +218,10 @@ def check_applied(engine: Any, config: dict[str, Any]) -> None:
     }
     for what, (found, wanted) in taken.items():
         if found != wanted:
-            raise UserError(f"DeepSpeed runs with {what} {found}, not {wanted}; see configs/")
+            raise UserError(
+                f"DeepSpeed runs with {what} {found}, not {wanted}: install the version "
+                "in constraints.txt"
+            )
 
 
 def check_states(entry: Mapping[str, Tensor], states: tuple[str, ...]) -> None:
