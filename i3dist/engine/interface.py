@@ -56,7 +56,7 @@ class Engine(ABC):
         self.micro_batches = 1  # of one optimizer step on this rank
         self.compute_seconds = 0.0  # this rank's own in the last step; 0 if not known
         self._compute = ComputeTimer()
-        self.numeric = numeric_part(config)
+        self.numeric_config = numeric_part(config)
         self._module = module
         self._kind = OPTIMIZERS.of(optimizer.kind)
         groups = [

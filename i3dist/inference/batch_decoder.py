@@ -167,7 +167,7 @@ class BatchDecoder:
         self.filled = [filled % length + 1 for filled in self.filled]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The rest of `feed`, which runs on the device alone: tokens [B] -> logits [B, V] fp32."""
+        """The rest of `feed`, which runs on the device alone."""
         x, restart, sight = compile_if(self.compiled, enter)(self.model, self.place, tokens)
         for lower in self.lower:
             x = lower(x, restart)

@@ -225,11 +225,8 @@ class AttentionStep(UpperStep):
             buffer[:, :, self.history + start :][:, :, : new.shape[2]] = new
 
     def project(self, latents: Tensor) -> Project:
-        """See `UpperStep.project`; latents are [..., M, D].
-
-        Products without latents are computed once: attention multiplies each of its views by one
-        weight, which stays the same.
-        """
+        """See `UpperStep.project`. Products without latents are computed once: attention multiplies
+        each of its views by one weight, which stays the same."""
         compressor, slots = self.model.compressor, self.model.slots
         keys = compressor.split(latents)
 
@@ -325,7 +322,7 @@ def rwkv_kernels(
     time_shift: Tensor,
     channel_shift: Tensor,
 ) -> Tensor:
-    """`rwkv_step` by Triton kernels, x [B, D]."""
+    """`rwkv_step` by Triton kernels."""
     kernels, time, channel = step_kernels(), block.time_mix, block.channel_mix
     shift, curves = (time_shift, restart, weights.time_mixes), (weights.decay, weights.bonus)
     norm, output = block.norm_time.padded(), time.output.weight
@@ -378,7 +375,7 @@ def finish_step(block: AttentionBlock, x: Tensor, read: Tensor) -> Tensor:
 
 
 def finish_kernels(block: AttentionBlock, x: Tensor, read: Tensor) -> Tensor:
-    """`finish_step` of a single row by Triton kernels, [1, D] each."""
+    """`finish_step` of a single row by Triton kernels."""
     kernels = step_kernels()
     x = kernels.add_product(x, read, block.attention.output.weight)
     hidden = kernels.normed_product(x, block.norm_ff.padded(), block.ff.up.weight, gelu=True)

@@ -61,8 +61,8 @@ def lane_memory(settings: Settings) -> dict[str, float]:
 class Memory(NamedTuple):
     """Bytes on one rank. A guide, not a bound.
 
-    Without history the card took 93.8 GiB on an H200 with 32 lanes (docs/performance.md); this says
-    96.7.
+    Without history the card with layers of `attention` took 93.8 GiB on an H200 with 32 lanes
+    (docs/performance.md); this says 97.0.
     """
 
     fixed: dict[str, float]
