@@ -76,8 +76,8 @@ def dry_run(settings: Settings, job: Job) -> None:
 
 
 def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
-    """Join the job's process group, unless a preflight has; ranks then hear of each other's end."""
-    if stop.peers is not None:
+    """Join the job's process group; from now on ranks hear of each other's end."""
+    if stop.peers is not None:  # a preflight has joined
         return stop.peers
     keep_records_in(settings.run.path)
     host.allow_many_files()
