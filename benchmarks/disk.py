@@ -20,7 +20,7 @@ from i3dist.checkpoint import store
 from i3dist.checkpoint.async_saver import AsyncSaver
 from i3dist.checkpoint.format import FileDigest
 from i3dist.engine.deepspeed_internals import Address
-from i3dist.engine.flat_parameters import Flat, Slot
+from i3dist.engine.flat_parameters import Extent, Flat
 from i3dist.engine.optimizer_state import PartitionedState
 from i3dist.errors import UserError
 from i3dist.model.layers import Channels
@@ -37,7 +37,7 @@ def state_of_size(size: float, width: int) -> PartitionedState:
     columns = Channels(width).computed
     rows = max(1, round(size / (3 * 4 * width * MATRICES)))
     length, shape, layout = rows * columns, torch.Size([rows, width]), torch.Size([rows, columns])
-    slots = [Slot(index * length, length, shape, layout) for index in range(MATRICES)]
+    extents = [Extent(index * length, length, shape, layout) for index in range(MATRICES)]
     weight = nn.Parameter(torch.randn(MATRICES * length), requires_grad=False)
     state = fresh_state(weight, adamw.STATES, steps=1)
     for name in adamw.STATES:
@@ -47,7 +47,7 @@ def state_of_size(size: float, width: int) -> PartitionedState:
     zero: Any = SimpleNamespace(partitions=[weight], address=lambda _: address)
     optimizer: Any = SimpleNamespace(state={weight: state})
     names = [f"{index}.weight" for index in range(MATRICES)]
-    return PartitionedState([Flat(weight, names, slots)], zero, optimizer, adamw.STATES)
+    return PartitionedState([Flat(weight, names, extents)], zero, optimizer, adamw.STATES)
 
 
 class Turn(NamedTuple):

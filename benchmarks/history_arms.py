@@ -63,7 +63,7 @@ from torch import Tensor, nn
 
 from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.errors import UserError
-from i3dist.model.attention import CLOSED, Attention, Slots
+from i3dist.model.attention import INITIAL_AGE_LOGIT, Attention, Slots
 from i3dist.model.block import LayerState
 from i3dist.model.compressor_literal import LiteralCompressor
 from i3dist.model.compressor_records import RecordsCompressor
@@ -172,7 +172,7 @@ class Arm:
         """The initial logit of history in one of `BLOCKS`."""
         if block not in ([each for each in BLOCKS if each in self.added] or BLOCKS):
             return SHUT
-        return 0.0 if "open" in self.added else CLOSED
+        return 0.0 if "open" in self.added else INITIAL_AGE_LOGIT
 
     def settings(self, card: ModelSettings) -> ModelSettings:
         """The model's: `card` with the arm's layers above as many RWKV blocks, and its history."""

@@ -16,7 +16,10 @@ CORES = len(os.sched_getaffinity(0))
 def number_in(
     kind: Callable[[str], Number], least: Number, most: Number
 ) -> Callable[[str], Number]:
-    """A parser of numbers of a kind (int or float) from `least` to `most`, both included."""
+    """A parser of numbers of a kind (int or float) from `least` to `most`, both included.
+
+    It raises `ArgumentTypeError` for any other text.
+    """
 
     def parse(text: str) -> Number:
         try:
@@ -40,7 +43,11 @@ class TaskShare:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From `I/N`."""
+        """From `I/N`.
+
+        Raises:
+            ArgumentTypeError: the text is not of this form.
+        """
         found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
             raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")

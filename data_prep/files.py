@@ -309,7 +309,11 @@ def _file_source(spec: str | Path) -> FileSource:
 
 @SOURCES.register(STDLIB)
 def stdlib_source() -> FileSource:
-    """The modules and texts of the running Python's standard library, without its tests."""
+    """The modules and texts of the running Python's standard library, without its tests.
+
+    Raises:
+        UserError: there are none.
+    """
     folder = Path(sysconfig.get_path("stdlib"))
     walked = walk(folder, lambda path: path.name not in _LEFT_OUT and not path.is_symlink())
     modules = (path for _, paths in walked for path in paths if path.suffix in (".py", ".txt"))

@@ -20,7 +20,11 @@ _ON_HUB = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 
 
 def typed_tokenizer(text: str) -> str | Path:
-    """A path, or a name on the hub: OWNER/NAME where there is no such path."""
+    """A path, or a name on the hub: OWNER/NAME where there is no such path.
+
+    Raises:
+        ArgumentTypeError: it begins with hf:// and is no such name.
+    """
     if text.startswith("hf://"):
         if not _ON_HUB.fullmatch(text):
             raise argparse.ArgumentTypeError(f"{text!r} is not of the form hf://OWNER/NAME")

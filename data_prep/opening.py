@@ -26,7 +26,11 @@ def typed_place(text: str) -> str | Path:
 
 
 def open_sources(options: argparse.Namespace, former: OutputSettings | None) -> Source:
-    """All sources as one; where the output was begun, at the revision of then."""
+    """All sources as one; where the output was begun, at the revision of then.
+
+    Raises:
+        UserError: a source cannot be opened, or an option does not fit it.
+    """
     columns = options.text_column or [None]
     if len(columns) not in (1, len(options.source)):
         raise UserError(
@@ -61,6 +65,10 @@ def open_source(spec: str | Path, documents: str = TEXT, column: str | None = No
         spec: as typed.
         documents: their format.
         column: what holds them, if not the format's own key.
+
+    Raises:
+        UserError: there is no such source, its documents are of another format, or it has no
+            columns.
     """
     if isinstance(spec, Path):
         source: Source = file_source(spec, documents)

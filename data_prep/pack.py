@@ -82,7 +82,9 @@ def index_rows(
     Args:
         first_document: number of the first document in the stream.
         bounds: int64 [N + 1], places in the stream where documents begin; the last one ends there.
-        ids, urls: N strings each.
+        ids: N strings.
+        urls: N strings.
+        framing: the sizes of chunks and shards.
     """
     size = framing.shard_tokens
     first, last = bounds[:-1] // size, (bounds[1:] - 1) // size

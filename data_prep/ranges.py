@@ -175,8 +175,10 @@ def blocks(
     already. So the number of opens grows with the runs, as the shards do.
 
     Args:
+        partitions: all that have a range of `todo`.
         todo: numbers of the ranges, ascending.
         tokens: how many these hold, about.
+        workers: processes that may work at once.
     """
     shares = -(-useful_workers(tokens, workers) // max(1, len(partitions)))
     return [

@@ -118,7 +118,11 @@ class Span:
         return self if self.file.is_a(PARQUET) else Span(self.file, size, 0, size)
 
     def records(self) -> Generator[Record, None, Piece]:
-        """Read the documents in order; returns what was read."""
+        """Read the documents in order; returns what was read.
+
+        Raises:
+            UserError: the file is damaged, or has changed.
+        """
         if self.error:
             raise UserError(self.error)
         path = self.file.path

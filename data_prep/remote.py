@@ -234,7 +234,11 @@ class RemoteSource(Source):
         return remote_parts(self.remote_files, self.revision)
 
     def chosen(self, where: str) -> "RemoteSource":
-        """The source without the rows of which the expression `where` is not true."""
+        """See `Source.chosen`.
+
+        Raises:
+            UserError: a file has no columns, or the expression is wrong.
+        """
         for file in self.remote_files:
             if not file.is_a(PARQUET, *JSON_LINES):
                 raise no_columns(file.place)

@@ -182,7 +182,11 @@ class Source:
         return parts
 
     def with_text_column(self, column: str) -> "Source":
-        """The source with another column, or key, as its text."""
+        """The source with another column, or key, as its text.
+
+        Raises:
+            UserError: it has no columns.
+        """
         raise UserError(f"--text-column {column}: the source {self.name} has no columns; omit it")
 
     def parts_with_broken(self) -> Sequence[Part]:

@@ -45,7 +45,11 @@ class Store:
         self._open("")
 
     def put(self, path: Path, name: str) -> None:
-        """Write a file, and see that all of its bytes are there."""
+        """Write a file, and see that all of its bytes are there.
+
+        Raises:
+            UserError: it cannot be written, after all tries.
+        """
         size = path.stat().st_size
 
         def write(filesystem: Any, place: str) -> None:

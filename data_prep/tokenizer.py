@@ -147,7 +147,11 @@ def no_usable_document(source: str, skipped: Counter[str]) -> UserError:
 
 
 def check_vocabulary(tokenizer: Tokenizer, wanted: int | None) -> None:
-    """Refuse a given tokenizer whose vocabulary is not the one asked for, or does not fit."""
+    """Check that a given tokenizer has `wanted` entries, and no more than a shard can tell apart.
+
+    Raises:
+        UserError: it does not.
+    """
     if wanted is not None and tokenizer.vocab_size != wanted:
         raise UserError(
             f"{tokenizer.path} has a vocabulary of {tokenizer.vocab_size}, not of --vocab-size "

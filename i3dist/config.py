@@ -1,4 +1,4 @@
-"""The typed tree of settings; the defaults are the i3-4096ctx card.
+"""The typed tree of settings; the defaults are the model card of i3-4096ctx.
 
 Later sources win: the defaults below, then ``--config FILE.yaml``, then ``section.key=value``.
 Values are validated when the tree is built. An illegal one is an error of one line, which names the
@@ -106,21 +106,21 @@ class ModelSettings(Section):
     """Latents M that a chunk is compressed to, at most its number of tokens."""
     compressor: str = "records"
     """What makes latents. records: each is made of sub-latents for the tokens with the highest
-    router scores. literal: the card's words; learned queries read the whole chunk, and a latent is
-    one key. records has 80% of the gain of uncompressed history, literal 10% (docs/history.md). Or
-    one that i3dist/model/compressor_kinds.py registers."""
+    router scores. literal: the model card word for word; learned queries read the whole chunk, and
+    a latent is one key. records has 80% of the gain of uncompressed history, literal 10%
+    (docs/history.md). Or one that i3dist/model/compressor_kinds.py registers."""
     sub_latents: Annotated[int, Field(ge=1, le=4096)] = 4
     """Of records: sub-latents R of a latent, each made for one token and D / R channels wide;
     attention sees each as a key. Adjusts as heads do; a chunk has no more of them than tokens.
     literal has none and ignores it."""
     history_chunks: Annotated[int, Field(ge=1, le=1024)] = 8
     """Compressed chunks that a chunk attends to; older ones are dropped. Each takes a channel of
-    every head for its age: with more than 10 the card's heads are 144 channels wide, not 128."""
+    every head for its age: with more than 10 the default's heads are 144 channels wide, not 128."""
     state_carry: bool = False
-    """Carry recurrent state over chunk ends within a document. Beyond the card: the reach is then
-    no longer history_chunks + 1 chunks, and a window's chunks are read one after the other. History
-    should then begin late: from step 1,000 on it gained 0.017 nats more than without, from step 100
-    on a model with carried state did not learn to use history (docs/history.md)."""
+    """Carry recurrent state over chunk ends within a document. The model card does not: the reach
+    is then no longer history_chunks + 1 chunks, and a window's chunks are read one after the other.
+    History should then begin late: from step 1,000 on it gained 0.017 nats more than without, from
+    step 100 on a model with carried state did not learn to use history (docs/history.md)."""
 
     @field_validator("latents")
     @classmethod
@@ -137,7 +137,7 @@ class ModelSettings(Section):
 
     @property
     def vocab(self) -> int:
-        """The vocabulary as a number: the card's while it is "auto"."""
+        """The vocabulary as a number: the model card's while it is "auto"."""
         return CARD_VOCAB_SIZE if self.vocab_size == "auto" else self.vocab_size
 
 
@@ -145,8 +145,8 @@ class CompressionSettings(Section):
     """How history enters training: attention adds log g to history's logits, g from 0 to 1."""
 
     off_steps: CountOrZero = 100
-    """Steps at the start with g = 0. The card's 100 are enough for layers of dual-attention. Those
-    of attention should first learn their own chunk: 33M tokens (docs/history.md)."""
+    """Steps at the start with g = 0. The model card's 100 are enough for layers of dual-attention.
+    Those of attention should first learn their own chunk: 33M tokens (docs/history.md)."""
     ramp_steps: CountOrZero = 50
     """Steps over which g then rises to 1."""
     schedule: Schedule = "linear"

@@ -1,4 +1,4 @@
-"""Talk with a model: a door to i3dist/programs/chat.py."""
+"""Talk with a model: starts i3dist/programs/chat.py."""
 
 from i3dist.programs.chat import start
 

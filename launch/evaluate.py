@@ -1,4 +1,4 @@
-"""Evaluate a model: a door to i3dist/programs/evaluate.py."""
+"""Evaluate a model: starts i3dist/programs/evaluate.py."""
 
 from i3dist.programs.evaluate import start
 

@@ -1,4 +1,4 @@
-"""Export a model to transformers: a door to i3dist/programs/export.py."""
+"""Export a model to transformers: starts i3dist/programs/export.py."""
 
 from i3dist.programs.export import start
 

@@ -1,4 +1,4 @@
-"""Continue a text: a door to i3dist/programs/generate.py."""
+"""Continue a text: starts i3dist/programs/generate.py."""
 
 from i3dist.programs.generate import start
 

@@ -1,4 +1,4 @@
-"""Check or compare runs: a door to i3dist/programs/ledger.py."""
+"""Check or compare runs: starts i3dist/programs/ledger.py."""
 
 from i3dist.programs.ledger import start
 

@@ -1,4 +1,4 @@
-"""Check a job's hosts: a door to i3dist/programs/preflight.py, for launchers that start a file."""
+"""Check a job's hosts: starts i3dist/programs/preflight.py, for launchers that start a file."""
 
 from i3dist.programs.preflight import start
 

@@ -1,4 +1,4 @@
-"""Report on runs: a door to i3dist/programs/report.py."""
+"""Report on runs: starts i3dist/programs/report.py."""
 
 from i3dist.programs.report import start
 

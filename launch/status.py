@@ -1,4 +1,4 @@
-"""Say how a run fares: a door to i3dist/programs/status.py."""
+"""Say how a run fares: starts i3dist/programs/status.py."""
 
 from i3dist.programs.status import start
 

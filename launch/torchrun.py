@@ -1,4 +1,4 @@
-"""Start ranks with torchrun, on one host or several: a door to i3dist/programs/torchrun.py."""
+"""Start ranks with torchrun, on one host or several: starts i3dist/programs/torchrun.py."""
 
 from i3dist.programs.torchrun import start
 

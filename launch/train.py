@@ -1,4 +1,4 @@
-"""Train a model: a door to i3dist/programs/train.py, for launchers that start a file."""
+"""Train a model: starts i3dist/programs/train.py, for launchers that start a file."""
 
 from i3dist.programs.train import start
 

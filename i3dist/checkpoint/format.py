@@ -136,7 +136,13 @@ class CheckpointManifest(Stored):
 def tensors_of_rank(
     rank: int, fragments: Iterable[Fragment], lanes: tuple[range, LaneState]
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors that a rank writes: file name -> tensor name -> tensor."""
+    """The tensors that a rank writes: file name -> tensor name -> tensor.
+
+    Args:
+        rank: the rank.
+        fragments: its share of weights and optimizer state, [elements] fp32.
+        lanes: the lane numbers that it owns, and their state, a row each.
+    """
     optimizer = {
         f"{kind}/{fragment.start}/{fragment.name}": tensor.contiguous()
         for fragment in fragments
@@ -169,7 +175,7 @@ def read_state(checkpoint: Path) -> RunState:
     """Read and validate state.json.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is no state of a run.
     """
     try:
         return RunState.model_validate_json((checkpoint / STATE).read_bytes())

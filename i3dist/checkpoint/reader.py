@@ -116,4 +116,4 @@ def _open(path: Path, device: torch.device | str = "cpu") -> Any:
         with utf8_path(path) as name:
             return safe_open(name, framework="pt", device=str(device))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
+        raise UserError(f"{path} is not a safetensors file: {error}; {REMEDY}") from None

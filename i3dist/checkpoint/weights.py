@@ -185,7 +185,9 @@ def _load_export(model: I3LM, path: Path) -> torch.dtype:
         model.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} does not fit the settings beside it: {reason}") from None
+        raise UserError(
+            f"{file} does not fit the settings beside it: {reason}; restore it"
+        ) from None
     return weights["head.weight"].dtype
 
 

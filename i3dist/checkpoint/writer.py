@@ -80,7 +80,15 @@ def save(
 
 
 def write_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, FileDigest]:
-    """Write and sync files of tensors, given by name; returns their digests."""
+    """Write and sync files of tensors in a folder; returns their digests by file name.
+
+    Args:
+        folder: it exists.
+        files: file name -> tensor name -> tensor of any shape and dtype, contiguous, on the host.
+
+    Raises:
+        OSError: one cannot be written.
+    """
     return {name: write_tensors(folder / name, tensors) for name, tensors in files.items()}
 
 
@@ -92,7 +100,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) ->
 
     Args:
         path: the file; one that exists is replaced.
-        tensors: contiguous, on the host.
+        tensors: of any shape and dtype, contiguous, on the host.
         metadata: further strings in the header.
 
     Raises:

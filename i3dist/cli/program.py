@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,11 +26,22 @@ LATE_SECONDS = 3.0
 HELP_WIDTH = 80
 DEBUG = "I3DIST_DEBUG"  # set to 1, tracebacks are printed too
 
-_traceback_folder: Path | None = None
-_on_failure: Callable[[str], None] | None = None
-_name: str | None = None  # what the user typed to start this program
-_commands: dict[str, str] = {}  # by a program's file: what starts the same
-_tell_others: Callable[[], None] | None = None  # that this rank has failed
+
+@dataclass
+class _Program:
+    """What this process has said of itself."""
+
+    name: str | None = None
+    """What the user typed to start it."""
+    commands: dict[str, str] = field(default_factory=dict)
+    """By a program's file: what starts the same."""
+    traceback_folder: Path | None = None
+    on_failure: Callable[[str], None] | None = None
+    tell_others: Callable[[], None] | None = None
+    """That this rank has failed."""
+
+
+_this = _Program()
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -54,8 +66,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser without abbreviations, whose errors are one line like all others."""
 
     def __init__(self, **options: Any) -> None:
-        if _name is not None:
-            options["prog"] = _name
+        if _this.name is not None:
+            options["prog"] = _this.name
         super().__init__(**{"allow_abbrev": False, "formatter_class": _HelpFormatter, **options})
 
     def format_help(self) -> str:
@@ -74,34 +86,30 @@ def type_as(name: str, commands: Mapping[str, str] = {}) -> None:
         name: "i3dist train".
         commands: what starts the same as each file, such as "launch/train.py".
     """
-    global _name
-    _name = name
-    _commands.update(commands)
+    _this.name = name
+    _this.commands.update(commands)
 
 
 def as_typed(text: str) -> str:
     """A text for the user, with commands in place of the programs' files."""
-    for file, command in _commands.items():
+    for file, command in _this.commands.items():
         text = text.replace(f"python {file}", command).replace(file, command)
     return text
 
 
 def keep_tracebacks_in(folder: Path) -> None:
     """From now on write tracebacks to this folder, if it exists, instead of a temporary one."""
-    global _traceback_folder
-    _traceback_folder = folder
+    _this.traceback_folder = folder
 
 
 def call_on_failure(call: Callable[[str], None]) -> None:
     """From now on pass an error's line to this too, when it has been printed, before the exit."""
-    global _on_failure
-    _on_failure = call
+    _this.on_failure = call
 
 
 def tell_others_by(tell: Callable[[], None]) -> None:
     """From now on call this when the line of an error has been printed, before the exit."""
-    global _tell_others
-    _tell_others = tell
+    _this.tell_others = tell
 
 
 @contextmanager
@@ -131,16 +139,16 @@ def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
 
 def _leave(message: str) -> NoReturn:
     rank = _rank()
-    meeting = _tell_others is None and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    meeting = _this.tell_others is None and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
     late = LATE_SECONDS * meeting
     if rank != "0":
         time.sleep(OTHERS_WAIT_SECONDS + late)
     where = "" if rank == "0" else f"[rank {rank}] "
     print(f"{where}error: {as_typed(message)}", file=sys.stderr, flush=True)
-    if _on_failure is not None:
-        _on_failure(as_typed(message))
-    if _tell_others is not None:
-        _tell_others()
+    if _this.on_failure is not None:
+        _this.on_failure(as_typed(message))
+    if _this.tell_others is not None:
+        _this.tell_others()
     elif rank == "0":
         time.sleep(late)
     os._exit(1)
@@ -163,7 +171,8 @@ def _describe(error: BaseException) -> str:
 def _keep(error: BaseException) -> str:
     """Write a traceback to a file that stays, and return words that say where it is."""
     text = "".join(traceback.format_exception(error))
-    ours = [_traceback_folder] if _traceback_folder and _traceback_folder.is_dir() else []
+    own = _this.traceback_folder
+    ours = [own] if own and own.is_dir() else []
     for folder in (*ours, None):  # None is the folder for temporary files
         try:
             number, name = tempfile.mkstemp(".txt", f"i3dist-error-rank{_rank()}-", folder)

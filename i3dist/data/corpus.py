@@ -80,7 +80,10 @@ class Corpus:
         splits = {
             name: Split(path / name, Manifest.load(path / name)) for name in ("train", "valid")
         }
-        tokenizer = Tokenizer.load(path / "tokenizer.json")
+        try:
+            tokenizer = Tokenizer.load(path / "tokenizer.json")
+        except UserError as error:
+            raise UserError(f"{error}; restore it, or make the data again") from None
         if trained_with is not None and not trained_with.encodes_like(tokenizer):
             raise UserError(
                 f"{path} was made with another tokenizer than {trained_with.path}; "

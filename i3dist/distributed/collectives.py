@@ -22,7 +22,7 @@ PEER_LOSS = r"gloo.*(closed|reset|refused|broken|timed out)|onnection (closed|re
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all ranks in place, and return it."""
+    """Sum a tensor over all ranks in place, and return it; of any shape, the same on every rank."""
     if torch_dist.is_initialized():
         torch_dist.all_reduce(tensor)
     return tensor

@@ -100,7 +100,11 @@ def backend() -> Literal["nccl", "gloo"]:
 
 
 def device(job: Job) -> torch.device:
-    """This rank's device: its own GPU if the job runs on GPUs, else the CPU."""
+    """This rank's device: its own GPU if the job runs on GPUs, else the CPU.
+
+    Raises:
+        UserError: this host shows fewer GPUs than it has ranks.
+    """
     if not uses_cuda():
         return torch.device("cpu")
     visible = torch.cuda.device_count()

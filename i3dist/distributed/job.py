@@ -117,7 +117,11 @@ def _from_slurm(environ: Mapping[str, str]) -> Job:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: `gpu[007-010,12],login1` gives `gpu007`."""
+    """The first host of a Slurm node list: `gpu[007-010,12],login1` gives `gpu007`.
+
+    Raises:
+        UserError: the list is empty.
+    """
     match = re.match(r"(?:[^\[\],]|\[[^\]]*\])+", nodelist)
     if match is None:
         raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} names no host; start the job with srun")
@@ -125,7 +129,11 @@ def first_host(nodelist: str) -> str:
 
 
 def tasks_per_node(counts: str) -> list[int]:
-    """Expand Slurm's `2(x3),1` to `[2, 2, 2, 1]`: tasks on each node, in node order."""
+    """Expand Slurm's `2(x3),1` to `[2, 2, 2, 1]`: tasks on each node, in node order.
+
+    Raises:
+        UserError: the text is not of this form.
+    """
     tasks: list[int] = []
     for part in counts.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)

@@ -44,7 +44,10 @@ def start_ranks(number: int, words: Sequence[str], program: str = "train") -> No
 def launcher_command(
     number: int, words: Sequence[str], environ: dict[str, str], program: str = "train"
 ) -> list[str]:
-    """The command that starts the ranks; adds to `environ` what it needs. See `start_ranks`."""
+    """The command that starts the ranks; adds to `environ` what it needs.
+
+    Arguments and errors are those of `start_ranks`.
+    """
     if number < 1:
         raise UserError(f"--gpus {number} must be 1 or more")
     if (launcher := Job.detect(environ).launcher) != "python":

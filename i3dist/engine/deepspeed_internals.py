@@ -1,4 +1,4 @@
-"""The door to DeepSpeed: the only file that imports it, and all of its internals that we touch.
+"""All that i3dist uses of DeepSpeed: no other file imports it or touches its internals.
 
 `StockEngine` needs none of the internals. `Zero2Engine` reaches them through `ZeroInternals`, which
 names each, says why, and checks it against the installed DeepSpeed when the engine is built. It was
@@ -135,6 +135,10 @@ class ZeroInternals:
         """Add a reduced part to `gradients`, in the form that DeepSpeed's step accepts uncopied.
 
         `GradPartitionBufferGroup` is a list of buffers with the flat tensor that they lie in.
+
+        Args:
+            group: number of the partition.
+            part: [partition_sizes[group]] fp32; it is kept, and added to.
         """
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
@@ -149,7 +153,10 @@ class ZeroInternals:
         return [group for group, _, _ in self._zero.ipg_buckets[dtype].params]
 
     def replace_reduction(self, reduce: Callable[[Tensor, torch.dtype], None]) -> None:
-        """`average_tensor`: what DeepSpeed calls with each full bucket and the dtype to sum in."""
+        """`average_tensor`: what DeepSpeed calls with each full bucket and the dtype to sum in.
+
+        A bucket is [elements]: the gradients of the groups that `bucket` names, one after another.
+        """
         self._zero.average_tensor = reduce
 
     def address(self, flat: nn.Parameter) -> Address | None:

@@ -18,7 +18,7 @@ from i3dist.model.lm import I3LM, by_decay
 PACKED_AT_ONCE = 2**18  # elements, which stay in the processor's cache
 
 
-class Slot(NamedTuple):
+class Extent(NamedTuple):
     """One parameter's place in a flat tensor.
 
     A matrix is stored with its padding, so that blocks compute with a view of the flat tensor. The
@@ -26,16 +26,16 @@ class Slot(NamedTuple):
     """
 
     start: int  # first element
-    size: int  # number of elements; a multiple of the alignment, so every slot begins aligned
+    size: int  # number of elements; a multiple of the alignment, so every extent begins aligned
     shape: torch.Size  # of the parameter
     layout: torch.Size  # of the padded parameter; the parameter is its first corner
 
     def stored(self, part: Tensor) -> Tensor:
-        """The parameter in its own shape, as a view of its part of the flat tensor."""
+        """The parameter in its own `shape`, as a view of its part [size] of the flat tensor."""
         return self._whole(part)[tuple(slice(length) for length in self.shape)]
 
     def computed(self, part: Tensor) -> Tensor:
-        """The padded parameter that blocks compute with, as a view."""
+        """What blocks compute with, a view of the part [size]: the padded matrix, or the part."""
         return part if len(self.shape) == 1 else self._whole(part)
 
     def pack(self, part: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Flat(NamedTuple):
 
     parameter: nn.Parameter  # 1-D
     names: list[str]
-    slots: list[Slot]
+    extents: list[Extent]
 
 
 class FlatModel(nn.Module):
@@ -99,9 +99,9 @@ class FlatModel(nn.Module):
     def _unpack_and_call(self, decayed: Tensor, undecayed: Tensor, *arguments: Any) -> Any:
         parameters: dict[str, Tensor] = {}
         for flat, values in zip(self.flats, (decayed, undecayed), strict=True):
-            parts = values.split([slot.size for slot in flat.slots])
-            for name, slot, part in zip(flat.names, flat.slots, parts, strict=True):
-                parameters[name] = slot.computed(part)
+            parts = values.split([extent.size for extent in flat.extents])
+            for name, extent, part in zip(flat.names, flat.extents, parts, strict=True):
+                parameters[name] = extent.computed(part)
         return functional_call(self._model[0], parameters, arguments, tie_weights=False)
 
     @torch.no_grad()
@@ -111,15 +111,15 @@ class FlatModel(nn.Module):
         Call it once the flat parameters have their final memory, device and type.
         """
         for flat in self.flats:
-            for name, slot in zip(flat.names, flat.slots, strict=True):
-                part = flat.parameter.narrow(0, slot.start, slot.size)
-                self._model[0].get_parameter(name).data = slot.stored(part)
+            for name, extent in zip(flat.names, flat.extents, strict=True):
+                part = flat.parameter.narrow(0, extent.start, extent.size)
+                self._model[0].get_parameter(name).data = extent.stored(part)
 
 
 @torch.no_grad()
 def _flatten(model: I3LM, names: list[str]) -> Flat:
     """Copy parameters into one flat tensor, each to an aligned place."""
-    slots, start = [], 0
+    extents, start = [], 0
     for name in names:
         parameter = model.get_parameter(name)
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -129,9 +129,9 @@ def _flatten(model: I3LM, names: list[str]) -> Flat:
             whole = (c.computed if c.heads == 1 and not c.spare else c.stored for c in sides)
             layout = torch.Size(whole)
         size = -(-layout.numel() // ALIGNMENT) * ALIGNMENT
-        slots.append(Slot(start, size, parameter.shape, layout))
+        extents.append(Extent(start, size, parameter.shape, layout))
         start += size
     flat = model.get_parameter(names[0]).new_zeros(start)
-    for name, slot in zip(names, slots, strict=True):
-        slot.stored(flat.narrow(0, slot.start, slot.size)).copy_(model.get_parameter(name))
-    return Flat(nn.Parameter(flat), names, slots)
+    for name, extent in zip(names, extents, strict=True):
+        extent.stored(flat.narrow(0, extent.start, extent.size)).copy_(model.get_parameter(name))
+    return Flat(nn.Parameter(flat), names, extents)

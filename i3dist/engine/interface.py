@@ -56,7 +56,7 @@ class Engine(ABC):
         self.micro_batches = 1  # of one optimizer step on this rank
         self.compute_seconds = 0.0  # this rank's own in the last step; 0 if not known
         self._compute = ComputeTimer()
-        self.numeric = numeric_part(config)
+        self.numeric_config = numeric_part(config)
         self._module = module
         self._kind = OPTIMIZERS.of(optimizer.kind)
         groups = [
@@ -183,7 +183,7 @@ class Engine(ABC):
         """Restore weights and optimizer state that any number of ranks saved.
 
         Args:
-            state: parameter name -> "weight" and the optimizer's states, fp32, whole and 1-D.
+            state: parameter name -> "weight" and the optimizer's states, whole: [elements] fp32.
             steps: number of optimizer steps that updated them.
 
         Raises:
@@ -218,11 +218,18 @@ def check_applied(engine: Any, config: dict[str, Any]) -> None:
     }
     for what, (found, wanted) in taken.items():
         if found != wanted:
-            raise UserError(f"DeepSpeed runs with {what} {found}, not {wanted}; see configs/")
+            raise UserError(
+                f"DeepSpeed runs with {what} {found}, not {wanted}: install the version "
+                "in constraints.txt"
+            )
 
 
 def check_states(entry: Mapping[str, Tensor], states: tuple[str, ...]) -> None:
     """See that a parameter's tensors in a checkpoint are a weight and these optimizer states.
+
+    Args:
+        entry: the tensors by name; their [elements] are not looked at.
+        states: names of the optimizer's states.
 
     Raises:
         UserError: they are another optimizer's.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from i3dist.checkpoint.format import Fragment
 from i3dist.engine.deepspeed_internals import ZeroInternals
-from i3dist.engine.flat_parameters import Flat, Slot
+from i3dist.engine.flat_parameters import Extent, Flat
 from i3dist.optim.flat import fresh_state
 
 # (group, "weight" or a state of the optimizer) -> [elements] fp32, this rank's partition.
@@ -23,21 +23,21 @@ class Place(NamedTuple):
     """Where a parameter, or a part of it, lies in this rank's partition."""
 
     name: str
-    slot: Slot
+    extent: Extent
     group: int  # number of the partition
     first: int  # element of the flat tensor
     at: int  # the same element in the partition
     length: int  # elements
 
     def of(self, partition: Tensor) -> Tensor:
-        """Its part of a partition, as a view."""
+        """Its part of a partition: [elements] -> [length], a view."""
         return partition.narrow(0, self.at, self.length)
 
     def mask(self, device: torch.device) -> tuple[int, Tensor]:
         """The parameter's first element here; [length] True for elements that are not padding."""
-        skipped = self.first - self.slot.start
+        skipped = self.first - self.extent.start
         cuts = [skipped, skipped + self.length]
-        before, mask = self.slot.mask(device).tensor_split(cuts)[:2]
+        before, mask = self.extent.mask(device).tensor_split(cuts)[:2]
         return int(before.sum()), mask
 
 
@@ -61,12 +61,12 @@ class PartitionedState:
             address = self._zero.address(flat.parameter)
             if address is None:
                 continue
-            for name, slot in zip(flat.names, flat.slots, strict=True):
-                first = max(slot.start, address.start)
-                end = min(slot.start + slot.size, address.start + address.length)
+            for name, extent in zip(flat.names, flat.extents, strict=True):
+                first = max(extent.start, address.start)
+                end = min(extent.start + extent.size, address.start + address.length)
                 if first < end:
                     at = address.at + first - address.start
-                    yield Place(name, slot, address.group, first, at, end - first)
+                    yield Place(name, extent, address.group, first, at, end - first)
 
     def snapshot(self) -> Iterator[Fragment]:
         """Copy to the host; see `Engine.snapshot`. The next call copies to the same memory."""
@@ -85,24 +85,26 @@ class PartitionedState:
         """
         for place in places:
             views = self._views(place, self._host)
-            if place.length == place.slot.size:
-                start, parts = 0, {key: place.slot.pack(view) for key, view in views.items()}
+            if place.length == place.extent.size:
+                start, parts = 0, {key: place.extent.pack(view) for key, view in views.items()}
             else:
                 start, mask = place.mask(torch.device("cpu"))
                 parts = {key: view[mask] for key, view in views.items()}
             yield Fragment(place.name, start, parts)
 
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
-        """Restore partitions; the arguments are those of `Engine.load`."""
+        """Restore partitions: [elements] fp32 by parameter and kind, as for `Engine.load`."""
         for partition in self._zero.partitions:
             self._optimizer.state[partition] = fresh_state(partition, self._names, steps)
         held = self._held()
         for place in self.places():
-            views = self._views(place, held)
-            start, mask = place.mask(views["weight"].device)
-            length = int(mask.sum())
-            for key, view in views.items():
-                view[mask] = state[place.name][key].narrow(0, start, length).to(view.device)
+            saved, extent = state[place.name], place.extent
+            for key, view in self._views(place, held).items():
+                if place.length == extent.size:
+                    extent.stored(view).copy_(saved[key].view(extent.shape))
+                else:
+                    start, mask = place.mask(view.device)
+                    view[mask] = saved[key].narrow(0, start, int(mask.sum())).to(view.device)
 
     def _held(self) -> Partitions:
         """Weights and optimizer state as they are, not copied."""

@@ -70,7 +70,10 @@ def smallest_dtype(model: I3LM) -> torch.dtype:
 
 
 def weights(model: I3LM, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of model.safetensors: parameters in `dtype`, buffers in fp32."""
+    """The tensors of model.safetensors, in their stored shapes.
+
+    Parameters are in `dtype`, buffers in fp32.
+    """
     parameters = {name for name, _ in model.named_parameters()}
     return {
         name: (tensor.to(dtype) if name in parameters else tensor).contiguous()

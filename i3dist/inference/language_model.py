@@ -190,7 +190,10 @@ class LanguageModel:
             messages: what was said before, as ``{"role": "system", "content": "..."}``; roles are
                 system, user and assistant.
             tokens: most tokens of an answer.
-            temperature: this and the others are those of `stream`.
+            temperature: as for `stream`.
+            top_k: as for `stream`.
+            top_p: as for `stream`.
+            seed: of the random numbers.
 
         Raises:
             UserError: an option is out of range, or a message is none.

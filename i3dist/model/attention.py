@@ -29,7 +29,7 @@ from i3dist.ops.attention import (
 )
 from i3dist.ops.linear import linear
 
-CLOSED = -4.0  # initial logit of every age
+INITIAL_AGE_LOGIT = -4.0
 
 
 def window_bias(window: Window, gate: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.query = Linear(width, replace(width, stored=with_ages, heads=self.heads))
         self.key_value = Linear(width, width.times(2).split(2 * self.heads, spare=chunks))
         self.output = Linear(inner, width)
-        self.age_bias = nn.Parameter(torch.full((self.heads * chunks,), CLOSED))
+        self.age_bias = nn.Parameter(torch.full((self.heads * chunks,), INITIAL_AGE_LOGIT))
 
     def reset_parameters(self) -> None:
         """Start with logits of ages that are the same for every query."""
@@ -149,7 +149,7 @@ class AttentionBlock(HistoryBlock):
     def forward(
         self, x: Tensor, past: KeysValues, own: KeysValues | None, visible: Visibility
     ) -> tuple[Tensor, KeysValues]:
-        """See `HistoryBlock.forward`."""
+        """See `HistoryBlock.forward`: x [B, K, T, D] -> the same, and [B, K, S, D] twice."""
         normed, x = self.norm_attention.of_sum(x)
         now = self.attention.keys_values(normed)
         if own is not None:

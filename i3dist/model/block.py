@@ -94,7 +94,12 @@ class HistoryBlock(Block):
     @staticmethod
     def fused_visibility(window: Window, gate: Tensor) -> Visibility:
         """What `forward` is given as `visible` where a fused kernel computes it: by default for
-        `attend`. Elsewhere every kind is given the matrix of `attention_bias`."""
+        `attend`. Elsewhere every kind is given the matrix of `attention_bias`.
+
+        Args:
+            window: the chunks of B lanes, and their history.
+            gate: scalar g in [0, 1] of history.
+        """
         return block_visibility(window, gate)
 
     def history(self, project: Project) -> KeysValues:

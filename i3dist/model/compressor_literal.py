@@ -42,7 +42,7 @@ class LiteralCompressor(Compressor):
         self.ff = FeedForward(width, settings.ff_mult)
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
-        """See `Compressor.forward`."""
+        """See `Compressor.forward`: [..., T, D] and keep [..., T] bool -> [..., M, D]."""
         queries = self.width.pad(self.queries)
         latents = queries + self.output(self.read(queries, self.norm_in(hidden), keep))
         normed, latents = self.norm_ff.of_sum(latents)

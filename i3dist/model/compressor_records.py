@@ -27,8 +27,8 @@ from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust
 from i3dist.ops.linear import linear
 from i3dist.ops.precision import multipliable, widen
 
-NEVER = -1e4  # router score of a token that is not kept: sigmoid gives 0
-LEAST = 4  # channels: LayerNorm turns one channel into 0 and two into a sign
+NOT_KEPT = -1e4  # router score of such a token: its sigmoid is 0
+LEAST_CHANNELS = 4  # LayerNorm turns one channel into 0 and two into a sign
 NEAR, NEARBY, ANYWHERE = 8, 0.05, 0.01  # tokens; initial shares of a sub-latent
 
 
@@ -36,7 +36,7 @@ class RecordsCompressor(Compressor):
     """[..., T, D] hidden states -> [..., M, D] latents. (2 mult + (3 + V) / R) D^2 parameters.
 
     V is the number of views (`Stack.views`): matrices that unfold a sub-latent to width D. R is
-    `settings.sub_latents`, adjusted to a divisor of D with M R <= T and D / R >= `LEAST`.
+    `settings.sub_latents`, adjusted to a divisor of D with M R <= T and D / R >= `LEAST_CHANNELS`.
     """
 
     of_latents = ("ff",)
@@ -45,7 +45,7 @@ class RecordsCompressor(Compressor):
     def __init__(self, settings: ModelSettings, width: Channels) -> None:
         super().__init__(settings, width)
         latents = settings.latents
-        most = max(1, min(settings.chunk_length // latents, width.stored // LEAST))
+        most = max(1, min(settings.chunk_length // latents, width.stored // LEAST_CHANNELS))
         self.sub_latents = adjust_heads(width.stored, settings.sub_latents, "sub-latents", most)
         each = width.stored // self.sub_latents
         self.part = part = Channels(each, alignment=width.alignment)
@@ -72,7 +72,7 @@ class RecordsCompressor(Compressor):
                 than there are sub-latents, the sub-latents left over are 0.
         """
         normed = self.norm_in(hidden)
-        scores = self.router_scores(normed).masked_fill(~keep, NEVER)
+        scores = self.router_scores(normed).masked_fill(~keep, NOT_KEPT)
         chosen = self.choose(scores)
         query, key, value = self.project_in(normed, keep)
         read = self.shares(chosen, query, key, keep).to(value.dtype) @ value  # [..., S, D/R]
@@ -127,7 +127,7 @@ class RecordsCompressor(Compressor):
         return self.width.pad(parts.flatten(-2))
 
     def split(self, latents: Tensor) -> Tensor:
-        """See `Compressor.split`; the inverse of `fold`."""
+        """See `Compressor.split`: [..., M, D] -> [..., S, D/R], the inverse of `fold`."""
         parts = self.width.trim(latents).unflatten(-1, (self.sub_latents, -1))
         return self.part.pad(parts.flatten(-3, -2))
 

@@ -81,7 +81,10 @@ class DualAttention(Attention):
         return self.weigh(share.unsqueeze(-1).to(x.dtype), *read).flatten(-2)
 
     def reserve_of(self, x: Tensor) -> Tensor:
-        """r(x), fp32; p is history's share of a joint softmax with r taken off history's logits."""
+        """r(x), [B, K, T, D] -> [B, K, T, H] fp32.
+
+        p is history's share of a joint softmax with r taken off history's logits.
+        """
         return widen(self.reserve(x)) + self.reserve_bias[: self.heads]  # longer where packed
 
     def lead(self, own: Branch, past: Branch) -> Tensor:
@@ -103,5 +106,5 @@ class DualAttentionBlock(AttentionBlock):
 
     @staticmethod
     def fused_visibility(window: Window, gate: Tensor) -> ApartVisibility:
-        """See `HistoryBlock.fused_visibility`."""
+        """See `HistoryBlock.fused_visibility`; gate is a scalar."""
         return apart_visibility(window, gate)

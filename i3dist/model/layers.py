@@ -58,7 +58,7 @@ class Channels:
         return replace(self, heads=heads, spare=spare)
 
     def pad(self, x: Tensor, dim: int = -1) -> Tensor:
-        """Stored -> computed channels along `dim`, with zeros; a padded tensor stays as it is."""
+        """[..., stored] -> [..., computed], along `dim`; a padded tensor stays as it is."""
         if x.shape[dim] == self.computed:
             return x
         extra = self.computed // self.heads - self.per_head
@@ -67,7 +67,7 @@ class Channels:
         return x.movedim(-1, dim)
 
     def trim(self, x: Tensor) -> Tensor:
-        """Computed -> stored channels along the last dimension; the inverse of `pad`."""
+        """[..., computed] -> [..., stored], the inverse of `pad`."""
         if x.shape[-1] == self.stored:
             return x
         return x.unflatten(-1, (self.heads, -1))[..., : self.per_head].flatten(-2)
@@ -136,5 +136,5 @@ class FeedForward(nn.Module):
         self.down = Linear(width.times(mult), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to every position."""
+        """[..., D] -> the same; every position by itself."""
         return self.down(F.gelu(self.up(x)))

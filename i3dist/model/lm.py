@@ -122,6 +122,11 @@ class I3LM(nn.Module):
     def below(self, tokens: Tensor, depth: Tensor, state: LaneState) -> tuple[Below, LaneState]:
         """The part of `forward` that sees no history: lower layers and compressor.
 
+        Args:
+            tokens: [B, K, T] int64.
+            depth: [B, K] int, as for `forward`.
+            state: what the lanes remember.
+
         Returns:
             The input of `above`, and the new, detached state.
         """
@@ -136,7 +141,8 @@ class I3LM(nn.Module):
     def above(self, below: Below, gate: Tensor) -> Tensor:
         """The rest: the upper layers. Returns the residual stream [B, K, T, D].
 
-        One `below` serves several calls, with another gate or with other latents in it.
+        One `below` serves several calls, with another gate (a scalar in [0, 1]) or with other
+        latents in it.
         """
         x, segments, depth, latents = below
         chunks = self.settings.history_chunks

@@ -133,12 +133,12 @@ class RwkvBlock(LowerBlock):
 
     @classmethod
     def empty_state(cls, rows: int, width: int, like: Tensor) -> LayerState:
-        """See `LowerBlock.empty_state`."""
+        """See `LowerBlock.empty_state`: [rows, 3, width] fp32, and [rows, width] twice."""
         shifts = (like.new_zeros(rows, width) for _ in range(2))
         return empty_state(rows, width, like.device), *shifts
 
     def forward(self, x: Tensor, restart: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """See `LowerBlock.forward`."""
+        """See `LowerBlock.forward`: x [N, T, D] -> the same, and the state after it."""
         wkv_state, time_shift, channel_shift = state
         time, channel = self.time_mix, self.channel_mix
         mixes: tuple[Tensor, ...] = time.mix_key, time.mix_value, time.mix_receptance

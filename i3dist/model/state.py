@@ -16,7 +16,17 @@ from i3dist.model.layer_kinds import Layer, Stack, lower_kind
 
 
 def empty_states(layers: Sequence[Layer], rows: int, width: int, like: Tensor) -> list[LayerState]:
-    """The state of each layer before a document's first token; layers of a kind share memory."""
+    """The state of each layer before a document's first token; layers of a kind share memory.
+
+    Args:
+        layers: those below the compressor.
+        rows: number of rows N.
+        width: D, stored or computed.
+        like: gives device and dtype; its shape does not matter.
+
+    Returns:
+        For each layer its tensors [N, ..., D] (`LowerBlock.empty_state`).
+    """
     kinds = {layer.kind: lower_kind(layer).empty_state(rows, width, like) for layer in layers}
     return [kinds[layer.kind] for layer in layers]
 
@@ -38,7 +48,7 @@ def stack_states(layers: Sequence[Layer], states: Sequence[LayerState]) -> dict[
 
 
 def unstack_states(layers: Sequence[Layer], stacked: Mapping[str, Tensor]) -> list[LayerState]:
-    """The inverse of `stack_states`."""
+    """The inverse of `stack_states`: [B, R, ...] by name -> [B, ...] by layer."""
     return [tuple(stacked[name][:, layer.nth] for name in state_names(layer)) for layer in layers]
 
 
@@ -71,7 +81,7 @@ class LaneState(NamedTuple):
         return self.map(lambda x: x[start:stop])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "LaneState":
-        """The state with `change` applied to every tensor."""
+        """The state with `change` applied to every tensor, [B, ...] each."""
         return LaneState(change(self.latents), {n: change(x) for n, x in self.layers.items()})
 
     def finite(self, empty: "LaneState") -> "LaneState":
@@ -92,12 +102,12 @@ class LaneState(NamedTuple):
         return LaneState(latents, layers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, for saving; each has lanes as its first dimension."""
+        """The tensors by name, for saving: [B, ...] each."""
         return {"latents": self.latents, **self.layers}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "LaneState":
-        """The inverse of `tensors`."""
+        """The inverse of `tensors`: [B, ...] each."""
         layers = dict(tensors)
         return cls(layers.pop("latents"), layers)
 

@@ -112,7 +112,7 @@ def block_visibility(window: Window, gate: Tensor) -> BlockVisibility:
 
 
 def apart_visibility(window: Window, gate: Tensor) -> ApartVisibility:
-    """The same for two softmaxes, each over keys of one sort only."""
+    """The same for two softmaxes, each over keys of one sort only; gate is a scalar g in [0, 1]."""
     segments, depth, chunks, keys_per_chunk = window
     length = segments.shape[2]
     segment, reach = segments.flatten(1), depth.clamp(max=chunks)
@@ -160,7 +160,8 @@ def block_mask(rule: Callable[..., Tensor], window: Window, own: bool = True) ->
     Equals PyTorch's `create_block_mask` of the rule, which evaluates it for every query and key.
 
     Args:
-        rule: whether (lane, head, query, key) is seen; must agree with `keys_seen`.
+        rule: whether (lane, head, query, key), int tensors of one shape, is seen: bool of that
+            shape. It must agree with `keys_seen`.
         window: what the rule is about.
         own: whether there are keys of tokens, after those of history.
     """
@@ -237,11 +238,13 @@ def attend_apart(
 ) -> tuple[Branch, Branch]:
     """Attention to the chunk's tokens, and to history, each with a softmax of its own.
 
-    Arguments are those of `attend`, but
-
     Args:
         queries: of the two, [B, K, T, D] each.
+        past: as for `attend`, [B, (C + K) * M, D].
+        own: as for `attend`, [B, K, S, D].
         visible: from `attention_bias`, or `apart_visibility` in compiled code.
+        heads: H.
+        scale: factor of the logits.
     """
     by_own, by_past = queries
     if isinstance(visible, ApartVisibility):

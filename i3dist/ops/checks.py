@@ -5,14 +5,22 @@ from torch import Tensor
 
 
 def check_shapes(operator: str, wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Check the shape of each input by name; None is not given."""
+    """Check the shape of each input by name; None is an input that is not given.
+
+    Raises:
+        ValueError: one has another shape.
+    """
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{operator}: {name} must be {list(shape)}, got {list(tensor.shape)}")
 
 
 def check_dtypes(operator: str, alike: dict[str, Tensor | None], restart: Tensor) -> None:
-    """Check that inputs share the first's dtype, and that `restart` is bool. None is not given."""
+    """Check that inputs share the first's dtype, and that `restart` is bool; shapes may be any.
+
+    Raises:
+        ValueError: one has another dtype. None is an input that is not given.
+    """
     (first, like), *others = alike.items()
     assert like is not None
     for name, tensor in others:

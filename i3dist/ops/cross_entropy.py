@@ -57,7 +57,7 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def token_losses_naive(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """The definition; arguments and results are those of `token_losses`."""
+    """The definition, with logits [..., V]; arguments and results are those of `token_losses`."""
     logits = widen(F.linear(multipliable(hidden), multipliable(head)))
     losses = F.cross_entropy(
         logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="none"

@@ -44,7 +44,7 @@ def add_and_norm(
 def add_and_norm_naive(
     x: Tensor, norm: Norm, branch: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The definition; arguments and results are those of `add_and_norm`."""
+    """The definition: [..., P] -> two of [..., P], as `add_and_norm`."""
     weight, bias, channels, eps = norm
     if branch is not None:
         x = x + branch

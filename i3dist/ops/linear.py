@@ -26,7 +26,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def halved(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear of an even number of rows; its weight gradient is the sum of two halves."""
+    """F.linear whose weight gradient is the sum of two halves: [..., in], [out, in] -> [..., out].
+
+    Both have one dtype, and the number of rows must be even.
+    """
     return _Halved.apply(x, weight)
 
 

@@ -81,7 +81,7 @@ def norm_shift_mix(inputs: MixInputs, goes_on: bool = True) -> Mixed:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether `norm_shift_mix` of x runs as CUDA kernels."""
+    """Whether `norm_shift_mix` of x, of any shape, runs as CUDA kernels."""
     return _TRITON and x.is_cuda and x.dtype != torch.float64
 
 

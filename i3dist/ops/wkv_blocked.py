@@ -86,7 +86,13 @@ def forward(given: WkvInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(grad_y: Tensor, grad_final: Tensor, saved: WkvSaved) -> Gradients:
-    """Gradients of decay, bonus, k, v, the initial state, and receptance (no elements if None)."""
+    """Gradients of decay, bonus, k, v, the initial state, and receptance (no elements if None).
+
+    Args:
+        grad_y: [B, T, C] in k's dtype.
+        grad_final: [B, 3, C] fp32, of the final state.
+        saved: what the forward pass read and passed through.
+    """
     decay, bonus, k, v, restart, entries, final, receptance = saved
     inputs = _prepare(decay, bonus, k, v, restart)
     solved, _, _ = _solve(inputs, entries[:, 0], entries)

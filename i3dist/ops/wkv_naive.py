@@ -70,7 +70,7 @@ def empty_state(
 
 
 def wkv_naive(inputs: WkvInputs) -> tuple[Tensor, Tensor]:
-    """WKV one token after another; arguments and results are those of `i3dist.ops.wkv.wkv`."""
+    """WKV one token after another: y [B, T, C] and state [B, 3, C], as `i3dist.ops.wkv.wkv`."""
     decay, bonus, k, v, restart, state, receptance = inputs
     wide = compute_dtype(k)
     rows, length, channels = k.shape

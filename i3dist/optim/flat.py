@@ -10,7 +10,11 @@ Groups = Iterable[dict[str, Any]]  # torch's parameter groups: "params", and opt
 
 
 def fresh_state(weight: Tensor, names: tuple[str, ...], steps: int = 0) -> dict[str, Tensor]:
-    """Optimizer state of a tensor after `steps` steps that left no trace: zeros, and the count."""
+    """Optimizer state of a weight after `steps` steps that left no trace.
+
+    Returns:
+        "step", a scalar fp32, and for each of `names` zeros of the weight's shape and dtype.
+    """
     count = torch.tensor(float(steps), device=weight.device)
     return {"step": count, **{name: torch.zeros_like(weight) for name in names}}
 

@@ -18,7 +18,7 @@ def update(
     betas: tuple[float, float],
     weight_decay: float,
 ) -> None:
-    """One step, in place; the arguments are those of `adamw.update`.
+    """One step, in place; the arguments are those of `adamw.update`: [E] each, and scalars.
 
     The first beta weighs the running mean in the direction, the second in its own update.
     """

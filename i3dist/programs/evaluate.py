@@ -104,7 +104,11 @@ def evaluate_data(arguments: argparse.Namespace, device: torch.device) -> Evalua
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
-    """Refuse numbers that are not 1 or more."""
+    """Check --limit and --batch-size.
+
+    Raises:
+        UserError: one is given and is not 1 or more.
+    """
     for option, number in (("limit", arguments.limit), ("batch-size", arguments.batch_size)):
         if number is not None and number < 1:
             raise UserError(f"--{option} {number} must be 1 or more")

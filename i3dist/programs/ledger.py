@@ -75,7 +75,11 @@ def checked(run: Path, data: Place | None) -> list[Entry]:
 
 
 def main() -> None:
-    """Check, and say so in one line."""
+    """Check one run's ledger, or compare two, and say so in one line.
+
+    Raises:
+        UserError: a ledger is broken, or the two differ; names the first step that does.
+    """
     arguments = parse_arguments()
     entries = checked(arguments.run, arguments.data)
     skipped = sum(entry.skipped is not None for entry in entries)

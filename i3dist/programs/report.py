@@ -29,7 +29,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page.
+
+    Raises:
+        UserError: a folder is no run's, or --out cannot be written.
+    """
     arguments = parse_arguments()
     text = page([Run.read(folder) for folder in arguments.runs])
     try:

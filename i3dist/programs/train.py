@@ -34,7 +34,11 @@ from i3dist.errors import UserError
 
 
 def parse_arguments(text: str = f"{__doc__}\n{help_text(Settings)}") -> argparse.Namespace:
-    """Read the command line; `--help` shows `text`."""
+    """Read the command line; `--help` shows `text`.
+
+    Raises:
+        UserError: an option is unknown, or its value is wrong.
+    """
     description, _, more = text.partition("\n\n")
     parser = ArgumentParser(description=description, epilog=more)
     parser.add_argument(

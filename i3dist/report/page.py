@@ -104,7 +104,7 @@ def _device(run: Run) -> str | None:
 
 
 def _commit(commit: str) -> str:
-    """The first figures of a commit, and whether files had changes."""
+    """The first characters of a commit's hash, and whether files had changes."""
     number, _, changed = commit.partition("+")
     return f"{number[:12]}{', with changes' * bool(changed)}"
 

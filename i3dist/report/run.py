@@ -112,7 +112,7 @@ class Run:
         return self.starts[-1].facts if self.starts else {}
 
     def tokens(self, steps: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Tokens that the run had seen after each of these steps.
+        """Tokens that the run had seen after each of these steps: [N] -> [N] fp64.
 
         Interpolated between the lines of metrics, as other logs count steps only; after the last
         line, and without any, steps have as many tokens as their lanes hold.
@@ -156,7 +156,11 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """A short name for each run: as many last parts of its path as tell it from the others."""
+    """A short name for each run: as many last parts of its path as tell it from the others.
+
+    Raises:
+        UserError: a run is named twice.
+    """
     paths = [run.folder.resolve() for run in runs]
     longest = max(len(path.parts) for path in paths)
     for count in range(1, longest + 1):

@@ -24,7 +24,7 @@ from i3dist.ops.precision import widen
 def diagnose(
     model: I3LM, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor
 ) -> dict[str, float]:
-    """Diagnose a window of some lanes. Arguments are those of `I3LM.forward`.
+    """Diagnose a window of B lanes; arguments are those of `I3LM.forward`, [B, K, T] and so on.
 
     Returns:
         Figures by name: ``attention_age_01`` and so on, see `attention_by_age`; ``effective_rank``

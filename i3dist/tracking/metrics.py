@@ -72,7 +72,7 @@ def slowest_rank(figures: Figures) -> int | None:
 
 @METRICS.register("slowest_compute")
 def slowest_compute(figures: Figures) -> float | None:
-    """Seconds that it computes by itself in a step."""
+    """Seconds that the slowest rank computes by itself in a step."""
     return figures.slowest.seconds if figures.slowest else None
 
 

@@ -172,7 +172,11 @@ class Store:
         self._run_id: str | None = None
 
     def open_run(self) -> OpenRun:
-        """Continue the run that the folder names, or begin one."""
+        """Continue the run that the folder names, or begin one.
+
+        Raises:
+            UserError: the store's name is not UTF-8, or its experiment is deleted.
+        """
         if as_unicode(self.uri) != self.uri:
             raise UserError("its name is not UTF-8: name another in MLFLOW_TRACKING_URI")
         import_mlflow()

@@ -12,7 +12,7 @@ import torch
 
 from i3dist.checkpoint.format import is_checkpoint
 from i3dist.checkpoint.weights import newest_in
-from i3dist.cli.paths import as_unicode
+from i3dist.cli.paths import Place, as_unicode
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.download import shown
@@ -75,15 +75,21 @@ def describe(
     }
     if weights is not None:
         tags["init_from"] = str(weights.resolve())
+    described = {name: as_unicode(text) for name, text in tags.items()}
+    return Origin(described, _dataset(settings.data.path, corpus))
+
+
+def _dataset(place: Place, corpus: Corpus) -> dict[str, str]:
+    """The arguments of MLflow's `Dataset` for the data at a path or URL."""
+    data, source = corpus.train.manifest, shown(str(place))
     profile = {"tokens": data.tokens, "documents": data.documents, "chunks": data.chunks}
-    dataset = {
-        "name": as_unicode(shown(str(settings.data.path)).rstrip("/").rpartition("/")[2]),
+    return {
+        "name": as_unicode(source.rstrip("/").rpartition("/")[2]),
         "digest": corpus.fingerprint[:16],
-        "source_type": "local" if isinstance(settings.data.path, Path) else "http",
-        "source": as_unicode(shown(str(settings.data.path))),
+        "source_type": "local" if isinstance(place, Path) else "http",
+        "source": as_unicode(source),
         "profile": json.dumps(profile),
     }
-    return Origin({name: as_unicode(text) for name, text in tags.items()}, dataset)
 
 
 def data_format(trained: Path) -> str | None:

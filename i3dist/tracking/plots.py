@@ -98,7 +98,8 @@ def _plot_training(axes: Axes, metrics: Lines) -> None:
 
 
 def scale_steps(axes: Axes, steps: np.ndarray, scale: dict[str, Any]) -> None:
-    """Scale the axis of steps, tick it if it is not linear, and fix its limits."""
+    """Scale the axis of steps [points] by `step_scale`, tick it if it is not linear, and fix its
+    limits."""
     axes.set_xscale(**scale)
     transform = axes.xaxis.get_transform()
     first, last = transform.transform([steps.min(), steps.max()])

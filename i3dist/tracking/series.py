@@ -12,12 +12,12 @@ SMOOTH_FROM = 10  # lines of metrics from which on a running mean is plotted
 
 
 def column(lines: Lines, name: str) -> np.ndarray:
-    """One number per line; NaN where a line lacks it or has null."""
+    """One number a line, [lines] fp64; NaN where a line lacks it or has null."""
     return np.array([np.nan if line.get(name) is None else line[name] for line in lines], float)
 
 
 def smooth_loss(metrics: Lines) -> np.ndarray:
-    """Running mean of the training loss, one number a line; NaN where the loss is unknown."""
+    """Running mean of the training loss in nats a token, [lines]; NaN where it is unknown."""
     loss, mean = column(metrics, "loss"), column(metrics, "mean_loss")
     mean = np.where(np.isfinite(mean), mean, loss)  # runs of earlier versions have no mean
     known = np.isfinite(mean)
@@ -26,7 +26,8 @@ def smooth_loss(metrics: Lines) -> np.ndarray:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred mean over a fifth of the points so far, so that the steep start stays steep."""
+    """Centred mean over a fifth of the points so far, so that the steep start stays steep:
+    [points] -> the same."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     reach = np.minimum(index // 10, len(values) - 1 - index)
@@ -34,7 +35,10 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def step_scale(steps: np.ndarray) -> dict[str, Any]:
-    """Log, as the loss falls mostly early; linear from 0 to the next step, or if all are near."""
+    """The scale of an axis of steps [points], as arguments of matplotlib's `set_xscale`.
+
+    Log, as the loss falls mostly early; linear from 0 to the next step, or if all are near.
+    """
     later = steps[steps > 0]
     if not len(later) or later.max() <= 10 * later.min():
         return {"value": "linear"}
@@ -44,7 +48,7 @@ def step_scale(steps: np.ndarray) -> dict[str, Any]:
 
 
 def gains(chunks: Lines, loss: str = "loss") -> np.ndarray:
-    """What history gains in each chunk, nats per token; `loss` names what it is compared with."""
+    """What history gains in nats a token, [lines]; `loss` names what it is compared with."""
     return column(chunks, "loss_without_history") - column(chunks, loss)
 
 

@@ -47,7 +47,7 @@ class Checkpointer:
             tokens_seen=int(progress.tokens_seen),
             settings=self.settings.to_dict(),
             data=self.data,
-            engine=self.engine.numeric,
+            engine=self.engine.numeric_config,
             guard=self.guard.state,
         )
         self.saver.begin(state, self.engine.snapshot, (self.lanes, progress.lane_state))

@@ -6,18 +6,18 @@ import torch
 
 from i3dist.config import Settings
 from i3dist.data.schedule import divisors
+from i3dist.engine.interface import MEMORY_SHARE
 from i3dist.model.layer_kinds import LAYER_KINDS
 from i3dist.model.lm import I3LM
 from i3dist.ops.cross_entropy import slice_rows
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.tracking.mfu import Gpu, operations, seen_in_a_long_document
 
-FILLED = 0.92  # most of a GPU's memory that is planned with; the rest is kernels' own and fragments
 # Share of the data sheet's dense bf16 peak that a step is assumed to reach. Measured with layers of
 # `attention` (docs/performance.md, docs/history-runs.md): at width 1,180 on one H200 44% with 4
 # lanes and 46% with 16, on one H100 41% with 4; at width 512 on one H100 27% with 8. Narrower
 # models have smaller products, and more elementwise work beside them.
-SHARE, WIDE = 0.45, 1_000
+PEAK_SHARE, LEAST_WIDTH = 0.45, 1_000
 
 
 def meta_model(settings: Settings) -> I3LM:
@@ -61,8 +61,8 @@ def lane_memory(settings: Settings) -> dict[str, float]:
 class Memory(NamedTuple):
     """Bytes on one rank. A guide, not a bound.
 
-    Without history the card took 93.8 GiB on an H200 with 32 lanes (docs/performance.md); this says
-    96.7.
+    Without history the card with layers of `attention` took 93.8 GiB on an H200 with 32 lanes
+    (docs/performance.md); this says 97.0.
     """
 
     fixed: dict[str, float]
@@ -87,13 +87,13 @@ def memory_estimate(
         return memory._replace(lanes=wanted)
     sizes = divisors(max(1, settings.train.lane_count // world_size))
     tried = [memory._replace(lanes=lanes) for lanes in sizes]
-    fitting = [memory for memory in tried if memory.total <= FILLED * capacity]
+    fitting = [memory for memory in tried if memory.total <= MEMORY_SHARE * capacity]
     return fitting[-1] if fitting else memory
 
 
 def share_of_peak(width: int) -> float:
     """The assumed share of the data sheet's peak, at a width of the residual stream."""
-    return SHARE * min(1.0, width / WIDE)
+    return PEAK_SHARE * min(1.0, width / LEAST_WIDTH)
 
 
 def flops_per_token(settings: Settings, model: I3LM) -> float:

@@ -77,6 +77,8 @@ def dry_run(settings: Settings, job: Job) -> None:
 
 def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
     """Join the job's process group; from now on ranks hear of each other's end."""
+    if stop.peers is not None:  # a preflight has joined
+        return stop.peers
     keep_records_in(settings.run.path)
     host.allow_many_files()
     peers = stop.peers = setup.start(job, str(settings.run.path))
@@ -186,7 +188,11 @@ def let_go(job: Job, peers: Peers) -> None:
 
 @contextmanager
 def recorded(tracker: Tracker | NoTracker, peers: Peers | None) -> Iterator[None]:
-    """Record a failure inside in the tracker, and explain it if possible."""
+    """Record a failure inside in the tracker, and explain it if possible.
+
+    Raises:
+        UserError: in place of the error of a lost rank or of a GPU without memory.
+    """
     try:
         yield
     except BaseException as error:

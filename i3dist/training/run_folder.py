@@ -61,6 +61,10 @@ def lock_folder(folder: Path) -> None:
 
     `lockf` locks for this process alone. `flock` would share the lock with the data readers that it
     forks, which outlive it by seconds if it is killed.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: the lock file cannot be made.
     """
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:

@@ -17,7 +17,6 @@ from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import lanes_of_rank
-from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.distributed.patience import STEP
 from i3dist.distributed.signals import StopRequest
@@ -43,6 +42,7 @@ from i3dist.training.recovery import Recovery
 from i3dist.training.run_log import RunLog
 from i3dist.training.start_times import StartTimes
 from i3dist.training.validator import Validator
+from i3dist.training.votes import Votes
 
 
 class Trainer:
@@ -92,6 +92,7 @@ class Trainer:
         )
         log = self.log = RunLog(folder, tracker, job.rank)
         self.orders = Orders(folder, looks=job.rank == 0)
+        self.votes = Votes(stop, saver, self.orders)
         ledger = self.ledger = LedgerWriter(folder, schedule, train.accumulation, lanes)
         stragglers = self.stragglers = Stragglers(job)
         interval = self.interval = Interval(engine.model, job.world_size, stragglers)
@@ -113,7 +114,7 @@ class Trainer:
         with self.checkpointer.saver, closing(self.watchdog):
             self.begin()
             with closing(self.batches()) as batches:
-                while not (progress.done or self.asked_to_stop):
+                while not (progress.done or self.votes.to_stop):
                     self.train_step(batches)
                     self.do_what_is_due()
             self.keep_the_result()
@@ -126,7 +127,7 @@ class Trainer:
         if self.progress.step == 0:
             self.validator.validate()
             self.start_times.end("validation")
-        self.vote_now()
+        self.votes.exchange(self.engine.device)
         self.interval.restart()
 
     def do_what_is_due(self) -> None:
@@ -154,13 +155,12 @@ class Trainer:
         if self.compile_cache is not None:
             self.compile_cache.wait()
 
-    @property
-    def asked_to_stop(self) -> bool:
-        """Whether the ranks have agreed to save and stop, on a signal or an order."""
-        return self.stop.agreed() or self.orders.stop
-
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step: every window, every micro-batch, one update."""
+        """One optimizer step: every window, every micro-batch, one update.
+
+        Raises:
+            UserError: on every rank, if the guard gives up or the last checkpoint was not written.
+        """
         settings, progress = self.settings, self.progress
         self.watchdog.beat(STEP)
         gate = settings.compression.gate_at(progress.step)
@@ -171,13 +171,13 @@ class Trainer:
         lanes_before = progress.lane_state
         loss_sum = self.forward_backward(step_batches, gate, counts.targets)
         self.diagnoser.diagnose_if_due(step_batches[0], lanes_before, gate)
-        sums = self.with_votes(loss_sum)
+        sums = self.votes.behind(loss_sum)
         shares = self.stragglers.share(sums)
         stepped = self.engine.step(lr, torch.cat([sums, shares]), self.guard.limit())
         progress.step += 1
         progress.windows += settings.train.accumulation
         progress.tokens_seen += counts.tokens.long()
-        self.count_votes(*stepped.sums[1 : len(sums)])
+        self.votes.count(*stepped.sums[1 : len(sums)])
         self.stragglers.add(stepped.sums[len(sums) :], self.engine.compute_seconds)
         skipped = self.recovery.after(stepped)
         self.ledger.add(progress, counts.targets, stepped, skipped)
@@ -211,27 +211,6 @@ class Trainer:
                 states.append(state)
             progress.lane_state = LaneState.concatenate(states)
         return loss_sum
-
-    def with_votes(self, loss_sum: Tensor) -> Tensor:
-        """[5] on the device: the loss sum and this rank's votes, to be summed over ranks."""
-        # `new_full` fills on the device; a copy from the host would wait.
-        return torch.stack([loss_sum, *(loss_sum.new_full((), vote) for vote in self.votes())])
-
-    def votes(self) -> tuple[float, ...]:
-        """This rank's: to stop, that its last checkpoint failed, and of orders."""
-        return self.stop.vote(), self.checkpointer.saver.failed(), *self.orders.votes()
-
-    def count_votes(self, asked_to_stop: float, failed_to_save: float, *orders: float) -> None:
-        """Take in the sums of all ranks' votes."""
-        self.stop.count(asked_to_stop)
-        self.orders.count(*orders)
-        if failed_to_save:
-            self.checkpointer.saver.wait()  # raises the reason on every rank
-
-    def vote_now(self) -> None:
-        """Exchange votes outside of a step."""
-        votes = torch.tensor(self.votes(), device=self.engine.device)
-        self.count_votes(*collectives.all_sum(votes).tolist())
 
     def report(self) -> None:
         """Write the ledger, and log, track and print the metrics."""

@@ -131,11 +131,11 @@ def test_every_arm_is_the_same_on_packed_parameters(arm: str) -> None:
     losses.sum().backward()
     for flat in packed.flats:
         assert flat.parameter.grad is not None
-        for name, slot in zip(flat.names, flat.slots, strict=True):
-            part = flat.parameter.grad.narrow(0, slot.start, slot.size)
+        for name, extent in zip(flat.names, flat.extents, strict=True):
+            part = flat.parameter.grad.narrow(0, extent.start, extent.size)
             want = model.get_parameter(name).grad
-            want = torch.zeros(slot.shape) if want is None else want
-            torch.testing.assert_close(slot.stored(part), want, atol=2e-4, rtol=1e-3)
+            want = torch.zeros(extent.shape) if want is None else want
+            torch.testing.assert_close(extent.stored(part), want, atol=2e-4, rtol=1e-3)
 
 
 def test_dual_attention_with_all_of_it_undone_is_attention() -> None:

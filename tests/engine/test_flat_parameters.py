@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from i3dist.engine import flat_parameters
-from i3dist.engine.flat_parameters import Slot
+from i3dist.engine.flat_parameters import Extent
 
 
 @pytest.mark.parametrize("at_once", [1, 12, 2**18])
@@ -14,9 +14,9 @@ def test_packing_leaves_out_padding(
 ) -> None:
     """It gives what the mask picks, also where rows move by less than their length."""
     monkeypatch.setattr(flat_parameters, "PACKED_AT_ONCE", at_once)
-    slot = Slot(0, 128, torch.Size([9, 5]), torch.Size(layout))
-    part = torch.randn(slot.size)
-    expected = part[slot.mask(part.device)]
-    packed = slot.pack(part)
+    extent = Extent(0, 128, torch.Size([9, 5]), torch.Size(layout))
+    part = torch.randn(extent.size)
+    expected = part[extent.mask(part.device)]
+    packed = extent.pack(part)
     assert packed.equal(expected)
     assert packed.data_ptr() == part.data_ptr(), "no copy"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from i3dist.cli.paths import CONFIGS
-from i3dist.cli.program import as_typed, type_as
+from i3dist.cli.program import _Program, as_typed, type_as
 from i3dist.config import Settings
 from i3dist.distributed.launcher import launcher_command
 from i3dist.errors import UserError
@@ -98,8 +98,7 @@ def test_files_become_commands_in_texts_only_where_commands_were_typed(
 ) -> None:
     text = "run `python data_prep/shard.py --out x`, or see launch/train.py --help"
     assert as_typed(text) == text
-    monkeypatch.setattr("i3dist.cli.program._commands", {})
-    monkeypatch.setattr("i3dist.cli.program._name", None)
+    monkeypatch.setattr("i3dist.cli.program._this", _Program())
     type_as("i3dist train", {"data_prep/shard.py": "i3dist shard", "launch/train.py": "i3dist t"})
     assert as_typed(text) == "run `i3dist shard --out x`, or see i3dist t --help"
 

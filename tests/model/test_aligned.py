@@ -109,10 +109,10 @@ def test_a_packed_model_computes_the_same(width: int, heads: int, compressor: st
     for a, b in zip(got[: -len(packed.flats)], want[: -len(names)], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     for flat, gradient in zip(packed.flats, got[-len(packed.flats) :], strict=True):
-        for name, slot in zip(flat.names, flat.slots, strict=True):
-            part = gradient.narrow(0, slot.start, slot.size)
-            torch.testing.assert_close(slot.stored(part), own[name], rtol=1e-9, atol=1e-9)
-            assert not part[~slot.mask(part.device)].any(), "padding has no gradient"
+        for name, extent in zip(flat.names, flat.extents, strict=True):
+            part = gradient.narrow(0, extent.start, extent.size)
+            torch.testing.assert_close(extent.stored(part), own[name], rtol=1e-9, atol=1e-9)
+            assert not part[~extent.mask(part.device)].any(), "padding has no gradient"
 
 
 def test_packing_holds_every_parameter_once_and_shares_memory() -> None:

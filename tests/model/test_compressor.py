@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from i3dist.config import ModelSettings, Settings
 from i3dist.errors import UserError
 from i3dist.model.compressor_literal import LiteralCompressor
-from i3dist.model.compressor_records import NEVER, RecordsCompressor
+from i3dist.model.compressor_records import NOT_KEPT, RecordsCompressor
 from i3dist.model.lm import I3LM
 from i3dist.ops.linear import linear
 from tests.conftest import error_line, program
@@ -37,11 +37,11 @@ def test_sub_latents_are_of_the_highest_scores_in_order(model: I3LM, seed: int, 
     compressor, count = model.compressor, model.keys_per_chunk
     random = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 6, (2, T), generator=random).double()  # many are equal
-    scores[:, kept:] = NEVER
+    scores[:, kept:] = NOT_KEPT
     for row, chosen in zip(scores.tolist(), compressor.choose(scores).tolist(), strict=True):
         assert chosen == sorted(sorted(range(T), key=lambda t: (-row[t], t))[:count])
     hidden = torch.randn(2, T, model.width.computed, generator=random).double()
-    keep = scores > NEVER
+    keep = scores > NOT_KEPT
     latents = model.width.trim(compressor(hidden, keep))
     parts = latents.unflatten(-1, (compressor.sub_latents, -1))
     filled = parts.flatten(1, 2).abs().sum(-1) > 0
@@ -60,7 +60,7 @@ def test_a_sub_latent_begins_by_reading_its_own_token(model: I3LM, seed: int) ->
     keep = torch.rand(2, T) < 0.7
     keep[:, seed % T] = True
     compressor, count = model.compressor, model.keys_per_chunk
-    chosen = compressor.choose(torch.randn(2, T).masked_fill(~keep, NEVER))
+    chosen = compressor.choose(torch.randn(2, T).masked_fill(~keep, NOT_KEPT))
     query, key, _ = compressor.project_in(normed, keep)
     shares = compressor.shares(chosen, query, key, keep)
     torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from i3dist.config import ModelSettings
-from i3dist.model.attention import CLOSED
+from i3dist.model.attention import INITIAL_AGE_LOGIT
 from i3dist.model.dual_attention import DualAttention
 from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM
@@ -14,7 +14,6 @@ from tests.model.small import random_stream
 from tests.model.streams import depth_of, empty, logits
 
 DUAL = "2xrwkv,2xdual-attention"
-OF_TOKENS = ("query.weight", "key_value.weight")
 
 
 def gradients(model: I3LM, tokens: Tensor, gate: float) -> dict[str, Tensor]:
@@ -61,7 +60,7 @@ def test_its_own_chunk_is_read_as_without_history() -> None:
 
 
 def test_history_begins_low() -> None:
-    """An untrained history of equal logits has e^CLOSED of the odds of its keys."""
+    """An untrained history of equal logits has e^INITIAL_AGE_LOGIT of the odds of its keys."""
     model = build(layers=DUAL)
     shares: list[Tensor] = []
     for block in model.upper:
@@ -74,7 +73,7 @@ def test_history_begins_low() -> None:
     keys = SMALL["history_chunks"] * SMALL["latents"] * SMALL["sub_latents"]
     last = shares[0][0, -1, :, 0, 0]  # of a chunk with a whole history
     own = torch.arange(1, SMALL["chunk_length"] + 1).double()
-    odds = keys / own * torch.tensor(CLOSED).exp()
+    odds = keys / own * torch.tensor(INITIAL_AGE_LOGIT).exp()
     torch.testing.assert_close(last, odds / (1 + odds), rtol=1e-6, atol=0)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i3dist.config import CompressionSettings, ModelSettings
-from i3dist.model.attention import CLOSED
+from i3dist.model.attention import INITIAL_AGE_LOGIT
 from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM, by_decay, parameters_by_part
 from i3dist.model.state import LaneState
@@ -93,7 +93,7 @@ def test_history_begins_low_and_unfolds_what_was_read() -> None:
         query = attention.queries(x).unflatten(-1, (attention.heads, -1))
         begins = attention.inner.per_head
         ages = query[..., begins : begins + settings.history_chunks]
-        torch.testing.assert_close(ages * attention.scale, torch.full_like(ages, CLOSED))
+        torch.testing.assert_close(ages * attention.scale, torch.full_like(ages, INITIAL_AGE_LOGIT))
 
 
 @given(seed=seeds)

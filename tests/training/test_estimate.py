@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from i3dist.config import Settings
 from i3dist.data.lanes import Batch
+from i3dist.engine.interface import MEMORY_SHARE
 from i3dist.model.layers import Channels
 from i3dist.model.lm import I3LM
 from i3dist.tracking.mfu import H100, Gpu, seen_in, seen_in_a_long_document
 from i3dist.training import summary
 from i3dist.training.estimate import (
-    FILLED,
     Memory,
     flops_per_token,
     memory_estimate,
@@ -124,7 +124,7 @@ def test_as_many_lanes_as_fit(lanes: int, ranks: int, capacity: float, count: in
     parts = [*memory.fixed.values(), *(memory.lanes * size for size in memory.lane.values())]
     assert memory.total == pytest.approx(sum(parts))
     assert lanes % memory.lanes == 0
-    most = FILLED * capacity * GIB
+    most = MEMORY_SHARE * capacity * GIB
     assert memory.lanes == 1 or memory.total <= most
     larger = [n for n in range(memory.lanes + 1, lanes + 1) if lanes % n == 0]
     assert all(memory._replace(lanes=n).total > most for n in larger)

@@ -65,7 +65,7 @@ def test_orders_are_followed_at_the_next_step_and_carried_out_once(
             assert not orders.stop and (step == 6 or not orders.save), "only a vote decides"
 
     monkeypatch.setattr(trainer, "train_step", observed)
-    assert not trainer.fit() and trainer.progress.step == 7 and trainer.asked_to_stop
+    assert not trainer.fit() and trainer.progress.step == 7 and trainer.votes.to_stop
     assert store.steps(run / "checkpoints") == [7, 5, 1]
     assert not (run / SAVE).exists() and not (run / STOP).exists()
 

@@ -31,7 +31,7 @@ NOT_KEPT = -1e4  # router score of a token of another document: its sigmoid is 0
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 if it is."""
+    """x, of any shape, in fp32, or in fp64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -487,7 +487,7 @@ class I3Cache:
         return self.columns
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to every tensor."""
+        """Apply a function to every tensor, [B, ...] each."""
 
         def changed(part: Any) -> Any:
             if isinstance(part, Tensor):
@@ -497,11 +497,11 @@ class I3Cache:
         self.__dict__.update({name: changed(part) for name, part in self.__dict__.items()})
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row i a copy of row `beam_idx[i]`."""
+        """Make row i a copy of row `beam_idx[i]`; beam_idx is [B] int64."""
         self.change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`."""
+        """Keep the rows `indices` [N] int64."""
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -509,7 +509,11 @@ class I3Cache:
         self.change(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def crop(self, max_length: int) -> None:
-        """Refuse to forget tokens: recurrent state cannot go back."""
+        """Refuse to forget tokens: recurrent state cannot go back.
+
+        Raises:
+            ValueError: always; it says what to do instead.
+        """
         raise ValueError(
             "an i3 cache cannot be cropped: keep copy.copy(cache) of the place to return to"
         )
@@ -676,6 +680,11 @@ class I3ForCausalLM(PreTrainedModel, GenerationMixin):
 
         A segment is a document's part of a chunk. Segment 0 continues the chunk before, and only it
         sees history.
+
+        Args:
+            tokens: [B, n] int64.
+            count: [B] int64, how many of a row's columns are tokens of it.
+            cache: what was read before.
         """
         bos, column = self.config.bos_token_id, torch.arange(tokens.shape[1], device=tokens.device)
         rows, columns = (column < count.unsqueeze(1)).nonzero(as_tuple=True)
