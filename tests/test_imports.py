@@ -99,8 +99,8 @@ def test_data_preparation_needs_no_torch() -> None:
 def test_training_on_cpu_loads_no_library_for_which_it_has_no_use() -> None:
     """They would cost every rank seconds at its start."""
     script = (
-        "import sys, i3dist.training.trainer\n"
-        "early = {'mlflow', 'matplotlib', 'torch._dynamo'} & set(sys.modules)\n"
+        "import sys, i3dist.training.run\n"
+        "early = {'mlflow', 'matplotlib', 'torch._dynamo', 'torch._inductor'} & set(sys.modules)\n"
         "from i3dist.distributed.job import Job\n"
         "from i3dist.engine import setup\n"
         "from tests.engine.steps import build\n"
