@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from i3dist import garbage
 from i3dist.cli.program import call_on_failure, keep_tracebacks_in, tell_others_by
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
@@ -135,6 +136,7 @@ def build(
     times.end("model")
     if await_compiler is not None:
         await_compiler()
+        garbage.keep()
         model.compile_blocks()
         print_rank_0("compiling the model: minutes the first time, seconds from then on")
         times.end("imports of the compiler")
@@ -336,6 +338,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """
     times = StartTimes()
     job = detect_job(settings)
+    garbage.keep()
     times.end("imports")
     times.wanted = arguments.verbose and job.rank == 0
     stop = StopRequest(job)
