@@ -110,16 +110,16 @@ class Setting:
 
 
 def compile_one(process: int, setting: Setting, cases: list[Case]) -> None:
-    """Fill the compile caches with what one case needs; other processes do so for others."""
-    case = cases[process]
-    with on_gpu(process % torch.cuda.device_count()), group(0, 1, torch_dist.HashStore()):
+    """Fill the compile caches with what one case needs on one GPU; other processes do the rest."""
+    case, gpu = cases[process], process % setting.gpus
+    with on_gpu(gpu), group(0, 1, torch_dist.HashStore()):
         started = time.perf_counter()
         steps, take = prepare(case, setting, case.lanes)
         time_steps(take, 1, 1)
         steps.close()
     seconds = round(time.perf_counter() - started, 1)
-    row = {"stage": "compile", "case": case.name, "seconds": seconds}
-    setting.results.add(row, f"{case.name} compiled in {seconds} s")
+    row = {"stage": "compile", "gpu": gpu, "case": case.name, "seconds": seconds}
+    setting.results.add(row, f"{case.name} compiled for GPU {gpu} in {seconds} s")
 
 
 def measure_local(process: int, setting: Setting, cases: list[Case]) -> None:

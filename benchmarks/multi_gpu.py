@@ -84,7 +84,8 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     here = machine()
     results.add({"stage": "machine", "gpus": options.gpus, **here}, ", ".join(here.values()))
     if torch.cuda.is_available():
-        compiled = list({case.compilation: case.base for case in chosen}.values())
+        forms = {case.compilation: case.base for case in chosen}.values()
+        compiled = [form for form in forms for _ in range(options.gpus)]  # code is of one GPU
         threads = max(1, (os.cpu_count() or 1) // len(compiled))
         with variables(TORCHINDUCTOR_COMPILE_THREADS=str(threads)):
             start(compile_one, len(compiled), setting, compiled)

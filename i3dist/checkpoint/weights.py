@@ -24,7 +24,7 @@ from i3dist.errors import UserError
 from i3dist.files import utf8_path, written_aside
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
-from i3dist.model.lm import I3LM
+from i3dist.model.lm import I3LM, Unfilled
 
 WEIGHTS = "model.safetensors"
 
@@ -131,7 +131,8 @@ def load_run(
         UserError: there is no such model, or it cannot be read.
     """
     saved = SavedModel.find(path)
-    model = I3LM(saved.settings.model, saved.tokenizer.bos_id)
+    with Unfilled():
+        model = I3LM(saved.settings.model, saved.tokenizer.bos_id)
     trained_in = saved.load_into(model)
     dtype = dtype or (torch.float32 if device.type == "cpu" else trained_in)
     for parameter in model.parameters():  # buffers stay fp32, as in training

@@ -18,6 +18,16 @@ def thread_count(cores: int, local_world_size: int) -> int:
     return max(1, cores // local_world_size)
 
 
+def cores_of_rank(job: Job, environ: MutableMapping[str, str] = os.environ) -> int:
+    """This rank's share of the host's cores: at least one."""
+    usable = len(os.sched_getaffinity(0))
+    # Slurm may have bound each task to cores of its own. So divide the cores that the step has on
+    # this host, and use no more than this task may.
+    on_node = environ.get("SLURM_CPUS_ON_NODE", "") if job.launcher == "slurm" else ""
+    shared = int(on_node) if on_node.isdecimal() else usable
+    return min(usable, thread_count(shared, job.local_world_size))
+
+
 def share_threads(job: Job, environ: MutableMapping[str, str] = os.environ) -> int:
     """Give this rank its share of the host's cores, and return the number of threads.
 
@@ -28,12 +38,7 @@ def share_threads(job: Job, environ: MutableMapping[str, str] = os.environ) -> i
     if chosen.isdecimal() and int(chosen) > 0 and (job.launcher, chosen) != ("torchrun", "1"):
         threads = int(chosen)
     else:
-        usable = len(os.sched_getaffinity(0))
-        # Slurm may have bound each task to cores of its own. So divide the cores that the step has
-        # on this host, and use no more than this task may.
-        on_node = environ.get("SLURM_CPUS_ON_NODE", "") if job.launcher == "slurm" else ""
-        shared = int(on_node) if on_node.isdecimal() else usable
-        threads = min(usable, thread_count(shared, job.local_world_size))
+        threads = cores_of_rank(job, environ)
     environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     return threads

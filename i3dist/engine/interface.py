@@ -1,5 +1,6 @@
 """What the trainer calls: one optimizer step in micro-batches, and the state that a run saves."""
 
+import gc
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,12 +96,14 @@ class Engine(ABC):
         if self.device.type != "cuda":
             return True
         parameters = list(self._module.parameters())
+        gc.collect()  # what is garbage may hold memory of the GPU
         torch.cuda.reset_peak_memory_stats(self.device)
         try:
             losses, _ = self._module(tokens, tokens, depth, state, gate)
             torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
             del losses
         except torch.OutOfMemoryError:
+            gc.collect()
             torch._dynamo.reset()  # it keeps only a few shapes, and this one will not be used
             return False
         finally:

@@ -1,11 +1,16 @@
-"""Imports and caches of libraries: what to leave out, and where to write."""
+"""Imports and caches of libraries: what to leave out, when to import, and where to write."""
 
+import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")  # 1,400 modules: seconds
+MOST_COMPILE_WORKERS = 32  # torch's own limit
 
 
 @contextmanager
@@ -22,6 +27,22 @@ def absent(module: str) -> Iterator[None]:
         del sys.modules[module]
         if there is not None:
             sys.modules[module] = there
+
+
+def import_aside(*modules: str) -> Callable[[], None]:
+    """Import modules in a thread, while the caller waits for files or fills tensors.
+
+    Returns:
+        What waits until they are imported, and raises what went wrong. Until then the caller must
+        import none of them, nor what imports them: Python resolves a deadlock of imports by handing
+        out an incomplete module.
+    """
+
+    def import_all() -> None:
+        for module in modules:
+            importlib.import_module(module)
+
+    return ThreadPoolExecutor(1, "imports").submit(import_all).result
 
 
 @contextmanager
@@ -50,3 +71,16 @@ def writable_caches(environ: MutableMapping[str, str] = os.environ) -> None:
         cache.mkdir(parents=True, exist_ok=True)
     if not os.access(cache, os.W_OK):
         environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
+
+
+def share_compile_workers(cores: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let torch's compiler start a process for each of this rank's cores, unless the user chose.
+
+    By default every rank of a host starts as many as the host has cores, up to 32.
+
+    Args:
+        cores: of this rank.
+        environ: what the compiler reads.
+    """
+    workers = max(1, min(cores, MOST_COMPILE_WORKERS))
+    environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))

@@ -22,6 +22,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from i3dist import garbage
 from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import CONFIGS, typed_config, typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
@@ -102,6 +103,7 @@ def main() -> None:
         start_ranks(arguments.gpus, without_gpus(sys.argv[1:]))
     # When a rank is gone, torch's warnings of it are stacks of C++; `Peers` says it in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    garbage.pause()  # until the trainer reads data
     from i3dist.training.run import run  # imports torch, which takes seconds
 
     run(arguments, settings)

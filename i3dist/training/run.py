@@ -3,13 +3,14 @@
 import argparse
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
+from i3dist import garbage
 from i3dist.cli.program import call_on_failure, keep_tracebacks_in, tell_others_by
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
@@ -23,10 +24,11 @@ from i3dist.distributed.rendezvous import read_timeout
 from i3dist.distributed.signals import REQUEUE, StopRequest
 from i3dist.engine import compile_cache, setup
 from i3dist.engine.compile_cache import CompileCache
+from i3dist.engine.toolchain import COMPILER, import_aside, share_compile_workers
 from i3dist.errors import UserError, reason, warned
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
-from i3dist.model.lm import I3LM
+from i3dist.model.lm import I3LM, Unfilled
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.preflight.run import check
 from i3dist.tracking import tracker as tracking
@@ -128,11 +130,18 @@ def build(
     peers = join(settings, job, stop)
     times.end("process group")
     agree(start)
+    cache, await_compiler = prepare_compiler(settings, job)
     collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
     start = verify_checkpoint(start, job)
     times.end("checks")
-    model, cache = build_model(start, job, corpus)
+    model = build_model(start, job, corpus)
     times.end("model")
+    if await_compiler is not None:
+        await_compiler()
+        garbage.keep()
+        model.compile_blocks()
+        print_rank_0("compiling the model: minutes the first time, seconds from then on")
+        times.end("imports of the compiler")
     engine = setup.build(model, engine_config, settings.optimizer, settings.train)
     times.end("engine")
     tracker = begin_record(start, job, corpus, arguments.verbose)
@@ -162,21 +171,40 @@ def resolve_start(
     return start
 
 
-def build_model(start: Start, job: Job, corpus: Corpus) -> tuple[I3LM, CompileCache | None]:
-    """The model with its first weights, and where its compiled code is kept, if it is compiled."""
-    settings, cache = start.settings, None
-    compiled = settings.train.compile
-    compiles = devices.uses_cuda() if compiled == "auto" else compiled
-    if compiles:
-        cache = compile_cache.enter(settings, job)
-    torch.manual_seed(settings.train.seed)
-    model = I3LM(settings.model, corpus.tokenizer.bos_id)
+def prepare_compiler(
+    settings: Settings, job: Job
+) -> tuple[CompileCache | None, Callable[[], None] | None]:
+    """If the model is to be compiled, begin to import the compiler.
+
+    Every rank calls this.
+
+    Returns:
+        Where compiled code is kept, and what waits for the import. Until then the caller may import
+        nothing of torch's.
+    """
+    wanted = settings.train.compile
+    if not (devices.uses_cuda() if wanted == "auto" else wanted):
+        return None, None
+    share_compile_workers(host.cores_of_rank(job))
+    cache = compile_cache.enter(settings, job)
+    return cache, import_aside(*COMPILER)
+
+
+def build_model(start: Start, job: Job, corpus: Corpus) -> I3LM:
+    """The model with its first weights, on this rank's device.
+
+    Where a checkpoint follows, the weights are zeros until then.
+    """
+    settings, bos_id = start.settings.model, corpus.tokenizer.bos_id
+    if start.checkpoint is not None:
+        with Unfilled():
+            model = I3LM(settings, bos_id)
+    else:
+        torch.manual_seed(start.settings.train.seed)
+        model = I3LM(settings, bos_id)
     if start.weights is not None:
         collectives.on_all_ranks(partial(start.weights.load_into, model))
-    if compiles:
-        model.compile_blocks()
-        print_rank_0("compiling the model: minutes the first time, seconds from then on")
-    return model, cache
+    return model.to(devices.device(job))
 
 
 def let_go(job: Job, peers: Peers) -> None:
@@ -316,6 +344,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """
     times = StartTimes()
     job = detect_job(settings)
+    garbage.keep()
     times.end("imports")
     times.wanted = arguments.verbose and job.rank == 0
     stop = StopRequest(job)

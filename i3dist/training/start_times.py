@@ -46,7 +46,8 @@ class StartTimes:
 
     def show(self) -> None:
         """Print the parts, and what was compiled."""
-        table = Table(title="time until the first step")
+        title = "time until the first step"
+        table = Table(title=title, min_width=len(title))
         table.add_column("part")
         table.add_column("s", justify="right")
         for part, seconds in (*self.parts.items(), ("all", sum(self.parts.values()))):
@@ -86,10 +87,16 @@ def compilations() -> Table | None:
     table = Table(title="compiled graphs", caption=f"from the cache: {caches}")
     for heading in ("function", "pass", "s", "inductor", "kernels"):
         table.add_column(heading, justify="left" if heading in ("function", "pass") else "right")
-    for one in measured:
-        table.add_row(
-            one.co_name or "",
-            "forward" if one.is_forward else "backward",
-            *(f"{(getattr(one, name) or 0) / 1e6:.1f}" for name in MICROSECONDS),
-        )
+    names = {one.compile_id: _name(one) for one in measured if one.co_name}
+    rows = [[(getattr(one, name) or 0) / 1e6 for name in MICROSECONDS] for one in measured]
+    for one, row in zip(measured, rows, strict=True):
+        direction = "forward" if one.is_forward else "backward"
+        table.add_row(names.get(one.compile_id, ""), direction, *(f"{s:.1f}" for s in row))
+    table.add_section()
+    table.add_row("all", "", *(f"{sum(column):.1f}" for column in zip(*rows, strict=True)))
     return table
+
+
+def _name(compilation: Any) -> str:
+    """The function that was compiled, with the file that it is in: "rwkv.forward"."""
+    return f"{Path(compilation.co_filename or '').stem}.{compilation.co_name}"

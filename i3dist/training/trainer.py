@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from i3dist import garbage
 from i3dist.checkpoint import store
 from i3dist.checkpoint.async_saver import AsyncSaver
 from i3dist.config import Settings
@@ -113,6 +114,7 @@ class Trainer:
         # After an error the watchdog closes first: the error may take long to be reported.
         with self.checkpointer.saver, closing(self.watchdog):
             self.begin()
+            garbage.resume()  # before data readers are forked
             with closing(self.batches()) as batches:
                 while not (progress.done or self.votes.to_stop):
                     self.train_step(batches)

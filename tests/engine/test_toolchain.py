@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from torch._inductor.config import decide_compile_threads
+
 from i3dist.engine import toolchain
 
 
@@ -34,3 +37,31 @@ def test_what_deepspeed_stumbles_over_fails_no_import_and_stays_in_the_environme
     words = [sys.executable, "-c", script, *wrong]
     result = subprocess.run(words, env=os.environ | wrong, capture_output=True, text=True)
     assert result.stdout.split() == list(wrong.values()), result.stderr
+
+
+def test_modules_are_imported_aside_and_their_errors_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    reader, writer = os.pipe()
+    (tmp_path / "aside_waits.py").write_text(f"import os; os.read({reader}, 1)")
+    (tmp_path / "aside_fails.py").write_text("raise ValueError('of the module')")
+    wait = toolchain.import_aside("aside_waits")
+    os.write(writer, b".")  # only now can the module be imported
+    wait()
+    assert "aside_waits" in sys.modules
+    with pytest.raises(ValueError, match="of the module"):
+        toolchain.import_aside("aside_fails")()
+    os.close(reader), os.close(writer)
+
+
+@pytest.mark.parametrize(("cores", "chosen", "workers"), [(4, "", 4), (64, "", 32), (4, "9", 9)])
+def test_a_rank_has_a_compile_worker_for_each_of_its_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, chosen: str, workers: int
+) -> None:
+    """tests/test_imports.py shows that torch has not read the number before."""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", chosen)
+    if not chosen:
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    toolchain.share_compile_workers(cores)
+    assert decide_compile_threads() == workers

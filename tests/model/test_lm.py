@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.model.attention import INITIAL_AGE_LOGIT
 from i3dist.model.layers import adjust_heads
-from i3dist.model.lm import I3LM, by_decay, parameters_by_part
+from i3dist.model.lm import I3LM, Unfilled, by_decay, parameters_by_part
 from i3dist.model.state import LaneState
 from i3dist.ops.linear import linear
 from tests.model.conftest import SMALL, build
@@ -78,6 +78,17 @@ def test_only_projections_that_end_a_branch_begin_smaller() -> None:
             end = owner.endswith(ends)
             want = (0.4 / 64 / (10 if end else 1)) ** 0.5
             assert parameter.std().item() == pytest.approx(want, rel=0.1)
+
+
+def test_a_model_that_is_loaded_next_has_zeros_and_all_that_is_not_loaded(model: I3LM) -> None:
+    with Unfilled():
+        unfilled = I3LM(model.settings, model.bos_id)
+    large = ("embedding.weight", "head.weight", "rwkv.0.time_mix.key.weight")
+    assert not any(unfilled.get_parameter(name).any() for name in large)
+    unfilled.load_state_dict(dict(model.named_parameters()), strict=False)
+    ours, theirs = unfilled.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name].to(ours[name].dtype)) for name in ours)
 
 
 def test_history_begins_low_and_unfolds_what_was_read() -> None:

@@ -1,0 +1,54 @@
+"""The tables of a start: its parts sum to the whole, and every graph has the name of its code."""
+
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from i3dist.training.start_times import StartTimes, compilations
+from tests.start_table import start_parts
+
+
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    """A graph with a backward pass, compiled twice because of a second shape."""
+    torch._dynamo.utils.clear_compilation_metrics()
+    torch._dynamo.reset()
+    call = torch.compile(double, backend="aot_eager", dynamic=False)
+    for size in (2, 3):
+        call(torch.ones(size, requires_grad=True)).sum().backward()
+    yield
+    torch._dynamo.reset()
+
+
+def test_the_parts_of_a_start_sum_to_the_time_since_the_command(
+    compiled: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a table of graphs follows, and where a part is entered several times."""
+    times = StartTimes()
+    times.wanted = True
+    for part in ("imports", "data", "imports"):
+        time.sleep(0.11)
+        times.end(part)
+    assert times.end_all() and not times.end_all()
+    since = time.time() - psutil.Process().create_time()
+    parts = start_parts(capsys.readouterr().out)
+    assert set(parts) - {"launcher"} == {"imports", "data", "first step", "all"}
+    assert parts["all"] - parts.get("launcher", 0.0) == pytest.approx(since, abs=0.5)
+
+
+def test_a_graph_has_the_name_of_its_function_in_both_passes(compiled: None) -> None:
+    table = compilations()
+    assert table is not None
+    function, passes, seconds = (list(column.cells) for column in table.columns[:3])
+    assert function == 4 * ["test_start_times.double"] + ["all"]
+    assert sorted(passes[:4]) == ["backward", "backward", "forward", "forward"]
+    each, whole = [float(str(cell)) for cell in seconds[:4]], float(str(seconds[4]))
+    assert whole == pytest.approx(sum(each), abs=0.05 * len(seconds) + 1e-6)
