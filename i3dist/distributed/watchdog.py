@@ -70,7 +70,7 @@ class Watchdog:
             job: this rank's place.
             run: the run's folder.
         """
-        self.on_end: Callable[[], None] = lambda: None  # called before this process ends
+        self.on_end: Callable[[str], None] = lambda _: None  # called with why, before the end
         self.patience = Patience(setting)
         self.grace = GRACE_SECONDS if setting == "auto" else min(GRACE_SECONDS, setting / 4)
         self._tick = TICK_SECONDS if setting == "auto" else min(TICK_SECONDS, setting / 8)
@@ -175,7 +175,8 @@ class Watchdog:
             # In a thread, because a file system or a terminal that hangs would block it.
             report = partial(hang_report.report, line, self._job, self._run)
             threading.Thread(target=report, daemon=True).start()
-            for tell in (self._neighbours.tell, self.on_end):
+            why = line.removeprefix("error: ")
+            for tell in (self._neighbours.tell, partial(self.on_end, why)):
                 with suppress(Exception):
                     tell()
             time.sleep(self.grace)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,11 +76,12 @@ def dry_run(settings: Settings, job: Job) -> None:
         print_tables(settings, job.world_size, tokens)
 
 
-def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
+def join(settings: Settings, job: Job, stop: StopRequest, notifier: Notifier) -> Peers:
     """Join the job's process group; from now on ranks hear of each other's end."""
     keep_records_in(settings.run.path)
     host.allow_many_files()
     peers = stop.peers = setup.start(job, str(settings.run.path))
+    peers.on_end = notifier.leave
     tell_others_by(peers.fail)
     if settings.slurm.successor:
         peers.on_lost = ask_for_successor
@@ -87,7 +89,11 @@ def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
 
 
 def preflight(
-    arguments: argparse.Namespace, settings: Settings, job: Job, stop: StopRequest
+    arguments: argparse.Namespace,
+    settings: Settings,
+    job: Job,
+    stop: StopRequest,
+    notifier: Notifier,
 ) -> Peers:
     """Join the job, and check that its hosts fit together.
 
@@ -98,7 +104,7 @@ def preflight(
     """
     setup.choose_device(settings.train.device)
     given = read_input(arguments, settings, job)
-    peers = join(settings, job, stop)
+    peers = join(settings, job, stop, notifier)
     check(given, job)
     return peers
 
@@ -110,6 +116,7 @@ def build(
     corpus: Corpus,
     stop: StopRequest,
     times: StartTimes,
+    notifier: Notifier,
 ) -> Trainer:
     """Decide the settings, join the job, and build model, engine, tracker and trainer."""
     # Find whatever is wrong with the input before the ranks wait for each other.
@@ -123,7 +130,7 @@ def build(
     if not devices.uses_cuda():
         host.keep_freed_memory()
     times.end("settings")
-    peers = join(settings, job, stop)
+    peers = join(settings, job, stop, notifier)
     times.end("process group")
     agree(start)
     collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
@@ -137,7 +144,7 @@ def build(
     times.end("run's folder, MLflow")
     with recorded(tracker, peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, cache)
-        trainer.watchdog.on_end = partial(let_go, job, peers)
+        trainer.watchdog.on_end = partial(let_go, peers, notifier)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
             times.end("checkpoint")
@@ -177,11 +184,12 @@ def build_model(start: Start, job: Job, corpus: Corpus) -> tuple[I3LM, CompileCa
     return model, cache
 
 
-def let_go(job: Job, peers: Peers) -> None:
+def let_go(peers: Peers, notifier: Notifier, why: str) -> None:
     """Before the watchdog ends this rank: the others, which hang too, leave by themselves."""
     peers.close()
-    if job.rank == 0:
-        ask_for_requeue()
+    # In threads, because a file system that hangs would block them.
+    for tell in (ask_for_requeue, partial(notifier.leave, why, True)):
+        threading.Thread(target=tell, daemon=True).start()
 
 
 @contextmanager
@@ -293,7 +301,8 @@ def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
         UserError: on every rank, if they do not.
     """
     job = detect_job(settings)
-    peers = preflight(arguments, settings, job, StopRequest(job))
+    nobody = Notifier(settings.run.path, None, active=False)
+    peers = preflight(arguments, settings, job, StopRequest(job), nobody)
     peers.close()
     collectives.leave_group()
 
@@ -319,10 +328,10 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
     call_on_failure(partial(notifier.stop, "failure"))
     if wanted(arguments, job):
-        preflight(arguments, settings, job, stop)
+        preflight(arguments, settings, job, stop, notifier)
     corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
     times.end("data")
-    trainer = build(arguments, settings, job, corpus, stop, times)
+    trainer = build(arguments, settings, job, corpus, stop, times, notifier)
     notifier.start(trainer.progress.step)
     with recorded(trainer.log.tracker, stop.peers):
         done = trainer.fit()
