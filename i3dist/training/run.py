@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from i3dist.checkpoint.weights import WEIGHTS
 from i3dist.cli.program import call_on_failure, keep_tracebacks_in, tell_others_by
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
@@ -340,7 +341,9 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     if not done:
         step, ordered = trainer.progress.step, trainer.orders.stop
         why = f"as {settings.run.path / STOP} asked" if ordered else "on request"
-        print_rank_0(f"stopped {why} at step {step}: run the same command to continue")
+        longer = (settings.run.path / WEIGHTS).exists()  # than when it ended before
+        older = f" ({WEIGHTS} is of an earlier step until it ends)" if longer else ""
+        print_rank_0(f"stopped {why} at step {step}: run the same command to continue{older}")
         notifier.stop("end" if ordered else "requeue", stop.reason or f"stopped {why}")
         stop.exit(0 if ordered else REQUEUE)
     with warned("after training"):
