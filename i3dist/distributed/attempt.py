@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: failed for now, start it again
 TIME = "%Y-%m-%d %H:%M:%S"  # how the log says when something happened
 # Set by slurm/train.sbatch in a job that succeeds another: the first job's id, and how often it was
 # started again before.

@@ -24,11 +24,11 @@ from typing import Any, NoReturn
 
 import torch.distributed as torch_dist
 
-from i3dist.distributed.attempt import TIME, Attempt
+from i3dist.distributed.attempt import REQUEUE, TIME, Attempt
 from i3dist.distributed.job import Job
 
-# EX_TEMPFAIL of sysexits.h: failed for now, try again.
-REQUEUE = 75
+__all__ = ["REQUEUE", "Peers", "connect", "host_name"]
+
 LOST_SECONDS = 8
 GATHER_SECONDS = 1.5  # at most, from the first rank of a lost host that is missed to the last
 CONNECT_SECONDS = 10.0

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from i3dist.distributed import collectives, hang_report
+from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.hang_report import STDERR
 from i3dist.distributed.job import Job
 from i3dist.distributed.neighbours import Neighbours
 from i3dist.distributed.patience import SAVE, STEP, Patience
-from i3dist.distributed.peers import REQUEUE
 
 # A rank that reports waits this long before it exits, because a launcher then ends the others.
 GRACE_SECONDS = 5.0
