@@ -72,15 +72,24 @@ rank_folder() {
     echo "${output%.out}.ranks"
 }
 
-# A task of a step, for `bash -c "$logged" rank FOLDER PROGRAM ...`: it shows what the program
+# A task of a step, for `bash -c "$logged" rank FOLDER FILE PROGRAM ...`: it shows what the program
 # prints, and keeps it in a file of the rank's own. A signal reaches all processes of a task, and
 # only the program is to follow it. Readers of data may hold the output open for some seconds when
-# the program has ended; what they say then is not waited for.
+# the program has ended; what they say then is not waited for. A node that lacks FILE or PROGRAM
+# ends the job, as late as programs do that the ranks of other nodes are to follow with status 1.
 # shellcheck disable=SC2016
-logged='trap : HUP USR1 TERM
+logged='lacks() {
+    ((SLURM_LOCALID)) || echo "error: ${SLURMD_NODENAME:-a node} has no $1: put the repository" \
+        "and the environment where all nodes see them" >&2
+    sleep 6
+    exit 1
+}
+[[ -f $2 ]] || lacks "$2"
+type -P "$3" >/dev/null || lacks "$3"
+trap : HUP USR1 TERM
 exec 3> >(trap "" HUP USR1 TERM && exec tee -a "$1/rank-$SLURM_PROCID.log")
 tee=$! status=0
-"${@:2}" >&3 2>&3 3>&- || status=$?
+"${@:3}" >&3 2>&3 3>&- || status=$?
 exec 3>&-
 for _ in {1..10}; do
     kill -0 "$tee" 2>/dev/null || break

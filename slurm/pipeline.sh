@@ -11,7 +11,8 @@
 # --source WHAT        the text, as data_prep/shard.py takes it
 # --data DIR           where the shards go
 # --run DIR            the run's folder; evaluation.json and export/ are in it
-# --tasks N            nodes that tokenize, and pack, at once (default: 1)
+# --tasks N            tasks that tokenize, and pack (default: 1); 32%8 runs
+#                      8 of 32 at once
 # --shard ARGUMENTS    more arguments of data_prep/shard.py
 # --prepare OPTIONS    of sbatch, for the jobs without a GPU (all but two)
 # --train OPTIONS      of sbatch, for training
@@ -59,12 +60,12 @@ while (($#)) && [[ $1 != -- ]]; do
 done
 [[ ${1:-} != -- ]] || shift
 [[ -n $source && -n $data && -n $run ]] || fail "--source, --data and --run are needed: see --help"
-[[ $tasks =~ ^[1-9][0-9]*$ ]] || fail "--tasks $tasks is not a number from 1 on"
+[[ $tasks =~ ^[1-9][0-9]*(%[1-9][0-9]*)?$ ]] || fail "--tasks $tasks is not like 32, nor like 32%8"
 [[ -f slurm/job.sh ]] || fail "$PWD is not the root of the repository: run this from there"
 
 # Jobs are named STAGE:RUN.
 path=$(realpath -m "$run") queued=()
-queue=$(squeue --me --noheader --format='%A %j')
+queue=$(squeue --me --noheader --format='%F %j' | sort -un) # a line for an array
 while read -r id name; do
     [[ ${name#*:} != "$path" ]] || queued+=("$id")
 done <<<"$queue"

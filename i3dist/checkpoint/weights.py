@@ -2,12 +2,13 @@
 
 import argparse
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from i3dist.checkpoint import store
@@ -96,6 +97,7 @@ class SavedModel:
             else:
                 _check_finished(path)
                 settings = Settings.load(path / store.SETTINGS).of_saved_run()
+                _check_newest(path, settings.train.steps)
             tokenizer = Tokenizer.load(path / TOKENIZER)
         if settings.model.vocab_size != tokenizer.vocab_size:
             raise UserError(
@@ -168,13 +170,25 @@ def _check_finished(run: Path) -> None:
         raise UserError(
             f"{run} is {what}: name a run's folder with {WEIGHTS} in it, or its {store.CHECKPOINTS}"
         )
+    raise UserError(f"{run / WEIGHTS} is missing: {_ways_on(run)}")
+
+
+def _check_newest(run: Path, steps: int) -> None:
+    """Raise `UserError` if the final weights are those of a shorter run, which was made longer."""
+    step = ""
+    path = utf8_path(run / WEIGHTS)
+    with suppress(SafetensorError, OSError), path as name, safe_open(name, "pt") as file:
+        step = (file.metadata() or {}).get("step", "")  # what cannot be read is refused later
+    if step.isdecimal() and int(step) < steps:
+        what = f"is of step {step}, and the run is to take {steps}"
+        raise UserError(f"{run / WEIGHTS} {what}: {_ways_on(run)}")
+
+
+def _ways_on(run: Path) -> str:
     folder = run / store.CHECKPOINTS
     there = store.steps(folder)
     instead = store.place(folder, there[0]) if there else "another run"
-    raise UserError(
-        f"{run / WEIGHTS} is missing: a run writes it when it ends; "
-        f"continue the run with launch/train.py, or name {instead}"
-    )
+    return f"a run writes it when it ends; continue the run with launch/train.py, or name {instead}"
 
 
 def _load_export(model: I3LM, path: Path) -> torch.dtype:

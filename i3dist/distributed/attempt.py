@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: failed for now, start it again
 TIME = "%Y-%m-%d %H:%M:%S"  # how the log says when something happened
 # Set by slurm/train.sbatch in a job that succeeds another: the first job's id, and how often it was
 # started again before.
 FIRST_JOB, EARLIER_RESTARTS = "I3DIST_FIRST_JOB", "I3DIST_EARLIER_RESTARTS"
 # Also set there: which file takes the names of lost hosts, and the shell that then gets SIGUSR2.
 LOST_HOSTS, BATCH_SHELL = "I3DIST_LOST_HOSTS", "I3DIST_BATCH_SHELL"
+# And a file that any rank may make, to have the job requeued.
+REQUEUE_FILE = "I3DIST_REQUEUE_FILE"
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,13 @@ def ask_for_successor(hosts: Sequence[str], environ: Mapping[str, str] = os.envi
 
 
 def ask_for_requeue(environ: Mapping[str, str] = os.environ) -> None:
-    """Have slurm/train.sbatch requeue this job whatever srun returns; only rank 0 calls this.
+    """Have slurm/train.sbatch requeue this job whatever srun returns; any rank may call this.
 
-    Where a rank hangs srun may have to kill it, and then returns that signal's status, not 75.
+    Where a rank hangs srun may have to kill it, and then returns that signal's status, not 75. The
+    file is beside the ranks' output; it may block where that hangs.
     """
-    if BATCH_SHELL in environ:
-        os.kill(int(environ[BATCH_SHELL]), signal.SIGUSR1)
+    if REQUEUE_FILE in environ:
+        Path(environ[REQUEUE_FILE]).touch()
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

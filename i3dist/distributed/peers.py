@@ -24,11 +24,11 @@ from typing import Any, NoReturn
 
 import torch.distributed as torch_dist
 
-from i3dist.distributed.attempt import TIME, Attempt
+from i3dist.distributed.attempt import REQUEUE, TIME, Attempt
 from i3dist.distributed.job import Job
 
-# EX_TEMPFAIL of sysexits.h: failed for now, try again.
-REQUEUE = 75
+__all__ = ["REQUEUE", "Peers", "connect", "host_name"]
+
 LOST_SECONDS = 8
 GATHER_SECONDS = 1.5  # at most, from the first rank of a lost host that is missed to the last
 CONNECT_SECONDS = 10.0
@@ -48,6 +48,8 @@ class Peers:
 
     def __init__(self, job: Job) -> None:
         self.on_lost: Callable[[list[str]], None] = lambda _: None  # called with the lost hosts
+        # Called when others end this rank: with why, and whether the job is to be started again.
+        self.on_end: Callable[[str, bool], None] = lambda *_: None
         self._job = job
         self._closed = False  # whether this rank does not care any more if others are there
         self._silent = False  # whether a host or a link was lost, rather than a process
@@ -77,7 +79,12 @@ class Peers:
             when = f"{time.strftime(TIME)}{Attempt.detect()}"
             line = f"{where}error: lost {who} ({when}); the job ends"
             print(line, file=sys.stderr, flush=True)
-        os._exit(self._status_of_loss())
+        self._end(self._status_of_loss(), f"lost {who}")
+
+    def _end(self, status: int, why: str) -> NoReturn:
+        with suppress(Exception):
+            self.on_end(why, self._silent)
+        os._exit(status)
 
     def _status_of_loss(self) -> int:
         """`REQUEUE` for a host or link that is lost, and under Slurm for a rank, too.
@@ -138,7 +145,7 @@ class _First(Peers):
             return
         if last == FAILED:
             await self._send(FAILED)
-            os._exit(1)
+            self._end(1, f"rank {rank} on {self._hosts[rank]} failed: the job's log says why")
         self._gone.append(rank)
         if len(self._gone) == 1:
             self._silent = last == SILENT

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from i3dist.distributed import collectives, hang_report
+from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.hang_report import STDERR
 from i3dist.distributed.job import Job
 from i3dist.distributed.neighbours import Neighbours
 from i3dist.distributed.patience import SAVE, STEP, Patience
-from i3dist.distributed.peers import REQUEUE
 
 # A rank that reports waits this long before it exits, because a launcher then ends the others.
 GRACE_SECONDS = 5.0
@@ -70,7 +70,7 @@ class Watchdog:
             job: this rank's place.
             run: the run's folder.
         """
-        self.on_end: Callable[[], None] = lambda: None  # called before this process ends
+        self.on_end: Callable[[str], None] = lambda _: None  # called with why, before the end
         self.patience = Patience(setting)
         self.grace = GRACE_SECONDS if setting == "auto" else min(GRACE_SECONDS, setting / 4)
         self._tick = TICK_SECONDS if setting == "auto" else min(TICK_SECONDS, setting / 8)
@@ -175,7 +175,8 @@ class Watchdog:
             # In a thread, because a file system or a terminal that hangs would block it.
             report = partial(hang_report.report, line, self._job, self._run)
             threading.Thread(target=report, daemon=True).start()
-            for tell in (self._neighbours.tell, self.on_end):
+            why = line.removeprefix("error: ")
+            for tell in (self._neighbours.tell, partial(self.on_end, why)):
                 with suppress(Exception):
                     tell()
             time.sleep(self.grace)

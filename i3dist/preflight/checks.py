@@ -14,7 +14,6 @@ from i3dist.preflight.gpu import GpuFacts
 
 Everyone = Sequence[Facts]  # by rank
 
-INPUT = "input"  # name of a check
 NAMED = 4  # hosts, packages or settings that a line names; it counts the others
 CLOCK_SECONDS = 5.0  # that clocks may be apart
 SLOW_LINK, SLOW_GPU = 0.5, 0.7  # shares of the others' speed below which one is refused
@@ -30,6 +29,8 @@ class Finding:
     remedy: str
     refuses: bool = True
     """Whether the job is not to start; else this is a warning."""
+    ends_anyway: bool = False
+    """Whether the job ends for this reason without a preflight, too."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}; {self.remedy}"
@@ -90,11 +91,27 @@ def groups(some: Everyone, of: Callable[[Facts], Hashable]) -> list[list[Facts]]
     return [[f for f in some if of(f) == value] for value, _ in counts.most_common()]
 
 
-def _unlike(some: Everyone, of: Callable[[Facts], Hashable]) -> Iterator[tuple[list[Facts], Facts]]:
-    """Each group of ranks whose value is not the usual one, with a rank that has the usual one."""
+def _unlike(
+    everyone: Everyone,
+    some: Everyone,
+    of: Callable[[Facts], Hashable],
+    what: Callable[[Facts, Facts], str],
+    remedy: str,
+    refuses: bool = True,
+) -> Iterator[Finding]:
+    """A finding for each group of ranks whose value is not the usual one.
+
+    Args:
+        everyone: all ranks.
+        some: those to compare.
+        of: the value.
+        what: says what is wrong, of a rank of the group and one with the usual value.
+        remedy: what to do.
+        refuses: whether the job is not to start.
+    """
     usual, *others = groups(some, of) or [[]]
     for group in others:
-        yield group, usual[0]
+        yield Finding(where(group, everyone), what(group[0], usual[0]), remedy, refuses)
 
 
 def _sound(everyone: Everyone) -> list[Facts]:
@@ -108,17 +125,19 @@ def judge_input(everyone: Everyone) -> Iterator[Finding]:
         fault = group[0].given.fault
         if fault is not None:
             what, _, remedy = fault.partition("; ")
-            yield Finding(where(group, everyone), what, remedy or "correct it there")
+            remedy = remedy or "correct it there"
+            yield Finding(where(group, everyone), what, remedy, ends_anyway=True)
 
 
 def judge_code(everyone: Everyone) -> Iterator[Finding]:
     """Equal source files. Commits that differ in other files only are no finding."""
-    for group, usual in _unlike(everyone, lambda facts: facts.sources):
-        yield Finding(
-            where(group, everyone),
-            f"other code ({_code(group[0])}) than {usual.host} ({_code(usual)})",
-            "bring all hosts to one commit, or start from a folder that they share",
-        )
+    return _unlike(
+        everyone,
+        everyone,
+        lambda facts: facts.sources,
+        lambda one, usual: f"other code ({_code(one)}) than {usual.host} ({_code(usual)})",
+        "bring all hosts to one commit, or start from a folder that they share",
+    )
 
 
 def _code(facts: Facts) -> str:
@@ -127,26 +146,24 @@ def _code(facts: Facts) -> str:
 
 def judge_versions(everyone: Everyone) -> Iterator[Finding]:
     """Equal versions of all packages."""
-    for group, usual in _unlike(everyone, lambda facts: tuple(sorted(facts.versions.items()))):
-        yield Finding(
-            where(group, everyone),
-            _differences(group[0].versions, usual.versions, usual.host),
-            "install the same packages on all hosts, or start from an environment that they share",
-        )
+    return _unlike(
+        everyone,
+        everyone,
+        lambda facts: tuple(sorted(facts.versions.items())),
+        lambda one, usual: _differences(one.versions, usual.versions, usual.host),
+        "install the same packages on all hosts, or start from an environment that they share",
+    )
 
 
 def judge_settings(everyone: Everyone) -> Iterator[Finding]:
     """Equal settings, as typed or read from --config."""
-
-    def settings(facts: Facts) -> Hashable:
-        return tuple(sorted(facts.given.settings.items()))
-
-    for group, usual in _unlike(everyone, settings):
-        yield Finding(
-            where(group, everyone),
-            _differences(group[0].given.settings, usual.given.settings, usual.host),
-            "give all hosts the same command and the same --config",
-        )
+    return _unlike(
+        everyone,
+        everyone,
+        lambda facts: tuple(sorted(facts.given.settings.items())),
+        lambda one, usual: _differences(one.given.settings, usual.given.settings, usual.host),
+        "give all hosts the same command and the same --config",
+    )
 
 
 def _differences(mine: Mapping[str, str], usual: Mapping[str, str], host: str) -> str:
@@ -157,32 +174,35 @@ def _differences(mine: Mapping[str, str], usual: Mapping[str, str], host: str) -
 
 def judge_engine(everyone: Everyone) -> Iterator[Finding]:
     """Equal engine settings."""
-    for group, usual in _unlike(_sound(everyone), lambda facts: facts.given.engine):
-        yield Finding(
-            where(group, everyone),
-            f"another engine file than {usual.host}",
-            "name the same file by --deepspeed on every host",
-        )
+    return _unlike(
+        everyone,
+        _sound(everyone),
+        lambda facts: facts.given.engine,
+        lambda _, usual: f"another engine file than {usual.host}",
+        "name the same file by --deepspeed on every host",
+    )
 
 
 def judge_data(everyone: Everyone) -> Iterator[Finding]:
     """Equal data."""
-    for group, usual in _unlike(_sound(everyone), lambda facts: facts.given.data):
-        yield Finding(
-            where(group, everyone),
-            f"data.path holds other data (fingerprint {group[0].given.data[:10]}) than on "
-            f"{usual.host} ({usual.given.data[:10]})",
-            "copy one output of data_prep/shard.py to all hosts, or put it where all see it",
-        )
+    return _unlike(
+        everyone,
+        _sound(everyone),
+        lambda facts: facts.given.data,
+        lambda one, usual: (
+            f"data.path holds other data (fingerprint {one.given.data[:10]}) than on "
+            f"{usual.host} ({usual.given.data[:10]})"
+        ),
+        "copy one output of data_prep/shard.py to all hosts, or put it where all see it",
+    )
 
 
 def judge_folder(everyone: Everyone) -> Iterator[Finding]:
     """A folder of the run that rank 0 can write, and where all see the same."""
     first, folder = everyone[0], everyone[0].given.folder
     if first.unwritable is not None:
-        yield Finding(
-            first.host, f"run.path cannot be written: {first.unwritable}", "choose another run.path"
-        )
+        what = f"run.path cannot be written: {first.unwritable}"
+        yield Finding(first.host, what, "choose another run.path", ends_anyway=True)
         return
     blind = [facts for facts in everyone if facts.token is None or facts.token != first.token]
     if blind:
@@ -192,12 +212,15 @@ def judge_folder(everyone: Everyone) -> Iterator[Finding]:
             "put it on a file system that all hosts share",
         )
         return
-    for group, usual in _unlike(_sound(everyone), lambda facts: facts.given.step):
-        yield Finding(
-            where(group, everyone),
-            f"finds the run at step {group[0].given.step}, {usual.host} at {usual.given.step}",
-            "start again: the file system may show new files late; see that all hosts mount it",
-        )
+    yield from _unlike(
+        everyone,
+        _sound(everyone),
+        lambda facts: facts.given.step,
+        lambda one, usual: (
+            f"finds the run at step {one.given.step}, {usual.host} at {usual.given.step}"
+        ),
+        "start again: the file system may show new files late; see that all hosts mount it",
+    )
 
 
 def judge_disk(everyone: Everyone) -> Iterator[Finding]:
@@ -254,22 +277,25 @@ def judge_gpus(everyone: Everyone) -> Iterator[Finding]:
                     f"processes of others use it (pid {listed})",
                     "end them, or leave the host out",
                 )
-    for group, usual in _unlike(everyone, _kind):
-        yield Finding(
-            where(group, everyone),
-            f"{_kind(group[0])}, unlike {usual.host} with {_kind(usual)}",
-            "ask for GPUs of one kind (Slurm: --gpus-per-node=KIND:N, or --constraint)",
-        )
-    for group, usual in _unlike(
-        [facts for facts, _ in _gpus(everyone)], lambda facts: facts.gpu and facts.gpu.driver
-    ):
-        assert group[0].gpu is not None and usual.gpu is not None
-        yield Finding(
-            where(group, everyone),
-            f"driver {group[0].gpu.driver} ({usual.host}: {usual.gpu.driver})",
-            "that may change rounding and speed",
-            refuses=False,
-        )
+    yield from _unlike(
+        everyone,
+        everyone,
+        _kind,
+        lambda one, usual: f"{_kind(one)}, unlike {usual.host} with {_kind(usual)}",
+        "ask for GPUs of one kind (Slurm: --gpus-per-node=KIND:N, or --constraint)",
+    )
+    yield from _unlike(
+        everyone,
+        [facts for facts, _ in _gpus(everyone)],
+        _driver,
+        lambda one, usual: f"driver {_driver(one)} ({usual.host}: {_driver(usual)})",
+        "that may change rounding and speed",
+        refuses=False,
+    )
+
+
+def _driver(facts: Facts) -> str:
+    return "" if facts.gpu is None else facts.gpu.driver
 
 
 def _kind(facts: Facts) -> str:
@@ -374,7 +400,7 @@ def _show_network(everyone: Everyone) -> str:
 
 
 CHECKS = [
-    Check(INPUT, lambda all_: f"data, settings, checkpoint on {len(all_)} ranks", judge_input),
+    Check("input", lambda all_: f"data, settings, checkpoint on {len(all_)} ranks", judge_input),
     Check("code", lambda all_: _code(all_[0]), judge_code),
     Check("packages", _show_versions, judge_versions),
     Check("settings", lambda all_: f"{len(all_[0].given.settings)} settings", judge_settings),

@@ -10,7 +10,7 @@ from rich.text import Text
 from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
-from i3dist.preflight.checks import INPUT, Everyone, Outcome, examine, hosts
+from i3dist.preflight.checks import Everyone, Outcome, examine, hosts
 from i3dist.preflight.facts import (
     Facts,
     Given,
@@ -92,14 +92,9 @@ def refuse(outcomes: list[Outcome]) -> None:
     Raises:
         UserError: there is one.
     """
-    refused = [
-        (outcome.name, finding)
-        for outcome in outcomes
-        for finding in outcome.findings
-        if finding.refuses
-    ]
+    refused = [finding for outcome in outcomes for finding in outcome.findings if finding.refuses]
     if refused:
-        name, finding = refused[0]
+        finding = refused[0]
         more = f" (and {len(refused) - 1} more, above)" if len(refused) > 1 else ""
-        skip = "" if name == INPUT else f"; {SKIP}"  # wrong input ends the run anyway
+        skip = "" if any(finding.ends_anyway for finding in refused) else f"; {SKIP}"
         raise UserError(f"preflight: {finding}{more}{skip}")

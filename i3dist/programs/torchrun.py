@@ -22,7 +22,8 @@ from contextlib import suppress
 import psutil
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
-from i3dist.distributed.signals import REQUEUE
+from i3dist.distributed.attempt import REQUEUE
+from i3dist.errors import UserError, reason
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -34,20 +35,31 @@ def main() -> int:
         usage = "%(prog)s [OPTIONS] PROGRAM ..."
         ArgumentParser(description=summary, epilog=more, usage=usage).print_help()
         return 0
-    # An agent whose peer has left says so in 25 lines.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from torch.distributed import run  # takes seconds
+    ranks = dict(os.environ)
+    # Else an agent that does not reach the others, or whose peer has left, says so in 25 lines.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    from torch.distributed import DistError, run  # takes seconds
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     arguments = run.parse_args(sys.argv[1:])
     # On its other signals the agent ends the ranks, and then with 1.
     arguments.signals_to_handle = "SIGINT,SIGQUIT"
     told = pass_signals_on()
+    os.environ.clear()
+    os.environ.update(ranks)
     try:
         run.run(arguments)
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
         return status_of(first.exitcode, told)
+    except (RendezvousError, DistError) as error:
+        place = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
+        raise UserError(
+            f"the hosts do not meet at {place} ({reason(error.__cause__ or error)}): start the "
+            f"same command on every host (--nnodes={arguments.nnodes}) in ten minutes, with the name and "
+            "a free port of one of them (--rdzv-endpoint, or --master-addr and --master-port)"
+        ) from None
     return 0
 
 

@@ -164,6 +164,8 @@ def _state(
         return "failed", reason
     if held is not True and metrics and metrics[-1]["step"] >= steps:
         return "ended", "all steps are taken"
+    if said == "end" and not reason:  # though metrics.jsonl lacks the last step
+        return "ended", "it said so"
     if said in ("requeue", "end"):
         return "waiting", reason or "it was asked to stop"
     if held is False and event.get("host") == socket.gethostname():

@@ -24,6 +24,7 @@ from i3dist.tracking.metrics_log import EVENTS, METRICS, MetricsLog, read_lines
 Event = Literal["start", "requeue", "failure", "end"]
 LAST: tuple[Event, ...] = ("requeue", "failure", "end")  # after these the process ends
 WAIT_SECONDS = 10.0  # that the end of a run waits for the command
+LEAVE_SECONDS = 2.0  # the same, where other ranks have ended and Slurm is about to end this one
 LIMIT_SECONDS = 60.0  # after which the command is ended
 LOOK_SECONDS = 0.5
 UNSAID = "the process of rank 0 ended without a word: the job's log may say why"
@@ -52,8 +53,12 @@ class Notifier:
         self._begun = True
         self._tell("start", step, "")
 
-    def stop(self, event: Event, reason: str = "") -> None:
-        """The process is about to end; waits for the command, but not for long."""
+    def leave(self, reason: str, again: bool) -> None:
+        """Other ranks end this process; `again` says whether the job asks to be started again."""
+        self.stop("requeue" if again else "failure", reason, LEAVE_SECONDS)
+
+    def stop(self, event: Event, reason: str = "", wait: float | None = None) -> None:
+        """The process is about to end; waits so long for the command, or `WAIT_SECONDS`."""
         self._tell(event, self._last_step(), reason)
         if self._begun:
             prometheus.mark_stopped(self._folder)
@@ -61,7 +66,7 @@ class Notifier:
         if watcher is not None and watcher.stdin is not None:
             with suppress(OSError, subprocess.TimeoutExpired):
                 watcher.stdin.close()
-                watcher.wait(WAIT_SECONDS)
+                watcher.wait(WAIT_SECONDS if wait is None else wait)
 
     def _tell(self, event: Event, step: int, reason: str) -> None:
         if not self._active:

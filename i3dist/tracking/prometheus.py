@@ -73,10 +73,10 @@ def write(folder: Path, gauges: Mapping[str, float]) -> None:
 def mark_stopped(folder: Path) -> None:
     """Say in the file, if there is one, that the run does not train any more."""
     with suppress(OSError):
-        text = (folder / FILE).read_text("utf-8")
-        stopped = re.sub(rf"^({RUNNING}\{{.*\}}) 1\.0$", r"\1 0.0", text, flags=re.MULTILINE)
+        text = (folder / FILE).read_bytes()  # a name may have any ends of lines
+        running = rb"^(%b\{.*\}) 1\.0$" % RUNNING.encode()
         partial = folder / f".{FILE}{PARTIAL}"
-        partial.write_text(stopped, "utf-8")
+        partial.write_bytes(re.sub(running, rb"\1 0.0", text, flags=re.MULTILINE))
         os.replace(partial, folder / FILE)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from i3dist import garbage
+from i3dist.checkpoint.weights import WEIGHTS
 from i3dist.cli.program import call_on_failure, keep_tracebacks_in, tell_others_by
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
@@ -77,13 +79,14 @@ def dry_run(settings: Settings, job: Job) -> None:
         print_tables(settings, job.world_size, tokens)
 
 
-def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
+def join(settings: Settings, job: Job, stop: StopRequest, notifier: Notifier) -> Peers:
     """Join the job's process group; from now on ranks hear of each other's end."""
     if stop.peers is not None:  # a preflight has joined
         return stop.peers
     keep_records_in(settings.run.path)
     host.allow_many_files()
     peers = stop.peers = setup.start(job, str(settings.run.path))
+    peers.on_end = notifier.leave
     tell_others_by(peers.fail)
     if settings.slurm.successor:
         peers.on_lost = ask_for_successor
@@ -91,7 +94,11 @@ def join(settings: Settings, job: Job, stop: StopRequest) -> Peers:
 
 
 def preflight(
-    arguments: argparse.Namespace, settings: Settings, job: Job, stop: StopRequest
+    arguments: argparse.Namespace,
+    settings: Settings,
+    job: Job,
+    stop: StopRequest,
+    notifier: Notifier,
 ) -> Peers:
     """Join the job, and check that its hosts fit together.
 
@@ -102,7 +109,7 @@ def preflight(
     """
     setup.choose_device(settings.train.device)
     given = read_input(arguments, settings, job)
-    peers = join(settings, job, stop)
+    peers = join(settings, job, stop, notifier)
     check(given, job)
     return peers
 
@@ -114,6 +121,7 @@ def build(
     corpus: Corpus,
     stop: StopRequest,
     times: StartTimes,
+    notifier: Notifier,
 ) -> Trainer:
     """Decide the settings, join the job, and build model, engine, tracker and trainer."""
     # Find whatever is wrong with the input before the ranks wait for each other.
@@ -127,7 +135,7 @@ def build(
     if not devices.uses_cuda():
         host.keep_freed_memory()
     times.end("settings")
-    peers = join(settings, job, stop)
+    peers = join(settings, job, stop, notifier)
     times.end("process group")
     agree(start)
     cache, await_compiler = prepare_compiler(settings, job)
@@ -148,7 +156,7 @@ def build(
     times.end("run's folder, MLflow")
     with recorded(tracker, peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, cache)
-        trainer.watchdog.on_end = partial(let_go, job, peers)
+        trainer.watchdog.on_end = partial(let_go, peers, notifier)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
             times.end("checkpoint")
@@ -207,11 +215,12 @@ def build_model(start: Start, job: Job, corpus: Corpus) -> I3LM:
     return model.to(devices.device(job))
 
 
-def let_go(job: Job, peers: Peers) -> None:
+def let_go(peers: Peers, notifier: Notifier, why: str) -> None:
     """Before the watchdog ends this rank: the others, which hang too, leave by themselves."""
     peers.close()
-    if job.rank == 0:
-        ask_for_requeue()
+    # In threads, because a file system that hangs would block them.
+    for tell in (ask_for_requeue, partial(notifier.leave, why, True)):
+        threading.Thread(target=tell, daemon=True).start()
 
 
 @contextmanager
@@ -327,7 +336,8 @@ def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
         UserError: on every rank, if they do not.
     """
     job = detect_job(settings)
-    peers = preflight(arguments, settings, job, StopRequest(job))
+    nobody = Notifier(settings.run.path, None, active=False)
+    peers = preflight(arguments, settings, job, StopRequest(job), nobody)
     peers.close()
     collectives.leave_group()
 
@@ -354,10 +364,10 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
     call_on_failure(partial(notifier.stop, "failure"))
     if wanted(arguments, job):
-        preflight(arguments, settings, job, stop)
+        preflight(arguments, settings, job, stop, notifier)
     corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
     times.end("data")
-    trainer = build(arguments, settings, job, corpus, stop, times)
+    trainer = build(arguments, settings, job, corpus, stop, times, notifier)
     notifier.start(trainer.progress.step)
     with recorded(trainer.log.tracker, stop.peers):
         done = trainer.fit()
@@ -366,7 +376,9 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     if not done:
         step, ordered = trainer.progress.step, trainer.orders.stop
         why = f"as {settings.run.path / STOP} asked" if ordered else "on request"
-        print_rank_0(f"stopped {why} at step {step}: run the same command to continue")
+        longer = (settings.run.path / WEIGHTS).exists()  # than when it ended before
+        older = f" ({WEIGHTS} is of an earlier step until it ends)" if longer else ""
+        print_rank_0(f"stopped {why} at step {step}: run the same command to continue{older}")
         notifier.stop("end" if ordered else "requeue", stop.reason or f"stopped {why}")
         stop.exit(0 if ordered else REQUEUE)
     with warned("after training"):

@@ -72,7 +72,7 @@ def test_a_run_without_a_stack_is_of_the_former_one(run: Path) -> None:
     text = settings.to_yaml()
     assert f"  layers: {FORMER_LAYERS}\n" in text
     (run / "settings.yaml").write_text(text.replace(f"  layers: {FORMER_LAYERS}\n", ""))
-    export_weights(run, I3LM(settings.model, bos_id=2), 1)
+    export_weights(run, I3LM(settings.model, bos_id=2), settings.train.steps)
     model, loaded, _ = load_run(run, CPU)
     assert loaded == settings and [type(block) for block in model.upper] == [AttentionBlock] * 2
 

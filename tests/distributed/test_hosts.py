@@ -100,3 +100,10 @@ def test_torchrun_ends_as_its_ranks_do(
     assert [command.wait(60) for command in commands] == [1, 1]
     errors = re.findall("error: .*", (tmp_path / "host1").read_text())
     assert len(errors) == 1 and "train.steps" in errors[0]
+
+    options = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-conf=read_timeout=1"]
+    words = ["python", "launch/torchrun.py", *options, "--rdzv-endpoint=nowhere.invalid:1", "x.py"]
+    lost = hosts[0].start(*words, folder=ROOT, environ=environment(), output=tmp_path / "lost")
+    assert lost.wait(60) == 1
+    (line,) = (tmp_path / "lost").read_text().splitlines()
+    assert line.startswith("error: the hosts do not meet at nowhere.invalid:1 (")

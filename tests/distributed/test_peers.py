@@ -40,6 +40,7 @@ def rank(
     store = torch_dist.TCPStore("127.0.0.1", port, None, number == 0, patience, False)
     tied = peers.connect(job, store, "127.0.0.1")
     tied.on_lost = lambda hosts: Path("lost").write_text(",".join(hosts))
+    tied.on_end = lambda why, again: Path(f"end-{number}").write_text(f"{again} {why}")
     Path(f"pid-{number}").write_text(str(os.getpid()))
     store.add("there", 1)
     while store.add("there", 0) < RANKS:
@@ -86,6 +87,9 @@ def test_when_one_fails_all_leave_with_1(capfd: pytest.CaptureFixture[str], fail
 
     assert statuses(fail) == [1] * RANKS
     assert capfd.readouterr().err == ""
+    ends = [Path("end-0").read_text()] if failing else []  # rank 0 tells people of it
+    host = f"node{1 + failing // 2}"
+    assert ends == [f"False rank {failing} on {host} failed: the job's log says why"][:failing]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,8 @@ def test_when_some_are_lost_the_others_leave_and_one_names_them(
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(said) and line.endswith("; the job ends")
     assert (Path("lost").read_text() if Path("lost").exists() else None) == host
+    ends = Path("end-2" if killed == [0] else "end-0").read_text()
+    assert ends == f"False {said[said.index('lost') : -2]}"
 
 
 @pytest.mark.skipif(

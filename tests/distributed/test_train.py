@@ -71,8 +71,14 @@ def test_a_checkpoint_is_read_as_the_weights_that_a_run_leaves(whole: Path) -> N
 
 def test_a_run_that_has_not_ended_names_its_newest_checkpoint(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("model.*"))
-    with pytest.raises(UserError, match=rf"continue .* or name .*/step-{STEPS:08d}$"):
+    shutil.copytree(whole, run)
+    settings = (run / "settings.yaml").read_text()
+    (run / "settings.yaml").write_text(settings.replace(f"steps: {STEPS}\n", "steps: 99\n"))
+    newest = f".* continue .* or name .*/step-{STEPS:08d}$"
+    with pytest.raises(UserError, match=f"is of step {STEPS}, and the run is to take 99: {newest}"):
+        load_run(run, torch.device("cpu"))
+    (run / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"safetensors is missing: {newest}"):
         load_run(run, torch.device("cpu"))
     (run / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"step-00000004: state\.json"):

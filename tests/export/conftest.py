@@ -51,6 +51,7 @@ def make_run(folder: Path, **changes: Any) -> I3LM:
     (folder / "tokenizer.json").write_bytes(TOKENIZER)
     vocab = Tokenizer.load(folder / "tokenizer.json").vocab_size
     settings = Settings.build({"model": SMALL | {"vocab_size": vocab} | changes})
+    settings = settings.with_values(**{"train.steps": 7})
     (folder / "settings.yaml").write_text(settings.to_yaml())
     torch.manual_seed(0)
     model = I3LM(settings.model, BOS).eval()

@@ -13,7 +13,7 @@ import pytest
 
 from i3dist.distributed.hang_report import FILE
 from i3dist.distributed.signals import REQUEUE
-from i3dist.tracking.metrics_log import read_metrics
+from i3dist.tracking.metrics_log import EVENTS, read_lines, read_metrics
 from tests.conftest import QUICK, deepspeed
 
 LIMIT = 10
@@ -43,6 +43,8 @@ def hang(
     result = deepspeed(*words, f"run.path={run}", script=script, before=before)
     assert result.returncode == REQUEUE, result.stderr
     assert min(ending(result)) - read_metrics(run / "metrics.jsonl")[0]["time"] < LIMIT + 20
+    events = [line["event"] for line in read_lines(run / EVENTS)]
+    assert events == ["start", "requeue"]
     return result
 
 

@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     settings = Settings().with_values(**MODEL)
     torch.manual_seed(0)
-    export_weights(folder, I3LM(settings.model, BOS), 3)
+    export_weights(folder, I3LM(settings.model, BOS), settings.train.steps)
     (folder / "settings.yaml").write_text(settings.to_yaml())
     (folder / "tokenizer.json").write_bytes(TOKENIZER)
     return folder

@@ -140,6 +140,8 @@ def test_many_findings_are_counted_in_one_line() -> None:
     with pytest.raises(UserError) as error:
         refuse(examine(everyone))
     assert str(error.value) == "preflight: node4: broken; correct it there (and 8 more, above)"
+    with pytest.raises(UserError, match=r"cannot be written: Read-only file system; .* run\.path$"):
+        refuse(examine([its(unwritable="Read-only file system")(job([1])[0])]))
 
 
 def test_the_same_fault_of_many_hosts_is_one_finding() -> None:

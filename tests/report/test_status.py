@@ -87,6 +87,8 @@ def test_each_state_has_its_exit_status(run: Path) -> None:
     write(run, METRICS, 1000)
     event(run, "end")
     assert read_status(run).state == "ended"
+    (run / METRICS).unlink()
+    assert read_status(run).state == "ended"
     assert sorted(STATUS.values()) == [0, 0, 2, 3, 4, 5]
 
 

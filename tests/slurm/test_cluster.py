@@ -81,19 +81,19 @@ open("ready-0", "w")
 time.sleep(600)
 """
 
-# In the first run rank 1 is stopped, alone on its host; rank 0 waits for it.
+# In the first run rank 0 is stopped, alone on its host; rank 1 waits for it.
 HANGING = """
 import os, signal, time
 from pathlib import Path
 open("begun-" + os.environ.get("SLURM_RESTART_COUNT", "0"), "w")
 if "SLURM_RESTART_COUNT" not in os.environ:
-    if os.environ["SLURM_PROCID"] == "1":
+    if os.environ["SLURM_PROCID"] == "0":
         os.kill(os.getpid(), signal.SIGSTOP)
     from i3dist.distributed.attempt import ask_for_requeue
     from i3dist.distributed.job import Job
     from i3dist.distributed.watchdog import Watchdog
     watchdog = Watchdog(2, Job.detect(), Path("."))
-    watchdog.on_end = ask_for_requeue
+    watchdog.on_end = lambda _: ask_for_requeue()
     watchdog.beat("taking a step")
     time.sleep(600)
 """
@@ -344,7 +344,7 @@ def test_a_job_that_hangs_is_requeued_though_slurm_kills_the_stopped_rank(
     assert cluster.wait(job, 120) == "COMPLETED"
     assert requeued(cluster, tmp_path, job) == 1
     said = (tmp_path / "job.out").read_text()
-    assert "error: rank 0 has been taking a step for 2 s" in said and "in <module>" in said
+    assert "error: rank 1 has been taking a step for 2 s" in said and "in <module>" in said
     assert (tmp_path / "begun-1").exists()
 
 

@@ -89,7 +89,8 @@ def test_a_chain_that_fails_is_cut_and_is_submitted_again(cluster: Cluster, tmp_
         (tmp_path / f"{name}.py").write_text(STAND_IN)
     (tmp_path / "launch" / "export.py").write_text(STAND_IN)
     (tmp_path / "broken").touch()
-    words = ["--source", "a b", "--data", "in to", "--run", "a.run", "--shard", "--seed '1 2'"]
+    words = ["--source", "a b", "--data", "in to", "--run", "a.run", "--tasks", "1%1"]
+    words += ["--shard", "--seed '1 2'"]
     words += ["--prepare", "--cpus-per-task=1", "--evaluate", "--cpus-per-task=1"]
     words += ["--train", "--gpus-per-node=0", "--", "train.steps=5"]
 

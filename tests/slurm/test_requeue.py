@@ -103,7 +103,9 @@ def test_an_error_is_one_line_and_status_1(
 def test_a_lost_host_is_left_out_by_the_job_that_succeeds(tmp_path: Path) -> None:
     """At once; Slurm finds the loss only when its time is up, and then leaves the old job alone."""
     with running_cluster((*NODES, "node3")) as cluster:
-        options = [*TWO, "--time=17", "--mem-per-cpu=100"]
+        output = tmp_path / "of a job.out"
+        named = ["--job-name=a job", f"--output={output}"]
+        options = [*TWO, "--time=17", "--mem-per-cpu=100", *named]
         killed = tmp_path / "killed"  # a rank alone: its host is none to leave out
         killed.mkdir()
         job = submit(cluster, killed, CONNECTED, TWO, "die")
@@ -114,7 +116,7 @@ def test_a_lost_host_is_left_out_by_the_job_that_succeeds(tmp_path: Path) -> Non
         wait_for(lambda: len(list(tmp_path.glob("ready-0-?"))) == 2)
         cluster.kill_node("node2")
         wait_for((tmp_path / "ready-1-1").exists)
-        text = (tmp_path / "job.out").read_text()
+        text = output.read_text()
         assert re.search(rf"error: lost rank 1 on node2 \(.*, job {job}\); the job ends", text)
         found = re.search(rf"job (\d+) succeeds job {job}, without node2\n", text)
         assert found is not None
@@ -125,6 +127,8 @@ def test_a_lost_host_is_left_out_by_the_job_that_succeeds(tmp_path: Path) -> Non
             "TimeLimit=00:17:00",
             "MinMemoryCPU=100M",
             "NumNodes=2",
+            "JobName=a job\n",
+            f"StdOut={output}\n",
         ):
             assert words in record
         assert "Requeue=0" in cluster.command("scontrol", "show", "job", job)

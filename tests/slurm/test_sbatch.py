@@ -101,9 +101,10 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
     if not words:
         return [], []
     first = words.index("bash")
-    shell, logs = words[first : first + 2], words[first + 3 : first + 5]
-    assert shell == ["bash", "-c"] and logs[0] == "rank" and logs[1].endswith("slurm-77.ranks")
-    return words[:first], words[first + 5 :]
+    shell, (name, logs, file) = words[first : first + 2], words[first + 3 : first + 6]
+    assert shell == ["bash", "-c"] and name == "rank" and logs.endswith("slurm-77.ranks")
+    assert file in words[first + 6 :]
+    return words[:first], words[first + 6 :]
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (4, 8)])
@@ -168,6 +169,31 @@ def test_what_its_messages_tell_to_do_helps(tmp_path: Path) -> None:
     asked = int(few.rpartition("ask for more, --cpus-per-gpu=")[2])
     cpus = str(4 * asked)
     assert starts(tmp_path / "more", SLURM_GPUS_ON_NODE="4", SLURM_JOB_CPUS_PER_NODE=cpus)
+
+
+def test_a_node_that_lacks_the_program_or_python_is_named(tmp_path: Path) -> None:
+    """Once, with status 1, and so late that the other ranks can leave with it, too."""
+    run(tmp_path)
+    words = json.loads((tmp_path / "srun.json").read_text())["words"]
+    rank = words[words.index("bash") :]
+    sleep = tmp_path / "bin" / "sleep"
+    sleep.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/slept\n')
+    sleep.chmod(0o755)
+    path = f"{sleep.parent}{os.pathsep}{os.environ['PATH']}"
+    (tmp_path / "there").touch()
+    for file, program, lacking in (("gone", "sh", "gone"), ("there", "no-python", "no-python")):
+        for task in ("0", "1"):
+            ended = subprocess.run(
+                [*rank[:5], file, program],
+                cwd=tmp_path,
+                env={"PATH": path, "SLURMD_NODENAME": "n7", "SLURM_LOCALID": task},
+                capture_output=True,
+                text=True,
+            )
+            said = f"error: n7 has no {lacking}: put the repository and the environment where all"
+            assert ended.returncode == 1 and ended.stderr.startswith(said if task == "0" else "")
+            assert len(ended.stderr.splitlines()) == (task == "0")
+    assert (tmp_path / "slept").read_text() == "6\n" * 4
 
 
 def test_fewer_cpus_than_gpus_are_allowed_and_warned_of(tmp_path: Path) -> None:

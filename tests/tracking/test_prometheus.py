@@ -20,7 +20,7 @@ def read(folder: Path) -> dict[str, float]:
     typed = []
     text = (folder / FILE).read_bytes().decode()
     assert text.endswith("\n")
-    for line in text.splitlines():
+    for line in text.removesuffix("\n").split("\n"):
         if match := re.fullmatch(r"# TYPE (\S+) gauge", line):
             typed.append(match[1])
         elif not re.fullmatch(r"# HELP \S+ .+", line):
@@ -49,11 +49,15 @@ def test_the_newest_figures_of_each_log_are_gauges(tmp_path: Path) -> None:
     assert read(tmp_path)["i3dist_running"] == 0 and read(tmp_path)["i3dist_loss"] == 5.5
 
 
-@pytest.mark.parametrize("name", ["a b", 'quo"te', "back\\slash", "new\nline", "x\udcff", "é"])
+@pytest.mark.parametrize(
+    "name", ["a b", 'quo"te', "back\\slash", "new\nline", "a\rb", "x\udcff", "é"]
+)
 def test_a_folder_of_any_name_is_a_label(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     PrometheusFile(tmp_path / name).update(METRICS, 1, {})
     assert read(tmp_path / name)["i3dist_step"] == 1
+    mark_stopped(tmp_path / name)
+    assert read(tmp_path / name)["i3dist_running"] == 0
 
 
 @given(value=st.floats())

@@ -32,7 +32,7 @@ def finished(folder: Path, tokenizer: bytes = TOKENIZER, **model: Any) -> Path:
     """The folder of a finished run of another model."""
     settings = Settings().with_values(**MODEL | model)
     folder.mkdir()
-    export_weights(folder, I3LM(settings.model, BOS), 3)
+    export_weights(folder, I3LM(settings.model, BOS), settings.train.steps)
     (folder / "settings.yaml").write_text(settings.to_yaml())
     (folder / "tokenizer.json").write_bytes(tokenizer)
     return folder
