@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.header_check import HeaderCheck
 from data_prep.stream import Stream
 from i3dist.data.archive import Headers
 from i3dist.data.manifest import TAR_BLOCK, member_stride
@@ -24,37 +25,56 @@ _NOWHERE: Ints = np.empty(0, np.int64)
 
 
 class Findings(NamedTuple):
-    """What a block of N members of T tokens holds; positions count from the shard's first token."""
+    """What a shard's members hold; positions count from the shard's first token, ascending."""
 
     malformed: list[int]  # chunks whose header or padding is not that of the format
     beyond: Ints  # positions of ids outside the vocabulary
-    positions: Ints  # of special ids, ascending
+    positions: Ints  # of special ids
     ids: Stored  # these ids
     changes: Ints  # positions whose mask differs from that of the token before, if there is a mask
 
 
 class BlockCheck:
-    """Reads and checks blocks of the shards of one split."""
+    """Reads and checks the shards of one split, one after the other, block by block."""
 
     def __init__(self, stream: Stream) -> None:
         """Make arrays for blocks of at most `members` members."""
         self.length, self._kind = stream.chunk_length, stream.token_type
-        self._payload = self.length * self._kind.dtype.itemsize
-        self.stride = member_stride(self.length, self._kind.dtype.itemsize)
-        self.members = min(max(1, BLOCK // self.stride), stream.chunks_per_shard)
+        word = self._kind.dtype.itemsize
+        self._payload = self.length * word
+        self.stride = member_stride(self.length, word)
+        self._words_of_member = self.stride // word
+        self.members = _members(stream.chunks_per_shard, self.stride)
         self._vocab_size = stream.vocab_size
         self._ordinary, self._inner = _ordinary_ids(stream.vocab_size, stream.special_ranges())
+        self._is_simple = bool(self._ordinary) and not self._inner and not self._kind.has_mask
         self._most = self._id(max(len(self._ordinary) - 1, 0))  # counted from the first one
         self._data = memoryview(bytearray(self.members * self.stride))
+        self._words: Stored = np.frombuffer(self._data, self._kind.dtype)
         data = np.frombuffer(self._data, np.uint8).reshape(self.members, self.stride)
         end = TAR_BLOCK + self._payload
         self._stored, self._padding = data[:, :TAR_BLOCK], data[:, end:]
         self._tokens = data[:, TAR_BLOCK:end].view(self._kind.dtype)
-        self._headers = Headers(self._payload, stream.chunks_per_shard, self._kind.dtype.itemsize)
-        self._made = self._headers.blank(self.members)
+        headers = Headers(self._payload, stream.chunks_per_shard, word)
+        self._headers = HeaderCheck(headers, stream.chunks_per_shard)
         self._shifted = np.empty((self.members, self.length), self._kind.dtype)
         self._within = np.empty(self._shifted.shape, bool)
         self._found = np.empty_like(self._within)
+
+    def begin(self, number: int, expected: Ints) -> None:
+        """Begin with shard `number`.
+
+        Special ids may stand at the positions `expected`, ascending. Those elsewhere are found too,
+        by a search that takes longer.
+        """
+        self._headers.begin(number)
+        self._expected = expected
+        word = self._kind.dtype.itemsize
+        gap = (self.stride - self._payload) // word
+        self._places = expected + expected // self.length * gap + TAR_BLOCK // word
+        self._malformed: list[int] = []
+        self._special: list[tuple[Ints, Stored]] = []
+        self._changes: list[Ints] = []
         self._learned_before = False  # the last token of the block before
 
     def read(self, file: FileIO, count: int) -> memoryview:
@@ -67,62 +87,59 @@ class BlockCheck:
             done += got
         return self._data[:done]
 
-    def check(self, number: int, first: int, count: int, expected: Ints) -> Findings:
-        """Check the `count` members last read, which are chunks `first` and on of a shard.
+    def check(self, first: int, count: int) -> None:
+        """Check the `count` members last read, which are chunks `first` and on of the shard."""
+        self._check_headers(first, count)
+        tokens, start = self._tokens[:count], first * self.length
+        if self._kind.has_mask:
+            self._changes.append(self._changes_in(tokens) + start)
+        ends = self._expected.searchsorted((start, start + count * self.length))
+        here = slice(*ends.tolist())
+        found = self._expected_ids(tokens, self._places[here] - first * self._words_of_member)
+        if found is not None:
+            self._special.append((self._expected[here], found))
+        else:
+            ids = self._kind.ids(tokens)
+            places = _flatnonzero(self._not_ordinary(ids).reshape(-1))
+            self._special.append((places + start, ids[np.divmod(places, self.length)]))
 
-        Args:
-            number: the shard's.
-            first: the first chunk.
-            count: how many.
-            expected: where special ids may stand in the block, ascending. Those elsewhere are found
-                too, by a search that takes longer.
-        """
-        tokens = self._tokens[:count]
-        changes, start = self._changes(tokens, first), first * self.length
-        special, ids = self._special(self._kind.ids(tokens), expected)
+    def findings(self) -> Findings:
+        """What the checks since `begin` have found."""
+        positions, ids = (np.concatenate(parts) for parts in zip(*self._special, strict=True))
+        if self._is_simple:  # where ids were expected, not all need be special
+            is_special = ids - self._id(self._ordinary.start) > self._most
+            if not is_special.all():
+                positions, ids = positions[is_special], ids[is_special]
         beyond = _NOWHERE
         if len(ids) and ids.max() >= self._vocab_size:
             is_known = ids < self._vocab_size
-            beyond, special, ids = special[~is_known], special[is_known], ids[is_known]
-        malformed = self._malformed(number, first, count)
-        return Findings(malformed, beyond + start, special + start, ids, changes + start)
+            beyond, positions, ids = positions[~is_known], positions[is_known], ids[is_known]
+        changes = np.concatenate(self._changes) if self._changes else _NOWHERE
+        return Findings(sorted(set(self._malformed)), beyond, positions, ids, changes)
 
-    def _changes(self, tokens: Stored, first: int) -> Ints:
-        """Where the mask of a block changes, given the number of its first chunk."""
+    def _changes_in(self, tokens: Stored) -> Ints:
+        """Where the mask of a block changes."""
         learned = self._kind.learned(tokens)
-        if learned is None:
-            return _NOWHERE
+        assert learned is not None
         learned = learned.reshape(-1)
-        before = self._learned_before if first else False
-        self._learned_before = bool(learned[-1])
+        before, self._learned_before = self._learned_before, bool(learned[-1])
         return np.flatnonzero(learned != np.concatenate(([before], learned[:-1])))
 
-    def _malformed(self, number: int, first: int, count: int) -> list[int]:
-        made = self._headers.number(self._made[:count], number, first)
-        stored, padding = self._stored[:count], self._padding[:count]
-        alike = np.array_equal(stored.view(np.uint64), made.view(np.uint64))
-        if alike and not (padding.size and padding.any()):
-            return []
-        wrong = (stored != made).any(axis=1) | padding.any(axis=1)
-        return (np.flatnonzero(wrong) + first).tolist()
+    def _check_headers(self, first: int, count: int) -> None:
+        self._malformed += self._headers.wrong(self._stored[:count], first)
+        padding = self._padding[:count]
+        if padding.size and padding.any():
+            self._malformed += (np.flatnonzero(padding.any(axis=1)) + first).tolist()
 
-    def _special(self, tokens: Stored, expected: Ints) -> tuple[Ints, Stored]:
-        """Where ids are that are special or outside the vocabulary, and these ids."""
-        if self._ordinary and not self._inner and len(expected):
-            shifted = self._shift(tokens).reshape(-1)
-            found = shifted[expected]
-            if not (is_special := found > self._most).all():
-                expected, found = expected[is_special], found[is_special]
-            shifted[expected] = 0
-            if shifted.max() <= self._most:
-                return expected, found + self._id(self._ordinary.start)
-        places = _flatnonzero(self._not_ordinary(tokens).reshape(-1))
-        return places, tokens[np.divmod(places, self.length)]
-
-    def _shift(self, tokens: Stored) -> Stored:
-        """Ids counted from the first ordinary one; those below it wrap around to large numbers."""
-        start = self._id(self._ordinary.start)
-        return np.subtract(tokens, start, out=self._shifted[: len(tokens)])
+    def _expected_ids(self, tokens: Stored, places: Ints) -> Stored | None:
+        """The ids at these words of the block; None if another token is not an ordinary id."""
+        if not self._is_simple:
+            return None
+        found = self._words[places]
+        self._words[places] = self._ordinary.start  # while all others are looked at
+        is_ordinary = tokens.min() >= self._ordinary.start and tokens.max() < self._ordinary.stop
+        self._words[places] = found
+        return found if is_ordinary else None
 
     def _not_ordinary(self, tokens: Stored) -> NDArray[np.bool_]:
         """Where ids are that are special or outside the vocabulary."""
@@ -131,7 +148,8 @@ class BlockCheck:
         if not ordinary:
             found[:] = True
             return found
-        shifted = self._shift(tokens)
+        # Those below the first ordinary id wrap around to large numbers.
+        shifted = np.subtract(tokens, self._id(ordinary.start), out=self._shifted[:count])
         np.greater(shifted, self._most, out=found)
         for low, high in self._inner:
             np.subtract(tokens, self._id(low), out=shifted)
@@ -141,6 +159,12 @@ class BlockCheck:
 
     def _id(self, number: int) -> Any:
         return self._kind.dtype.type(number)
+
+
+def _members(chunks: int, stride: int) -> int:
+    """The members of a block: about `BLOCK` bytes, and as many in the last block of a shard."""
+    most = max(1, BLOCK // stride)
+    return -(-chunks // -(-chunks // most))
 
 
 def _ordinary_ids(

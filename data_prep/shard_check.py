@@ -25,7 +25,6 @@ from data_prep.damage import MAKE_AGAIN, RESTORE, Damage, by_chunk, token_place
 from data_prep.index_rows import Rows, compare_rows, piece_ends
 from data_prep.stream import Stream
 from i3dist.data.manifest import Shard
-from i3dist.data.token_types import Stored
 
 
 class Ends(NamedTuple):
@@ -81,11 +80,6 @@ class _Check:
     damages: list[Damage] = field(default_factory=list)
     sha256: str = ""
 
-    def __post_init__(self) -> None:
-        self._positions: list[Ints] = []  # of special ids
-        self._ids: list[Stored] = []
-        self._changes: list[Ints] = []  # of the mask
-
     def add(self, place: str, problem: str, remedy: str = RESTORE) -> None:
         """Note a damage of the shard."""
         self.damages.append(Damage(self.stream.file(self.shard.name), place, problem, remedy))
@@ -103,7 +97,7 @@ class _Check:
         searched for if any stands elsewhere.
         """
         stream, chunks, blocks = self.stream, self.shard.chunks, self.blocks
-        expected = piece_ends(stream, rows)
+        blocks.begin(self.number, piece_ends(stream, rows))
         digest = hashlib.sha256()
         with stream.open_shard(self.shard.name) as file:
             size = os.fstat(file.fileno()).st_size
@@ -119,13 +113,12 @@ class _Check:
                 if len(data) < count * blocks.stride:
                     raise OSError(0, "it became shorter")
                 # Before it is hashed: hashing would push the block out of the cache.
-                begin, end = first * blocks.length, (first + count) * blocks.length
-                here = expected[slice(*expected.searchsorted((begin, end)))] - begin
-                self._note(first, blocks.check(self.number, first, count, here))
+                blocks.check(first, count)
                 digest.update(data)
             tail = file.read()
             digest.update(tail)
         self.sha256 = digest.hexdigest()
+        self._note(blocks.findings())
         if tail.count(0) < len(tail):
             self.add("end of the archive", "it has other bytes than zeros")
         if self.sha256 != self.shard.sha256:
@@ -134,21 +127,19 @@ class _Check:
             self.damages.insert(0, Damage(stream.file(self.shard.name), "", problem, RESTORE))
         return True
 
-    def _note(self, first: int, found: Findings) -> None:
-        """Note what was found in the block that begins with chunk `first`."""
+    def _note(self, found: Findings) -> None:
+        """Note what was found in the members."""
+        self._found = found
         for chunk in found.malformed:
             self.add(f"chunk {chunk}", "its header or padding is not that of the format")
         if len(found.beyond):
             problem = f"its id is not below vocab_size {self.stream.vocab_size:,}"
             self.add_by_chunk(found.beyond, problem)
-        self._positions.append(found.positions)
-        self._ids.append(found.ids)
-        self._changes.append(found.changes)
 
     def boundaries(self, rows: Rows | None) -> tuple[Ends, int]:
         """Check <BOS>, <EOS> and <PAD>, and the shard's rows in the index."""
         stream = self.stream
-        positions, ids = np.concatenate(self._positions), np.concatenate(self._ids)
+        positions, ids = self._found.positions, self._found.ids
         is_bos, is_eos = ids == stream.bos_id, ids == stream.eos_id
         bos, eos = positions[is_bos], positions[is_eos]
         end = self.shard.chunks * stream.chunk_length
@@ -163,7 +154,7 @@ class _Check:
             self._add_disorder(positions[framing], is_bos[framing], end)
             stops = np.append(starts[1:], end)[: len(starts)]
         if stream.chat:
-            ends = self._check_chat(ends, Marks(positions, ids, np.concatenate(self._changes), end))
+            ends = self._check_chat(ends, Marks(positions, ids, self._found.changes, end))
         if rows is not None:
             found = compare_rows(stream, self.number, rows, starts, stops, ends.begins_inside)
             self.damages.extend(found)

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     with one_line_errors():
         shard.main(sys.argv[1:])
 """
-KILLED = 'first and "4/4" in sys.argv and os.kill(os.getpid(), 9)'
+KILLED = 'first and "5/5" in sys.argv and os.kill(os.getpid(), 9)'
 SLOW = 'first and "{task}" in sys.argv and (open("ready", "w"), time.sleep(600))'
 
 
@@ -56,7 +56,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
 
 
 def submit(
-    cluster: Cluster, folder: Path, source: Path, trouble: str, *words: object, tasks: int = 2
+    cluster: Cluster, folder: Path, source: Path, trouble: str, *words: object, tasks: str = "2"
 ) -> str:
     """Submit an array of tasks from `folder`; returns the job."""
     (folder / "data_prep").mkdir(exist_ok=True)
@@ -121,19 +121,22 @@ def test_arrays_on_two_nodes_make_the_bytes_of_one_process(
 ) -> None:
     """Tasks that are killed on their way go back into the queue alone, in both arrays.
 
-    The last task of an array has the number of the array.
+    The last task of an array has the number of the array. No more tasks pack at once than tokenize.
     """
-    array = submit(cluster, tmp_path, source, KILLED, "--vocab-size", 400, tasks=4)
+    array = submit(cluster, tmp_path, source, KILLED, "--vocab-size", 400, tasks="5%4")
+    waiting = ("squeue", "--noheader", "--format=%K", f"--name=i3dist-pack-{array}")
+    wait_for(lambda: cluster.command(*waiting).strip() != "")
+    assert cluster.command(*waiting).strip() == "1-5%4"
     found = finished(cluster, array)
     assert states(found) == {"COMPLETED"}, said(tmp_path, found, "merge")
-    assert len(found) == 9
-    assert restarts(found) == {"4": "1", "pack 4": "1"}
+    assert len(found) == 11
+    assert restarts(found) == {"5": "1", "pack 5": "1"}
     assert tree_digest(tmp_path / "out") == tree_digest(tokenizer.parent)
     for array_of in ("", "pack "):
-        outputs = [said(tmp_path, found, f"{array_of}{task}") for task in range(1, 5)]
+        outputs = [said(tmp_path, found, f"{array_of}{task}") for task in range(1, 6)]
         nodes = {node for text in outputs for node in re.findall(r"on (node\d)", text)}
         assert nodes == {"node1", "node2"}
-        assert "has packed its share" in outputs[3] or not array_of
+        assert "has packed its share" in outputs[-1] or not array_of
     for name in ("NumCPUs", "TimeLimit", "Partition"):
         assert found["merge"][name] == found["pack 1"][name] == found["1"][name]
 

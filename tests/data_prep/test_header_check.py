@@ -1,0 +1,31 @@
+"""Headers of members are compared as they are made, for any number of a shard and of a chunk."""
+
+import numpy as np
+import pytest
+
+from data_prep import header_check
+from data_prep.header_check import HeaderCheck
+from i3dist.data.archive import Headers
+
+CHUNKS = 300
+
+
+@pytest.mark.parametrize("kept", [header_check._KEPT_SUMS, 0])
+def test_every_changed_byte_is_found(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header_check, "_KEPT_SUMS", kept)
+    monkeypatch.setattr(header_check, "_ROWS", 64)
+    headers, random = Headers(1024, CHUNKS), np.random.default_rng(0)
+    check = HeaderCheck(headers, CHUNKS)
+    for number in (0, 7, 70, 999_999, 1_000_000, 3_999_999, 123_456, 1_000_000, 0):
+        stored = headers.number(headers.blank(CHUNKS), number, 0)
+        check.begin(number)
+        first = int(random.integers(CHUNKS))
+        assert check.wrong(stored[first:], first) == []
+        assert check.wrong(stored, 0) == []
+        changed = stored.copy()
+        rows = np.sort(random.choice(CHUNKS, 40, replace=False))
+        changed[rows, random.integers(512, size=40)] ^= random.integers(1, 256, 40, np.uint8)
+        assert check.wrong(changed, 0) == rows.tolist()
+        assert len(check.wrong(stored[:-1], 1)) == CHUNKS - 1, "each is that of its own chunk"
+        check.begin(number + 1)
+        assert len(check.wrong(stored, 0)) == CHUNKS, "and of its own shard"
