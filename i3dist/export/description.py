@@ -22,6 +22,8 @@ CHAT_TEMPLATE = (
     "{{ raise_exception('unknown role ' + message['role'] + ': use "
     + ", ".join(ROLES)
     + "') }}{% endif %}"
+    "{% if message['content'] is not string %}"
+    "{{ raise_exception('the content of a message should be text') }}{% endif %}"
     f"{{{{ '{BEGIN}<|' + message['role'] + '|>' }}}}"
     f"{{% if message['role'] == '{ANSWERS}' %}}"
     f"{{% generation %}}{{{{ message['content'] + '{END}' }}}}{{% endgeneration %}}"

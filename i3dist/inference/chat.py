@@ -65,9 +65,10 @@ class Chat:
         something else, ends it too. What was yielded stays in the conversation.
 
         Raises:
-            UserError: the text is blank or not valid Unicode, or the logits are not finite.
+            UserError: the text is blank, no text or not valid Unicode, or the logits are not
+                finite.
         """
-        if not text.strip():
+        if isinstance(text, str) and not text.strip():
             raise UserError("there is nothing in the message: say something")
         self.stop()
         self._add({"role": "user", "content": text})

@@ -67,8 +67,9 @@ class LanguageModel:
         """Ids of a text as a document that begins: [1 + n] int64 on `device`, ``<BOS>`` first.
 
         Raises:
-            UserError: the text is not valid Unicode.
+            UserError: it is no text, or not valid Unicode.
         """
+        (text,) = listed([text])
         ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
         return torch.tensor(ids, device=self.device)
 
@@ -115,11 +116,11 @@ class LanguageModel:
             list. Each text is a document of its own.
 
         Raises:
-            UserError: a text is not valid Unicode.
+            UserError: one is no text, or not valid Unicode.
         """
         if isinstance(texts, str):
             return self.score([texts])[0]
-        ids = [self.encode(text) for text in texts]
+        ids = [self.encode(text) for text in listed(texts)]
         scores = [torch.empty(0)] * len(ids)
         left = sorted(range(len(ids)), key=lambda n: -len(ids[n]))  # the longest first
         while left:
@@ -139,8 +140,9 @@ class LanguageModel:
 
         The options are those of `stream`: tokens, temperature, top_k, top_p, seed, ignore_eos.
         """
-        texts = [""] * (1 if isinstance(prompts, str) else len(prompts))
-        for row, text in self.stream(prompts, **options):
+        given = listed(prompts)
+        texts = [""] * len(given)
+        for row, text in self.stream(given, **options):
             texts[row] += text
         return texts[0] if isinstance(prompts, str) else texts
 
@@ -167,12 +169,12 @@ class LanguageModel:
             ignore_eos: begin another document where one ends, instead of stopping.
 
         Raises:
-            UserError: an option is out of range, or the logits are not finite.
+            UserError: a prompt is no text, an option is out of range, or the logits are not finite.
         """
         check_request(tokens, seed)
         sampling = Sampling(temperature, top_k, top_p)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        return stream(self.model, self.tokenizer, prompts, tokens, sampling, seed, ignore_eos)
+        given = listed(prompts)
+        return stream(self.model, self.tokenizer, given, tokens, sampling, seed, ignore_eos)
 
     def chat(
         self,
@@ -231,6 +233,19 @@ class LanguageModel:
         return tensor
 
 
+def listed(texts: str | Texts) -> list[str]:
+    """One text or several, as a list.
+
+    Raises:
+        UserError: they are something else.
+    """
+    one = isinstance(texts, str | bytes) or not isinstance(texts, Iterable)
+    several = [texts] if one else list(texts)
+    if wrong := [type(text).__name__ for text in several if not isinstance(text, str)]:
+        raise UserError(f"give a text, or a list of texts: this is of type {wrong[0]}")
+    return several
+
+
 def load(
     path: str | os.PathLike[str],
     device: str | torch.device = "auto",
@@ -250,7 +265,7 @@ def load(
             (docs/extending.md), import the file that registers them first.
     """
     try:
-        place = literal_path(os.fspath(path))
+        place = literal_path(os.fsdecode(path))
     except ValueError as error:
         raise UserError(f"{path!r}: {error}") from None
     name = str(dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ Everything here runs on the logits' device and waits for nothing, so it can be p
 """
 
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,10 @@ class Sampling:
     2020, arXiv:1904.09751); 1 keeps all."""
 
     def __post_init__(self) -> None:
+        for name, kind in (("temperature", Real), ("top_k", Integral), ("top_p", Real)):
+            if not isinstance(value := getattr(self, name), kind):
+                number = "a whole number" if kind is Integral else "a number"
+                raise UserError(f"{name}={value!r} must be {number}")
         if self.temperature and not 1e-3 <= self.temperature <= 1e3:
             raise UserError(f"temperature {self.temperature} must be 0, or from 0.001 to 1000")
         if self.top_k < 0:
@@ -45,8 +49,8 @@ def check_request(tokens: int, seed: int) -> None:
     """Raise `UserError` unless so many tokens can be sampled with this seed."""
     if not isinstance(tokens, Integral) or tokens < 1:
         raise UserError(f"tokens={tokens} must be 1 or more, a whole number")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed} must be from 0 to 2^63 - 1")
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} must be from 0 to 2^63 - 1, a whole number")
 
 
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ def typed_lines() -> Iterator[str]:
     while True:
         try:
             line = input("> " if typing else "").strip()
+            line.encode()  # in some locales bytes that are not UTF-8 get here
         except EOFError:
             return
         except KeyboardInterrupt:

@@ -34,8 +34,7 @@ def page(runs: Sequence[Run]) -> str:
         *_legend(named),
         *_about(named),
         *_differing(named),
-        "<h2>Training</h2>",
-        _figures(overlaid(runs)),
+        *_training(runs),
         *_families(named),
         *_not_default(named),
         *_interruptions(named),
@@ -215,27 +214,35 @@ def _not_default(named: dict[str, Run]) -> Iterator[str]:
 
 
 def _values(heading: Sequence[str], rows: dict[str, list[Any]]) -> str:
-    texts = ((name, *(as_unicode(shown(str(x))) for x in row)) for name, row in rows.items())
-    return table(heading, texts, "runs")
+    texts = [(name, *(as_unicode(shown(str(x))) for x in row)) for name, row in rows.items()]
+    return table(heading, texts, "runs") if texts else "<p>None.</p>"
 
 
 def _figures(charts: Iterable[Chart]) -> str:
-    made = (
+    made = [
         f"<figure><figcaption>{cell(chart.title)} <span>{cell(chart.note)}</span></figcaption>"
         f"{svg}</figure>"
         for chart in charts
         if (svg := chart.svg())
-    )
-    return f'<div class="charts">{"".join(made)}</div>'
+    ]
+    return f'<div class="charts">{"".join(made)}</div>' if made else ""
+
+
+def _training(runs: Sequence[Run]) -> Iterator[str]:
+    """The charts that all runs share."""
+    if figures := _figures(overlaid(runs)):
+        yield f"<h2>Training</h2>{figures}"
 
 
 def _families(named: dict[str, Run]) -> Iterator[str]:
-    """The charts of single runs."""
-    yield "<h2>History</h2>"
-    for number, (name, run) in enumerate(named.items()):
-        if len(named) > 1:
-            yield f"<h3>{cell(as_unicode(name))}</h3>"
-        yield _figures(families(number, run))
+    """The charts of single runs, of those that have any."""
+    made = {name: _figures(families(n, run)) for n, (name, run) in enumerate(named.items())}
+    if any(made.values()):
+        yield "<h2>History</h2>"
+    for name, figures in made.items():
+        if figures:
+            yield f"<h3>{cell(as_unicode(name))}</h3>" if len(named) > 1 else ""
+            yield figures
 
 
 def _interruptions(named: dict[str, Run]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, DynamicCache, pipeline
 
 from i3dist.inference.decoder import Decoder
 from i3dist.model.lm import I3LM
@@ -20,6 +20,7 @@ from tests.export.conftest import Exported, documents, padded
 from tests.export.test_logits import TOLERANCE, far
 
 NEW = 30  # more than two chunks
+IDS = documents(4, 10, 300).view(2, 5)
 PROMPTS = [documents(s, n, 300) for s, n in ((1, 40), (2, 21), (3, 3))]
 # Neither <EOS> nor what is suppressed by default takes part, so that lengths are known.
 FREE: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None, "suppress_tokens": None}
@@ -188,6 +189,31 @@ def test_what_a_cache_cannot_do_is_said(hf: Any) -> None:
         cache.crop(3)
     with pytest.raises(ValueError, match="stateful"):
         hf.generate(PROMPTS[0][None], prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"past_key_values": DynamicCache()}, "i3 model returned, not DynamicCache"),
+        ({"input_ids": IDS[:1]}, "past_key_values is of 2 rows and input_ids of 1"),
+        ({"input_ids": IDS[0]}, r"not \[5\]"),
+        ({"input_ids": IDS[:, :0]}, r"not \[2, 0\]"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 5, 24)}, "takes no inputs_embeds"),
+        ({"attention_mask": IDS[:, 1:]}, r"\[2, 4\] should be \[2, 5 or more\]"),
+        ({"attention_mask": IDS[:1]}, r"\[1, 5\] should be \[2, 5 or more\]"),
+        ({"attention_mask": IDS[:, None, None]}, r"\[2, 1, 1, 5\] should be \[2, 5 or more\]"),
+        ({"output_attentions": True}, "returns no attentions"),
+        ({"output_hidden_states": True}, "no hidden states"),
+    ],
+)
+@torch.no_grad()
+def test_what_the_model_cannot_read_or_return_is_one_line(
+    hf: Any, words: dict[str, Any], says: str
+) -> None:
+    cache = hf(IDS).past_key_values
+    with pytest.raises(ValueError, match=says) as error:
+        hf(**{"input_ids": IDS, "past_key_values": cache, **words})
+    assert "\n" not in str(error.value)
 
 
 @torch.no_grad()

@@ -88,6 +88,8 @@ def test_only_the_last_logits_when_asked(hf: Any) -> None:
     ids = documents(5, 40, 30)[None]
     kept = hf(ids, logits_to_keep=3).logits
     assert kept.shape[1] == 3 and far(kept, hf(ids).logits[:, -3:]) < TOLERANCE
+    columns = torch.tensor([30, 2])
+    assert far(hf(ids, logits_to_keep=columns).logits, hf(ids).logits[:, columns]) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -70,6 +70,14 @@ def test_the_chat_template_is_i3dists(
     assert asked["input_ids"] == [BOS, *ids, begin, answer]
 
 
-def test_an_unknown_role_is_refused(theirs: Any) -> None:
-    with pytest.raises(TemplateError, match="unknown role tool: use system, user, assistant"):
-        theirs.apply_chat_template([{"role": "tool", "content": "x"}])
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"role": "tool", "content": "x"}, "unknown role tool: use system, user, assistant"),
+        ({"role": "user"}, "the content of a message should be text"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "should be text"),
+    ],
+)
+def test_what_is_no_message_is_refused(theirs: Any, message: dict[str, Any], says: str) -> None:
+    with pytest.raises(TemplateError, match=says):
+        theirs.apply_chat_template([message])

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,11 +162,29 @@ def test_text_is_that_of_generate_alone_and_side_by_side(lm: LanguageModel) -> N
         {"temperature": -1},
         {"top_k": -1},
         {"top_p": 0},
+        {"seed": 1.5},
+        {"seed": None},
+        {"temperature": "0.5"},
+        {"top_k": 1.5},
+        {"top_p": None},
     ],
 )
 def test_options_out_of_range_are_refused_at_once(lm: LanguageModel, wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match="must be"):
         lm.stream("ab", **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("texts", [None, b"ab", 3, ["ab", 3], [["ab"]]])
+def test_what_is_no_text_is_one_line(lm: LanguageModel, texts: Any) -> None:
+    for call in (lm.score, lm.generate, lm.stream, lm.encode, lambda text: lm.chat().say(text)):
+        with pytest.raises(UserError, match=r"text"):
+            call(texts)
+
+
+def test_texts_may_come_one_by_one(lm: LanguageModel) -> None:
+    texts = ["ab", "", "ab ab"]
+    assert lm.generate(iter(texts), tokens=3) == lm.generate(texts, tokens=3)  # type: ignore[call-overload]
+    assert len(lm.score(iter(texts))) == 3  # type: ignore[call-overload]
 
 
 def test_a_run_is_loaded_in_the_type_that_is_asked_for(whole: Path) -> None:

@@ -244,6 +244,16 @@ def test_what_a_run_lacks_is_left_out_and_said(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("logs", [{}, {"metrics": [{"loss": 1.0}, {"loss": 2.0}]}])
+def test_each_heading_has_something_beneath(tmp_path: Path, logs: dict[str, Any]) -> None:
+    """Also where runs have no charts, or the same settings."""
+    runs = [Run.read(folder_of(tmp_path / name, logs)) for name in "ab"]
+    for some in (runs[:1], runs):
+        parts = re.split(r"<h[23]>.*?</h[23]>", page(some))[1:]
+        assert all(re.search(r"[^\s>]\s*<|<svg", part) for part in parts), parts
+    assert "Settings that differ</h2>\n<p>None.</p>" in page(runs)
+
+
 def test_a_run_that_goes_on_has_the_steps_so_far(whole: Path, tmp_path: Path) -> None:
     """Its last lines are torn, and its last validation is of a step that metrics lack."""
     run = tmp_path / "run"

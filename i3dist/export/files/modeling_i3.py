@@ -519,6 +519,37 @@ class I3Cache:
         )
 
 
+def check_inputs(input_ids: Tensor | None, mask: Tensor | None, cache: Any) -> Tensor:
+    """The tokens [B, N] of a call.
+
+    Raises:
+        ValueError: they are none, or the mask or the cache does not belong to them.
+    """
+    if input_ids is None or input_ids.dim() != 2 or not input_ids.shape[1]:
+        found = "none" if input_ids is None else list(input_ids.shape)
+        raise ValueError(
+            f"an i3 model reads input_ids [B, N] with N of 1 or more, not {found}; it takes no "
+            "inputs_embeds, which do not show where documents begin"
+        )
+    rows, columns = input_ids.shape
+    if cache is not None and not hasattr(cache, "filled"):
+        raise ValueError(
+            f"past_key_values should be what an i3 model returned, not {type(cache).__name__}: "
+            "leave it out, and the model makes its own"
+        )
+    if cache is not None and len(cache.filled) != rows:
+        raise ValueError(
+            f"past_key_values is of {len(cache.filled)} rows and input_ids of {rows}: see its "
+            "batch_repeat_interleave and batch_select_indices"
+        )
+    if mask is not None and (mask.dim() != 2 or len(mask) != rows or mask.shape[1] < columns):
+        raise ValueError(
+            f"attention_mask {list(mask.shape)} should be [{rows}, {columns} or more], as "
+            f"input_ids are {list(input_ids.shape)}"
+        )
+    return input_ids
+
+
 ATTENTION = {"attention": Attention, "dual-attention": DualAttention}
 COMPRESSORS: dict[str, type[LiteralCompressor | RecordsCompressor]] = {
     "literal": LiteralCompressor,
@@ -591,12 +622,12 @@ class I3ForCausalLM(PreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: I3Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the token after each position.
@@ -608,15 +639,25 @@ class I3ForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: what an earlier call returned; it is updated.
             labels: [B, N] int64, the tokens themselves; -100 is not predicted.
             use_cache: whether to return a cache; the default is the configuration's.
-            logits_to_keep: compute the logits of so many last columns only; 0 is all.
+            logits_to_keep: compute the logits of so many last columns only, or of the columns
+                [n] int64; 0 is all.
             kwargs: for the loss: `num_items_in_batch` divides its sum.
+
+        Raises:
+            ValueError: an argument is of another shape or kind, or something is asked for that the
+                model does not return.
         """
+        input_ids = check_inputs(input_ids, attention_mask, past_key_values)
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            raise ValueError("an i3 model returns no attentions and no hidden states")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask[:, -input_ids.shape[1] :].bool()
         cache = past_key_values
         if cache is None:
             cache = I3Cache(len(input_ids), self.config, self.head.weight)
-        logits = self.head(self.norm_out(self.read(input_ids, mask, cache)[:, -logits_to_keep:]))
+        x = self.read(input_ids, mask, cache)
+        last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(self.norm_out(x[:, last]))
         loss = None
         if labels is not None:
             # Padding predicts nothing.
