@@ -173,7 +173,7 @@ class Trainer:
         lanes_before = progress.lane_state
         loss_sum = self.forward_backward(step_batches, gate, counts.targets)
         self.diagnoser.diagnose_if_due(step_batches[0], lanes_before, gate)
-        sums = self.votes.behind(loss_sum)
+        sums = self.votes.append_to(loss_sum)
         shares = self.stragglers.share(sums)
         stepped = self.engine.step(lr, torch.cat([sums, shares]), self.guard.limit())
         progress.step += 1

@@ -28,7 +28,7 @@ class Votes:
         """To stop, that the last checkpoint failed, to save, to stop by order: 0 or 1 each."""
         return self.stop.vote(), self.saver.failed(), *self.orders.votes()
 
-    def behind(self, figure: Tensor) -> Tensor:
+    def append_to(self, figure: Tensor) -> Tensor:
         """A scalar and this rank's votes, [5] on its device, to be summed over ranks."""
         # `new_full` fills on the device; a copy from the host would wait.
         return torch.stack([figure, *(figure.new_full((), vote) for vote in self.own())])
