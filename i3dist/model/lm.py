@@ -251,7 +251,7 @@ class I3LM(nn.Module):
 class Unfilled(TorchFunctionMode):
     """Inside, a model is built with zeros in place of random values: for one that is loaded next.
 
-    Drawing the card's 340M values, first torch's and then ours, takes a core three seconds.
+    Drawing the card's 340M values, first torch's and then ours, takes a core two seconds.
     """
 
     DRAWN = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
