@@ -27,8 +27,6 @@ from i3dist.model.lm import I3LM
 
 __all__ = ["build", "choose_device", "read_engine_config", "start"]
 
-_peers: Peers | None = None  # in the group that this process has joined
-
 
 def read_engine_config(path: Path) -> dict[str, Any]:
     """Read and check the engine's file (configs/zero2.json).
@@ -45,26 +43,21 @@ def read_engine_config(path: Path) -> dict[str, Any]:
 def start(job: Job, name: str = "") -> Peers:
     """Join the job's process group: NCCL on GPUs, else gloo. `name` tells the job from others.
 
-    A process that has joined already stays in that group.
-
     Returns:
         This rank's connection with the others.
 
     Raises:
         UserError: ranks do not find each other (`rendezvous.meet`), or DEEPSPEED_TIMEOUT is wrong.
     """
-    global _peers
-    if torch.distributed.is_initialized() and _peers is not None:
-        return _peers
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     timeout = rendezvous.read_timeout()
     job.export()
     if devices.uses_cuda():
         torch.cuda.set_device(devices.device(job))
         writable_caches()
-    with rendezvous.meet(job, name, timeout) as _peers:
+    with rendezvous.meet(job, name, timeout) as peers:
         deepspeed.init_distributed(dist_backend=devices.backend(), verbose=False, timeout=timeout)
-    return _peers
+    return peers
 
 
 def build(
