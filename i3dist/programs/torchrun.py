@@ -57,9 +57,9 @@ def main() -> int:
         place = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
         raise UserError(
             f"the hosts do not meet at {place} ({reason(error.__cause__ or error)}): start the "
-            f"same command on every host (--nnodes={arguments.nnodes}) in ten minutes, with "
-            "the name and a free port of one of them (--rdzv-endpoint, or "
-            "--master-addr and --master-port)"
+            f"same command on every host (--nnodes={arguments.nnodes}) within ten minutes, with "
+            "the name and a free port of one of them (--rdzv-endpoint, or --master-addr and "
+            "--master-port)"
         ) from None
     return 0
 

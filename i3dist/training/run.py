@@ -80,8 +80,8 @@ def dry_run(settings: Settings, job: Job) -> None:
 
 
 def join(settings: Settings, job: Job, stop: StopRequest, notifier: Notifier) -> Peers:
-    """Join the job's process group; from now on ranks hear of each other's end."""
-    if stop.peers is not None:  # a preflight has joined
+    """Join the job's process group, unless the preflight has; ranks then hear of others' ends."""
+    if stop.peers is not None:
         return stop.peers
     keep_records_in(settings.run.path)
     host.allow_many_files()

@@ -15,6 +15,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.distributed.console import print_rank_0
 from i3dist.errors import UserError, explain
 from i3dist.files import clear_partials, write_whole
+from i3dist.tracking.metrics_log import STARTS, read_lines
 from i3dist.training.startup import Start
 
 # What file systems without locks answer: NFS without lockd, Lustre without flock, FUSE.
@@ -79,8 +80,11 @@ def lock_folder(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> UserError:
+    start = (read_lines(folder / STARTS) or [{}])[-1]
+    job = f"job {start['job']} " if start.get("job") else ""
+    who = f" ({job}on {', '.join(start['hosts'])})" if start.get("hosts") else ""
     return UserError(
-        f"another process runs in run.path={folder}; end it first, or choose another run.path"
+        f"another process runs in run.path={folder}{who}; end it first, or choose another run.path"
     )
 
 

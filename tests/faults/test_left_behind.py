@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from i3dist.tracking.metrics_log import STARTS, MetricsLog
 from i3dist.training.run_folder import lock_folder
 from tests.conftest import ROOT, environment
 
@@ -38,7 +39,9 @@ def test_readers_that_outlive_a_killed_rank_hold_no_folder(tmp_path: Path) -> No
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
+    MetricsLog(tmp_path / STARTS).append(0, {"job": "77", "hosts": ["node1", "node2"]})
     lock_folder(tmp_path)
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     refused = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert f"another process runs in run.path={tmp_path}" in refused.stderr
+    who = "(job 77 on node1, node2); end it first"
+    assert f"another process runs in run.path={tmp_path} {who}" in refused.stderr
