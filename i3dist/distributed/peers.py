@@ -51,6 +51,7 @@ class Peers:
         # Called when others end this rank: with why, and whether the job is to be started again.
         self.on_end: Callable[[str, bool], None] = lambda *_: None
         self._job = job
+        self._ending = threading.Lock()
         self._closed = False  # whether this rank does not care any more if others are there
         self._silent = False  # whether a host or a link was lost, rather than a process
 
@@ -79,9 +80,11 @@ class Peers:
             when = f"{time.strftime(TIME)}{Attempt.detect()}"
             line = f"{where}error: lost {who} ({when}); the job ends"
             print(line, file=sys.stderr, flush=True)
-        self._end(self._status_of_loss(), f"lost {who}")
+        self.end(self._status_of_loss(), f"lost {who}")
 
-    def _end(self, status: int, why: str) -> NoReturn:
+    def end(self, status: int, why: str) -> NoReturn:
+        """Tell `on_end` why others end this process, and exit; a second call waits for the first."""
+        self._ending.acquire()
         with suppress(Exception):
             self.on_end(why, self._silent)
         os._exit(status)
@@ -145,7 +148,7 @@ class _First(Peers):
             return
         if last == FAILED:
             await self._send(FAILED)
-            self._end(1, f"rank {rank} on {self._hosts[rank]} failed: the job's log says why")
+            self.end(1, f"rank {rank} on {self._hosts[rank]} failed: the job's log says why")
         self._gone.append(rank)
         if len(self._gone) == 1:
             self._silent = last == SILENT

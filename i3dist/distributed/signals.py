@@ -98,6 +98,8 @@ class StopRequest:
     def _take(self, number: int) -> None:
         if number == signal.SIGTERM and self._another_rank_is_gone():
             # The launcher ends the remaining ranks after a failure or the first exit.
+            if self.peers is not None and self._exit_status != REQUEUE:
+                self.peers.end(self._exit_status, "another rank of this host ended before")
             os._exit(self._exit_status)
         self._ask(signal.Signals(number).name)
 
