@@ -83,7 +83,7 @@ class Peers:
         self.end(self._status_of_loss(), f"lost {who}")
 
     def end(self, status: int, why: str) -> NoReturn:
-        """Tell `on_end` why others end this process, and exit; a second call waits for the first."""
+        """Tell `on_end` why others end this process, and exit; a second call waits."""
         self._ending.acquire()
         with suppress(Exception):
             self.on_end(why, self._silent)
