@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -203,13 +203,9 @@ def build_model(start: Start, job: Job, corpus: Corpus) -> I3LM:
 
     Where a checkpoint follows, the weights are zeros until then.
     """
-    settings, bos_id = start.settings.model, corpus.tokenizer.bos_id
-    if start.checkpoint is not None:
-        with Unfilled():
-            model = I3LM(settings, bos_id)
-    else:
-        torch.manual_seed(start.settings.train.seed)
-        model = I3LM(settings, bos_id)
+    torch.manual_seed(start.settings.train.seed)
+    with nullcontext() if start.checkpoint is None else Unfilled():
+        model = I3LM(start.settings.model, corpus.tokenizer.bos_id)
     if start.weights is not None:
         collectives.on_all_ranks(partial(start.weights.load_into, model))
     return model.to(devices.device(job))

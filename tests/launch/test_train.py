@@ -156,6 +156,7 @@ class Built:
     trainer: mock.Mock
     recorded: mock.Mock
     seed: int
+    drawn: bool = False  # whether the weights were
 
 
 def build(
@@ -171,9 +172,11 @@ def build(
     corpus = train.Corpus.open(known.folder, settings.model)
     start = train.Start(settings, checkpoint, mock.Mock() if checkpoint else None)
     built = Built(mock.Mock(), mock.Mock(), mock.Mock(return_value=mock.Mock()), -1)
+    built.model.to.return_value = built.model
 
     def model(*_: object) -> mock.Mock:
         built.seed = torch.initial_seed()
+        built.drawn = bool(torch.nn.init.normal_(torch.zeros(1)))
         return built.model
 
     for name, stand_in in {
@@ -187,6 +190,8 @@ def build(
         monkeypatch.setattr(train, name, stand_in)
     for name in ("read_engine_config", "start", "build"):
         monkeypatch.setattr(train.setup, name, mock.Mock())
+    monkeypatch.setattr(train.devices, "device", mock.Mock())
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "2")  # else the first build would set it
     for name in ("share_threads", "keep_freed_memory"):
         monkeypatch.setattr(train.host, name, mock.Mock())
     arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False, verbose=False)
@@ -202,6 +207,18 @@ def test_the_first_weights_are_of_the_runs_seed(
 ) -> None:
     torch.manual_seed(999)
     assert build(train, known, monkeypatch, **{"train.seed": seed}).seed == seed
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_weights_that_a_checkpoint_replaces_are_not_drawn(
+    train: ModuleType,
+    known: Known,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    continues: bool,
+) -> None:
+    built = build(train, known, monkeypatch, checkpoint=tmp_path if continues else None)
+    assert built.drawn != continues
 
 
 @pytest.mark.parametrize(
