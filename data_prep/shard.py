@@ -57,6 +57,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_prep.arguments import ALONE
 from data_prep.beginning import Beginning
 from data_prep.given_tokenizer import given_tokenizer
 from data_prep.hub import DATASET
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     former = output.settings()
     source = open_sources(options, former)
     settings = settings_of(options, source, given, former)
-    beginning = Beginning(settings, output, source, given, Console())
+    beginning = Beginning(settings, output, source, given, Console(), options.task or ALONE)
     if options.dry_run:
         beginning.foresee(options.workers, options.task.of if options.task else 1)
         return
