@@ -49,6 +49,7 @@ while it works; --dry-run says how much, about.
 """
 
 import argparse
+import errno
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
@@ -107,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     step_of(options, preparation)()
     except OSError as error:
         place = error.filename or output.folder
-        raise UserError(f"cannot write to {place}: {error.strerror or error}") from None
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free some, and run the same command again: it continues" if is_full else ""
+        raise UserError(f"cannot write to {place}: {error.strerror or error}{remedy}") from None
 
 
 def output_of(options: argparse.Namespace) -> Output:
