@@ -6,6 +6,7 @@ from functools import cached_property
 
 from rich.console import Console
 
+from data_prep.arguments import ALONE, TaskShare
 from data_prep.begun import Begun
 from data_prep.choice import Choice
 from data_prep.evidence import Evidence, Piece
@@ -24,13 +25,17 @@ from i3dist.errors import UserError
 
 @dataclass(frozen=True)
 class Beginning:
-    """What an output is made from: settings, source, and the tokenizer if one is `given`."""
+    """What an output is made from: settings, source, and the tokenizer if one is `given`.
+
+    `share` is that of a task.
+    """
 
     settings: OutputSettings
     output: Output
     source: Source
     given: Tokenizer | None
     console: Console
+    share: TaskShare = ALONE
 
     def is_complete(self) -> bool:
         """Whether the output is complete.
@@ -55,7 +60,7 @@ class Beginning:
         """
         has_tokenizer = self.given or self.output.tokenizer.exists()
         if with_broken and has_tokenizer:  # training it needs all files
-            self.source.keep_in(self.output.facts)
+            self.source.keep_in(self.output.facts, self.share)
             parts = self.source.parts_with_broken()
         else:
             parts = self._whole_parts
@@ -72,7 +77,7 @@ class Beginning:
     @cached_property
     def _whole_parts(self) -> Sequence[Part]:
         """The parts of a source that can be opened as a whole."""
-        self.source.keep_in(self.output.facts)
+        self.source.keep_in(self.output.facts, self.share)
         return self.source.parts()
 
     def begin(self, plan: SpillPlan, workers: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """What is wrong in an output of shard.py: one line for each damage."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,3 +38,10 @@ def by_chunk(positions: NDArray[Any], chunk_length: int) -> Iterator[tuple[int, 
     _, first, counts = np.unique(positions // chunk_length, return_index=True, return_counts=True)
     for index, count in zip(first.tolist(), counts.tolist(), strict=True):
         yield int(positions[index]), count
+
+
+def stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The first and last of each stretch of consecutive ones among ascending numbers."""
+    for _, group in groupby(enumerate(numbers), lambda item: item[1] - item[0]):
+        stretch = [number for _, number in group]
+        yield stretch[0], stretch[-1]

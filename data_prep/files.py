@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from data_prep.arguments import ALONE, TaskShare
 from data_prep.evidence import Piece, State, state_of
 from data_prep.formats import FORMATS
 from data_prep.listing import Listing, named, walk
@@ -113,6 +114,7 @@ class FileSource(Source):
     column: str = FORMATS[TEXT].key
     kept: Path | None = field(default=None, compare=False)
     """The folder for what took long to find out."""
+    share: TaskShare = field(default=ALONE, compare=False)
     where: Where | None = None
 
     @cached_property
@@ -167,9 +169,9 @@ class FileSource(Source):
                 raise no_columns(path)
         return replace(self, where=Where.parse(where))
 
-    def keep_in(self, folder: Path) -> None:
-        """Keep the numbers of lines of large jsonl files."""
-        self.kept = folder
+    def keep_in(self, folder: Path, share: TaskShare = ALONE) -> None:
+        """Keep the numbers of lines of large jsonl files; count those of a share of files first."""
+        self.kept, self.share = folder, share
 
     def _file(self, number: int, path: Path, name: str, state: State) -> SourceFile:
         return SourceFile(
@@ -195,6 +197,9 @@ class FileSource(Source):
             spans = _with_columns_of_lines(spans, self.where)
         limit = _part_size(spans)
         shortest = max(limit, _SHORTEST_RANGE)
+        if self.share != ALONE:  # so that tasks side by side do not all count the same lines
+            for span in self.share.first(spans):
+                lines_of(span, shortest, self.kept)
         cut = (piece for span in spans for piece in lines_of(span, shortest, self.kept))
         return [FilePart(group) for group in grouped(cut, limit)]
 

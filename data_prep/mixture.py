@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from data_prep.arguments import ALONE, TaskShare
 from data_prep.evidence import State
 from data_prep.joined import JoinedPart
 from data_prep.shuffle import PartSummary
@@ -114,10 +115,10 @@ class Mixture(Source):
         for member, pinned in zip(self.members, json.loads(revision), strict=True):
             member.source.pin(pinned)
 
-    def keep_in(self, folder: Path) -> None:
+    def keep_in(self, folder: Path, share: TaskShare = ALONE) -> None:
         """Keep what took long to find out, a folder for each source."""
         for number, member in enumerate(self.members):
-            member.source.keep_in(folder / f"{number:03d}")
+            member.source.keep_in(folder / f"{number:03d}", share)
 
     @property
     def license(self) -> str | None:

@@ -49,6 +49,7 @@ while it works; --dry-run says how much, about.
 """
 
 import argparse
+import errno
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_prep.arguments import ALONE
 from data_prep.beginning import Beginning
 from data_prep.given_tokenizer import given_tokenizer
 from data_prep.hub import DATASET
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     former = output.settings()
     source = open_sources(options, former)
     settings = settings_of(options, source, given, former)
-    beginning = Beginning(settings, output, source, given, Console())
+    beginning = Beginning(settings, output, source, given, Console(), options.task or ALONE)
     if options.dry_run:
         beginning.foresee(options.workers, options.task.of if options.task else 1)
         return
@@ -106,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     step_of(options, preparation)()
     except OSError as error:
         place = error.filename or output.folder
-        raise UserError(f"cannot write to {place}: {error.strerror or error}") from None
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free some, and run the same command again: it continues" if is_full else ""
+        raise UserError(f"cannot write to {place}: {error.strerror or error}{remedy}") from None
 
 
 def output_of(options: argparse.Namespace) -> Output:

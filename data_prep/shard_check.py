@@ -21,7 +21,7 @@ from data_prep.chat_check import (
     disorder,
     wrong_mask,
 )
-from data_prep.damage import MAKE_AGAIN, RESTORE, Damage, by_chunk, token_place
+from data_prep.damage import MAKE_AGAIN, RESTORE, Damage, by_chunk, stretches, token_place
 from data_prep.index_rows import Rows, compare_rows, piece_ends
 from data_prep.stream import Stream
 from i3dist.data.manifest import Shard
@@ -130,8 +130,9 @@ class _Check:
     def _note(self, found: Findings) -> None:
         """Note what was found in the members."""
         self._found = found
-        for chunk in found.malformed:
-            self.add(f"chunk {chunk}", "its header or padding is not that of the format")
+        for first, last in stretches(found.malformed):
+            place = f"chunk {first}" if first == last else f"chunks {first} to {last}"
+            self.add(place, "the header or padding is not that of the format")
         if len(found.beyond):
             problem = f"its id is not below vocab_size {self.stream.vocab_size:,}"
             self.add_by_chunk(found.beyond, problem)

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from data_prep.arguments import ALONE, TaskShare
 from data_prep.evidence import Piece, State
 from i3dist.errors import UserError
 from i3dist.registry import Registry
@@ -174,8 +175,11 @@ class Source:
         """The parts, in order."""
         raise NotImplementedError
 
-    def keep_in(self, folder: Path) -> None:
-        """Keep in a folder what took long to find out, for `parts` of a later run."""
+    def keep_in(self, folder: Path, share: TaskShare = ALONE) -> None:
+        """Keep in a folder what took long to find out, for `parts` of a later run.
+
+        Of several tasks side by side each finds out its `share` first.
+        """
 
     def sample_parts(self, parts: Sequence[Part]) -> Sequence[Part]:
         """What a sample for the tokenizer is taken from; `parts` are all parts."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.arguments import ALONE, TaskShare
 from data_prep.evidence import State
 from data_prep.joined import JoinedPart
 from data_prep.output import TRAIN, VALID
@@ -85,10 +86,10 @@ class PairOfSources(Source):
         """That of the source of validation, when the files of both had these states."""
         return self.validation.outline_at(states[: len(self.validation.files)])
 
-    def keep_in(self, folder: Path) -> None:
+    def keep_in(self, folder: Path, share: TaskShare = ALONE) -> None:
         """Keep what took long to find out, a folder for each source."""
-        self.validation.keep_in(folder / VALID)
-        self.training.keep_in(folder / TRAIN)
+        self.validation.keep_in(folder / VALID, share)
+        self.training.keep_in(folder / TRAIN, share)
 
     def pin(self, revision: str) -> None:
         """Keep the source of training at this revision."""

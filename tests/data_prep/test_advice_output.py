@@ -3,6 +3,7 @@
 Each test does it to the letter.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -36,6 +37,24 @@ def test_an_output_of_another_kind(texts: Path, tmp_path: Path) -> None:
     line = refusal(texts, tmp_path / "out", "--seed", 1)
     assert "was made with seed 0, not 1" in line
     is_followed(line, texts, tmp_path / "out", "--seed", 1)
+
+
+def test_a_full_disk(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`free some, and run the same command again: it continues`."""
+    out, spilled = tmp_path / "out", counting(monkeypatch)
+
+    def write_bytes(path: Path, data: bytes, real: Any = Path.write_bytes) -> int:
+        if path.suffix == ".tar":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return int(real(path, data))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", write_bytes)
+        line = refusal(texts, out)
+    assert "No space left on device; free some" in line and "shard-000000.tar" in line
+    parts = len(spilled)
+    build(texts, out)
+    assert len(spilled) == parts, "nothing is tokenized again"
 
 
 @pytest.mark.parametrize("name", ["shard.json", "source.json"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from data_prep import files
 from data_prep import line_ranges as line_module
+from data_prep.arguments import TaskShare
 from data_prep.files import FilePart, file_source
 from data_prep.line_ranges import line_ranges
 from data_prep.sources import Record
@@ -173,3 +174,24 @@ def test_lines_are_counted_once_while_the_file_stays(
     assert counted.call_count == 4
     build(source, tmp_path / "fresh", *options)
     assert tree_digest(tmp_path / "later") == tree_digest(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(("share", "order"), [("1/2", "abcd"), ("2/2", "cdab"), ("3/4", "cdab")])
+def test_tasks_begin_to_count_with_different_files(
+    share: str, order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So side by side they count each file about once, as each finds what others have counted."""
+    for name in "dbca":
+        (tmp_path / f"{name}.jsonl").write_text(lines(30))
+    counted = MagicMock(wraps=line_ranges)
+    monkeypatch.setattr(line_module, "line_ranges", counted)
+
+    def parts(task: str) -> list[FilePart]:
+        source = file_source(tmp_path)
+        source.keep_in(tmp_path / "kept", TaskShare.parse(task))
+        return list(source.parts())
+
+    found = parts(share)
+    assert "".join(Path(call.args[0].name).stem for call in counted.call_args_list) == order
+    assert parts("1/1") == parts("2/3") == found
+    assert counted.call_count == len(order)

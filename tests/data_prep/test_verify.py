@@ -272,7 +272,13 @@ def test_a_swapped_shard_is_named(out: Path) -> None:
     split = out / "train"
     shutil.copy(split / "shard-000002.tar", split / "shard-000001.tar")
     expected = "train/shard-000001.tar: its SHA-256 is not the manifest's: it is a copy of "
-    assert found(out)[0].startswith(f"{expected}shard-000002.tar")
+    lines = found(out)
+    assert lines[0].startswith(f"{expected}shard-000002.tar")
+    last = Manifest.load(split).shards[1].chunks - 1
+    headers = [line for line in lines if "header" in line]
+    assert [line.partition(":")[0] for line in headers] == [
+        f"train/shard-000001.tar, chunks 0 to {last}"
+    ], "one line for all of them"
 
 
 def test_an_index_without_checksums_is_noted(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
