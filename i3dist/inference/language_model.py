@@ -5,7 +5,7 @@ Notation: L tokens of a stream, V vocabulary, n tokens of a text.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -237,7 +237,7 @@ def listed(texts: str | Texts) -> list[str]:
         UserError: they are something else.
     """
     one = isinstance(texts, str | bytes) or not isinstance(texts, Iterable)
-    several = [texts] if one else list(texts)
+    several: list[Any] = [texts] if one else list(texts)
     if wrong := [type(text).__name__ for text in several if not isinstance(text, str)]:
         raise UserError(f"give a text, or a list of texts: this is of type {wrong[0]}")
     return several
