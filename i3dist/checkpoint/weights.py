@@ -194,6 +194,11 @@ def _ways_on(run: Path) -> str:
 def _load_export(model: I3LM, path: Path) -> torch.dtype:
     """Load what `export_weights` wrote to a run's folder; returns the type of the weights."""
     file = path / WEIGHTS
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing: an exported model is read from this one file; "
+            "save_pretrained(..., max_shard_size='1TB') writes it"
+        )
     try:
         with utf8_path(file) as name:
             weights = load_file(name)

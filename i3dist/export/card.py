@@ -91,7 +91,10 @@ def card(settings: Settings, figures: Figures, name: str) -> str:
     model = settings.model
     rows = "\n".join(f"| {what} | {value} |" for what, value in figures.rows())
     chosen = (
-        f"{key}: {value}" for key, value in settings.flat().items() if key.split(".")[0] in SECTIONS
+        # Of a path its last name alone: a card that is published tells nothing of a machine.
+        f"{key}: {str(value).rpartition('/')[2]}"
+        for key, value in settings.flat().items()
+        if key.split(".")[0] in SECTIONS
     )
     return CARD.format(
         name=name,
@@ -155,8 +158,9 @@ The code in this folder needs torch and transformers only. It was tested with
 - `tokenizer.apply_chat_template` writes conversations as i3dist does. A model that was not trained
   on conversations does not answer.
 - Evaluate it with lm-evaluation-harness:
-  `lm_eval --model hf --model_args pretrained={name},trust_remote_code=True,max_length=65536`.
-  `max_length` may be any number; without it longer contexts are cut.
+  `lm_eval --model hf --model_args pretrained={name},trust_remote_code=True,max_length=16384`.
+  `max_length` may be any number; without it contexts end at 2,048 tokens. Tasks of perplexity need
+  `add_bos_token=False` too.
 
 ## Settings
 ```yaml

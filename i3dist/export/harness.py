@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from i3dist.checkpoint.exported import is_export
-from i3dist.errors import UserError
+from i3dist.errors import UserError, reason
 from i3dist.export.folder import export
 
 MAX_LENGTH = 16_384
@@ -40,8 +40,8 @@ def run_tasks(
         What the harness's `simple_evaluate` returns.
 
     Raises:
-        UserError: the harness is not installed or does not have one of the tasks, or `folder` is
-            no folder.
+        UserError: the harness is not installed, does not have one of the tasks or cannot load it,
+            or `folder` is no folder.
     """
     if folder is not None and not folder.is_dir():
         raise UserError(f"--task-folder {folder} is no folder: name one with tasks as YAML files")
@@ -52,7 +52,20 @@ def run_tasks(
         raise UserError(
             f"--tasks needs lm-evaluation-harness ({error}): pip install 'i3dist[eval]'"
         ) from None
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+
+    class Tasks(TaskManager):
+        """A task that cannot be loaded is the user's, or the network's: one line."""
+
+        def load(self, *names: Any, **options: Any) -> Any:
+            try:
+                return super().load(*names, **options)
+            except Exception as error:
+                raise UserError(
+                    f"--tasks {','.join(tasks)}: lm-evaluation-harness cannot load them: "
+                    f"{reason(error)}"
+                ) from error
+
+    manager = Tasks(include_path=None if folder is None else str(folder))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise UserError(
             f"--tasks {','.join(unknown) or repr('')}: lm-evaluation-harness has no such task; "

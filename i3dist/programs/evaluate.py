@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         "--task-folder", type=typed_path, metavar="DIR", help="tasks of your own, as YAML files"
     )
     tasks.add_argument("--limit", type=int, metavar="N", help="examples of each task (all)")
-    tasks.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows at once (1)")
+    tasks.add_argument("--batch-size", type=int, metavar="N", help="rows at once (1)")
     return parser.parse_args()
 
 
@@ -103,15 +103,19 @@ def evaluate_data(arguments: argparse.Namespace, device: torch.device) -> Evalua
     )
 
 
-def check_numbers(arguments: argparse.Namespace) -> None:
-    """Check --limit and --batch-size.
+def check_options(arguments: argparse.Namespace) -> None:
+    """Check --limit, --batch-size, and what is given without --tasks.
 
     Raises:
-        UserError: one is given and is not 1 or more.
+        UserError: a number is not 1 or more, or an option needs --tasks.
     """
     for option, number in (("limit", arguments.limit), ("batch-size", arguments.batch_size)):
         if number is not None and number < 1:
             raise UserError(f"--{option} {number} must be 1 or more")
+    for option in ("task_folder", "limit", "batch_size"):
+        if arguments.tasks is None and getattr(arguments, option) is not None:
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} is an option of --tasks: leave it out with --data")
 
 
 def write_json(file: Path | None, content: dict[str, Any]) -> None:
@@ -123,7 +127,7 @@ def write_json(file: Path | None, content: dict[str, Any]) -> None:
 def main() -> None:
     """Evaluate, write and print."""
     arguments = parse_arguments()
-    check_numbers(arguments)
+    check_options(arguments)
     if arguments.json:
         arguments.json.touch()  # fails now rather than after the evaluation
     else:
@@ -139,7 +143,7 @@ def main() -> None:
             arguments.checkpoint,
             arguments.tasks,
             device,
-            batch_size=arguments.batch_size,
+            batch_size=arguments.batch_size or 1,
             limit=arguments.limit,
             folder=arguments.task_folder,
         )

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from i3dist.checkpoint.format import RunState
 from i3dist.checkpoint.weights import export_weights, load_run
+from i3dist.config import Settings
 from i3dist.errors import UserError
 from i3dist.export import folder as module
 from i3dist.export.card import Figures
@@ -35,6 +36,9 @@ FILES = {
 def run(tmp_path: Path) -> Path:
     """A run's folder with logs."""
     make_run(tmp_path / "run")
+    file = tmp_path / "run" / "settings.yaml"
+    begun = {"train.init_from": tmp_path / "base", "train.compile_cache": tmp_path / "compiled"}
+    file.write_text(Settings.load(file).with_values(**begun).to_yaml())
     MetricsLog(tmp_path / "run" / METRICS).append(7, {"tokens_seen": 123_456})
     found = {"loss": 2.5, "bits_per_byte": 1.25, "tokens": 999, "history_gain": 0.125}
     log = MetricsLog(tmp_path / "run" / VALIDATION)
@@ -60,7 +64,9 @@ def test_the_program_writes_all_files_and_the_runs_figures(run: Path, tmp_path: 
         "12.18",
     ):
         assert figure in card, figure
-    assert "/" not in card.split("## Settings")[1].split("## License")[0], "names no place"
+    chosen = card.split("## Settings")[1].split("## License")[0]
+    assert "/" not in chosen, "names no place"
+    assert "train.init_from: base\ntrain" in chosen
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     again = program("launch/export.py", run, out)
     assert "replace it (--overwrite)" in error_line(again)
@@ -171,6 +177,10 @@ def test_an_export_that_transformers_saved_again_is_exported(run: Path, tmp_path
     saved = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "thrice")]
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][name].equal(saved[1][name]) for name in saved[0])
+    loaded.save_pretrained(tmp_path / "parts", max_shard_size="1KB")
+    shutil.copy(tmp_path / "out" / "tokenizer.json", tmp_path / "parts")
+    with pytest.raises(UserError, match=r"model.safetensors is missing: .* max_shard_size"):
+        export(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_the_folder_that_the_user_is_in_is_not_replaced(

@@ -100,6 +100,14 @@ def test_an_unknown_task_is_one_line(one: Exported) -> None:
     assert "--tasks no-such" in error_line(result)
 
 
+def test_a_task_that_cannot_be_loaded_is_one_line(one: Exported, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    task = {"task": "wrong", "output_type": "nonsense", "dataset_path": "json", "test_split": "a"}
+    (tmp_path / "wrong.yaml").write_text(json.dumps(task))
+    with pytest.raises(UserError, match=r"--tasks wrong: .* cannot load them: .*nonsense"):
+        run_tasks(one.folder, ["wrong"], torch.device("cpu"), folder=tmp_path)
+
+
 def test_tasks_from_a_folder_that_is_not_there_are_one_line(one: Exported, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder: name one with tasks"):
         run_tasks(one.folder, ["choose"], torch.device("cpu"), folder=tmp_path / "no-such")

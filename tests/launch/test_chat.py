@@ -175,11 +175,12 @@ def test_what_cannot_be_is_one_line(
 
 
 @pytest.mark.parametrize("content", [None, b"caf\xe9\n"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # locale C has the latter
 def test_input_that_is_no_text_is_refused(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+    finished: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, errors: str
 ) -> None:
     typed(monkeypatch, "--checkpoint", finished, "--device", "cpu")
-    stdin = content and io.TextIOWrapper(io.BytesIO(content), "utf-8")
+    stdin = content and io.TextIOWrapper(io.BytesIO(content), "utf-8", errors)
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(UserError, match="standard input is "):
         chat.main()

@@ -126,3 +126,12 @@ def test_evaluate_finds_before_the_work_that_it_cannot_write(
     typed(monkeypatch, *words, "--json", tmp_path / "none" / "x")
     with pytest.raises(OSError, match="No such file"):
         module.main()
+
+
+@pytest.mark.parametrize("option", ["--task-folder", "--limit", "--batch-size"])
+def test_options_of_tasks_are_refused_with_data(
+    monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    typed(monkeypatch, "--checkpoint", "x", "--data", "y", option, "1")
+    with pytest.raises(UserError, match=f"{option} is an option of --tasks"):
+        load("evaluate").main()
