@@ -196,7 +196,7 @@ def build(
         monkeypatch.setattr(train.host, name, mock.Mock())
     arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False, verbose=False)
     job = Job(rank, 2, rank, 2, "127.0.0.1", 1, "python")
-    made = train.build(arguments, settings, job, corpus, mock.Mock(), mock.Mock())
+    made = train.build(arguments, settings, job, corpus, *(mock.Mock() for _ in range(3)))
     assert made is built.trainer
     return built
 
