@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from i3dist.config import Device
-from i3dist.distributed.job import Job
+from i3dist.distributed.job import Job, host_name
 from i3dist.distributed.launcher import HIDDEN
 from i3dist.errors import UserError
 
@@ -68,7 +67,7 @@ def unseen_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
     else:
         fault = f"is built for CUDA {torch.version.cuda}, and finds no driver that fits"
         remedy = "see what nvidia-smi says there, and renew the driver or install another torch"
-    host = socket.gethostname()
+    host = host_name()
     return f"{host}: the job has GPUs ({granted}) that torch cannot see: torch {fault}; {remedy}"
 
 

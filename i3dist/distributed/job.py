@@ -19,6 +19,11 @@ Launcher = Literal["deepspeed", "torchrun", "slurm", "python"]
 FIRST_PORT, PORTS = 10_240, 20_000
 
 
+def host_name() -> str:
+    """This host, as Slurm calls it if it is one of its nodes: the name that --exclude knows."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 @dataclass(frozen=True)
 class Job:
     """One process's place in the job.

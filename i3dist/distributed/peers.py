@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 import torch.distributed as torch_dist
 
 from i3dist.distributed.attempt import REQUEUE, TIME, Attempt
-from i3dist.distributed.job import Job
+from i3dist.distributed.job import Job, host_name
 
-__all__ = ["REQUEUE", "Peers", "connect", "host_name"]
+__all__ = ["REQUEUE", "Peers", "connect"]
 
 LOST_SECONDS = 8
 GATHER_SECONDS = 1.5  # at most, from the first rank of a lost host that is missed to the last
@@ -235,11 +235,6 @@ class _Other(Peers):
     def _tell(self, message: Message) -> None:
         with suppress(OSError):
             self._socket.sendall(_line(message))
-
-
-def host_name() -> str:
-    """This host, as Slurm calls it if it is one of its nodes."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def keep_alive(connection: socket.socket) -> None:

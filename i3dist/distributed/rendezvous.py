@@ -12,7 +12,7 @@ import torch.distributed as torch_dist
 
 from i3dist.distributed import peers
 from i3dist.distributed.devices import backend
-from i3dist.distributed.job import Job
+from i3dist.distributed.job import Job, host_name
 from i3dist.errors import UserError, explain
 
 # Keys under which ranks leave messages for each other in the store.
@@ -135,7 +135,7 @@ def _identify(job: Job, store: torch_dist.Store, name: str) -> None:
 def _wait_for_ranks(job: Job, store: torch_dist.Store, timeout: timedelta) -> None:
     """Wait for every rank, and check that all chose the same backend."""
     keys = [f"{BACKEND_KEY}{rank}" for rank in range(job.world_size)]
-    store.set(keys[job.rank], f"{backend()} {socket.gethostname()}")
+    store.set(keys[job.rank], f"{backend()} {host_name()}")
     try:
         store.wait(keys, timeout)
     except torch_dist.DistStoreError:

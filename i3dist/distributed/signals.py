@@ -25,8 +25,8 @@ from i3dist.distributed import collectives
 from i3dist.distributed.attempt import TIME, Attempt
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.held_signals import hand_to
-from i3dist.distributed.job import Job
-from i3dist.distributed.peers import REQUEUE, Peers, host_name
+from i3dist.distributed.job import Job, host_name
+from i3dist.distributed.peers import REQUEUE, Peers
 
 __all__ = ["REQUEUE", "StopRequest"]
 

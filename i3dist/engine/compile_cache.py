@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import io
 import os
-import socket
 import stat
 import tarfile
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from i3dist.config import Settings
 from i3dist.distributed import collectives
-from i3dist.distributed.job import Job
+from i3dist.distributed.job import Job, host_name
 from i3dist.errors import warned
 from i3dist.files import written_aside
 
@@ -131,7 +130,7 @@ def _of_this_host(
     own = Path(tempfile.gettempdir(), f"i3dist-compiled-{os.getuid()}")
     if not is_private(own):
         if job.local_rank == 0:
-            where = f"{socket.gethostname()}: {own}"
+            where = f"{host_name()}: {own}"
             warning = f"warning: compiled code is not kept: {where} must be a folder of yours alone"
             print(warning, flush=True)
         return None

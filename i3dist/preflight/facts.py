@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import os
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,11 +65,6 @@ class Facts:
     rate: float | None = None
     """Bytes/s exchanged with a rank of another host, the best of several partners; None with one
     host."""
-
-
-def host_name() -> str:
-    """The name by which a finding calls this host."""
-    return socket.gethostname()
 
 
 def hash_sources() -> str:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from i3dist.distributed import collectives
-from i3dist.distributed.job import Job
+from i3dist.distributed.job import Job, host_name
 from i3dist.errors import UserError
 from i3dist.preflight.checks import Everyone, Outcome, examine, hosts
 from i3dist.preflight.facts import (
@@ -16,7 +16,6 @@ from i3dist.preflight.facts import (
     Given,
     free_bytes,
     hash_sources,
-    host_name,
     package_versions,
 )
 from i3dist.preflight.gpu import describe_gpu

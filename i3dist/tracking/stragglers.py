@@ -5,7 +5,6 @@ times tell them apart. They travel with what a step sums over ranks anyway: each
 place, and the sum has all of them.
 """
 
-import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from i3dist.distributed.collectives import gather_objects
 from i3dist.distributed.devices import uses_cuda
-from i3dist.distributed.job import Job
+from i3dist.distributed.job import Job, host_name
 
 # A rank is slow if it takes so much longer than the fastest.
 SLOW = 1.1
@@ -44,7 +43,7 @@ class Stragglers:
     def __init__(self, job: Job) -> None:
         """Every rank calls this, at the same time."""
         self._rank, self._ranks = job.rank, job.world_size
-        self._hosts = gather_objects(socket.gethostname())
+        self._hosts = gather_objects(host_name())
         self._own = [0.0, 0.0, 0.0]  # seconds of the last step, clock, temperature
         self._asked = -ASK_SECONDS
         self.restart()

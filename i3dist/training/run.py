@@ -20,8 +20,8 @@ from i3dist.distributed import collectives, devices, host
 from i3dist.distributed.attempt import TIME, Attempt, ask_for_requeue, ask_for_successor
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.hang_report import keep_records_in
-from i3dist.distributed.job import Job
-from i3dist.distributed.peers import Peers, host_name
+from i3dist.distributed.job import Job, host_name
+from i3dist.distributed.peers import Peers
 from i3dist.distributed.rendezvous import read_timeout
 from i3dist.distributed.signals import REQUEUE, StopRequest
 from i3dist.engine import compile_cache, setup

@@ -1,6 +1,5 @@
 """How a run starts: what it decides once, what it continues from, and what it refuses."""
 
-import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from i3dist.data.shards import check_shards
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.distributed import collectives
 from i3dist.distributed.attempt import Attempt
-from i3dist.distributed.job import Job
+from i3dist.distributed.job import Job, host_name
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
 from i3dist.tracking.metrics_log import STARTS, read_lines
@@ -194,7 +193,7 @@ def check_data(corpus: Corpus, on_damage: OnDamage, job: Job) -> None:
         check_shards(corpus.train.folder, corpus.train.manifest, on_damage)
         check_shards(corpus.valid.folder, corpus.valid.manifest)
     except UserError as error:
-        where = f" (on {socket.gethostname()})" if job.local_world_size < job.world_size else ""
+        where = f" (on {host_name()})" if job.local_world_size < job.world_size else ""
         raise UserError(f"{error}{where}") from None
 
 
