@@ -29,9 +29,10 @@ class HeaderCheck:
         self._names: dict[int, Words] = {}  # by digits of a shard's number, of the first with such
         self._sums: dict[int, Words] = {}  # by the sum of these digits
         self._equal = np.empty((0, self._one.shape[1]), bool)
+        self._expected: list[Words] = []  # the words of the shard of `begin`
 
     def begin(self, number: int) -> None:
-        """Go to shard `number`."""
+        """Go to shard `number`, of at most 7 digits (`MAX_SHARDS`)."""
         digits = f"{number:06d}".encode()
         first = 0 if number < 10**6 else 10**6
         if len(digits) not in self._names:

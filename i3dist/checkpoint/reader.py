@@ -16,7 +16,7 @@ from i3dist.files import utf8_path
 from i3dist.model.state import LaneState
 from i3dist.optim.optimizers import OPTIMIZERS
 
-REMEDY = "restore it, or remove its folder to continue from the checkpoint before it"
+REMEDY = "restore it; or remove its folder, and a run continues from the checkpoint before it"
 
 
 class OptimizerReader(Mapping[str, dict[str, Tensor]]):

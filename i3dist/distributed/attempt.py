@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def ask_for_requeue(environ: Mapping[str, str] = os.environ) -> None:
     file is beside the ranks' output; it may block where that hangs.
     """
     if REQUEUE_FILE in environ:
-        Path(environ[REQUEUE_FILE]).touch()
+        with suppress(OSError):  # a folder that this host does not see
+            Path(environ[REQUEUE_FILE]).touch()
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -27,9 +27,15 @@ def hold() -> None:
 
 
 def hand_to(take: Callable[[int], None]) -> None:
-    """Call `take` with the number of each signal from now on, in a thread."""
+    """Call `take` with the number of each signal from now on, in a thread.
+
+    Call this in the main thread. Should a library unblock a signal there, as multiprocessing's
+    resource tracker does when it starts, a handler calls `take`.
+    """
     global _take
     _take = take
+    for number in _awaited():
+        signal.signal(number, lambda number, _: take(number))
 
 
 def release() -> None:
@@ -37,9 +43,14 @@ def release() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+def _awaited() -> set[signal.Signals]:
+    """All of them, but SIGHUP under nohup, which ignores it."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return set(SIGNALS) - ({signal.SIGHUP} if ignored else set())
+
+
 def _receive() -> None:
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # under nohup
-    awaited = set(SIGNALS) - ({signal.SIGHUP} if ignored else set())
+    awaited = _awaited()
     while True:
         number = signal.sigwait(awaited)
         (_take or _end_by)(number)

@@ -27,11 +27,10 @@ import torch.distributed as torch_dist
 from i3dist.distributed.attempt import REQUEUE, TIME, Attempt
 from i3dist.distributed.job import Job, host_name
 
-__all__ = ["REQUEUE", "Peers", "connect"]
-
 LOST_SECONDS = 8
 GATHER_SECONDS = 1.5  # at most, from the first rank of a lost host that is missed to the last
 CONNECT_SECONDS = 10.0
+TELL_SECONDS = 3.0  # at most, that `on_end` may take
 KEY = "i3dist/peers"  # in the ranks' store: where rank 0 listens
 Message = dict[str, Any]
 WELCOME: Message = {"says": "welcome"}
@@ -85,9 +84,15 @@ class Peers:
     def end(self, status: int, why: str) -> NoReturn:
         """Tell `on_end` why others end this process, and exit; a second call waits."""
         self._ending.acquire()
+        # In a thread, because a file system that hangs would block it.
+        tell = threading.Thread(target=self._tell_of_end, args=(why,), daemon=True)
+        tell.start()
+        tell.join(TELL_SECONDS)
+        os._exit(status)
+
+    def _tell_of_end(self, why: str) -> None:
         with suppress(Exception):
             self.on_end(why, self._silent)
-        os._exit(status)
 
     def _status_of_loss(self) -> int:
         """`REQUEUE` for a host or link that is lost, and under Slurm for a rank, too.

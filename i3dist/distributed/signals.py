@@ -26,9 +26,7 @@ from i3dist.distributed.attempt import TIME, Attempt
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.held_signals import hand_to
 from i3dist.distributed.job import Job, host_name
-from i3dist.distributed.peers import REQUEUE, Peers
-
-__all__ = ["REQUEUE", "StopRequest"]
+from i3dist.distributed.peers import Peers
 
 LAUNCHER_CHECK_SECONDS = 1.0
 
@@ -98,7 +96,7 @@ class StopRequest:
     def _take(self, number: int) -> None:
         if number == signal.SIGTERM and self._another_rank_is_gone():
             # The launcher ends the remaining ranks after a failure or the first exit.
-            if self.peers is not None and self._exit_status != REQUEUE:
+            if self.peers is not None and self._exit_status == 1:
                 self.peers.end(self._exit_status, "another rank of this host ended before")
             os._exit(self._exit_status)
         self._ask(signal.Signals(number).name)
@@ -115,7 +113,7 @@ class StopRequest:
         """
         if self._job.launcher == "slurm":
             return self.peers is None and self._job.world_size > 1
-        with suppress(psutil.Error, IndexError):  # it is gone, or there is none
+        with suppress(Exception):  # it is gone, or there is none; never may this thread end
             return sum(map(_is_alive, self._launchers[0].children())) < self._job.local_world_size
         return False
 

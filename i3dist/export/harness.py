@@ -62,7 +62,7 @@ def run_tasks(
             except Exception as error:
                 raise UserError(
                     f"--tasks {','.join(tasks)}: lm-evaluation-harness cannot load them: "
-                    f"{reason(error)}"
+                    f"{reason(error)}; see the task's YAML file, or the network for its data"
                 ) from error
 
     manager = Tasks(include_path=None if folder is None else str(folder))

@@ -265,7 +265,8 @@ class Unfilled(TorchFunctionMode):
     ) -> Any:
         """What torch calls in place of `func`."""
         named = kwargs or {}
-        return nn.init.zeros_(named["tensor"]) if func in self.DRAWN else func(*args, **named)
+        drawn = func in self.DRAWN and isinstance(named["tensor"], nn.Parameter)
+        return nn.init.zeros_(named["tensor"]) if drawn else func(*args, **named)
 
 
 def parameters_by_part(model: I3LM) -> dict[str, int]:

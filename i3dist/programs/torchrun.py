@@ -35,7 +35,7 @@ def main() -> int:
         usage = "%(prog)s [OPTIONS] PROGRAM ..."
         ArgumentParser(description=summary, epilog=more, usage=usage).print_help()
         return 0
-    ranks = dict(os.environ)
+    chosen = os.environ.get("TORCH_CPP_LOG_LEVEL")
     # Else an agent that does not reach the others, or whose peer has left, says so in 25 lines.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from torch.distributed import DistError, run  # takes seconds
@@ -46,8 +46,8 @@ def main() -> int:
     # On its other signals the agent ends the ranks, and then with 1.
     arguments.signals_to_handle = "SIGINT,SIGQUIT"
     told = pass_signals_on()
-    os.environ.clear()
-    os.environ.update(ranks)
+    if chosen is None:  # the ranks choose for themselves
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
     try:
         run.run(arguments)
     except ChildFailedError as failed:
@@ -56,10 +56,10 @@ def main() -> int:
     except (RendezvousError, DistError) as error:
         place = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
         raise UserError(
-            f"the hosts do not meet at {place} ({reason(error.__cause__ or error)}): start the "
-            f"same command on every host (--nnodes={arguments.nnodes}) within ten minutes, with "
-            "the name and a free port of one of them (--rdzv-endpoint, or --master-addr and "
-            "--master-port)"
+            f"the hosts do not meet at {place}, or what listens there has ended "
+            f"({reason(error.__cause__ or error)}): start the same command on every host "
+            f"(--nnodes={arguments.nnodes}) within ten minutes, with the name and a free port of "
+            "one of them (--rdzv-endpoint, or --master-addr and --master-port)"
         ) from None
     return 0
 

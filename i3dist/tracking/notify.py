@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,7 @@ class Notifier:
             active: whether this is rank 0.
         """
         self._folder, self._active = folder, active
+        self._first_end = threading.Lock()  # never released
         self._begun = False  # whether the folder is this run's: another may have held it
         self._watcher: subprocess.Popen[bytes] | None = None
         if active and command is not None:
@@ -58,7 +60,15 @@ class Notifier:
         self.stop("requeue" if again else "failure", reason, LEAVE_SECONDS)
 
     def stop(self, event: Event, reason: str = "", wait: float | None = None) -> None:
-        """The process is about to end; waits so long for the command, or `WAIT_SECONDS`."""
+        """The process is about to end: the first call tells why.
+
+        Args:
+            event: one of `LAST`.
+            reason: in words.
+            wait: seconds to wait for the command; None takes `WAIT_SECONDS`.
+        """
+        if not self._active or not self._first_end.acquire(blocking=False):
+            return
         self._tell(event, self._last_step(), reason)
         if self._begun:
             prometheus.mark_stopped(self._folder)
@@ -99,8 +109,10 @@ def _start_watcher(folder: Path, command: str) -> subprocess.Popen[bytes]:
 
 def main() -> None:
     """Watch the process of rank 0, and run the command at each event."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # launchers end the children of a rank too
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    for number in signals:  # launchers end the children of a rank too
+        signal.signal(number, lambda *_: None)  # unlike SIG_IGN not inherited by the command
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # which rank 0 has blocked
     parent, command = int(sys.argv[1]), sys.argv[2]
     last: Mapping[str, Any] = {}
     for message in _messages(sys.stdin.buffer, parent):

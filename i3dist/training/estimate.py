@@ -17,7 +17,7 @@ from i3dist.tracking.mfu import Gpu, operations, seen_in_a_long_document
 # `attention` (docs/performance.md, docs/history-runs.md): at width 1,180 on one H200 44% with 4
 # lanes and 46% with 16, on one H100 41% with 4; at width 512 on one H100 27% with 8. Narrower
 # models have smaller products, and more elementwise work beside them.
-PEAK_SHARE, LEAST_WIDTH = 0.45, 1_000
+PEAK_SHARE, FULL_SPEED_WIDTH = 0.45, 1_000
 
 
 def meta_model(settings: Settings) -> I3LM:
@@ -93,7 +93,7 @@ def memory_estimate(
 
 def share_of_peak(width: int) -> float:
     """The assumed share of the data sheet's peak, at a width of the residual stream."""
-    return PEAK_SHARE * min(1.0, width / LEAST_WIDTH)
+    return PEAK_SHARE * min(1.0, width / FULL_SPEED_WIDTH)
 
 
 def flops_per_token(settings: Settings, model: I3LM) -> float:

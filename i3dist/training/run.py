@@ -13,17 +13,18 @@ import torch
 
 from i3dist import garbage
 from i3dist.checkpoint.weights import WEIGHTS
+from i3dist.cli.extend import LOADED
 from i3dist.cli.program import call_on_failure, keep_tracebacks_in, tell_others_by
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
-from i3dist.distributed.attempt import TIME, Attempt, ask_for_requeue, ask_for_successor
+from i3dist.distributed.attempt import REQUEUE, TIME, Attempt, ask_for_requeue, ask_for_successor
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.hang_report import keep_records_in
 from i3dist.distributed.job import Job, host_name
 from i3dist.distributed.peers import Peers
 from i3dist.distributed.rendezvous import read_timeout
-from i3dist.distributed.signals import REQUEUE, StopRequest
+from i3dist.distributed.signals import StopRequest
 from i3dist.engine import compile_cache, setup
 from i3dist.engine.compile_cache import CompileCache
 from i3dist.engine.toolchain import COMPILER, import_aside, share_compile_workers
@@ -201,10 +202,12 @@ def prepare_compiler(
 def build_model(start: Start, job: Job, corpus: Corpus) -> I3LM:
     """The model with its first weights, on this rank's device.
 
-    Where a checkpoint follows, the weights are zeros until then.
+    Where a checkpoint follows, the weights may be zeros until then.
     """
     torch.manual_seed(start.settings.train.seed)
-    with nullcontext() if start.checkpoint is None else Unfilled():
+    # Extensions may draw buffers, which checkpoints do not hold: let them draw the same again.
+    unfilled = start.checkpoint is not None and not LOADED
+    with Unfilled() if unfilled else nullcontext():
         model = I3LM(start.settings.model, corpus.tokenizer.bos_id)
     if start.weights is not None:
         collectives.on_all_ranks(partial(start.weights.load_into, model))

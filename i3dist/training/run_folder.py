@@ -82,7 +82,7 @@ def lock_folder(folder: Path) -> None:
 def _locked(folder: Path) -> UserError:
     start = (read_lines(folder / STARTS) or [{}])[-1]
     job = f"job {start['job']} " if start.get("job") else ""
-    who = f" ({job}on {', '.join(start['hosts'])})" if start.get("hosts") else ""
+    who = f" (last started: {job}on {', '.join(start['hosts'])})" if start.get("hosts") else ""
     return UserError(
         f"another process runs in run.path={folder}{who}; end it first, or choose another run.path"
     )

@@ -18,8 +18,9 @@ import pytest
 import torch.distributed as torch_dist
 
 from i3dist.distributed import peers
+from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.job import Job, Launcher
-from i3dist.distributed.peers import REQUEUE, Message, Peers
+from i3dist.distributed.peers import Message, Peers
 from tests.conftest import free_port
 
 IPV6 = Path("/proc/net/if_inet6")  # the addresses of this machine, in hexadecimal
@@ -40,7 +41,12 @@ def rank(
     store = torch_dist.TCPStore("127.0.0.1", port, None, number == 0, patience, False)
     tied = peers.connect(job, store, "127.0.0.1")
     tied.on_lost = lambda hosts: Path("lost").write_text(",".join(hosts))
-    tied.on_end = lambda why, again: Path(f"end-{number}").write_text(f"{again} {why}")
+
+    def tell(why: str, again: bool) -> None:
+        Path(f"end-{number}").write_text(f"{again} {why}")
+        time.sleep(WAIT)  # as on a file system that hangs
+
+    tied.on_end, peers.TELL_SECONDS = tell, 0.5
     Path(f"pid-{number}").write_text(str(os.getpid()))
     store.add("there", 1)
     while store.add("there", 0) < RANKS:

@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.job import Job
-from i3dist.distributed.signals import REQUEUE, StopRequest
+from i3dist.distributed.signals import StopRequest
 from tests.conftest import ROOT, deepspeed, deepspeed_command, environment
 
 HEAD = """
@@ -19,7 +20,8 @@ sys.path.insert(0, os.getcwd())
 from i3dist.distributed.held_signals import hold
 hold()
 from i3dist.distributed.job import Job
-from i3dist.distributed.signals import REQUEUE, StopRequest
+from i3dist.distributed.attempt import REQUEUE
+from i3dist.distributed.signals import StopRequest
 job = Job.detect()
 stop = StopRequest(job)
 print(f"rank {job.rank} is {os.getpid()}", flush=True)
@@ -137,25 +139,36 @@ def test_the_end_of_the_command_reaches_the_ranks(tmp_path: Path) -> None:
         command.wait(10)
 
 
-# As LLVM does when Triton first compiles a kernel, whatever a process's own handlers were.
-COMPILED = (
-    HEAD
-    + """
+# What LLVM does when Triton first compiles a kernel, whatever a process's own handlers were; and
+# what multiprocessing's resource tracker does when it starts.
+COMPILING = """
 import signal
 signal.signal(signal.SIGUSR1, lambda *_: None)
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
 """
-    + WAITING.removeprefix(HEAD)
+UNBLOCKING = """
+import signal
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "library"),
+    [
+        (signal.SIGTERM, COMPILING),
+        (signal.SIGUSR1, COMPILING),
+        (signal.SIGHUP, COMPILING),
+        (signal.SIGTERM, UNBLOCKING),
+    ],
 )
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_a_single_process_is_asked_by_a_signal(tmp_path: Path, number: int) -> None:
-    words = [sys.executable, script(tmp_path, COMPILED), tmp_path / "asked"]
+def test_a_single_process_is_asked_by_a_signal(tmp_path: Path, number: int, library: str) -> None:
+    """Whatever libraries do to handlers and masks."""
+    text = HEAD + library + WAITING.removeprefix(HEAD)
+    words = [sys.executable, script(tmp_path, text), tmp_path / "asked"]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline().startswith("rank 0")
-    time.sleep(0.2)  # until handlers are replaced
+    time.sleep(0.2)  # until the library has done it
     for _ in range(2):  # `timeout` sends one to the process and one to its group
         process.send_signal(number)
     assert process.wait(40) == REQUEUE
@@ -217,7 +230,8 @@ time.sleep(600)
         process.wait(10)
 
 
-def test_one_vote_of_any_rank_stops_the_job() -> None:
+def test_one_vote_of_any_rank_stops_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     stop = StopRequest(Job.detect({}))
     stop.count(0.0)
     assert not stop.agreed()

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from i3dist.distributed import collectives, watchdog
+from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.job import Job
 from i3dist.distributed.patience import SAVE, STEP
-from i3dist.distributed.signals import REQUEUE
 from i3dist.distributed.watchdog import Watchdog
 from tests.conftest import environment, launcher
 

@@ -29,7 +29,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
-from i3dist.distributed.signals import REQUEUE
+from i3dist.distributed.attempt import REQUEUE
 from i3dist.errors import UserError
 from i3dist.files import PARTIAL
 from tests.conftest import QUICK, differences, last_checkpoint, shards_of, texts

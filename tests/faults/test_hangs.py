@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.hang_report import FILE
-from i3dist.distributed.signals import REQUEUE
 from i3dist.tracking.metrics_log import EVENTS, read_lines, read_metrics
 from tests.conftest import QUICK, deepspeed
 

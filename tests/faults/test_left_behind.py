@@ -43,5 +43,5 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
     lock_folder(tmp_path)
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     refused = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    who = "(job 77 on node1, node2); end it first"
+    who = "(last started: job 77 on node1, node2); end it first"
     assert f"another process runs in run.path={tmp_path} {who}" in refused.stderr

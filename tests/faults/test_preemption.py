@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from i3dist.distributed.signals import REQUEUE
+from i3dist.distributed.attempt import REQUEUE
 from tests.conftest import QUICK, SAVING, STEPS, losses, program, run_ranks
 from tests.faults.running import Running, running
 

@@ -20,7 +20,7 @@ from mlflow.entities import Run
 
 from i3dist.checkpoint.weights import WEIGHTS
 from i3dist.config import Settings
-from i3dist.distributed.signals import REQUEUE
+from i3dist.distributed.attempt import REQUEUE
 from i3dist.tracking import tracker as tracking
 from i3dist.tracking.metrics_log import read_metrics
 from i3dist.tracking.mlflow_store import RUN_ID_FILE, FinalModel

@@ -51,6 +51,7 @@ def test_each_event_is_told_with_the_step_and_the_reason(run: Path) -> None:
     notifier.start(5)
     MetricsLog(run / METRICS).append(9, {})
     notifier.stop("requeue", 'it\'s "SIGTERM"; $HOME\n')
+    notifier.leave("rank 1 failed", False)  # what the first call has told stays the last word
     assert told(run) == [f"start|5||{run}", f'requeue|9|it\'s "SIGTERM"; $HOME?|{run}']
     assert events(run) == [(5, "start", ""), (9, "requeue", 'it\'s "SIGTERM"; $HOME\n')]
 
