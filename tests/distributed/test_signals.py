@@ -161,6 +161,7 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         (signal.SIGHUP, COMPILING),
         (signal.SIGTERM, UNBLOCKING),
     ],
+    ids=["term", "usr1", "hup", "unblocked"],
 )
 def test_a_single_process_is_asked_by_a_signal(tmp_path: Path, number: int, library: str) -> None:
     """Whatever libraries do to handlers and masks."""
