@@ -188,7 +188,7 @@ def test_the_ledger_is_on_disk_before_a_checkpoint_begins(
         settings=Settings(),
         data="x",
         lanes=range(2),
-        engine=cast(Engine, SimpleNamespace(numeric={}, snapshot=None)),
+        engine=cast(Engine, SimpleNamespace(numeric_config={}, snapshot=None)),
         progress=progress,
         guard=Guard(GuardSettings()),
         ledger=ledger,

@@ -153,7 +153,7 @@ def test_a_large_model_is_trained_on_a_cpu_that_was_chosen(
     settings = Settings.load(None, words)
     corpus = Corpus.open(data, settings.model)
     with pytest.raises(UserError if device == "auto" else GoesOnError):
-        build(arguments, settings, Job.detect({}), corpus, None, StartTimes())
+        build(arguments, settings, Job.detect({}), corpus, None, StartTimes(), None)
 
 
 def test_a_run_may_continue_on_another_device() -> None:
