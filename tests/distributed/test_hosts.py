@@ -106,4 +106,6 @@ def test_torchrun_ends_as_its_ranks_do(
     lost = hosts[0].start(*words, folder=ROOT, environ=environment(), output=tmp_path / "lost")
     assert lost.wait(60) == 1
     (line,) = (tmp_path / "lost").read_text().splitlines()
-    assert line.startswith("error: the hosts do not meet at nowhere.invalid:1 (")
+    assert line.startswith(
+        "error: the hosts do not meet at nowhere.invalid:1, or what listens there"
+    )

@@ -209,16 +209,23 @@ def test_the_first_weights_are_of_the_runs_seed(
     assert build(train, known, monkeypatch, **{"train.seed": seed}).seed == seed
 
 
-@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize(
+    ("continues", "extensions", "drawn"),
+    [(True, [], False), (True, [Path("layer.py")], True), (False, [], True)],
+)
 def test_weights_that_a_checkpoint_replaces_are_not_drawn(
     train: ModuleType,
     known: Known,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     continues: bool,
+    extensions: list[Path],
+    drawn: bool,
 ) -> None:
+    """But extensions draw again, also what no checkpoint holds."""
+    monkeypatch.setattr(train, "LOADED", extensions)
     built = build(train, known, monkeypatch, checkpoint=tmp_path if continues else None)
-    assert built.drawn != continues
+    assert built.drawn == drawn
 
 
 @pytest.mark.parametrize(
