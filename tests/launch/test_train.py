@@ -176,7 +176,7 @@ def build(
 
     def model(*_: object) -> mock.Mock:
         built.seed = torch.initial_seed()
-        built.drawn = bool(torch.nn.init.normal_(torch.zeros(1)))
+        built.drawn = bool(torch.nn.init.normal_(torch.nn.Parameter(torch.zeros(1))))
         return built.model
 
     for name, stand_in in {
