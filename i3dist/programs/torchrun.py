@@ -23,9 +23,9 @@ import psutil
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.distributed.attempt import REQUEUE
+from i3dist.distributed.held_signals import SIGNALS
+from i3dist.engine.toolchain import variables
 from i3dist.errors import UserError, reason
-
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def main() -> int:
@@ -35,19 +35,17 @@ def main() -> int:
         usage = "%(prog)s [OPTIONS] PROGRAM ..."
         ArgumentParser(description=summary, epilog=more, usage=usage).print_help()
         return 0
-    chosen = os.environ.get("TORCH_CPP_LOG_LEVEL")
-    # Else an agent that does not reach the others, or whose peer has left, says so in 25 lines.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    from torch.distributed import DistError, run  # takes seconds
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    # Else an agent that does not reach the others, or whose peer has left, says so in 25 lines. The
+    # ranks choose for themselves.
+    with variables(TORCH_CPP_LOG_LEVEL=os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL")):
+        from torch.distributed import DistError, run  # takes seconds
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     arguments = run.parse_args(sys.argv[1:])
     # On its other signals the agent ends the ranks, and then with 1.
     arguments.signals_to_handle = "SIGINT,SIGQUIT"
     told = pass_signals_on()
-    if chosen is None:  # the ranks choose for themselves
-        del os.environ["TORCH_CPP_LOG_LEVEL"]
     try:
         run.run(arguments)
     except ChildFailedError as failed:
@@ -65,7 +63,7 @@ def main() -> int:
 
 
 def pass_signals_on() -> list[int]:
-    """From now on send the first of `PASSED_ON` to the ranks; returns a list of those that came.
+    """From now on send the first of `SIGNALS` to the ranks; returns a list of those that came.
 
     While there are no ranks, a signal ends this process with `REQUEUE`. A thread receives them,
     because the main thread runs no handlers while it waits for the agents of other hosts.
@@ -73,7 +71,7 @@ def pass_signals_on() -> list[int]:
     told: list[int] = []
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    for number in PASSED_ON:
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
             signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -81,7 +79,7 @@ def pass_signals_on() -> list[int]:
     def watch() -> None:
         while True:
             number = os.read(reader, 1)[0]
-            if number not in PASSED_ON:
+            if number not in SIGNALS:
                 continue
             ranks = psutil.Process().children()
             if not ranks:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from i3dist.distributed.held_signals import SIGNALS, release
 from i3dist.errors import printable, warned
 from i3dist.tracking import prometheus
 from i3dist.tracking.metrics_log import EVENTS, METRICS, MetricsLog, read_lines
@@ -109,10 +110,9 @@ def _start_watcher(folder: Path, command: str) -> subprocess.Popen[bytes]:
 
 def main() -> None:
     """Watch the process of rank 0, and run the command at each event."""
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    for number in signals:  # launchers end the children of a rank too
+    for number in (*SIGNALS, signal.SIGINT):  # launchers end the children of a rank too
         signal.signal(number, lambda *_: None)  # unlike SIG_IGN not inherited by the command
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # which rank 0 has blocked
+    release()  # what rank 0 holds
     parent, command = int(sys.argv[1]), sys.argv[2]
     last: Mapping[str, Any] = {}
     for message in _messages(sys.stdin.buffer, parent):
