@@ -120,6 +120,9 @@ class Experiment:
             steps.gate.fill_(gates.gate_at(step))
             if isinstance(model, CarriesLater):
                 model.carries.fill_(float(step >= arm.added["carries"]))
+            if "joins" in arm.added:
+                for block in model.upper:
+                    block.attention.joined.fill_(arm.joined_at(step))
             if drops:
                 batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)

@@ -24,6 +24,7 @@ Additions to these:
   -mixed      of it: what a head reads of its chunk gives way to what it reads of history
   -pulled     of it: logits of the chunk learn from the share that history is given
   -yields     of it: the same to a degree that is learned
+  -joinsN     of it: becomes one softmax over 1,000 steps, from step N on
   -open       the logit of history starts at 0 instead of low
   -even       the last of every four tokens has a sub-latent, whatever its score
   -spans      the highest scores of each latent's span have its sub-latents
@@ -46,7 +47,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from attentions import Mixed, OwnProjections, Pulled, Shared, Taught, Yields
+from attentions import Joined, Mixed, OwnProjections, Pulled, Shared, Taught, Yields
 from compressors import (
     Alone,
     Detached,
@@ -85,8 +86,8 @@ COMPRESSORS = {
     "wise": Wise,
 }
 BLOCKS = ("lower", "upper")  # of attention
-WITH_NUMBER = ("from", "reserve", "carries")
-OF_DUAL = ("taught", "mixed", "pulled", "yields", "shared", "reserve")
+WITH_NUMBER = ("from", "reserve", "carries", "joins")
+OF_DUAL = ("taught", "mixed", "pulled", "yields", "joins", "shared", "reserve")
 ALTERNATIVES = (
     tuple(COMPRESSORS),
     ("dual", "own"),
@@ -95,6 +96,7 @@ ALTERNATIVES = (
     *(("match", other) for other in ("detached", "early", "own", "joint", "dual")),
     ("carry", "carries", "match"),
     ("mixed", "yields"),
+    *(("joins", other) for other in ("taught", "mixed", "pulled", "yields", "shared")),
     *(("early", other) for other in ("still", "carry")),
 )
 OF_SUB_LATENTS = ("match", "shared", *COMPRESSORS)
@@ -105,17 +107,25 @@ OF_HISTORY = (
 ADDED = ("soon", "carry", "carries", *OF_HISTORY)
 ARMS = [
     *("none", "recipe", "literal", "mean", "ceiling", "carry"),
-    *(f"recipe-{added}" for added in ADDED if added not in (*OF_DUAL, "from", "carries")),
+    *(f"recipe-{added}" for added in ADDED if added not in (*OF_DUAL, *WITH_NUMBER)),
     *("recipe-from500", "recipe-dual-taught", "recipe-dual-mixed", "recipe-dual-taught-mixed"),
     *("recipe-dual-shared", "recipe-dual-yields", "recipe-dual-mixed-pulled"),
     *("recipe-dual-reserve3-soon", "ceiling-dual", "literal-dual", "recipe-dual-carry"),
-    "recipe-dual-carries500",
+    *("recipe-dual-carries500", "recipe-dual-soon-joins1000"),
     *("records1", "records2", "records8", "picks", "every", "ceiling-open", "literal-open"),
 ]
+JOINING = 1000  # steps from two softmaxes to one
 SHUT = -1e4  # an initial logit of history with which no query sees it; it gets no gradient
 
 
-DUAL = {"shared": Shared, "taught": Taught, "mixed": Mixed, "pulled": Pulled, "yields": Yields}
+DUAL = {
+    "shared": Shared,
+    "taught": Taught,
+    "mixed": Mixed,
+    "pulled": Pulled,
+    "yields": Yields,
+    "joins": Joined,
+}
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,10 @@ class Arm:
         """When history enters training."""
         off = 100 if "soon" in self.added else self.added.get("from", 1000)
         return CompressionSettings(off_steps=off)
+
+    def joined_at(self, step: int) -> float:
+        """How far its two softmaxes are one, from 0 to 1."""
+        return min(1.0, max(0.0, (step - self.added["joins"]) / JOINING))
 
     @property
     def attention(self) -> type[Attention] | None:
