@@ -1,6 +1,6 @@
 """Compiling our own Triton kernels in threads, while torch's compiler traces what calls them.
 
-Triton compiles a kernel when it is first called: 25 s of processor time for those of a training
+Triton compiles a kernel when it is first called: 24 s of processor time for those of a training
 step, in which everything else would wait. The compiler has asked for the shapes of their results
 long before that, so it is known what they will be called with.
 """
