@@ -1,9 +1,9 @@
 """Sorting short rows, in two forms with the same results.
 
-Eager code sorts. Compiled code counts, for each value of a row, those that come before it: N^2
-comparisons of N values, which is little work for a GPU. Of a sort the compiler makes a bitonic
-network in the kernel's registers, in several sizes to choose from: up to 14 s of compilation for
-each, at every cold start.
+Code that is compiled for a GPU counts, for each value of a row, those that come before it: N^2
+comparisons of N values, which is little work there. Of a sort the compiler makes a bitonic network
+in the kernel's registers, in several sizes to choose from: up to 14 s of compilation for each, at
+every cold start. All other code sorts.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 def highest(scores: Tensor, count: int) -> Tensor:
     """Positions of the `count` highest of [..., N], in order; of equal ones the first."""
-    if is_compiling():
+    if counts(scores):
         return true_first(rank(scores) < count)[..., :count]
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :count].sort(dim=-1).values
@@ -22,9 +22,14 @@ def highest(scores: Tensor, count: int) -> Tensor:
 def true_first(chosen: Tensor) -> Tensor:
     """Positions in [..., N] bool of what is true, then of the rest, both in order: int64."""
     numbers = chosen.to(torch.int32)
-    if is_compiling():
+    if counts(chosen):
         return inverse(rank(numbers))
     return numbers.argsort(dim=-1, descending=True, stable=True)
+
+
+def counts(values: Tensor) -> bool:
+    """Whether these are to be counted rather than sorted."""
+    return values.is_cuda and is_compiling()
 
 
 def rank(values: Tensor) -> Tensor:
