@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
 from i3dist.model.compressor import Compressor
-from i3dist.model.compressor_records import RecordsCompressor, highest
+from i3dist.model.compressor_records import RecordsCompressor
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear
 from i3dist.ops.linear import linear
+from i3dist.ops.order import highest
 from i3dist.ops.precision import widen
 
 

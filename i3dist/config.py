@@ -278,7 +278,8 @@ class ValidateSettings(Section):
     """Held-out loss, with and without history."""
 
     every: CountOrZero = 500
-    """Steps between validations; 0 validates only before the first step and after the last."""
+    """Steps between validations, of which one is before the first step; 0 validates only after the
+    last step."""
     chunks: Count = 1024
     """Chunks of the fixed validation subset, rounded up to whole shards."""
     samples: Annotated[int, Field(ge=0, le=256)] = 2

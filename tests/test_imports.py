@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import itself and those before it.
 LAYERS = [
     {
-        *("i3dist.errors", "i3dist.files", "i3dist.garbage", "i3dist.registry"),
+        *("i3dist.aside", "i3dist.errors", "i3dist.files", "i3dist.garbage", "i3dist.registry"),
         "i3dist.optim.schedules",
     },
     {"i3dist.cli"},

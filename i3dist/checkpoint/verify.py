@@ -39,8 +39,17 @@ def fault(checkpoint: Path, job: Job) -> str | None:
 
     Every rank calls this, hashes its share of the files, and gets the same answer.
     """
-    wrong = quick_fault(checkpoint) or _first_altered(checkpoint, job)
-    return next(filter(None, collectives.gather_objects(wrong)), None)
+    return first_fault(fault_of_share(checkpoint, job))
+
+
+def fault_of_share(checkpoint: Path, job: Job) -> str | None:
+    """What this rank finds wrong with its share of the files; other ranks are not asked."""
+    return quick_fault(checkpoint) or _first_altered(checkpoint, job)
+
+
+def first_fault(mine: str | None) -> str | None:
+    """The first that any rank has found, on every rank; every rank calls this."""
+    return next(filter(None, collectives.gather_objects(mine)), None)
 
 
 def newest_whole(

@@ -53,21 +53,23 @@ class CompileCache:
             Exception: of many kinds, if it is damaged; then nothing was added.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        here = self.entries()
         with tempfile.TemporaryDirectory(dir=self.folder.parent) as name:
             with gzip.open(self.archive) as content:
                 with tarfile.open(fileobj=content) as archive:
-                    archive.extractall(name, filter="data")
+                    members = archive.getmembers()
+                    missing = [one for one in members if Path(one.name) not in here]
+                    archive.extractall(name, missing, filter="data")
                 while content.read(2**20):  # up to the checksum at the end
                     pass
-            unpacked = CompileCache(self.archive, Path(name)).entries()
-            for path in unpacked - self.entries():
+            for path in CompileCache(self.archive, Path(name)).entries():
                 made = Path(name, path)
                 if path.name.startswith(PATHS):
                     made.write_bytes(made.read_bytes().replace(ROOT, bytes(self.folder)))
                 target = self.folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 made.replace(target)
-        self._unpacked = unpacked
+        self._unpacked = {Path(one.name) for one in members}
 
     def pack(self) -> None:
         """Write the archive, unless it has every entry of the folder already."""

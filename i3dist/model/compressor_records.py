@@ -25,6 +25,7 @@ from i3dist.model.compressor import Compressor
 from i3dist.model.layer_kinds import Stack
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear, adjust_heads
 from i3dist.ops.linear import linear
+from i3dist.ops.order import highest
 from i3dist.ops.precision import multipliable, widen
 
 NOT_KEPT = -1e4  # router score of such a token: its sigmoid is 0
@@ -145,12 +146,6 @@ class RecordsCompressor(Compressor):
         nn.init.orthogonal_(self.record.weight)
         inverse = self.record.weight.T * self.sub_latents**0.5
         self.token.weight.copy_(inverse.repeat(self.views, 1))
-
-
-def highest(scores: Tensor, count: int) -> Tensor:
-    """Positions of the `count` highest of [..., T], in order; of equal ones the first."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :count].sort(dim=-1).values
 
 
 def spread(distance: Tensor, length: int) -> Tensor:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from i3dist.ops.order import true_first
 from i3dist.ops.precision import widen
 
 TILE = 128  # queries, and keys, of a tile of the fused kernel
@@ -170,21 +171,17 @@ def block_mask(rule: Callable[..., Tensor], window: Window, own: bool = True) ->
     tiles = F.pad(seen, (0, 0, 0, -queries % TILE)).unflatten(1, (-1, TILE))
     whole = tiles.amin(2) == TILE
     partly = (tiles.amax(2) > 0) & ~whole
-    return BlockMask.from_kv_blocks(
-        *_listed(partly),
-        *_listed(whole),
-        BLOCK_SIZE=TILE,
-        mask_mod=rule,
-        seq_lengths=(queries, window.history + own * queries),
-    )
+    by_query = (*_listed(partly), *_listed(whole))
+    by_key = (*_listed(partly.mT), *_listed(whole.mT))
+    lengths = (queries, window.history + own * queries)
+    return BlockMask(lengths, *by_query, *by_key, BLOCK_SIZE=(TILE, TILE), mask_mod=rule)
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """[B, rows, columns] bool -> the number of true columns of each row [B, 1, rows], and the
     columns, true ones first [B, 1, rows, columns]; int32."""
-    numbers = tiles.unsqueeze(1).to(torch.int32)
-    columns = numbers.argsort(dim=-1, descending=True, stable=True)
-    return numbers.sum(-1, dtype=torch.int32), columns.to(torch.int32)
+    tiles = tiles.unsqueeze(1)
+    return tiles.sum(-1, dtype=torch.int32), true_first(tiles).to(torch.int32)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

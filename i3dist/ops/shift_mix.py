@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from i3dist.ops.ahead import compile_ahead, wait_for
 from i3dist.ops.checks import check_dtypes, check_shapes
 
 _TRITON = importlib.util.find_spec("triton") is not None  # PyTorch's CPU wheel comes without it
@@ -160,6 +161,7 @@ def _norm_shift_mix(*inputs: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor]
 
     One tensor per mix, not a stack: then their gradients need no copy.
     """
+    wait_for(_kernels().forward)
     return _kernels().forward(MixInputs(*inputs))
 
 
@@ -177,12 +179,14 @@ def _norm_shift_mix_backward(
     The gradient of x is that of x + branch, and includes `grad_total`, the last argument.
     """
     *saved, grad_total = rest
+    wait_for(_kernels().backward)
     return _kernels().backward(grad_mixed, grad_last, Saved(*saved), grad_total)
 
 
 @_norm_shift_mix.register_fake
 def _norm_shift_mix_fake(*inputs: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     x, _, _, mixes, restart, shift, _, _, branch = inputs
+    compile_ahead(_kernels().forward, MixInputs(*inputs))
     mixed = [x.new_empty(x.shape) for _ in range(mixes.shape[0])]
     statistics = x.new_empty(2, *restart.shape, dtype=torch.float32)
     total = x.new_empty(0 if branch is None else x.shape)
@@ -194,6 +198,8 @@ def _norm_shift_mix_backward_fake(
     grad_mixed: list[Tensor], grad_last: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, _, _, mixes, _, shift, *_ = rest
+    *saved, grad_total = rest
+    compile_ahead(_kernels().backward, grad_mixed, grad_last, Saved(*saved), grad_total)
     rows, length, width = x.shape
     programs = _kernels().backward_programs(rows * length)
     summands = x.new_empty(programs, 2 + mixes.shape[0], width, dtype=torch.float32)

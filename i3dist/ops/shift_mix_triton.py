@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from i3dist.ops.ahead import launch
 from i3dist.ops.shift_mix import MixInputs, Saved
 
 
@@ -334,7 +335,7 @@ def forward(inputs: MixInputs) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     total = x.new_empty(0 if branch is None else x.shape)
     tokens = rows * length
     run = triton.cdiv(tokens, FORWARD.programs)
-    _shift_mix_forward_kernel[(triton.cdiv(tokens, run),)](
+    launch(_shift_mix_forward_kernel, (triton.cdiv(tokens, run),), x)(
         x,
         weight,
         bias,
@@ -375,7 +376,7 @@ def backward(
     tokens = rows * length
     programs = backward_programs(tokens)
     summands = statistics.new_empty(programs, 2 + len(mixes), width)
-    _shift_mix_backward_kernel[(programs,)](
+    launch(_shift_mix_backward_kernel, (programs,), x)(
         tuple(_contiguous(*grad_mixed)),
         grad_last.contiguous(),
         x,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from i3dist.ops import wkv_blocked
+from i3dist.ops.ahead import compile_ahead, wait_for
 from i3dist.ops.checks import check_dtypes, check_shapes
 from i3dist.ops.precision import compute_dtype
 from i3dist.ops.wkv_naive import Gradients, WkvInputs, WkvSaved, empty_state
@@ -81,7 +82,9 @@ _READ = "Tensor decay, Tensor bonus, Tensor k, Tensor v, Tensor restart"
 def _wkv(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, final state, and the state that enters each block of tokens [B, N, 3, C]."""
     given = WkvInputs(*inputs)
-    return _form(given.k.device.type).forward(given)
+    form = _form(given.k.device.type).forward
+    wait_for(form)
+    return form(given)
 
 
 @torch.library.custom_op(
@@ -93,12 +96,16 @@ def _wkv(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _wkv_backward(grad_y: Tensor, grad_final: Tensor, *saved: Any) -> Gradients:
     """Gradients of decay, bonus, k, v, the initial state, and receptance (no elements if None)."""
     given = WkvSaved(*saved)
-    return _form(given.k.device.type).backward(grad_y, grad_final, given)
+    form = _form(given.k.device.type).backward
+    wait_for(form)
+    return form(grad_y, grad_final, given)
 
 
 @_wkv.register_fake
 def _wkv_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    k = WkvInputs(*inputs).k
+    given = WkvInputs(*inputs)
+    k = given.k
+    compile_ahead(_form(k.device.type).forward, given)
     rows, length, channels = k.shape
     final = k.new_empty(rows, 3, channels, dtype=compute_dtype(k))
     block = _form(k.device.type).BLOCK
@@ -110,6 +117,7 @@ def _wkv_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _wkv_backward_fake(grad_y: Tensor, grad_final: Tensor, *saved: Any) -> Gradients:
     given = WkvSaved(*saved)
     decay, bonus, k, v, _, _, final, receptance = given
+    compile_ahead(_form(k.device.type).backward, grad_y, grad_final, given)
     like = [x.new_empty(x.shape) for x in (decay, bonus, k, v, final)]
     grad_receptance = k.new_empty(0 if receptance is None else receptance.shape)
     return like[0], like[1], like[2], like[3], like[4], grad_receptance

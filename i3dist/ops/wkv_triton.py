@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from i3dist.ops import wkv_naive
+from i3dist.ops.ahead import launch
 from i3dist.ops.wkv_naive import Gradients, WkvInputs, WkvSaved
 
 BLOCK = 16  # L, of both kernels
@@ -309,7 +310,7 @@ def forward(inputs: WkvInputs) -> tuple[Tensor, Tensor, Tensor]:
     y, final = torch.empty_like(k), k.new_empty(rows, 3, channels, dtype=torch.float32)
     entries = final.new_empty(rows, triton.cdiv(length, BLOCK), 3, channels)
     grid, options = _launch(rows, length, channels)
-    _wkv_forward_kernel[grid](
+    launch(_wkv_forward_kernel, grid, k)(
         *_fp32(decay, bonus),
         k,
         v,
@@ -340,7 +341,7 @@ def backward(grad_y: Tensor, grad_final: Tensor, saved: WkvSaved) -> Gradients:
     grad_receptance = k.new_empty(0 if receptance is None else k.shape)
     partial = final.new_empty(rows, 2, channels)
     grid, options = _launch(rows, length, channels)
-    _wkv_backward_kernel[grid](
+    launch(_wkv_backward_kernel, grid, k)(
         grad_y.contiguous(),
         *_fp32(grad_final, decay, bonus),
         k,

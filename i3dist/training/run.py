@@ -141,7 +141,7 @@ def build(
     agree(start)
     cache, await_compiler = prepare_compiler(settings, job)
     collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
-    start = verify_checkpoint(start, job)
+    await_verified = verify_checkpoint(start, job)
     times.end("checks")
     model = build_model(start, job, corpus)
     times.end("model")
@@ -158,6 +158,7 @@ def build(
     with recorded(tracker, peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, cache)
         trainer.watchdog.on_end = partial(let_go, peers, notifier)
+        start = await_verified()
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
             times.end("checkpoint")

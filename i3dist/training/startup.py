@@ -1,9 +1,12 @@
 """How a run starts: what it decides once, what it continues from, and what it refuses."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from i3dist.aside import aside
 from i3dist.checkpoint import store, verify
 from i3dist.checkpoint.format import TOKENIZER, RunState, read_state
 from i3dist.checkpoint.weights import SavedModel
@@ -164,19 +167,27 @@ def agree(start: Start) -> None:
         )
 
 
-def verify_checkpoint(start: Start, job: Job) -> Start:
-    """Read all of the checkpoint that the run continues from; if it is broken, take an older one.
+def verify_checkpoint(start: Start, job: Job) -> Callable[[], Start]:
+    """Begin to read all of the checkpoint that the run continues from, in a thread.
 
-    Every rank calls this, and all take the same one.
+    Every rank calls this, and what it returns, which waits for the thread. That gives where the run
+    starts: from an older checkpoint if this one is broken, on all ranks the same.
 
     Raises:
-        UserError: on every rank, if no checkpoint is whole.
+        UserError: on every rank, from what is returned, if no checkpoint is whole.
     """
     if start.checkpoint is None:
-        return start
-    path = verify.newest_whole(start.settings.run.path / store.CHECKPOINTS, job)
-    assert path is not None
-    return replace(start, checkpoint=path, state=read_state(path))
+        return lambda: start
+    found = aside(partial(verify.fault_of_share, start.checkpoint, job), "checkpoint")
+
+    def verified() -> Start:
+        if verify.first_fault(found()) is None:
+            return start
+        path = verify.newest_whole(start.settings.run.path / store.CHECKPOINTS, job)
+        assert path is not None
+        return replace(start, checkpoint=path, state=read_state(path))
+
+    return verified
 
 
 def check_data(corpus: Corpus, on_damage: OnDamage, job: Job) -> None:

@@ -126,7 +126,7 @@ class Trainer:
 
     def begin(self) -> None:
         """Validate the first weights, and hear what was asked while the run was set up."""
-        if self.progress.step == 0:
+        if self.progress.step == 0 and self.settings.validate_.every:
             self.validator.validate()
             self.start_times.end("validation")
         self.votes.exchange(self.engine.device)

@@ -143,7 +143,7 @@ def test_a_run_says_that_its_history_is_not_used(
     """After a step with all of history, not before the first step and not on the ramp."""
     words = [f"data.path={data}", f"run.path={tmp_path / 'run'}", "train.steps=1"]
     words += [f"compression.ramp_steps={ramp}", "optimizer.lr=1e-9"]
-    output = succeed(program("launch/train.py", *QUICK, *words))
+    output = succeed(program("launch/train.py", *QUICK, *words, "validate.every=9"))
     assert output.count("\neval ") == 2
     assert output.count("history is not used (yet)") == said
 
@@ -152,7 +152,7 @@ def test_one_rank_walks_the_same_stream(whole: Path, data: Path, tmp_path: Path)
     """Lanes, not ranks, make the step: one rank gives two ranks' losses, up to bf16 rounding."""
     run = tmp_path / "one"
     words = [f"data.path={data}", f"run.path={run}", f"train.steps={STEPS}"]
-    succeed(program("launch/train.py", *QUICK, *words, "train.micro_batch=1"))
+    succeed(program("launch/train.py", *QUICK, *words, "train.micro_batch=1", "validate.every=9"))
     assert losses(run)[0] == pytest.approx(losses(whole)[0], abs=1e-5)
     assert losses(run) == pytest.approx(losses(whole), abs=2e-3)
     assert program("launch/ledger.py", run, whole, "--tolerance", 0.02).returncode == 0

@@ -19,14 +19,22 @@ import torch
 from safetensors.torch import load_file
 
 from i3dist.training import ledger
-from tests.conftest import QUICK, ROOT, differences, environment, free_port, run_ranks
+from tests.conftest import (
+    QUICK,
+    ROOT,
+    differences,
+    environment,
+    free_port,
+    last_checkpoint,
+    run_ranks,
+)
 from tests.start_table import start_parts
 
 STEPS, CUT, BAD = 8, 4, 2  # steps of the run, the one that others begin at, and a bad one before it
 SCRIPT = "tests/faults/fault_injection.py"
 SETTINGS = [*QUICK, "train.accumulation=2", "checkpoint.every=2", "checkpoint.keep=9"]
 WIDE = ["model.d_model=128"]  # GPUs need some channels in a head
-HANG_SECONDS = 15  # also of the first step, in which AdamW is compiled or read from the cache
+HANG_SECONDS = 10  # also of the first step, in which AdamW is compiled or read from the cache
 NO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
@@ -70,7 +78,7 @@ def whole(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     began = time.monotonic()
     result = ranks.train(run, STEPS, "--verbose", fault=f"nan 1 {BAD}")
     elapsed = time.monotonic() - began
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, tail(result)
     assert f"step {BAD} is skipped: not finite" in result.stdout
     parts = start_parts(result.stdout)
     print(f"start: {parts}")
@@ -106,15 +114,21 @@ def test_nan_on_one_rank_skips_the_step_on_both(whole: Path) -> None:
 def test_a_killed_rank_ends_the_job_which_continues_bit_for_bit(
     ranks: Ranks, whole: Path, cut: Path
 ) -> None:
-    """Killed when it has the gradient of a step's first window and not of its second."""
+    """Killed when it has the gradient of a step's first window and not of its second.
+
+    On GPUs steps take milliseconds: the checkpoint of the step before may not be whole yet.
+    """
     killed = CUT + 3
     result = ranks.train(cut, STEPS, fault="kill 1 3")
-    assert result.returncode != 0
+    assert result.returncode != 0, tail(result)
     assert seconds_since_last_step(cut, "killed") < 30
-    assert [entry.step for entry in ledger.read(cut)] == list(range(1, killed))
+    saved = int(last_checkpoint(cut).removeprefix("step-"))
+    taken = [entry.step for entry in ledger.read(cut)]
+    assert saved in (CUT, killed - 1), tail(result)
+    assert taken == list(range(1, len(taken) + 1)) and saved <= len(taken) < killed, tail(result)
     result = ranks.train(cut, STEPS)
-    assert f"continued from step {killed - 1}\n" in result.stdout, result.stderr
-    assert not differences(cut, whole)
+    assert f"continued from step {saved}\n" in result.stdout, tail(result)
+    assert not differences(cut, whole), tail(result)
 
 
 def test_a_stopped_rank_ends_the_job(ranks: Ranks, cut: Path) -> None:
@@ -122,23 +136,32 @@ def test_a_stopped_rank_ends_the_job(ranks: Ranks, cut: Path) -> None:
     if ranks.device == "cpu":
         pytest.skip("tests/faults/test_bad_steps.py hangs a rank on CPUs")
     result = ranks.train(cut, STEPS, f"guard.hang_seconds={HANG_SECONDS}", fault="stop 1 3")
-    assert result.returncode != 0
-    assert "error: rank 0 has been taking a step for " in result.stderr
+    assert result.returncode != 0, tail(result)
+    assert "error: rank 0 has been taking a step for " in result.stderr, tail(result)
     assert seconds_since_last_step(cut, "stopped") < HANG_SECONDS + 50
 
 
 def test_another_number_of_ranks_takes_the_same_steps(ranks: Ranks, whole: Path, cut: Path) -> None:
-    """Micro-batches are as large on one rank as on two, so only the order of sums differs."""
+    """Micro-batches are as large on one rank as on two, so only the order of sums differs.
+
+    On CPUs two ranks go on in turn; on GPUs a start takes too long for that.
+    """
     same = "train.micro_batch=2"
-    for steps, number in ((CUT + 2, 1), (STEPS, 2)):
+    turns = [(CUT + 2, 1), (STEPS, 2)] if ranks.device == "cpu" else [(STEPS, 1)]
+    for steps, number in turns:
         result = ranks.train(cut, steps, same, ranks=number)
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == 0, tail(result)
     samples, losses = (
         [[getattr(entry, name) for entry in ledger.read(run)] for run in (cut, whole)]
         for name in ("samples", "loss")
     )
     assert samples[0] == samples[1]
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+def tail(result: subprocess.CompletedProcess[str]) -> str:
+    """The end of what a job printed, to be shown where a test fails."""
+    return f"{result.stdout[-1500:]}\n{result.stderr[-3000:]}"
 
 
 def seconds_since_last_step(run: Path, what: str) -> float:

@@ -182,7 +182,7 @@ def build(
     for name, stand_in in {
         "resolve": lambda *_: start,
         "agree": mock.Mock(),
-        "verify_checkpoint": lambda start, job: start,
+        "verify_checkpoint": lambda start, job: lambda: start,
         "I3LM": model,
         "Trainer": mock.Mock(return_value=built.trainer),
         "begin_record": built.recorded,

@@ -153,6 +153,7 @@ def test_a_run_begins_with_the_weights_and_is_continued_without_them(
     """Its first validation is the other run's last one; interrupted it is the same, bit for bit."""
     base = Path(shutil.copytree(whole, tmp_path / "base"))
     words = [*QUICK, f"data.path={data}", "optimizer.lr=1e-3", f"train.init_from={base}"]
+    words += ["validate.every=9"]
 
     def train(run: Path, steps: int) -> str:
         done = run_ranks(*words, f"run.path={run}", f"train.steps={steps}", ranks=1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from i3dist.checkpoint import verify
 from i3dist.checkpoint.format import CheckpointManifest, FileDigest, RunState
 from i3dist.cli.former_settings import FORMER_LAYERS
 from i3dist.config import Settings
@@ -28,6 +30,7 @@ from i3dist.training.startup import (
     decide,
     resolve,
     starts_over,
+    verify_checkpoint,
 )
 from tests.known import CHUNK, Known, documents, make
 
@@ -329,3 +332,24 @@ def test_settings_in_a_checkpoint_are_plain(typed: Settings, corpus: Corpus) -> 
     written = json.loads((folder / "state.json").read_text())["settings"]
     assert written["validate"]["chunks"] == 1024 and written["train"]["lanes"] == 8
     assert Settings.build(written) == settings
+
+
+def test_a_checkpoint_is_read_while_the_caller_goes_on(
+    typed: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be done there is raised where the result is wanted."""
+    going_on = threading.Event()
+
+    def hash_slowly(path: Path, job: Job) -> str | None:
+        assert going_on.wait(10)
+        if path.name == "none":
+            raise PermissionError
+        return None
+
+    monkeypatch.setattr(verify, "fault_of_share", hash_slowly)
+    starts = [Start(typed, Path(name)) for name in ("whole", "none")]
+    whole, none = (verify_checkpoint(start, Job.detect({})) for start in starts)
+    going_on.set()
+    assert whole() is starts[0]
+    with pytest.raises(PermissionError):
+        none()
