@@ -4,11 +4,13 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from i3dist.checkpoint import store
 from i3dist.checkpoint.exported import exported_settings, is_export
@@ -115,6 +117,37 @@ class SavedModel:
         load = _load_checkpoint if is_checkpoint(self.path) else _load_export
         return load(model, self.path)
 
+    def as_model(self, device: torch.device, dtype: torch.dtype | None) -> I3LM:
+        """The model in evaluation mode; see `load_run`.
+
+        Raises:
+            UserError: some weights are missing, or have another shape.
+        """
+        with _NotInitialized():
+            model = I3LM(self.settings.model, self.tokenizer.bos_id)
+        if is_checkpoint(self.path):
+            trained_in = _load_checkpoint(model, self.path)
+        else:  # the model then holds the file's own memory, which `copy` leaves
+            trained_in = _load_export(model, self.path, assign=True)
+        dtype = dtype or (torch.float32 if device.type == "cpu" else trained_in)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(device, dtype, copy=True)
+        for buffer in model.buffers():  # stay fp32, as in training
+            buffer.data = buffer.data.to(device, copy=True)
+        return model.eval().requires_grad_(False)
+
+
+class _NotInitialized(TorchFunctionMode):
+    """Draws no random numbers for parameters, which are loaded next."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (nn.init.normal_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
 
 def load_run(
     path: Path, device: torch.device, dtype: torch.dtype | None = None
@@ -131,13 +164,7 @@ def load_run(
         UserError: there is no such model, or it cannot be read.
     """
     saved = SavedModel.find(path)
-    model = I3LM(saved.settings.model, saved.tokenizer.bos_id)
-    trained_in = saved.load_into(model)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else trained_in)
-    for parameter in model.parameters():  # buffers stay fp32, as in training
-        parameter.data = parameter.data.to(dtype)
-    model = model.to(device).eval().requires_grad_(False)
-    return model, saved.settings, saved.tokenizer
+    return saved.as_model(device, dtype), saved.settings, saved.tokenizer
 
 
 def newest_in(path: Path) -> Path:
@@ -176,13 +203,14 @@ def _check_finished(run: Path) -> None:
     )
 
 
-def _load_export(model: I3LM, path: Path) -> torch.dtype:
-    """Load what `export_weights` wrote to a run's folder; returns the type of the weights."""
+def _load_export(model: I3LM, path: Path, assign: bool = False) -> torch.dtype:
+    """Load what `export_weights` wrote to a run's folder, by copying or assigning the tensors;
+    returns the type of the weights."""
     file = path / WEIGHTS
     try:
         with utf8_path(file) as name:
             weights = load_file(name)
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=assign)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} does not fit the settings beside it: {reason}") from None

@@ -15,7 +15,7 @@ from i3dist.inference.recording import Recorded
 from i3dist.inference.sampling import Sampling, sample, uniform
 from i3dist.inference.steps import compile_if
 
-AHEAD = 4  # steps that a GPU may be ahead
+AHEAD = 4  # steps that a GPU may be ahead, once as many tokens were read
 NOT_FINITE = -1  # stands for a token that could not be sampled
 
 
@@ -57,15 +57,18 @@ class TokenStream:
         self.tokens = torch.zeros_like(self.seeds)  # sampled last
         self.step = Recorded(decoder.recorded)
         self.ahead = ahead if logits.is_cuda else 0
+        self.given = 0  # tokens of each row
         self.underway: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._sample(logits)
         self._send()
 
     def next(self) -> list[int]:
         """Each row's next token, or `NOT_FINITE`."""
-        while len(self.underway) <= self.ahead:
+        # The first token waits for no step: the first steps load kernels, and are recorded.
+        while len(self.underway) <= min(self.ahead, self.given):
             self.advance()
             self._send()
+        self.given += 1
         tokens, sent = self.underway.popleft()
         if sent is not None:
             sent.synchronize()
