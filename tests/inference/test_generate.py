@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -155,12 +156,11 @@ def test_the_first_token_waits_for_no_step(parts: tuple[I3LM, Tokenizer], ahead:
     decoder = BatchDecoder(parts[0], [torch.tensor([2, 5])])
     stream = TokenStream(decoder, Sampling(0), 0, eos_id=3)
     stream.ahead = ahead
-    read: list[int] = []
-    stream.advance = lambda: read.append(0) or TokenStream.advance(stream)  # type: ignore[method-assign, func-returns-value]
     tokens, steps = [], []
-    for _ in range(8):
-        tokens += stream.next()
-        steps.append(len(read))
+    with mock.patch.object(stream, "advance", wraps=stream.advance) as advance:
+        for _ in range(8):
+            tokens += stream.next()
+            steps.append(advance.call_count)
     assert steps == [number + min(number, ahead) for number in range(8)]
     alone = TokenStream(BatchDecoder(parts[0], [torch.tensor([2, 5])]), Sampling(0), 0, eos_id=3)
     assert tokens == [alone.next()[0] for _ in range(8)]
