@@ -60,6 +60,7 @@ def read_prompt(model: I3LM, tokens: Tensor, at_once: bool | None = None) -> Pro
     full, last = tokens.tensor_split([count * length])
     chunks = full.view(1, count, length)[:, first:]
     at_once = tokens.is_cuda if at_once is None else at_once
+    states: list[LayerState] | None
     if at_once and not settings.state_carry and 0 < chunks.shape[1] <= WINDOW:
         latents, hidden, states = _side_by_side(model, chunks[0], last)
     else:
