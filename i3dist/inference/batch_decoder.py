@@ -45,7 +45,7 @@ class BatchDecoder:
         Args:
             model: stays as it is.
             prompts: one for each row, [L] int64 with L >= 1, on the model's device.
-            compiled: whether to compile the steps of built-in layer kinds.
+            compiled: whether to compile what is no kernel of a step.
         """
         self.model = model = laid_out(model)
         self.compiled = compiled
