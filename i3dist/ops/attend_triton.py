@@ -23,7 +23,8 @@ from i3dist.ops.step_triton import _start_next, early
 
 TILE = 32  # keys that a program reads at once; of 64 a thread's registers do not hold its part
 FEW = 4  # rows up to which splits are short
-SHORT, LONG = 64, 256  # keys of a split
+SHORT, LONG = 64, 256  # least keys of a split
+MOST_SPLITS = 32  # about, of all keys: one program joins them
 NEVER = -1e9  # below every logit
 
 
@@ -150,21 +151,23 @@ def attend(y: Tensor, keys: Tensor, values: Tensor, place: Place, parts: Heads) 
     """
     (rows, heads, size, channels), width = keys.shape, y.shape[1]
     history = size - parts.length
-    span = SHORT if rows <= FEW else LONG
+    least = SHORT if rows <= FEW else LONG
+    span = max(least, triton.next_power_of_2(triton.cdiv(size, MOST_SPLITS)))
     past = triton.cdiv(history, span)
     splits = past + triton.cdiv(parts.length, span)
     power = triton.next_power_of_2(channels)
     partial = torch.empty(rows, heads, splits, channels + 2, device=y.device)
     out = y.new_empty(rows, heads * channels)
+    warps = {"num_warps": min(16, max(4, power * TILE // 1024)), **early()}
     sizes = {"H": heads, "D": channels, "POWER": power, "PAST": past, "SPLITS": splits}
     _attend[(splits, heads, rows)](
         y, keys, values, parts.age_bias, *place, partial, parts.scale, width,
         FIRST=parts.channels, C=parts.chunks, M=history // parts.chunks, T=parts.length,
-        SPLIT=span, N=TILE, LEAST=NEVER, num_warps=4, **sizes, **early(),
+        SPLIT=span, N=TILE, LEAST=NEVER, **sizes, **warps,
     )  # fmt: skip
     bias = parts.reserve_bias
     _join[(heads, rows)](
         partial, y, y if bias is None else bias, out, width, ROOM=triton.next_power_of_2(splits),
-        APART=bias is not None, LEAST=NEVER, num_warps=4, **sizes, **early(),
+        APART=bias is not None, LEAST=NEVER, **sizes, **warps,
     )  # fmt: skip
     return out

@@ -183,7 +183,7 @@ def sample(
     rows, size = logits.shape
     step, first, second = constants
     _sample[(rows,)](
-        logits, allowed, *numbers, tokens, temperature or 1.0, V=size, EOS=eos_id, BOS=bos_id,
-        STEP=step, FIRST=first, SECOND=second, NOT_FINITE=NOT_FINITE,
-        ROWS=ROWS, BLOCK=BLOCK, LIKELIEST=temperature == 0, num_warps=32, **early(),
+        logits, allowed, *numbers, tokens, float(temperature or 1.0), V=size, EOS=eos_id,
+        BOS=bos_id, STEP=step, FIRST=first, SECOND=second, NOT_FINITE=NOT_FINITE, ROWS=ROWS,
+        BLOCK=BLOCK, LIKELIEST=temperature == 0, num_warps=32, **early(),
     )  # fmt: skip

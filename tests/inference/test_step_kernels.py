@@ -22,6 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 THERE = importlib.util.find_spec("triton") and (INTERPRETED or torch.cuda.is_available())
 pytestmark = pytest.mark.skipif(not THERE, reason="needs Triton with a GPU or its interpreter")
 DEVICE = "cpu" if INTERPRETED else "cuda"
+NEAR = 1e-5 if INTERPRETED else 1e-4
 
 
 def places(length: int, chunks: int) -> Place:
@@ -84,8 +85,8 @@ def test_attention_of_a_token(layers: str, rows: int) -> None:
     )  # fmt: skip
     counted = place._replace(position=place.position + 1)
     read = kernels.attend(y, own_keys, own_values, counted, heads)
-    assert (read - wanted).abs().max() < 1e-5
-    assert (own_keys - keys).abs().max() < 1e-5 and (own_values - values).abs().max() < 1e-5
+    pairs = (read, wanted), (own_keys, keys), (own_values, values)
+    assert all((part - other).abs().max() < NEAR for part, other in pairs)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -128,7 +129,7 @@ def test_a_token_is_placed_and_kept() -> None:
         x, restart, _ = enter(model, wanted, tokens)
         table, norm = model.embedding.weight, model.norm_in.padded()
         got, begins = kernels.enter(tokens, table, norm, place, bos, carry)
-        assert (got - x).abs().max() < 1e-5 and begins.equal(restart)
+        assert (got - x).abs().max() < NEAR and begins.equal(restart)
         assert all(part.equal(other) for part, other in zip(place, wanted, strict=True))
         hidden: Tensor = torch.zeros(rows, length, x.shape[1], device=DEVICE)
         kernels.keep(got, hidden, place.position)
