@@ -76,6 +76,12 @@ def _piece(logits, allowed, V, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _shares(row, most, temperature):
+    """What tokens' probabilities are proportional to, in fp64, so that rounding cuts no tail."""
+    return tl.exp((row - most) / temperature).to(tl.float64)
+
+
+@triton.jit
 def _sample(
     logits, allowed, seeds, drawn, tokens, temperature,
     V: tl.constexpr, EOS: tl.constexpr, BOS: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr,
@@ -88,7 +94,7 @@ def _sample(
     before, step, seed = tl.load(tokens + b), tl.load(drawn + b), tl.load(seeds + b)
     logits += b * V
     highest, best, all_finite = _piece(logits, allowed, V, 0, ROWS, BLOCK)
-    for first in range(ROWS * BLOCK, V, ROWS * BLOCK):
+    for first in tl.static_range(ROWS * BLOCK, V, ROWS * BLOCK):
         row, token, finite = _piece(logits, allowed, V, first, ROWS, BLOCK)
         best = tl.where(row > highest, token, best)
         highest, all_finite = tl.maximum(highest, row), all_finite & finite
@@ -97,34 +103,34 @@ def _sample(
     if LIKELIEST:
         chosen = tl.min(tl.min(tl.where(highest == most, best, V), axis=1)).to(tl.int64)
     else:
-        whole = tl.full((), 0, tl.float64)
-        for first in range(0, V, ROWS * BLOCK):
+        totals, whole = (), tl.full((), 0, tl.float64)
+        for first in tl.static_range(0, V, ROWS * BLOCK):
             row, _, _ = _piece(logits, allowed, V, first, ROWS, BLOCK)
-            # In fp64, so that rounding cuts no tail.
-            sums = tl.sum(tl.exp((row - most) / temperature).to(tl.float64), axis=1)
-            whole += tl.sum(sums)
+            total = tl.sum(tl.sum(_shares(row, most, temperature), axis=1))
+            totals += (total,)
+            whole += total
         bits = _mix(_mix(seed, FIRST, SECOND) + (step + 1) * STEP, FIRST, SECOND)
         point = _shift(bits, 11).to(tl.float64) * (2.0**-53) * whole
-        # The first block whose end is above the point; by rounding it may be that none is.
-        sum_before, start = whole * 0, whole * 0
-        block, last = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-        for first in range(0, V, ROWS * BLOCK):
-            row, _, _ = _piece(logits, allowed, V, first, ROWS, BLOCK)
-            sums = tl.sum(tl.exp((row - most) / temperature).to(tl.float64), axis=1)
-            ends = sum_before + tl.cumsum(sums)
-            block += tl.sum((ends <= point).to(tl.int32))
-            start = tl.maximum(start, tl.max(tl.where(ends <= point, ends, 0.0)))
-            number = first // BLOCK + tl.arange(0, ROWS)
-            last = tl.maximum(last, tl.max(tl.where(sums > 0, number, 0)))
-            sum_before += tl.sum(sums)
-        block = tl.minimum(block, last)
+        # The piece of the point: the last with any share that begins at it or before.
+        start, end, piece = whole * 0, whole * 0, tl.full((), 0, tl.int32)
+        for i in tl.static_range(len(totals)):
+            begun = (totals[i] > 0) & (end <= point)
+            start, piece = tl.where(begun, end, start), tl.where(begun, i, piece)
+            end += totals[i]
+        row, _, _ = _piece(logits, allowed, V, piece * ROWS * BLOCK, ROWS, BLOCK)
+        # Its first block whose end is above the point; by rounding it may be that none is.
+        sums = tl.sum(_shares(row, most, temperature), axis=1)
+        ends, number = start + tl.cumsum(sums), tl.arange(0, ROWS)
+        block = tl.sum((ends <= point).to(tl.int32))
+        block = tl.minimum(block, tl.max(tl.where(sums > 0, number, 0))) + piece * ROWS
+        start = tl.max(tl.where(ends <= point, ends, start))
         lane = tl.arange(0, BLOCK)
         token = block * BLOCK + lane
         row = tl.load(logits + token, token < V, 0.0)
         row += tl.load(allowed + token, token < V, float("-inf"))
-        weights = tl.exp((row - most) / temperature).to(tl.float64)
-        inside = tl.sum((start + tl.cumsum(weights) <= point).to(tl.int32))
-        inside = tl.minimum(inside, tl.max(tl.where(weights > 0, lane, 0)))
+        shares = _shares(row, most, temperature)
+        inside = tl.sum((start + tl.cumsum(shares) <= point).to(tl.int32))
+        inside = tl.minimum(inside, tl.max(tl.where(shares > 0, lane, 0)))
         chosen = (block * BLOCK + inside).to(tl.int64)
     chosen = tl.where(before == EOS, BOS, chosen)
     tl.debug_barrier()  # all threads have read what changes
