@@ -158,8 +158,9 @@ def enter(
     position, start, opened, depth, _ = place
     x, restart = table.new_empty(rows, width), torch.empty_like(opened)
     _enter[(rows,)](
-        tokens, table, norm.weight, norm.bias, norm.channels, norm.eps, position, start, opened,
-        depth, x, restart, BOS=bos_id, CARRY=carry, P=width, W=512, num_warps=4, **early(),
+        tokens.contiguous(), table, norm.weight, norm.bias, norm.channels, norm.eps, position,
+        start, opened, depth, x, restart, BOS=bos_id, CARRY=carry, P=width, W=512, num_warps=4,
+        **early(),
     )  # fmt: skip
     return x, restart
 

@@ -122,6 +122,7 @@ def test_a_token_is_placed_and_kept() -> None:
     model = build().float().to(DEVICE)
     kernels = step_kernels("token_triton")
     tokens = torch.tensor([bos, 5, bos, 6, bos, 7], device=DEVICE)
+    tokens = torch.stack([tokens, tokens + 1], dim=1)[:, 0]  # a column of several steps' tokens
     for carry in (False, True):
         place = places(length, 3)._replace(depth=torch.tensor([0, 0, 1, 1, 1, 2], device=DEVICE))
         wanted = Place(*(part.clone() for part in place))
