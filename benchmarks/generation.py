@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py [--only PART ...] [--run RUN] [--out FILE.jsonl]
 
-On a GPU, in bf16, every step is one CUDA graph of compiled layers, sampling included:
+On a GPU, in bf16, every step is one CUDA graph, sampling included:
 
   i3         i3-4096ctx at batch 1, 16 and 64. "together": all rows close their chunks at one step;
              "apart": each at another

@@ -117,6 +117,25 @@ class SavedModel:
         load = _load_checkpoint if is_checkpoint(self.path) else _load_export
         return load(model, self.path)
 
+    def as_model(self, device: torch.device, dtype: torch.dtype | None) -> I3LM:
+        """The model in evaluation mode; see `load_run`.
+
+        Raises:
+            UserError: some weights are missing, or have another shape.
+        """
+        with Unfilled():
+            model = I3LM(self.settings.model, self.tokenizer.bos_id)
+        if is_checkpoint(self.path):
+            trained_in = _load_checkpoint(model, self.path)
+        else:  # the model then holds the file's own memory, which `copy` leaves
+            trained_in = _load_export(model, self.path, assign=True)
+        dtype = dtype or (torch.float32 if device.type == "cpu" else trained_in)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(device, dtype, copy=True)
+        for buffer in model.buffers():  # stay fp32, as in training
+            buffer.data = buffer.data.to(device, copy=True)
+        return model.eval().requires_grad_(False)
+
 
 def load_run(
     path: Path, device: torch.device, dtype: torch.dtype | None = None
@@ -133,14 +152,7 @@ def load_run(
         UserError: there is no such model, or it cannot be read.
     """
     saved = SavedModel.find(path)
-    with Unfilled():
-        model = I3LM(saved.settings.model, saved.tokenizer.bos_id)
-    trained_in = saved.load_into(model)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else trained_in)
-    for parameter in model.parameters():  # buffers stay fp32, as in training
-        parameter.data = parameter.data.to(dtype)
-    model = model.to(device).eval().requires_grad_(False)
-    return model, saved.settings, saved.tokenizer
+    return saved.as_model(device, dtype), saved.settings, saved.tokenizer
 
 
 def newest_in(path: Path) -> Path:
@@ -191,8 +203,9 @@ def _ways_on(run: Path) -> str:
     return f"a run writes it when it ends; continue the run with launch/train.py, or name {instead}"
 
 
-def _load_export(model: I3LM, path: Path) -> torch.dtype:
-    """Load what `export_weights` wrote to a run's folder; returns the type of the weights."""
+def _load_export(model: I3LM, path: Path, assign: bool = False) -> torch.dtype:
+    """Load what `export_weights` wrote to a run's folder, by copying or assigning the tensors;
+    returns the type of the weights."""
     file = path / WEIGHTS
     if not file.is_file():
         raise UserError(
@@ -202,7 +215,7 @@ def _load_export(model: I3LM, path: Path) -> torch.dtype:
     try:
         with utf8_path(file) as name:
             weights = load_file(name)
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=assign)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -6,52 +6,25 @@ width, V vocabulary.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from i3dist.inference.layout import laid_out
+from i3dist.inference.place import Place
 from i3dist.inference.prompt import Prompt, read_above, read_prompt
 from i3dist.inference.recording import Recorded
 from i3dist.inference.steps import (
     STEPS,
+    AttentionStep,
     LowerStep,
     Sight,
     UpperStep,
     compile_if,
-    single_row,
     step_kernels,
 )
 from i3dist.model.lm import I3LM
-
-
-class Place(NamedTuple):
-    """Where the rows are in their streams, [B] each. Steps change it in place."""
-
-    position: Tensor  # int64, of the next token in its chunk
-    start: Tensor  # int64, first token of the chunk's last document
-    opened: Tensor  # bool, whether that document began in this chunk
-    depth: Tensor  # int64, chunks before this one that belong to the document it continues
-    oldest: Tensor  # int64, slot of the oldest chunk in a ring of C
-
-    @classmethod
-    def after(cls, prompts: Sequence[Prompt]) -> "Place":
-        """The places after prompts."""
-        segments = [row.segments for row in prompts]
-        device = segments[0].device
-        position = torch.tensor([len(row) for row in segments], device=device)
-        start = torch.stack([(row < row[-1]).sum() for row in segments])
-        opened = torch.stack([row[-1] > 0 for row in segments])
-        depth = torch.tensor([row.depth for row in prompts], device=device)
-        return cls(position, start, opened, depth, torch.zeros_like(position))
-
-    def close(self, rows: Tensor, chunks: int) -> None:
-        """Move rows [G] to the start of their next chunk; `chunks` is C."""
-        self.oldest[rows] = (self.oldest[rows] + 1) % chunks
-        self.depth[rows] = torch.where(self.opened[rows], 1, self.depth[rows] + 1)
-        for part in (self.position, self.start, self.opened):
-            part[rows] = torch.zeros_like(part[rows])
+from i3dist.ops.shift_mix import has_kernels
 
 
 class BatchDecoder:
@@ -72,7 +45,7 @@ class BatchDecoder:
         Args:
             model: stays as it is.
             prompts: one for each row, [L] int64 with L >= 1, on the model's device.
-            compiled: whether to compile the steps of built-in layer kinds.
+            compiled: whether to compile what is no kernel of a step.
         """
         self.model = model = laid_out(model)
         self.compiled = compiled
@@ -89,8 +62,9 @@ class BatchDecoder:
             row[: prompt.hidden.shape[1]] = prompt.hidden[0]
         self._add_steps(read)
         # Other kinds may wait for the device, which a recording cannot.
-        kinds = {type(block) for block in (*model.lower, *model.upper)}
-        self.recorded = self.logits.is_cuda and kinds <= STEPS.keys()
+        built_in = {type(block) for block in (*model.lower, *model.upper)} <= STEPS.keys()
+        self.recorded = self.logits.is_cuda and built_in
+        self.by_kernels = has_kernels(self.hidden) and built_in
         self.closing: dict[int, tuple[Tensor, Recorded]] = {}  # by number of rows
 
     def _add_steps(self, read: Sequence[Prompt]) -> None:
@@ -168,6 +142,8 @@ class BatchDecoder:
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The rest of `feed`, which runs on the device alone."""
+        if self.by_kernels:
+            return self._by_kernels(tokens)
         x, restart, sight = compile_if(self.compiled, enter)(self.model, self.place, tokens)
         for lower in self.lower:
             x = lower(x, restart)
@@ -175,10 +151,23 @@ class BatchDecoder:
         for upper in self.upper:
             x = upper(x, sight)
         self.place.position.add_(1)
-        if single_row(x):
-            weight, norm = self.model.head.weight, self.model.norm_out.padded()
-            return step_kernels().normed_product(x, norm, weight).float()
         return compile_if(self.compiled, predict)(self.model, x)
+
+    def _by_kernels(self, tokens: Tensor) -> Tensor:
+        """`forward` by Triton kernels."""
+        model, place = self.model, self.place
+        begin = step_kernels("token_triton")
+        table, norm = model.embedding.weight, model.norm_in.padded()
+        carry = model.settings.state_carry
+        x, restart = begin.enter(tokens, table, norm, place, model.bos_id, carry)
+        for lower in self.lower:
+            x = lower(x, restart)
+        begin.keep(x, self.hidden, place.position)
+        for upper in self.upper:
+            assert isinstance(upper, AttentionStep)
+            x = upper.by_kernels(x, place)
+        norm, product = model.norm_out.padded(), step_kernels("step_triton").normed_product
+        return product(x, norm, model.head.weight, dtype=torch.float32)
 
     def _close(self, full: list[int]) -> None:
         """Compress the chunks of some rows into their history.
@@ -200,7 +189,9 @@ class BatchDecoder:
         """The part of `_close` that runs on the device, for rows [G] int64."""
         order = torch.arange(self.hidden.shape[1], device=rows.device)
         keep = order >= self.place.start[rows].unsqueeze(-1)
-        new = self.model.compressor(self.hidden[rows], keep)
+        compressor = self.model.compressor
+        compress = compile_if(self.compiled, type(compressor).forward)
+        new = compress(compressor, self.hidden[rows], keep)
         latents = torch.cat([self.latents[rows, 1:], new.unsqueeze(1)], dim=1)
         self.latents[rows] = latents
         slot = self.place.oldest[rows]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from i3dist.inference.forward import WINDOW, document_depth
@@ -17,6 +18,7 @@ from i3dist.model.segments import (
     causal_mask,
     chunks_seen,
     history_mask,
+    last_segment,
     restarts,
     segment_ids,
 )
@@ -37,11 +39,18 @@ class Prompt(NamedTuple):
 
 
 @torch.no_grad()
-def read_prompt(model: I3LM, tokens: Tensor) -> Prompt:
-    """Read L >= 1 tokens [L] int64; the stream is cut every T tokens, as in training.
+def read_prompt(model: I3LM, tokens: Tensor, at_once: bool | None = None) -> Prompt:
+    """Read L >= 1 tokens; the stream is cut every T tokens, as in training.
 
     Only chunks whose latents or state can still be seen are read, and only the last one by the
     layers that see history: the others need no prediction.
+
+    Args:
+        model: the model.
+        tokens: [L] int64.
+        at_once: whether the last chunk goes through the lower layers beside the others, where no
+            state goes from one to the next: half as many kernels, which take a GPU's host longer
+            than the GPU. None is on a GPU.
     """
     settings, bos = model.settings, model.bos_id
     length = settings.chunk_length
@@ -50,14 +59,39 @@ def read_prompt(model: I3LM, tokens: Tensor) -> Prompt:
     first = count - (depth if settings.state_carry else min(depth, settings.history_chunks))
     full, last = tokens.tensor_split([count * length])
     chunks = full.view(1, count, length)[:, first:]
-    latents, states = _history(model, chunks, depths[:, first:-1])
-
-    restart = restarts(last.view(1, 1, -1), depths[:, -1:], bos, settings.state_carry)[0]
-    hidden, states = model.run_lower(model.embed(last.unsqueeze(0)), restart, states)
+    at_once = tokens.is_cuda if at_once is None else at_once
+    states: list[LayerState] | None
+    if at_once and not settings.state_carry and 0 < chunks.shape[1] <= WINDOW:
+        latents, hidden, states = _side_by_side(model, chunks[0], last)
+    else:
+        latents, states = _history(model, chunks, depths[:, first:-1])
+        restart = restarts(last.view(1, 1, -1), depths[:, -1:], bos, settings.state_carry)[0]
+        hidden, states = model.run_lower(model.embed(last.unsqueeze(0)), restart, states)
     segments = segment_ids(last, bos).unsqueeze(0)
     x, own = read_above(model, hidden, latents, segments, depths[:, -1:])
     logits = model.head(model.norm_out(x[0, -1])).float()
     return Prompt(hidden, states, own, latents, depth, segments[0], logits)
+
+
+def _side_by_side(
+    model: I3LM, chunks: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor, list[LayerState]]:
+    """Chunks [N, T] and the last one [t] through the lower layers, as rows without a past.
+
+    Returns:
+        Latents [1, C, M, D] of the chunks, and of the last one hidden states [1, t, D] and state.
+    """
+    # The last chunk ends where the others end, so its state is what they leave. What stands before
+    # its first token is forgotten there.
+    before = chunks.shape[1] - len(last)
+    rows = torch.cat([chunks, F.pad(last, (before, 0)).unsqueeze(0)])
+    restart = restarts(rows, torch.zeros_like(rows[:, 0]), model.bos_id, carry=False)
+    restart[-1, before] = True
+    hidden, states = model.run_lower(model.embed(rows), restart)
+    new = model.compressor(hidden[:-1], last_segment(segment_ids(chunks, model.bos_id)))
+    latents = F.pad(new, (0, 0, 0, 0, model.settings.history_chunks - len(new), 0))
+    of_last = [tuple(part[-1:] for part in state) for state in states]
+    return latents.unsqueeze(0), hidden[-1:, before:], of_last
 
 
 def _history(model: I3LM, chunks: Tensor, depth: Tensor) -> tuple[Tensor, list[LayerState] | None]:

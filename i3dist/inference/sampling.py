@@ -18,6 +18,7 @@ BLOCK = 128
 # SplitMix64 (Steele et al., 2014, doi:10.1145/2660193.2660195), its constants as signed integers.
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 _ROUNDS = (30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)
+SPLIT_MIX = (_STEP, _ROUNDS[0][1], _ROUNDS[1][1])
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def uniform(seeds: Tensor, step: Tensor) -> Tensor:
 
     Args:
         seeds: [B] int64; each seed has a sequence of its own.
-        step: scalar int64 from 0, which number of the sequence.
+        step: int64 from 0, which number of the sequence; scalar, or [B].
     """
     bits = _mix(_mix(seeds) + (step + 1) * _STEP)
     return _shift(bits, 11).double() * 2.0**-53

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from i3dist.inference.place import Place
 from i3dist.model.attention import Attention, AttentionBlock
 from i3dist.model.block import Block, HistoryBlock, LayerState, LowerBlock, Project
 from i3dist.model.dual_attention import DualAttention, DualAttentionBlock
-from i3dist.model.layers import LayerNorm, Linear
+from i3dist.model.layers import ALIGNMENT, LayerNorm, Linear
 from i3dist.model.lm import I3LM
 from i3dist.model.rwkv import RwkvBlock
 from i3dist.ops.attention import NEVER, Branch, KeysValues, attention_bias
@@ -180,11 +181,12 @@ class RwkvStep(LowerStep):
         return step(self.block, self.weights, x, restart, *self.state)
 
 
-def _joined(*parts: Linear) -> Tensor:
-    """The weights of products below each other, which the products then share."""
-    joined = torch.cat([part.weight for part in parts])
-    sizes = [len(part.weight) for part in parts]
-    for part, weight in zip(parts, joined.split(sizes), strict=True):
+def _joined(*parts: Linear, spare: int = 0) -> Tensor:
+    """The weights of products below each other, which the products then share, and `spare` rows."""
+    weights = [part.weight for part in parts]
+    sizes = [len(weight) for weight in weights]
+    joined = torch.cat([*weights, weights[0].new_zeros(spare, weights[0].shape[1])])
+    for part, weight in zip(parts, joined[: sum(sizes)].split(sizes), strict=True):
         part.weight.data = weight  # no second copy in memory
     return joined
 
@@ -259,9 +261,34 @@ class AttentionStep(UpperStep):
         """See `UpperStep`."""
         attend = compile_if(self.compiled, attend_step)
         read = attend(self.block, x, self.keys, self.values, sight, self.rows)
-        if single_row(x):
-            return finish_kernels(self.block, x, read)
         return compile_if(self.compiled, finish_step)(self.block, x, read)
+
+    def by_kernels(self, x: Tensor, place: Place) -> Tensor:
+        """The same by Triton kernels, at the places of the tokens after these."""
+        weight, heads = self.joined
+        kernels, block = step_kernels("step_triton"), self.block
+        y = kernels.normed_product(x, block.norm_attention.padded(), weight)
+        attend = step_kernels("attend_triton").attend
+        read = attend(y, self.keys, self.values, place, heads)
+        x = kernels.add_product(x, read, block.attention.output.weight)
+        hidden = kernels.normed_product(x, block.norm_ff.padded(), block.ff.up.weight, gelu=True)
+        return kernels.add_product(x, hidden, block.ff.down.weight)
+
+    @functools.cached_property
+    def joined(self) -> tuple[Tensor, Any]:
+        """The weights that multiply a token, [Y, D], and what `attend` must know."""
+        attention, reserve = self.attention, None
+        parts = [attention.query, attention.key_value]
+        if isinstance(attention, DualAttention):
+            parts.append(attention.reserve)
+            reserve = attention.reserve_bias
+        heads = step_kernels("attend_triton").Heads(
+            attention.heads, attention.inner.per_head, attention.chunks,
+            self.model.settings.chunk_length, attention.scale, attention.age_bias, reserve,
+        )  # fmt: skip
+        outputs = sum(len(part.weight) for part in parts)
+        # Matrix units want rows of results that begin at 32 bytes.
+        return _joined(*parts, spare=-outputs % ALIGNMENT), heads
 
 
 STEPS: dict[type[Block], Any] = {
@@ -271,15 +298,10 @@ STEPS: dict[type[Block], Any] = {
 }
 
 
-def single_row(x: Tensor) -> bool:
-    """Whether products of x [B, D] run as Triton kernels of a single row."""
-    return len(x) == 1 and has_kernels(x)
-
-
 @functools.cache
-def step_kernels() -> ModuleType:
-    """Loaded on first use: Triton comes with PyTorch for CUDA only."""
-    return importlib.import_module("i3dist.ops.step_triton")
+def step_kernels(name: str) -> ModuleType:
+    """A module of Triton kernels, loaded on first use: Triton comes with PyTorch for CUDA only."""
+    return importlib.import_module(f"i3dist.ops.{name}")
 
 
 def compile_if(wanted: bool, call: Call) -> Call:
@@ -323,7 +345,7 @@ def rwkv_kernels(
     channel_shift: Tensor,
 ) -> Tensor:
     """`rwkv_step` by Triton kernels."""
-    kernels, time, channel = step_kernels(), block.time_mix, block.channel_mix
+    kernels, time, channel = step_kernels("step_triton"), block.time_mix, block.channel_mix
     shift, curves = (time_shift, restart, weights.time_mixes), (weights.decay, weights.bonus)
     norm, output = block.norm_time.padded(), time.output.weight
     x = kernels.time_mix(x, norm, shift, weights.projections, curves, wkv, output)
@@ -372,14 +394,6 @@ def finish_step(block: AttentionBlock, x: Tensor, read: Tensor) -> Tensor:
     """What follows attention in `AttentionBlock.forward`, [B, D] each -> [B, D]."""
     normed, x = add_and_norm_naive(x, block.norm_ff.padded(), block.attention.output(read))
     return x + block.ff(normed)
-
-
-def finish_kernels(block: AttentionBlock, x: Tensor, read: Tensor) -> Tensor:
-    """`finish_step` of a single row by Triton kernels."""
-    kernels = step_kernels()
-    x = kernels.add_product(x, read, block.attention.output.weight)
-    hidden = kernels.normed_product(x, block.norm_ff.padded(), block.ff.up.weight, gelu=True)
-    return kernels.add_product(x, hidden, block.ff.down.weight)
 
 
 def _turned(attention: Attention, normed: Tensor, order: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 from i3dist.errors import UserError
 from i3dist.inference.batch_decoder import BatchDecoder
 from i3dist.inference.recording import Recorded
-from i3dist.inference.sampling import Sampling, sample, uniform
-from i3dist.inference.steps import compile_if
+from i3dist.inference.sampling import SPLIT_MIX, Sampling, sample, uniform
+from i3dist.inference.steps import compile_if, step_kernels
 
-AHEAD = 4  # steps that a GPU may be ahead
+AHEAD = 4  # steps that a GPU may be ahead, once as many tokens were read
 NOT_FINITE = -1  # stands for a token that could not be sampled
 
 
@@ -53,19 +53,25 @@ class TokenStream:
         self.allowed[list(forbidden)] = float("-inf")
         seeds = [(seed + row) % 2**63 for row in range(len(logits))]
         self.seeds = torch.tensor(seeds, device=logits.device)
-        self.drawn = torch.tensor(drawn, device=logits.device)
+        self.drawn = torch.full_like(self.seeds, drawn)
         self.tokens = torch.zeros_like(self.seeds)  # sampled last
         self.step = Recorded(decoder.recorded)
         self.ahead = ahead if logits.is_cuda else 0
+        self.given = 0  # tokens of each row
+        # Top-k and top-p sort the vocabulary.
+        all_kept = sampling.temperature == 0 or (not sampling.top_k and sampling.top_p == 1)
+        self.by_kernel = decoder.by_kernels and all_kept
         self.underway: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._sample(logits)
         self._send()
 
     def next(self) -> list[int]:
         """Each row's next token, or `NOT_FINITE`."""
-        while len(self.underway) <= self.ahead:
+        # The first token waits for no step: the first steps load kernels, and are recorded.
+        while len(self.underway) <= min(self.ahead, self.given):
             self.advance()
             self._send()
+        self.given += 1
         tokens, sent = self.underway.popleft()
         if sent is not None:
             sent.synchronize()
@@ -95,10 +101,18 @@ class TokenStream:
         self.underway.append((tokens, sent))
 
     def _step(self) -> None:
-        self._sample(self.decoder.forward(self.tokens.clamp(min=0)))
+        tokens = self.tokens if self.by_kernel else self.tokens.clamp(min=0)
+        self._sample(self.decoder.forward(tokens))
 
     def _sample(self, logits: Tensor) -> None:
         """Sample what follows the last tokens, of logits [B, V] fp32."""
+        if self.by_kernel:
+            ids, numbers = (self.eos_id, self.decoder.model.bos_id), (self.seeds, self.drawn)
+            temperature = self.sampling.temperature
+            step_kernels("token_triton").sample(
+                logits, self.allowed, temperature, numbers, self.tokens, *ids, SPLIT_MIX
+            )
+            return
         choose = compile_if(self.decoder.compiled, choose_tokens)
         sampled = choose(logits, self.allowed, self.sampling, self.seeds, self.drawn)
         ended = (self.tokens == self.eos_id) & (sampled != NOT_FINITE)

@@ -31,3 +31,9 @@ def check_dtypes(operator: str, alike: dict[str, Tensor | None], restart: Tensor
             )
     if restart.dtype != torch.bool:
         raise ValueError(f"{operator}: restart must be bool, got {restart.dtype}")
+
+
+def is_plain() -> bool:
+    """Whether a call is neither compiled nor differentiated, and so needs no operator of PyTorch's
+    around it."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from i3dist.ops.ahead import compile_ahead, wait_for
-from i3dist.ops.checks import check_dtypes, check_shapes
+from i3dist.ops.checks import check_dtypes, check_shapes, is_plain
 
 _TRITON = importlib.util.find_spec("triton") is not None  # PyTorch's CPU wheel comes without it
 
@@ -74,7 +74,10 @@ def norm_shift_mix(inputs: MixInputs, goes_on: bool = True) -> Mixed:
         ValueError: a shape or dtype is wrong, or T = 0.
     """
     _check(inputs)
-    if has_kernels(inputs.x):
+    if has_kernels(inputs.x) and is_plain():
+        mixed, last, _, total = _kernels().forward(inputs)
+        total = inputs.x if inputs.branch is None else total
+    elif has_kernels(inputs.x):
         total, last, *mixed = _NormShiftMix.apply(goes_on, *inputs)
     else:
         mixed, last, total = norm_shift_mix_naive(inputs)

@@ -19,6 +19,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -197,7 +198,7 @@ def _normed_product(
         if KIND == 1:  # GELU
             result = 0.5 * result * (1.0 + tl.erf(result * 0.7071067811865476))
     output = first + tl.arange(0, N)
-    tl.store(y + output, result.to(x.dtype.element_ty), output < outputs)
+    tl.store(y + output, result.to(y.dtype.element_ty), output < outputs)
 
 
 @triton.jit
@@ -225,16 +226,20 @@ def _norm_mix(
     x, norm_weight, norm_bias, D, eps, before, restart, mixes, y, B,
     MIXES: tl.constexpr, EARLY: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """The inputs of a branch, [MIXES, B, P], of one row of several, whose shift changes."""
+    """The inputs of a branch, [MIXES, B, P], of one row of several, whose shift changes. Without
+    mixes the normalised row."""
     b = tl.program_id(0)
     slope, offset = _row(norm_weight, D, P, W), _row(norm_bias, D, P, W)
     _start_next(EARLY)
-    old = _row(before + b * P, tl.where(tl.load(restart + b) != 0, 0, P), P, W)
     normed = _normed(_row(x + b * P, D, P, W), slope, offset, D, eps, x, W)
-    for i in tl.static_range(MIXES):
-        mixed = _mixed(normed, old, _row(mixes + i * P, P, P, W), x)
-        _store(y + (i * B + b) * P, mixed, P, W)
-    _store(before + b * P, normed, P, W)
+    if MIXES == 0:
+        _store(y + b * P, normed, P, W)
+    else:
+        old = _row(before + b * P, tl.where(tl.load(restart + b) != 0, 0, P), P, W)
+        for i in tl.static_range(MIXES):
+            mixed = _mixed(normed, old, _row(mixes + i * P, P, P, W), x)
+            _store(y + (i * B + b) * P, mixed, P, W)
+        _store(before + b * P, normed, P, W)
 
 
 @triton.jit
@@ -299,13 +304,13 @@ def time_mix(
     if rows > 1:
         inputs = torch.bmm(norm_mix(x, norm, shift), projections.transpose(1, 2))
         _wkv_rows[(rows, triton.cdiv(width, 256))](
-            inputs, shift[1], *curves, state, y, rows, **constants, W=256, num_warps=2, **_early()
+            inputs, shift[1], *curves, state, y, rows, **constants, W=256, num_warps=2, **early()
         )
         return torch.addmm(x, y, output.T)
     fresh, plan = torch.empty_like(x), TIME_MIX
     _time_mix[(width // plan.outputs,)](
         x, norm.weight, norm.bias, norm.channels, norm.eps, *shift, projections, *curves, state,
-        y, fresh, **constants, N=plan.outputs, W=plan.width, num_warps=plan.warps, **_early(),
+        y, fresh, **constants, N=plan.outputs, W=plan.width, num_warps=plan.warps, **early(),
     )  # fmt: skip
     return add_product(x, y, output, shift=(shift[0], fresh))
 
@@ -326,30 +331,54 @@ def channel_mix(x: Tensor, norm: Norm, shift: Shift, weight: Tensor, value: Tens
         keys, out = for_key @ weight[:hidden].T, torch.empty_like(x)
         receptance = for_receptance @ weight[hidden:].T
         size = keys.numel()
-        _squared_relu[(triton.cdiv(size, 1024),)](keys, size, W=1024, **_early())
+        _squared_relu[(triton.cdiv(size, 1024),)](keys, size, W=1024, **early())
         size = x.numel()
         _add_gated[(triton.cdiv(size, 512),)](
-            x, keys @ value.T, receptance, out, size, W=512, **_early()
+            x, keys @ value.T, receptance, out, size, W=512, **early()
         )
         return out
     y, fresh = _run_normed_product(x, norm, shift, weight, hidden, CHANNEL_MIX)
     return add_product(x, y[:, :hidden], value, y[:, hidden:], (shift[0], fresh))
 
 
-def normed_product(x: Tensor, norm: Norm, weight: Tensor, gelu: bool = False) -> Tensor:
-    """weight [F, P] times the normalised x [1, P], through GELU if asked: [1, F]."""
+def normed_product(
+    x: Tensor, norm: Norm, weight: Tensor, gelu: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """weight [F, P] times the normalised x [B, P], through GELU if asked: [B, F].
+
+    The result is rounded to x's dtype, and is in it or in a wider `dtype`.
+    """
+    if len(x) > 1:
+        y = F.linear(normed_rows(x, norm), weight)
+        return (F.gelu(y) if gelu else y).to(dtype or x.dtype)
     kind = GELU if gelu else NONE
-    return _run_normed_product(x, norm, (x, x, x), weight, len(weight), kind)[0]
+    return _run_normed_product(x, norm, (x, x, x), weight, len(weight), kind, dtype)[0]
+
+
+def normed_rows(x: Tensor, norm: Norm) -> Tensor:
+    """The normalised x [B, P]: the same."""
+    (rows, width), y = x.shape, torch.empty_like(x)
+    _norm_mix[(rows,)](
+        x, norm.weight, norm.bias, norm.channels, norm.eps, x, x, x, y, rows,
+        MIXES=0, P=width, W=512, num_warps=4, **early(),
+    )  # fmt: skip
+    return y
 
 
 def _run_normed_product(
-    x: Tensor, norm: Norm, shift: Shift, weight: Tensor, hidden: int, kind: int
+    x: Tensor,
+    norm: Norm,
+    shift: Shift,
+    weight: Tensor,
+    hidden: int,
+    kind: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     (outputs, width), plan = weight.shape, NORMED_PRODUCT
-    y, fresh = x.new_empty(1, outputs), torch.empty_like(x)
+    y, fresh = x.new_empty(1, outputs, dtype=dtype), torch.empty_like(x)
     _normed_product[(triton.cdiv(outputs, plan.outputs),)](
         x, norm.weight, norm.bias, norm.channels, norm.eps, *shift, weight, y, fresh, hidden,
-        outputs, KIND=kind, P=width, N=plan.outputs, W=plan.width, num_warps=plan.warps, **_early(),
+        outputs, KIND=kind, P=width, N=plan.outputs, W=plan.width, num_warps=plan.warps, **early(),
     )  # fmt: skip
     return y, fresh
 
@@ -361,7 +390,7 @@ def norm_mix(x: Tensor, norm: Norm, shift: Shift) -> Tensor:
     y = x.new_empty(mixes, rows, width)
     _norm_mix[(rows,)](
         x, norm.weight, norm.bias, norm.channels, norm.eps, *shift, y, rows,
-        MIXES=mixes, P=width, W=512, num_warps=4, **_early(),
+        MIXES=mixes, P=width, W=512, num_warps=4, **early(),
     )  # fmt: skip
     return y
 
@@ -373,29 +402,31 @@ def add_product(
     gate: Tensor | None = None,
     shift: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """x + gate * (weight y), of a single row.
+    """x + gate * (weight y). Several rows take neither gate nor shift.
 
     Args:
-        x: [1, P], the residual stream.
-        y: [1, K].
+        x: [B, P], the residual stream.
+        y: [B, K].
         weight: [P, K].
         gate: [1, P]; None is 1.
         shift: where a token shift is kept, and what it becomes now that nobody reads it.
     """
+    if len(x) > 1:
+        return torch.addmm(x, y, weight.T)
     (width, inputs), plan = weight.shape, ADD_PRODUCT
     out = torch.empty_like(x)
     before, fresh = shift or (x, x)
     _add_product[(triton.cdiv(width, plan.outputs),)](
         x, y, weight, x if gate is None else gate, out, before, fresh,
         GATED=gate is not None, SHIFTED=shift is not None,
-        P=width, K=inputs, N=plan.outputs, W=plan.width, num_warps=plan.warps, **_early(),
+        P=width, K=inputs, N=plan.outputs, W=plan.width, num_warps=plan.warps, **early(),
     )  # fmt: skip
     return out
 
 
 @functools.cache
-def _early() -> dict[str, bool]:
-    """Whether a kernel may start before the last one has ended, to load its weights: Hopper's
-    programmatic dependent launch."""
+def early() -> dict[str, bool]:
+    """Arguments of a launch: whether the kernel may start before the last one has ended, to load
+    its weights (Hopper's programmatic dependent launch)."""
     early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}

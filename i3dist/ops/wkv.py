@@ -16,7 +16,7 @@ from torch import Tensor
 
 from i3dist.ops import wkv_blocked
 from i3dist.ops.ahead import compile_ahead, wait_for
-from i3dist.ops.checks import check_dtypes, check_shapes
+from i3dist.ops.checks import check_dtypes, check_shapes, is_plain
 from i3dist.ops.precision import compute_dtype
 from i3dist.ops.wkv_naive import Gradients, WkvInputs, WkvSaved, empty_state
 
@@ -40,7 +40,8 @@ def wkv(inputs: WkvInputs) -> tuple[Tensor, Tensor]:
         state = empty_state(k.shape[0], k.shape[-1], k.device, compute_dtype(k))
     inputs = WkvInputs(decay, bonus, k, v, restart, state, receptance)
     _check(inputs)
-    y, final, _ = _wkv(*inputs)
+    # As an operator of PyTorch's, the first call would load PyTorch's compiler: seconds.
+    y, final, _ = _form(k.device.type).forward(inputs) if is_plain() else _wkv(*inputs)
     return y, final
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from i3dist.inference.batch_decoder import BatchDecoder
 from i3dist.inference.layout import laid_out
+from i3dist.inference.prompt import Prompt, read_prompt
 from i3dist.model.attention import AttentionBlock
 from i3dist.model.block import Block
 from i3dist.model.layer_kinds import LAYER_KINDS
@@ -120,6 +122,23 @@ def test_pieces_of_a_document_are_read_as_the_whole(
         wanted = logits(model, tokens.view(1, -1, T)).flatten(0, 2)
         first = [begun + sizes[0], *sizes[1:]]
         assert gap_in_pieces(model, tokens, first, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda x: "-".join(x.values()))
+def test_a_prompt_side_by_side_equals_one_in_order(changes: dict[str, str]) -> None:
+    model = laid_out(build(**changes))
+    tokens = random_stream(1, C + 3, 40).flatten()
+    for length in (T - 1, T, T + 1, 2 * T, 3 * T + 5, (C + 1) * T, (C + 2) * T + 1):
+        a, b = (read_prompt(model, tokens[:length], way) for way in (False, True))
+        assert a.depth == b.depth and a.segments.equal(b.segments)
+        for part, other in zip(flat(a), flat(b), strict=True):
+            assert part.shape == other.shape and (part - other).abs().max() < 1e-9
+
+
+def flat(prompt: Prompt) -> list[Tensor]:
+    """Its floating-point tensors."""
+    states, own = chain.from_iterable(prompt.states), chain.from_iterable(prompt.own)
+    return [prompt.hidden, prompt.latents, prompt.logits, *states, *own]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda x: "-".join(x.values()))

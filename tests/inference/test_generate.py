@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from i3dist.inference.batch_decoder import BatchDecoder
 from i3dist.inference.decoder import Decoder
 from i3dist.inference.generate import generate, stream
 from i3dist.inference.sampling import Sampling, sample, uniform
+from i3dist.inference.token_stream import TokenStream
 from i3dist.model.lm import I3LM
 from tests.model.conftest import SMALL
 
@@ -146,6 +148,22 @@ def test_one_bad_row_is_found(parts: tuple[I3LM, Tokenizer]) -> None:
         model.embedding.weight[tokenizer.encode("?")] = float("inf")
         with pytest.raises(UserError, match="not finite"):
             texts(parts, ["a", "?"], Sampling(), 0)
+
+
+@pytest.mark.parametrize("ahead", [0, 4])
+def test_the_first_token_waits_for_no_step(parts: tuple[I3LM, Tokenizer], ahead: int) -> None:
+    """A GPU, whose `ahead` is not 0, runs further ahead with each token; tokens are the same."""
+    decoder = BatchDecoder(parts[0], [torch.tensor([2, 5])])
+    stream = TokenStream(decoder, Sampling(0), 0, eos_id=3)
+    stream.ahead = ahead
+    tokens, steps = [], []
+    with mock.patch.object(stream, "advance", wraps=stream.advance) as advance:
+        for _ in range(8):
+            tokens += stream.next()
+            steps.append(advance.call_count)
+    assert steps == [number + min(number, ahead) for number in range(8)]
+    alone = TokenStream(BatchDecoder(parts[0], [torch.tensor([2, 5])]), Sampling(0), 0, eos_id=3)
+    assert tokens == [alone.next()[0] for _ in range(8)]
 
 
 def test_no_prompt_is_no_text(parts: tuple[I3LM, Tokenizer]) -> None:

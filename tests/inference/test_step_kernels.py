@@ -1,0 +1,139 @@
+"""The Triton kernels of a decoding step against PyTorch's operators.
+
+On a GPU, or without one in Triton's interpreter: TRITON_INTERPRET=1 and triton installed.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from i3dist.inference.batch_decoder import enter
+from i3dist.inference.place import Place
+from i3dist.inference.sampling import SPLIT_MIX, Sampling
+from i3dist.inference.steps import Sight, attend_step, step_kernels
+from i3dist.inference.token_stream import choose_tokens
+from i3dist.model.attention import AttentionBlock
+from tests.model.conftest import build
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+THERE = importlib.util.find_spec("triton") and (INTERPRETED or torch.cuda.is_available())
+pytestmark = pytest.mark.skipif(not THERE, reason="needs Triton with a GPU or its interpreter")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+NEAR = 1e-5 if INTERPRETED else 1e-4
+
+
+def places(length: int, chunks: int) -> Place:
+    """Of rows at a chunk's start, in its middle and at its end, with documents of every kind."""
+    position = torch.tensor([0, 0, length // 2, length // 2, length - 1, length - 1])
+    start = torch.tensor([0, 0, length // 3, length // 2, length - 1, 0])
+    opened = torch.tensor([False, True, True, True, True, False])
+    depth = torch.tensor([chunks + 2, 5, 3, 1, 2, 1])
+    oldest = torch.tensor([0, chunks - 1, 1, 0, 1, chunks - 1])
+    return Place(*(part.to(DEVICE) for part in (position, start, opened, depth, oldest)))
+
+
+def sight(place: Place, length: int, chunks: int) -> Sight:
+    """What tokens at these places see, one after the other."""
+    own = torch.zeros(len(place.start), length, dtype=torch.bool)
+    past = torch.zeros(len(place.start), chunks, dtype=torch.bool)
+    order = torch.zeros(len(place.start), chunks, dtype=torch.int64)
+    for row, (position, start, opened, depth, oldest) in enumerate(
+        zip(*(part.tolist() for part in place), strict=True)
+    ):
+        own[row, start : position + 1] = True
+        for slot in range(chunks):
+            order[row, slot] = (slot - oldest) % chunks
+        past[row, max(0, chunks - depth) :] = not opened
+    return Sight(place.position, own.to(DEVICE), past.to(DEVICE), order.to(DEVICE))
+
+
+@pytest.mark.parametrize("layers", ["1xrwkv,1xattention", "1xrwkv,1xdual-attention"])
+@pytest.mark.parametrize("rows", [6, 1], ids="{} rows".format)
+@torch.no_grad()
+def test_attention_of_a_token(layers: str, rows: int) -> None:
+    """Several splits of chunk and of history, the last ones not full."""
+    length, chunks, keys_per_chunk = 70, 3, 25
+    torch.manual_seed(0)
+    model = build(layers=layers, chunk_length=length, history_chunks=chunks).float().to(DEVICE)
+    block = model.upper[0]
+    assert isinstance(block, AttentionBlock)
+    attention = block.attention
+    for parameter in block.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    place = Place(*(part[-rows:].contiguous() for part in places(length, chunks)))
+    channels = attention.inner.computed // attention.heads
+    size = (rows, attention.heads, chunks * keys_per_chunk + length, channels)
+    keys, values = torch.randn(2, *size, device=DEVICE)
+    first = attention.inner.per_head
+    slots = torch.arange(chunks * keys_per_chunk, device=DEVICE) // keys_per_chunk
+    keys[..., first:] = 0.0
+    keys[:, :, : len(slots), first : first + chunks] = torch.nn.functional.one_hot(slots).float()
+    x = model.width.pad(torch.randn(rows, model.width.stored, device=DEVICE))
+    token, own_keys, own_values = torch.arange(rows, device=DEVICE), keys.clone(), values.clone()
+    wanted = attend_step(block, x, keys, values, sight(place, length, chunks), token)
+
+    parts = [attention.query, attention.key_value]
+    parts += [attention.reserve] if hasattr(attention, "reserve") else []
+    y = torch.cat([part(block.norm_attention(x)) for part in parts], dim=-1)
+    kernels = step_kernels("attend_triton")
+    heads = kernels.Heads(
+        attention.heads, first, chunks, length, attention.scale, attention.age_bias,
+        getattr(attention, "reserve_bias", None),
+    )  # fmt: skip
+    counted = place._replace(position=place.position + 1)
+    read = kernels.attend(y, own_keys, own_values, counted, heads)
+    pairs = (read, wanted), (own_keys, keys), (own_values, values)
+    assert all((part - other).abs().max() < NEAR for part, other in pairs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_sampling_of_tokens(temperature: float) -> None:
+    """Over several pieces; forbidden tokens, rows that end, and rows that are not finite."""
+    torch.manual_seed(0)
+    rows, size, eos, bos = 8, 20_000, 3, 2
+    logits = 3 * torch.randn(rows, size, device=DEVICE)
+    logits[1, 700] = float("nan")
+    logits[2, size - 1] = float("inf")
+    logits[3, size - 1] = 50.0
+    allowed = torch.zeros(size, device=DEVICE)
+    allowed[[0, 1, 2, 4]] = float("-inf")
+    logits[4, 4], logits[5, 0] = 100.0, 100.0
+    seeds = torch.arange(rows, device=DEVICE) + 2**62
+    before = torch.tensor([7, eos, 7, 7, 7, 7, eos, -1], device=DEVICE)
+    kernel = step_kernels("token_triton").sample
+    tokens, drawn = before.clone(), torch.full_like(seeds, 5)
+    for step in range(5, 8):
+        numbers = torch.full_like(seeds, step)
+        wanted = choose_tokens(logits, allowed, Sampling(temperature), seeds, numbers)
+        ended = (tokens == eos) & (wanted >= 0)
+        wanted = torch.where(ended, bos, wanted)
+        kernel(logits, allowed, temperature, (seeds, drawn), tokens, eos, bos, SPLIT_MIX)
+        assert tokens.equal(wanted)
+        assert drawn.tolist() == [step + 1] * rows
+
+
+@torch.no_grad()
+def test_a_token_is_placed_and_kept() -> None:
+    length, rows, bos = 12, 6, 2
+    torch.manual_seed(0)
+    model = build().float().to(DEVICE)
+    kernels = step_kernels("token_triton")
+    tokens = torch.tensor([bos, 5, bos, 6, bos, 7], device=DEVICE)
+    tokens = torch.stack([tokens, tokens + 1], dim=1)[:, 0]  # a column of several steps' tokens
+    for carry in (False, True):
+        place = places(length, 3)._replace(depth=torch.tensor([0, 0, 1, 1, 1, 2], device=DEVICE))
+        wanted = Place(*(part.clone() for part in place))
+        model.settings = model.settings.model_copy(update={"state_carry": carry})
+        x, restart, _ = enter(model, wanted, tokens)
+        table, norm = model.embedding.weight, model.norm_in.padded()
+        got, begins = kernels.enter(tokens, table, norm, place, bos, carry)
+        assert (got - x).abs().max() < NEAR and begins.equal(restart)
+        assert all(part.equal(other) for part, other in zip(place, wanted, strict=True))
+        hidden: Tensor = torch.zeros(rows, length, x.shape[1], device=DEVICE)
+        kernels.keep(got, hidden, place.position)
+        assert place.position.equal(wanted.position + 1)
+        assert hidden[torch.arange(rows), wanted.position].equal(got)
+        assert hidden.count_nonzero() == got.count_nonzero()
