@@ -16,7 +16,7 @@ from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.hang_report import STDERR
 from i3dist.distributed.job import Job
 from i3dist.distributed.neighbours import Neighbours
-from i3dist.distributed.patience import SAVE, STEP, Patience
+from i3dist.distributed.patience import DATA, SAVE, STEP, Patience
 
 # A rank that reports waits this long before it exits, because a launcher then ends the others.
 GRACE_SECONDS = 5.0
@@ -47,10 +47,11 @@ class _Work(NamedTuple):
     doing: str
     seconds: float  # that it has taken
     limit: float
+    excused: float = 0.0  # of these seconds, while another rank waited for data
 
     @property
     def left(self) -> float:
-        return self.limit - self.seconds
+        return self.limit + self.excused - self.seconds
 
 
 class Watchdog:
@@ -60,6 +61,10 @@ class Watchdog:
     and `grace` seconds later ends the process. It cannot run while the main thread holds the
     interpreter. For that case a timer of the kernel ends the process by SIGPROF, after the stacks;
     it counts processor time, because that stands still while the process is suspended.
+
+    While a rank waits for data, the others wait for it. So it says at each tick that it waits
+    (`on_wait`), and for the others that time does not count (`other_waits`). A rank that is stopped
+    says nothing, so it excuses nobody.
     """
 
     def __init__(self, setting: float | Literal["auto"], job: Job, run: Path):
@@ -71,6 +76,10 @@ class Watchdog:
             run: the run's folder.
         """
         self.on_end: Callable[[str], None] = lambda _: None  # called with why, before the end
+        # Called at each tick while this rank waits for data: with the seconds that it has waited,
+        # and with who waits for what, in words.
+        self.on_wait: Callable[[float, str], None] = lambda *_: None
+        self.reads: Callable[[], list[str]] = list  # names the files that are being read
         self.patience = Patience(setting)
         self.grace = GRACE_SECONDS if setting == "auto" else min(GRACE_SECONDS, setting / 4)
         self._tick = TICK_SECONDS if setting == "auto" else min(TICK_SECONDS, setting / 8)
@@ -83,6 +92,8 @@ class Watchdog:
         self._doing: str | None = None
         self._learns = False  # whether the time that this takes says what it takes by itself
         self._limit = self._others = 0.0  # of this rank's work, and what others may still do
+        self._excused = 0.0  # seconds of this work while another rank waited for data
+        self._timeout = 0.0  # of collectives
         self._saving: float | None = None  # since when another thread writes a checkpoint
         if not self.patience.endless:
             self._neighbours = Neighbours(job)
@@ -96,21 +107,28 @@ class Watchdog:
         with self._lock:
             now, before = self._clock.read(), self._doing
             if before is not None and self._learns:
-                self.patience.saw(before, now - self._began)
-            # A rank that is done waits for others, which may still do what came before.
-            limit = max(self.patience.limit(doing), self._others)
+                self.patience.saw(before, now - self._began - self._excused)
             self._learns = doing != SAVE and not (doing == STEP and self._others)
-            self._others = 0.0 if doing == STEP else limit
-            changed, self._limit = limit != self._limit, limit
-            self._began, self._doing = now, doing
+            self._limit = self.patience.limit(doing)
+            if doing != DATA:
+                # A rank that is done waits for others, which may still do what came before.
+                self._limit = max(self._limit, self._others)
+                self._others = 0.0 if doing == STEP else self._limit
+                self._set_timeout(self._limit + self.patience.limit(DATA) + MARGIN_SECONDS)
+            self._began, self._doing, self._excused = now, doing, 0.0
             if before is None:
                 # Print the stacks, then die of the signal.
                 faulthandler.register(signal.SIGPROF, file=STDERR, chain=True)
             self._wind()
-        if changed:
-            collectives.set_timeout(limit + MARGIN_SECONDS)
         if before is None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def other_waits(self, seconds: float) -> None:
+        """Hear that another rank waits for data, and has done so for `seconds`; on any thread."""
+        with self._lock:
+            self.patience.saw(DATA, seconds)  # the time-outs of collectives follow
+            if self._doing != DATA:
+                self._excused = self._clock.read() - self._began
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -137,6 +155,12 @@ class Watchdog:
         """
         signal.setitimer(signal.ITIMER_PROF, self._limit * self._processors)
 
+    def _set_timeout(self, timeout: float) -> None:
+        """Have collectives that begin from now on end with an error after `timeout` seconds."""
+        if timeout != self._timeout:
+            self._timeout = timeout
+            collectives.set_timeout(timeout)
+
     def _watch(self) -> None:
         pause = self._tick
         while True:
@@ -148,12 +172,14 @@ class Watchdog:
                 self._wind()
             if told or work.left <= 0:
                 self._end(self._explain(work, told))
+            if work.doing == DATA and work.seconds >= self._tick:
+                self.on_wait(work.seconds, self._say(work))
             pause = min(self._tick, work.left)
 
     def _most_urgent(self) -> "_Work":
         """What has least time left: the run's work or, in another thread, a checkpoint."""
         now = self._clock.read()
-        work = _Work(str(self._doing), now - self._began, self._limit)
+        work = _Work(str(self._doing), now - self._began, self._limit, self._excused)
         if self._saving is None:
             return work
         saving = _Work(SAVE, now - self._saving, self.patience.limit(SAVE))
@@ -161,12 +187,21 @@ class Watchdog:
 
     def _explain(self, work: "_Work", told: bool) -> str:
         """The first line of the report."""
-        has_been = f"rank {self._job.rank} has been {work.doing} for {work.seconds:.0f} s"
+        has_been = self._say(work)
         if told:
             return f"error: {has_been} and ends with another rank of its host, which hangs"
         allows = f" allows {work.limit:.0f} s" if self._setting == "auto" else ""
         limit = f"guard.hang_seconds={self._setting}{allows}"
         return f"error: {has_been}, so the job ends, to be started again ({limit})"
+
+    def _say(self, work: "_Work") -> str:
+        """What this rank does, and how long it has done so."""
+        text = f"rank {self._job.rank} has been {work.doing} for {work.seconds:.0f} s"
+        if work.doing == DATA and (files := self.reads()):
+            return f"{text} ({', '.join(files)})"
+        if work.excused:
+            return f"{text}, in {work.excused:.0f} s of which another rank waited for data"
+        return text
 
     def _end(self, line: str) -> None:
         """Report, give the other ranks time to report, and end the process."""
