@@ -3,7 +3,8 @@
 A collective whose other end is gone may wait for minutes, and a launcher ends the other ranks by
 signals, which hide the status of the first. So every rank holds a connection to rank 0. A rank that
 fails says so there, after it has printed why, and all others leave with status 1. A connection that
-ends without a word means that a rank is lost: all others leave, and rank 0 names the host.
+ends without a word means that a rank is lost: all others leave, and rank 0 names the host. A rank
+that waits for data says so too, because the others wait for it and are not to take that for a hang.
 
 The kernel watches the connections (TCP keep-alive). So a rank that computes for long is not taken
 for lost, and a host without power is found after `LOST_SECONDS`.

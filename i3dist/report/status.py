@@ -38,6 +38,7 @@ FEW = 8  # lines without which there is no trend
 # Seconds without a sign of life after which a run is silent: while it starts (a model is compiled),
 # and while it trains, unless its lines come more slowly.
 START_LIMIT, LIMIT, GAPS = 1800.0, 300.0, 5
+LOW = 10**8  # bytes of a disk
 SLOW, WAITS, STRAGGLES = 0.8, 0.1, 1.1  # of speed, of waiting for data, of ranks
 
 
@@ -94,6 +95,8 @@ class Status:
     @property
     def straggling(self) -> float | None:
         """How many times as long the slowest rank computes as the fastest."""
+        if self.last.get("slowest_rank") is None:
+            return None
         slowest, fastest = (self.last.get(f"{name}_compute") for name in ("slowest", "fastest"))
         return slowest / fastest if slowest and fastest else None
 
@@ -118,6 +121,8 @@ class Status:
             yield f"the newest checkpoint is {self.step - kept:,} steps old"
         if self.checkpoint and self.free < 2 * self.checkpoint.size:
             yield "the disk has no room for two more checkpoints"
+        elif self.free < LOW:
+            yield "the disk is almost full"
 
 
 def read_status(folder: Path) -> Status:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,15 @@ def test_what_a_person_should_look_at_is_a_warning(
 def test_a_missing_checkpoint_is_a_warning_when_two_should_be_there(run: Path) -> None:
     train(run, steps=210)
     assert list(read_status(run).warnings()) == ["the newest checkpoint is 210 steps old"]
+
+
+def test_a_full_disk_is_a_warning_without_a_checkpoint_too_and_one_rank_is_not_the_slowest(
+    run: Path,
+) -> None:
+    train(run, steps=150, slowest_compute=1.2, fastest_compute=1.0)  # of a job of one rank
+    status = replace(read_status(run), free=0)
+    assert list(status.warnings()) == ["the disk is almost full"]
+    assert "slowest" not in str(shown(status))
 
 
 def test_a_run_without_any_line_has_a_status(run: Path) -> None:
