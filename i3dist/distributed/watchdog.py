@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 from i3dist.distributed import collectives, hang_report
 from i3dist.distributed.attempt import REQUEUE
@@ -171,7 +171,7 @@ class Watchdog:
                 work = self._most_urgent()
                 self._wind()
             if told or work.left <= 0:
-                self._end(self._explain(work, told))
+                self.end(self._explain(work, told))
             if work.doing == DATA and work.seconds >= self._tick:
                 self.on_wait(work.seconds, self._say(work))
             pause = min(self._tick, work.left)
@@ -203,8 +203,13 @@ class Watchdog:
             return f"{text}, in {work.excused:.0f} s of which another rank waited for data"
         return text
 
-    def _end(self, line: str) -> None:
-        """Report, give the other ranks time to report, and end the process."""
+    def end(self, line: str) -> NoReturn:
+        """Report, give the other ranks time to report, and end the process with `REQUEUE`.
+
+        `line` begins with "error: "; the stacks follow it.
+        """
+        if self._ending.is_set():  # another thread ends it
+            time.sleep(2 * self.grace)
         self._ending.set()
         try:
             # In a thread, because a file system or a terminal that hangs would block it.
