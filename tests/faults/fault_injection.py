@@ -47,7 +47,7 @@ def faulty_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
     global micro_batches
     micro_batches += 1
     losses, state = forward(self, *inputs)
-    if os.environ["RANK"] != RANK or str(taken + 1) not in STEPS:
+    if KIND == "stall" or os.environ["RANK"] != RANK or str(taken + 1) not in STEPS:
         return losses, state
     if KIND == "hang":
         hang_here()
