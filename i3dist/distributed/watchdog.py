@@ -1,6 +1,7 @@
 """A watchdog ends a job that hangs, so that it is started again; every rank says where it hung."""
 
 import faulthandler
+import math
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn, Self
 
 from i3dist.distributed import collectives, hang_report
 from i3dist.distributed.attempt import REQUEUE
@@ -17,6 +18,7 @@ from i3dist.distributed.hang_report import STDERR
 from i3dist.distributed.job import Job
 from i3dist.distributed.neighbours import Neighbours
 from i3dist.distributed.patience import DATA, SAVE, STEP, Patience
+from i3dist.errors import reason
 
 # A rank that reports waits this long before it exits, because a launcher then ends the others.
 GRACE_SECONDS = 5.0
@@ -81,8 +83,8 @@ class Watchdog:
         self.on_wait: Callable[[float, str], None] = lambda *_: None
         self.reads: Callable[[], list[str]] = list  # names the files that are being read
         self.patience = Patience(setting)
-        self.grace = GRACE_SECONDS if setting == "auto" else min(GRACE_SECONDS, setting / 4)
-        self._tick = TICK_SECONDS if setting == "auto" else min(TICK_SECONDS, setting / 8)
+        limit = setting if isinstance(setting, int | float) and setting else math.inf
+        self.grace, self._tick = min(GRACE_SECONDS, limit / 4), min(TICK_SECONDS, limit / 8)
         self._job, self._setting, self._run = job, setting, run
         self._processors = len(os.sched_getaffinity(0))
         self._closed, self._ending = threading.Event(), threading.Event()
@@ -95,8 +97,7 @@ class Watchdog:
         self._excused = 0.0  # seconds of this work while another rank waited for data
         self._timeout = 0.0  # of collectives
         self._saving: float | None = None  # since when another thread writes a checkpoint
-        if not self.patience.endless:
-            self._neighbours = Neighbours(job)
+        self._neighbours = Neighbours(job)
 
     def beat(self, doing: str) -> None:
         """Say what the run does next; the first call starts the watch. Only the main thread may."""
@@ -141,6 +142,17 @@ class Watchdog:
                 self.patience.saw(SAVE, self._clock.read() - began)
         finally:
             self._saving = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Stop watching. If a collective timed out first, the process ends all the same."""
+        self.close()
+        if error is not None and collectives.timed_out(error):
+            waited = f"rank {self._job.rank} has waited for another rank for as long as collectives"
+            again = "may (was the job suspended?), so the job ends, to be started again"
+            self.end(f"error: {waited} {again}: {reason(error)}")
 
     def close(self) -> None:
         """Stop watching."""

@@ -239,21 +239,6 @@ def tell_of_waits(watchdog: Watchdog, peers: Peers, notifier: Notifier) -> None:
 
 
 @contextmanager
-def requeued_after_timeouts(watchdog: Watchdog, job: Job) -> Iterator[None]:
-    """End as the watchdog does if a collective inside times out first: it counts suspended time."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not collectives.timed_out(error):
-            raise
-        waited = f"rank {job.rank} has waited for another rank for as long as collectives may"
-        watchdog.end(
-            f"error: {waited} (was the job suspended?), so it ends, to be started again: "
-            f"{reason(error)}"
-        )
-
-
-@contextmanager
 def recorded(tracker: Tracker | NoTracker, peers: Peers | None) -> Iterator[None]:
     """Record a failure inside in the tracker, and explain it if possible.
 
@@ -399,7 +384,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     times.end("data")
     trainer = build(arguments, settings, job, corpus, stop, times, notifier)
     notifier.start(trainer.progress.step)
-    with recorded(trainer.log.tracker, stop.peers), requeued_after_timeouts(trainer.watchdog, job):
+    with recorded(trainer.log.tracker, stop.peers):
         done = trainer.fit()
     with warned("tracking"):
         trainer.log.tracker.finish("FINISHED" if done else "KILLED")

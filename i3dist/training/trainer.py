@@ -113,7 +113,7 @@ class Trainer:
         """
         progress = self.progress
         # After an error the watchdog closes first: the error may take long to be reported.
-        with self.checkpointer.saver, closing(self.watchdog):
+        with self.checkpointer.saver, self.watchdog:
             self.begin()
             garbage.resume()  # before data readers are forked
             with closing(self.batches()) as batches:

@@ -84,6 +84,17 @@ def test_what_writes_a_checkpoint_is_watched_while_training_goes_on(tmp_path: Pa
     assert "in write" in result.stderr
 
 
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_a_collective_that_times_out_ends_it_as_a_hang_does(tmp_path: Path, seconds: int) -> None:
+    """Those of a job that was suspended for long, for example; 0 watches nothing."""
+    error = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 70000ms for recv"
+    result = run(tmp_path, f"with watchdog:\n    raise RuntimeError({error!r})\n", seconds)
+    assert result.returncode == REQUEUE
+    first, *stacks = result.stderr.splitlines()
+    assert first.startswith("error: rank 0 has waited for another rank") and error in first
+    assert any('script.py"' in line for line in stacks)
+
+
 def test_that_nothing_can_be_said_does_not_keep_it_from_ending(tmp_path: Path) -> None:
     """Its standard error is a pipe that nobody reads."""
     full = "reader, writer = os.pipe()\nos.dup2(writer, 2)\nos.set_blocking(2, False)\n"
