@@ -197,7 +197,7 @@ def test_a_server_of_shards_may_be_away_for_a_while_but_not_for_ever(
     name = corpus.train.manifest.shards[number].name
 
     def come_back() -> None:
-        while server.asked[f"/train/{name}"] < 4:
+        while server.asked[f"/train/{name}"] < 10:
             time.sleep(0.01)
         server.always.clear()
 
