@@ -180,22 +180,23 @@ class Watchdog:
             with self._lock:
                 if self._closed.is_set():
                     return
-                work = self._most_urgent()
+                now = self._clock.read()
+                own = _Work(str(self._doing), now - self._began, self._limit, self._excused)
+                work = self._most_urgent(own, now)
                 self._wind()
             if told or work.left <= 0:
                 self.end(self._explain(work, told))
-            if work.doing == DATA and work.seconds >= self._tick:
-                self.on_wait(work.seconds, self._say(work))
+            if own.doing == DATA and own.seconds >= self._tick:
+                with suppress(Exception):
+                    self.on_wait(own.seconds, self._say(own))
             pause = min(self._tick, work.left)
 
-    def _most_urgent(self) -> "_Work":
-        """What has least time left: the run's work or, in another thread, a checkpoint."""
-        now = self._clock.read()
-        work = _Work(str(self._doing), now - self._began, self._limit, self._excused)
+    def _most_urgent(self, own: "_Work", now: float) -> "_Work":
+        """What has least time left: the run's `own` work or, in another thread, a checkpoint."""
         if self._saving is None:
-            return work
+            return own
         saving = _Work(SAVE, now - self._saving, self.patience.limit(SAVE))
-        return min(work, saving, key=lambda each: each.left)
+        return min(own, saving, key=lambda each: each.left)
 
     def _explain(self, work: "_Work", told: bool) -> str:
         """The first line of the report."""

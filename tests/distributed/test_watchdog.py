@@ -289,5 +289,21 @@ def test_a_step_may_take_longer_by_the_time_that_another_rank_waits_for_data(
     assert ended == (None if longer < LIMIT else waits[0] + LIMIT + grace)
 
 
+def test_a_rank_says_each_second_that_it_waits_for_data_also_while_it_saves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulation, told = Simulation(monkeypatch, LIMIT), []
+    simulation.dog.on_wait = lambda *said: told.append(said)
+    simulation.dog.reads = lambda: ["shard-7"]
+    saving = simulation.dog.saving()
+    simulation.at(0.0, saving.__enter__)  # so this has less time left
+    simulation.at(0.5, partial(simulation.dog.beat, STEP))
+    simulation.at(2.5, partial(simulation.dog.beat, DATA))
+    simulation.at(6.75, simulation.dog.close)
+    assert simulation.run() is None
+    assert [seconds for seconds, _ in told] == [1.5, 2.5, 3.5]
+    assert told[0][1] == "rank 0 has been waiting for data for 2 s (shard-7)"
+
+
 def test_two_ranks_that_wait_for_data_do_not_excuse_each_other() -> None:
     assert end_beside_a_rank_that_waits(DATA, [50], 1.0) == LIMIT + LIMIT / 4
