@@ -38,9 +38,12 @@ class FetchError(UserError):
     """A file at a URL cannot be read."""
 
     def __init__(self, url: str, why: str, temporary: bool) -> None:
-        tried = f"tried {TRIES} times" if temporary else "not tried again"
-        super().__init__(f"{shown(url)} cannot be fetched ({why}; {tried}): check URL and server")
-        self.temporary = temporary
+        self._url, self._why, self.temporary = url, why, temporary
+        super().__init__(self.told(f"tried {TRIES} times" if temporary else "not tried again"))
+
+    def told(self, tried: str) -> str:
+        """The message; `tried` says how often or for how long it was."""
+        return f"{shown(self._url)} cannot be fetched ({self._why}; {tried}): check URL and server"
 
 
 def shown(url: str) -> str:

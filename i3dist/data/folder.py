@@ -5,6 +5,7 @@ import io
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from i3dist.errors import UserError
 
 FETCHERS = 4
 """Shards that a process fetches at once."""
+OUTAGE_SECONDS = 240.0
+"""How long the server of a shard that is read may be away; a job waits for data a minute longer."""
 _GIGABYTE = 10**9
 _FOR_NAME = "{}"  # in a URL: where the name of a file goes, if not to its end
 
@@ -75,7 +78,7 @@ class RemoteFolder:
                 self.cache.discard(shard)
             try:
                 with self.cache.room(shard) as room:
-                    data = self._fetch(shard)
+                    data = self._fetch_with_patience(shard)
                     if room is not None and is_intact(data, shard):
                         room.fill(data)
                     return data
@@ -109,7 +112,21 @@ class RemoteFolder:
         """Say that `fetch_ahead` will be asked for a shard, and `read` after it."""
         self._expected.add(shard.sha256)
 
+    def _fetch_with_patience(self, shard: Shard) -> bytes:
+        """As `_fetch`, again and again while the server is away."""
+        begun = time.monotonic()
+        while True:
+            try:
+                return self._fetch(shard)
+            except FetchError as error:
+                seconds = time.monotonic() - begun
+                if not error.temporary:
+                    raise
+                if seconds > OUTAGE_SECONDS:
+                    raise UserError(error.told(f"tried for {seconds:.0f} s")) from None
+
     def _fetch(self, shard: Shard) -> bytes:
+        """The bytes at a shard's URL; they may be damaged, if they are so at each try."""
         url = (self / shard.name).full_url
         data: bytes | None = None
 

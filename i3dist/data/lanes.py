@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import NamedTuple
@@ -153,7 +154,7 @@ def windows(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_die_of_lost_windows,
+        worker_init_fn=partial(_begin_to_read, dataset),
     )
     told: set[str] = set()
     for reading in _read(loader):
@@ -167,11 +168,13 @@ def windows(
         yield batch.to(device)
 
 
-def _die_of_lost_windows(_: int) -> None:
-    """End this reading process if a window cannot be handed over, for example if /dev/shm is full.
+def _begin_to_read(dataset: LaneWindows, worker: int) -> None:
+    """Number this reading process, and have it end if a window cannot be handed over.
 
-    Python would print a traceback and continue, and the rank would wait for that window for ever.
+    If /dev/shm is full, for example, Python would print a traceback and continue, and the rank
+    would wait for that window for ever.
     """
+    dataset.shards.reader = 1 + worker
     die = staticmethod(lambda *_: os._exit(1))
     Queue._on_queue_feeder_error = die  # type: ignore[attr-defined]
 

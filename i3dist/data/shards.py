@@ -3,6 +3,7 @@
 Notation: N chunks of a shard, T tokens of a chunk.
 """
 
+import mmap
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ class ShardTokens(NamedTuple):
 STAT_THREADS = 16
 STAT_BATCH = 1 << 14
 MISSING = -1
+READERS = 1 + 256  # processes that may share a cache's notes: a rank, and its data.workers
 
 
 class DamagedShardError(UserError):
@@ -201,7 +203,15 @@ class ShardCache:
         self.manifest = manifest
         self.capacity = capacity
         self.on_damage = on_damage
+        self.reader = 0  # the number of this process among those that were forked with this cache
         self._held: OrderedDict[int, ShardTokens] = OrderedDict()
+        # By process, 1 + the shard that it reads right now, in memory that forks share.
+        self._reads = np.frombuffer(mmap.mmap(-1, READERS * 8), np.int64)
+
+    def being_read(self) -> list[str]:
+        """Names of the shards that this process and its forks are reading from files."""
+        reads = np.unique(self._reads)
+        return [self.manifest.shards[number - 1].name for number in reads if number]
 
     def __getitem__(self, index: int) -> ShardTokens:
         if index not in self._held:
@@ -212,9 +222,12 @@ class ShardCache:
         return self._held[index]
 
     def _read(self, index: int) -> ShardTokens:
+        self._reads[self.reader] = 1 + index
         try:
             return read_shard(self.folder, self.manifest, index)
         except DamagedShardError:
             if self.on_damage == "stop":
                 raise
             return quarantined(self.folder, self.manifest, index)
+        finally:
+            self._reads[self.reader] = 0

@@ -19,6 +19,8 @@ Group = torch_dist.ProcessGroup
 SIDE, SIDE_TIMEOUT = "side", timedelta(days=14)
 # What gloo reports when the other end of a connection is gone.
 PEER_LOSS = r"gloo.*(closed|reset|refused|broken|timed out)|onnection (closed|reset) by peer"
+# And when the other end is there, but has sent nothing for the time-out.
+GLOO_TIMEOUT = r"gloo.*Timed out waiting"
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -115,6 +117,11 @@ def barrier() -> None:
     if torch_dist.is_initialized():
         # NCCL warns unless it is told which device to use.
         torch_dist.barrier(device_ids=[torch.cuda.current_device()] if uses_cuda() else None)
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether a collective of gloo has waited for `set_timeout`'s time; NCCL ends the process."""
+    return isinstance(error, RuntimeError) and bool(re.search(GLOO_TIMEOUT, str(error)))
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ has seen of its own work: a multiple of the longest time, but never less than a 
 from typing import Literal
 
 # Kinds of work that are treated in a way of their own.
-STEP, SAVE = "taking a step", "saving"
+STEP, SAVE, DATA = "taking a step", "saving", "waiting for data"
 
 # Work of which too little was seen may take this long. The first steps may compile for minutes.
 UNKNOWN_SECONDS = 1800.0

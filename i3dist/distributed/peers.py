@@ -3,7 +3,8 @@
 A collective whose other end is gone may wait for minutes, and a launcher ends the other ranks by
 signals, which hide the status of the first. So every rank holds a connection to rank 0. A rank that
 fails says so there, after it has printed why, and all others leave with status 1. A connection that
-ends without a word means that a rank is lost: all others leave, and rank 0 names the host.
+ends without a word means that a rank is lost: all others leave, and rank 0 names the host. A rank
+that waits for data says so too, because the others wait for it and are not to take that for a hang.
 
 The kernel watches the connections (TCP keep-alive). So a rank that computes for long is not taken
 for lost, and a host without power is found after `LOST_SECONDS`.
@@ -38,6 +39,9 @@ BYE: Message = {"says": "bye"}
 FAILED: Message = {"says": "failed"}
 LOST: Message = {"says": "lost"}
 SILENT: Message = {"says": "silent"}  # lost as well: its host or the link does not answer
+# A rank that waits for data says for how many "seconds", and "what" in words, again and again.
+WAITS = "waits"
+PASS_ON_SECONDS = 0.5  # of those words rank 0 passes on one in this time
 # Why the kernel then ends it: by `keep_alive`'s time-out, or with what routers told it meanwhile.
 UNREACHABLE = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
 
@@ -49,6 +53,9 @@ class Peers:
         self.on_lost: Callable[[list[str]], None] = lambda _: None  # called with the lost hosts
         # Called when others end this rank: with why, and whether the job is to be started again.
         self.on_end: Callable[[str, bool], None] = lambda *_: None
+        # Called while another rank waits for data: with the seconds that it has waited, and with
+        # who waits for what, in words.
+        self.on_wait: Callable[[float, str], None] = lambda *_: None
         self._job = job
         self._ending = threading.Lock()
         self._closed = False  # whether this rank does not care any more if others are there
@@ -63,6 +70,10 @@ class Peers:
         """This rank has said why it fails: end the other ranks with status 1."""
         self._closed = True
         self._tell(FAILED)
+
+    def say_wait(self, seconds: float, what: str) -> None:
+        """This rank waits for data, and has done so for `seconds`: tell the other ranks."""
+        self._tell({"says": WAITS, "seconds": seconds, "what": what})
 
     def await_verdict(self) -> None:
         """Wait after a collective lost a rank. The process ends meanwhile, if the loss is real."""
@@ -128,6 +139,7 @@ class _First(Peers):
         self._hosts: dict[int, str] = {}  # by rank
         self._writers: dict[int, asyncio.StreamWriter] = {}  # of the ranks that are there
         self._gone: list[int] = []
+        self._passed_on = 0.0  # when another rank's wait was
         listener = _listen_everywhere(job.world_size)
         self._loop = asyncio.new_event_loop()
         start = asyncio.start_server(self._follow, sock=listener)
@@ -146,7 +158,8 @@ class _First(Peers):
         keep_alive(writer.get_extra_info("socket"))
         self._hosts[rank], self._writers[rank] = str(hello["host"]), writer
         writer.write(_line(WELCOME))
-        last = await _next_word(reader)
+        while (last := await _next_word(reader)).get("says") == WAITS:
+            await self._pass_on(last)
         del self._writers[rank]
         writer.close()
         if self._closed or last == BYE:
@@ -160,6 +173,14 @@ class _First(Peers):
             await self._send(SILENT if self._silent else LOST)
             await self._await_all_of(self._hosts[rank])
             self._leave_without(self._say_who_is_gone())
+
+    async def _pass_on(self, wait: Message) -> None:
+        """Tell all that a rank waits for data, unless they have just heard of another."""
+        now = time.monotonic()
+        if now - self._passed_on >= PASS_ON_SECONDS:
+            self._passed_on = now
+            self.on_wait(wait["seconds"], wait["what"])
+            await self._send(wait)
 
     async def _await_all_of(self, host: str) -> None:
         """Wait until all ranks of a host are gone; one killed by itself leaves its host's alone."""
@@ -221,10 +242,11 @@ class _Other(Peers):
         self._socket.settimeout(None)
 
     def _listen(self) -> None:
-        """Wait for the only word of rank 0 after its welcome, or for its end."""
+        """Wait for the last word of rank 0, or for its end."""
         said: Message = {}
         try:
-            said = _read(self._words.readline())
+            while (said := _read(self._words.readline())).get("says") == WAITS:
+                self.on_wait(said["seconds"], said["what"])
         except OSError as error:
             self._silent = _is_silence(error)
         if self._closed or said == BYE:

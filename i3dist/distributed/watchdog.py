@@ -1,6 +1,7 @@
 """A watchdog ends a job that hangs, so that it is started again; every rank says where it hung."""
 
 import faulthandler
+import math
 import os
 import signal
 import threading
@@ -9,14 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn, Self
 
 from i3dist.distributed import collectives, hang_report
 from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.hang_report import STDERR
 from i3dist.distributed.job import Job
 from i3dist.distributed.neighbours import Neighbours
-from i3dist.distributed.patience import SAVE, STEP, Patience
+from i3dist.distributed.patience import DATA, SAVE, STEP, Patience
+from i3dist.errors import reason
 
 # A rank that reports waits this long before it exits, because a launcher then ends the others.
 GRACE_SECONDS = 5.0
@@ -47,10 +49,11 @@ class _Work(NamedTuple):
     doing: str
     seconds: float  # that it has taken
     limit: float
+    excused: float = 0.0  # of these seconds, while another rank waited for data
 
     @property
     def left(self) -> float:
-        return self.limit - self.seconds
+        return self.limit + self.excused - self.seconds
 
 
 class Watchdog:
@@ -60,6 +63,10 @@ class Watchdog:
     and `grace` seconds later ends the process. It cannot run while the main thread holds the
     interpreter. For that case a timer of the kernel ends the process by SIGPROF, after the stacks;
     it counts processor time, because that stands still while the process is suspended.
+
+    While a rank waits for data, the others wait for it. So it says at each tick that it waits
+    (`on_wait`), and for the others that time does not count (`other_waits`). A rank that is stopped
+    says nothing, so it excuses nobody.
     """
 
     def __init__(self, setting: float | Literal["auto"], job: Job, run: Path):
@@ -71,9 +78,13 @@ class Watchdog:
             run: the run's folder.
         """
         self.on_end: Callable[[str], None] = lambda _: None  # called with why, before the end
+        # Called at each tick while this rank waits for data: with the seconds that it has waited,
+        # and with who waits for what, in words.
+        self.on_wait: Callable[[float, str], None] = lambda *_: None
+        self.reads: Callable[[], list[str]] = list  # names the files that are being read
         self.patience = Patience(setting)
-        self.grace = GRACE_SECONDS if setting == "auto" else min(GRACE_SECONDS, setting / 4)
-        self._tick = TICK_SECONDS if setting == "auto" else min(TICK_SECONDS, setting / 8)
+        limit = setting if isinstance(setting, int | float) and setting else math.inf
+        self.grace, self._tick = min(GRACE_SECONDS, limit / 4), min(TICK_SECONDS, limit / 8)
         self._job, self._setting, self._run = job, setting, run
         self._processors = len(os.sched_getaffinity(0))
         self._closed, self._ending = threading.Event(), threading.Event()
@@ -83,9 +94,10 @@ class Watchdog:
         self._doing: str | None = None
         self._learns = False  # whether the time that this takes says what it takes by itself
         self._limit = self._others = 0.0  # of this rank's work, and what others may still do
+        self._excused = 0.0  # seconds of this work while another rank waited for data
+        self._timeout = 0.0  # of collectives
         self._saving: float | None = None  # since when another thread writes a checkpoint
-        if not self.patience.endless:
-            self._neighbours = Neighbours(job)
+        self._neighbours = Neighbours(job)
 
     def beat(self, doing: str) -> None:
         """Say what the run does next; the first call starts the watch. Only the main thread may."""
@@ -96,21 +108,28 @@ class Watchdog:
         with self._lock:
             now, before = self._clock.read(), self._doing
             if before is not None and self._learns:
-                self.patience.saw(before, now - self._began)
-            # A rank that is done waits for others, which may still do what came before.
-            limit = max(self.patience.limit(doing), self._others)
+                self.patience.saw(before, now - self._began - self._excused)
             self._learns = doing != SAVE and not (doing == STEP and self._others)
-            self._others = 0.0 if doing == STEP else limit
-            changed, self._limit = limit != self._limit, limit
-            self._began, self._doing = now, doing
+            self._limit = self.patience.limit(doing)
+            if doing != DATA:
+                # A rank that is done waits for others, which may still do what came before.
+                self._limit = max(self._limit, self._others)
+                self._others = 0.0 if doing == STEP else self._limit
+                self._set_timeout(self._limit + self.patience.limit(DATA) + MARGIN_SECONDS)
+            self._began, self._doing, self._excused = now, doing, 0.0
             if before is None:
                 # Print the stacks, then die of the signal.
                 faulthandler.register(signal.SIGPROF, file=STDERR, chain=True)
             self._wind()
-        if changed:
-            collectives.set_timeout(limit + MARGIN_SECONDS)
         if before is None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def other_waits(self, seconds: float) -> None:
+        """Hear that another rank waits for data, and has done so for `seconds`; on any thread."""
+        with self._lock:
+            self.patience.saw(DATA, seconds)  # the time-outs of collectives follow
+            if self._doing != DATA:
+                self._excused = self._clock.read() - self._began
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -123,6 +142,17 @@ class Watchdog:
                 self.patience.saw(SAVE, self._clock.read() - began)
         finally:
             self._saving = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Stop watching. If a collective timed out first, the process ends all the same."""
+        self.close()
+        if error is not None and collectives.timed_out(error):
+            waited = f"rank {self._job.rank} has waited for another rank for as long as collectives"
+            again = "may (was the job suspended?), so the job ends, to be started again"
+            self.end(f"error: {waited} {again}: {reason(error)}")
 
     def close(self) -> None:
         """Stop watching."""
@@ -137,6 +167,12 @@ class Watchdog:
         """
         signal.setitimer(signal.ITIMER_PROF, self._limit * self._processors)
 
+    def _set_timeout(self, timeout: float) -> None:
+        """Have collectives that begin from now on end with an error after `timeout` seconds."""
+        if timeout != self._timeout:
+            self._timeout = timeout
+            collectives.set_timeout(timeout)
+
     def _watch(self) -> None:
         pause = self._tick
         while True:
@@ -144,32 +180,49 @@ class Watchdog:
             with self._lock:
                 if self._closed.is_set():
                     return
-                work = self._most_urgent()
+                now = self._clock.read()
+                own = _Work(str(self._doing), now - self._began, self._limit, self._excused)
+                work = self._most_urgent(own, now)
                 self._wind()
             if told or work.left <= 0:
-                self._end(self._explain(work, told))
+                self.end(self._explain(work, told))
+            if own.doing == DATA and own.seconds >= self._tick:
+                with suppress(Exception):
+                    self.on_wait(own.seconds, self._say(own))
             pause = min(self._tick, work.left)
 
-    def _most_urgent(self) -> "_Work":
-        """What has least time left: the run's work or, in another thread, a checkpoint."""
-        now = self._clock.read()
-        work = _Work(str(self._doing), now - self._began, self._limit)
+    def _most_urgent(self, own: "_Work", now: float) -> "_Work":
+        """What has least time left: the run's `own` work or, in another thread, a checkpoint."""
         if self._saving is None:
-            return work
+            return own
         saving = _Work(SAVE, now - self._saving, self.patience.limit(SAVE))
-        return min(work, saving, key=lambda each: each.left)
+        return min(own, saving, key=lambda each: each.left)
 
     def _explain(self, work: "_Work", told: bool) -> str:
         """The first line of the report."""
-        has_been = f"rank {self._job.rank} has been {work.doing} for {work.seconds:.0f} s"
+        has_been = self._say(work)
         if told:
             return f"error: {has_been} and ends with another rank of its host, which hangs"
         allows = f" allows {work.limit:.0f} s" if self._setting == "auto" else ""
         limit = f"guard.hang_seconds={self._setting}{allows}"
         return f"error: {has_been}, so the job ends, to be started again ({limit})"
 
-    def _end(self, line: str) -> None:
-        """Report, give the other ranks time to report, and end the process."""
+    def _say(self, work: "_Work") -> str:
+        """What this rank does, and how long it has done so."""
+        text = f"rank {self._job.rank} has been {work.doing} for {work.seconds:.0f} s"
+        if work.doing == DATA and (files := self.reads()):
+            return f"{text} ({', '.join(files)})"
+        if work.excused:
+            return f"{text}, in {work.excused:.0f} s of which another rank waited for data"
+        return text
+
+    def end(self, line: str) -> NoReturn:
+        """Report, give the other ranks time to report, and end the process with `REQUEUE`.
+
+        `line` begins with "error: "; the stacks follow it.
+        """
+        if self._ending.is_set():  # another thread ends it
+            time.sleep(2 * self.grace)
         self._ending.set()
         try:
             # In a thread, because a file system or a terminal that hangs would block it.

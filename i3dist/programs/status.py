@@ -10,7 +10,7 @@ exit status:
   2  it has ended: all steps are taken
   3  it was asked to stop, and waits to be started again
   4  it failed, or its process is gone
-  5  it is silent: it hangs, or is gone with its host
+  5  it is silent: it hangs, is suspended, or is gone with its host
 """
 
 import argparse

@@ -28,6 +28,7 @@ from i3dist.tracking.metrics_log import (
     in_order,
     read_lines,
 )
+from i3dist.tracking.notify import DATA_WAIT, DATA_WAIT_SECONDS
 from i3dist.tracking.series import Lines, column
 
 State = Literal["starting", "training", "ended", "waiting", "failed", "silent"]
@@ -37,6 +38,7 @@ FEW = 8  # lines without which there is no trend
 # Seconds without a sign of life after which a run is silent: while it starts (a model is compiled),
 # and while it trains, unless its lines come more slowly.
 START_LIMIT, LIMIT, GAPS = 1800.0, 300.0, 5
+LOW = 10**8  # bytes of a disk
 SLOW, WAITS, STRAGGLES = 0.8, 0.1, 1.1  # of speed, of waiting for data, of ranks
 
 
@@ -93,6 +95,8 @@ class Status:
     @property
     def straggling(self) -> float | None:
         """How many times as long the slowest rank computes as the fastest."""
+        if self.last.get("slowest_rank") is None:
+            return None
         slowest, fastest = (self.last.get(f"{name}_compute") for name in ("slowest", "fastest"))
         return slowest / fastest if slowest and fastest else None
 
@@ -117,6 +121,8 @@ class Status:
             yield f"the newest checkpoint is {self.step - kept:,} steps old"
         if self.checkpoint and self.free < 2 * self.checkpoint.size:
             yield "the disk has no room for two more checkpoints"
+        elif self.free < LOW:
+            yield "the disk is almost full"
 
 
 def read_status(folder: Path) -> Status:
@@ -159,30 +165,50 @@ def _state(
     newest = [event for event in events[-1:] if event.get("time", 0.0) >= begun]
     event = newest[0] if newest else {}  # of the present start
     said, reason = event.get("event"), str(event.get("reason") or "")
-    held = lock_is_held(folder)
+    here = event.get("host") == socket.gethostname()
+    holder = lock_holder(folder)
     if said == "failure":
         return "failed", reason
-    if held is not True and metrics and metrics[-1]["step"] >= steps:
+    if not holder and metrics and metrics[-1]["step"] >= steps:
         return "ended", "all steps are taken"
     if said == "end" and not reason:  # though metrics.jsonl lacks the last step
         return "ended", "it said so"
     if said in ("requeue", "end"):
         return "waiting", reason or "it was asked to stop"
-    if held is False and event.get("host") == socket.gethostname():
+    if holder == 0 and here:
         return "failed", "its process is gone and did not say why: see the job's log"
     silence = max(0.0, time.time() - _last_sign(folder))
-    limit = max(LIMIT, GAPS * _gap(metrics)) if said == "start" else START_LIMIT
-    if silence > limit:
-        hangs = "it hangs" if held else "it hangs, or is gone"
+    wrote = f"wrote {silence:.0f} s ago"
+    if holder and here and _is_stopped(holder):
+        return "silent", f"process {holder} is suspended until SIGCONT; it {wrote}"
+    trains = said in ("start", DATA_WAIT)
+    if silence > (max(LIMIT, GAPS * _gap(metrics)) if trains else START_LIMIT):
+        hangs = "it hangs" if holder else "it hangs, or is gone"
         return "silent", f"{hangs}: nothing was written for {silence:,.0f} s"
-    return ("training" if said == "start" else "starting"), f"wrote {silence:.0f} s ago"
+    if said == DATA_WAIT and silence < 2 * DATA_WAIT_SECONDS and _is_newer(event, metrics):
+        wrote += f": {reason}"
+    return ("training" if trains else "starting"), wrote
 
 
-def lock_is_held(folder: Path) -> bool | None:
-    """Whether a process holds the run's folder; None if the file system cannot tell.
+def _is_newer(event: Mapping[str, Any], metrics: Lines) -> bool:
+    """Whether nothing was reported since."""
+    return not metrics or bool(metrics[-1].get("time", 0.0) < event["time"])
 
-    Asks and takes nothing. From another host, "no" may only mean that the file system keeps locks
-    to each host.
+
+def _is_stopped(process: int) -> bool:
+    """Whether a process of this host is stopped by a signal."""
+    with suppress(OSError):
+        status = Path(f"/proc/{process}/stat").read_bytes()  # its name, in (), may hold anything
+        return status.rpartition(b") ")[2].startswith(b"T")
+    return False
+
+
+def lock_holder(folder: Path) -> int | None:
+    """The process that holds the run's folder; None if the file system cannot tell.
+
+    It is 0 if there is none, and -1 if it belongs to a container whose processes are not seen here.
+    Asks and takes nothing. From another host, 0 may only mean that the file system keeps locks to
+    each host.
     """
     try:
         handle = os.open(folder / ".lock", os.O_RDONLY)
@@ -192,7 +218,8 @@ def lock_is_held(folder: Path) -> bool | None:
         # struct flock of 64-bit Linux: type, whence, start, length, process.
         wish = struct.pack("@hhqqi0q", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
         answer = fcntl.fcntl(handle, fcntl.F_GETLK, wish)
-        return struct.unpack("@hhqqi0q", answer)[0] != fcntl.F_UNLCK
+        kind, _, _, _, process = struct.unpack("@hhqqi0q", answer)
+        return 0 if kind == fcntl.F_UNLCK else int(process) or -1
     except OSError:
         return None
     finally:

@@ -14,7 +14,7 @@ from i3dist.errors import UserError
 METRICS, VALIDATION, DIAGNOSTICS = "metrics.jsonl", "validation.jsonl", "diagnostics.jsonl"
 SAMPLES = "samples.jsonl"  # texts of each validation
 STARTS = "starts.jsonl"  # a line for every time that the run was started
-EVENTS = "events.jsonl"  # when it began to train, and how each time ended
+EVENTS = "events.jsonl"  # when it began to train, waited for data for long, and how it ended
 
 
 class MetricsLog:

@@ -6,6 +6,7 @@ on standard input for each event. It imports nothing that takes long.
 """
 
 import json
+import math
 import os
 import select
 import signal
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +31,8 @@ WAIT_SECONDS = 10.0  # that the end of a run waits for the command
 LEAVE_SECONDS = 2.0  # the same, where other ranks have ended and Slurm is about to end this one
 LIMIT_SECONDS = 60.0  # after which the command is ended
 LOOK_SECONDS = 0.5
+DATA_WAIT = "wait"  # an event of events.jsonl alone: a rank waits for data
+DATA_WAIT_SECONDS = 60.0  # so long, and after each further such time, it is told
 UNSAID = "the process of rank 0 ended without a word: the job's log may say why"
 
 
@@ -45,6 +49,8 @@ class Notifier:
         """
         self._folder, self._active = folder, active
         self._first_end = threading.Lock()  # never released
+        self._tells_of_wait: threading.Thread | None = None
+        self._told_of_wait = -math.inf  # when it last was
         self._begun = False  # whether the folder is this run's: another may have held it
         self._watcher: subprocess.Popen[bytes] | None = None
         if active and command is not None:
@@ -55,6 +61,25 @@ class Notifier:
         """The run trains from this step on."""
         self._begun = True
         self._tell("start", step, "")
+
+    def waits(self, seconds: float, what: str) -> None:
+        """A rank waits for data, and has done so for `seconds`; may be called at any rate."""
+        now = time.monotonic()
+        if not self._active or min(seconds, now - self._told_of_wait) < DATA_WAIT_SECONDS:
+            return
+        if self._tells_of_wait is not None and self._tells_of_wait.is_alive():
+            return
+        self._told_of_wait = now
+        # In a thread, because a file system or a terminal that hangs would block the caller.
+        thread = threading.Thread(target=self._tell_of_wait, args=(what,), daemon=True)
+        self._tells_of_wait = thread
+        thread.start()
+
+    def _tell_of_wait(self, what: str) -> None:
+        with warned("events"):
+            print(f"warning: {what}", file=sys.stderr, flush=True)
+            line = {"event": DATA_WAIT, "host": socket.gethostname(), "reason": what}
+            MetricsLog(self._folder / EVENTS).append(self._last_step(), line)
 
     def leave(self, reason: str, again: bool) -> None:
         """Other ranks end this process; `again` says whether the job asks to be started again."""

@@ -71,13 +71,15 @@ def write(folder: Path, gauges: Mapping[str, float]) -> None:
 
 
 def mark_stopped(folder: Path) -> None:
-    """Say in the file, if there is one, that the run does not train any more."""
-    with suppress(OSError):
-        text = (folder / FILE).read_bytes()  # a name may have any ends of lines
-        running = rb"^(%b\{.*\}) 1\.0$" % RUNNING.encode()
-        partial = folder / f".{FILE}{PARTIAL}"
-        partial.write_bytes(re.sub(running, rb"\1 0.0", text, flags=re.MULTILINE))
-        os.replace(partial, folder / FILE)
+    """Say in the file, if there is one, that the run does not train any more.
+
+    One byte is replaced in place, because the run may have ended for a full disk.
+    """
+    with suppress(OSError), (folder / FILE).open("r+b", buffering=0) as file:
+        text = file.read()  # a name may have any ends of lines
+        running = re.search(rb"^%b\{.*\} (1)\.0$" % RUNNING.encode(), text, re.MULTILINE)
+        if running is not None:
+            os.pwrite(file.fileno(), b"0", running.start(1))
 
 
 def _number(value: float) -> str:

@@ -25,6 +25,7 @@ from i3dist.distributed.job import Job, host_name
 from i3dist.distributed.peers import Peers
 from i3dist.distributed.rendezvous import read_timeout
 from i3dist.distributed.signals import StopRequest
+from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine import compile_cache, setup
 from i3dist.engine.compile_cache import CompileCache
 from i3dist.engine.toolchain import COMPILER, import_aside, share_compile_workers
@@ -158,6 +159,7 @@ def build(
     with recorded(tracker, peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, cache)
         trainer.watchdog.on_end = partial(let_go, peers, notifier)
+        tell_of_waits(trainer.watchdog, peers, notifier)
         start = await_verified()
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
@@ -221,6 +223,20 @@ def let_go(peers: Peers, notifier: Notifier, why: str) -> None:
     # In threads, because a file system that hangs would block them.
     for tell in (ask_for_requeue, partial(notifier.leave, why, True)):
         threading.Thread(target=tell, daemon=True).start()
+
+
+def tell_of_waits(watchdog: Watchdog, peers: Peers, notifier: Notifier) -> None:
+    """Have ranks that wait for data tell the others, and rank 0 tell people."""
+
+    def say(seconds: float, what: str) -> None:
+        notifier.waits(seconds, what)
+        peers.say_wait(seconds, what)
+
+    def hear(seconds: float, what: str) -> None:
+        notifier.waits(seconds, what)
+        watchdog.other_waits(seconds)
+
+    watchdog.on_wait, peers.on_wait = say, hear
 
 
 @contextmanager

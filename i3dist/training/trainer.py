@@ -19,7 +19,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import lanes_of_rank
 from i3dist.distributed.job import Job
-from i3dist.distributed.patience import STEP
+from i3dist.distributed.patience import DATA, STEP
 from i3dist.distributed.signals import StopRequest
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.compile_cache import CompileCache
@@ -91,6 +91,7 @@ class Trainer:
         self.data = LaneWindows(
             corpus.train.folder, manifest, schedule, lanes, settings.data.on_damage
         )
+        watchdog.reads = self.data.shards.being_read
         log = self.log = RunLog(folder, tracker, job.rank)
         self.orders = Orders(folder, looks=job.rank == 0)
         self.votes = Votes(stop, saver, self.orders)
@@ -112,7 +113,7 @@ class Trainer:
         """
         progress = self.progress
         # After an error the watchdog closes first: the error may take long to be reported.
-        with self.checkpointer.saver, closing(self.watchdog):
+        with self.checkpointer.saver, self.watchdog:
             self.begin()
             garbage.resume()  # before data readers are forked
             with closing(self.batches()) as batches:
@@ -164,11 +165,12 @@ class Trainer:
             UserError: on every rank, if the guard gives up or the last checkpoint was not written.
         """
         settings, progress = self.settings, self.progress
-        self.watchdog.beat(STEP)
         gate = settings.compression.gate_at(progress.step)
         lr = settings.optimizer.lr_at(progress.step)
+        self.watchdog.beat(DATA)
         with self.interval.waiting():
             step_batches = [next(batches) for _ in range(settings.train.accumulation)]
+        self.watchdog.beat(STEP)
         counts = count_step(step_batches, self.data.manifest.pad_id, settings.model)
         lanes_before = progress.lane_state
         loss_sum = self.forward_backward(step_batches, gate, counts.targets)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from i3dist.config import DataSettings, ModelSettings, OnDamage
-from i3dist.data import download
+from i3dist.data import download, folder
 from i3dist.data.corpus import Corpus
 from i3dist.data.disk_cache import DiskCache
 from i3dist.data.folder import RemoteFolder, cache_folder
@@ -186,6 +186,31 @@ def test_a_server_that_fails_changes_nothing(
     monkeypatch.setattr(download, "TRIES", 12)
     server.failures = 0.4
     assert equal(stream(opened(server, tmp_path / "cache", 4, data), workers), local)
+
+
+def test_a_server_of_shards_may_be_away_for_a_while_but_not_for_ever(
+    server: Behavior, tmp_path: Path, local: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For longer than any other file is tried, once while it is fetched ahead and once after."""
+    corpus = opened(server, tmp_path / "cache")
+    number = corpus.train.schedule(LANES, K, seed=1).chunks(0, 0)[0][0]  # type: ignore[index]
+    name = corpus.train.manifest.shards[number].name
+
+    def come_back() -> None:
+        while server.asked[f"/train/{name}"] < 10:
+            time.sleep(0.01)
+        server.always.clear()
+
+    monkeypatch.setattr(download, "TRIES", 1)
+    server.always[name] = 503
+    monkeypatch.setattr(folder, "OUTAGE_SECONDS", 0.0)
+    with pytest.raises(UserError, match=rf"{name} .*503 Service Unavailable; tried for \d+ s\)"):
+        stream(corpus)
+    server.asked.clear()
+    monkeypatch.setattr(folder, "OUTAGE_SECONDS", 60.0)
+    threading.Thread(target=come_back, daemon=True).start()
+    assert equal(stream(corpus), local)
+    assert not server.always
 
 
 def test_shards_are_fetched_while_others_are_read(

@@ -1,7 +1,13 @@
 """Exchanges between ranks, without a process group and with ranks that fail."""
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as torch_dist
 
 from i3dist.distributed import collectives
 from i3dist.distributed.console import print_rank_0
@@ -46,3 +52,33 @@ def test_what_fails_on_one_rank_fails_on_all_in_one_line(
         getattr(collectives, on)(fail)
     with pytest.raises(UserError, match=r"^a fault$"):  # the other rank's work was done
         collectives.on_all_ranks(lambda: "done")
+
+
+def test_a_rank_that_sends_nothing_for_the_time_out_is_told_from_one_that_is_lost(
+    tmp_path: Path,
+) -> None:
+    """Ranks are forks; the second joins the group, and then sleeps."""
+
+    def wait(rank: int) -> bool:
+        store = torch_dist.FileStore(str(tmp_path / "store"), 2)
+        torch_dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        collectives.set_timeout(1)
+        if rank:
+            time.sleep(30)
+        try:
+            collectives.all_sum(torch.ones(1))
+        except RuntimeError as error:
+            return collectives.timed_out(error) and not collectives.lost_peer(error)
+        return False
+
+    ranks = []
+    for rank in (0, 1):
+        ranks.append(os.fork())
+        if not ranks[-1]:
+            try:
+                os._exit(not wait(rank))
+            finally:
+                os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(ranks[0], 0)[1]) == 0
+    os.kill(ranks[1], signal.SIGKILL)
+    os.waitpid(ranks[1], 0)

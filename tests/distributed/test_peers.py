@@ -98,6 +98,24 @@ def test_when_one_fails_all_leave_with_1(capfd: pytest.CaptureFixture[str], fail
     assert ends == [f"False rank {failing} on {host} failed: the job's log says why"][:failing]
 
 
+@pytest.mark.parametrize("waiting", [0, RANKS - 1])
+def test_all_others_hear_of_one_that_waits_for_data(waiting: int) -> None:
+    """They do not leave for that, but for what comes later."""
+
+    def wait(number: int, tied: Peers) -> None:
+        tied.on_wait = lambda *heard: Path(f"heard-{number}").write_text(str(heard))
+        others = [Path(f"heard-{other}") for other in range(RANKS) if other != waiting]
+        while number == waiting:
+            tied.say_wait(7.0, "waits")
+            time.sleep(0.05)
+            if all(other.exists() and other.read_text() for other in others):
+                tied.fail()
+                os._exit(1)
+
+    assert statuses(wait) == [1] * RANKS
+    assert {path.read_text() for path in Path().glob("heard-*")} == {"(7.0, 'waits')"}
+
+
 @pytest.mark.parametrize(
     ("killed", "launcher", "said", "host"),
     [

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from i3dist.distributed import collectives, watchdog
 from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.job import Job
-from i3dist.distributed.patience import SAVE, STEP
+from i3dist.distributed.patience import DATA, SAVE, STEP
 from i3dist.distributed.watchdog import Watchdog
 from tests.conftest import environment, launcher
 
@@ -81,6 +82,17 @@ def test_what_writes_a_checkpoint_is_watched_while_training_goes_on(tmp_path: Pa
     assert result.returncode == REQUEUE
     assert result.stderr.startswith("error: rank 0 has been saving for 2 s")
     assert "in write" in result.stderr
+
+
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_a_collective_that_times_out_ends_it_as_a_hang_does(tmp_path: Path, seconds: int) -> None:
+    """Those of a job that was suspended for long, for example; 0 watches nothing."""
+    error = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 70000ms for recv"
+    result = run(tmp_path, f"with watchdog:\n    raise RuntimeError({error!r})\n", seconds)
+    assert result.returncode == REQUEUE
+    first, *stacks = result.stderr.splitlines()
+    assert first.startswith("error: rank 0 has waited for another rank") and error in first
+    assert any('script.py"' in line for line in stacks)
 
 
 def test_that_nothing_can_be_said_does_not_keep_it_from_ending(tmp_path: Path) -> None:
@@ -235,12 +247,63 @@ LEARNED = [(STEP, 1.0)] * 50
         ([*LEARNED, ("validating", 9.0), (STEP, 1.0), ("validating", 9.0), (STEP, 400.0)], 300.0),
         ([*LEARNED, ("validating", 100.0), (STEP, 1700.0), (STEP, 70.0)], 60.0),  # and not learned
         ([*LEARNED, (SAVE, 1.0), (STEP, 1.0), (SAVE, 1700.0), (STEP, 1.0)], None),
+        ([(DATA, 5000.0)], 1800.0),
+        ([*LEARNED, (DATA, 1.0), (STEP, 1.0), (DATA, 290.0), (STEP, 70.0)], 60.0),
+        ([*LEARNED, (DATA, 1.0), (STEP, 1.0), (DATA, 310.0)], 300.0),
+        ([*LEARNED, (DATA, 100.0), (STEP, 1.0), (DATA, 1100.0)], 1000.0),
+        ([*LEARNED, ("validating", 100.0), (DATA, 1.0), (STEP, 1700.0)], None),
     ],
 )
 def test_auto_learns_from_what_it_sees(works: list[tuple[str, float]], at: float | None) -> None:
-    """Collectives' time-outs follow, later by a minute."""
+    """Collectives' time-outs follow: another rank may wait for data before, and a minute more."""
     ended, simulation = simulate(works, "auto")
     last = sum(seconds for _, seconds in works[:-1])
     assert ended == (None if at is None else pytest.approx(last + at + watchdog.GRACE_SECONDS))
-    if at is not None:
-        assert simulation.timeouts[-1] == at + 60
+    if at is not None and works[-1][0] != DATA:
+        waits = [seconds for work, seconds in works if work == DATA]
+        assert simulation.timeouts[-1] == at + (max(300, 10 * max(waits)) if waits else 1800) + 60
+
+
+def end_beside_a_rank_that_waits(work: str, waits: list[int], longer: float) -> float | None:
+    """When a rank is ended whose works take so much longer than another rank's waits for data."""
+    with pytest.MonkeyPatch.context() as patch:
+        simulation, now = Simulation(patch, LIMIT), 0.0
+        for wait in waits:
+            simulation.at(now, partial(simulation.dog.beat, work))
+            for second in range(1, wait + 1):
+                simulation.at(now + second, partial(simulation.dog.other_waits, float(second)))
+            now += wait + longer
+        simulation.at(now, simulation.dog.close)
+        return simulation.run()
+
+
+@given(
+    waits=st.lists(st.sampled_from([0, 7, 50]), min_size=1, max_size=4),
+    longer=st.sampled_from([0.25, 6.75, 9.0]),
+)
+def test_a_step_may_take_longer_by_the_time_that_another_rank_waits_for_data(
+    waits: list[int], longer: float
+) -> None:
+    ended = end_beside_a_rank_that_waits(STEP, waits, longer)
+    grace = min(watchdog.GRACE_SECONDS, LIMIT / 4)
+    assert ended == (None if longer < LIMIT else waits[0] + LIMIT + grace)
+
+
+def test_a_rank_says_each_second_that_it_waits_for_data_also_while_it_saves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulation, told = Simulation(monkeypatch, LIMIT), []
+    simulation.dog.on_wait = lambda *said: told.append(said)
+    simulation.dog.reads = lambda: ["shard-7"]
+    saving = simulation.dog.saving()
+    simulation.at(0.0, saving.__enter__)  # so this has less time left
+    simulation.at(0.5, partial(simulation.dog.beat, STEP))
+    simulation.at(2.5, partial(simulation.dog.beat, DATA))
+    simulation.at(6.75, simulation.dog.close)
+    assert simulation.run() is None
+    assert [seconds for seconds, _ in told] == [1.5, 2.5, 3.5]
+    assert told[0][1] == "rank 0 has been waiting for data for 2 s (shard-7)"
+
+
+def test_two_ranks_that_wait_for_data_do_not_excuse_each_other() -> None:
+    assert end_beside_a_rank_that_waits(DATA, [50], 1.0) == LIMIT + LIMIT / 4

@@ -1,6 +1,8 @@
 """launch/train.py with a fault: INJECT_FAULT="KIND RANK STEP..." says what goes wrong, and where.
 
-With WRITE_LATE=N the disk is slow: checkpoints are written N steps after they were begun.
+With WRITE_LATE=N the disk is slow: checkpoints are written N steps after they were begun. For KIND
+"stall" it names shards in place of steps: before one is read, the pipe STALL_IN/NUMBER is, to its
+end. Then limits are learned after few steps, and are low.
 """
 
 import os
@@ -20,6 +22,10 @@ from torch import Tensor  # noqa: E402
 
 from i3dist.checkpoint import writer  # noqa: E402
 from i3dist.checkpoint.async_saver import AsyncSaver  # noqa: E402
+from i3dist.data import shards  # noqa: E402
+from i3dist.data.folder import Folder  # noqa: E402
+from i3dist.data.manifest import Manifest  # noqa: E402
+from i3dist.distributed import patience  # noqa: E402
 from i3dist.engine.interface import Engine  # noqa: E402
 from i3dist.model.state import LaneState  # noqa: E402
 
@@ -32,7 +38,7 @@ KIND, RANK, *STEPS = os.environ["INJECT_FAULT"].split()
 LATE = int(os.environ.get("WRITE_LATE", "0"))
 
 forward, step = Engine.__call__, Engine.step
-write, wait = writer.save, AsyncSaver.wait
+write, wait, read_shard = writer.save, AsyncSaver.wait, shards.read_shard
 waited_for = threading.Event()  # set while training only waits for a checkpoint
 taken = micro_batches = 0  # steps so far, and forward passes of the current step
 
@@ -41,7 +47,7 @@ def faulty_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
     global micro_batches
     micro_batches += 1
     losses, state = forward(self, *inputs)
-    if os.environ["RANK"] != RANK or str(taken + 1) not in STEPS:
+    if KIND == "stall" or os.environ["RANK"] != RANK or str(taken + 1) not in STEPS:
         return losses, state
     if KIND == "hang":
         hang_here()
@@ -52,8 +58,6 @@ def faulty_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
     elif KIND == "kill":  # where a step has several micro-batches
         if micro_batches == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-    elif KIND == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
     else:
         losses = losses * float(KIND)
         state.latents[0, -1] = float("nan")
@@ -81,10 +85,20 @@ def observed_wait(self: AsyncSaver) -> None:
         waited_for.clear()
 
 
+def stalled_read(folder: Folder, manifest: Manifest, index: int) -> shards.ShardTokens:
+    if os.environ["RANK"] == RANK and str(index) in STEPS and manifest.split == "train":
+        Path(os.environ["STALL_IN"], str(index)).read_bytes()
+    return read_shard(folder, manifest, index)
+
+
 def hang_here() -> None:
     time.sleep(3600)
 
 
 Engine.__call__, Engine.step = faulty_forward, counted_step
 writer.save, AsyncSaver.wait = late_write, observed_wait
+if KIND == "stall":
+    shards.read_shard = stalled_read
+    patience.FIRST_STEPS, patience.STEPS_TO_LEARN, patience.TIMES = 1, 3, 2
+    patience.STEP_SECONDS, patience.OTHER_SECONDS = 3.0, 8.0
 runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")

@@ -1,20 +1,25 @@
 """A rank that is stopped, or a link that is dead: the job ends in time and says where. A minute."""
 
+import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from i3dist.data.corpus import Split
+from i3dist.data.manifest import Manifest
 from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.hang_report import FILE
 from i3dist.tracking.metrics_log import EVENTS, read_lines, read_metrics
-from tests.conftest import QUICK, deepspeed
+from tests.conftest import QUICK, SAVING, deepspeed, differences, run_ranks
 
 LIMIT = 10
 # A network of the job's own.
@@ -70,6 +75,53 @@ def test_a_job_with_a_stopped_rank_ends_with_every_ranks_stacks_and_asks_for_ano
     assert said.count("in train_step") == 2 and "lost rank" not in said
     reached = [last_collective(tmp_path / "run" / f"{FILE}{rank}") for rank in (0, 1)]
     assert reached[0] == reached[1] + 1, "rank 1 is the one that the other waits for"
+
+
+def feed(pipe: Path, seconds: float) -> None:
+    """Keep the process that opens the pipe waiting for so long."""
+    while True:
+        try:
+            handle = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads it yet
+            time.sleep(0.05)
+        else:
+            break
+    time.sleep(seconds)
+    os.close(handle)
+
+
+def test_a_wait_for_data_is_longer_than_a_step_may_take_and_ends_by_a_limit_of_its_own(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 waits for its third shard of a lane for 5 s, while a step may take 3; for the fifth
+    for ever."""
+    train = Split(data / "train", Manifest.load(data / "train"))
+    lane = train.schedule(4, 2, 0)
+    late, never = (next(filter(None, lane.chunks(window, 2)))[0] for window in (4, 8))
+    for shard in (late, never):
+        os.mkfifo(tmp_path / str(shard))
+    monkeypatch.setenv("INJECT_FAULT", f"stall 1 {late} {never}")
+    monkeypatch.setenv("STALL_IN", str(tmp_path))
+    words = [*QUICK, *SAVING, f"data.path={data}", f"run.path={tmp_path / 'run'}"]
+    feeder = threading.Thread(target=feed, args=(tmp_path / str(late), 5.0), daemon=True)
+    feeder.start()
+    result = run_ranks(*words, script="tests/faults/fault_injection.py")
+    assert result.returncode == REQUEUE, result.stderr
+    assert not feeder.is_alive()
+    name = train.manifest.shards[never].name
+    limit = r"\(guard.hang_seconds=auto allows (\d+) s\)"
+    said = re.search(
+        rf"error: rank 1 has been waiting for data for \d+ s \({name}\), .*{limit}", result.stderr
+    )
+    assert said is not None, result.stderr
+    assert 9 <= int(said[1]) <= 14, "twice the longest wait before"
+    assert re.search(
+        r"rank 0 has been taking a step for \d+ s, in \d+ s of which another", result.stderr
+    )
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] == 8
+    result = run_ranks(*words)
+    assert result.returncode == 0, result.stderr
+    assert differences(tmp_path / "run", whole) == []
 
 
 @pytest.mark.skipif(not can_unshare(), reason="unshare --net is not allowed here")

@@ -2,11 +2,13 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from i3dist.config import Settings
 from i3dist.errors import UserError
 from i3dist.programs.status import STATUS, lines, main, shown
-from i3dist.report.status import _trend, lock_is_held, read_status
+from i3dist.report.status import _trend, lock_holder, read_status
 from i3dist.tracking.metrics_log import EVENTS, METRICS, STARTS, MetricsLog
 from tests.launch.conftest import typed
 
@@ -39,13 +41,13 @@ def run(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
+def held(run: Path) -> Iterator[int]:
     """The run's process, which holds its folder."""
     words = [sys.executable, "-c", HOLDER, str(run / ".lock")]
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None and process.stdout.readline() == b"held\n"
-        yield
+        yield process.pid
         process.communicate()
 
 
@@ -127,6 +129,25 @@ def test_a_run_that_reports_nothing_is_silent_as_soon_as_its_pace_allows_no_doub
         assert read_status(run).state == "training"
 
 
+def test_a_suspended_run_is_silent_at_once_and_one_that_waits_for_data_says_so(run: Path) -> None:
+    train(run)
+    with held(run) as process:
+        os.kill(process, signal.SIGSTOP)
+        status = read_status(run)
+        os.kill(process, signal.SIGCONT)
+        assert (status.state, STATUS[status.state]) == ("silent", 5)
+        assert f"process {process} is suspended" in status.why
+        write(run, EVENTS, 500, 50, event="wait", reason="rank 1 waits", host=os.uname().nodename)
+        status = read_status(run)
+        assert (status.state, "50 s ago: rank 1 waits" in status.why) == ("training", False)
+        os.utime(run / METRICS, (time.time() - 100,) * 2)
+        (run / METRICS).write_text("")
+        status = read_status(run)
+        assert (status.state, "rank 1 waits" in status.why) == ("training", True)
+        write(run, METRICS, 501)
+        assert "rank 1" not in read_status(run).why
+
+
 def test_a_run_of_another_host_is_not_called_dead_for_a_lock_that_is_not_seen(run: Path) -> None:
     train(run)
     write(run, EVENTS, 0, 500, event="start", host="another")
@@ -134,10 +155,10 @@ def test_a_run_of_another_host_is_not_called_dead_for_a_lock_that_is_not_seen(ru
 
 
 def test_asking_for_the_lock_does_not_take_it(run: Path) -> None:
-    assert lock_is_held(run) is False
-    with held(run):
-        assert lock_is_held(run) is True
-    assert lock_is_held(run / "absent") is None
+    assert lock_holder(run) == 0
+    with held(run) as process:
+        assert lock_holder(run) == process
+    assert lock_holder(run / "absent") is None
     with (run / ".lock").open("r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -184,6 +205,15 @@ def test_what_a_person_should_look_at_is_a_warning(
 def test_a_missing_checkpoint_is_a_warning_when_two_should_be_there(run: Path) -> None:
     train(run, steps=210)
     assert list(read_status(run).warnings()) == ["the newest checkpoint is 210 steps old"]
+
+
+def test_a_full_disk_is_a_warning_without_a_checkpoint_too_and_one_rank_is_not_the_slowest(
+    run: Path,
+) -> None:
+    train(run, steps=150, slowest_compute=1.2, fastest_compute=1.0)  # of a job of one rank
+    status = replace(read_status(run), free=0)
+    assert list(status.warnings()) == ["the disk is almost full"]
+    assert "slowest" not in str(shown(status))
 
 
 def test_a_run_without_any_line_has_a_status(run: Path) -> None:

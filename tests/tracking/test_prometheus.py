@@ -45,8 +45,11 @@ def test_the_newest_figures_of_each_log_are_gauges(tmp_path: Path) -> None:
         **{"i3dist_step": 20, "i3dist_loss": 5.5, "i3dist_my_metric": 2, "i3dist_starts": 1},
         "i3dist_mfu": float("inf"),
     }
+    file = (tmp_path / FILE).stat()
     mark_stopped(tmp_path)
     assert read(tmp_path)["i3dist_running"] == 0 and read(tmp_path)["i3dist_loss"] == 5.5
+    after = (tmp_path / FILE).stat()
+    assert (after.st_ino, after.st_size) == (file.st_ino, file.st_size), "a full disk takes this"
 
 
 @pytest.mark.parametrize(
