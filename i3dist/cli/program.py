@@ -139,8 +139,7 @@ def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
 
 def _leave(message: str) -> NoReturn:
     rank = _rank()
-    meeting = _this.tell_others is None and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
-    late = LATE_SECONDS * meeting
+    late = LATE_SECONDS * (_this.tell_others is None and is_one_of_several_tasks())
     if rank != "0":
         time.sleep(OTHERS_WAIT_SECONDS + late)
     where = "" if rank == "0" else f"[rank {rank}] "
@@ -152,6 +151,11 @@ def _leave(message: str) -> NoReturn:
     elif rank == "0":
         time.sleep(late)
     os._exit(1)
+
+
+def is_one_of_several_tasks() -> bool:
+    """Whether srun started this process beside others, all of which it ends when one fails."""
+    return os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 def _rank() -> str:
