@@ -132,9 +132,16 @@ def in_engine(
     return I3Steps(loop, model, shape, device)
 
 
-def in_bare_loop(model: I3LM, shape: Shape, device: torch.device, *, compiled: bool) -> I3Steps:
+def in_bare_loop(
+    model: I3LM,
+    shape: Shape,
+    device: torch.device,
+    train: TrainSettings | None = None,
+    *,
+    compiled: bool,
+) -> I3Steps:
     """Steps in a plain PyTorch loop; compiled, on flat parameters as in the engine."""
-    settings, clip = OptimizerSettings(), TrainSettings().clip
+    settings, clip = OptimizerSettings(), (train or TrainSettings()).clip
     if not compiled:
         return I3Steps(BareLoop(model, settings, clip), model, shape, device)
     model.compile_blocks()
