@@ -197,10 +197,10 @@ class FileSource(Source):
             spans = _with_columns_of_lines(spans, self.where)
         limit = _part_size(spans)
         shortest = max(limit, _SHORTEST_RANGE)
-        if self.share != ALONE:  # so that tasks side by side do not all count the same lines
-            for span in self.share.first(spans):
-                lines_of(span, shortest, self.kept)
-        cut = (piece for span in spans for piece in lines_of(span, shortest, self.kept))
+        # In an order of its own, so that tasks side by side do not all count the same lines.
+        order = self.share.first(range(len(spans)))
+        lines = {number: lines_of(spans[number], shortest, self.kept) for number in order}
+        cut = (piece for number in range(len(spans)) for piece in lines[number])
         return [FilePart(group) for group in grouped(cut, limit)]
 
 

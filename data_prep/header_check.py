@@ -25,7 +25,7 @@ class HeaderCheck:
     def __init__(self, headers: Headers, chunks: int) -> None:
         """Compare with what `headers` makes."""
         self._headers, self._chunks = headers, chunks
-        self._one = headers.number(headers.blank(1), 0, 0).view(_WORD)
+        self._one = headers.of(0, 0, 1).view(_WORD)
         self._names: dict[int, Words] = {}  # by digits of a shard's number, of the first with such
         self._sums: dict[int, Words] = {}  # by the sum of these digits
         self._equal = np.empty((0, self._one.shape[1]), bool)
@@ -58,9 +58,8 @@ class HeaderCheck:
 
     def _made(self, number: int, columns: Sequence[int]) -> Words:
         """These words of the headers of a shard, [columns, chunks]."""
-        blank = self._headers.blank(min(_ROWS, self._chunks))
         made = []
         for first in range(0, self._chunks, _ROWS):
-            rows = self._headers.number(blank[: self._chunks - first], number, first)
+            rows = self._headers.of(number, first, min(_ROWS, self._chunks - first))
             made.append(rows.view(_WORD)[:, columns])
         return np.concatenate(made).T.copy()

@@ -27,9 +27,9 @@ VALID_FRACTION = 0.005
 NUMBERS = (
     ("vocab-size", int, SMALLEST_VOCABULARY, LARGEST_VOCABULARY, None, "entries of the vocabulary"),
     ("tokenizer-sample-mb", int, 1, 10_000, None, "train the tokenizer on N MB of the text"),
-    ("workers", int, 1, 1024, CORES, "processes that tokenize; the default is one per core"),
+    ("workers", int, 1, 1024, CORES, "processes that tokenize"),
     ("chunk-length", int, 2, 1 << 16, 512, "tokens per chunk"),
-    ("chunks-per-shard", int, 1, 1_000_000, None, "fewer give every lane shards of a small corpus"),
+    ("chunks-per-shard", int, 1, 1_000_000, None, "fewer make more shards, which serve more lanes"),
     ("valid-fraction", float, 0.0, 0.9, None, "share of documents for validation; 0: no split"),
     ("seed", int, 0, (1 << 63) - 1, 0, "of the shuffle and the split"),
 )
@@ -81,7 +81,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--scratch",
         type=typed_path,
         metavar="DIR",
-        help="where they are made for an --out at a URL; --dry-run says how much disk they take "
+        help="where shards are made for an --out at a URL; --dry-run says how much disk they take "
         "(default: the system's folder for temporary files)",
     )
     parser.add_argument(
@@ -94,6 +94,7 @@ def add_options(parser: ArgumentParser) -> None:
     unset = {
         "vocab-size": f"--tokenizer's, else {DEFAULT_VOCABULARY}",
         "tokenizer-sample-mb": DEFAULT_SAMPLE_MB,
+        "workers": "one per core",
         "chunks-per-shard": f"up to {MOST_CHUNKS:,}, for {SHARDS_WANTED} shards or more",
         "valid-fraction": VALID_FRACTION,
     }
@@ -179,7 +180,9 @@ def _add_steps(parser: ArgumentParser) -> None:
         "--task 1/N the time on N machines like this one",
     )
     group.add_argument(
-        "--begin", action="store_true", help="show that, make the tokenizer, and stop"
+        "--begin",
+        action="store_true",
+        help="show what --dry-run shows, make the tokenizer, and stop",
     )
     group.add_argument(
         "--merge",

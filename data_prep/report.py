@@ -43,7 +43,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     description, _, more = (__doc__ or "").partition("\n\n")
     parser = ArgumentParser(prog="report.py", description=description, epilog=more)
     parser.add_argument("folder", type=typed_path, metavar="DIR", help="an output of shard.py")
-    parser.add_argument("--split", choices=SPLITS, default=TRAIN, help="(default: train)")
+    parser.add_argument(
+        "--split", choices=SPLITS, default=TRAIN, help="what to describe (default: train)"
+    )
     parser.add_argument("--html", type=typed_path, metavar="FILE", help="write a page too")
     parser.add_argument(
         "--seed",

@@ -13,7 +13,8 @@ examples:
     python data_prep/shard.py --source 'texts/*.parquet' --out data/chosen \\
       --where "int_score >= 3 and language = 'en'" --deduplicate
   conversations, of which the model learns the answers:
-    python data_prep/shard.py --source chats.jsonl --format chat --out data/chats
+    python data_prep/shard.py --source chats.jsonl --format chat \\
+      --out data/chats
   your own with two machines that share a disk, each command on any of them:
     python data_prep/shard.py --source texts --out data/texts --begin
     python data_prep/shard.py --source texts --out data/texts --task 1/2

@@ -44,7 +44,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="show.py", description=description, epilog=more)
     number = number_in(int, 0, LARGEST)
     parser.add_argument("folder", type=typed_path, metavar="DIR", help="an output of shard.py")
-    parser.add_argument("--split", choices=SPLITS, default=TRAIN, help="(default: train)")
+    parser.add_argument(
+        "--split", choices=SPLITS, default=TRAIN, help="where to look (default: train)"
+    )
     parser.add_argument("--shard", type=number, metavar="S", help="with --chunk: number of a shard")
     parser.add_argument("--chunk", type=number, metavar="C", help="number of a chunk in the shard")
     parser.add_argument("--document", metavar="ID", help="id in the source, or #N: its number")

@@ -295,7 +295,7 @@ class CheckpointSettings(Section):
     keep: Count = 2
     """Newest checkpoints to keep; while steps are bad, as many from before them stay too."""
     keep_every: CountOrZero = 0
-    """Keep the checkpoint of every step that this divides for good; 0 keeps none so."""
+    """Keep for good the checkpoint of every step that is a multiple of this; 0 keeps none so."""
 
 
 class GuardSettings(Section):

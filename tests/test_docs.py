@@ -17,7 +17,12 @@ from i3dist.config import Settings
 from tests.conftest import ROOT
 
 README, CHANGELOG = ROOT / "README.md", ROOT / "CHANGELOG.md"
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+MAP = ROOT / "data_prep" / "README.md"
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(MAP, ROOT / "benchmarks" / "README.md"),
+]
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 FOLDERS = "benchmarks|configs|data_prep|docs|i3dist|launch|slurm|tests"
 NAMES = {p.name for folder in FOLDERS.split("|") for p in (ROOT / folder).rglob("*.*")}
@@ -60,6 +65,14 @@ def setting_words(text: str) -> Iterator[str]:
         for word in re.findall(pattern, words):
             if not re.search(r"\.(py|json|jsonl|yaml|parquet|safetensors|md|sbatch)$", word):
                 yield word
+
+
+def test_the_map_of_data_preparation_names_every_module_once() -> None:
+    modules = sorted(path.name for path in MAP.parent.glob("[!_]*.py"))
+    mapped = MAP.read_text().partition("| job |")[2]
+    programs = ["report.py", "shard.py", "show.py", "verify.py"]
+    named = re.findall(r"`(\w+\.py)`(?=.*\|.*\|)", mapped)
+    assert sorted(named + programs) == modules
 
 
 def test_the_readme_is_short() -> None:

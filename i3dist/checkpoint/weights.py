@@ -42,7 +42,7 @@ def export_weights(run: Path, model: I3LM, step: int) -> None:
             write_tensors(partial, weights, step=str(step))
     except OSError as error:
         raise UserError(
-            f"{run / WEIGHTS} cannot be written: {error.strerror}; see to it, then type the same "
+            f"{run / WEIGHTS} cannot be written: {error.strerror}; fix that, then run the same "
             "command again to go on from the newest checkpoint"
         ) from None
 

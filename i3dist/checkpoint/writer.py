@@ -70,8 +70,8 @@ def save(
         if job.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise UserError(
-            f"checkpoint {target} was not saved: {error}; earlier ones are whole: see to it, then "
-            "type the same command again to continue from the newest"
+            f"checkpoint {target} was not saved: {error}; earlier ones are whole: fix that, then "
+            "run the same command again to continue from the newest"
         ) from None
     # A run that skips bad steps may yet roll back to some of them.
     needed = partial(state.guard.may_roll_back_to, now=state.step)

@@ -20,7 +20,8 @@ def add_extend_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=lambda text: load_extension(typed_path(text)),
         metavar="FILE.py",
-        help="import this file first; it may add kinds (docs/extending.md); repeatable",
+        help="import this file first: it may register layer kinds, schedules, data sources and "
+        "more (docs/extending.md); repeatable",
     )
 
 

@@ -45,7 +45,10 @@ _this = _Program()
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Wraps help at 80 columns; a paragraph with indented lines keeps its line breaks."""
+    """Wraps help at 80 columns, not at hyphens: they are in the names of options.
+
+    A paragraph with indented lines keeps its line breaks.
+    """
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=HELP_WIDTH)
@@ -55,11 +58,19 @@ class _HelpFormatter(argparse.HelpFormatter):
         for part in text.strip().split("\n\n"):
             lines = part.splitlines() if "\n " in f"\n{part}" else [" ".join(part.split())]
             wrapped = (
-                textwrap.fill(line, width, subsequent_indent=" " * 8 * line.startswith(" "))
+                textwrap.fill(
+                    line,
+                    width,
+                    subsequent_indent=" " * 8 * line.startswith(" "),
+                    break_on_hyphens=False,
+                )
                 for line in lines
             )
             parts.append("\n".join(wrapped))
         return "\n\n".join(parts)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -139,8 +150,7 @@ def one_line_errors(output_is_result: bool = False) -> Iterator[None]:
 
 def _leave(message: str) -> NoReturn:
     rank = _rank()
-    meeting = _this.tell_others is None and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
-    late = LATE_SECONDS * meeting
+    late = LATE_SECONDS * (_this.tell_others is None and is_one_of_several_tasks())
     if rank != "0":
         time.sleep(OTHERS_WAIT_SECONDS + late)
     where = "" if rank == "0" else f"[rank {rank}] "
@@ -152,6 +162,11 @@ def _leave(message: str) -> NoReturn:
     elif rank == "0":
         time.sleep(late)
     os._exit(1)
+
+
+def is_one_of_several_tasks() -> bool:
+    """Whether srun started this process beside others, all of which it ends when one fails."""
+    return os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 def _rank() -> str:

@@ -22,9 +22,8 @@ from i3dist.data.manifest import (
 from i3dist.data.token_types import UINT16, Stored
 
 # The checksum's place in a header: six octal digits, a zero byte and a blank.
-_SUM = slice(148, 156)
+_SUM, _DIGITS = slice(148, 156), slice(148, 154)
 _SHIFTS = np.arange(15, -1, -3)
-_KEPT_CHECKSUMS = 1 << 20
 
 
 def shard_bytes(number: int, chunks: Stored) -> bytes:
@@ -33,8 +32,7 @@ def shard_bytes(number: int, chunks: Stored) -> bytes:
     stride, payload = member_stride(length, size), length * size
     data = np.zeros(archive_size(count, length, size), np.uint8)
     members = data[: count * stride].reshape(count, stride)
-    headers = Headers(payload, count, size)
-    members[:, :TAR_BLOCK] = headers.number(headers.blank(count), number, 0)
+    members[:, :TAR_BLOCK] = Headers(payload, count, size).of(number, 0, count)
     little_endian = np.ascontiguousarray(chunks, f"<u{size}")
     members[:, TAR_BLOCK : TAR_BLOCK + payload] = little_endian.view(np.uint8)
     return data.tobytes()
@@ -62,37 +60,15 @@ class Headers:
         self._blank = np.frombuffer(member.tobuf(tarfile.USTAR_FORMAT), np.uint8).copy()
         self._blank[_SUM] = ord(" ")  # the sum is defined with blanks in its own place
         self._sums = self._names.sum(axis=1, dtype=np.int64) + int(self._blank.sum())
-        self._fields: dict[int, NDArray[np.uint8]] = {}
-        self._widest = 0  # bytes before a chunk's number, of all names so far
+        self._blank[_DIGITS.stop] = 0
 
-    def blank(self, count: int) -> NDArray[np.uint8]:
-        """Headers [count, TAR_BLOCK] without names and checksums."""
-        return np.tile(self._blank, (count, 1))
-
-    def number(self, blank: NDArray[np.uint8], shard: int, first: int) -> NDArray[np.uint8]:
-        """Write names and checksums of chunks `first` and on of a shard into `blank`.
-
-        What stands there from an earlier call is replaced.
-        """
-        chunks = slice(first, first + len(blank))
+    def of(self, shard: int, first: int, count: int) -> NDArray[np.uint8]:
+        """The headers [count, TAR_BLOCK] of chunks `first` and on of a shard."""
+        chunks = slice(first, first + count)
         prefix = np.frombuffer((member_name(shard, 0).partition("-")[0] + "-").encode(), np.uint8)
-        end = len(prefix) + self._names.shape[1]
-        blank[:, : len(prefix)] = prefix
-        blank[:, len(prefix) : end] = self._names[chunks]
-        if len(prefix) < self._widest:
-            blank[:, end : end + self._widest - len(prefix)] = 0
-        self._widest = max(self._widest, len(prefix))
-        blank[:, _SUM] = self._checksums(int(prefix.sum()))[chunks]
-        return blank
-
-    def _checksums(self, prefix: int) -> NDArray[np.uint8]:
-        """The checksum fields of a shard, [chunks, 8], if the bytes of its number add up so."""
-        if prefix not in self._fields:
-            if len(self._fields) * len(self._sums) > _KEPT_CHECKSUMS:
-                self._fields.clear()
-            sums = self._sums + prefix
-            fields = np.zeros((len(sums), _SUM.stop - _SUM.start), np.uint8)
-            fields[:, :6] = (sums[:, None] >> _SHIFTS & 7) + ord("0")
-            fields[:, -1] = ord(" ")
-            self._fields[prefix] = fields
-        return self._fields[prefix]
+        headers = np.tile(self._blank, (count, 1))
+        headers[:, : len(prefix)] = prefix
+        headers[:, len(prefix) : len(prefix) + self._names.shape[1]] = self._names[chunks]
+        sums = self._sums[chunks] + int(prefix.sum())
+        headers[:, _DIGITS] = (sums[:, None] >> _SHIFTS & 7) + ord("0")
+        return headers

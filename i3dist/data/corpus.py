@@ -84,12 +84,24 @@ class Corpus:
             tokenizer = Tokenizer.load(path / "tokenizer.json")
         except UserError as error:
             raise UserError(f"{error}; restore it, or make the data again") from None
+        corpus = cls(splits["train"], splits["valid"], tokenizer)
+        corpus._check(path, model, trained_with)
+        return corpus
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of both splits' manifests, which hold the hash of every shard."""
+        return fingerprint_of(self.train.manifest, self.valid.manifest)
+
+    def _check(self, path: Folder, model: ModelSettings, trained_with: Tokenizer | None) -> None:
+        """Raise `UserError` unless the parts fit together, and a model's settings fit them."""
+        tokenizer = self.tokenizer
         if trained_with is not None and not trained_with.encodes_like(tokenizer):
             raise UserError(
                 f"{path} was made with another tokenizer than {trained_with.path}; "
                 f"make it again with --tokenizer {trained_with.path}"
             )
-        for split in splits.values():
+        for split in (self.train, self.valid):
             if split.manifest.tokenizer_sha256 != tokenizer.sha256:
                 raise UserError(
                     f"{tokenizer.path} is not the tokenizer that made {split.folder}; "
@@ -106,12 +118,6 @@ class Corpus:
                 f"model.vocab_size={model.vocab_size} but the data's tokenizer has "
                 f"{tokenizer.vocab_size} entries; leave it at auto"
             )
-        return cls(splits["train"], splits["valid"], tokenizer)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of both splits' manifests, which hold the hash of every shard."""
-        return fingerprint_of(self.train.manifest, self.valid.manifest)
 
 
 def fingerprint_of(train: Manifest, valid: Manifest) -> str:

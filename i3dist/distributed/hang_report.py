@@ -4,7 +4,7 @@ import faulthandler
 import os
 import pickle
 import tempfile
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ FILE = "flight_record_rank_"
 TORCH_FILE = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
 
 
-def keep_records_in(run: Path, environ: MutableMapping[str, str] = os.environ) -> None:
+def keep_records_in(run: Path) -> None:
     """Have torch write its flight record to the run's folder. For before the process group."""
-    environ.setdefault(TORCH_FILE, str(run / FILE))
+    os.environ.setdefault(TORCH_FILE, str(run / FILE))
 
 
 def report(line: str, job: Job, run: Path) -> None:

@@ -10,6 +10,8 @@ import signal
 import threading
 from collections.abc import Callable
 
+from i3dist.cli.program import is_one_of_several_tasks
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 _take: Callable[[int], None] | None = None
@@ -34,7 +36,7 @@ def hand_to(take: Callable[[int], None]) -> None:
     """
     global _take
     _take = take
-    for number in _awaited():
+    for number in awaited():
         signal.signal(number, lambda number, _: take(number))
 
 
@@ -43,22 +45,22 @@ def release() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _awaited() -> set[signal.Signals]:
-    """All of them, but SIGHUP under nohup, which ignores it."""
+def awaited() -> set[signal.Signals]:
+    """`SIGNALS` without SIGHUP if this process ignores it, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return set(SIGNALS) - ({signal.SIGHUP} if ignored else set())
 
 
 def _receive() -> None:
-    awaited = _awaited()
+    numbers = awaited()
     while True:
-        number = signal.sigwait(awaited)
+        number = signal.sigwait(numbers)
         (_take or _end_by)(number)
 
 
 def _end_by(number: int) -> None:
     """End this process as if the signal had not been held."""
-    if number == signal.SIGTERM and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+    if number == signal.SIGTERM and is_one_of_several_tasks():
         os._exit(1)  # srun ends ranks when another has failed; they leave with the status of that
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     signal.raise_signal(number)

@@ -170,7 +170,9 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
 def _check_range(what: str, value: int, size: int) -> None:
     if value >= size:
         name = what.upper().replace(" ", "_")
-        raise UserError(f"{name}={value} is outside a job of {size} such ranks; correct {name}")
+        raise UserError(
+            f"{name}={value} but there are {size} such ranks, numbered from 0; correct {name}"
+        )
 
 
 def _free_port() -> int:

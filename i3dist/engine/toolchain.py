@@ -73,14 +73,13 @@ def writable_caches(environ: MutableMapping[str, str] = os.environ) -> None:
         environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
 
 
-def share_compile_workers(cores: int, environ: MutableMapping[str, str] = os.environ) -> None:
+def share_compile_workers(cores: int) -> None:
     """Let torch's compiler start a process for each of this rank's cores, unless the user chose.
 
     By default every rank of a host starts as many as the host has cores, up to 32.
 
     Args:
         cores: of this rank.
-        environ: what the compiler reads.
     """
     workers = max(1, min(cores, MOST_COMPILE_WORKERS))
-    environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))

@@ -47,25 +47,11 @@ def run_tasks(
         raise UserError(f"--task-folder {folder} is no folder: name one with tasks as YAML files")
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(
             f"--tasks needs lm-evaluation-harness ({error}): pip install 'i3dist[eval]'"
         ) from None
-
-    class Tasks(TaskManager):
-        """A task that cannot be loaded is the user's, or the network's: one line."""
-
-        def load(self, *names: Any, **options: Any) -> Any:
-            try:
-                return super().load(*names, **options)
-            except Exception as error:
-                raise UserError(
-                    f"--tasks {','.join(tasks)}: lm-evaluation-harness cannot load them: "
-                    f"{reason(error)}; see the task's YAML file, or the network for its data"
-                ) from error
-
-    manager = Tasks(include_path=None if folder is None else str(folder))
+    manager = _task_manager(tasks, folder)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise UserError(
             f"--tasks {','.join(unknown) or repr('')}: lm-evaluation-harness has no such task; "
@@ -80,6 +66,25 @@ def run_tasks(
         )
     assert found is not None  # only in processes other than the first
     return dict(found)
+
+
+def _task_manager(tasks: Sequence[str], folder: Path | None) -> Any:
+    """The harness's tasks, with those of a folder. One that cannot be loaded is a `UserError`."""
+    from lm_eval.tasks import TaskManager
+
+    class Tasks(TaskManager):
+        """A task that cannot be loaded is the user's, or the network's: one line."""
+
+        def load(self, *names: Any, **options: Any) -> Any:
+            try:
+                return super().load(*names, **options)
+            except Exception as error:
+                raise UserError(
+                    f"--tasks {','.join(tasks)}: lm-evaluation-harness cannot load them: "
+                    f"{reason(error)}; see the task's YAML file, or the network for its data"
+                ) from error
+
+    return Tasks(include_path=None if folder is None else str(folder))
 
 
 def table_of(found: Mapping[str, Any]) -> str:

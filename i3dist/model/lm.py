@@ -78,7 +78,7 @@ class I3LM(nn.Module):
         blocks = []
         for kind, nth, total in layers:
             if kind in RESERVED or (nth == 0 and hasattr(self, kind)):
-                raise UserError(f"a layer kind cannot be called {kind!r}: the model uses the name")
+                raise UserError(f"the model uses the name {kind!r}: call the layer kind otherwise")
             if nth == 0:
                 self.add_module(kind, nn.ModuleList())
             block = LAYER_KINDS.of(kind)(Place(self.settings, self.width, nth, total))

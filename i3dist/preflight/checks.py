@@ -4,36 +4,17 @@ A check of your own is a `Check` in `CHECKS`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median, median_high
 from typing import NamedTuple
 
 from i3dist.preflight.facts import Facts
+from i3dist.preflight.findings import Everyone, Finding, groups, hosts, listed, unlike, where
 from i3dist.preflight.gpu import GpuFacts
 
-Everyone = Sequence[Facts]  # by rank
-
-NAMED = 4  # hosts, packages or settings that a line names; it counts the others
 CLOCK_SECONDS = 5.0  # that clocks may be apart
 SLOW_LINK, SLOW_GPU = 0.5, 0.7  # shares of the others' speed below which one is refused
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong on some hosts."""
-
-    where: str
-    what: str
-    remedy: str
-    refuses: bool = True
-    """Whether the job is not to start; else this is a warning."""
-    ends_anyway: bool = False
-    """Whether the job ends for this reason without a preflight, too."""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.remedy}"
 
 
 class Check(NamedTuple):
@@ -60,60 +41,6 @@ def examine(everyone: Everyone) -> list[Outcome]:
     ]
 
 
-def hosts(some: Everyone) -> list[str]:
-    """Their hosts, in the order of ranks."""
-    return list(dict.fromkeys(facts.host for facts in some))
-
-
-def where(some: Everyone, everyone: Everyone) -> str:
-    """The hosts of some ranks; with the ranks where others of the same host are not among them."""
-    names = hosts(some)
-    if len(names) > 1 and len(some) == len(everyone):
-        return "every host"
-    parts = []
-    for name in names:
-        ranks = [facts.rank for facts in some if facts.host == name]
-        whole = len(ranks) == sum(facts.host == name for facts in everyone)
-        listed = ", ".join(map(str, ranks))
-        parts.append(name if whole else f"{name} (rank{'s'[: len(ranks) > 1]} {listed})")
-    return _listed(parts)
-
-
-def _listed(parts: Sequence[str]) -> str:
-    """The first things; the others are counted."""
-    more = [f"{len(parts) - NAMED} more"] if len(parts) > NAMED else []
-    return ", ".join([*parts[:NAMED], *more])
-
-
-def groups(some: Everyone, of: Callable[[Facts], Hashable]) -> list[list[Facts]]:
-    """Ranks of equal value together; the largest group first, of equally large ones the earlier."""
-    counts = Counter(of(facts) for facts in some)
-    return [[f for f in some if of(f) == value] for value, _ in counts.most_common()]
-
-
-def _unlike(
-    everyone: Everyone,
-    some: Everyone,
-    of: Callable[[Facts], Hashable],
-    what: Callable[[Facts, Facts], str],
-    remedy: str,
-    refuses: bool = True,
-) -> Iterator[Finding]:
-    """A finding for each group of ranks whose value is not the usual one.
-
-    Args:
-        everyone: all ranks.
-        some: those to compare.
-        of: the value.
-        what: says what is wrong, of a rank of the group and one with the usual value.
-        remedy: what to do.
-        refuses: whether the job is not to start.
-    """
-    usual, *others = groups(some, of) or [[]]
-    for group in others:
-        yield Finding(where(group, everyone), what(group[0], usual[0]), remedy, refuses)
-
-
 def _sound(everyone: Everyone) -> list[Facts]:
     """The ranks whose input is sound; of the others data and checkpoint may be unknown."""
     return [facts for facts in everyone if facts.given.fault is None]
@@ -131,7 +58,7 @@ def judge_input(everyone: Everyone) -> Iterator[Finding]:
 
 def judge_code(everyone: Everyone) -> Iterator[Finding]:
     """Equal source files. Commits that differ in other files only are no finding."""
-    return _unlike(
+    return unlike(
         everyone,
         everyone,
         lambda facts: facts.sources,
@@ -146,7 +73,7 @@ def _code(facts: Facts) -> str:
 
 def judge_versions(everyone: Everyone) -> Iterator[Finding]:
     """Equal versions of all packages."""
-    return _unlike(
+    return unlike(
         everyone,
         everyone,
         lambda facts: tuple(sorted(facts.versions.items())),
@@ -157,7 +84,7 @@ def judge_versions(everyone: Everyone) -> Iterator[Finding]:
 
 def judge_settings(everyone: Everyone) -> Iterator[Finding]:
     """Equal settings, as typed or read from --config."""
-    return _unlike(
+    return unlike(
         everyone,
         everyone,
         lambda facts: tuple(sorted(facts.given.settings.items())),
@@ -169,12 +96,12 @@ def judge_settings(everyone: Everyone) -> Iterator[Finding]:
 def _differences(mine: Mapping[str, str], usual: Mapping[str, str], host: str) -> str:
     """The values that differ, each with that of `host` behind it."""
     names = [name for name in {**usual, **mine} if mine.get(name) != usual.get(name)]
-    return _listed([f"{name} {mine.get(name)} ({host}: {usual.get(name)})" for name in names])
+    return listed([f"{name} {mine.get(name)} ({host}: {usual.get(name)})" for name in names])
 
 
 def judge_engine(everyone: Everyone) -> Iterator[Finding]:
     """Equal engine settings."""
-    return _unlike(
+    return unlike(
         everyone,
         _sound(everyone),
         lambda facts: facts.given.engine,
@@ -185,7 +112,7 @@ def judge_engine(everyone: Everyone) -> Iterator[Finding]:
 
 def judge_data(everyone: Everyone) -> Iterator[Finding]:
     """Equal data."""
-    return _unlike(
+    return unlike(
         everyone,
         _sound(everyone),
         lambda facts: facts.given.data,
@@ -212,7 +139,7 @@ def judge_folder(everyone: Everyone) -> Iterator[Finding]:
             "put it on a file system that all hosts share",
         )
         return
-    yield from _unlike(
+    yield from unlike(
         everyone,
         _sound(everyone),
         lambda facts: facts.given.step,
@@ -271,20 +198,20 @@ def judge_gpus(everyone: Everyone) -> Iterator[Finding]:
         for facts, gpu in ours:
             # In a container the driver may count process ids otherwise; then nobody can tell.
             if facts.pid in gpu.users and (foreign := set(gpu.users) - pids):
-                listed = _listed(sorted(map(str, foreign)))
+                pids_of_others = listed(sorted(map(str, foreign)))
                 yield Finding(
                     _named(facts, gpu),
-                    f"processes of others use it (pid {listed})",
+                    f"processes of others use it (pid {pids_of_others})",
                     "end them, or leave the host out",
                 )
-    yield from _unlike(
+    yield from unlike(
         everyone,
         everyone,
         _kind,
         lambda one, usual: f"{_kind(one)}, unlike {usual.host} with {_kind(usual)}",
         "ask for GPUs of one kind (Slurm: --gpus-per-node=KIND:N, or --constraint)",
     )
-    yield from _unlike(
+    yield from unlike(
         everyone,
         [facts for facts, _ in _gpus(everyone)],
         _driver,
@@ -370,7 +297,7 @@ def _show_gpus(everyone: Everyone) -> str:
     if not gpus:
         return "none: the job runs on CPUs"
     kinds = [f"{len(group)} x {_kind(group[0])}" for group in groups(everyone, _kind)]
-    return f"{_listed(kinds)}, driver {_listed(sorted({gpu.driver for gpu in gpus}))}"
+    return f"{listed(kinds)}, driver {listed(sorted({gpu.driver for gpu in gpus}))}"
 
 
 def _show_health(everyone: Everyone) -> str:

@@ -10,7 +10,7 @@ from rich.text import Text
 from i3dist.distributed import collectives
 from i3dist.distributed.job import Job, host_name
 from i3dist.errors import UserError
-from i3dist.preflight.checks import Everyone, Outcome, examine, hosts
+from i3dist.preflight.checks import Outcome, examine
 from i3dist.preflight.facts import (
     Facts,
     Given,
@@ -18,6 +18,7 @@ from i3dist.preflight.facts import (
     hash_sources,
     package_versions,
 )
+from i3dist.preflight.findings import Everyone, hosts
 from i3dist.preflight.gpu import describe_gpu
 from i3dist.preflight.measure import exchange_rate, read_clock, token_in
 from i3dist.tracking.origin import git_head

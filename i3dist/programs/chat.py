@@ -1,4 +1,4 @@
-"""Talk with a trained model: `launch/chat.py --checkpoint RUN`.
+"""Talk with a trained model: `python launch/chat.py --checkpoint RUN`.
 
 Each line that is typed is a message. Its answer is printed as it is sampled, and Ctrl-C stops it.
 The model goes on from what was said before and reads nothing twice; its memory stays constant
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="a message of the system to begin with")
+    parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     parser.add_argument(
         "--conversation",
         type=typed_path,

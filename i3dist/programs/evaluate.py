@@ -1,4 +1,4 @@
-"""Evaluate a trained model on held-out data: `launch/evaluate.py --checkpoint RUN --data DIR`.
+"""Evaluate a model on held-out data: `python launch/evaluate.py --checkpoint RUN --data DIR`.
 
 Prints loss, perplexity and bits per byte on the whole valid split of DIR. By chunk index within the
 document it prints bits per byte, and the loss with history, without it, and with that of another
@@ -55,8 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     tasks.add_argument(
         "--task-folder", type=typed_path, metavar="DIR", help="tasks of your own, as YAML files"
     )
-    tasks.add_argument("--limit", type=int, metavar="N", help="examples of each task (all)")
-    tasks.add_argument("--batch-size", type=int, metavar="N", help="rows at once (1)")
+    tasks.add_argument(
+        "--limit", type=int, metavar="N", help="examples of each task (default: all)"
+    )
+    tasks.add_argument("--batch-size", type=int, metavar="N", help="rows at once (default: 1)")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained model: `launch/generate.py --checkpoint RUN --prompt TEXT`.
+"""Continue a prompt with a model: `python launch/generate.py --checkpoint RUN --prompt TEXT`.
 
 Text is printed as it is sampled. The model compresses every 512 tokens that it has read, so memory
 stays constant however long it runs.

@@ -46,8 +46,8 @@ def parse_arguments() -> argparse.Namespace:
         "--tolerance",
         type=float,
         metavar="SHARE",
-        help="largest relative difference of losses and norms; leaves out the lanes' state, for "
-        "runs on other numbers of ranks (default: compare every bit)",
+        help="largest relative difference of losses and norms, for runs on different numbers of "
+        "ranks; the lanes' state is not compared then (default: compare every bit)",
     )
     add_extend_option(parser)
     return parser.parse_args()

@@ -6,11 +6,12 @@ examples:
   on every host, with torchrun:
     torchrun --nnodes=2 ... launch/preflight.py run.path=runs/large
 
-Takes the arguments of launch/train.py (see its --help for the settings) and is started like it. On
-all ranks it compares code, packages, settings, engine file and data; sees whether all hosts share
-run.path and have room for two checkpoints; whether the GPUs granted are there, sound, of one kind
-and free; how far clocks are apart; and how fast hosts exchange data. A table says what was found.
-A run on several hosts does the same before its first step, unless it has --no-preflight.
+Takes the arguments of launch/train.py (see its --help for the settings), of which --verbose,
+--dry-run and --no-preflight change nothing here, and is started like it. On all ranks it compares
+code, packages, settings, engine file and data; sees whether all hosts share run.path and have room
+for two checkpoints; whether the GPUs granted are there, sound, of one kind and free; how far clocks
+are apart; and how fast hosts exchange data. A table says what was found. A run on several hosts
+does the same before its first step, unless it has --no-preflight.
 
 Status 0: the hosts fit. Status 1: not, or something else is wrong; a line names the host and what
 to do.

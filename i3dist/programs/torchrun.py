@@ -23,7 +23,7 @@ import psutil
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.distributed.attempt import REQUEUE
-from i3dist.distributed.held_signals import SIGNALS
+from i3dist.distributed.held_signals import SIGNALS, awaited
 from i3dist.engine.toolchain import variables
 from i3dist.errors import UserError, reason
 
@@ -66,14 +66,14 @@ def pass_signals_on() -> list[int]:
     """From now on send the first of `SIGNALS` to the ranks; returns a list of those that came.
 
     While there are no ranks, a signal ends this process with `REQUEUE`. A thread receives them,
-    because the main thread runs no handlers while it waits for the agents of other hosts.
+    because the main thread runs no handlers while it waits for the agents of other hosts. They are
+    not blocked (`held_signals.hold`), because ranks would inherit that, whatever their program.
     """
     told: list[int] = []
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
-            signal.signal(number, lambda *_: None)
+    for number in awaited():
+        signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def watch() -> None:

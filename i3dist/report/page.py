@@ -1,9 +1,7 @@
 """The page: what the runs are, their charts, restarts and skipped steps, samples of text."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,9 @@ from i3dist.data.download import shown
 from i3dist.page.document import cell, document, quoted, table, tiles
 from i3dist.page.svg import SERIES, short
 from i3dist.report.charts import Chart, families, overlaid
+from i3dist.report.facts import ABOUT, FIGURES, Facts, date_of, short_commit, tokens_at
 from i3dist.report.run import HOLDS, Run, Start, differing, names
-from i3dist.tracking.series import Lines, mean_gain
+from i3dist.tracking.series import Lines
 
 MOST_SKIPPED = 20  # steps that are listed
 MOST_SAMPLES = 8  # validations whose texts are shown
@@ -71,129 +70,10 @@ def _about(named: dict[str, Run]) -> Iterator[str]:
         yield table(("", *map(as_unicode, named)), [*figures, *about], "runs")
 
 
-def _rows(facts: "Facts", runs: Sequence[Run]) -> list[tuple[str, ...]]:
+def _rows(facts: Facts, runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """A row for each fact that any of the runs has a value for."""
     values = {name: [value(run) for run in runs] for name, value in facts.items()}
     return [(name, *(x or "-" for x in row)) for name, row in values.items() if any(row)]
-
-
-def _state(run: Run) -> str:
-    steps = run.settings.train.steps
-    return f"finished, {steps:,} steps" if run.finished else f"at step {run.step:,} of {steps:,}"
-
-
-def _tokens(run: Run, step: int) -> int:
-    return round(float(run.tokens([step])[0]))
-
-
-def _data(run: Run) -> str:
-    place, facts = shown(str(run.settings.data.path)), run.facts
-    if "data_tokens" not in facts:
-        return as_unicode(place)
-    size = short(float(facts["data_tokens"]))
-    return as_unicode(f"{place}: {size} tokens of {facts.get('data_source')}")
-
-
-def _device(run: Run) -> str | None:
-    facts = run.facts
-    if "device" not in facts:
-        return None
-    ranks = facts.get("ranks", "1")
-    return f"{facts['device']}, {ranks} rank{'s' * (ranks != '1')}"
-
-
-def _commit(commit: str) -> str:
-    """The first characters of a commit's hash, and whether files had changes."""
-    number, _, changed = commit.partition("+")
-    return f"{number[:12]}{', with changes' * bool(changed)}"
-
-
-def _versions(run: Run) -> str:
-    found = {
-        name.removeprefix("version."): text
-        for name, text in run.facts.items()
-        if name.startswith("version.")
-    }
-    return ", ".join(f"{name} {text}" for name, text in found.items() if text != "none")
-
-
-def _last_time(run: Run) -> float | None:
-    lines = [line for log in (run.metrics, run.validation) for line in log[-1:]]
-    return max((line["time"] for line in lines if line.get("time")), default=None)
-
-
-def _when(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def _number(lines: Lines, *columns: str, digits: int = 4) -> str | None:
-    """The last line's value in the first of the columns that has one."""
-    values = [lines[-1].get(name) for name in columns] if lines else []
-    return next((f"{value:.{digits}f}" for value in values if value is not None), None)
-
-
-def _gain(run: Run) -> str | None:
-    gain = mean_gain(run.validation[-1].get("by_chunk") or ()) if run.validation else math.nan
-    return f"{gain:+.4f}" if math.isfinite(gain) else None
-
-
-def _best(run: Run) -> str | None:
-    known = [line for line in run.validation if line.get("loss") is not None]
-    if not known:
-        return None
-    best = min(known, key=lambda line: line["loss"])
-    return f"{best['loss']:.4f} at step {best['step']:,}"
-
-
-def _median(run: Run, name: str, text: Callable[[float], str]) -> str | None:
-    values = [line[name] for line in run.metrics if line.get(name) is not None]
-    return text(float(np.median(values))) if values else None
-
-
-def _skipped(run: Run) -> str | None:
-    if not run.ledger:
-        return None
-    reasons = Counter(entry.skipped.partition(",")[0] for entry in run.ledger if entry.skipped)
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "none"
-
-
-Facts = dict[str, Callable[[Run], str | None]]
-
-FIGURES: Facts = {
-    "state": _state,
-    "tokens seen": lambda run: short(_tokens(run, run.step)),
-    "parameters": lambda run: short(run.parameters) if run.parameters else None,
-    "training loss": lambda run: _number(run.metrics, "mean_loss", "loss"),
-    "held-out loss": lambda run: _number(run.validation[-1:], "loss"),
-    "best held-out loss": _best,
-    "held-out perplexity": lambda run: _number(run.validation[-1:], "perplexity", digits=2),
-    "gain of history": _gain,
-    "tokens per second": lambda run: _median(run, "tokens_per_second", short),
-    "MFU": lambda run: _median(run, "mfu", "{:.1%}".format),
-    "time in training": lambda run: _duration(run.seconds) if run.seconds else None,
-    "skipped steps": _skipped,
-}
-"""Where a run stands; of a speed the median over the run, of other figures the last."""
-
-ABOUT: Facts = {
-    "folder": lambda run: as_unicode(run.folder),
-    "layers": lambda run: f"{run.settings.model.layers} of width {run.settings.model.d_model:,}",
-    "data": _data,
-    "device": _device,
-    "commit": lambda run: _commit(run.facts.get("git_commit", "")),
-    "versions": _versions,
-    "started": lambda run: _when(run.starts[0].time) if run.starts else None,
-    "last line written": lambda run: _when(_last_time(run)),
-}
-"""What a run is."""
 
 
 def _differing(named: dict[str, Run]) -> Iterator[str]:
@@ -250,7 +130,7 @@ def _interruptions(named: dict[str, Run]) -> Iterator[str]:
     yield "<h2>Starts and skipped steps</h2>"
     heading = ("run", "after step", "time", "device", "commit")
     rows = [
-        (as_unicode(name), f"{start.step:,}", _when(start.time) or "-", *_place(start))
+        (as_unicode(name), f"{start.step:,}", date_of(start.time) or "-", *_place(start))
         for name, run in named.items()
         for start in run.starts
     ]
@@ -272,7 +152,7 @@ def _interruptions(named: dict[str, Run]) -> Iterator[str]:
 def _place(start: Start) -> tuple[str, str]:
     facts = start.facts
     ranks = f" x {facts['ranks']}" if facts.get("ranks", "1") != "1" else ""
-    return f"{facts.get('device', '-')}{ranks}", _commit(facts.get("git_commit", "-"))
+    return f"{facts.get('device', '-')}{ranks}", short_commit(facts.get("git_commit", "-"))
 
 
 def _figure(value: float | None) -> str:
@@ -302,7 +182,7 @@ def _prompts(lines: Lines) -> list[tuple[int, str]]:
 def _continued(run: Run, lines: Lines, number: int, prompt: str) -> str:
     """What follows a prompt, the validation's `number`th from 0, at each step."""
     rows = (
-        f"<tr><td>step {line['step']:,}<br>{short(_tokens(run, line['step']))} tokens</td>"
+        f"<tr><td>step {line['step']:,}<br>{short(tokens_at(run, line['step']))} tokens</td>"
         f"<td>{quoted(sample['text'])}</td></tr>"
         for line in lines
         for sample in line["samples"][number : number + 1]

@@ -49,7 +49,7 @@ class MetricsLog:
             _append(self.path, "\n".join(texts).encode())
         except OSError as error:
             reason = f"cannot write {self.path}: {error.strerror}"
-            raise UserError(f"{reason}; see to it, then type the same command again") from None
+            raise UserError(f"{reason}; fix that, then run the same command again") from None
 
 
 def _append(path: Path, lines: bytes) -> None:

@@ -136,10 +136,10 @@ def git_commit(file: Path = Path(__file__)) -> str:
     return f"{commit}+dirty" if changed else commit
 
 
-def git_head(file: Path = Path(__file__)) -> str:
-    """As `git_commit`, without a look at the working tree, which may take seconds."""
+def git_head() -> str:
+    """As `git_commit` of this file, without a look at the working tree, which may take seconds."""
     try:
-        return _tracking_commit(file)
+        return _tracking_commit(Path(__file__))
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -81,14 +81,15 @@ def dry_run(settings: Settings, job: Job) -> None:
         print_tables(settings, job.world_size, tokens)
 
 
-def join(settings: Settings, job: Job, stop: StopRequest, notifier: Notifier) -> Peers:
+def join(settings: Settings, job: Job, stop: StopRequest, notifier: Notifier | None) -> Peers:
     """Join the job's process group, unless the preflight has; ranks then hear of others' ends."""
     if stop.peers is not None:
         return stop.peers
     keep_records_in(settings.run.path)
     host.allow_many_files()
     peers = stop.peers = setup.start(job, str(settings.run.path))
-    peers.on_end = notifier.leave
+    if notifier is not None:
+        peers.on_end = notifier.leave
     tell_others_by(peers.fail)
     if settings.slurm.successor:
         peers.on_lost = ask_for_successor
@@ -100,7 +101,7 @@ def preflight(
     settings: Settings,
     job: Job,
     stop: StopRequest,
-    notifier: Notifier,
+    notifier: Notifier | None = None,
 ) -> Peers:
     """Join the job, and check that its hosts fit together.
 
@@ -352,9 +353,7 @@ def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
         UserError: on every rank, if they do not.
     """
     job = detect_job(settings)
-    nobody = Notifier(settings.run.path, None, active=False)
-    peers = preflight(arguments, settings, job, StopRequest(job), nobody)
-    peers.close()
+    preflight(arguments, settings, job, StopRequest(job)).close()
     collectives.leave_group()
 
 

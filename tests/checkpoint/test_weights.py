@@ -124,7 +124,7 @@ def test_weights_that_do_not_fit_on_the_disk_are_one_line_and_leave_the_old_ones
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
         with pytest.raises(
-            UserError, match=r"cannot be written: .*File too large.*; see to it"
+            UserError, match=r"cannot be written: .*File too large.*; fix that"
         ) as error:
             export_weights(tmp_path, model, 2)
     finally:

@@ -17,7 +17,7 @@ def test_every_changed_byte_is_found(kept: int, monkeypatch: pytest.MonkeyPatch)
     headers, random = Headers(1024, CHUNKS), np.random.default_rng(0)
     check = HeaderCheck(headers, CHUNKS)
     for number in (0, 7, 70, 999_999, 1_000_000, 3_999_999, 123_456, 1_000_000, 0):
-        stored = headers.number(headers.blank(CHUNKS), number, 0)
+        stored = headers.of(number, 0, CHUNKS)
         check.begin(number)
         first = int(random.integers(CHUNKS))
         assert check.wrong(stored[first:], first) == []

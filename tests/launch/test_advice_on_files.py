@@ -117,7 +117,7 @@ def test_a_folder_that_another_process_holds(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.path.symlink_to("/dev/full")
-    with pytest.raises(UserError, match="No space left on device; see to it, then type the same"):
+    with pytest.raises(UserError, match="No space left on device; fix that, then run the same"):
         log.append(1, {"loss": 1.0})
     log.path.unlink()
     log.append(1, {"loss": 1.0})

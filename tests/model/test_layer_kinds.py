@@ -183,5 +183,5 @@ def test_a_kind_cannot_have_the_name_of_another_part(
 ) -> None:
     monkeypatch.setitem(LAYER_KINDS, name, Mlp)
     sizes = SMALL | {"layers": f"1x{name},1xattention"}
-    with pytest.raises(UserError, match=f"cannot be called '{name}'"):
+    with pytest.raises(UserError, match=f"uses the name '{name}'"):
         I3LM(ModelSettings.model_validate(sizes), BOS)

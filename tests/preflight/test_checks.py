@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i3dist.errors import UserError
-from i3dist.preflight.checks import Finding, examine
+from i3dist.preflight.checks import examine
 from i3dist.preflight.facts import Facts, Given
+from i3dist.preflight.findings import Finding
 from i3dist.preflight.gpu import GpuFacts
 from i3dist.preflight.measure import ROUNDS, partners
 from i3dist.preflight.run import refuse
