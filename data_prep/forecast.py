@@ -1,10 +1,16 @@
 """What a run will make and take, estimated from a sample of the source."""
 
 import time
+from bisect import bisect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.choice import ALL, Choice
 from data_prep.formats import FORMATS, Format
@@ -24,7 +30,11 @@ FORECAST_BYTES = 1 << 26
 BYTES_PER_TOKEN = 4.0
 """Where there is no tokenizer yet."""
 
-_PARTS, _SECONDS_PER_PART, _BYTES_PER_PART = 3, 2.0, 1 << 20
+_PLACES, _FEWEST_PARTS = 32, 3  # of the source that are looked at; at least so many parts
+_SECONDS = 6.0
+_BYTES_PER_PART = 1 << 18  # tokenized in any case
+_GOLDEN = (5**0.5 - 1) / 2
+_LEAST_ERROR = 0.02
 _PACK_RATE, _MERGE_RATE = 40e6, 100e6  # tokens per second of a process, docs/performance.md
 _INDEX_RATE = 2e6  # documents per second, of the one process that writes the index
 _RUN_TOKENS = 15e6  # where parts are large
@@ -41,69 +51,77 @@ class Sample:
     tokens: float
     documents: float
     seconds: float | None
+    error: float | None = None
+    """By what share tokens are off at most, in 19 of 20 cases; None if that is not known."""
+    is_whole: bool = True
+    """Whether each part that was looked at was read as a whole."""
 
 
 @dataclass
-class _Measured:
-    """Sums over the parts of a sample."""
+class _Look:
+    """What was seen of a part in a few seconds."""
 
-    format: Format
-    parts: int = 0
-    size: int = 0
+    part: Part
+    is_whole: bool = True
     text: int = 0
     documents: int = 0
+    excluded: int = 0
+    """Documents that do not meet --where."""
     tokenized: int = 0
     """Bytes of text that were tokenized, and the documents, and what the choice keeps of these."""
     tokenized_documents: int = 0
     kept_documents: int = 0
     tokens: int = 0
-    reading: float = 0.0
     tokenizing: float = 0.0
+    elapsed: float = 0.0
 
-    def add(self, part: Part, tokenizer: Tokenizer | None, choice: Choice) -> None:
-        """Read a part for some seconds, and tokenize its first texts."""
-        start, spent, text_bytes, documents, excluded = time.monotonic(), 0.0, 0, 0, 0
-        is_whole = True
-        for document in self._documents(part):
-            begin = time.monotonic()
-            if document is None:
-                excluded += 1
-            else:
-                text_bytes += len(document)
-                documents += 1
-                if tokenizer and self.tokenized < (self.parts + 1) * _BYTES_PER_PART:
-                    self._tokenize(document, part, tokenizer, choice)
-            now = time.monotonic()
-            spent += now - begin
-            if now - start > _SECONDS_PER_PART:
-                is_whole = False
+    def read(
+        self, documents: Format, tokenizer: Tokenizer | None, choice: Choice, seconds: float
+    ) -> None:
+        """Read the part for so many seconds, half of which tokenize texts from all over it."""
+        start = time.monotonic()
+        for record in self.part.records():
+            document = documents.usable(record.text)
+            if not isinstance(document, Skip):
+                self.text += len(document)
+                self.documents += 1
+                reading = time.monotonic() - start - self.tokenizing
+                if tokenizer and (self.tokenizing < reading or self.tokenized < _BYTES_PER_PART):
+                    self._tokenize(document, documents, tokenizer, choice)
+            elif document is Skip.WHERE:
+                self.excluded += 1
+            if time.monotonic() - start > seconds:
+                self.is_whole = False
                 break
-        self.parts += 1
-        self.reading += time.monotonic() - start - spent
-        self.tokenizing += spent
-        self.text += text_bytes
-        self.documents += documents
-        # Of a part that takes too long, text is taken to be all that there is, and excluded texts
-        # to be as long as others.
-        in_time = text_bytes * (documents + excluded) // documents if documents else part.size
-        self.size += part.size if is_whole else in_time
+        self.elapsed = time.monotonic() - start
 
-    def _tokenize(self, text: bytes, part: Part, tokenizer: Tokenizer, choice: Choice) -> None:
-        count = len(self.format.encode(tokenizer, text))
-        self.tokenized += len(text)
+    def _tokenize(
+        self, document: bytes, documents: Format, tokenizer: Tokenizer, choice: Choice
+    ) -> None:
+        start = time.monotonic()
+        count = len(documents.encode(tokenizer, document))
+        self.tokenizing += time.monotonic() - start
+        self.tokenized += len(document)
         self.tokenized_documents += 1
-        if not choice.skip(part, count):
+        if not choice.skip(self.part, count):
             self.kept_documents += 1
             self.tokens += count
 
-    def _documents(self, part: Part) -> Iterator[bytes | None]:
-        """The usable documents of a part; None for one that --where excludes."""
-        for record in part.records():
-            document = self.format.usable(record.text)
-            if not isinstance(document, Skip):
-                yield document
-            elif document is Skip.WHERE:
-                yield None
+    def of_source(self, total: float) -> list[float]:
+        """Tokens, documents and seconds of a source of `total` bytes like this."""
+        if not self.documents:
+            return [0.0, 0.0, 0.0]
+        size: float = self.part.size
+        if not self.is_whole:
+            # Text is taken to be all that there is, and excluded texts to be as long as others.
+            size = min(size, self.text * (self.documents + self.excluded) / self.documents)
+        scale = total / size
+        if not self.tokenized:
+            return [scale * self.text / BYTES_PER_TOKEN, scale * self.documents, 0.0]
+        kept = self.kept_documents / self.tokenized_documents
+        share = self.text / self.tokenized
+        seconds = self.elapsed - self.tokenizing + self.tokenizing * share
+        return [scale * self.tokens * share, scale * self.documents * kept, scale * seconds]
 
 
 def measure(
@@ -112,27 +130,53 @@ def measure(
     documents: Format = FORMATS[TEXT],
     choice: Choice = ALL,
 ) -> Sample | None:
-    """Estimate a source from a few of its parts.
+    """Estimate a source from some of its parts.
 
     None where parts do not know their sizes, or the sample has no text.
     """
-    total = sum(part.size * (part.share.weight if part.share else 1) for part in parts)
-    if not total:
+    ends = list(accumulate(part.size * (part.share.weight if part.share else 1) for part in parts))
+    if not ends or not ends[-1]:
         return None
-    count = min(_PARTS, len(parts))
-    found = _Measured(documents)
-    for number in range(count):
-        found.add(parts[len(parts) * (2 * number + 1) // (2 * count)], tokenizer, choice)
-    if not found.text or not found.size:
+    start = time.monotonic()
+    looks: list[_Look] = []
+    hits: list[int] = []
+    for number, count in _places(ends):
+        if len(looks) >= _FEWEST_PARTS and time.monotonic() - start > _SECONDS:
+            break
+        looks.append(_Look(parts[number]))
+        looks[-1].read(documents, tokenizer, choice, _SECONDS / min(len(parts), _FEWEST_PARTS))
+        hits.append(count)
+    if not any(look.documents for look in looks):
         return None
-    scale = total / found.size
-    if not found.tokenized:
-        tokens = found.text * scale / BYTES_PER_TOKEN
-        return Sample(len(parts), tokens, found.documents * scale, None)
-    tokens = found.text * scale * found.tokens / found.tokenized
-    seconds = scale * (found.reading + found.tokenizing * found.text / found.tokenized)
-    kept = found.documents * scale * found.kept_documents / found.tokenized_documents
-    return Sample(len(parts), tokens, kept, seconds)
+    found = np.array([look.of_source(ends[-1]) for look in looks])
+    tokens, kept, seconds = np.average(found, axis=0, weights=hits).tolist()
+    is_whole = all(look.is_whole for look in looks)
+    if not tokenizer:
+        return Sample(len(parts), tokens, kept, None, is_whole=is_whole)
+    error = None
+    if is_whole and len(looks) == len(parts):
+        error = _LEAST_ERROR
+    elif is_whole and len(looks) > 1:
+        error = _LEAST_ERROR + _error(found[:, 0], np.array(hits))
+    return Sample(len(parts), tokens, kept, seconds, error, is_whole)
+
+
+def _places(ends: Sequence[float]) -> Iterator[tuple[int, int]]:
+    """Which parts to look at, and how many of `_PLACES` even places of the source lie in each.
+
+    `ends` are the sums of the parts' sizes. However many are looked at, they are spread evenly.
+    """
+    marks = (ends[-1] * (2 * number + 1) / (2 * _PLACES) for number in range(_PLACES))
+    hits = sorted(Counter(bisect(ends, mark) for mark in marks).items())
+    yield from (hits[n] for n in sorted(range(len(hits)), key=lambda n: n * _GOLDEN % 1))
+
+
+def _error(found: NDArray[np.float64], hits: NDArray[np.int64]) -> float:
+    """The error of a mean, as a share of it, that is exceeded in one of 20 cases, about."""
+    mean = np.average(found, weights=hits)
+    variance = np.average((found - mean) ** 2, weights=hits) / (len(found) - 1)
+    student = 2 + 9 / (len(found) - 1) ** 2  # about the quantile of Student's distribution
+    return float(student * np.sqrt(variance) / mean)
 
 
 class Times(NamedTuple):
@@ -176,6 +220,8 @@ class Forecast:
     processes: int
     """Of each node."""
     times: Times | None
+    error: float | None = None
+    """See `Sample`."""
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -200,6 +246,7 @@ class Forecast:
             nodes=nodes,
             processes=processes,
             times=Times.of(sample, tokens, processes, nodes),
+            error=sample.error,
             notes=tuple(_notes(sample, settings)),
         )
 
@@ -211,11 +258,16 @@ class Forecast:
 
     def lines(self, folder: Path, free: int) -> list[str]:
         """What to tell; `free` bytes are free where `folder` will be."""
-        made = f"about {_short(self.tokens)} tokens, {self.shards:,} shards of "
+        error = "" if self.error is None else f" (± {self.error:.0%})"
+        made = f"about {_short(self.tokens)} tokens{error}, {self.shards:,} shards of "
         made += f"{self.chunks_per_shard:,} chunks, {_short(self.output_bytes)}B"
         disk = f"about {_short(self.disk_bytes)}B of disk while it works; "
         disk += f"{_short(free)}B are free at {folder}"
         return [made, disk, self._took(), *self.notes]
+
+    @property
+    def _trusted(self) -> float:
+        return min(_TRUSTED, 1 - min(self.error or 0, 1))
 
     def _took(self) -> str:
         times = self.times
@@ -236,11 +288,11 @@ class Forecast:
         Raises:
             UserError: it does.
         """
-        if self.shards * _TRUSTED > most_shards:
+        if self.shards * self._trusted > most_shards:
             raise UserError(
                 f"about {self.shards:,} shards, more than {most_shards:,}: raise --chunks-per-shard"
             )
-        if self.disk_bytes * _TRUSTED > free:
+        if self.disk_bytes * self._trusted > free:
             raise UserError(
                 f"about {_short(self.disk_bytes)}B of disk are needed at {folder}, and "
                 f"{_short(free)}B are free: free some, or choose another --out"
@@ -249,6 +301,8 @@ class Forecast:
 
 def _notes(sample: Sample, settings: OutputSettings) -> Iterator[str]:
     """What the estimate leaves out."""
+    if not sample.is_whole:
+        yield "parts of the sample took too long to read: compressed or repeated text makes more"
     if settings.deduplicate:
         yield "duplicates are counted in: how many there are is not known beforehand"
     if sample.seconds is None and (settings.min_tokens or settings.max_tokens):

@@ -289,7 +289,7 @@ def url_source(url: str) -> RemoteSource:
     """
     filesystem, path = _filesystem(url)
     root, found = retried(lambda: _listed(filesystem, path), shown(url))
-    names = {info["name"]: _url_path(info["name"]).removeprefix(root).strip("/") for info in found}
+    names = {info["name"]: _name_below(root, info["name"]) for info in found}
     wanted = [info for info in found if _is_source(names[info["name"]])]
     if not wanted:
         raise UserError(
@@ -320,6 +320,12 @@ def _listed(filesystem: Any, path: str) -> tuple[str, list[dict[str, Any]]]:
     else:
         root, found = path, filesystem.find(path, detail=True)
     return root, [info for info in found.values() if info["type"] == "file"]
+
+
+def _name_below(root: str, path: str) -> str:
+    """The name of a file below the folder `root`, as it would be on a disk."""
+    name = _url_path(path).removeprefix(root).strip("/")
+    return clean_file_name(unquote(name, errors="surrogateescape")) if "://" in path else name
 
 
 def _is_source(name: str) -> bool:

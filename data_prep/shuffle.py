@@ -111,17 +111,22 @@ def hashes(text: bytes, position: str, seed: int) -> bytes:
     return key + digest[:8]
 
 
-def copies(text: bytes, position: str, seed: int, share: Share | None) -> list[bytes]:
+def copies(
+    text: bytes, position: str, seed: int, share: Share | None, same: bytes = b""
+) -> list[bytes]:
     """The hashes of each copy of a document that is taken: one without a `share`.
 
     Whether a document is taken once more than the whole part of the weight says follows from a
-    hash that depends on nothing else, so that it says nothing about the document's place.
+    hash that depends on nothing else, so that it says nothing about the document's place. Where
+    duplicates are left out, it is one of their `same` hash: all of them are taken, or none. So the
+    first stays, and the weight is the share of the texts that stay.
     """
     if share is None:
         return [hashes(text, position, seed)]
     place = f"{share.source}\0{position}" if share.source else position
     first = hashes(text, place, seed)
-    drawn = hashlib.blake2b(first, digest_size=8, person=b"share").digest()
+    drawn_by = hashes(same, str(share.source), seed) if same else first
+    drawn = hashlib.blake2b(drawn_by, digest_size=8, person=b"share").digest()
     count = int(share.weight) + (int.from_bytes(drawn) < share.weight % 1 * 2**64)
     more = (hashes(text, f"{place}\0{number}", seed) for number in range(1, count))
     return [first, *more] if count else []
@@ -252,9 +257,9 @@ class Spiller:
         bounds = int(splits.min()), int(splits.max())
         return _Written(path.name, len(run), tokens, *bounds, path.stat().st_size)
 
-    def _copies(self, part: Part, text: bytes, position: str) -> list[bytes]:
+    def _copies(self, part: Part, text: bytes, position: str, same: bytes) -> list[bytes]:
         """The hashes of each copy of a document that is taken."""
-        found = copies(text, position, self.seed, part.share)
+        found = copies(text, position, self.seed, part.share, same)
         if part.is_validation is None:
             return found
         return [in_half(each, part.is_validation) for each in found]
@@ -287,7 +292,8 @@ class Spiller:
         if isinstance(text, Skip):
             tally.skipped[text.value] += 1
             return []
-        found = self._copies(part, text, position)
+        same = text_hash(text) if self.choice.deduplicate else b""
+        found = self._copies(part, text, position, same)
         if not found and not self.choice.by_length:
             tally.usable += 1
             return []
@@ -297,7 +303,6 @@ class Spiller:
             tally.skipped[skip.value] += 1
             return []
         tally.usable += 1
-        same = text_hash(text) if self.choice.deduplicate else b""
         return [Document(each, identifier, url, tokens, same, place) for each in found]
 
 

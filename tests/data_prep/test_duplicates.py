@@ -1,6 +1,7 @@
 """Exact deduplication: the first stays, in bounded memory, however work is shared out and cut."""
 
 import random
+import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import duplicates, shuffle
+from data_prep import duplicates, shuffle, text_hash
 from data_prep.choice import Choice
 from data_prep.duplicates import ENTRY, MARK, Deduplication
 from data_prep.runs import Run, RunReader
 from data_prep.shuffle import HASH_END, PartSummary, Spiller
 from data_prep.sources import Part, Record
-from data_prep.text_hash import normalized
 
 Texts = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+def normalized(text: bytes) -> bytes:
+    """The same in one piece and in many."""
+    whole = b"".join(text_hash.normalized(text))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(text_hash, "_SLICE", 5)
+        assert b"".join(text_hash.normalized(text)) == whole
+    return whole
 
 
 def slow(text: str) -> bytes:
@@ -49,6 +58,17 @@ def test_normalizing_removes_white_space_and_case(text: str) -> None:
 def test_letters_whose_case_is_a_mark_are_normalized(text: str) -> None:
     """The iota below a letter becomes a letter, behind all marks."""
     assert normalized(text.encode()) == slow(text)
+
+
+@pytest.mark.parametrize("marks", ["\u0301\u0323", "\u0f73"])
+def test_marks_without_end_take_no_time_without_end(marks: str) -> None:
+    text = "a" + marks * (80_000 // len(marks))
+    start = time.process_time()
+    found, same, other = (
+        text_hash.text_hash(each.encode()) for each in (text, f" {text}\n", text[:-1])
+    )
+    assert time.process_time() - start < 2  # 8 if all are sorted at once
+    assert found == same != other
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The forecast: about right, shown before anything is made, and what cannot be is refused early."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from data_prep.files import file_source
 from data_prep.forecast import Forecast, Sample, measure
 from data_prep.options import CORES
 from data_prep.output import Output, OutputSettings
-from data_prep.sources import Part, Record
+from data_prep.sources import Part, Record, Share
 from i3dist.data.manifest import Manifest
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
@@ -101,11 +102,53 @@ def test_a_forecast_is_near_what_is_made(corpus: Any, built: Path) -> None:
 
 
 def test_a_sample_ends_in_time(monkeypatch: pytest.MonkeyPatch, corpus: Any, built: Path) -> None:
-    monkeypatch.setattr(forecast, "_SECONDS_PER_PART", 0.0)
+    monkeypatch.setattr(forecast, "_SECONDS", 0.0)
     tokenizer = Tokenizer.load(built / "tokenizer.json")
     sample = measure(file_source(corpus[0]).parts(), tokenizer)
     made = sum(Manifest.load(built / split).tokens for split in ("train", "valid"))
     assert sample is not None and made / 4 < sample.tokens < made * 4
+    assert sample.error is None and not sample.is_whole
+    assert "took too long to read" in Forecast.of(sample, SETTINGS, 1).notes[0]
+
+
+@dataclass(frozen=True)
+class Texts(Part):
+    """So many copies of a text, and then of a number."""
+
+    text: str
+    count: int
+    share: Share | None = None
+    packing: int = 1  # how many times smaller its file is
+
+    def records(self) -> list[Record]:
+        texts = [self.text] * self.count + ["0.25; 17"] * self.count
+        return [Record(str(number), "", "", text) for number, text in enumerate(texts)]
+
+    @property
+    def size(self) -> int:
+        return sum(len(str(record.text)) for record in self.records()) // self.packing
+
+
+@pytest.mark.parametrize("weight", [1.0, 20.0])
+def test_an_estimate_tells_its_error(built: Path, weight: float) -> None:
+    """Where parts differ, as those of several languages do, and the texts in them."""
+    tokenizer = Tokenizer.load(built / "tokenizer.json")
+    shares = [Share(0, 1.0)] * 40 + [Share(1, weight)] * 10
+    texts = ["a line of words " * 90, "[0, 0.5] " * 60]
+    parts = [
+        Texts(texts[n % 7 > 4], 60 + n % 4, share, packing=4 if share.source else 1)
+        for n, share in enumerate(shares)
+    ]
+    counts = (
+        share.weight * sum(len(tokenizer.encode(str(record.text))) for record in part.records())
+        for part, share in zip(parts, shares, strict=True)
+    )
+    sample, made = measure(parts, tokenizer), sum(counts)
+    assert sample and sample.error and 0.04 < sample.error < 0.3
+    assert abs(sample.tokens - made) < 0.02 * made
+    assert f"(± {sample.error:.0%})" in Forecast.of(sample, SETTINGS, 1).lines(Path(), 0)[0]
+    few = measure(parts[:3], tokenizer)  # of which all are read
+    assert few and few.error == 0.02
 
 
 @pytest.mark.parametrize("given", [True, False])

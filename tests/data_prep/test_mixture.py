@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -206,6 +207,23 @@ def test_what_is_taken_says_nothing_of_its_place() -> None:
     assert abs(len(firsts) - 2000) < 150
     for start in (0, 16):
         assert abs(sum(hashed[start] >= 128 for hashed in firsts) - len(firsts) / 2) < 150
+
+
+def test_of_duplicates_all_are_taken_or_none(
+    sources: list[Path], tokenizer: Path, tmp_path: Path
+) -> None:
+    """So the first stays, and a weight is the share of the texts that stay."""
+    lines = [json.dumps({"text": f"text {n % 300}"}) for n in range(3000)]
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    few, every = tmp_path / "few", tmp_path / "every"
+    for out, weight in ((few, 0.3), (every, 1)):
+        spec = f"{tmp_path / 'many.jsonl'}:{weight}"
+        mix(out, tokenizer, str(sources[0]), spec, more=("--deduplicate",))
+    found = [[text for text in taken(out) if text.startswith("text")] for out in (few, every)]
+    assert len(set(found[1])) == len(found[1]) == 300
+    assert 60 < len(set(found[0])) == len(found[0]) < 120 and {*found[0]} < {*found[1]}
+    rows = pq.read_table(few / "train" / "index.parquet")["id"].to_pylist()
+    assert all(int(row.split("#")[1]) < 300 for row in rows if row.startswith("many.jsonl"))
 
 
 def test_the_command_line_of_a_mixture(sources: list[Path], tmp_path: Path) -> None:

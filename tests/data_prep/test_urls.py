@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
@@ -125,11 +126,11 @@ def test_a_copy_at_a_url_gives_the_same_shards(
     assert splits_of(tmp_path / "there") == splits_of(tmp_path / "here")
 
 
-@pytest.mark.parametrize("name", ["data/1.parquet", "lines/a.jsonl", "lines/b.jsonl.gz"])
+@pytest.mark.parametrize("name", ["data/1.parquet", "lines/%61.jsonl", "lines/b.jsonl.gz"])
 def test_a_file_of_a_web_server_gives_the_same_shards(
     stored: Path, server: Behavior, tokenizer: Path, tmp_path: Path, name: str
 ) -> None:
-    build(stored / name, tmp_path / "here", "--tokenizer", tokenizer)
+    build(stored / unquote(name), tmp_path / "here", "--tokenizer", tokenizer)
     url = f"{server.url}/plain/{name}"
     build(url, tmp_path / "there", "--tokenizer", tokenizer)
     assert splits_of(tmp_path / "there") == splits_of(tmp_path / "here")
