@@ -17,11 +17,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_prep.files import file_source
 from data_prep.options import CORES
 from data_prep.output import Output, OutputSettings
 from data_prep.passes import SpillPlan, spill_all
 from data_prep.progress import pass_bar
+from data_prep.reading.files import file_source
 from data_prep.second_pass import SecondPass
 from data_prep.shuffle import PartSummary
 from i3dist.data.tokenizer import Tokenizer

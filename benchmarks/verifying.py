@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from data_prep.verification import Verification
+from data_prep.checks.verification import Verification
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError

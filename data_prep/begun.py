@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from data_prep.evidence import Piece
 from data_prep.output import OTHER_CONTENT, Output, OutputSettings
 from data_prep.passes import failures
-from data_prep.readers import naming
+from data_prep.reading.readers import naming
+from data_prep.reading.validation import PairOfSources
 from data_prep.sources import Source
-from data_prep.validation import PairOfSources
 from i3dist.data.tokenizer import Tokenizer
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from data_prep.arguments import CORES, TaskShare, number_in
 from data_prep.formats import FORMATS
 from data_prep.given_tokenizer import typed_tokenizer
-from data_prep.hub import CONFIGS, DATASET, HUB_NAME
 from data_prep.pack import MOST_CHUNKS, SHARDS_WANTED
-from data_prep.readers import SUFFIXES_IN_WORDS
+from data_prep.reading.hub import CONFIGS, DATASET, HUB_NAME
+from data_prep.reading.readers import SUFFIXES_IN_WORDS
 from data_prep.sources import CHAT, TEXT
 from data_prep.tokenizer import (
     DEFAULT_SAMPLE_MB,

@@ -12,10 +12,10 @@ from data_prep.arguments import ALONE, TaskShare
 from data_prep.beginning import Beginning, pieces_of, say
 from data_prep.dropped import dropped_by_split
 from data_prep.evidence import Piece
-from data_prep.mixture import count_sources
 from data_prep.output import Output
 from data_prep.passes import SpillPlan, failures, finished, spill_all, spill_some
 from data_prep.progress import closing_table, dropped_table, pass_bar, sources_table
+from data_prep.reading.mixture import count_sources
 from data_prep.second_pass import SecondPass
 from data_prep.shuffle import PartSummary
 from data_prep.sources import clean_file_name

@@ -27,11 +27,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_prep.arguments import number_in
-from data_prep.figures import TOP_DOMAINS, Figures
-from data_prep.folder_check import SPLITS
-from data_prep.index_check import UNREADABLE
+from data_prep.checks.folder_check import SPLITS
+from data_prep.checks.index_check import UNREADABLE
 from data_prep.output import TRAIN
-from data_prep.page import page
+from data_prep.reports.figures import TOP_DOMAINS, Figures
+from data_prep.reports.page import page
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError, printable

@@ -62,15 +62,15 @@ from rich.console import Console
 from data_prep.arguments import ALONE
 from data_prep.beginning import Beginning
 from data_prep.given_tokenizer import given_tokenizer
-from data_prep.hub import DATASET
-from data_prep.opening import open_sources, typed_place, typed_source
 from data_prep.options import add_options, check_choices
 from data_prep.output import Output, OutputSettings
 from data_prep.preparation import Preparation
+from data_prep.reading.hub import DATASET
+from data_prep.reading.opening import open_sources, typed_place, typed_source
+from data_prep.reading.validation import PairOfSources
 from data_prep.sources import Source, clean_file_name
 from data_prep.store import Store
 from data_prep.tokenizer import DEFAULT_SAMPLE_MB, DEFAULT_VOCABULARY, check_vocabulary
-from data_prep.validation import PairOfSources
 from i3dist.cli.extend import add_extend_option
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.tokenizer import Tokenizer

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.text import Text
 
 from data_prep.arguments import number_in
-from data_prep.folder_check import SPLITS
-from data_prep.lookup import Part, Piece, SplitReader
+from data_prep.checks.folder_check import SPLITS
 from data_prep.output import TRAIN
-from data_prep.trained import TrainedRun
+from data_prep.reports.lookup import Part, Piece, SplitReader
+from data_prep.reports.trained import TrainedRun
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.manifest import shard_name

@@ -37,9 +37,9 @@ from rich.progress import (
 )
 
 from data_prep.arguments import CORES, number_in
-from data_prep.folder_check import mirror
+from data_prep.checks.folder_check import mirror
+from data_prep.checks.verification import Advance, Verification
 from data_prep.store import Store
-from data_prep.verification import Advance, Verification
 from i3dist.cli.paths import typed_place
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError

@@ -68,7 +68,7 @@ def setting_words(text: str) -> Iterator[str]:
 
 
 def test_the_map_of_data_preparation_names_every_module_once() -> None:
-    modules = sorted(path.name for path in MAP.parent.glob("[!_]*.py"))
+    modules = sorted(path.name for path in MAP.parent.rglob("[!_]*.py"))
     mapped = MAP.read_text().partition("| job |")[2]
     programs = ["report.py", "shard.py", "show.py", "verify.py"]
     named = re.findall(r"`(\w+\.py)`(?=.*\|.*\|)", mapped)

@@ -92,8 +92,8 @@ def test_one_file_imports(package: str, owner: str) -> None:
 def test_data_preparation_needs_no_torch() -> None:
     script = (
         "import sys, pkgutil, importlib, data_prep, i3dist.data.manifest, i3dist.data.tokenizer\n"
-        "[importlib.import_module(f'data_prep.{m.name}') "
-        "for m in pkgutil.iter_modules(data_prep.__path__)]\n"
+        "[importlib.import_module(m.name) "
+        "for m in pkgutil.walk_packages(data_prep.__path__, 'data_prep.')]\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

@@ -171,7 +171,7 @@ def test_random_changes_of_uint32_shards_are_found(
     big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = Tokenizer.load(big / "tokenizer.json")  # which takes longer than all checks
-    monkeypatch.setattr("data_prep.folder_check.Tokenizer.load", lambda _: tokenizer)
+    monkeypatch.setattr("data_prep.checks.folder_check.Tokenizer.load", lambda _: tokenizer)
     out = fuzzing.copied(big, tmp_path / "out")
     missed = [how for seed in range(100) if (how := goes_unnoticed(big, Random(seed), out))]
     assert missed == []

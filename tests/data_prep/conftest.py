@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import files
+from data_prep.reading import files
 from tests.data_prep.advice import TEXTS, write
 from tests.data_prep.corpus import build, write_corpus
 

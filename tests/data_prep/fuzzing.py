@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.index_check import UNREADABLE, open_index
-from data_prep.verification import Verification
+from data_prep.checks.index_check import UNREADABLE, open_index
+from data_prep.checks.verification import Verification
 from i3dist.data.archive import chunks_of, shard_bytes
 from i3dist.data.manifest import Manifest
 from i3dist.data.token_types import Stored

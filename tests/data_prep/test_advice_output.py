@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 import data_prep.tokenizer
-from data_prep import files, second_pass, workers
+from data_prep import second_pass, workers
 from data_prep.output import Output
+from data_prep.reading import files
 from data_prep.tokenizer import check_vocabulary
 from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus

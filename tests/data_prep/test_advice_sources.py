@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import files, hub, shard
+from data_prep import shard
+from data_prep.reading import files, hub
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep import corpus as helpers
@@ -31,7 +32,7 @@ def little_library(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     library.mkdir()
     for number, text in enumerate(TEXTS):
         (library / f"m{number}.py").write_text(text)
-    monkeypatch.setattr("data_prep.files.sysconfig.get_path", lambda _: str(library))
+    monkeypatch.setattr("data_prep.reading.files.sysconfig.get_path", lambda _: str(library))
 
 
 @pytest.mark.parametrize("kind", ["missing", "pipe", "empty folder", "glob of nothing", "stdlib"])
@@ -50,7 +51,7 @@ def test_a_source_that_gives_no_file(
     elif kind == "stdlib":
         place.mkdir()
         with monkeypatch.context() as patched:
-            patched.setattr("data_prep.files.sysconfig.get_path", lambda _: str(place))
+            patched.setattr("data_prep.reading.files.sysconfig.get_path", lambda _: str(place))
             line = refusal("stdlib", out)
         assert line.endswith("name a --source")
         build(texts, out)
@@ -149,7 +150,7 @@ def test_the_hub_out_of_reach(texts: Path, tmp_path: Path, monkeypatch: pytest.M
         library.mkdir()
         for number, text in enumerate(TEXTS):
             (library / f"m{number}.py").write_text(text)
-        patched.setattr("data_prep.files.sysconfig.get_path", lambda _: str(library))
+        patched.setattr("data_prep.reading.files.sysconfig.get_path", lambda _: str(library))
         words = re.findall(r"`(.*?)`", str(error.value))
         run(tmp_path / "stdlib", *shlex.split(words[0]))
         run(tmp_path / "own", "--source", texts)

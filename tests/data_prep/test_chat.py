@@ -13,7 +13,8 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import block_check, pack, report, shard, show, verify
+from data_prep import pack, report, shard, show, verify
+from data_prep.checks import block_check
 from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import LaneWindows, windows

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import forecast, hub, report
+from data_prep import forecast, report
 from data_prep.choice import Choice
 from data_prep.dropped import dropped_by_split
-from data_prep.files import file_source
 from data_prep.forecast import Forecast, measure
 from data_prep.output import OutputSettings
+from data_prep.reading import hub
+from data_prep.reading.files import file_source
 from data_prep.shard import main, parse
 from data_prep.shuffle import PartSummary
 from data_prep.sources import Part, Record, Skip
@@ -212,9 +213,9 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
     target, attribute, call = KILLS[place]
     code = f"""
 import os, sys
-import data_prep.shard, data_prep.files
+import data_prep.shard, data_prep.reading.files
 from data_prep import duplicates, pack, shuffle
-data_prep.files._SMALLEST_PART = 4000
+data_prep.reading.files._SMALLEST_PART = 4000
 calls = 0
 def deadly(*args, then={target}.{attribute}):
     global calls

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import beginning, evidence, files, shuffle
-from data_prep.files import file_source
+from data_prep import beginning, evidence, shuffle
 from data_prep.output import Output
+from data_prep.reading import files
+from data_prep.reading.files import file_source
 from i3dist.errors import UserError
 from tests.data_prep import corpus
 from tests.data_prep.corpus import tree_digest

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from data_prep import beginning, forecast
-from data_prep.files import file_source
 from data_prep.forecast import Forecast, Sample, measure
 from data_prep.options import CORES
 from data_prep.output import Output, OutputSettings
+from data_prep.reading.files import file_source
 from data_prep.sources import Part, Record, Share
 from i3dist.data.manifest import Manifest
 from i3dist.data.tokenizer import Tokenizer

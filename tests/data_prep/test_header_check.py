@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data_prep import header_check
-from data_prep.header_check import HeaderCheck
+from data_prep.checks import header_check
+from data_prep.checks.header_check import HeaderCheck
 from i3dist.data.archive import Headers
 
 CHUNKS = 300

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import files
-from data_prep import line_ranges as line_module
 from data_prep.arguments import TaskShare
-from data_prep.files import FilePart, file_source
-from data_prep.line_ranges import line_ranges
+from data_prep.reading import files
+from data_prep.reading import line_ranges as line_module
+from data_prep.reading.files import FilePart, file_source
+from data_prep.reading.line_ranges import line_ranges
 from data_prep.sources import Record
 from i3dist.errors import UserError
 from tests.data_prep.corpus import build, tree_digest

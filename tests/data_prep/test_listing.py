@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.files import FileSource, file_source
+from data_prep.reading.files import FileSource, file_source
 from data_prep.shard import main, parse
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError

@@ -10,8 +10,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.files import file_source
 from data_prep.formats import FORMATS
+from data_prep.reading.files import file_source
 from data_prep.shuffle import Spiller
 from data_prep.sources import CHAT, TEXT
 from i3dist.data.tokenizer import Tokenizer

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.files import file_source
-from data_prep.folder_check import FolderCheck
-from data_prep.mixture import MOST_SOURCES, Weighted, mixed
+from data_prep.checks.folder_check import FolderCheck
+from data_prep.reading.files import file_source
+from data_prep.reading.mixture import MOST_SOURCES, Weighted, mixed
 from data_prep.shuffle import copies, hashes
 from data_prep.sources import Share
 from data_prep.verify import main as verify

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.files import file_source
-from data_prep.readers import SourceFile, open_parquet, read_rows
+from data_prep.reading.files import file_source
+from data_prep.reading.readers import SourceFile, open_parquet, read_rows
 from data_prep.sources import Record, Skip
 from i3dist.errors import UserError
 from tests.data_prep.test_streams import ENCODED, PACKERS, text_of

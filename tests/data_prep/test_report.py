@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import index_check, index_statistics, report
-from data_prep.figures import Figures
-from data_prep.index_statistics import HISTORY, Domains, domains_of, geometric, measure
-from data_prep.lookup import SplitReader
-from data_prep.page import page
-from data_prep.stream import Stream
+from data_prep import report
+from data_prep.checks import index_check
+from data_prep.checks.stream import Stream
+from data_prep.reports import index_statistics
+from data_prep.reports.figures import Figures
+from data_prep.reports.index_statistics import HISTORY, Domains, domains_of, geometric, measure
+from data_prep.reports.lookup import SplitReader
+from data_prep.reports.page import page
 from i3dist.data.corpus import Split
 from i3dist.data.shards import read_shard
 from i3dist.errors import UserError

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from data_prep import files
 from data_prep.output import Output
+from data_prep.reading import files
 from i3dist.data.manifest import Manifest
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
@@ -133,9 +133,9 @@ def test_a_run_killed_anywhere_continues_to_the_same_bytes(
     target, attribute, call = KILLS[place]
     code = f"""
 import os, sys
-import data_prep.shard, data_prep.files
+import data_prep.shard, data_prep.reading.files
 from data_prep import output, pack, shuffle
-data_prep.files._SMALLEST_PART = 4000
+data_prep.reading.files._SMALLEST_PART = 4000
 calls = 0
 def deadly(*args, then={target}.{attribute}):
     global calls

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_prep import show
-from data_prep.lookup import SplitReader
-from data_prep.trained import TrainedRun
+from data_prep.reports.lookup import SplitReader
+from data_prep.reports.trained import TrainedRun
 from i3dist.config import Settings
 from i3dist.data.lanes import LaneWindows
 from i3dist.data.manifest import Manifest, shard_name

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep import hub, remote, sources
-from data_prep.files import file_source, stdlib_source
+from data_prep import sources
+from data_prep.reading import hub, remote
+from data_prep.reading.files import file_source, stdlib_source
 from data_prep.shard import main
 from data_prep.sources import Record, Skip, Source, usable_text
 from i3dist.data.manifest import Manifest

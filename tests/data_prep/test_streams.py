@@ -18,9 +18,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.files import file_source
+from data_prep.reading.files import file_source
+from data_prep.reading.streams import decompressed
 from data_prep.sources import Record, Skip, usable_text
-from data_prep.streams import decompressed
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep.corpus import build, tree_digest

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from data_prep import ranges
 from data_prep.arguments import TaskShare
-from data_prep.files import FilePart, FileSource, file_source
 from data_prep.output import Output
 from data_prep.passes import failures
 from data_prep.plan import Plan
-from data_prep.readers import SourceFile, Span
+from data_prep.reading.files import FilePart, FileSource, file_source
+from data_prep.reading.readers import SourceFile, Span
 from data_prep.sources import Part
 from i3dist.data import encoders
 from i3dist.errors import UserError
@@ -325,7 +325,8 @@ def test_a_task_that_begins_with_other_settings_at_the_same_time_is_refused(
 
 PROGRAM = """
 import sys
-from data_prep import files, ranges, shard
+from data_prep import ranges, shard
+from data_prep.reading import files
 from i3dist.cli.program import one_line_errors
 files._SMALLEST_PART = ranges.RANGE_TOKENS = 4000
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import remote, retries
-from data_prep.hub import HubSource, source_at
-from data_prep.mixture import split_weight
+from data_prep import retries
 from data_prep.passes import SpillPlan, finished
-from data_prep.remote import RemoteSource, url_source
+from data_prep.reading import remote
+from data_prep.reading.hub import HubSource, source_at
+from data_prep.reading.mixture import split_weight
+from data_prep.reading.remote import RemoteSource, url_source
 from data_prep.shuffle import PartSummary, summary_path
 from data_prep.sources import Record, Source
 from i3dist.data.manifest import Manifest
@@ -143,7 +144,7 @@ def test_a_file_of_a_web_server_gives_the_same_shards(
 def run(server: Behavior, home: Path, out: Path, *options: object, source: str = "") -> str:
     """Run shard.py on the hub, in a process whose libraries know no other; returns its errors."""
     code = (
-        "import sys\nfrom data_prep import remote, retries, shard\n"
+        "import sys\nfrom data_prep import retries, shard\nfrom data_prep.reading import remote\n"
         "from i3dist.cli.program import one_line_errors\n"
         "remote._PART, retries._FIRST_PAUSE = 60_000, 0.01\n"
         "with one_line_errors(): shard.main(sys.argv[1:])"

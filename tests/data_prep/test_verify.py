@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import verification, verify
-from data_prep.page_header import has_checksum
-from data_prep.verification import Verification
+from data_prep import verify
+from data_prep.checks import verification
+from data_prep.checks.page_header import has_checksum
+from data_prep.checks.verification import Verification
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
 from tests.data_prep import fuzzing

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import row_filter
-from data_prep.files import file_source
+from data_prep.reading import row_filter
+from data_prep.reading.files import file_source
+from data_prep.reading.where import Where
 from data_prep.sources import Skip
-from data_prep.where import Where
 from i3dist.errors import UserError
 
 TABLE = pa.table(

@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 
-from data_prep import files
+from data_prep.reading import files
 from data_prep.shard import main
 from i3dist.errors import UserError
 from i3dist.files import write_whole
@@ -29,7 +29,8 @@ SEED = 20
 # The tool, but with a part for each file, small as these are, and packing shared out among workers.
 PROGRAM = """
 import sys
-from data_prep import files, ranges, shard
+from data_prep import ranges, shard
+from data_prep.reading import files
 from i3dist.cli.program import one_line_errors
 files._SMALLEST_PART = 4000
 ranges.RANGE_TOKENS, ranges.WORKER_TOKENS = 50_000, 1

@@ -22,7 +22,8 @@ OPTIONS = ["--chunk-length", "64", "--chunks-per-shard", "4", "--valid-fraction"
 STAND_IN = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from data_prep import files, ranges, shard
+from data_prep import ranges, shard
+from data_prep.reading import files
 from i3dist.cli.program import one_line_errors
 files._SMALLEST_PART, ranges.RANGE_TOKENS = 4000, 2000
 print("on", os.environ["SLURMD_NODENAME"], flush=True)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.header_check import HeaderCheck
-from data_prep.stream import Stream
+from data_prep.checks.header_check import HeaderCheck
+from data_prep.checks.stream import Stream
 from i3dist.data.archive import Headers
 from i3dist.data.manifest import TAR_BLOCK, member_stride
 from i3dist.data.token_types import Stored

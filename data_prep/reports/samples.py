@@ -5,10 +5,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.index_rows import Ints
-from data_prep.index_statistics import Statistics, scan
-from data_prep.lookup import SplitReader
-from data_prep.stream import Stream
+from data_prep.checks.index_rows import Ints
+from data_prep.checks.stream import Stream
+from data_prep.reports.index_statistics import Statistics, scan
+from data_prep.reports.lookup import SplitReader
 
 SAMPLED_SHARDS = 32
 EXAMPLES = 2  # of each length

@@ -16,8 +16,8 @@ from itertools import groupby
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from data_prep.files import grouped
-from data_prep.readers import (
+from data_prep.reading.files import grouped
+from data_prep.reading.readers import (
     JSON_LINES,
     PARQUET,
     SUFFIXES,
@@ -29,11 +29,11 @@ from data_prep.readers import (
     read_text_file,
     row_groups,
 )
+from data_prep.reading.row_filter import for_sample, no_columns
+from data_prep.reading.streams import PACKINGS, HashedFile, encoding_of
+from data_prep.reading.where import Where
 from data_prep.retries import retried, why
-from data_prep.row_filter import for_sample, no_columns
 from data_prep.sources import Part, Record, Source, clean_file_name
-from data_prep.streams import PACKINGS, HashedFile, encoding_of
-from data_prep.where import Where
 from i3dist.data.download import shown
 from i3dist.errors import UserError
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_prep.output import is_output
-from data_prep.readers import SUFFIXES
+from data_prep.reading.readers import SUFFIXES
 from data_prep.sources import NamedFile
 from i3dist.errors import UserError, printable
 

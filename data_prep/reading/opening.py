@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-from data_prep.files import file_source
 from data_prep.formats import FORMATS
-from data_prep.hub import source_at
-from data_prep.mixture import Weighted, mixed, split_weight
 from data_prep.output import OutputSettings
+from data_prep.reading.files import file_source
+from data_prep.reading.hub import source_at
+from data_prep.reading.mixture import Weighted, mixed, split_weight
+from data_prep.reading.validation import PairOfSources
 from data_prep.sources import SOURCES, TEXT, Source
-from data_prep.validation import PairOfSources
 from i3dist.cli.paths import is_url, typed_path
 from i3dist.errors import UserError
 

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_prep.damage import Damage, token_place
+from data_prep.checks.damage import Damage, token_place
+from data_prep.checks.stream import Stream
 from data_prep.pack import INDEX_NAME
-from data_prep.stream import Stream
 
 Ints = NDArray[np.int64]
 NUMBERS = ("document", "piece", "shard", "chunk", "offset", "length")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.block_check import BlockCheck, Findings, Ints
-from data_prep.chat_check import (
+from data_prep.checks.block_check import BlockCheck, Findings, Ints
+from data_prep.checks.chat_check import (
     WRONG_MASK,
     WRONG_ORDER,
     ChatEnds,
@@ -21,9 +21,9 @@ from data_prep.chat_check import (
     disorder,
     wrong_mask,
 )
-from data_prep.damage import MAKE_AGAIN, RESTORE, Damage, by_chunk, stretches, token_place
-from data_prep.index_rows import Rows, compare_rows, piece_ends
-from data_prep.stream import Stream
+from data_prep.checks.damage import MAKE_AGAIN, RESTORE, Damage, by_chunk, stretches, token_place
+from data_prep.checks.index_rows import Rows, compare_rows, piece_ends
+from data_prep.checks.stream import Stream
 from i3dist.data.manifest import Shard
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_prep.index_check import UNREADABLE
+from data_prep.checks.index_check import UNREADABLE
 from data_prep.pack import INDEX_NAME
 from i3dist.data.chat import transcript
 from i3dist.data.manifest import Manifest

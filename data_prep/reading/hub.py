@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from itertools import groupby
 
-from data_prep.readers import SUFFIXES, TEXT
-from data_prep.remote import RemoteFile, RemotePart, file_of, remote_parts, url_source
+from data_prep.reading.readers import SUFFIXES, TEXT
+from data_prep.reading.remote import RemoteFile, RemotePart, file_of, remote_parts, url_source
+from data_prep.reading.where import Where
 from data_prep.retries import is_final, retried, why
 from data_prep.sources import SOURCES, Part, Source
-from data_prep.where import Where
 from i3dist.errors import UserError
 
 DATASET = "HuggingFaceFW/fineweb-edu"

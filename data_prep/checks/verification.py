@@ -11,16 +11,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from data_prep.block_check import BlockCheck
-from data_prep.chat_check import ChatEnds, join
-from data_prep.damage import MAKE_AGAIN, Damage
-from data_prep.folder_check import FolderCheck
-from data_prep.index_check import IndexCheck, TextReport, check_texts, join_texts
-from data_prep.index_rows import Rows
+from data_prep.checks.block_check import BlockCheck
+from data_prep.checks.chat_check import ChatEnds, join
+from data_prep.checks.damage import MAKE_AGAIN, Damage
+from data_prep.checks.folder_check import FolderCheck
+from data_prep.checks.index_check import IndexCheck, TextReport, check_texts, join_texts
+from data_prep.checks.index_rows import Rows
+from data_prep.checks.shard_check import Ends, ShardReport, check_shard
+from data_prep.checks.stream import Stream
 from data_prep.pack import INDEX_NAME
-from data_prep.shard_check import Ends, ShardReport, check_shard
 from data_prep.store import Store
-from data_prep.stream import Stream
 from i3dist.data.manifest import MANIFEST_NAME, Manifest, Shard
 from i3dist.errors import UserError
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from data_prep.checks.stream import Stream
 from data_prep.dropped import rows
-from data_prep.index_statistics import HISTORY, Statistics, geometric, measure
-from data_prep.lookup import SplitReader
-from data_prep.samples import Example, ShardSample, examples, sample
-from data_prep.stream import Stream
+from data_prep.reports.index_statistics import HISTORY, Statistics, geometric, measure
+from data_prep.reports.lookup import SplitReader
+from data_prep.reports.samples import Example, ShardSample, examples, sample
 
 TOP_DOMAINS = 20
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 from data_prep.arguments import ALONE, TaskShare
 from data_prep.evidence import State
-from data_prep.joined import JoinedPart
+from data_prep.reading.joined import JoinedPart
+from data_prep.reading.validation import PairOfSources
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, NamedFile, Part, Share, Source
-from data_prep.validation import PairOfSources
 from i3dist.cli.paths import is_url
 from i3dist.data.manifest import SourceCounts
 from i3dist.errors import UserError

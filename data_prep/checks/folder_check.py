@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from data_prep.damage import Damage
+from data_prep.checks.damage import Damage
 from data_prep.output import (
     EVIDENCE_NAME,
     SETTINGS_NAME,

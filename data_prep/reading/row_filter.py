@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from data_prep.reading.where import Kept, Where
 from data_prep.sources import Record, Skip
-from data_prep.where import Kept, Where
 from i3dist.errors import UserError
 
 _ROWS, _ROWS_WITH_TEXT = 1024, 128

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
-from data_prep.line_ranges import LineRecord
-from data_prep.row_filter import kept_lines, kept_rows
+from data_prep.reading.line_ranges import LineRecord
+from data_prep.reading.row_filter import kept_lines, kept_rows
+from data_prep.reading.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
+from data_prep.reading.where import STRINGS, Where
 from data_prep.sources import Record, Skip, clean_file_name
-from data_prep.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
-from data_prep.where import STRINGS, Where
 from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
 

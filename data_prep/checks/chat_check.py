@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.stream import Stream
+from data_prep.checks.stream import Stream
 from i3dist.data.token_types import Stored
 
 Ints = NDArray[np.int64]

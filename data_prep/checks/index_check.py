@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.damage import Damage
-from data_prep.index_rows import NUMBERS, Ints, Rows, integers, row_damage
+from data_prep.checks.damage import Damage
+from data_prep.checks.index_rows import NUMBERS, Ints, Rows, integers, row_damage
+from data_prep.checks.page_header import has_checksum
+from data_prep.checks.stream import Stream
 from data_prep.pack import INDEX_NAME, INDEX_SCHEMA
-from data_prep.page_header import has_checksum
-from data_prep.stream import Stream
 
 ROWS_AT_A_TIME = 1 << 16
 # What pyarrow raises for a damaged file.

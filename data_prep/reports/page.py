@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from data_prep import charts
-from data_prep.figures import TOP_DOMAINS, Figures
-from data_prep.index_statistics import geometric
-from data_prep.samples import Example
+from data_prep.reports import charts
+from data_prep.reports.figures import TOP_DOMAINS, Figures
+from data_prep.reports.index_statistics import geometric
+from data_prep.reports.samples import Example
 from i3dist.cli.paths import as_unicode
 from i3dist.page.document import cell, document, quoted, table, tiles
 

@@ -19,8 +19,8 @@ from typing import Protocol, TypeVar
 from data_prep.arguments import ALONE, TaskShare
 from data_prep.evidence import Piece, State, state_of
 from data_prep.formats import FORMATS
-from data_prep.listing import Listing, named, walk
-from data_prep.readers import (
+from data_prep.reading.listing import Listing, named, walk
+from data_prep.reading.readers import (
     JSON_LINES,
     PARQUET,
     SUFFIXES,
@@ -32,7 +32,8 @@ from data_prep.readers import (
     spans_of,
     spans_or_error,
 )
-from data_prep.row_filter import for_sample, no_columns
+from data_prep.reading.row_filter import for_sample, no_columns
+from data_prep.reading.where import Where
 from data_prep.sources import (
     CHAT,
     SOURCES,
@@ -44,7 +45,6 @@ from data_prep.sources import (
     Source,
     clean_file_name,
 )
-from data_prep.where import Where
 from i3dist.errors import UserError
 
 STDLIB = "stdlib"

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_prep.index_check import ROWS_AT_A_TIME, open_index
-from data_prep.index_rows import NUMBERS, Ints, Rows
-from data_prep.stream import Stream
+from data_prep.checks.index_check import ROWS_AT_A_TIME, open_index
+from data_prep.checks.index_rows import NUMBERS, Ints, Rows
+from data_prep.checks.stream import Stream
 
 HISTORY = 8
 """Chunks of history that i3-4096ctx sees."""

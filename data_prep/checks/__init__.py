@@ -1,0 +1,1 @@
+"""Checks an output of shard.py: what verify.py does."""
