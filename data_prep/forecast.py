@@ -156,7 +156,7 @@ def measure(
     error = None
     if is_whole and len(looks) == len(parts):
         error = _LEAST_ERROR
-    elif is_whole and len(looks) > 1:
+    elif is_whole and len(looks) > 1 and tokens:
         error = _LEAST_ERROR + _error(found[:, 0], np.array(hits))
     return Sample(len(parts), tokens, kept, seconds, error, is_whole)
 
@@ -302,7 +302,12 @@ class Forecast:
 def _notes(sample: Sample, settings: OutputSettings) -> Iterator[str]:
     """What the estimate leaves out."""
     if not sample.is_whole:
-        yield "parts of the sample took too long to read: compressed or repeated text makes more"
+        yield (
+            "parts of the sample could not be read to their end in time: if their text is "
+            "compressed or repetitive, there are more tokens than this"
+        )
+    if not sample.tokens:
+        yield "none of the documents in the sample is kept"
     if settings.deduplicate:
         yield "duplicates are counted in: how many there are is not known beforehand"
     if sample.seconds is None and (settings.min_tokens or settings.max_tokens):

@@ -29,7 +29,7 @@ NUMBERS = (
     ("tokenizer-sample-mb", int, 1, 10_000, None, "train the tokenizer on N MB of the text"),
     ("workers", int, 1, 1024, CORES, "processes that tokenize"),
     ("chunk-length", int, 2, 1 << 16, 512, "tokens per chunk"),
-    ("chunks-per-shard", int, 1, 1_000_000, None, "fewer make more shards, which serve more lanes"),
+    ("chunks-per-shard", int, 1, 1_000_000, None, "fewer make more shards, for larger batches"),
     ("valid-fraction", float, 0.0, 0.9, None, "share of documents for validation; 0: no split"),
     ("seed", int, 0, (1 << 63) - 1, 0, "of the shuffle and the split"),
 )
@@ -182,7 +182,7 @@ def _add_steps(parser: ArgumentParser) -> None:
     group.add_argument(
         "--begin",
         action="store_true",
-        help="show what --dry-run shows, make the tokenizer, and stop",
+        help="show what --dry-run shows (for 64 MB or more), make the tokenizer, and stop",
     )
     group.add_argument(
         "--merge",

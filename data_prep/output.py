@@ -45,6 +45,8 @@ _LICENSES = ("license", "valid_license")
 _IF_USED = Field(exclude_if=lambda value: value is None)
 _LAYOUT = 2
 """Of the files in `.work`. An output that is complete serves whatever its layout was."""
+_LAYOUT_OF_DISTINCT = 3
+"""The same with `--deduplicate`, whose rules have changed once more."""
 
 
 class OutputSettings(Saved):
@@ -112,6 +114,11 @@ class OutputSettings(Saved):
                 return OTHER_CONTENT
             return _in_words(name.replace("_", "-"), value, theirs)
         return None
+
+
+def layout(deduplicate: bool | None) -> int:
+    """The layout of what this version writes into `.work`."""
+    return _LAYOUT_OF_DISTINCT if deduplicate else _LAYOUT
 
 
 def _in_words(name: str, value: object, theirs: object) -> str:
@@ -278,7 +285,9 @@ class Output:
     def has_old_runs(self) -> bool:
         """Whether an earlier version began the folder, whose runs this one cannot read."""
         former = self.settings()
-        return former is not None and former.layout != _LAYOUT and self.runs.exists()
+        if former is None or former.layout == layout(former.deduplicate):
+            return False
+        return self.runs.exists()
 
     def begin(
         self,

@@ -63,7 +63,7 @@ from data_prep.arguments import ALONE
 from data_prep.beginning import Beginning
 from data_prep.given_tokenizer import given_tokenizer
 from data_prep.options import add_options, check_choices
-from data_prep.output import Output, OutputSettings
+from data_prep.output import Output, OutputSettings, layout
 from data_prep.preparation import Preparation
 from data_prep.reading.hub import DATASET
 from data_prep.reading.opening import open_sources, typed_place, typed_source
@@ -165,6 +165,7 @@ def settings_of(
     sample_mb = former.tokenizer_sample_mb if former else DEFAULT_SAMPLE_MB
     validation = source.validation if isinstance(source, PairOfSources) else None
     return OutputSettings(
+        layout=layout(options.deduplicate),
         source=source.name,
         revision=source.revision if former and former.has_content_digest else source.outline,
         tokenizer=f"sha256 {given.sha256}" if given else "trained",

@@ -278,7 +278,7 @@ class ValidateSettings(Section):
     """Held-out loss, with and without history."""
 
     every: CountOrZero = 500
-    """Steps between validations, of which one is before the first step; 0 validates only after the
+    """Steps between validations, the first of which is before step 1; 0 validates only after the
     last step."""
     chunks: Count = 1024
     """Chunks of the fixed validation subset, rounded up to whole shards."""
@@ -315,10 +315,10 @@ class GuardSettings(Section):
     spike_steps: Count = 3
     """Skip so many spikes in a row at most; the next step is taken whatever its norm."""
     hang_seconds: Annotated[float, Field(ge=0, le=1e6)] | Auto = "auto"
-    """A step, wait for data, validation or save that takes longer ends the job within seconds, with
-    the stacks of every rank in the log and status 75, which asks to be started again; 0 waits for
-    ever. auto: ten times the longest that was seen of its kind, at least 60 for steps and 300 for
-    others; until a kind, or 50 steps, were seen, 1800."""
+    """A step, a validation, a save or waiting for data that takes longer ends the job within
+    seconds, with the stacks of every rank in the log and status 75, which asks to be started again;
+    0 waits for ever. auto: ten times the longest that was seen of its kind, at least 60 for steps
+    and 300 for others; until a kind, or 50 steps, were seen, 1800."""
     requeues: CountOrZero = 3
     """A job that its launcher starts again by itself stops after so many starts in a row that have
     made no new checkpoint; 0 never stops it."""

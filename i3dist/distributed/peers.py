@@ -179,7 +179,8 @@ class _First(Peers):
         now = time.monotonic()
         if now - self._passed_on >= PASS_ON_SECONDS:
             self._passed_on = now
-            self.on_wait(wait["seconds"], wait["what"])
+            with suppress(Exception):
+                self.on_wait(wait["seconds"], wait["what"])
             await self._send(wait)
 
     async def _await_all_of(self, host: str) -> None:
@@ -246,7 +247,8 @@ class _Other(Peers):
         said: Message = {}
         try:
             while (said := _read(self._words.readline())).get("says") == WAITS:
-                self.on_wait(said["seconds"], said["what"])
+                with suppress(Exception):
+                    self.on_wait(said["seconds"], said["what"])
         except OSError as error:
             self._silent = _is_silence(error)
         if self._closed or said == BYE:

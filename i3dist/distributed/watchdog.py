@@ -150,8 +150,8 @@ class Watchdog:
         """Stop watching. If a collective timed out first, the process ends all the same."""
         self.close()
         if error is not None and collectives.timed_out(error):
-            waited = f"rank {self._job.rank} has waited for another rank for as long as collectives"
-            again = "may (was the job suspended?), so the job ends, to be started again"
+            waited = f"rank {self._job.rank} waited for another until the collectives' time-out"
+            again = "(was the job suspended?), so the job ends, to be started again"
             self.end(f"error: {waited} {again}: {reason(error)}")
 
     def close(self) -> None:

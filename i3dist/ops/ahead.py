@@ -47,7 +47,8 @@ def compile_ahead(form: Callable[..., object], *inputs: Any) -> None:
 def wait_for(form: Callable[..., object]) -> None:
     """Wait until what was begun for `form` is done."""
     for key in [key for key in _begun if key[0] == form]:
-        _begun.pop(key).join()
+        if thread := _begun.pop(key, None):
+            thread.join()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor) -> Callable[..., object]:

@@ -49,7 +49,7 @@ class Notifier:
         """
         self._folder, self._active = folder, active
         self._first_end = threading.Lock()  # never released
-        self._tells_of_wait: threading.Thread | None = None
+        self.telling: threading.Thread | None = None  # of a wait
         self._told_of_wait = -math.inf  # when it last was
         self._begun = False  # whether the folder is this run's: another may have held it
         self._watcher: subprocess.Popen[bytes] | None = None
@@ -67,15 +67,17 @@ class Notifier:
         now = time.monotonic()
         if not self._active or min(seconds, now - self._told_of_wait) < DATA_WAIT_SECONDS:
             return
-        if self._tells_of_wait is not None and self._tells_of_wait.is_alive():
+        if self.telling is not None and self.telling.is_alive():
             return
         self._told_of_wait = now
         # In a thread, because a file system or a terminal that hangs would block the caller.
         thread = threading.Thread(target=self._tell_of_wait, args=(what,), daemon=True)
-        self._tells_of_wait = thread
+        self.telling = thread
         thread.start()
 
     def _tell_of_wait(self, what: str) -> None:
+        if self._first_end.locked():  # the last event is how the run ended
+            return
         with warned("events"):
             print(f"warning: {what}", file=sys.stderr, flush=True)
             line = {"event": DATA_WAIT, "host": socket.gethostname(), "reason": what}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from data_prep import beginning, forecast
+from data_prep.choice import Choice
 from data_prep.forecast import Forecast, Sample, measure
 from data_prep.options import CORES
 from data_prep.output import Output, OutputSettings
@@ -80,6 +81,8 @@ def test_limits_and_disk() -> None:
         found.check(Path("out"), 40 * 10**9, 9556)
     with pytest.raises(UserError, match="9,556 shards, more than 7,000: raise --chunks-per-shard"):
         found.check(Path("out"), 53 * 10**9, 7000)
+    vague = Forecast.of(Sample(1000, 10e9, 10e6, None, error=0.4), SETTINGS, 2)
+    vague.check(Path("out"), 33 * 10**9, 6000)  # nor does one that may be off by more
 
 
 class Unsized(Part):
@@ -108,7 +111,7 @@ def test_a_sample_ends_in_time(monkeypatch: pytest.MonkeyPatch, corpus: Any, bui
     made = sum(Manifest.load(built / split).tokens for split in ("train", "valid"))
     assert sample is not None and made / 4 < sample.tokens < made * 4
     assert sample.error is None and not sample.is_whole
-    assert "took too long to read" in Forecast.of(sample, SETTINGS, 1).notes[0]
+    assert "could not be read to their end" in Forecast.of(sample, SETTINGS, 1).notes[0]
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,9 @@ def test_an_estimate_tells_its_error(built: Path, weight: float) -> None:
     assert sample and sample.error and 0.04 < sample.error < 0.3
     assert abs(sample.tokens - made) < 0.02 * made
     assert f"(± {sample.error:.0%})" in Forecast.of(sample, SETTINGS, 1).lines(Path(), 0)[0]
+    none = measure(parts, tokenizer, choice=Choice(min_tokens=10**6))
+    assert none and (none.tokens, none.error) == (0, None)
+    assert "none of the documents" in Forecast.of(none, SETTINGS, 1).lines(Path(), 0)[-1]
     few = measure(parts[:3], tokenizer)  # of which all are read
     assert few and few.error == 0.02
 

@@ -48,17 +48,23 @@ def test_a_complete_output_of_the_former_layout_is_complete(
         build(texts, out, "--seed", 1)
 
 
+@pytest.mark.parametrize(("former", "options"), [(1, ()), (2, ("--deduplicate",))])
 def test_runs_of_the_former_layout_are_made_again(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    former: int,
+    options: tuple[str, ...],
 ) -> None:
     out = tmp_path / "out"
-    build(texts, tmp_path / "whole", "--vocab-size", 300)
-    stopped("data_prep.pack.write_shard", texts, out)
-    rewrite(out, layout=1)
+    build(texts, tmp_path / "whole", "--vocab-size", 300, *options)
+    stopped("data_prep.pack.write_shard", texts, out, *options)
+    rewrite(out, layout=former)
     for run in out.glob(".work/runs/*.arrow"):
         run.write_bytes(b"another layout")
     spilled = counting(monkeypatch)
-    build(texts, out, "--vocab-size", 300)
+    build(texts, out, "--vocab-size", 300, *options)
     assert spilled and "an earlier version began this folder" in capsys.readouterr().out
     assert tree_digest(out) == tree_digest(tmp_path / "whole")
 

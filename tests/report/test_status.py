@@ -146,6 +146,10 @@ def test_a_suspended_run_is_silent_at_once_and_one_that_waits_for_data_says_so(r
         assert (status.state, "rank 1 waits" in status.why) == ("training", True)
         write(run, METRICS, 501)
         assert "rank 1" not in read_status(run).why
+        write(run, EVENTS, 501, 150, event="wait", reason="rank 1 waits", host=os.uname().nodename)
+        (run / METRICS).write_text("")
+        os.utime(run / METRICS, (time.time() - 200,) * 2)
+        assert "rank 1" not in read_status(run).why  # not said again since
 
 
 def test_a_run_of_another_host_is_not_called_dead_for_a_lock_that_is_not_seen(run: Path) -> None:

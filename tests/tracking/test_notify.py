@@ -56,6 +56,27 @@ def test_each_event_is_told_with_the_step_and_the_reason(run: Path) -> None:
     assert events(run) == [(5, "start", ""), (9, "requeue", 'it\'s "SIGTERM"; $HOME\n')]
 
 
+def test_a_wait_is_told_after_a_minute_and_each_further_one_until_the_end(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notifier = Notifier(run, None)
+    notifier.start(5)
+
+    def wait(seconds: float, at: float) -> None:
+        monkeypatch.setattr(time, "monotonic", lambda: at)
+        notifier.waits(seconds, f"rank 1 waits for {seconds} s")
+        if notifier.telling:
+            notifier.telling.join()
+
+    for seconds in (59, 61, 100, 121):
+        wait(seconds, 1000.0 + seconds)
+    notifier.stop("failure", "gone")
+    wait(182, 1182.0)
+    told = [(event, reason) for _, event, reason in events(run)]
+    waits = [("wait", f"rank 1 waits for {seconds} s") for seconds in (61, 121)]
+    assert told == [("start", ""), *waits, ("failure", "gone")]
+
+
 def test_a_failure_before_the_run_began_leaves_the_folder_alone(run: Path) -> None:
     """Another process may hold it."""
     Notifier(run, COMMAND).stop("failure", "no data")
