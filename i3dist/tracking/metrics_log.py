@@ -13,7 +13,8 @@ from i3dist.errors import UserError
 # Names of a run's logs.
 METRICS, VALIDATION, DIAGNOSTICS = "metrics.jsonl", "validation.jsonl", "diagnostics.jsonl"
 SAMPLES = "samples.jsonl"  # texts of each validation
-STARTS = "starts.jsonl"  # a line for every time that the run was started
+# A line for every time that the run was started, and one more if the checkpoint was broken.
+STARTS = "starts.jsonl"
 EVENTS = "events.jsonl"  # when it began to train, waited for data for long, and how it ended
 
 

@@ -192,15 +192,21 @@ def prepare_compiler(
     Every rank calls this.
 
     Returns:
-        Where compiled code is kept, and what waits for the import. Until then the caller may import
-        nothing of torch's.
+        Where compiled code is kept, and what waits until the compiler can be used: every rank calls
+        it. Until then the caller may import nothing of torch's.
     """
     wanted = settings.train.compile
     if not (devices.uses_cuda() if wanted == "auto" else wanted):
         return None, None
     share_compile_workers(host.cores_of_rank(job))
-    cache = compile_cache.enter(settings, job)
-    return cache, import_aside(*COMPILER)
+    cache, await_unpacked = compile_cache.enter(settings, job)
+    await_imports = import_aside(*COMPILER)
+
+    def wait() -> None:
+        await_imports()
+        await_unpacked()
+
+    return cache, wait
 
 
 def build_model(start: Start, job: Job, corpus: Corpus) -> I3LM:

@@ -20,7 +20,7 @@ from i3dist.distributed.attempt import Attempt
 from i3dist.distributed.job import Job, host_name
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
-from i3dist.tracking.metrics_log import STARTS, read_lines
+from i3dist.tracking.metrics_log import STARTS, MetricsLog, read_lines
 from i3dist.training.continuing import fill, first_conflict, inherit_decided
 from i3dist.training.init_from import initial_weights
 
@@ -171,7 +171,8 @@ def verify_checkpoint(start: Start, job: Job) -> Callable[[], Start]:
     """Begin to read all of the checkpoint that the run continues from, in a thread.
 
     Every rank calls this, and what it returns, which waits for the thread. That gives where the run
-    starts: from an older checkpoint if this one is broken, on all ranks the same.
+    starts: from an older checkpoint if this one is broken, on all ranks the same; rank 0 then notes
+    the start once more, and has to have noted it.
 
     Raises:
         UserError: on every rank, from what is returned, if no checkpoint is whole.
@@ -183,11 +184,22 @@ def verify_checkpoint(start: Start, job: Job) -> Callable[[], Start]:
     def verified() -> Start:
         if verify.first_fault(found()) is None:
             return start
-        path = verify.newest_whole(start.settings.run.path / store.CHECKPOINTS, job)
+        run = start.settings.run.path
+        path = verify.newest_whole(run / store.CHECKPOINTS, job)
         assert path is not None
-        return replace(start, checkpoint=path, state=read_state(path))
+        older = replace(start, checkpoint=path, state=read_state(path))
+        collectives.on_rank_0(partial(_note_again, run, older))
+        return older
 
     return verified
+
+
+def _note_again(run: Path, start: Start) -> None:
+    """Note the last start once more with its true step, for `check_progress`."""
+    assert start.state is not None
+    for line in read_lines(run / STARTS)[-1:]:
+        facts = {name: value for name, value in line.items() if name not in ("step", "time")}
+        MetricsLog(run / STARTS).append(start.state.step, facts)
 
 
 def check_data(corpus: Corpus, on_damage: OnDamage, job: Job) -> None:

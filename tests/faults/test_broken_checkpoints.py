@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from i3dist.tracking.metrics_log import STARTS, read_lines
 from tests.conftest import QUICK, SAVING, deepspeed, error_line, losses, program, run_ranks
 from tests.faults.test_hostile import with_tensors, without
 
@@ -33,6 +34,7 @@ def test_the_newest_whole_one_is_taken_and_said(whole: Path, data: Path, tmp_pat
     assert "step-00000010 is refused: lanes-00000.safetensors has 100 of" in line
     assert line.endswith("step-00000005 is taken instead")
     assert "continued from step 5\n" in result.stdout
+    assert read_lines(run / STARTS)[-1]["step"] == 5, "by which requeues are counted"
     assert not list((run / "checkpoints").glob(".*")), "a killed run's leftovers are cleared"
     assert losses(run) == losses(whole)
     for name in ("model.safetensors", "checkpoints/step-00000012/optimizer-00001.safetensors"):
