@@ -31,7 +31,7 @@ from i3dist.model.state import LaneState
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-HASHED_AT_ONCE = 2**24  # bytes
+HASHED_AT_ONCE = 2**28  # bytes
 TOKENIZER = "tokenizer.json"  # missing in checkpoints of earlier versions
 # Names of tensors: a part of a parameter (kind, first element, parameter), where {} stands for
 # "weight" and the states of optimizers, and of a lane's state, where it stands for the names in
@@ -123,7 +123,7 @@ class FileDigest(Stored):
     @classmethod
     def of(cls, path: Path) -> "FileDigest":
         """Read a file and hash it."""
-        # In large parts: between two the thread may wait for a busy interpreter.
+        # In large parts: before each the thread waits for all others that want the interpreter.
         digest, part = hashlib.sha256(), memoryview(bytearray(HASHED_AT_ONCE))
         with path.open("rb", buffering=0) as file:
             while size := file.readinto(part):

@@ -2,7 +2,8 @@
 
 torch's compiler and Triton keep what they compiled in a folder of the host. After the first step
 rank 0 packs that folder into one archive beside the run; the next job unpacks it on each of its
-hosts before it compiles. Both compilers check by themselves whether an entry fits.
+hosts before it compiles, unless that host has made or unpacked it before. Both compilers check by
+themselves whether an entry fits.
 """
 
 import gzip
@@ -14,21 +15,24 @@ import stat
 import tarfile
 import tempfile
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
+from i3dist.aside import aside
 from i3dist.config import Settings
 from i3dist.distributed import collectives
 from i3dist.distributed.job import Job, host_name
 from i3dist.errors import warned
-from i3dist.files import written_aside
+from i3dist.files import PARTIAL, write_whole, written_aside
 
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 # Triton writes absolute paths into files of this name; in an archive they begin with ROOT.
 PATHS, ROOT = "__grp__", b"/i3dist-compiled"
 # Folders that nobody chose: torch's own, which it writes into the variable, `writable_caches`'.
 NOT_CHOSEN = ("torchinductor_", "triton-")
-UNFINISHED = ("tmp.", ".tmp", "lock")  # in names of files that are no entries
+UNFINISHED = ("tmp.", ".tmp", "lock", PARTIAL)  # in names of files that are no entries
+NOTE = "archive.txt"  # which archive the folder has all of, and its entries
 
 
 class CompileCache:
@@ -44,14 +48,18 @@ class CompileCache:
         """Files of the folder, relative to it."""
         found = (path for path in self.folder.rglob("*") if path.is_file())
         kept = (path for path in found if not any(part in path.name for part in UNFINISHED))
-        return {path.relative_to(self.folder) for path in kept}
+        return {path.relative_to(self.folder) for path in kept} - {Path(NOTE)}
 
     def unpack(self) -> None:
-        """Add what the archive holds to the folder; what is there stays.
+        """Add what the archive holds to the folder, unless that was done; what is there stays.
 
         Raises:
             Exception: of many kinds, if it is damaged; then nothing was added.
         """
+        identity = _identity(self.archive)
+        if (noted := self._noted(identity)) is not None:
+            self._unpacked = noted
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         here = self.entries()
         with tempfile.TemporaryDirectory(dir=self.folder.parent) as name:
@@ -69,7 +77,7 @@ class CompileCache:
                 target = self.folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 made.replace(target)
-        self._unpacked = {Path(one.name) for one in members}
+        self._note(identity, (Path(one.name) for one in members))
 
     def pack(self) -> None:
         """Write the archive, unless it has every entry of the folder already."""
@@ -77,18 +85,31 @@ class CompileCache:
         if entries <= self._unpacked and self.archive.exists():
             return
         self.archive.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            written_aside(self.archive) as partial,
-            tarfile.open(partial, "w:gz", compresslevel=1) as archive,
-        ):
-            for path in sorted(entries):
-                content = (self.folder / path).read_bytes()
-                if path.name.startswith(PATHS):
-                    content = content.replace(bytes(self.folder), ROOT)
-                member = tarfile.TarInfo(str(path))
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-        self._unpacked = entries
+        with written_aside(self.archive) as partial:
+            with tarfile.open(partial, "w:gz", compresslevel=1) as archive:
+                for path in sorted(entries):
+                    content = (self.folder / path).read_bytes()
+                    if path.name.startswith(PATHS):
+                        content = content.replace(bytes(self.folder), ROOT)
+                    member = tarfile.TarInfo(str(path))
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+            identity = _identity(partial)
+        self._note(identity, entries)
+
+    def _note(self, identity: str, names: Iterable[Path]) -> None:
+        """Note that the folder has these entries, which are all of the archive."""
+        self._unpacked = set(names)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [identity, *sorted(map(str, self._unpacked))]
+        write_whole(self.folder / NOTE, "\n".join(lines).encode())
+
+    def _noted(self, identity: str) -> set[Path] | None:
+        """The entries of this archive, if the folder has them all; None if that is not known."""
+        with suppress(OSError, UnicodeError):
+            whose, *names = (self.folder / NOTE).read_text("utf-8").split("\n")
+            return set(map(Path, names)) if whose == identity else None
+        return None
 
     def save(self) -> None:
         """`pack` in a thread; a failure is a warning."""
@@ -108,18 +129,35 @@ class CompileCache:
 
 def enter(
     settings: Settings, job: Job, environ: MutableMapping[str, str] = os.environ
-) -> CompileCache | None:
-    """Let compilers use a folder for code of this model, with what an earlier job compiled in it.
+) -> tuple[CompileCache | None, Callable[[], None]]:
+    """Let compilers use a folder for code of this model, and begin to unpack into it.
 
-    Every rank calls this, before it compiles. None if the user chose folders by the compilers' own
-    variables, or if the folder cannot be this user's alone, as others could place code in it.
+    Every rank calls this, and what it returns before it compiles.
+
+    Returns:
+        The folder, or None if the user chose folders by the compilers' own variables, or if it
+        cannot be this user's alone, as others could place code in it; and what waits until it has
+        what an earlier job compiled.
     """
     cache = _of_this_host(settings, job, environ)
-    if cache is not None and job.local_rank == 0 and cache.archive.exists():
-        with warned(f"{cache.archive} cannot be used, so the model is compiled anew"):
-            cache.unpack()
-    collectives.barrier()  # also where this host has no folder, because others wait in it
-    return cache
+
+    def unpack() -> None:
+        if cache is not None and job.local_rank == 0 and cache.archive.exists():
+            with warned(f"{cache.archive} cannot be used, so the model is compiled anew"):
+                cache.unpack()
+
+    unpacked = aside(unpack, "compile cache")
+
+    def wait() -> None:
+        unpacked()
+        collectives.barrier()  # also where this host has no folder, because others wait in it
+
+    return cache, wait
+
+
+def _identity(archive: Path) -> str:
+    status = archive.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _of_this_host(

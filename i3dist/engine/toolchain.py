@@ -11,6 +11,7 @@ from pathlib import Path
 
 COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")  # 1,400 modules: seconds
 MOST_COMPILE_WORKERS = 32  # torch's own limit
+TURN_SECONDS = 0.0005  # of a thread, while another wants the interpreter; by default 5 ms
 
 
 @contextmanager
@@ -32,6 +33,8 @@ def absent(module: str) -> Iterator[None]:
 def import_aside(*modules: str) -> Callable[[], None]:
     """Import modules in a thread, while the caller waits for files or fills tensors.
 
+    Threads take shorter turns meanwhile: the caller wants one after each of its many small calls.
+
     Returns:
         What waits until they are imported, and raises what went wrong. Until then the caller must
         import none of them, nor what imports them: Python resolves a deadlock of imports by handing
@@ -39,8 +42,13 @@ def import_aside(*modules: str) -> Callable[[], None]:
     """
 
     def import_all() -> None:
-        for module in modules:
-            importlib.import_module(module)
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(TURN_SECONDS)
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        finally:
+            sys.setswitchinterval(before)
 
     return ThreadPoolExecutor(1, "imports").submit(import_all).result
 

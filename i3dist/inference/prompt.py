@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from i3dist.config import ModelSettings
 from i3dist.inference.forward import WINDOW, document_depth
 from i3dist.model.block import LayerState
+from i3dist.model.layers import Channels
 from i3dist.model.lm import I3LM
 from i3dist.model.segments import (
     causal_mask,
@@ -24,6 +26,7 @@ from i3dist.model.segments import (
 )
 from i3dist.model.state import LaneState, unstack_states
 from i3dist.ops.attention import KeysValues, attention_bias
+from i3dist.ops.wkv import compile_wkv
 
 
 class Prompt(NamedTuple):
@@ -36,6 +39,19 @@ class Prompt(NamedTuple):
     depth: int  # chunks before the last that belong to the document it continues
     segments: Tensor  # [t], of the last chunk
     logits: Tensor  # [V] fp32, after the last token
+
+
+def compile_ahead(settings: ModelSettings, tokens: int, device: torch.device) -> None:
+    """Begin to compile what `read_prompt` calls, while weights are read; on a GPU.
+
+    Args:
+        settings: of the model, whose weights will most likely be bf16.
+        tokens: L.
+        device: where it will be.
+    """
+    if device.type == "cuda":
+        length, width = min(tokens, settings.chunk_length), Channels(settings.d_model).computed
+        compile_wkv(length, width, torch.bfloat16, device)
 
 
 @torch.no_grad()

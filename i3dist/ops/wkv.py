@@ -8,6 +8,7 @@ graph break here.
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,7 @@ from i3dist.ops.checks import check_dtypes, check_shapes, is_plain
 from i3dist.ops.precision import compute_dtype
 from i3dist.ops.wkv_naive import Gradients, WkvInputs, WkvSaved, empty_state
 
-__all__ = ["WkvInputs", "empty_state", "wkv"]
+__all__ = ["WkvInputs", "compile_wkv", "empty_state", "wkv"]
 
 
 def wkv(inputs: WkvInputs) -> tuple[Tensor, Tensor]:
@@ -41,8 +42,20 @@ def wkv(inputs: WkvInputs) -> tuple[Tensor, Tensor]:
     inputs = WkvInputs(decay, bonus, k, v, restart, state, receptance)
     _check(inputs)
     # As an operator of PyTorch's, the first call would load PyTorch's compiler: seconds.
-    y, final, _ = _form(k.device.type).forward(inputs) if is_plain() else _wkv(*inputs)
+    y, final, _ = _forward(inputs) if is_plain() else _wkv(*inputs)
     return y, final
+
+
+def compile_wkv(length: int, channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Begin to compile what gated `wkv` of `length` tokens launches, if `device` is a GPU.
+
+    It is the slowest kernel of reading a prompt, and can be compiled while weights are read.
+    """
+    x = torch.empty(1, length, channels, dtype=dtype, device=device)
+    curve = torch.empty(channels, device=device)
+    restart = torch.empty(1, length, dtype=torch.bool, device=device)
+    state = torch.empty(1, 3, channels, dtype=compute_dtype(x), device=device)
+    compile_ahead(_form(x.device.type).forward, WkvInputs(curve, curve, x, x, restart, state, x))
 
 
 def _check(inputs: WkvInputs) -> None:
@@ -82,10 +95,14 @@ _READ = "Tensor decay, Tensor bonus, Tensor k, Tensor v, Tensor restart"
 )
 def _wkv(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y, final state, and the state that enters each block of tokens [B, N, 3, C]."""
-    given = WkvInputs(*inputs)
-    form = _form(given.k.device.type).forward
+    return _forward(WkvInputs(*inputs))
+
+
+def _forward(inputs: WkvInputs) -> tuple[Tensor, Tensor, Tensor]:
+    form: Callable[[WkvInputs], tuple[Tensor, Tensor, Tensor]]
+    form = _form(inputs.k.device.type).forward
     wait_for(form)
-    return form(given)
+    return form(inputs)
 
 
 @torch.library.custom_op(

@@ -7,12 +7,13 @@ stays constant however long it runs.
 import argparse
 import sys
 
-from i3dist.checkpoint.weights import add_model_arguments, load_run
+from i3dist.checkpoint.weights import SavedModel, add_model_arguments
 from i3dist.cli import streams
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.distributed import devices
 from i3dist.errors import UserError
 from i3dist.inference.generate import generate
+from i3dist.inference.prompt import compile_ahead
 from i3dist.programs.sampling import add_sampling_arguments, sampling_of
 
 
@@ -56,7 +57,10 @@ def main() -> None:
     sampling = sampling_of(arguments)
     streams.require_output()
     prompt = read_prompt(arguments.prompt)
-    model, _, tokenizer = load_run(arguments.checkpoint, devices.pick_device(arguments.device))
+    saved, device = SavedModel.find(arguments.checkpoint), devices.pick_device(arguments.device)
+    tokenizer = saved.tokenizer
+    compile_ahead(saved.settings.model, 1 + len(tokenizer.encode(prompt)), device)
+    model = saved.as_model(device, None)
     sys.stdout.write(prompt)
     for text in generate(
         model, tokenizer, prompt, arguments.tokens, sampling, arguments.seed, arguments.ignore_eos

@@ -155,13 +155,14 @@ def build(
         times.end("imports of the compiler")
     engine = setup.build(model, engine_config, settings.optimizer, settings.train)
     times.end("engine")
+    start = await_verified()  # before the run's folder is touched
+    times.end("checks")
     tracker = begin_record(start, job, corpus, arguments.verbose)
     times.end("run's folder, MLflow")
     with recorded(tracker, peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, cache)
         trainer.watchdog.on_end = partial(let_go, peers, notifier)
         tell_of_waits(trainer.watchdog, peers, notifier)
-        start = await_verified()
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
             times.end("checkpoint")
@@ -192,15 +193,21 @@ def prepare_compiler(
     Every rank calls this.
 
     Returns:
-        Where compiled code is kept, and what waits for the import. Until then the caller may import
-        nothing of torch's.
+        Where compiled code is kept, and what waits until the compiler can be used: every rank calls
+        it. Until then the caller may import nothing of torch's.
     """
     wanted = settings.train.compile
     if not (devices.uses_cuda() if wanted == "auto" else wanted):
         return None, None
     share_compile_workers(host.cores_of_rank(job))
-    cache = compile_cache.enter(settings, job)
-    return cache, import_aside(*COMPILER)
+    cache, await_unpacked = compile_cache.enter(settings, job)
+    await_imports = import_aside(*COMPILER)
+
+    def wait() -> None:
+        await_imports()
+        await_unpacked()
+
+    return cache, wait
 
 
 def build_model(start: Start, job: Job, corpus: Corpus) -> I3LM:

@@ -66,6 +66,25 @@ def test_only_new_code_is_packed_again_and_what_is_there_stays(
     assert third.entries() == {CODE, GROUP, Path("inductor/new")}
 
 
+def test_an_archive_that_a_host_has_made_or_unpacked_is_not_read_again(
+    packed: Path, tmp_path: Path
+) -> None:
+    """Until another takes its place."""
+    CompileCache(packed, tmp_path / "other" / "key").unpack()
+    status = packed.stat()
+    packed.write_bytes(bytes(status.st_size))
+    os.utime(packed, ns=(status.st_atime_ns, status.st_mtime_ns))
+    caches = [CompileCache(packed, tmp_path / name / "key") for name in ("one", "other")]
+    for cache in caches:
+        cache.unpack()
+        cache.pack()
+    assert packed.stat().st_ino == status.st_ino, "it has all that they have"
+    packed.touch()
+    for cache in caches:
+        with pytest.raises(OSError, match="gzip"):
+            cache.unpack()
+
+
 def test_many_may_unpack_into_one_folder_at_once(packed: Path, tmp_path: Path) -> None:
     caches = [CompileCache(packed, tmp_path / "other" / "key") for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -77,7 +96,9 @@ def enter(run: Path, environ: dict[str, str]) -> CompileCache | None:
     """A rank waits for the others whatever its host has, as theirs may have something else."""
     settings, meet = Settings().with_values(**{"run.path": run}), mock.Mock()
     with mock.patch.object(compile_cache.collectives, "barrier", meet):
-        cache = compile_cache.enter(settings, Job.detect({}), environ)
+        cache, wait = compile_cache.enter(settings, Job.detect({}), environ)
+        meet.assert_not_called()
+        wait()
     meet.assert_called_once_with()
     return cache
 

@@ -44,14 +44,17 @@ def test_modules_are_imported_aside_and_their_errors_are_not_lost(
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     reader, writer = os.pipe()
-    (tmp_path / "aside_waits.py").write_text(f"import os; os.read({reader}, 1)")
+    turn = "import os, sys; turn = sys.getswitchinterval()"
+    (tmp_path / "aside_waits.py").write_text(f"{turn}; os.read({reader}, 1)")
     (tmp_path / "aside_fails.py").write_text("raise ValueError('of the module')")
     wait = toolchain.import_aside("aside_waits")
     os.write(writer, b".")  # only now can the module be imported
     wait()
-    assert "aside_waits" in sys.modules
+    usual = sys.getswitchinterval()
+    assert sys.modules["aside_waits"].turn == pytest.approx(usual / 10)
     with pytest.raises(ValueError, match="of the module"):
         toolchain.import_aside("aside_fails")()
+    assert sys.getswitchinterval() == usual
     os.close(reader), os.close(writer)
 
 

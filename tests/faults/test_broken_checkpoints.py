@@ -1,6 +1,5 @@
 """Two ranks meet broken checkpoints and a full disk. About 30 s, with the undisturbed run."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from i3dist.tracking.metrics_log import STARTS, read_lines
 from tests.conftest import QUICK, SAVING, deepspeed, error_line, losses, program, run_ranks
 from tests.faults.test_hostile import with_tensors, without
 
@@ -33,6 +33,7 @@ def test_the_newest_whole_one_is_taken_and_said(whole: Path, data: Path, tmp_pat
     assert "step-00000010 is refused: lanes-00000.safetensors has 100 of" in line
     assert line.endswith("step-00000005 is taken instead")
     assert "continued from step 5\n" in result.stdout
+    assert read_lines(run / STARTS)[-1]["step"] == 5, "by which requeues are counted"
     assert not list((run / "checkpoints").glob(".*")), "a killed run's leftovers are cleared"
     assert losses(run) == losses(whole)
     for name in ("model.safetensors", "checkpoints/step-00000012/optimizer-00001.safetensors"):
@@ -45,9 +46,11 @@ def test_no_whole_checkpoint_is_one_line(whole: Path, data: Path, tmp_path: Path
     for path in (run / "checkpoints").glob("step-*"):
         flip(path / "optimizer-00000.safetensors")
     words = [*QUICK, *SAVING, f"data.path={data}", f"run.path={run}"]
-    line = error_line(program("launch/train.py", *words))
+    files = [path for path in run.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    line = error_line(program("launch/train.py", *words, "train.steps=20"))
     assert "no whole one is left" in line and "--fresh" in line
-    assert json.loads((run / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_missing_tensor_is_one_line(whole: Path, data: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from i3dist.ops import ahead
+from i3dist.ops import wkv as wkv_module
+from i3dist.ops.wkv import WkvInputs, compile_wkv, wkv
 
 
 class Inputs(NamedTuple):
@@ -56,3 +58,26 @@ def test_what_goes_wrong_is_left_to_the_call() -> None:
 
     ahead.compile_ahead(form, traced(2))
     ahead.wait_for(form)
+
+
+def test_a_prompt_waits_for_the_kernel_that_was_begun_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on, called = threading.Event(), []
+
+    class Form:
+        @staticmethod
+        def forward(inputs: WkvInputs) -> tuple[Tensor, Tensor | None, None]:
+            assert not inputs.k.is_meta or go_on.wait(10)
+            called.append((inputs.k.is_meta, [part.shape for part in inputs if part is not None]))
+            return inputs.k, inputs.state, None
+
+    monkeypatch.setattr(wkv_module, "_form", lambda kind: Form)
+    with FakeTensorMode():
+        compile_wkv(5, 16, torch.bfloat16, torch.device("cuda"))
+    threading.Timer(0.2, go_on.set).start()
+    k, curve = torch.zeros(1, 5, 16), torch.zeros(16)
+    with torch.no_grad():
+        wkv(WkvInputs(curve, curve, k, k, torch.zeros(1, 5, dtype=torch.bool), None, k))
+    (ahead_of, shapes), (itself, same) = called
+    assert ahead_of and not itself and shapes == same
