@@ -126,6 +126,13 @@ def test_data_are_made_with_it(
     texts = {text for *_, text in read_documents(tmp_path / "out" / "train", ours)}
     assert texts <= {f"{HARD} {number}" for number in range(9)} and len(texts) > 3
     verify([str(tmp_path / "out")])
+    settings = tmp_path / "out" / "shard.json"
+    settings.write_text(
+        settings.read_text().replace(f"sha256 {ours.sha256[:8]}", "sha256 01234567")
+    )
+    with pytest.raises(UserError, match="2 damages"):
+        verify([str(tmp_path / "out")])
+    assert "key tokenizer_sha256: says" in capsys.readouterr().out
 
 
 def test_a_whole_tokenizer_stays_as_it_is(tmp_path: Path) -> None:
