@@ -16,6 +16,9 @@ from i3dist.data.tokenizer import SPECIAL_TOKENS, Tokenizer, read_file
 from i3dist.errors import UserError
 
 FILE_NAME = "tokenizer.json"
+_PROBES = ("A cafe\u0301", " A\n\n", "\ufb01  \u212b ``A'' 1")
+"""Texts in which a tokenizer that changes texts is likely to change something."""
+
 _ON_HUB = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 
 
@@ -45,6 +48,17 @@ def given_tokenizer(place: str | Path) -> tuple[Tokenizer, tuple[str, ...]]:
         path /= FILE_NAME
     data, added = completed(read_file(path))
     return Tokenizer(data, path), added
+
+
+def changed_text(tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """A text, and the other one that its ids stand for, of a tokenizer that changes texts.
+
+    It may normalize them, as those of Qwen do, or put a space before them.
+    """
+    for text in _PROBES:
+        if (other := tokenizer.decode(tokenizer.encode(text))) != text:
+            return text, other
+    return None
 
 
 def completed(data: bytes) -> tuple[bytes, tuple[str, ...]]:

@@ -115,6 +115,7 @@ def _add_choices(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("choosing documents (by default all are kept)")
     group.add_argument(
         "--where",
+        type=_condition,
         metavar="CONDITION",
         help="keep only rows of parquet or jsonl for which this is true, in the SQL of DuckDB; for "
         "example \"int_score >= 3 and language = 'en'\"",
@@ -162,6 +163,12 @@ def check_choices(options: argparse.Namespace) -> None:
         raise UserError("--valid and --valid-fraction exclude each other: omit one")
     if options.valid_fraction is None:
         options.valid_fraction = 0.0 if options.valid else VALID_FRACTION
+
+
+def _condition(text: str) -> str:
+    if not text.strip():  # an unset variable of a script, and all documents would be kept
+        raise argparse.ArgumentTypeError("it is empty: omit it to keep all documents")
+    return text
 
 
 def _column(text: str) -> str:

@@ -1,7 +1,9 @@
 """Does work on a network again until it succeeds, with growing pauses."""
 
+import multiprocessing
 import random
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,6 +17,9 @@ PATIENCE_SECONDS = 300.0
 """How long work may fail without a success."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_TOLD_PAUSE = 4.0
+"""The pause before which a person is told: after about three seconds without a success."""
+
 _FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
 
 
@@ -27,6 +32,7 @@ def retried(work: Callable[[], Result], place: str, doing: str = "read") -> Resu
     """
     start = time.monotonic()
     pause = _FIRST_PAUSE
+    in_main = multiprocessing.parent_process() is None  # workers would all say the same
     while True:
         try:
             return work()
@@ -41,18 +47,25 @@ def retried(work: Callable[[], Result], place: str, doing: str = "read") -> Resu
                     f"cannot {doing} {place} ({why(error)}; tried for {tried:.0f} s): run the same "
                     "command again when it can be reached, and it continues"
                 ) from None
+            if in_main and pause == _TOLD_PAUSE:
+                again = f"trying again for up to {PATIENCE_SECONDS:.0f} s"
+                print(f"cannot {doing} {place} ({why(error)}): {again}", file=sys.stderr)
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def is_final(error: BaseException) -> bool:
     """Whether trying again is of no use."""
-    # fsspec says that a file is not there for whatever went wrong; the cause tells what did.
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    cause = _cause(error)
     status = _status(cause)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in TEMPORARY
     return isinstance(cause, _FINAL) or "Credentials" in type(cause).__name__
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong: fsspec says of whatever it is that a file is not there."""
+    return error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
 
 
 def _status(error: BaseException) -> object:
@@ -65,5 +78,6 @@ def _status(error: BaseException) -> object:
 
 def why(error: BaseException) -> str:
     """An error of a library in a few words, without the passwords that its URLs may hold."""
+    error = _cause(error)
     text = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
     return re.sub(r"\S+://\S+", lambda url: shown(url[0]), text)[:200]

@@ -61,7 +61,7 @@ from rich.console import Console
 
 from data_prep.arguments import ALONE
 from data_prep.beginning import Beginning
-from data_prep.given_tokenizer import given_tokenizer
+from data_prep.given_tokenizer import changed_text, given_tokenizer
 from data_prep.options import add_options, check_choices
 from data_prep.output import Output, OutputSettings, layout
 from data_prep.preparation import Preparation
@@ -91,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_vocabulary(given, options.vocab_size)
         if added:
             print(clean_file_name(f"added to {given.path}: {' '.join(added)}"))
+        if changed := changed_text(given):
+            before, after = map(ascii, changed)
+            print(clean_file_name(f"{given.path} changes text: {before} becomes {after}"))
     former = output.settings()
     source = open_sources(options, former)
     settings = settings_of(options, source, given, former)

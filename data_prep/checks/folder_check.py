@@ -125,6 +125,9 @@ class FolderCheck:
             wanted.append(("source", self.settings.source_of(split), SETTINGS_NAME))
             for name in ("seed", "chunk_length", "chunks_per_shard"):
                 wanted.append((name, getattr(self.settings, name), SETTINGS_NAME))
+        if self.settings and self.settings.tokenizer.startswith("sha256 "):
+            given = self.settings.tokenizer.removeprefix("sha256 ")
+            wanted.append(("tokenizer_sha256", given, SETTINGS_NAME))
         if self.tokenizer and self.settings:
             kind = self.settings.token_type(self.tokenizer.vocab_size)
             wanted.append(("dtype", kind.name, f"{SETTINGS_NAME} and {TOKENIZER_NAME}"))

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.checks.bounds import Bounds
 from data_prep.checks.damage import Damage
 from data_prep.checks.index_rows import NUMBERS, Ints, Rows, integers, row_damage
 from data_prep.checks.page_header import has_checksum
@@ -160,20 +161,24 @@ class TextReport(NamedTuple):
 
 
 def check_texts(stream: Stream, group: int) -> TextReport:
-    """Check ids and URLs of a row group: present, UTF-8, and alike in all pieces of a document."""
+    """Check ids and URLs of a row group: present, UTF-8, and alike in all pieces of a document.
+
+    The bounds that the row group states for its columns are checked as well.
+    """
     damages: list[Damage] = []
     first = last = None
     start = 0
     try:
         file = open_index(stream.folder)
         start = row = sum(file.metadata.row_group(g).num_rows for g in range(group))
-        columns = ["piece", *TEXTS]
-        for batch in file.iter_batches(ROWS_AT_A_TIME, [group], columns, use_threads=False):
+        bounds = Bounds()
+        for batch in file.iter_batches(ROWS_AT_A_TIME, [group], use_threads=False):
             try:
                 batch.validate(full=True)
             except UNREADABLE as error:
                 damages.append(unreadable(stream, error, f"rows from {row}"))
                 break
+            bounds.add(batch)
             damages.extend(_text_damages(stream, row, batch))
             if len(batch):
                 ends = [_texts_of(batch, at) for at in (0, len(batch) - 1)]
@@ -181,6 +186,9 @@ def check_texts(stream: Stream, group: int) -> TextReport:
                     damages.extend(join_texts(stream, row, last, ends[0]))
                 first, last = first or ends[0], ends[1]
             row += len(batch)
+        for name in bounds.contradicted(file.metadata.row_group(group)):
+            problem = f"states a least and a largest {name} that are not those of its rows"
+            damages.append(Damage(stream.file(INDEX_NAME), f"row group {group}", problem))
     except UNREADABLE as error:
         damages.append(unreadable(stream, error, f"row group {group}"))
     return TextReport(damages, start, first, last)

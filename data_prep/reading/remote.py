@@ -287,7 +287,7 @@ def url_source(url: str) -> RemoteSource:
     Raises:
         UserError: there is no such file, nothing there is a file of text, or it cannot be asked.
     """
-    filesystem, path = _filesystem(url)
+    filesystem, path = retried(lambda: _filesystem(url), shown(url))  # ftp connects here
     root, found = retried(lambda: _listed(filesystem, path), shown(url))
     names = {info["name"]: _name_below(root, info["name"]) for info in found}
     wanted = [info for info in found if _is_source(names[info["name"]])]

@@ -90,7 +90,9 @@ class Where:
         Raises:
             UserError: it does not fit them; the line names the columns that there are.
         """
-        if problem := _problem(self, schema):
+        twice = [name for name in self.columns(schema.names) if schema.names.count(name) > 1]
+        problem = f"there are several columns {twice[0]}" if twice else _problem(self, schema)
+        if problem:
             raise self._misfit(problem, schema.names, place)
 
     def for_lines(self, rows: Sequence[Mapping[str, Any]], place: object) -> "Where":

@@ -301,6 +301,7 @@ def test_options_that_contradict_each_other_are_refused(options: list[str], mess
     [
         (["--where", "score > 9"], r"in has no usable document \(it holds 300 excluded by --where"),
         (["--max-tokens", 1], r"299 above --max-tokens, 1 null\): .*, or choose less strictly"),
+        (["--where", " "], "argument --where: it is empty"),
         (["--where", "nothing > 9"], "there is no column nothing; .* has the columns id, text, sc"),
         (["--source", "stdlib", "--where", "text = ''"], "--where needs rows with columns"),
         (["--valid", "{held}", "--where", "score > 9"], "no usable document"),

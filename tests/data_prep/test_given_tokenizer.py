@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as HFTokenizer
 
-from data_prep.given_tokenizer import completed, given_tokenizer, typed_tokenizer
+from data_prep.given_tokenizer import changed_text, completed, given_tokenizer, typed_tokenizer
 from data_prep.tokenizer import train_tokenizer
 from data_prep.verify import main as verify
 from i3dist.data.manifest import Manifest
@@ -88,6 +97,16 @@ def test_ids_stay_and_special_tokens_come_behind(tmp_path: Path, kind: str) -> N
     written = {token["content"]: token["id"] for token in json.loads(ours.data)["added_tokens"]}
     assert ours.special_ids.items() <= written.items()
     assert completed(ours.data) == (ours.data, ())
+    assert changed_text(ours) is None
+
+
+@pytest.mark.parametrize("normalizer", ["NFC", "NFKC", "Lowercase", "StripAccents", "Strip"])
+def test_one_that_changes_text_is_noticed(normalizer: str) -> None:
+    theirs = gpt2()
+    theirs.normalizer = getattr(normalizers, normalizer)()
+    ours = Tokenizer(completed(theirs.to_str().encode())[0], Path("x"))
+    changed = changed_text(ours)
+    assert changed and changed[1] == ours.decode(ours.encode(changed[0])) != changed[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,6 +126,13 @@ def test_data_are_made_with_it(
     texts = {text for *_, text in read_documents(tmp_path / "out" / "train", ours)}
     assert texts <= {f"{HARD} {number}" for number in range(9)} and len(texts) > 3
     verify([str(tmp_path / "out")])
+    settings = tmp_path / "out" / "shard.json"
+    settings.write_text(
+        settings.read_text().replace(f"sha256 {ours.sha256[:8]}", "sha256 01234567")
+    )
+    with pytest.raises(UserError, match="2 damages"):
+        verify([str(tmp_path / "out")])
+    assert "key tokenizer_sha256: says" in capsys.readouterr().out
 
 
 def test_a_whole_tokenizer_stays_as_it_is(tmp_path: Path) -> None:

@@ -290,10 +290,15 @@ def test_a_server_that_stays_away_is_one_line_and_the_run_goes_on_later(
     assert 0 < len(spilled) < len(url_source(url).parts())
 
 
-def test_a_server_that_is_not_there_at_first_is_waited_for(server: Behavior) -> None:
+def test_a_server_that_is_not_there_at_first_is_waited_for(
+    server: Behavior, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """fsspec says then that the file is not there."""
+    monkeypatch.setattr(retries, "_TOLD_PAUSE", retries._FIRST_PAUSE)
     server.busy_until = time.monotonic() + 1.0
     assert len(records(url_source(f"{server.url}/plain/data/0.parquet"))) == ROWS
+    said = capsys.readouterr().err
+    assert re.search(r"0\.parquet \(.* 503.*: trying again for up to \d+ s\n$", said), said
 
 
 def test_a_silent_server_is_asked_again(server: Behavior, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +312,7 @@ def test_a_silent_server_is_asked_again(server: Behavior, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("URL/plain/data/9.parquet", r"9\.parquet: FileNotFoundError.*; check the URL"),
+        ("URL/plain/data/9.parquet", r"9\.parquet: ClientResponseError: 404.*; check the URL"),
         ("URL/plain/data/notes.md", r"nothing at .*ends in \.parquet"),
         ("memory://no/such/folder", r"nothing at memory://no/such/folder ends in"),
         ("xyz://a/b.parquet", r"cannot open --source xyz://a/b\.parquet: .*xyz.*copy the files"),

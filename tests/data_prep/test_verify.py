@@ -98,6 +98,16 @@ def test_changes_of_the_indexs_footer_are_found(sound: Path, out: Path) -> None:
         assert fuzzing.content(path) == content or found(out), seed
 
 
+@pytest.mark.parametrize("end", ["min", "max"])
+def test_bounds_that_hide_rows_from_readers_are_found(out: Path, end: str) -> None:
+    path = out / "train" / "index.parquet"
+    stated = getattr(pq.read_metadata(path).row_group(0).column(2).statistics, end).encode()
+    before, _, after = path.read_bytes().rpartition(stated)  # where the footer has it
+    wrong = {"min": b"~", "max": b"!"}[end] + stated[1:]
+    path.write_bytes(before + wrong + after)
+    assert any("states a least and a largest" in line for line in found(out))
+
+
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(random=st.randoms(use_true_random=False))
 def test_any_change_is_found(sound: Path, out: Path, random: Random) -> None:

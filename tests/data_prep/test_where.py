@@ -37,6 +37,13 @@ def kept(condition: str, table: pa.Table = TABLE) -> list[int]:
     return [row for row, is_kept in enumerate(found.tolist()) if is_kept]
 
 
+def test_a_name_of_two_columns_is_refused() -> None:
+    schema = pa.schema([("n", pa.int64()), ("text", pa.string()), ("n", pa.int64())])
+    with pytest.raises(UserError, match="there are several columns n; a"):
+        Where.parse("n > 1").check(schema, "a.parquet")
+    Where.parse("text > 'a'").check(schema, "a.parquet")
+
+
 @pytest.mark.parametrize(
     ("condition", "rows"),
     [
