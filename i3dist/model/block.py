@@ -102,6 +102,9 @@ class HistoryBlock(Block):
         """
         return block_visibility(window, gate)
 
+    def join_softmaxes(self, share: float) -> None:
+        """See `I3LM.join_softmaxes`. A layer without two softmaxes stays as it is."""
+
     def history(self, project: Project) -> KeysValues:
         """Keys and values of all chunks that a window sees: [B, (C + K) * M, D] each."""
         raise NotImplementedError

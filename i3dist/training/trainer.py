@@ -167,6 +167,8 @@ class Trainer:
         settings, progress = self.settings, self.progress
         gate = settings.compression.gate_at(progress.step)
         lr = settings.optimizer.lr_at(progress.step)
+        if settings.compression.joins:
+            self.engine.model.join_softmaxes(settings.compression.joined_at(progress.step))
         self.watchdog.beat(DATA)
         with self.interval.waiting():
             step_batches = [next(batches) for _ in range(settings.train.accumulation)]

@@ -81,7 +81,7 @@ def test_attention_of_a_token(layers: str, rows: int) -> None:
     kernels = step_kernels("attend_triton")
     heads = kernels.Heads(
         attention.heads, first, chunks, length, attention.scale, attention.age_bias,
-        getattr(attention, "reserve_bias", None),
+        getattr(attention, "reserve_bias", None), getattr(attention, "joined", None),
     )  # fmt: skip
     counted = place._replace(position=place.position + 1)
     read = kernels.attend(y, own_keys, own_values, counted, heads)
