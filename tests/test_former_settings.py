@@ -82,6 +82,17 @@ def test_only_a_former_default_is_gone_on_with() -> None:
     assert line is not None and "; type model.layers=3xrwkv,1xattention to continue it" in line
 
 
+def test_a_run_from_before_softmaxes_were_joined_never_joins_them(tmp_path: Path) -> None:
+    """Whatever today's default is; and continuing it with a schedule is refused."""
+    saved = load(tmp_path, "compression:\n  off_steps: 5\ntrain:\n  lanes: 8\n").of_saved_run()
+    assert saved.compression.join_after == "never"
+    again = Settings.load(None, [f"model.layers={FORMER}", "compression.off_steps=5"])
+    assert inherit_decided(again, saved).compression == saved.compression
+    typed = again.with_values(**{"compression.join_after": 9})
+    line = first_conflict(inherit_decided(typed, saved), saved)
+    assert line is not None and "; type compression.join_after=never to continue it" in line
+
+
 @pytest.mark.parametrize(
     ("text", "words", "layers", "parts"),
     [

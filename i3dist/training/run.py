@@ -215,9 +215,6 @@ def build_model(start: Start, job: Job, corpus: Corpus) -> I3LM:
         model = I3LM(start.settings.model, corpus.tokenizer.bos_id)
     if start.weights is not None:
         collectives.on_all_ranks(partial(start.weights.load_into, model))
-    compression = start.settings.compression
-    if compression.joins:  # each step says how far
-        model.join_softmaxes(compression.joined_at(0))
     return model.to(devices.device(job))
 
 
