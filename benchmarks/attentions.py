@@ -96,39 +96,3 @@ class Yields(DualAttention):
         kept, share = ((part.unsqueeze(-1)).to(x.dtype) for part in (1 - yields * share, share))
         of_own, of_past = (part.mixed.unflatten(-1, (self.heads, -1)) for part in (own, past))
         return (kept * of_own + share * of_past).flatten(-2)
-
-
-class Joined(DualAttention):
-    """Dual attention that becomes one softmax: `joined` goes from 0 to 1.
-
-    At 1 a head adds (1 - p) times what it read of the chunk, logits of the chunk learn from the
-    share that history is given, and projections learn from history: `Mixed`, `Pulled` and `Taught`.
-    """
-
-    def __init__(self, width: Channels, heads: int, chunks: int):
-        super().__init__(width, heads, chunks)
-        self.register_buffer("joined", torch.ones(()), persistent=False)
-
-    def past_keys_values(self, project: Project) -> KeysValues:
-        """As `DualAttention.past_keys_values`, with gradient."""
-        weight = self._taught(self.key_value.computed(self.key_value.weight))
-        return KeysValues(*(project(rows, view) for view, rows in enumerate(weight.chunk(2))))
-
-    def history_queries(self, x: Tensor, query: Tensor) -> Tensor:
-        """As they are, with gradient."""
-        content, rest = query.unflatten(-1, (self.heads, -1)).split_with_sizes(
-            [self.inner.per_head, self.inner.computed // self.heads - self.inner.per_head], dim=-1
-        )
-        return torch.cat([self._taught(content), rest], dim=-1).flatten(-2)
-
-    def lead(self, own: Branch, past: Branch) -> Tensor:
-        """As `DualAttention.lead`, with gradient."""
-        return past.total - self._taught(own.total)
-
-    def weigh(self, share: Tensor, own: Tensor, past: Tensor) -> Tensor:
-        """As `DualAttention.weigh`."""
-        return own + share * (past - self.joined.to(own.dtype) * own)
-
-    def _taught(self, x: Tensor) -> Tensor:
-        """x with `joined` times its gradient."""
-        return torch.lerp(x.detach(), x, self.joined.to(x.dtype))

@@ -112,17 +112,16 @@ class Experiment:
         steps = steps_of(model, plan.lanes, self.device, plan.clip)
         optimizer = OptimizerSettings(lr=plan.lr, decay_steps=plan.steps)
         arm = Arm.parse(plan.arm)
-        gates, drops = arm.gate, "drop" in arm.added
+        compression, drops = arm.compression, "drop" in arm.added
         curve = Curve()
         span = range(plan.marks[-1])
         batches = read(self.train, plan.lanes, plan.seed, span, self.device)
         for step, batch in enumerate(batches):
-            steps.gate.fill_(gates.gate_at(step))
+            steps.gate.fill_(compression.gate_at(step))
             if isinstance(model, CarriesLater):
                 model.carries.fill_(float(step >= arm.added["carries"]))
-            if "joins" in arm.added:
-                for block in model.upper:
-                    block.attention.joined.fill_(arm.joined_at(step))
+            if compression.joins:
+                model.join_softmaxes(compression.joined_at(step))
             if drops:
                 batch = without_some(batch, plan.seed, step)
             loss = steps([batch], optimizer.lr_at(step), self.train.manifest.pad_id)

@@ -47,7 +47,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from attentions import Joined, Mixed, OwnProjections, Pulled, Shared, Taught, Yields
+from attentions import Mixed, OwnProjections, Pulled, Shared, Taught, Yields
 from compressors import (
     Alone,
     Detached,
@@ -124,7 +124,6 @@ DUAL = {
     "mixed": Mixed,
     "pulled": Pulled,
     "yields": Yields,
-    "joins": Joined,
 }
 
 
@@ -165,14 +164,13 @@ class Arm:
         return self.base not in ("none", "carry")
 
     @property
-    def gate(self) -> CompressionSettings:
-        """When history enters training."""
-        off = 100 if "soon" in self.added else self.added.get("from", 1000)
-        return CompressionSettings(off_steps=off)
-
-    def joined_at(self, step: int) -> float:
-        """How far its two softmaxes are one, from 0 to 1."""
-        return min(1.0, max(0.0, (step - self.added["joins"]) / JOINING))
+    def compression(self) -> CompressionSettings:
+        """When history enters training, and when two softmaxes become one."""
+        return CompressionSettings(
+            off_steps=100 if "soon" in self.added else self.added.get("from", 1000),
+            join_after=self.added.get("joins", "never"),
+            join_steps=JOINING,
+        )
 
     @property
     def attention(self) -> type[Attention] | None:
@@ -303,6 +301,8 @@ def replace_history(model: I3LM, arm: Arm) -> None:
     model.slots = Slots(model.width, model.keys_per_chunk)
     if "early" in arm.added:
         read_halfway(model)
+    if arm.compression.joins:
+        model.join_softmaxes(0.0)  # before it is compiled
     for place, block in zip(BLOCKS, model.upper, strict=True):
         if kind := arm.attention:
             block.attention = kind(model.width, settings.heads, settings.history_chunks)

@@ -28,6 +28,7 @@ from i3dist.errors import UserError
 from i3dist.optim.schedules import Point, height, schedule_name
 
 Auto = Literal["auto"]
+Never = Literal["never"]
 OnDamage = Literal["stop", "quarantine"]
 Device = Literal["auto", "cpu", "cuda"]
 Count = Annotated[int, Field(ge=1, le=2**40)]
@@ -151,6 +152,11 @@ class CompressionSettings(Section):
     """Steps over which g then rises to 1."""
     schedule: Schedule = "linear"
     """How g rises: linear, or another of optimizer.schedule's curves."""
+    join_after: CountOrZero | Never = "never"
+    """Steps after which the two softmaxes of dual-attention begin to become one, a share j at a
+    time; never keeps them apart (docs/model.md). Layers of attention have one from the start."""
+    join_steps: CountOrZero = 1000
+    """Steps over which j then rises to 1, on a line."""
 
     def gate_at(self, step: int) -> float:
         """Gate g for optimizer step `step` (the first is 0)."""
@@ -158,6 +164,21 @@ class CompressionSettings(Section):
             return 0.0
         ramp = Point(step - self.off_steps + 1, max(1, self.ramp_steps), 0.0, 1.0)
         return height(self.schedule, ramp)
+
+    @property
+    def joins(self) -> bool:
+        """Whether two softmaxes become one at any time."""
+        return self.join_after != "never"
+
+    def joined_at(self, step: int) -> float:
+        """The share j in which two softmaxes are one in optimizer step `step` (the first is 0)."""
+        if self.join_after == "never" or step < self.join_after:
+            return 0.0
+        return min(1.0, (step - self.join_after + 1) / max(1, self.join_steps))
+
+    def joined_after(self, steps: int) -> float:
+        """The share j that weights were trained with in the last of `steps` optimizer steps."""
+        return self.joined_at(max(0, steps - 1))
 
 
 class OptimizerSettings(Section):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from i3dist.cli.former_settings import BEFORE
 from i3dist.config import Settings
 from i3dist.errors import UserError
 from i3dist.training.continuing import first_conflict, inherit_decided
@@ -80,6 +81,17 @@ def test_only_a_former_default_is_gone_on_with() -> None:
     saved = Settings.load(None, ["model.layers=3xrwkv,1xattention"])
     line = first_conflict(inherit_decided(Settings.load(), saved), saved)
     assert line is not None and "; type model.layers=3xrwkv,1xattention to continue it" in line
+
+
+def test_a_run_from_before_softmaxes_were_joined_never_joins_them(tmp_path: Path) -> None:
+    """Whatever today's default is; and continuing it with a schedule is refused."""
+    saved = load(tmp_path, "compression:\n  off_steps: 5\ntrain:\n  lanes: 8\n").of_saved_run()
+    assert saved.compression.join_after == "never" == BEFORE["compression.join_after"]
+    again = Settings.load(None, [f"model.layers={FORMER}", "compression.off_steps=5"])
+    assert inherit_decided(again, saved).compression == saved.compression
+    typed = again.with_values(**{"compression.join_after": 9})
+    line = first_conflict(inherit_decided(typed, saved), saved)
+    assert line is not None and "; type compression.join_after=never to continue it" in line
 
 
 @pytest.mark.parametrize(

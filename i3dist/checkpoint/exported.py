@@ -38,6 +38,18 @@ def exported_settings(folder: Path) -> Settings:
         raise UserError(f"{folder / CONFIGURATION}: {error}") from None
 
 
+def exported_joined(folder: Path) -> float:
+    """The share j of `I3LM.join_softmaxes` of an exported model; 0 in exports of earlier versions.
+
+    Raises:
+        UserError: config.json has an illegal one.
+    """
+    joined = _configuration(folder).get("joined", 0.0)
+    if not isinstance(joined, int | float) or not 0 <= joined <= 1:
+        raise UserError(f"{folder / CONFIGURATION}: joined={joined!r} should be from 0 to 1")
+    return float(joined)
+
+
 def _configuration(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / CONFIGURATION).read_bytes())

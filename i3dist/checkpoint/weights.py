@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from i3dist.checkpoint import store
-from i3dist.checkpoint.exported import exported_settings, is_export
+from i3dist.checkpoint.exported import exported_joined, exported_settings, is_export
 from i3dist.checkpoint.format import TOKENIZER, is_checkpoint, read_state
 from i3dist.checkpoint.reader import OptimizerReader
 from i3dist.checkpoint.verify import quick_fault
@@ -73,6 +73,8 @@ class SavedModel:
     path: Path
     settings: Settings
     tokenizer: Tokenizer
+    joined: float
+    """The share j of `I3LM.join_softmaxes` that the weights were trained with last."""
 
     @classmethod
     def find(cls, path: Path) -> Self:
@@ -89,15 +91,18 @@ class SavedModel:
         if is_checkpoint(path):
             if wrong := quick_fault(path):
                 raise UserError(f"checkpoint {path}: {wrong}; name another")
-            settings = Settings.build(read_state(path).settings).of_saved_run()
+            state = read_state(path)
+            settings = Settings.build(state.settings).of_saved_run()
+            joined = settings.compression.joined_after(state.step)
             tokenizer = Tokenizer.load(_tokenizer_of(path))
         else:
             if is_export(path):
-                settings = exported_settings(path)
+                settings, joined = exported_settings(path), exported_joined(path)
             else:
                 _check_finished(path)
                 settings = Settings.load(path / store.SETTINGS).of_saved_run()
-                _check_newest(path, settings.train.steps)
+                step = _newest_step(path, settings.train.steps)
+                joined = settings.compression.joined_after(step)
             tokenizer = Tokenizer.load(path / TOKENIZER)
         if settings.model.vocab_size != tokenizer.vocab_size:
             raise UserError(
@@ -106,7 +111,7 @@ class SavedModel:
             )
         Stack.of(settings.model, settings.place_of("model.layers"))
         COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
-        return cls(path, settings, tokenizer)
+        return cls(path, settings, tokenizer, joined)
 
     def load_into(self, model: I3LM) -> torch.dtype:
         """Give a model these weights, rounded to the type of the forward pass; returns that type.
@@ -129,6 +134,8 @@ class SavedModel:
             trained_in = _load_checkpoint(model, self.path)
         else:  # the model then holds the file's own memory, which `copy` leaves
             trained_in = _load_export(model, self.path, assign=True)
+        if self.joined:
+            model.join_softmaxes(self.joined)
         dtype = dtype or (torch.float32 if device.type == "cpu" else trained_in)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(device, dtype, copy=True)
@@ -185,15 +192,22 @@ def _check_finished(run: Path) -> None:
     raise UserError(f"{run / WEIGHTS} is missing: {_ways_on(run)}")
 
 
-def _check_newest(run: Path, steps: int) -> None:
-    """Raise `UserError` if the final weights are those of a shorter run, which was made longer."""
+def _newest_step(run: Path, steps: int) -> int:
+    """The step of the final weights, `steps` where they do not say.
+
+    Raises:
+        UserError: they are those of a shorter run, which was made longer.
+    """
     step = ""
     path = utf8_path(run / WEIGHTS)
     with suppress(SafetensorError, OSError), path as name, safe_open(name, "pt") as file:
         step = (file.metadata() or {}).get("step", "")  # what cannot be read is refused later
-    if step.isdecimal() and int(step) < steps:
+    if not step.isdecimal():
+        return steps
+    if int(step) < steps:
         what = f"is of step {step}, and the run is to take {steps}"
         raise UserError(f"{run / WEIGHTS} {what}: {_ways_on(run)}")
+    return int(step)
 
 
 def _ways_on(run: Path) -> str:

@@ -9,7 +9,11 @@ from i3dist.errors import UserError
 
 FORMER_LAYERS = "12xrwkv,2xattention"
 # Settings that are newer than some saved runs, or had another default, and what such runs did.
-BEFORE = {"train.schedule": 1, "model.layers": FORMER_LAYERS}
+BEFORE = {
+    "train.schedule": 1,
+    "model.layers": FORMER_LAYERS,
+    "compression.join_after": "never",
+}
 
 RENAMED = {"records": "sub_latents"}
 # Each was the number of layers of a kind; `model.layers` is now the whole stack.

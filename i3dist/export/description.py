@@ -68,6 +68,7 @@ def configuration(model: I3LM, tokenizer: Tokenizer, dtype: str) -> dict[str, An
         "heads": adjust_heads(settings.d_model, settings.heads),
         "compressor": settings.compressor,
         "sub_latents": compressor.sub_latents,
+        "joined": model.joined,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,

@@ -277,14 +277,14 @@ class AttentionStep(UpperStep):
     @functools.cached_property
     def joined(self) -> tuple[Tensor, Any]:
         """The weights that multiply a token, [Y, D], and what `attend` must know."""
-        attention, reserve = self.attention, None
+        attention, reserve, share = self.attention, None, None
         parts = [attention.query, attention.key_value]
         if isinstance(attention, DualAttention):
             parts.append(attention.reserve)
-            reserve = attention.reserve_bias
+            reserve, share = attention.reserve_bias, attention.joined
         heads = step_kernels("attend_triton").Heads(
             attention.heads, attention.inner.per_head, attention.chunks,
-            self.model.settings.chunk_length, attention.scale, attention.age_bias, reserve,
+            self.model.settings.chunk_length, attention.scale, attention.age_bias, reserve, share,
         )  # fmt: skip
         outputs = sum(len(part.weight) for part in parts)
         # Matrix units want rows of results that begin at 32 bytes.

@@ -102,6 +102,13 @@ class HistoryBlock(Block):
         """
         return block_visibility(window, gate)
 
+    def join_softmaxes(self, share: float) -> None:
+        """See `I3LM.join_softmaxes`; by default nothing, as of a layer that has no two softmaxes.
+
+        A layer keeps the share in a buffer that it changes in place: it is compiled and recorded
+        once.
+        """
+
     def history(self, project: Project) -> KeysValues:
         """Keys and values of all chunks that a window sees: [B, (C + K) * M, D] each."""
         raise NotImplementedError

@@ -62,6 +62,8 @@ class I3LM(nn.Module):
         self.width = width = Channels(settings.d_model, alignment=alignment)
         self.stack = Stack.of(settings)
         self.compiled = False
+        self.joined = 0.0
+        """The share j of `join_softmaxes`."""
         self.embedding = nn.Embedding(settings.vocab, width.stored)
         self.norm_in = LayerNorm(width)
         self.lower = cast("list[LowerBlock]", self._add(self.stack.lower))
@@ -98,6 +100,19 @@ class I3LM(nn.Module):
             block.compile(**COMPILE)
         for name in ("_start", "losses", "history"):
             setattr(self, name, torch.compile(getattr(self, name), **COMPILE))
+
+    def join_softmaxes(self, share: float) -> None:
+        """Make the two softmaxes of layers that have two into one, to a share j.
+
+        A model that was never told computes nothing for it, so call this before compiling or
+        recording, with 0 if need be. From then on a call changes a tensor in place.
+
+        Args:
+            share: j, from 0, as without, to 1, one softmax.
+        """
+        self.joined = share
+        for block in self.upper:
+            block.join_softmaxes(share)
 
     def forward(
         self, tokens: Tensor, targets: Tensor, depth: Tensor, state: LaneState, gate: Tensor

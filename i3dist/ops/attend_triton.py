@@ -43,6 +43,7 @@ class Heads(NamedTuple):
     scale: float  # of the logits
     age_bias: Tensor  # [H C]
     reserve_bias: Tensor | None  # [H]; None has one softmax for chunk and history
+    joined: Tensor | None  # scalar fp32, the share in which two softmaxes are one; None is 0
 
 
 @triton.jit
@@ -109,10 +110,10 @@ def _of_branch(mixed, most, total, mask, LEAST: tl.constexpr):
 
 @triton.jit
 def _join(
-    partial, y, reserve_bias, out, Y,
+    partial, y, reserve_bias, joined, out, Y,
     H: tl.constexpr, D: tl.constexpr, POWER: tl.constexpr, PAST: tl.constexpr,
-    SPLITS: tl.constexpr, ROOM: tl.constexpr, APART: tl.constexpr, LEAST: tl.constexpr,
-    EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, ROOM: tl.constexpr, APART: tl.constexpr, JOINED: tl.constexpr,
+    LEAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """What a head has read of chunk and history."""
     h, b = tl.program_id(0), tl.program_id(1)
@@ -129,8 +130,12 @@ def _join(
         lead = past_most + tl.log(past_total) - own_most - tl.log(own_total)
         reserve = tl.load(y + b * Y + 3 * H * D + h).to(tl.float32) + tl.load(reserve_bias + h)
         share = 1.0 / (1.0 + tl.exp(reserve - lead))
+        read = own / own_total
+        added = past / past_total
+        if JOINED:
+            added -= read * tl.load(joined)
         # Without history its total is 0, and the logarithm of that no number.
-        read = own / own_total + tl.where(past_total > 0, past / past_total * share, 0.0)
+        read += tl.where(past_total > 0, added * share, 0.0)
     else:
         highest = tl.maximum(own_most, past_most)
         for_own, for_past = tl.exp(own_most - highest), tl.exp(past_most - highest)
@@ -165,9 +170,9 @@ def attend(y: Tensor, keys: Tensor, values: Tensor, place: Place, parts: Heads) 
         FIRST=parts.channels, C=parts.chunks, M=history // parts.chunks, T=parts.length,
         SPLIT=span, N=TILE, LEAST=NEVER, **sizes, **warps,
     )  # fmt: skip
-    bias = parts.reserve_bias
+    bias, share = (y if part is None else part for part in (parts.reserve_bias, parts.joined))
     _join[(heads, rows)](
-        partial, y, y if bias is None else bias, out, width, ROOM=triton.next_power_of_2(splits),
-        APART=bias is not None, LEAST=NEVER, **sizes, **warps,
+        partial, y, bias, share, out, width, ROOM=triton.next_power_of_2(splits),
+        APART=bias is not y, JOINED=share is not y, LEAST=NEVER, **sizes, **warps,
     )  # fmt: skip
     return out

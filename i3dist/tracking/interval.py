@@ -54,6 +54,8 @@ class Figures:
     """Inputs of the whole run so far."""
     skipped_steps: int
     """Steps of the whole run that were skipped as bad."""
+    joined: float | None = None
+    """Share j in which two softmaxes were one in the last step, 0 to 1; None if they never are."""
     ranks: Sequence[RankFigures] = ()
     """Of each rank; none if they are not known yet."""
     flops_per_token: float | None = None
@@ -147,14 +149,15 @@ class Interval:
         loss_sum, counts, norm = self._last
         loss = float(loss_sum / counts.targets.clamp(min=1))
         now = time.perf_counter()
-        elapsed = now - self._began
+        elapsed, compression = now - self._began, settings.compression
         return Figures(
             step=step,
             steps=settings.train.steps,
             loss=loss,
             mean_loss=self._loss_sum / max(1.0, float(self._targets)),
             gradient_norm=norm,
-            gate=settings.compression.gate_at(step - 1),
+            gate=compression.gate_at(step - 1),
+            joined=compression.joined_at(step - 1) if compression.joins else None,
             learning_rate=settings.optimizer.lr_at(step - 1),
             latents=float(counts.latents / counts.chunks.clamp(min=1)),
             tokens=float(self._tokens),

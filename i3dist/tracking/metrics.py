@@ -30,6 +30,7 @@ for _name in (
     "mean_loss",
     "gradient_norm",
     "gate",
+    "joined",
     "learning_rate",
     "elapsed",
     "tokens_seen",

@@ -61,6 +61,22 @@ def history_is_off(settings: Settings) -> str | None:
     )
 
 
+def joined_otherwise(settings: Settings, saved: SavedModel) -> str | None:
+    """A note for a run that begins with weights whose softmaxes were one to another share j."""
+    ours = settings.compression.joined_at(0)
+    if saved.joined == ours or "dual-attention" not in settings.model.layer_kinds:
+        return None
+    words = {
+        0.0: "compression.join_after=never",
+        1.0: "compression.join_after=0 compression.join_steps=0",
+    }
+    way = f"; {words[saved.joined]} begins as they ended" if saved.joined in words else ""
+    return (
+        f"note: the weights' two softmaxes were one to a share of {saved.joined:.3g}, and in this "
+        f"run begin with {ours:.3g}{way}"
+    )
+
+
 def _unlike(saved: ModelSettings, ours: ModelSettings) -> str:
     """What is wrong with weights of `saved` for a model of `ours`, and what to do; else ""."""
     theirs, wanted = _structure(saved), _structure(ours)

@@ -42,7 +42,7 @@ from i3dist.tracking.notify import Notifier
 from i3dist.tracking.origin import describe, device_name
 from i3dist.tracking.tracker import NoTracker, Tracker
 from i3dist.training.continuing import further
-from i3dist.training.init_from import history_is_off
+from i3dist.training.init_from import history_is_off, joined_otherwise
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.orders import STOP
 from i3dist.training.preflight import read_input, wanted
@@ -315,7 +315,9 @@ def notes(start: Start, corpus: Corpus) -> Iterator[str | None]:
     settings, state = start.settings, start.state
     if start.checkpoint is None:  # later these settings stay
         yield idle_lanes(settings, corpus)
-        yield None if start.weights is None else history_is_off(settings)
+        if start.weights is not None:
+            yield history_is_off(settings)
+            yield joined_otherwise(settings, start.weights)
     elif state is not None:
         yield further(settings, Settings.build(state.settings).of_saved_run(), state.step)
 

@@ -52,7 +52,8 @@ def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
         "model": f"{parameters / 1e6:,.1f}M parameters: layers {model.layers} of width "
         f"{model.d_model:,}",
         "history": f"{model.history_chunks} chunks of {model.latents} latents each; off for "
-        f"{gate.off_steps:,} steps, full after {gate.off_steps + gate.ramp_steps:,}",
+        f"{gate.off_steps:,} steps, full after {gate.off_steps + gate.ramp_steps:,}"
+        f"{joining(settings)}",
         "data": f"{shown(str(settings.data.path))}: {data.tokens / 1e6:,.1f}M tokens in "
         f"{len(data.shards):,} shards, vocabulary {data.vocab_size:,}",
         "batch": f"{per_step:,} tokens: {train.lanes} lanes x {windows}"
@@ -63,6 +64,14 @@ def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
     }
     for topic, text in topics.items():
         print_topic(topic, text)
+
+
+def joining(settings: Settings) -> str:
+    """When two softmaxes become one, as the end of a line; "" for never."""
+    first, steps = settings.compression.join_after, settings.compression.join_steps
+    if first == "never" or "dual-attention" not in settings.model.layer_kinds:
+        return ""
+    return f"; its softmax joins the chunk's after {first:,} steps, over {steps:,}"
 
 
 def print_topic(topic: str, text: str) -> None:

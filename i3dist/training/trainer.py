@@ -77,6 +77,8 @@ class Trainer:
         tokens_seen = torch.zeros((), dtype=torch.int64, device=device)
         progress = self.progress = Progress(train.steps, empty_lanes(), tokens_seen)
 
+        if settings.compression.joins:  # before the model is compiled and recorded
+            engine.model.join_softmaxes(settings.compression.joined_at(0))
         manifest = corpus.train.manifest
         rows = choose_micro_batch(settings, engine, progress.lane_state, manifest.pad_id)
         self.micro_batch = rows  # lanes computed at once
@@ -167,6 +169,8 @@ class Trainer:
         settings, progress = self.settings, self.progress
         gate = settings.compression.gate_at(progress.step)
         lr = settings.optimizer.lr_at(progress.step)
+        if settings.compression.joins:
+            self.engine.model.join_softmaxes(settings.compression.joined_at(progress.step))
         self.watchdog.beat(DATA)
         with self.interval.waiting():
             step_batches = [next(batches) for _ in range(settings.train.accumulation)]

@@ -33,7 +33,7 @@ def exported(folder: Path, **changes: Any) -> I3LM:
 def test_an_exported_model_is_loaded_as_it_was(tmp_path: Path) -> None:
     model = exported(tmp_path)
     again, settings, tokenizer = load_run(tmp_path, torch.device("cpu"))
-    assert settings.model == model.settings
+    assert settings.model == model.settings and again.joined == 0, "config.json does not say it"
     state = again.state_dict()
     assert all(tensor.equal(state[name]) for name, tensor in model.state_dict().items())
     own = Tokenizer(TOKENIZER, Path("tokenizer.json"))
@@ -45,6 +45,7 @@ def test_an_exported_model_is_loaded_as_it_was(tmp_path: Path) -> None:
     [
         ({"d_model": "wide"}, "config.json: .*model.d_model='wide'"),
         ({"layers": 5}, "config.json is of no exported model"),
+        ({"joined": 1.5}, "config.json: joined=1.5 should be from 0 to 1"),
         ({"vocab_size": 300}, "271 entries but model.vocab_size of .* is 300"),
         ({"d_model": 24}, "model.safetensors does not fit the settings beside it"),
         ({"model_type": "gpt2"}, "cannot read settings .*settings.yaml"),

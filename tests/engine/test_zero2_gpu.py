@@ -1,6 +1,6 @@
 """The engine on a GPU, compiled and replayed as CUDA graphs, against the plain model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 SIZES = ModelSettings(
     vocab_size=1000, d_model=236, heads=2, layers="2xrwkv,2xattention", chunk_length=512
 )
+DUAL = "2xrwkv,2xdual-attention"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,6 +37,7 @@ def build(
     micro_batches: int = 1,
     sizes: ModelSettings = SIZES,
     kind: Callable[..., Engine] = Zero2Engine,
+    joins: bool = False,
 ) -> Engine:
     torch.manual_seed(0)
     model = I3LM(sizes, BOS)
@@ -46,6 +48,8 @@ def build(
         for block in model.upper:  # a logit for each age, from each query
             block.attention.age_bias.normal_()
             block.attention.query.weight.normal_(std=2 * (0.4 / sizes.d_model) ** 0.5)
+    if joins:
+        model.join_softmaxes(0.0)
     if compiled:
         model.compile_blocks()
     config = read_engine_config(ROOT / "configs" / "zero2.json")
@@ -62,9 +66,12 @@ def window(seed: int) -> list[Tensor]:
 
 
 def train(
-    trained: Engine, steps: int, sizes: ModelSettings = SIZES
+    trained: Engine, steps: int, sizes: ModelSettings = SIZES, shares: Sequence[float] = ()
 ) -> tuple[list[Tensor], list[float]]:
-    """Token losses and gradient norms of successive windows; the lanes' state is carried."""
+    """Token losses and gradient norms of successive windows; the lanes' state is carried.
+
+    Two softmaxes are one to the share of each step in `shares`.
+    """
     state = LaneState.empty(2, sizes, trained.device, trained.dtype)
     gate = torch.tensor(0.7, device=trained.device)
     tokens, _, depth = window(0)
@@ -72,6 +79,8 @@ def train(
     targets = torch.tensor(trained.micro_batches * tokens.numel(), device="cuda")
     losses, norms = [], []
     for step in range(steps):
+        if shares:
+            trained.model.join_softmaxes(shares[step])
         for micro_batch in range(trained.micro_batches):
             parts = window(steps * micro_batch + step)
             token_losses, state = trained(*parts, state, gate)
@@ -98,17 +107,22 @@ def validate(trained: Engine, sizes: ModelSettings) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("micro_batches", "changes"),
+    ("micro_batches", "changes", "shares"),
     [
-        (1, {}),
-        (2, {}),
-        (1, {"sub_latents": 1}),
-        (1, {"compressor": "literal"}),
-        (1, {"history_chunks": 2}),  # fewer than a window's
+        (1, {}, ()),
+        (2, {}, ()),
+        (1, {"sub_latents": 1}, ()),
+        (1, {"compressor": "literal"}, ()),
+        (1, {"history_chunks": 2}, ()),  # fewer than a window's
+        (1, {"layers": DUAL}, ()),
+        (2, {"layers": DUAL}, (0.0, 0.3, 0.6, 1.0)),
     ],
 )
 def test_compiled_and_replayed_equals_plain(
-    micro_batches: int, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    micro_batches: int,
+    changes: dict[str, object],
+    shares: Sequence[float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To bf16's rounding: losses of every window and of validation, and norms of every gradient.
 
@@ -117,8 +131,10 @@ def test_compiled_and_replayed_equals_plain(
     """
     monkeypatch.setattr(RecordsCompressor, "choose", evenly)
     sizes = SIZES.model_copy(update=changes)
-    engines = [build(compiled, micro_batches, sizes) for compiled in (True, False)]
-    fast, plain = (train(trained, 4, sizes) for trained in engines)
+    engines = [
+        build(compiled, micro_batches, sizes, joins=bool(shares)) for compiled in (True, False)
+    ]
+    fast, plain = (train(trained, 4, sizes, shares) for trained in engines)
     validated = [[validate(trained, sizes)] for trained in engines]
     for a, b in zip(fast[0] + validated[0], plain[0] + validated[1], strict=True):
         assert (a - b).abs().mean() < 2e-2 * b.mean()

@@ -40,21 +40,32 @@ VARIANTS: list[dict[str, Any]] = [
     {"layers": "2xrwkv,2xattention"},
     {"layers": "2xrwkv,2xattention", "compressor": "literal"},
     {"layers": "1xrwkv,2xdual-attention", "compressor": "literal", "state_carry": True},
-    {"layers": "2xrwkv,1xdual-attention,1xattention,1xdual-attention", "sub_latents": 4},
-    {"layers": "2xrwkv,2xdual-attention", "state_carry": True},
+    {
+        "layers": "2xrwkv,1xdual-attention,1xattention,1xdual-attention",
+        "sub_latents": 4,
+        "joined": 1.0,
+    },
+    {"layers": "2xrwkv,2xdual-attention", "state_carry": True, "joined": 0.3},
 ]
 
 
-def make_run(folder: Path, **changes: Any) -> I3LM:
-    """A finished run's folder: a random model, large enough weights that every path matters."""
+def make_run(folder: Path, joined: float = 0.0, **changes: Any) -> I3LM:
+    """A finished run's folder: a random model, large enough weights that every path matters.
+
+    In its last step its two softmaxes were one to a share `joined`.
+    """
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_bytes(TOKENIZER)
     vocab = Tokenizer.load(folder / "tokenizer.json").vocab_size
     settings = Settings.build({"model": SMALL | {"vocab_size": vocab} | changes})
     settings = settings.with_values(**{"train.steps": 7})
+    if joined:  # in the third step of the last three
+        joining = {"compression.join_after": 4, "compression.join_steps": round(3 / joined)}
+        settings = settings.with_values(**joining)
     (folder / "settings.yaml").write_text(settings.to_yaml())
     torch.manual_seed(0)
     model = I3LM(settings.model, BOS).eval()
+    model.join_softmaxes(joined)
     for parameter in model.parameters():
         noise = torch.randn_like(parameter)
         parameter.data = 0.15 * noise if parameter.ndim > 1 else parameter.data + 0.1 * noise

@@ -120,7 +120,7 @@ def test_weights_of_bf16_stay_bf16(run: Path, tmp_path: Path) -> None:
 def test_settings_of_an_export_build_the_same_model(each: Exported) -> None:
     again, _, _ = load_run(each.folder, torch.device("cpu"))
     state = each.model.state_dict()
-    assert again.state_dict().keys() == state.keys()
+    assert again.state_dict().keys() == state.keys() and again.joined == each.model.joined
     for name, tensor in again.state_dict().items():
         torch.testing.assert_close(tensor, state[name].to(tensor.dtype))
 

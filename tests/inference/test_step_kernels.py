@@ -50,14 +50,18 @@ def sight(place: Place, length: int, chunks: int) -> Sight:
     return Sight(place.position, own.to(DEVICE), past.to(DEVICE), order.to(DEVICE))
 
 
-@pytest.mark.parametrize("layers", ["1xrwkv,1xattention", "1xrwkv,1xdual-attention"])
+@pytest.mark.parametrize(
+    ("layers", "joined"),
+    [("1xrwkv,1xattention", None), *(("1xrwkv,1xdual-attention", j) for j in (None, 0.3))],
+)
 @pytest.mark.parametrize("rows", [6, 1], ids="{} rows".format)
 @torch.no_grad()
-def test_attention_of_a_token(layers: str, rows: int) -> None:
+def test_attention_of_a_token(layers: str, joined: float | None, rows: int) -> None:
     """Several splits of chunk and of history, the last ones not full."""
     length, chunks, keys_per_chunk = 70, 3, 25
     torch.manual_seed(0)
-    model = build(layers=layers, chunk_length=length, history_chunks=chunks).float().to(DEVICE)
+    model = build(joined, layers=layers, chunk_length=length, history_chunks=chunks)
+    model = model.float().to(DEVICE)
     block = model.upper[0]
     assert isinstance(block, AttentionBlock)
     attention = block.attention
@@ -81,7 +85,7 @@ def test_attention_of_a_token(layers: str, rows: int) -> None:
     kernels = step_kernels("attend_triton")
     heads = kernels.Heads(
         attention.heads, first, chunks, length, attention.scale, attention.age_bias,
-        getattr(attention, "reserve_bias", None),
+        getattr(attention, "reserve_bias", None), getattr(attention, "joined", None),
     )  # fmt: skip
     counted = place._replace(position=place.position + 1)
     read = kernels.attend(y, own_keys, own_values, counted, heads)

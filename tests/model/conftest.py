@@ -13,7 +13,7 @@ each_compressor = pytest.mark.parametrize("compressor", BUILT_IN)
 VARIANTS = [
     {"compressor": "records", "layers": "2xrwkv,2xattention"},
     {"compressor": "literal", "layers": "2xrwkv,2xattention"},
-    {"compressor": "records", "layers": "2xrwkv,2xdual-attention"},
+    {"compressor": "records", "layers": "2xrwkv,2xdual-attention", "joined": "0.3"},
 ]
 each_variant = pytest.mark.parametrize("changes", VARIANTS, ids=lambda x: "-".join(x.values()))
 SMALL = {
@@ -28,14 +28,19 @@ SMALL = {
 }
 
 
-def build(**changes: object) -> I3LM:
-    """A model in fp64 with weights of standard deviation 0.3."""
+def build(joined: str | float | None = None, **changes: object) -> I3LM:
+    """A model in fp64 with weights of standard deviation 0.3.
+
+    Its two softmaxes are one to a share `joined`; None is a model that never was told so.
+    """
     torch.manual_seed(0)
     model = I3LM(ModelSettings.model_validate(SMALL | changes), BOS)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.3)
+    if joined is not None:
+        model.join_softmaxes(float(joined))
     return model.double()
 
 

@@ -145,6 +145,7 @@ class Written:
                     (scores, values_read),
                     (torch.cat(past), torch.cat(past_read)),
                     self.reserve(n[t], part, h),
+                    self.weights.get(f"{part}.joined", torch.zeros(())),
                 )
             heads.append(read)
         x = x + self.times(torch.cat(heads, dim=-1), part, "output")
@@ -158,7 +159,7 @@ class Written:
 
     @staticmethod
     def joined(
-        own: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor], reserve: Tensor | None
+        own: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor], reserve: Tensor | None, j: Tensor
     ) -> Tensor:
         """What is read by logits [S] of values [S, D/H]: of the chunk, and of history."""
         if reserve is None:
@@ -166,7 +167,8 @@ class Written:
         read = own[0].softmax(-1) @ own[1]
         if len(past[0]):
             odds = past[0].exp().sum() / own[0].exp().sum() / reserve.exp()
-            read = read + odds / (1 + odds) * (past[0].softmax(-1) @ past[1])
+            p = odds / (1 + odds)
+            read = (1 - j * p) * read + p * (past[0].softmax(-1) @ past[1])
         return read
 
     def logits(self, tokens: Tensor, depth: Tensor, gate: float) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from i3dist.model.dual_attention import DualAttention
 from i3dist.model.lm import I3LM
 from i3dist.model.segments import causal_mask, history_mask, segment_ids
 from i3dist.ops.attention import (
@@ -95,9 +96,11 @@ def test_shares_are_those_of_the_models_own_attention(model: I3LM) -> None:
         weights.append(softmax(queries[1], keys, others[0][..., :size], *others[1:]))
         return attend_apart(queries, past, own, *others)
 
-    def record_share(_: Any, share: Tensor, own: Tensor, past: Tensor) -> Tensor:
+    weigh = DualAttention.weigh
+
+    def record_share(layer: Any, share: Tensor, own: Tensor, past: Tensor) -> Tensor:
         shares_given.append(share.flatten(0, 1).transpose(1, 2))  # [N, H, T, 1]
-        return own + share * past
+        return weigh(layer, share, own, past)
 
     depth = depth_of(tokens)
     with (

@@ -69,6 +69,8 @@ KEPT = {
     "compression.off_steps": 7,
     "compression.ramp_steps": 7,
     "compression.schedule": "cosine",
+    "compression.join_after": 7,
+    "compression.join_steps": 7,
     "optimizer.kind": "lion",
     "optimizer.lr": 1e-3,
     "optimizer.schedule": "linear",

@@ -17,7 +17,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.training.continuing import further
-from i3dist.training.init_from import history_is_off, initial_weights
+from i3dist.training.init_from import history_is_off, initial_weights, joined_otherwise
 from tests.conftest import QUICK, differences, run_ranks
 from tests.known import BOS, MODEL, TOKENIZER, Known, documents, make
 from tests.launch.starting import begin, refusal
@@ -132,6 +132,30 @@ def test_a_note_says_that_history_begins_later() -> None:
     note = history_is_off(Settings())
     assert note is not None and "history is off for 100 steps" in note
     assert history_is_off(Settings.load(None, note.split()[-2:])) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_note_says_that_softmaxes_were_one_to_another_share(
+    known: Known, tmp_path: Path, share: float
+) -> None:
+    dual: dict[str, Any] = {"model.layers": "1xrwkv,1xdual-attention"}
+    ended = Settings().train.steps - 1
+    joins = (
+        {"compression.join_after": ended, "compression.join_steps": round(1 / share)}
+        if share
+        else {}
+    )
+    saved = found(known, finished(tmp_path / "base", **dual, **joins), **dual)
+    assert saved is not None and saved.joined == pytest.approx(share, abs=0.05)
+    for after in ("never", 0):
+        ours = Settings().with_values(
+            **dual, **{"compression.join_after": after, "compression.join_steps": 0}
+        )
+        note = joined_otherwise(ours, saved)
+        assert (note is None) == (ours.compression.joined_at(0) == share)
+        if note is not None and share in (0.0, 1.0):
+            words = note.partition("; ")[2].partition(" begins")[0].split()
+            assert joined_otherwise(Settings.load(None, words).with_values(**dual), saved) is None
 
 
 def test_only_a_new_run_takes_weights(whole: Path, data: Path, tmp_path: Path) -> None:

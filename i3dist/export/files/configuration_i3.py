@@ -29,6 +29,7 @@ class I3Config(PretrainedConfig):
         sub_latents: int = 4,
         history_chunks: int = 8,
         state_carry: bool = False,
+        joined: float = 0.0,
         use_cache: bool = True,
         **others: Any,
     ) -> None:
@@ -48,6 +49,7 @@ class I3Config(PretrainedConfig):
                 `d_model`.
             history_chunks: compressed chunks C that a chunk attends to.
             state_carry: whether RWKV state is carried over chunk ends within a document.
+            joined: share j, from 0 to 1, in which the two softmaxes of "dual-attention" are one.
             use_cache: whether the model returns a cache.
             others: what every configuration has.
         """
@@ -62,6 +64,7 @@ class I3Config(PretrainedConfig):
         self.sub_latents = sub_latents
         self.history_chunks = history_chunks
         self.state_carry = state_carry
+        self.joined = joined
         self.use_cache = use_cache
         super().__init__(**others)
 

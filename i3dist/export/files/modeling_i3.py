@@ -385,35 +385,41 @@ class Attention(nn.Module):
 class DualAttention(Attention):
     """A softmax over the chunk's tokens and one over history, which is added with a share p.
 
-        o = o_own + p o_past          p = sigmoid(z_past - z_own - n(x))
+        o = o_own + p (o_past - j o_own)          p = sigmoid(z_past - z_own - n(x))
 
-    z is the log of a softmax's denominator. Queries and projections of tokens learn from the chunk
-    alone; history is read through views of its own.
+    z is the log of a softmax's denominator. History is read through views of its own. z_own,
+    queries and projections of tokens get j times their gradient from it: at j = 0 they learn from
+    the chunk alone, and at j = 1 both are one softmax.
     """
 
     own_views = 2
 
     def __init__(self, config: I3Config, views: int):
         super().__init__(config, views)
+        self.joined = config.joined  # j
         self.reserve = nn.Linear(config.d_model, config.heads, bias=False)
         self.reserve_bias = nn.Parameter(torch.zeros(config.heads))
 
     def past_keys_values(self, views: list[Tensor]) -> KeysValues:
         """Of a chunk's latents, as its views show them [B, M R, D]."""
-        for_keys, for_values = self.key_value.weight.detach().chunk(2)
+        for_keys, for_values = self.taught(self.key_value.weight).chunk(2)
         return F.linear(views[0], for_keys), F.linear(views[1], for_values)
+
+    def taught(self, x: Tensor) -> Tensor:
+        """x, which gets j times its gradient."""
+        return torch.lerp(x.detach(), x, self.joined)
 
     def forward(self, x: Tensor, own: KeysValues, past: KeysValues, seen: Seen) -> Tensor:
         """Normed tokens x [B, n, D], own [B, S, D], past [B, c M R, D] -> [B, n, D]."""
         q, ages = self.queries(x)
         of_own = self.logits(q, own[0], seen.own)
-        of_past = self.past_logits(q.detach(), past[0], seen.history, ages)
-        lead = of_past.logsumexp(-1) - of_own.logsumexp(-1).detach()  # [B, H, n]
+        of_past = self.past_logits(self.taught(q), past[0], seen.history, ages)
+        lead = of_past.logsumexp(-1) - self.taught(of_own.logsumexp(-1))  # [B, H, n]
         reserve = wide(self.reserve(x)) + wide(self.reserve_bias)  # [B, n, H]
         share = (lead - reserve.mT).sigmoid().unsqueeze(-1).to(x.dtype)
         read_own = self.read(of_own.softmax(-1), own[1])
         read_past = self.read(of_past.softmax(-1), past[1])
-        return self.output(merge_heads(read_own + share * read_past))
+        return self.output(merge_heads(read_own + share * (read_past - self.joined * read_own)))
 
 
 class AttentionBlock(GradientCheckpointingLayer):
