@@ -47,7 +47,13 @@ def given_tokenizer(place: str | Path) -> tuple[Tokenizer, tuple[str, ...]]:
     if path.is_dir():
         path /= FILE_NAME
     data, added = completed(read_file(path))
-    return Tokenizer(data, path), added
+    tokenizer = Tokenizer(data, path)
+    if dropout := json.loads(data)["model"].get("dropout"):
+        raise UserError(
+            f"{path}: its model has dropout {dropout:g}, so a text has other ids each time: name a "
+            "tokenizer without it"
+        )
+    return tokenizer, added
 
 
 def changed_text(tokenizer: Tokenizer) -> tuple[str, str] | None:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from data_prep.arguments import TaskShare
 from data_prep.evidence import Evidence, Saved
@@ -72,7 +72,8 @@ class OutputSettings(Saved):
     seed: int
     # Not written where it is the default, as older versions of this tool did not know it.
     format: Literal["text", "chat"] = Field(TEXT, exclude_if=lambda name: name == TEXT)
-    where: Annotated[str | None, _IF_USED] = None
+    # Earlier versions took an empty condition, which keeps all.
+    where: Annotated[str | None, _IF_USED, BeforeValidator(lambda text: text or None)] = None
     min_tokens: Annotated[int | None, _IF_USED] = None
     max_tokens: Annotated[int | None, _IF_USED] = None
     deduplicate: Annotated[Literal[True] | None, _IF_USED] = None

@@ -1,15 +1,17 @@
 """Does work on a network again until it succeeds, with growing pauses."""
 
+import math
 import multiprocessing
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from i3dist.data.download import TEMPORARY, shown
-from i3dist.errors import UserError
+from i3dist.errors import UserError, printable
 
 Result = TypeVar("Result")
 
@@ -19,6 +21,8 @@ PATIENCE_SECONDS = 300.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _TOLD_PAUSE = 4.0
 """The pause before which a person is told: after about three seconds without a success."""
+
+_telling, _told = threading.Lock(), -math.inf  # when it last was told
 
 _FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
 
@@ -48,10 +52,20 @@ def retried(work: Callable[[], Result], place: str, doing: str = "read") -> Resu
                     "command again when it can be reached, and it continues"
                 ) from None
             if in_main and pause == _TOLD_PAUSE:
-                again = f"trying again for up to {PATIENCE_SECONDS:.0f} s"
-                print(f"cannot {doing} {place} ({why(error)}): {again}", file=sys.stderr)
+                _tell(f"cannot {doing} {place} ({why(error)})")
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _tell(problem: str) -> None:
+    """Say that something is tried again; once in a while, as threads have the same problem."""
+    global _told
+    with _telling:
+        if time.monotonic() - _told < _LONGEST_PAUSE:
+            return
+        _told = time.monotonic()
+    again = f"trying again for up to {PATIENCE_SECONDS:.0f} s"
+    print(printable(f"{problem}: {again}"), file=sys.stderr)
 
 
 def is_final(error: BaseException) -> bool:

@@ -410,6 +410,11 @@ class Settings(SettingsTree):
         """As `SettingsTree.build`, with former names of settings translated."""
         return super().build(*translate(values, places or {}))
 
+    @property
+    def joins(self) -> bool:
+        """Whether there are layers whose two softmaxes become one at any time."""
+        return self.compression.joins and "dual-attention" in self.model.layer_kinds
+
     def of_saved_run(self) -> Self:
         """These, read from a saved run. What it lacks gets the value that it was trained with."""
         flat, given = self.flat(), self.given()

@@ -41,12 +41,8 @@ SPECIAL_TOKENS: tuple[str, ...] = (
 _MAX_FILE_BYTES = 1 << 28
 _LARGEST_ID = 1 << 24
 
-_REFUSED_OF_MODELS = {
-    "dropout": "so a text has other ids each time",
-    "continuing_subword_prefix": "which decoding takes for text",
-    "end_of_word_suffix": "which decoding takes for text",
-}
-"""Settings of a model of `tokenizers` that must be empty, and why."""
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+"""Settings of a model of `tokenizers` that must be empty: decoding takes what they add for text."""
 
 
 class Tokenizer:
@@ -194,11 +190,11 @@ def _parse(data: bytes, path: Folder) -> HFTokenizer:
 def _check_vocab(vocab: dict[str, int], backend: HFTokenizer, path: Folder) -> None:
     if not isinstance(backend.decoder, ByteLevel):
         raise UserError(f"{path} is not a byte-level tokenizer, so not every text round-trips")
-    for key, problem in _REFUSED_OF_MODELS.items():
+    for key in _AFFIXES:
         if value := getattr(backend.model, key, None):
             raise UserError(
-                f"{path}: its model has {key} {value!r}, {problem}: name another, or one that was "
-                "trained without it"
+                f"{path}: its model has {key} {value!r}, which decoding takes for text: name a "
+                "tokenizer without it"
             )
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:

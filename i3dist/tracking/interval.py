@@ -157,7 +157,7 @@ class Interval:
             mean_loss=self._loss_sum / max(1.0, float(self._targets)),
             gradient_norm=norm,
             gate=compression.gate_at(step - 1),
-            joined=compression.joined_at(step - 1) if compression.joins else None,
+            joined=compression.joined_at(step - 1) if settings.joins else None,
             learning_rate=settings.optimizer.lr_at(step - 1),
             latents=float(counts.latents / counts.chunks.clamp(min=1)),
             tokens=float(self._tokens),

@@ -63,8 +63,9 @@ def history_is_off(settings: Settings) -> str | None:
 
 def joined_otherwise(settings: Settings, saved: SavedModel) -> str | None:
     """A note for a run that begins with weights whose softmaxes were one to another share j."""
-    ours = settings.compression.joined_at(0)
-    if saved.joined == ours or "dual-attention" not in settings.model.layer_kinds:
+    ours, steps = settings.compression.joined_at(0), settings.compression.join_steps
+    goes_on = 0 <= ours - saved.joined <= 1 / max(2, steps)  # to the first share of a ramp
+    if goes_on or "dual-attention" not in settings.model.layer_kinds:
         return None
     words = {
         0.0: "compression.join_after=never",

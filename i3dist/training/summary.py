@@ -69,7 +69,7 @@ def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
 def joining(settings: Settings) -> str:
     """When two softmaxes become one, as the end of a line; "" for never."""
     first, steps = settings.compression.join_after, settings.compression.join_steps
-    if first == "never" or "dual-attention" not in settings.model.layer_kinds:
+    if not settings.joins:
         return ""
     return f"; its softmax joins the chunk's after {first:,} steps, over {steps:,}"
 

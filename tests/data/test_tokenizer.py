@@ -171,7 +171,6 @@ def _drop(*names: str) -> Callable[[dict[str, Any]], object]:
         (lambda spec: spec["model"]["vocab"].update({"zz": VOCABULARY + 5}), "do not run from 0"),
         (lambda spec: [t.update(special=False) for t in spec["added_tokens"]], "out of plain text"),
         (lambda spec: spec["model"].update(type="Nonsense"), "not a tokenizer.json"),
-        (lambda spec: spec["model"].update(dropout=0.1), "has other ids each time"),
         (lambda spec: spec["model"].update(end_of_word_suffix="</w>"), "decoding takes for text"),
     ],
 )

@@ -159,6 +159,7 @@ def _ordinary(spec: dict[str, Any]) -> None:
         (lambda spec: spec["model"]["vocab"].update(zz=5000), "its ids do not run from 0"),
         (lambda spec: spec.update(model=None), "is not a tokenizer.json"),
         (lambda spec: spec.update(added_tokens=[1]), "is not a tokenizer.json"),
+        (lambda spec: spec["model"].update(dropout=0.1), "dropout 0.1, so a text has other ids"),
     ],
 )
 def test_one_that_does_not_serve_is_one_line(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -295,6 +296,7 @@ def test_a_server_that_is_not_there_at_first_is_waited_for(
 ) -> None:
     """fsspec says then that the file is not there."""
     monkeypatch.setattr(retries, "_TOLD_PAUSE", retries._FIRST_PAUSE)
+    monkeypatch.setattr(retries, "_told", -math.inf)
     server.busy_until = time.monotonic() + 1.0
     assert len(records(url_source(f"{server.url}/plain/data/0.parquet"))) == ROWS
     said = capsys.readouterr().err
