@@ -57,7 +57,8 @@ def main() -> None:
     sampling = sampling_of(arguments)
     streams.require_output()
     prompt = read_prompt(arguments.prompt)
-    saved, device = SavedModel.find(arguments.checkpoint), devices.pick_device(arguments.device)
+    device = devices.pick_device(arguments.device)
+    saved = SavedModel.find(arguments.checkpoint)
     tokenizer = saved.tokenizer
     compile_ahead(saved.settings.model, 1 + len(tokenizer.encode(prompt)), device)
     model = saved.as_model(device, None)
