@@ -124,11 +124,12 @@ class FileDigest(Stored):
     def of(cls, path: Path) -> "FileDigest":
         """Read a file and hash it."""
         # In large parts: before each the thread waits for all others that want the interpreter.
-        digest, part = hashlib.sha256(), memoryview(bytearray(HASHED_AT_ONCE))
+        length = path.stat().st_size
+        digest, part = hashlib.sha256(), memoryview(bytearray(min(length, HASHED_AT_ONCE)))
         with path.open("rb", buffering=0) as file:
             while size := file.readinto(part):
                 digest.update(part[:size])
-        return cls(size=path.stat().st_size, sha256=digest.hexdigest())
+        return cls(size=length, sha256=digest.hexdigest())
 
 
 class CheckpointManifest(Stored):
