@@ -113,14 +113,17 @@ class SavedModel:
         COMPRESSORS.of(settings.model.compressor, settings.place_of("model.compressor"))
         return cls(path, settings, tokenizer, joined)
 
-    def load_into(self, model: I3LM) -> torch.dtype:
+    def load_into(self, model: I3LM, assign: bool = False) -> torch.dtype:
         """Give a model these weights, rounded to the type of the forward pass; returns that type.
+
+        With `assign` the model may then hold a file's own memory.
 
         Raises:
             UserError: some are missing, or have another shape.
         """
-        load = _load_checkpoint if is_checkpoint(self.path) else _load_export
-        return load(model, self.path)
+        if is_checkpoint(self.path):
+            return _load_checkpoint(model, self.path)
+        return _load_export(model, self.path, assign)
 
     def as_model(self, device: torch.device, dtype: torch.dtype | None) -> I3LM:
         """The model in evaluation mode; see `load_run`.
@@ -130,10 +133,7 @@ class SavedModel:
         """
         with Unfilled():
             model = I3LM(self.settings.model, self.tokenizer.bos_id)
-        if is_checkpoint(self.path):
-            trained_in = _load_checkpoint(model, self.path)
-        else:  # the model then holds the file's own memory, which `copy` leaves
-            trained_in = _load_export(model, self.path, assign=True)
+        trained_in = self.load_into(model, assign=True)  # `copy` leaves the file's memory
         if self.joined:
             model.join_softmaxes(self.joined)
         dtype = dtype or (torch.float32 if device.type == "cpu" else trained_in)

@@ -75,6 +75,11 @@ class Peers:
         """This rank waits for data, and has done so for `seconds`: tell the other ranks."""
         self._tell({"says": WAITS, "seconds": seconds, "what": what})
 
+    def _hear(self, wait: Message) -> None:
+        """Another rank says that it waits for data."""
+        with suppress(Exception):
+            self.on_wait(wait["seconds"], wait["what"])
+
     def await_verdict(self) -> None:
         """Wait after a collective lost a rank. The process ends meanwhile, if the loss is real."""
         if self._job.world_size > 1:
@@ -179,8 +184,7 @@ class _First(Peers):
         now = time.monotonic()
         if now - self._passed_on >= PASS_ON_SECONDS:
             self._passed_on = now
-            with suppress(Exception):
-                self.on_wait(wait["seconds"], wait["what"])
+            self._hear(wait)
             await self._send(wait)
 
     async def _await_all_of(self, host: str) -> None:
@@ -247,8 +251,7 @@ class _Other(Peers):
         said: Message = {}
         try:
             while (said := _read(self._words.readline())).get("says") == WAITS:
-                with suppress(Exception):
-                    self.on_wait(said["seconds"], said["what"])
+                self._hear(said)
         except OSError as error:
             self._silent = _is_silence(error)
         if self._closed or said == BYE:

@@ -14,7 +14,6 @@ import os
 import stat
 import tarfile
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -42,7 +41,8 @@ class CompileCache:
         """Neither need exist."""
         self.archive, self.folder = archive, folder
         self._unpacked: set[Path] = set()
-        self._thread: threading.Thread | None = None
+        self.wait: Callable[[], None] = lambda: None
+        """Until `save` is done."""
 
     def entries(self) -> set[Path]:
         """Files of the folder, relative to it."""
@@ -118,13 +118,7 @@ class CompileCache:
             with warned("compile cache"):
                 self.pack()
 
-        self._thread = threading.Thread(target=pack, name="compile cache", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Until `save` is done."""
-        if self._thread is not None:
-            self._thread.join()
+        self.wait = aside(pack, "compile cache")
 
 
 def enter(

@@ -5,9 +5,10 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from i3dist.aside import aside
 
 COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")  # 1,400 modules: seconds
 MOST_COMPILE_WORKERS = 32  # torch's own limit
@@ -50,7 +51,7 @@ def import_aside(*modules: str) -> Callable[[], None]:
         finally:
             sys.setswitchinterval(before)
 
-    return ThreadPoolExecutor(1, "imports").submit(import_all).result
+    return aside(import_all, "imports")
 
 
 @contextmanager

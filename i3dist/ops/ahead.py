@@ -12,11 +12,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+Form = TypeVar("Form", bound=Callable[..., object])
 
 _begun: dict[tuple[Any, ...], threading.Thread] = {}  # by form and inputs
 _one_at_a_time: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)  # by form
@@ -44,11 +46,12 @@ def compile_ahead(form: Callable[..., object], *inputs: Any) -> None:
         _begun[key].start()
 
 
-def wait_for(form: Callable[..., object]) -> None:
-    """Wait until what was begun for `form` is done."""
+def wait_for(form: Form) -> Form:
+    """`form`, once what was begun for it is done."""
     for key in [key for key in _begun if key[0] == form]:
         if thread := _begun.pop(key, None):
             thread.join()
+    return form
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor) -> Callable[..., object]:

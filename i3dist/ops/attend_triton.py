@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from i3dist.ops.attention import NEVER
 from i3dist.ops.step_triton import _start_next, early
 
 TILE = 32  # keys that a program reads at once; of 64 a thread's registers do not hold its part
 FEW = 4  # rows up to which splits are short
 SHORT, LONG = 64, 256  # least keys of a split
 MOST_SPLITS = 32  # about, of all keys: one program joins them
-NEVER = -1e9  # below every logit
 
 
 # Of each row, [B]: tokens of its chunk, the first that the newest sees, whether its document began

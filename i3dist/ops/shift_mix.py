@@ -164,8 +164,7 @@ def _norm_shift_mix(*inputs: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor]
 
     One tensor per mix, not a stack: then their gradients need no copy.
     """
-    wait_for(_kernels().forward)
-    return _kernels().forward(MixInputs(*inputs))
+    return wait_for(_kernels().forward)(MixInputs(*inputs))
 
 
 @torch.library.custom_op(
@@ -182,8 +181,7 @@ def _norm_shift_mix_backward(
     The gradient of x is that of x + branch, and includes `grad_total`, the last argument.
     """
     *saved, grad_total = rest
-    wait_for(_kernels().backward)
-    return _kernels().backward(grad_mixed, grad_last, Saved(*saved), grad_total)
+    return wait_for(_kernels().backward)(grad_mixed, grad_last, Saved(*saved), grad_total)
 
 
 @_norm_shift_mix.register_fake

@@ -101,8 +101,7 @@ def _wkv(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(inputs: WkvInputs) -> tuple[Tensor, Tensor, Tensor]:
     form: Callable[[WkvInputs], tuple[Tensor, Tensor, Tensor]]
     form = _form(inputs.k.device.type).forward
-    wait_for(form)
-    return form(inputs)
+    return wait_for(form)(inputs)
 
 
 @torch.library.custom_op(
@@ -114,9 +113,7 @@ def _forward(inputs: WkvInputs) -> tuple[Tensor, Tensor, Tensor]:
 def _wkv_backward(grad_y: Tensor, grad_final: Tensor, *saved: Any) -> Gradients:
     """Gradients of decay, bonus, k, v, the initial state, and receptance (no elements if None)."""
     given = WkvSaved(*saved)
-    form = _form(given.k.device.type).backward
-    wait_for(form)
-    return form(grad_y, grad_final, given)
+    return wait_for(_form(given.k.device.type).backward)(grad_y, grad_final, given)
 
 
 @_wkv.register_fake
