@@ -143,7 +143,7 @@ def test_a_note_says_that_softmaxes_were_one_to_another_share(
     joins = (
         {"compression.join_after": ended, "compression.join_steps": round(1 / share)}
         if share
-        else {}
+        else {"compression.join_after": "never"}
     )
     saved = found(known, finished(tmp_path / "base", **dual, **joins), **dual)
     assert saved is not None and saved.joined == pytest.approx(share, abs=0.05)
