@@ -67,9 +67,9 @@ def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
 
 
 def joining(settings: Settings) -> str:
-    """When two softmaxes become one, as the end of a line; "" for never."""
+    """When two softmaxes become one, as the end of a line; "" if they do not in this run."""
     first, steps = settings.compression.join_after, settings.compression.join_steps
-    if not settings.joins:
+    if not (settings.joins and settings.compression.joined_after(settings.train.steps)):
         return ""
     return f"; its softmax joins the chunk's after {first:,} steps, over {steps:,}"
 

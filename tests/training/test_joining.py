@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from i3dist.checkpoint import verify
 from i3dist.checkpoint.format import read_state
 from i3dist.checkpoint.weights import load_run
+from i3dist.config import Settings
 from i3dist.inference.evaluate import evaluate
+from i3dist.training.summary import joining
 from tests.training.runs import ROWS, Asked, K, Start, TrainedRun
 
 STEPS, SHARES = 6, [0.0, 0.0, 0.25, 0.5, 0.75, 1.0]  # of each step
@@ -57,7 +58,7 @@ def test_weights_are_read_with_the_share_of_their_last_step(whole: TrainedRun) -
     places = {n: run / "checkpoints" / f"step-{n:08d}" for n in range(1, STEPS)} | {STEPS: run}
     measured = {line["step"]: line["loss"] for line in whole.lines("validation")}
     for step, path in places.items():
-        model, *_ = load_run(path, torch.device("cpu"), whole.engine.dtype)
+        model, *_ = load_run(path, whole.engine.device, whole.engine.dtype)
         assert model.joined == SHARES[step - 1]
         losses = []
         for share in (model.joined, 0.0):
@@ -66,3 +67,11 @@ def test_weights_are_read_with_the_share_of_their_last_step(whole: TrainedRun) -
             losses.append(evaluate(model, validator.held_out, text, ROWS, K).loss)
         assert losses[0] == measured[step]
         assert (losses[0] == losses[1]) == (SHARES[step - 1] == 0)
+
+
+def test_an_overview_says_when_they_become_one_in_the_run() -> None:
+    said = joining(Settings.load(None, ["compression.join_after=4", "train.steps=5"]))
+    assert said == "; its softmax joins the chunk's after 4 steps, over 2,000"
+    assert not joining(Settings.load(None, ["compression.join_after=4", "train.steps=4"]))
+    assert not joining(Settings.load(None, ["compression.join_after=never"]))
+    assert not joining(Settings.load(None, ["model.layers=1xrwkv,1xattention"]))
