@@ -35,7 +35,7 @@ from unigram import counts
 
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
-from i3dist.data.corpus import Split
+from i3dist.data.corpus import Split, fingerprint_of
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.manifest import Manifest
 from i3dist.distributed import collectives
@@ -105,6 +105,11 @@ class Experiment:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rare = rare_tokens(data / "train").to(self.device)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the data that it trains and evaluates on."""
+        return fingerprint_of(self.train.manifest, self.held_out.manifest)
+
     def run(self, plan: Plan) -> Iterator[dict[str, Any]]:
         """Train; yields the results at each mark."""
         with self.device:
@@ -131,6 +136,7 @@ class Experiment:
                     "arm": plan.arm,
                     "seed": plan.seed,
                     "tokens": (step + 1) * plan.tokens,
+                    "data": self.fingerprint,
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "curve": curve.to_dict(),
                 } | self.evaluate(model, plan)
@@ -292,6 +298,8 @@ def run(options: argparse.Namespace) -> None:
     """Do the runs that have no results yet; append their results."""
     experiment = Experiment(options.data, options.held_out)
     lines = history_report.read(options.results)
+    first = {"arm": options.arms[0], "seed": options.seeds[0], "data": experiment.fingerprint}
+    history_report.refuse_mixed([*lines, first])
     done = {(line["arm"], line["seed"], line["tokens"]) for line in lines}
     for plan in plans(options, experiment.train.manifest):
         if (plan.arm, plan.seed, plan.marks[-1] * plan.tokens) in done:

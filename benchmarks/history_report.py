@@ -64,10 +64,28 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} holds no results of this program: {error}") from None
 
 
+def refuse_mixed(lines: list[dict[str, Any]]) -> None:
+    """See that all lines are of the same data: losses per token compare within one tokenizer alone.
+
+    Raises:
+        UserError: their fingerprints differ, or the tokens that they were evaluated on.
+    """
+    prints = {line["data"]: line for line in lines if "data" in line}
+    texts = {tuple(line["by_chunk"]["count"]): line for line in lines if "by_chunk" in line}
+    for differing in (prints, texts):
+        if len(differing) > 1:
+            one, other, *_ = (f"{line['arm']}, seed {line['seed']}" for line in differing.values())
+            raise UserError(
+                f"{one} and {other} are of different data: compare arms of one --data and one "
+                "--held-out, in a file of --results of their own"
+            )
+
+
 def show(lines: list[dict[str, Any]], plot: Path | None) -> None:
     """Print a table for each number of tokens, and plot the last."""
     if not lines:
         raise UserError("there are no results yet")
+    refuse_mixed(lines)
     grouped: Results = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         grouped[line["tokens"]][line["arm"]][line["seed"]] = Figures.of(line)
@@ -153,8 +171,9 @@ def plot_curves(lines: list[dict[str, Any]], arms: Sequence[str], path: Path) ->
     """Plot how far each arm's training loss is below that of no history, against tokens.
 
     Raises:
-        UserError: an arm has no seed in common with no history.
+        UserError: an arm has no seed in common with no history, or lines are of different data.
     """
+    refuse_mixed(lines)
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -152,11 +152,10 @@ class CompressionSettings(Section):
     """Steps over which g then rises to 1."""
     schedule: Schedule = "linear"
     """How g rises: linear, or another of optimizer.schedule's curves."""
-    join_after: CountOrZero | Never = 4000
+    join_after: CountOrZero | Never = "never"
     """Steps after which the two softmaxes of dual-attention begin to become one, a share j at a
-    time; never keeps them apart (docs/model.md). By then attention should have learned its own
-    chunk: 33M tokens, more in large models. Layers of attention have one from the start."""
-    join_steps: CountOrZero = 2000
+    time; never keeps them apart (docs/model.md). Layers of attention have one from the start."""
+    join_steps: CountOrZero = 1000
     """Steps over which j then rises to 1, on a line."""
 
     def gate_at(self, step: int) -> float:

@@ -307,6 +307,28 @@ def test_the_report_compares_arms_of_a_seed(results: Path, tmp_path: Path) -> No
     assert history_report.recovered(arms, "none").lstrip("-") == "0.00"
 
 
+@pytest.mark.parametrize("differs", ["data", "evaluated tokens of a row without data"])
+def test_arms_of_different_data_are_not_compared(
+    results: Path, tmp_path: Path, differs: str
+) -> None:
+    """Neither in a report nor in a plot, and nothing is trained to be added to them."""
+    lines = history_report.read(results)
+    if differs == "data":
+        lines[-1]["data"] = "another"
+    else:
+        del lines[-1]["data"]
+        lines[-1]["by_chunk"]["count"][0] += 1
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = ["report", str(mixed)]
+    curves = ["curves", str(mixed), "--arms", "ceiling", "--plot", str(tmp_path / "plot.png")]
+    data, held_out = results.parent / "data", results.parent / "held-out"
+    run = ["run", "--data", str(data), "--held-out", str(held_out), *TOY, "--results", str(mixed)]
+    for words in (report, curves, run):
+        with pytest.raises(UserError, match=r"seed 0 and .* are of different data: compare"):
+            history.main(words)
+
+
 def test_gains_in_training_are_of_the_longest_runs_of_common_seeds(tmp_path: Path) -> None:
     def line(arm: str, seed: int, tokens: int, losses: list[float]) -> dict[str, Any]:
         return {"arm": arm, "seed": seed, "tokens": tokens, "curve": {"loss": losses}}
