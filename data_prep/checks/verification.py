@@ -16,7 +16,7 @@ from data_prep.checks.chat_check import ChatEnds, join
 from data_prep.checks.damage import MAKE_AGAIN, Damage
 from data_prep.checks.folder_check import FolderCheck
 from data_prep.checks.index_check import IndexCheck, TextReport, check_texts, join_texts
-from data_prep.checks.index_rows import Rows
+from data_prep.checks.index_rows import NOTHING, Rows, stated
 from data_prep.checks.shard_check import Ends, ShardReport, check_shard
 from data_prep.checks.stream import Stream
 from data_prep.pack import INDEX_NAME
@@ -63,14 +63,14 @@ class ShardTask:
 
     def __call__(self) -> list[ShardReport]:
         """Check them."""
-        reports, row, blocks = [], 0, _block_check(self.stream)
-        for n, shard in enumerate(self.shards):
-            rows = None
-            if self.rows is not None:
-                rows = self.rows.part(row, row + self.owners[n])
-                row += self.owners[n]
-            reports.append(check_shard(self.stream, self.first + n, shard, rows, blocks))
-        return reports
+        stream, blocks = self.stream, _block_check(self.stream)
+        each = [NOTHING] * len(self.shards)
+        if self.rows is not None:
+            each = stated(stream, self.first, self.rows, self.owners)
+        return [
+            check_shard(stream, self.first + n, shard, of_shard, blocks)
+            for n, (shard, of_shard) in enumerate(zip(self.shards, each, strict=True))
+        ]
 
 
 @dataclass(frozen=True)
