@@ -18,7 +18,7 @@ from i3dist.data.manifest import TAR_BLOCK, member_stride
 from i3dist.data.token_types import Stored
 
 # Bytes that are read at once.
-BLOCK = 1 << 19
+BLOCK = 1 << 20
 
 Ints = NDArray[np.int64]
 _NOWHERE: Ints = np.empty(0, np.int64)

@@ -27,7 +27,7 @@ class HeaderCheck:
         self._sums: dict[int, Words] = {}  # by the sum of these digits
         self._one = headers.of(0, 0, 1).view(_WORD)
         self._expected = np.empty((0, self._one.shape[1]), _WORD)  # of the chunks last compared
-        self._equal = np.empty(self._expected.shape, bool)
+        self._copies: dict[int, bytearray] = {}  # by number of chunks
 
     def begin(self, number: int) -> None:
         """Go to shard `number`, of at most 7 digits (`MAX_SHARDS`)."""
@@ -46,15 +46,21 @@ class HeaderCheck:
 
     def wrong(self, stored: NDArray[np.uint8], first: int) -> list[int]:
         """Which of the N chunks from `first` on have another header than `stored`, [N, 512]."""
-        count = len(stored)
-        if len(self._equal) < count:
+        count, chunks = len(stored), slice(first, first + len(stored))
+        if len(self._expected) < count:
             self._expected = np.repeat(self._one, count, axis=0)
-            self._equal = np.empty(self._expected.shape, bool)
-        expected, chunks = self._expected[:count], slice(first, first + count)
+        expected = self._expected[:count]
         np.add(self._name[chunks], self._more, out=expected[:, _NAME])
         expected[:, _SUM] = self._sum[chunks]
-        equal = np.equal(stored.view(_WORD), expected, out=self._equal[:count])
-        return [] if equal.all() else (np.flatnonzero(~equal.all(axis=1)) + first).tolist()
+        words = stored.view(_WORD)
+        # Copied and compared as bytes: three times as fast as one word after the other.
+        if count not in self._copies:
+            self._copies[count] = bytearray(expected.nbytes)
+        copy = self._copies[count]
+        np.frombuffer(copy, _WORD).reshape(expected.shape)[:] = words
+        if copy == expected.data:
+            return []
+        return (np.flatnonzero((words != expected).any(axis=1)) + first).tolist()
 
     def _made(self, number: int, columns: slice) -> Words:
         """These words of the headers of a shard, [chunks, columns]."""
