@@ -17,8 +17,8 @@ from i3dist.data.archive import Headers
 from i3dist.data.manifest import TAR_BLOCK, member_stride
 from i3dist.data.token_types import Stored
 
-# Bytes that are read at once.
-BLOCK = 1 << 20
+# Bytes that are read at once: a third of a shard of the default size.
+BLOCK = 17 << 16
 
 Ints = NDArray[np.int64]
 _NOWHERE: Ints = np.empty(0, np.int64)

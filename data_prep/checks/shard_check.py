@@ -41,8 +41,9 @@ class ShardReport(NamedTuple):
     """What a check of a shard has found; `ends` is None if its tokens could not be read."""
 
     number: int
+    size: int  # bytes, as the manifest says
     damages: list[Damage]
-    sha256: str = ""
+    wrong_sha256: str = ""  # of a file that has another than the manifest says
     ends: Ends | None = None
     documents: int = 0  # that begin in the shard
 
@@ -66,9 +67,9 @@ def check_shard(
         check.add("", f"cannot be read ({error.strerror})")
         is_read = False
     if not is_read:
-        return ShardReport(number, check.damages)
+        return ShardReport(number, shard.size, check.damages)
     ends, documents = check.as_stated() or check.boundaries()
-    return ShardReport(number, check.damages, check.sha256, ends, documents)
+    return ShardReport(number, shard.size, check.damages, check.wrong_sha256, ends, documents)
 
 
 @dataclass
@@ -79,7 +80,7 @@ class _Check:
     stated: Stated
     blocks: BlockCheck
     damages: list[Damage] = field(default_factory=list)
-    sha256: str = ""
+    wrong_sha256: str = ""
 
     def add(self, place: str, problem: str, remedy: str = RESTORE) -> None:
         """Note a damage of the shard."""
@@ -118,13 +119,13 @@ class _Check:
                 digest.update(data)
             tail = file.read()
             digest.update(tail)
-        self.sha256 = digest.hexdigest()
         for first, last in stretches(sorted(set(blocks.malformed))):
             place = f"chunk {first}" if first == last else f"chunks {first} to {last}"
             self.add(place, "the header or padding is not that of the format")
         if tail.count(0) < len(tail):
             self.add("end of the archive", "it has other bytes than zeros")
-        if self.sha256 != self.shard.sha256:
+        if (sha256 := digest.hexdigest()) != self.shard.sha256:
+            self.wrong_sha256 = sha256
             # First, as it is the whole of the damage where an ordinary id became another.
             problem = "its SHA-256 is not the manifest's"
             self.damages.insert(0, Damage(stream.file(self.shard.name), "", problem, RESTORE))

@@ -22,6 +22,7 @@ from data_prep.checks.stream import Stream
 from data_prep.pack import INDEX_NAME
 from data_prep.store import Store
 from i3dist.data.manifest import MANIFEST_NAME, Manifest, Shard
+from i3dist.data.shard_table import shard_name
 from i3dist.errors import UserError
 
 # Bytes of shards in a task: enough that handing it to a worker costs little.
@@ -109,8 +110,7 @@ class Verification:
     @property
     def bytes(self) -> int:
         """Bytes of all shards."""
-        manifests = self.check.manifests.values()
-        return sum(shard.size for manifest in manifests for shard in manifest.shards)
+        return sum(int(m.shard_sizes.sum()) for m in self.check.manifests.values())
 
     def damages(self, advance: Advance = lambda _: None) -> Iterator[Damage]:
         """Every damage, file by file.
@@ -134,7 +134,7 @@ class Verification:
         joiner = _Joiner(stream, manifest)
         for reports in pool.in_order(_shard_tasks(stream, manifest, index)):
             for report in reports:
-                advance(manifest.shards[report.number].size)
+                advance(report.size)
                 yield from joiner.add(report)
             yield from index.damages
             index.damages.clear()
@@ -143,7 +143,7 @@ class Verification:
         yield from joiner.finish()
         if index.is_readable:
             yield from _check_texts(pool, stream, index.row_groups)
-        size = sum(shard.size for shard in manifest.shards)
+        size = int(manifest.shard_sizes.sum())
         self.totals[split] = Totals(joiner.documents, manifest.chunks, len(manifest.shards), size)
 
 
@@ -160,11 +160,10 @@ class _Joiner:
 
     def add(self, report: ShardReport) -> Iterator[Damage]:
         """The damages of the next shard, and of its border to the one before."""
-        shard = self._manifest.shards[report.number]
-        file = self._stream.file(shard.name)
+        file = self._stream.file(shard_name(report.number))
         damages = list(report.damages)
-        if report.sha256 and report.sha256 != shard.sha256:
-            damages[0] = self._explained(damages[0], report.sha256)
+        if report.wrong_sha256:
+            damages[0] = self._explained(damages[0], report.wrong_sha256)
         yield from damages
         self.documents += report.documents
         before, after = self._before, report.ends
