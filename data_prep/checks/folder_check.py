@@ -21,6 +21,7 @@ from data_prep.output import (
 from data_prep.pack import INDEX_NAME
 from data_prep.store import Store
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
+from i3dist.data.shard_table import shard_name
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
 
@@ -101,7 +102,7 @@ class FolderCheck:
 
     def _files_of_split(self, split: str, manifest: Manifest) -> Iterator[Damage]:
         """Files of a split that are missing, or do not belong there."""
-        shards = {shard.name for shard in manifest.shards}
+        shards = set(map(shard_name, range(len(manifest.shards))))
         yield from self._compare(f"{split}/", {MANIFEST_NAME, INDEX_NAME, *shards}, set())
 
     def _compare(self, below: str, needed: set[str], allowed: set[str]) -> Iterator[Damage]:

@@ -3,8 +3,6 @@
 They differ from each other in a few words of 8 bytes only: those of the name and of the checksum.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +10,7 @@ from i3dist.data.archive import Headers
 
 _WORD = np.dtype("<u8")
 # The words of a header that hold the name and the checksum.
-_NAME, _SUM = (0, 1, 2), (18, 19)
+_NAME, _SUM = slice(0, 3), slice(18, 20)
 _ROWS = 1 << 10  # made at a time
 _KEPT_SUMS = 1 << 20
 
@@ -25,11 +23,11 @@ class HeaderCheck:
     def __init__(self, headers: Headers, chunks: int) -> None:
         """Compare with what `headers` makes."""
         self._headers, self._chunks = headers, chunks
-        self._one = headers.of(0, 0, 1).view(_WORD)
         self._names: dict[int, Words] = {}  # by digits of a shard's number, of the first with such
         self._sums: dict[int, Words] = {}  # by the sum of these digits
-        self._equal = np.empty((0, self._one.shape[1]), bool)
-        self._expected: list[Words] = []  # the words of the shard of `begin`
+        self._one = headers.of(0, 0, 1).view(_WORD)
+        self._expected = np.empty((0, self._one.shape[1]), _WORD)  # of the chunks last compared
+        self._copies: dict[int, bytearray] = {}  # by number of chunks
 
     def begin(self, number: int) -> None:
         """Go to shard `number`, of at most 7 digits (`MAX_SHARDS`)."""
@@ -43,23 +41,31 @@ class HeaderCheck:
             self._sums[total] = self._made(number, _SUM)
         # A name begins with these digits, so its first word grows by what they have more.
         more = int.from_bytes(digits, "little") - int.from_bytes(f"{first:06d}".encode(), "little")
-        names = self._names[len(digits)]
-        self._expected = [names[0] + np.uint64(more), *names[1:], *self._sums[total]]
+        self._more = np.array([more, 0, 0], _WORD)
+        self._name, self._sum = self._names[len(digits)], self._sums[total]
 
     def wrong(self, stored: NDArray[np.uint8], first: int) -> list[int]:
         """Which of the N chunks from `first` on have another header than `stored`, [N, 512]."""
-        count, words = len(stored), stored.view(_WORD)
-        if len(self._equal) < count:
-            self._equal = np.empty((count, words.shape[1]), bool)
-        equal = np.equal(words, self._one, out=self._equal[:count])
-        for column, expected in zip((*_NAME, *_SUM), self._expected, strict=True):
-            np.equal(words[:, column], expected[first : first + count], out=equal[:, column])
-        return [] if equal.all() else (np.flatnonzero(~equal.all(axis=1)) + first).tolist()
+        count, chunks = len(stored), slice(first, first + len(stored))
+        if len(self._expected) < count:
+            self._expected = np.repeat(self._one, count, axis=0)
+        expected = self._expected[:count]
+        np.add(self._name[chunks], self._more, out=expected[:, _NAME])
+        expected[:, _SUM] = self._sum[chunks]
+        words = stored.view(_WORD)
+        # Copied and compared as bytes: three times as fast as one word after the other.
+        if count not in self._copies:
+            self._copies[count] = bytearray(expected.nbytes)
+        copy = self._copies[count]
+        np.frombuffer(copy, _WORD).reshape(expected.shape)[:] = words
+        if copy == expected.data:
+            return []
+        return (np.flatnonzero((words != expected).any(axis=1)) + first).tolist()
 
-    def _made(self, number: int, columns: Sequence[int]) -> Words:
-        """These words of the headers of a shard, [columns, chunks]."""
+    def _made(self, number: int, columns: slice) -> Words:
+        """These words of the headers of a shard, [chunks, columns]."""
         made = []
         for first in range(0, self._chunks, _ROWS):
             rows = self._headers.of(number, first, min(_ROWS, self._chunks - first))
-            made.append(rows.view(_WORD)[:, columns])
-        return np.concatenate(made).T.copy()
+            made.append(rows.view(_WORD)[:, columns].copy())
+        return np.concatenate(made)

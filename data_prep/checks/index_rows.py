@@ -1,6 +1,7 @@
 """Rows of index.parquet, and how they compare with the tokens of a shard."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -64,13 +65,70 @@ def row_damage(stream: Stream, row: int, problem: str) -> Damage:
     return Damage(stream.file(INDEX_NAME), f"row {row}", problem)
 
 
-def piece_ends(stream: Stream, rows: Rows | None) -> Ints:
-    """Where pieces begin and end by the rows of a shard, ascending; none if they are in disorder.
+class Stated(NamedTuple):
+    """What the rows of a shard state of it.
 
-    These are tokens of the shard, of which most are <BOS> or <EOS>.
+    `ends` are the tokens at which its pieces begin and end, ascending; none without rows, or if
+    they are in disorder. With `fills` the rows fill a whole shard piece by piece, as those of the
+    format do, and each piece has three tokens or more.
     """
-    if rows is None:
-        return np.empty(0, np.int64)
+
+    rows: Rows | None
+    ends: Ints
+    fills: bool = False
+
+
+NOTHING = Stated(None, np.empty(0, np.int64))
+"""What no rows state."""
+
+
+def stated(stream: Stream, first: int, rows: Rows, owners: Sequence[int]) -> list[Stated]:
+    """What the rows of consecutive shards from number `first` on state; each has so many rows."""
+    starts = rows.chunk * stream.chunk_length + rows.offset
+    ends = np.stack((starts, starts + rows.length - 1), axis=1)
+    stops = list(accumulate(owners))
+    begins = [0, *stops[:-1]]
+    parts = [rows.part(*bounds) for bounds in zip(begins, stops, strict=True)]
+    if 0 in owners or not _are_pieces(stream, first, rows, owners, ends, begins):
+        return [Stated(part, _ascending(stream, part)) for part in parts]
+    fill = (ends[:, 1][np.array(stops) - 1] == stream.shard_tokens - 1).tolist()
+    return [
+        Stated(part, ends[begin:stop].reshape(-1), is_full)
+        for part, begin, stop, is_full in zip(parts, begins, stops, fill, strict=True)
+    ]
+
+
+def _are_pieces(
+    stream: Stream, first: int, rows: Rows, owners: Sequence[int], ends: Ints, begins: list[int]
+) -> bool:
+    """Whether pieces of three tokens or more follow each other from the begin of each shard on.
+
+    Args:
+        stream: the split.
+        first: number of the first shard.
+        rows: the rows of consecutive shards.
+        owners: number of rows of each shard.
+        ends: the first and last token of each row, [R, 2].
+        begins: the first row of each shard.
+    """
+    follows = np.empty(rows.total, np.int64)
+    follows[1:] = ends[:-1, 1] + 1
+    follows[begins] = 0
+    continues = rows.piece != 0
+    continues[begins] = False
+    shards = np.repeat(np.arange(first, first + len(owners)), owners)
+    return bool(
+        (ends[:, 0] == follows).all()
+        and rows.length.min() >= 3
+        and rows.offset.min() >= 0
+        and rows.offset.max() < stream.chunk_length
+        and not continues.any()
+        and (rows.shard == shards).all()
+    )
+
+
+def _ascending(stream: Stream, rows: Rows) -> Ints:
+    """Where pieces begin and end by the rows of a shard, if that is in order."""
     starts = rows.chunk * stream.chunk_length + rows.offset
     ends = np.stack((starts, starts + rows.length - 1), axis=1).reshape(-1)
     steps = np.diff(ends, prepend=-1)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.checks.block_check import BlockCheck, Findings, Ints
+from data_prep.checks.block_check import BlockCheck, Ints
 from data_prep.checks.chat_check import (
     WRONG_MASK,
     WRONG_ORDER,
@@ -22,7 +22,7 @@ from data_prep.checks.chat_check import (
     wrong_mask,
 )
 from data_prep.checks.damage import MAKE_AGAIN, RESTORE, Damage, by_chunk, stretches, token_place
-from data_prep.checks.index_rows import Rows, compare_rows, piece_ends
+from data_prep.checks.index_rows import Stated, compare_rows
 from data_prep.checks.stream import Stream
 from i3dist.data.manifest import Shard
 
@@ -41,14 +41,15 @@ class ShardReport(NamedTuple):
     """What a check of a shard has found; `ends` is None if its tokens could not be read."""
 
     number: int
+    size: int  # bytes, as the manifest says
     damages: list[Damage]
-    sha256: str = ""
+    wrong_sha256: str = ""  # of a file that has another than the manifest says
     ends: Ends | None = None
     documents: int = 0  # that begin in the shard
 
 
 def check_shard(
-    stream: Stream, number: int, shard: Shard, rows: Rows | None, blocks: BlockCheck
+    stream: Stream, number: int, shard: Shard, stated: Stated, blocks: BlockCheck
 ) -> ShardReport:
     """Check shard `number` against its line in the manifest and its rows in the index.
 
@@ -56,19 +57,19 @@ def check_shard(
         stream: the split.
         number: the shard's.
         shard: its line in the manifest.
-        rows: its rows in the index; None if the index is not readable.
+        stated: what its rows in the index state.
         blocks: reads and checks blocks of this split.
     """
-    check = _Check(stream, number, shard, blocks)
+    check = _Check(stream, number, shard, stated, blocks)
     try:
-        is_read = check.read(rows)
+        is_read = check.read()
     except OSError as error:
         check.add("", f"cannot be read ({error.strerror})")
         is_read = False
     if not is_read:
-        return ShardReport(number, check.damages)
-    ends, documents = check.boundaries(rows)
-    return ShardReport(number, check.damages, check.sha256, ends, documents)
+        return ShardReport(number, shard.size, check.damages)
+    ends, documents = check.as_stated() or check.boundaries()
+    return ShardReport(number, shard.size, check.damages, check.wrong_sha256, ends, documents)
 
 
 @dataclass
@@ -76,9 +77,10 @@ class _Check:
     stream: Stream
     number: int
     shard: Shard
+    stated: Stated
     blocks: BlockCheck
     damages: list[Damage] = field(default_factory=list)
-    sha256: str = ""
+    wrong_sha256: str = ""
 
     def add(self, place: str, problem: str, remedy: str = RESTORE) -> None:
         """Note a damage of the shard."""
@@ -90,14 +92,14 @@ class _Check:
             more = f" (and {count - 1} more in this chunk)" if count > 1 else ""
             self.add(token_place(first, self.stream.chunk_length), f"{problem}{more}", remedy)
 
-    def read(self, rows: Rows | None) -> bool:
+    def read(self) -> bool:
         """Read the file and check all but the boundaries of documents; False if it is cut.
 
         Special ids are looked for where the shard's rows of the index say that they stand, and
         searched for if any stands elsewhere.
         """
         stream, chunks, blocks = self.stream, self.shard.chunks, self.blocks
-        blocks.begin(self.number, piece_ends(stream, rows))
+        blocks.begin(self.number, chunks, self.stated.ends)
         digest = hashlib.sha256()
         with stream.open_shard(self.shard.name) as file:
             size = os.fstat(file.fileno()).st_size
@@ -117,30 +119,51 @@ class _Check:
                 digest.update(data)
             tail = file.read()
             digest.update(tail)
-        self.sha256 = digest.hexdigest()
-        self._note(blocks.findings())
+        for first, last in stretches(sorted(set(blocks.malformed))):
+            place = f"chunk {first}" if first == last else f"chunks {first} to {last}"
+            self.add(place, "the header or padding is not that of the format")
         if tail.count(0) < len(tail):
             self.add("end of the archive", "it has other bytes than zeros")
-        if self.sha256 != self.shard.sha256:
+        if (sha256 := digest.hexdigest()) != self.shard.sha256:
+            self.wrong_sha256 = sha256
             # First, as it is the whole of the damage where an ordinary id became another.
             problem = "its SHA-256 is not the manifest's"
             self.damages.insert(0, Damage(stream.file(self.shard.name), "", problem, RESTORE))
         return True
 
-    def _note(self, found: Findings) -> None:
-        """Note what was found in the members."""
-        self._found = found
-        for first, last in stretches(found.malformed):
-            place = f"chunk {first}" if first == last else f"chunks {first} to {last}"
-            self.add(place, "the header or padding is not that of the format")
+    def as_stated(self) -> tuple[Ends, int] | None:
+        """The ends and the number of documents, if <BOS> and <EOS> are where the index has them.
+
+        Then nothing is wrong with them. None if it takes a closer look to say so.
+        """
+        stream, stated = self.stream, self.stated
+        is_last = self.number == stream.shards - 1  # which may hold <PAD>
+        if is_last or stream.chat or stated.rows is None or not stated.fills:
+            return None
+        if (ids := self.blocks.ids_where_expected()) is None:
+            return None
+        begins_inside, ends_inside = bool(stated.rows.piece[0] > 0), bool(ids[-1] != stream.eos_id)
+        starts, stops = ids[0::2], ids[1::2]
+        if begins_inside:
+            if not self.blocks.is_ordinary(int(starts[0])):
+                return None
+            starts = starts[1:]
+        if ends_inside:
+            if not self.blocks.is_ordinary(int(stops[-1])):
+                return None
+            stops = stops[:-1]
+        if (starts != stream.bos_id).any() or (stops != stream.eos_id).any():
+            return None
+        return Ends(begins_inside, ends_inside, False, False), len(starts)
+
+    def boundaries(self) -> tuple[Ends, int]:
+        """Check ids, <BOS>, <EOS> and <PAD>, and the shard's rows in the index."""
+        found, rows = self.blocks.findings(), self.stated.rows
         if len(found.beyond):
             problem = f"its id is not below vocab_size {self.stream.vocab_size:,}"
             self.add_by_chunk(found.beyond, problem)
-
-    def boundaries(self, rows: Rows | None) -> tuple[Ends, int]:
-        """Check <BOS>, <EOS> and <PAD>, and the shard's rows in the index."""
         stream = self.stream
-        positions, ids = self._found.positions, self._found.ids
+        positions, ids = found.positions, found.ids
         is_bos, is_eos = ids == stream.bos_id, ids == stream.eos_id
         bos, eos = positions[is_bos], positions[is_eos]
         end = self.shard.chunks * stream.chunk_length
@@ -155,10 +178,11 @@ class _Check:
             self._add_disorder(positions[framing], is_bos[framing], end)
             stops = np.append(starts[1:], end)[: len(starts)]
         if stream.chat:
-            ends = self._check_chat(ends, Marks(positions, ids, self._found.changes, end))
+            ends = self._check_chat(ends, Marks(positions, ids, found.changes, end))
         if rows is not None:
-            found = compare_rows(stream, self.number, rows, starts, stops, ends.begins_inside)
-            self.damages.extend(found)
+            self.damages.extend(
+                compare_rows(stream, self.number, rows, starts, stops, ends.begins_inside)
+            )
         return ends, len(bos)
 
     def _check_chat(self, ends: Ends, marks: Marks) -> Ends:

@@ -16,12 +16,13 @@ from data_prep.checks.chat_check import ChatEnds, join
 from data_prep.checks.damage import MAKE_AGAIN, Damage
 from data_prep.checks.folder_check import FolderCheck
 from data_prep.checks.index_check import IndexCheck, TextReport, check_texts, join_texts
-from data_prep.checks.index_rows import Rows
+from data_prep.checks.index_rows import NOTHING, Rows, stated
 from data_prep.checks.shard_check import Ends, ShardReport, check_shard
 from data_prep.checks.stream import Stream
 from data_prep.pack import INDEX_NAME
 from data_prep.store import Store
 from i3dist.data.manifest import MANIFEST_NAME, Manifest, Shard
+from i3dist.data.shard_table import shard_name
 from i3dist.errors import UserError
 
 # Bytes of shards in a task: enough that handing it to a worker costs little.
@@ -63,14 +64,14 @@ class ShardTask:
 
     def __call__(self) -> list[ShardReport]:
         """Check them."""
-        reports, row, blocks = [], 0, _block_check(self.stream)
-        for n, shard in enumerate(self.shards):
-            rows = None
-            if self.rows is not None:
-                rows = self.rows.part(row, row + self.owners[n])
-                row += self.owners[n]
-            reports.append(check_shard(self.stream, self.first + n, shard, rows, blocks))
-        return reports
+        stream, blocks = self.stream, _block_check(self.stream)
+        each = [NOTHING] * len(self.shards)
+        if self.rows is not None:
+            each = stated(stream, self.first, self.rows, self.owners)
+        return [
+            check_shard(stream, self.first + n, shard, of_shard, blocks)
+            for n, (shard, of_shard) in enumerate(zip(self.shards, each, strict=True))
+        ]
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,7 @@ class Verification:
     @property
     def bytes(self) -> int:
         """Bytes of all shards."""
-        manifests = self.check.manifests.values()
-        return sum(shard.size for manifest in manifests for shard in manifest.shards)
+        return sum(int(m.shard_sizes.sum()) for m in self.check.manifests.values())
 
     def damages(self, advance: Advance = lambda _: None) -> Iterator[Damage]:
         """Every damage, file by file.
@@ -134,7 +134,7 @@ class Verification:
         joiner = _Joiner(stream, manifest)
         for reports in pool.in_order(_shard_tasks(stream, manifest, index)):
             for report in reports:
-                advance(manifest.shards[report.number].size)
+                advance(report.size)
                 yield from joiner.add(report)
             yield from index.damages
             index.damages.clear()
@@ -143,7 +143,7 @@ class Verification:
         yield from joiner.finish()
         if index.is_readable:
             yield from _check_texts(pool, stream, index.row_groups)
-        size = sum(shard.size for shard in manifest.shards)
+        size = int(manifest.shard_sizes.sum())
         self.totals[split] = Totals(joiner.documents, manifest.chunks, len(manifest.shards), size)
 
 
@@ -160,11 +160,10 @@ class _Joiner:
 
     def add(self, report: ShardReport) -> Iterator[Damage]:
         """The damages of the next shard, and of its border to the one before."""
-        shard = self._manifest.shards[report.number]
-        file = self._stream.file(shard.name)
+        file = self._stream.file(shard_name(report.number))
         damages = list(report.damages)
-        if report.sha256 and report.sha256 != shard.sha256:
-            damages[0] = self._explained(damages[0], report.sha256)
+        if report.wrong_sha256:
+            damages[0] = self._explained(damages[0], report.wrong_sha256)
         yield from damages
         self.documents += report.documents
         before, after = self._before, report.ends

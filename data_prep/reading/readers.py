@@ -38,6 +38,10 @@ SUFFIXES_IN_WORDS = f"{PARQUET}, .jsonl, .ndjson or .txt (all but {PARQUET} also
 )
 _LABELS = ("id", "url")
 _ROWS_AT_A_TIME = 128
+_LARGE = 1 << 25
+"""Bytes of a batch for which memory is worth more than time: the row group is read again after it,
+but at most `_MOST_AGAIN` times."""
+_MOST_AGAIN = 8
 _GENTLY: Any = {"pre_buffer": False, "buffer_size": 1 << 21}
 """Options of pyarrow under which it holds 2 MB of a column, not all of a row group."""
 _ALONE: Any = {"use_threads": False}
@@ -297,15 +301,27 @@ def _column(
     parquet: pq.ParquetFile, group: int, key: str, *, is_text: bool
 ) -> Generator[Any, None, int]:
     """The values of a column; returns how many there are."""
-    rows = 0
-    for batch in parquet.iter_batches(_rows_at_a_time(parquet, group), [group], [key], **_ALONE):
+    begin = partial(parquet.iter_batches, _rows_at_a_time(parquet, group), [group], [key], **_ALONE)
+    batches, rows, taken, again = begin(), 0, 0, 0
+    while (batch := next(batches, None)) is not None:
         # There may be two columns `id`: the first counts.
         values = _values(batch.column(batch.schema.names.index(key)), is_text)
+        is_large = batch.nbytes > _LARGE and again < _MOST_AGAIN
+        rows, taken = rows + len(values), taken + 1
         del batch
-        rows += len(values)
+        if is_large:  # pyarrow would keep the batch, and the page that it is of
+            del batches
+            pa.default_memory_pool().release_unused()
         values.reverse()
         while values:
             yield values.pop()  # nothing keeps a value that was taken
+        if is_large:
+            batches, again = begin(), again + 1
+            for _ in itertools.islice(batches, taken):
+                pass
+    if again:
+        del batches
+        pa.default_memory_pool().release_unused()
     return rows
 
 

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.reading.where import Kept, Where
@@ -38,6 +39,7 @@ def kept_rows(parquet: pq.ParquetFile, row_group: int, where: Where, place: obje
     rows = _ROWS_WITH_TEXT if "text" in columns else _ROWS
     batches = parquet.iter_batches(rows, [row_group], columns, use_threads=False)
     kept = [where.kept(batch, place) for batch in batches]
+    _give_back()
     found, expected = sum(map(len, kept)), parquet.metadata.row_group(row_group).num_rows
     if found != expected:  # pyarrow skips a damaged page silently
         raise EOFError(f"it holds {found} rows of {', '.join(columns)}, not {expected}")
@@ -47,9 +49,15 @@ def kept_rows(parquet: pq.ParquetFile, row_group: int, where: Where, place: obje
 def kept_lines(records: Iterable[Record], where: Where, place: object) -> Iterator[Record]:
     """Records of lines of jsonl; those that are not kept have the reason as their text."""
     for batch in _batches(records):
-        kept = where.kept_lines([record.columns or {} for record in batch], place)
-        for record, is_kept in zip(batch, kept.tolist(), strict=True):
-            yield record if is_kept else replace(record, text=Skip.WHERE, columns=None)
+        kept = where.kept_lines([record.columns or {} for record in batch], place).tolist()
+        _give_back()
+        batch.reverse()
+        # `pop`, and no variables: nothing keeps a record that was taken.
+        yield from (_chosen(batch.pop(), is_kept) for is_kept in kept)
+
+
+def _chosen(record: Record, is_kept: bool) -> Record:
+    return record if is_kept else replace(record, text=Skip.WHERE, columns=None)
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -58,11 +66,17 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     for record in records:
         batch.append(record)
         size += len(record.text) if isinstance(record.text, str) else 0
+        del record
         if len(batch) == _LINES or size >= _LINES_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _give_back() -> None:
+    """Give memory that Arrow keeps back to the system: a text may have been large."""
+    pa.default_memory_pool().release_unused()
 
 
 def for_sample(where: Where, files: Sequence[Records], place: object) -> Where:
