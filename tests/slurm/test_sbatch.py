@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -309,6 +310,27 @@ def test_the_job_ends_as_its_ranks_do_and_goes_back_where_they_ask(
     said = [line for line in started.result.stdout.splitlines() if line]
     assert said == (["requeueing job 77"] if requeued else [])
     assert started.result.returncode == status
+
+
+@pytest.mark.parametrize(
+    ("status", "preempted", "requeued"),
+    [
+        (128 + signal.SIGUSR1, "None", True),  # told by a signal, and nothing to save yet
+        (128 + signal.SIGHUP, "None", True),
+        (128 + signal.SIGTERM, "None", False),  # so srun ends the others when a rank has failed
+        (128 + signal.SIGKILL, "None", False),
+        (128 + signal.SIGTERM, "2026-11-29T19:21:37", True),
+        (1, "2026-11-29T19:21:37", True),
+        (0, "2026-11-29T19:21:37", False),
+    ],
+)
+def test_a_job_that_is_told_to_stop_before_it_trains_goes_back(
+    tmp_path: Path, status: int, preempted: str, requeued: bool
+) -> None:
+    """Signals to the step alone, as `scancel --signal` and preemption send them."""
+    job = f"   WorkDir={tmp_path}\n   PreemptEligibleTime=2026 PreemptTime={preempted}\n"
+    started = run(tmp_path, STATUS=str(status), JOB=job)
+    assert started.requeued == ("77" if requeued else None)
 
 
 def test_what_slurm_is_asked_for_by_default() -> None:
