@@ -33,6 +33,15 @@ for file in slurm/site.sh .venv/bin/activate; do
 done
 unset file folder
 
+# Have Slurm start this job again, and end. Where that is not allowed (sbatch --no-requeue) the
+# status asks for it.
+requeue_job() {
+    echo "requeueing job $job_id"
+    scontrol requeue "$job_id" || # if it succeeds it ends this script
+        echo "warning: job $job_id is not requeued: submit it again, and it continues" >&2
+    exit 75
+}
+
 # Print the words of the file's line for this task of an array, each ended by a zero byte. Empty
 # lines and comments do not count.
 sweep_words() {

@@ -23,7 +23,7 @@ if sys.argv[1] == "show":
 with open({to!r}, "w") as file:
     seen = {{name: value for name, value in os.environ.items() if name.startswith("SLURM_")}}
     json.dump({{"words": sys.argv[1:], "seen": seen}}, file)
-sys.exit(int(os.environ.get("STATUS", "0")))
+sys.exit(int(os.environ.get("REQUEUED" if sys.argv[1] == "requeue" else "STATUS", "0")))
 """
 ALLOCATION = {
     "SLURM_JOB_ID": "77",
@@ -331,6 +331,15 @@ def test_a_job_that_is_told_to_stop_before_it_trains_goes_back(
     job = f"   WorkDir={tmp_path}\n   PreemptEligibleTime=2026 PreemptTime={preempted}\n"
     started = run(tmp_path, STATUS=str(status), JOB=job)
     assert started.requeued == ("77" if requeued else None)
+    assert started.result.returncode == (75 if requeued else status)
+
+
+def test_a_job_that_slurm_does_not_requeue_asks_for_it_by_its_status(tmp_path: Path) -> None:
+    """As with sbatch --no-requeue."""
+    started = run(tmp_path, STATUS="75", REQUEUED="1")
+    assert started.result.returncode == 75
+    (line,) = started.result.stderr.splitlines()
+    assert line == "warning: job 77 is not requeued: submit it again, and it continues"
 
 
 def test_what_slurm_is_asked_for_by_default() -> None:
