@@ -38,6 +38,7 @@ unset file folder
 requeue_job() {
     echo "requeueing job $job_id"
     scontrol requeue "$job_id" || # if it succeeds it ends this script
+        [[ $(scontrol show job "$job_id") == *JobState=PENDING* ]] || # Slurm has done it meanwhile
         echo "warning: job $job_id is not requeued: submit it again, and it continues" >&2
     exit 75
 }
