@@ -17,7 +17,7 @@ from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.hang_report import STDERR
 from i3dist.distributed.job import Job
 from i3dist.distributed.neighbours import Neighbours
-from i3dist.distributed.patience import DATA, SAVE, STEP, Patience
+from i3dist.distributed.patience import DATA, SAVE, START, STEP, Patience
 from i3dist.errors import reason
 
 # A rank that reports waits this long before it exits, because a launcher then ends the others.
@@ -109,12 +109,15 @@ class Watchdog:
             now, before = self._clock.read(), self._doing
             if before is not None and self._learns:
                 self.patience.saw(before, now - self._began - self._excused)
-            self._learns = doing != SAVE and not (doing == STEP and self._others)
+            self._learns = doing not in (SAVE, START) and not (doing == STEP and self._others)
             self._limit = self.patience.limit(doing)
-            if doing != DATA:
+            if doing not in (DATA, START):
                 # A rank that is done waits for others, which may still do what came before.
                 self._limit = max(self._limit, self._others)
                 self._others = 0.0 if doing == STEP else self._limit
+            if doing == START:
+                self._timeout = 0.0  # groups may be new
+            if doing != DATA:
                 self._set_timeout(self._limit + self.patience.limit(DATA) + MARGIN_SECONDS)
             self._began, self._doing, self._excused = now, doing, 0.0
             if before is None:
@@ -203,7 +206,7 @@ class Watchdog:
         has_been = self._say(work)
         if told:
             return f"error: {has_been} and ends with another rank of its host, which hangs"
-        allows = f" allows {work.limit:.0f} s" if self._setting == "auto" else ""
+        allows = f" allows {work.limit:.0f} s" if work.limit != self._setting else ""
         limit = f"guard.hang_seconds={self._setting}{allows}"
         return f"error: {has_been}, so the job ends, to be started again ({limit})"
 

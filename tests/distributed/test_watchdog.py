@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from i3dist.distributed import collectives, watchdog
 from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.job import Job
-from i3dist.distributed.patience import DATA, SAVE, STEP
+from i3dist.distributed.patience import DATA, SAVE, START, STEP
 from i3dist.distributed.watchdog import Watchdog
 from tests.conftest import environment, launcher
 
@@ -232,6 +232,28 @@ def test_a_machine_that_sleeps_ends_nothing(lengths: list[float]) -> None:
         ended, simulation = simulate(works, setting, asleep=1e5)
         assert (ended, simulation.said) == (None, [])
     assert simulation.dog.patience.limit("validating") == 300
+
+
+@pytest.mark.parametrize(
+    ("works", "at"),
+    [
+        ([(START, 1700.0), (START, 5000.0)], 1800.0),
+        ([(START, 1700.0), (STEP, 1.0)], None),
+        ([(START, 1700.0), (STEP, 10.0)], LIMIT),  # others are watched themselves
+    ],
+)
+def test_each_part_of_a_start_has_half_an_hour_at_least(
+    works: list[tuple[str, float]], at: float | None
+) -> None:
+    """Whatever number is the limit of all other work: it compiles, and reads checkpoints."""
+    ended, simulation = simulate(works)
+    if at is None:
+        assert (ended, simulation.said) == (None, [])
+    else:
+        ((spoke, line),) = simulation.said
+        assert spoke == works[0][1] + at
+        wanted = "(guard.hang_seconds=8.0 allows 1800 s)" if at > LIMIT else "hang_seconds=8.0)"
+        assert wanted in line
 
 
 LEARNED = [(STEP, 1.0)] * 50
