@@ -88,6 +88,7 @@ class Watchdog:
         self._job, self._setting, self._run = job, setting, run
         self._processors = len(os.sched_getaffinity(0))
         self._closed, self._ending = threading.Event(), threading.Event()
+        self._told = threading.Event()  # that a rank of another host hangs
         self._lock = threading.Lock()  # guards what follows
         self._clock = RunningClock(TICKS_ASLEEP * self._tick)
         self._began = 0.0  # by that clock
@@ -134,6 +135,10 @@ class Watchdog:
             if self._doing != DATA:
                 self._excused = self._clock.read() - self._began
 
+    def other_hangs(self) -> None:
+        """Hear that another rank hangs: report and end with it; on any thread."""
+        self._told.set()
+
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Watch another thread too, which writes a checkpoint inside; one at a time."""
@@ -179,7 +184,7 @@ class Watchdog:
     def _watch(self) -> None:
         pause = self._tick
         while True:
-            told = self._neighbours.wait(pause)
+            told = self._neighbours.wait(pause) or self._told.is_set()
             with self._lock:
                 if self._closed.is_set():
                     return
@@ -205,7 +210,7 @@ class Watchdog:
         """The first line of the report."""
         has_been = self._say(work)
         if told:
-            return f"error: {has_been} and ends with another rank of its host, which hangs"
+            return f"error: {has_been} and ends with another rank, which hangs"
         allows = f" allows {work.limit:.0f} s" if work.limit != self._setting else ""
         limit = f"guard.hang_seconds={self._setting}{allows}"
         return f"error: {has_been}, so the job ends, to be started again ({limit})"

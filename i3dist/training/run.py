@@ -240,16 +240,16 @@ def watch_start(
 
 
 def let_go(stop: StopRequest, notifier: Notifier, why: str) -> None:
-    """Before the watchdog ends this rank: the others, which hang too, leave by themselves."""
+    """Before the watchdog ends this rank: have the others report and end as well."""
     if stop.peers is not None:
-        stop.peers.close()
+        stop.peers.hang()
     # In threads, because a file system that hangs would block them.
     for tell in (ask_for_requeue, partial(notifier.leave, why, True)):
         threading.Thread(target=tell, daemon=True).start()
 
 
 def tell_of_waits(watchdog: Watchdog, peers: Peers, notifier: Notifier) -> None:
-    """Have ranks that wait for data tell the others, and rank 0 tell people."""
+    """Have ranks that wait for data, or hang, tell the others, and rank 0 tell people of waits."""
 
     def say(seconds: float, what: str) -> None:
         notifier.waits(seconds, what)
@@ -260,6 +260,7 @@ def tell_of_waits(watchdog: Watchdog, peers: Peers, notifier: Notifier) -> None:
         watchdog.other_waits(seconds)
 
     watchdog.on_wait, peers.on_wait = say, hear
+    peers.on_hang = watchdog.other_hangs
 
 
 @contextmanager

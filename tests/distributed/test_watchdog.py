@@ -298,6 +298,21 @@ def test_time_outs_of_collectives_follow_another_ranks_wait_for_data(
     assert [seconds - 1800 - 60 for seconds in simulation.timeouts] == [1800, 500]
 
 
+def test_a_rank_ends_soon_with_one_of_another_host_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also one that has waited for that rank's data, which does not count as a hang of its own."""
+    simulation = Simulation(monkeypatch, 100)
+    simulation.at(0.0, partial(simulation.dog.beat, STEP))
+    simulation.at(3.5, simulation.dog.other_hangs)
+    assert simulation.run() == 4 + watchdog.GRACE_SECONDS
+    ((_, line),) = simulation.said
+    assert (
+        line
+        == "error: rank 0 has been taking a step for 4 s and ends with another rank, which hangs"
+    )
+
+
 def end_beside_a_rank_that_waits(work: str, waits: list[int], longer: float) -> float | None:
     """When a rank is ended whose works take so much longer than another rank's waits for data."""
     with pytest.MonkeyPatch.context() as patch:
