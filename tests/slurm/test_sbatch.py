@@ -197,6 +197,25 @@ def test_a_node_that_lacks_the_program_or_python_is_named(tmp_path: Path) -> Non
     assert (tmp_path / "slept").read_text() == "6\n" * 4
 
 
+def test_a_rank_ends_though_what_it_has_started_holds_its_output_open(tmp_path: Path) -> None:
+    """Such as a command of tracking.notify that hangs; Slurm's step lasts as long as its output."""
+    run(tmp_path)
+    words = json.loads((tmp_path / "srun.json").read_text())["words"]
+    (tmp_path / "there").touch()
+    program = ["there", "sh", "-c", "sleep 600 & echo $! said; exit 3"]
+    ended = subprocess.run(
+        [*words[words.index("bash") :][:5], *program],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "SLURM_PROCID": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    holder, said = ended.stdout.split()
+    os.kill(int(holder), signal.SIGKILL)
+    assert (ended.returncode, said, ended.stderr) == (3, "said", "")
+
+
 def test_fewer_cpus_than_gpus_are_allowed_and_warned_of(tmp_path: Path) -> None:
     started = run(tmp_path, SLURM_GPUS_ON_NODE="4", SLURM_JOB_CPUS_PER_NODE="2")
     assert "--overcommit" in started.options and "--cpus-per-task" not in started.options
