@@ -339,7 +339,8 @@ class GuardSettings(Section):
     """A step, a validation, a save or waiting for data that takes longer ends the job within
     seconds, with the stacks of every rank in the log and status 75, which asks to be started again;
     0 waits for ever. auto: ten times the longest that was seen of its kind, at least 60 for steps
-    and 300 for others; until a kind, or 50 steps, were seen, 1800."""
+    and 300 for others; until a kind, or 50 steps, were seen, 1800. Each part of the start has 1800
+    at least."""
     requeues: CountOrZero = 3
     """A job that its launcher starts again by itself stops after so many starts in a row that have
     made no new checkpoint; 0 never stops it."""

@@ -33,6 +33,16 @@ for file in slurm/site.sh .venv/bin/activate; do
 done
 unset file folder
 
+# Have Slurm start this job again, and end. Where that is not allowed (sbatch --no-requeue) the
+# status asks for it.
+requeue_job() {
+    echo "requeueing job $job_id"
+    scontrol requeue "$job_id" || # if it succeeds it ends this script
+        [[ $(scontrol show job "$job_id") == *JobState=PENDING* ]] || # Slurm has done it meanwhile
+        echo "warning: job $job_id is not requeued: submit it again, and it continues" >&2
+    exit 75
+}
+
 # Print the words of the file's line for this task of an array, each ended by a zero byte. Empty
 # lines and comments do not count.
 sweep_words() {
@@ -74,9 +84,10 @@ rank_folder() {
 
 # A task of a step, for `bash -c "$logged" rank FOLDER FILE PROGRAM ...`: it shows what the program
 # prints, and keeps it in a file of the rank's own. A signal reaches all processes of a task, and
-# only the program is to follow it. Readers of data may hold the output open for some seconds when
-# the program has ended; what they say then is not waited for. A node that lacks FILE or PROGRAM
-# ends the job, as late as programs do that the ranks of other nodes are to follow with status 1.
+# only the program is to follow it. Readers of data, or a command of tracking.notify, may hold the
+# output open when the program has ended. That is not waited for, and cut off 5 s later, because a
+# step lasts as long as its output. A node that lacks FILE or PROGRAM ends the job, as late as
+# programs do that the ranks of other nodes are to follow with status 1.
 # shellcheck disable=SC2016
 logged='lacks() {
     ((SLURM_LOCALID)) || echo "error: ${SLURMD_NODENAME:-a node} has no $1: put the repository" \
@@ -95,4 +106,5 @@ for _ in {1..10}; do
     kill -0 "$tee" 2>/dev/null || break
     sleep 0.1
 done
+kill -0 "$tee" 2>/dev/null && (sleep 5; kill -KILL "$tee") &>/dev/null &
 exit "$status"'

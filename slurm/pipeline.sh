@@ -63,8 +63,9 @@ done
 [[ $tasks =~ ^[1-9][0-9]*(%[1-9][0-9]*)?$ ]] || fail "--tasks $tasks is not like 32, nor like 32%8"
 [[ -f slurm/job.sh ]] || fail "$PWD is not the root of the repository: run this from there"
 
-# Jobs are named STAGE:RUN.
+# Jobs are named STAGE:RUN, with : for /, because %x in a job's --output stands for its name.
 path=$(realpath -m "$run") queued=()
+path=${path#/} path=${path//\//:}
 queue=$(squeue --me --noheader --format='%F %j' | sort -un) # a line for an array
 while read -r id name; do
     [[ ${name#*:} != "$path" ]] || queued+=("$id")

@@ -39,8 +39,8 @@ def report(line: str, job: Job, run: Path) -> None:
         return
     path = run / f"{FILE}{job.rank}"
     with suppress(OSError):
-        _print(f"rank {job.rank}: {_last(pickle.loads(record))}; all: {path}\n".encode())
-        path.write_bytes(record)
+        _print(f"rank {job.rank}: {_last(record)}; all: {path}\n".encode())
+        path.write_bytes(pickle.dumps(with_groups(record, job.world_size)))
 
 
 def _print(text: bytes) -> None:
@@ -55,11 +55,23 @@ def _stacks() -> bytes:
         return file.read() + b"\n"
 
 
-def _record() -> bytes | None:
-    """torch's flight recorder, pickled: this rank's last collectives. None if it has no entry."""
+def _record() -> dict[str, Any] | None:
+    """torch's flight recorder: this rank's last collectives. None if it has no entry."""
     dump = getattr(_distributed_c10d, "_dump_nccl_trace" if uses_cuda() else "_dump_fr_trace", None)
-    record: bytes | None = dump() if dump is not None else None
-    return record if record and pickle.loads(record).get("entries") else None
+    record: dict[str, Any] = pickle.loads(dump() or pickle.dumps({})) if dump is not None else {}
+    return record if record.get("entries") else None
+
+
+def with_groups(record: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """A record that names every group of its entries, of all ranks: torchfrtrace needs that.
+
+    torch (2.13) leaves them out with gloo.
+    """
+    groups = {
+        name: {"name": name, "desc": description, "ranks": str(list(range(ranks)))}
+        for name, description in (entry["process_group"] for entry in record["entries"])
+    }
+    return {**record, "pg_config": groups | record["pg_config"]}
 
 
 def _last(record: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@ from typing import Literal
 
 # Kinds of work that are treated in a way of their own.
 STEP, SAVE, DATA = "taking a step", "saving", "waiting for data"
+# A part of the start: a rank reads files, compiles, or waits for ranks that have not started yet.
+START = "starting"
 
 # Work of which too little was seen may take this long. The first steps may compile for minutes.
 UNKNOWN_SECONDS = 1800.0
@@ -25,6 +27,7 @@ class Patience:
     def __init__(self, setting: float | Literal["auto"]) -> None:
         """`setting` is guard.hang_seconds; 0 means no limits."""
         self._fixed = None if setting == "auto" else float(setting)
+        self.start_seconds = UNKNOWN_SECONDS  # what is to limit a start has to be more
         self._steps = 0
         self._longest: dict[str, float] = {}  # seconds by kind of work
 
@@ -35,6 +38,8 @@ class Patience:
 
     def limit(self, work: str) -> float:
         """Seconds that this kind of work may take now."""
+        if work == START:
+            return max(self.start_seconds, self._fixed or 0.0)
         if self._fixed is not None:
             return self._fixed
         if work not in self._longest or (work == STEP and self._steps < STEPS_TO_LEARN):

@@ -5,6 +5,7 @@ signals, which hide the status of the first. So every rank holds a connection to
 fails says so there, after it has printed why, and all others leave with status 1. A connection that
 ends without a word means that a rank is lost: all others leave, and rank 0 names the host. A rank
 that waits for data says so too, because the others wait for it and are not to take that for a hang.
+A rank that hangs says that; then all report where they are, and end.
 
 The kernel watches the connections (TCP keep-alive). So a rank that computes for long is not taken
 for lost, and a host without power is found after `LOST_SECONDS`.
@@ -39,6 +40,7 @@ BYE: Message = {"says": "bye"}
 FAILED: Message = {"says": "failed"}
 LOST: Message = {"says": "lost"}
 SILENT: Message = {"says": "silent"}  # lost as well: its host or the link does not answer
+HANGS: Message = {"says": "hangs"}  # instead of BYE, before the watchdog ends a rank
 # A rank that waits for data says for how many "seconds", and "what" in words, again and again.
 WAITS = "waits"
 PASS_ON_SECONDS = 0.5  # of those words rank 0 passes on one in this time
@@ -56,6 +58,8 @@ class Peers:
         # Called while another rank waits for data: with the seconds that it has waited, and with
         # who waits for what, in words.
         self.on_wait: Callable[[float, str], None] = lambda *_: None
+        # Called when another rank hangs and ends.
+        self.on_hang: Callable[[], None] = lambda: None
         self._job = job
         self._ending = threading.Lock()
         self._closed = False  # whether this rank does not care any more if others are there
@@ -70,6 +74,15 @@ class Peers:
         """This rank has said why it fails: end the other ranks with status 1."""
         self._closed = True
         self._tell(FAILED)
+
+    def hang(self) -> None:
+        """This rank ends because the job hangs: have all others report and end, too."""
+        self._closed = True
+        self._tell(HANGS)
+
+    def _hear_of_hang(self) -> None:
+        with suppress(Exception):
+            self.on_hang()
 
     def say_wait(self, seconds: float, what: str) -> None:
         """This rank waits for data, and has done so for `seconds`: tell the other ranks."""
@@ -145,6 +158,7 @@ class _First(Peers):
         self._writers: dict[int, asyncio.StreamWriter] = {}  # of the ranks that are there
         self._gone: list[int] = []
         self._passed_on = 0.0  # when another rank's wait was
+        self._told_of_hang = False
         listener = _listen_everywhere(job.world_size)
         self._loop = asyncio.new_event_loop()
         start = asyncio.start_server(self._follow, sock=listener)
@@ -167,7 +181,11 @@ class _First(Peers):
             await self._pass_on(last)
         del self._writers[rank]
         writer.close()
-        if self._closed or last == BYE:
+        if last == HANGS and not self._told_of_hang:
+            self._told_of_hang = True
+            await self._send(HANGS)
+            self._hear_of_hang()
+        if self._closed or last in (BYE, HANGS):
             return
         if last == FAILED:
             await self._send(FAILED)
@@ -254,7 +272,9 @@ class _Other(Peers):
                 self._hear(said)
         except OSError as error:
             self._silent = _is_silence(error)
-        if self._closed or said == BYE:
+        if said == HANGS:
+            self._hear_of_hang()
+        if self._closed or said in (BYE, HANGS):
             return
         if said == FAILED:
             os._exit(1)

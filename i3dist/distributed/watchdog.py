@@ -17,7 +17,7 @@ from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.hang_report import STDERR
 from i3dist.distributed.job import Job
 from i3dist.distributed.neighbours import Neighbours
-from i3dist.distributed.patience import DATA, SAVE, STEP, Patience
+from i3dist.distributed.patience import DATA, SAVE, START, STEP, Patience
 from i3dist.errors import reason
 
 # A rank that reports waits this long before it exits, because a launcher then ends the others.
@@ -88,6 +88,7 @@ class Watchdog:
         self._job, self._setting, self._run = job, setting, run
         self._processors = len(os.sched_getaffinity(0))
         self._closed, self._ending = threading.Event(), threading.Event()
+        self._told = threading.Event()  # that a rank of another host hangs
         self._lock = threading.Lock()  # guards what follows
         self._clock = RunningClock(TICKS_ASLEEP * self._tick)
         self._began = 0.0  # by that clock
@@ -109,12 +110,15 @@ class Watchdog:
             now, before = self._clock.read(), self._doing
             if before is not None and self._learns:
                 self.patience.saw(before, now - self._began - self._excused)
-            self._learns = doing != SAVE and not (doing == STEP and self._others)
+            self._learns = doing not in (SAVE, START) and not (doing == STEP and self._others)
             self._limit = self.patience.limit(doing)
-            if doing != DATA:
+            if doing not in (DATA, START):
                 # A rank that is done waits for others, which may still do what came before.
                 self._limit = max(self._limit, self._others)
                 self._others = 0.0 if doing == STEP else self._limit
+            if doing == START:
+                self._timeout = 0.0  # groups may be new
+            if doing != DATA:
                 self._set_timeout(self._limit + self.patience.limit(DATA) + MARGIN_SECONDS)
             self._began, self._doing, self._excused = now, doing, 0.0
             if before is None:
@@ -130,6 +134,10 @@ class Watchdog:
             self.patience.saw(DATA, seconds)  # the time-outs of collectives follow
             if self._doing != DATA:
                 self._excused = self._clock.read() - self._began
+
+    def other_hangs(self) -> None:
+        """Hear that another rank hangs: report and end with it; on any thread."""
+        self._told.set()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -176,7 +184,7 @@ class Watchdog:
     def _watch(self) -> None:
         pause = self._tick
         while True:
-            told = self._neighbours.wait(pause)
+            told = self._neighbours.wait(pause) or self._told.is_set()
             with self._lock:
                 if self._closed.is_set():
                     return
@@ -202,8 +210,8 @@ class Watchdog:
         """The first line of the report."""
         has_been = self._say(work)
         if told:
-            return f"error: {has_been} and ends with another rank of its host, which hangs"
-        allows = f" allows {work.limit:.0f} s" if self._setting == "auto" else ""
+            return f"error: {has_been} and ends with another rank, which hangs"
+        allows = f" allows {work.limit:.0f} s" if work.limit != self._setting else ""
         limit = f"guard.hang_seconds={self._setting}{allows}"
         return f"error: {has_been}, so the job ends, to be started again ({limit})"
 

@@ -125,11 +125,13 @@ def judge_data(everyone: Everyone) -> Iterator[Finding]:
 
 
 def judge_folder(everyone: Everyone) -> Iterator[Finding]:
-    """A folder of the run that rank 0 can write, and where all see the same."""
+    """A folder of the run that every rank can write, and where all see the same."""
     first, folder = everyone[0], everyone[0].given.folder
-    if first.unwritable is not None:
-        what = f"run.path cannot be written: {first.unwritable}"
-        yield Finding(first.host, what, "choose another run.path", ends_anyway=True)
+    barred = [facts for facts in everyone if facts.unwritable is not None]
+    if barred:
+        what = f"run.path cannot be written: {barred[0].unwritable}"
+        remedy = "correct it there, or choose another run.path"
+        yield Finding(where(barred, everyone), what, remedy, ends_anyway=True)
         return
     blind = [facts for facts in everyone if facts.token is None or facts.token != first.token]
     if blind:

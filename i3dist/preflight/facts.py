@@ -55,7 +55,7 @@ class Facts:
     token: str | None = None
     """What this rank read at run.path from the file that rank 0 wrote."""
     unwritable: str | None = None
-    """On rank 0: why it could not write that file."""
+    """Why this rank could not write there."""
     free: int = 2**62
     """Bytes that may be written at run.path."""
     clock: float = 0.0

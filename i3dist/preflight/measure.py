@@ -25,12 +25,12 @@ SECONDS, LONGEST = 0.1, 20  # of exchanging with one partner, and messages at mo
 
 @contextmanager
 def token_in(folder: Path, job: Job) -> Iterator[tuple[str | None, str | None]]:
-    """Rank 0 writes a random word to a file in `folder`, and every rank reads it.
+    """Rank 0 writes a random word to a file in `folder`; every rank reads it, and writes, too.
 
-    Every rank calls this. The file is removed afterwards, and so are folders made for it.
+    Every rank calls this. Files are removed afterwards, and so are folders made for rank 0's.
 
     Yields:
-        The word that this rank read, or None; and on rank 0 why it could not write, or None.
+        The word that this rank read, or None; and why this rank could not write, or None.
     """
     word, unwritable = secrets.token_hex(8), None
     made: list[Path] = []
@@ -44,7 +44,10 @@ def token_in(folder: Path, job: Job) -> Iterator[tuple[str | None, str | None]]:
             except OSError as error:
                 unwritable = explain(error)
         first, failed = collectives.gather_objects((name, unwritable))[0]
-        yield (None if failed else _read(target / first)), unwritable
+        read = None if failed else _read(target / first)
+        if read is not None and job.rank != 0:
+            unwritable = _try_to_write(target / name)
+        yield read, unwritable
     finally:
         if job.rank == 0:
             with suppress(OSError):
@@ -58,6 +61,16 @@ def _make_folders(folder: Path) -> list[Path]:
     lacking = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
     folder.mkdir(parents=True, exist_ok=True)
     return lacking
+
+
+def _try_to_write(path: Path) -> str | None:
+    """Write a file and remove it; returns why that does not work, or None."""
+    try:
+        path.touch()
+        path.unlink()
+    except OSError as error:
+        return explain(error)
+    return None
 
 
 def _read(path: Path) -> str | None:

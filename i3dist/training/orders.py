@@ -5,6 +5,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from i3dist.errors import explain
+
 SAVE, STOP = "SAVE", "STOP"  # save and go on; save and end, for good
 LOOK_SECONDS = 1.0
 
@@ -21,6 +23,8 @@ class Orders:
         self.save = self.stop = False
         self._folder = folder
         self._seen = dict.fromkeys((SAVE, STOP), False)
+        self._stuck: set[str] = set()  # whose files cannot be removed
+        self._lock = threading.Lock()  # a file is looked at or removed
         if looks:
             self._look()
             threading.Thread(target=self._watch, name="orders", daemon=True).start()
@@ -37,10 +41,22 @@ class Orders:
         """The run has been saved: remove the files of the orders that this has carried out."""
         for name, given in ((SAVE, self.save), (STOP, self.stop)):
             if given and self._seen[name]:
-                with suppress(OSError):
-                    (self._folder / name).unlink(missing_ok=True)
-                self._seen[name] = False
+                with self._lock:
+                    self._seen[name] = False
+                    self._remove(name)
         self.save = False
+
+    def _remove(self, name: str) -> None:
+        """Remove an order's file; one that stays is not followed again by this process."""
+        try:
+            (self._folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            self._stuck.add(name)
+            print(
+                f"warning: {explain(error)}: it has been followed, but it stays; remove it, or the "
+                "next start follows it again",
+                flush=True,
+            )
 
     def _watch(self) -> None:
         while True:
@@ -49,5 +65,6 @@ class Orders:
 
     def _look(self) -> None:
         for name in self._seen:
-            with suppress(OSError):
-                self._seen[name] = (self._folder / name).exists()
+            with suppress(OSError), self._lock:
+                there = (self._folder / name).is_file()
+                self._seen[name] = there and name not in self._stuck

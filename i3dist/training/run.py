@@ -22,10 +22,11 @@ from i3dist.distributed.attempt import REQUEUE, TIME, Attempt, ask_for_requeue, 
 from i3dist.distributed.console import print_rank_0
 from i3dist.distributed.hang_report import keep_records_in
 from i3dist.distributed.job import Job, host_name
+from i3dist.distributed.patience import START, UNKNOWN_SECONDS
 from i3dist.distributed.peers import Peers
 from i3dist.distributed.rendezvous import read_timeout
 from i3dist.distributed.signals import StopRequest
-from i3dist.distributed.watchdog import Watchdog
+from i3dist.distributed.watchdog import MARGIN_SECONDS, Watchdog
 from i3dist.engine import compile_cache, setup
 from i3dist.engine.compile_cache import CompileCache
 from i3dist.engine.toolchain import COMPILER, import_aside, share_compile_workers
@@ -125,6 +126,7 @@ def build(
     stop: StopRequest,
     times: StartTimes,
     notifier: Notifier,
+    watchdog: Watchdog,
 ) -> Trainer:
     """Decide the settings, join the job, and build model, engine, tracker and trainer."""
     # Find whatever is wrong with the input before the ranks wait for each other.
@@ -160,9 +162,8 @@ def build(
     tracker = begin_record(start, job, corpus, arguments.verbose)
     times.end("run's folder, MLflow")
     with recorded(tracker, peers):
-        trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, cache)
-        trainer.watchdog.on_end = partial(let_go, peers, notifier)
-        tell_of_waits(trainer.watchdog, peers, notifier)
+        trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, cache, watchdog)
+        tell_of_waits(watchdog, peers, notifier)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
             times.end("checkpoint")
@@ -225,16 +226,30 @@ def build_model(start: Start, job: Job, corpus: Corpus) -> I3LM:
     return model.to(devices.device(job))
 
 
-def let_go(peers: Peers, notifier: Notifier, why: str) -> None:
-    """Before the watchdog ends this rank: the others, which hang too, leave by themselves."""
-    peers.close()
+def watch_start(
+    settings: Settings, job: Job, stop: StopRequest, times: StartTimes, notifier: Notifier
+) -> Watchdog:
+    """Watch each part of the start; the trainer then says what else is to be watched."""
+    watchdog = Watchdog(settings.guard.hang_seconds, job, settings.run.path)
+    late = read_timeout().total_seconds() + MARGIN_SECONDS  # then ranks say who did not come
+    watchdog.patience.start_seconds = max(UNKNOWN_SECONDS, late)
+    watchdog.on_end = partial(let_go, stop, notifier)
+    times.on_end = partial(watchdog.beat, START)
+    watchdog.beat(START)
+    return watchdog
+
+
+def let_go(stop: StopRequest, notifier: Notifier, why: str) -> None:
+    """Before the watchdog ends this rank: have the others report and end as well."""
+    if stop.peers is not None:
+        stop.peers.hang()
     # In threads, because a file system that hangs would block them.
     for tell in (ask_for_requeue, partial(notifier.leave, why, True)):
         threading.Thread(target=tell, daemon=True).start()
 
 
 def tell_of_waits(watchdog: Watchdog, peers: Peers, notifier: Notifier) -> None:
-    """Have ranks that wait for data tell the others, and rank 0 tell people."""
+    """Have ranks that wait for data, or hang, tell the others, and rank 0 tell people of waits."""
 
     def say(seconds: float, what: str) -> None:
         notifier.waits(seconds, what)
@@ -245,6 +260,7 @@ def tell_of_waits(watchdog: Watchdog, peers: Peers, notifier: Notifier) -> None:
         watchdog.other_waits(seconds)
 
     watchdog.on_wait, peers.on_wait = say, hear
+    peers.on_hang = watchdog.other_hangs
 
 
 @contextmanager
@@ -387,11 +403,12 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         return
     notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
     call_on_failure(partial(notifier.stop, "failure"))
+    watchdog = watch_start(settings, job, stop, times, notifier)
     if wanted(arguments, job):
         preflight(arguments, settings, job, stop, notifier)
     corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
     times.end("data")
-    trainer = build(arguments, settings, job, corpus, stop, times, notifier)
+    trainer = build(arguments, settings, job, corpus, stop, times, notifier, watchdog)
     notifier.start(trainer.progress.step)
     with recorded(trainer.log.tracker, stop.peers):
         done = trainer.fit()

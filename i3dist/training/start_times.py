@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class StartTimes:
         """Begin where this process began, and its launcher, if it has one."""
         self.parts: dict[str, float] = {}
         self.wanted = False  # whether to print them
+        self.on_end: Callable[[], None] = lambda: None  # called when a part but the last ends
         self._under_way = True
         self._last = psutil.Process().create_time()
         if launched := self._last - command_began(self._last):
@@ -33,11 +35,13 @@ class StartTimes:
             now = time.time()
             self.parts[part] = self.parts.get(part, 0.0) + now - self._last
             self._last = now
+            self.on_end()
 
     def end_all(self) -> bool:
         """A step is done: of the first one, print the parts if they are wanted, and return True."""
         if not self._under_way:
             return False
+        self.on_end = lambda: None
         self.end("first step")
         self._under_way = False
         if self.wanted:

@@ -59,17 +59,20 @@ class Trainer:
         stop: StopRequest,
         times: StartTimes,
         compile_cache: CompileCache | None = None,
+        watchdog: Watchdog | None = None,
     ):
         """Put the parts together; every rank calls this.
 
-        `settings` has no "auto" left that a run decides (see `startup.decide`).
+        `settings` has no "auto" left that a run decides (see `startup.decide`). A `watchdog` may
+        watch already.
         """
         self.settings, self.engine, self.stop = settings, engine, stop
         self.start_times = times
         self.compile_cache = compile_cache if job.rank == 0 else None  # one rank writes it
         train, folder = settings.train, settings.run.path
         checkpoints, tokenizer = folder / store.CHECKPOINTS, corpus.tokenizer.data
-        watchdog = self.watchdog = Watchdog(settings.guard.hang_seconds, job, folder)
+        watchdog = watchdog or Watchdog(settings.guard.hang_seconds, job, folder)
+        self.watchdog = watchdog
         saver = AsyncSaver(checkpoints, job, settings.checkpoint, tokenizer, watchdog.saving)
         guard = self.guard = Guard(settings.guard)
         lanes, device = lanes_of_rank(train.lane_count, job.rank, job.world_size), engine.device

@@ -54,6 +54,23 @@ def test_what_fails_on_one_rank_fails_on_all_in_one_line(
         collectives.on_all_ranks(lambda: "done")
 
 
+@pytest.mark.parametrize(("local", "where"), [("2", ""), ("1", " (on node7)")])
+def test_the_host_whose_files_fail_is_named_where_there_are_others(
+    monkeypatch: pytest.MonkeyPatch, local: str, where: str
+) -> None:
+    def fail() -> None:
+        raise OSError(30, "Read-only file system", "weights")
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "gather_objects", lambda mine, _=None: [mine])
+    with pytest.raises(UserError) as error:
+        collectives.on_all_ranks(fail)
+    assert str(error.value) == f"weights: Read-only file system{where}"
+
+
 def test_a_rank_that_sends_nothing_for_the_time_out_is_told_from_one_that_is_lost(
     tmp_path: Path,
 ) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -114,6 +115,27 @@ def test_all_others_hear_of_one_that_waits_for_data(waiting: int) -> None:
 
     assert statuses(wait) == [1] * RANKS
     assert {path.read_text() for path in Path().glob("heard-*")} == {"(7.0, 'waits')"}
+
+
+@pytest.mark.parametrize("hanging", [0, 1, RANKS - 1])
+def test_all_others_hear_of_one_that_hangs(capfd: pytest.CaptureFixture[str], hanging: int) -> None:
+    """And end with the status of their own watchdogs, one after another; none counts as lost."""
+
+    def hang(number: int, tied: Peers) -> None:
+        heard = threading.Event()
+        tied.on_hang = heard.set
+        Path(f"listens-{number}").touch()
+        if number != hanging:
+            assert heard.wait(WAIT)
+            time.sleep(0.1 * number)
+        while len(list(Path().glob("listens-*"))) < RANKS:
+            time.sleep(0.01)
+        tied.hang()
+        time.sleep(0.2)
+        os._exit(REQUEUE)
+
+    assert statuses(hang) == [REQUEUE] * RANKS
+    assert capfd.readouterr().err == "" and not Path("lost").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from i3dist.distributed import collectives, watchdog
 from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.job import Job
-from i3dist.distributed.patience import DATA, SAVE, STEP
+from i3dist.distributed.patience import DATA, SAVE, START, STEP
 from i3dist.distributed.watchdog import Watchdog
 from tests.conftest import environment, launcher
 
@@ -234,6 +234,28 @@ def test_a_machine_that_sleeps_ends_nothing(lengths: list[float]) -> None:
     assert simulation.dog.patience.limit("validating") == 300
 
 
+@pytest.mark.parametrize(
+    ("works", "at"),
+    [
+        ([(START, 1700.0), (START, 5000.0)], 1800.0),
+        ([(START, 1700.0), (STEP, 1.0)], None),
+        ([(START, 1700.0), (STEP, 10.0)], LIMIT),  # others are watched themselves
+    ],
+)
+def test_each_part_of_a_start_has_half_an_hour_at_least(
+    works: list[tuple[str, float]], at: float | None
+) -> None:
+    """Whatever number is the limit of all other work: it compiles, and reads checkpoints."""
+    ended, simulation = simulate(works)
+    if at is None:
+        assert (ended, simulation.said) == (None, [])
+    else:
+        ((spoke, line),) = simulation.said
+        assert spoke == works[0][1] + at
+        wanted = "(guard.hang_seconds=8.0 allows 1800 s)" if at > LIMIT else "hang_seconds=8.0)"
+        assert wanted in line
+
+
 LEARNED = [(STEP, 1.0)] * 50
 
 
@@ -274,6 +296,21 @@ def test_time_outs_of_collectives_follow_another_ranks_wait_for_data(
     simulation.at(52.0, simulation.dog.close)
     assert simulation.run() is None
     assert [seconds - 1800 - 60 for seconds in simulation.timeouts] == [1800, 500]
+
+
+def test_a_rank_ends_soon_with_one_of_another_host_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also one that has waited for that rank's data, which does not count as a hang of its own."""
+    simulation = Simulation(monkeypatch, 100)
+    simulation.at(0.0, partial(simulation.dog.beat, STEP))
+    simulation.at(3.5, simulation.dog.other_hangs)
+    assert simulation.run() == 4 + watchdog.GRACE_SECONDS
+    ((_, line),) = simulation.said
+    assert (
+        line
+        == "error: rank 0 has been taking a step for 4 s and ends with another rank, which hangs"
+    )
 
 
 def end_beside_a_rank_that_waits(work: str, waits: list[int], longer: float) -> float | None:

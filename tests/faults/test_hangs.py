@@ -75,6 +75,9 @@ def test_a_job_with_a_stopped_rank_ends_with_every_ranks_stacks_and_asks_for_ano
     assert said.count("in train_step") == 2 and "lost rank" not in said
     reached = [last_collective(tmp_path / "run" / f"{FILE}{rank}") for rank in (0, 1)]
     assert reached[0] == reached[1] + 1, "rank 1 is the one that the other waits for"
+    words = ["torchfrtrace", "--prefix", FILE, tmp_path / "run"]
+    compared = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert "missing ranks: {1}" in compared.stdout + compared.stderr
 
 
 def feed(pipe: Path, seconds: float) -> None:

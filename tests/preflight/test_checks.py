@@ -75,6 +75,7 @@ DIFFERENCES = {
     "engine file": (of_given(engine="{1}"), "another engine file"),
     "data": (of_given(data="e" * 64), "fingerprint eeeeeeeeee"),
     "run.path": (its(token=None), "run.path=runs/a is not the folder"),
+    "run.path, to read only": (its(unwritable="Read-only file system"), "cannot be written: Read"),
     "run.path, another": (its(token="other"), "is not the folder"),
     "run.path, late": (of_given(step=50), "the run at step 50, node"),
     "disk": (its(free=79 * 10**8), "7.9 GB free .* two take 8.0 GB"),

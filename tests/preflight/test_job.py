@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.preflight.facts import free_bytes
 from i3dist.preflight.measure import token_in
@@ -98,6 +101,21 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None
     with token_in(tmp_path / "file" / "run", ALONE) as (read, unwritable):
         assert read is None and unwritable is not None and "file" in unwritable
     assert time.monotonic() - began < 1
+
+
+def test_a_rank_that_can_read_the_folder_and_not_write_there_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one host mounts a file system to be read only."""
+    (tmp_path / "first").write_text("word")
+    monkeypatch.setattr(collectives, "gather_objects", lambda _: [("first", None)])
+    second = replace(ALONE, rank=1, world_size=2)
+    with token_in(tmp_path, second) as (read, unwritable):
+        assert read == "word" and unwritable is None
+    monkeypatch.setattr(Path, "touch", mock.Mock(side_effect=OSError(30, "Read-only")))
+    with token_in(tmp_path, second) as (read, unwritable):
+        assert read == "word" and unwritable == "Read-only"
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
 def test_room_is_that_of_the_disk_that_a_new_folder_will_be_on(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_chain_that_fails_is_cut_and_is_submitted_again(cluster: Cluster, tmp_
     words = ["--source", "a b", "--data", "in to", "--run", "a.run", "--tasks", "1%1"]
     words += ["--shard", "--seed '1 2'"]
     words += ["--prepare", "--cpus-per-task=1", "--evaluate", "--cpus-per-task=1"]
-    words += ["--train", "--gpus-per-node=0", "--", "train.steps=5"]
+    words += ["--train", "--gpus-per-node=0 --output=%x", "--", "train.steps=5"]
 
     first = submitted(pipeline(cluster, tmp_path, *words))
     again = pipeline(cluster, tmp_path, *words)
@@ -114,6 +114,7 @@ def test_a_chain_that_fails_is_cut_and_is_submitted_again(cluster: Cluster, tmp_
     chain = [f"{shard} --begin", f"{shard} --task 1/1", f"{shard} --merge --task 1/1"]
     chain += [f"{shard} --merge", "verify.py in to", train, train, evaluate]
     export = "export.py --overwrite a.run a.run/export"
+    assert (tmp_path / f"train{tmp_path}:a.run".replace("/", ":")).exists(), "named by the job"
     assert (tmp_path / "log").read_text().splitlines() == [*chain, *chain, export]
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ if sys.argv[1] == "show":
 with open({to!r}, "w") as file:
     seen = {{name: value for name, value in os.environ.items() if name.startswith("SLURM_")}}
     json.dump({{"words": sys.argv[1:], "seen": seen}}, file)
-sys.exit(int(os.environ.get("STATUS", "0")))
+sys.exit(int(os.environ.get("REQUEUED" if sys.argv[1] == "requeue" else "STATUS", "0")))
 """
 ALLOCATION = {
     "SLURM_JOB_ID": "77",
@@ -196,6 +197,25 @@ def test_a_node_that_lacks_the_program_or_python_is_named(tmp_path: Path) -> Non
     assert (tmp_path / "slept").read_text() == "6\n" * 4
 
 
+def test_a_rank_ends_though_what_it_has_started_holds_its_output_open(tmp_path: Path) -> None:
+    """Such as a command of tracking.notify that hangs; Slurm's step lasts as long as its output."""
+    run(tmp_path)
+    words = json.loads((tmp_path / "srun.json").read_text())["words"]
+    (tmp_path / "there").touch()
+    program = ["there", "sh", "-c", "sleep 600 & echo $! said; exit 3"]
+    ended = subprocess.run(
+        [*words[words.index("bash") :][:5], *program],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "SLURM_PROCID": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    holder, said = ended.stdout.split()
+    os.kill(int(holder), signal.SIGKILL)
+    assert (ended.returncode, said, ended.stderr) == (3, "said", "")
+
+
 def test_fewer_cpus_than_gpus_are_allowed_and_warned_of(tmp_path: Path) -> None:
     started = run(tmp_path, SLURM_GPUS_ON_NODE="4", SLURM_JOB_CPUS_PER_NODE="2")
     assert "--overcommit" in started.options and "--cpus-per-task" not in started.options
@@ -309,6 +329,36 @@ def test_the_job_ends_as_its_ranks_do_and_goes_back_where_they_ask(
     said = [line for line in started.result.stdout.splitlines() if line]
     assert said == (["requeueing job 77"] if requeued else [])
     assert started.result.returncode == status
+
+
+@pytest.mark.parametrize(
+    ("status", "preempted", "requeued"),
+    [
+        (128 + signal.SIGUSR1, "None", True),  # told by a signal, and nothing to save yet
+        (128 + signal.SIGHUP, "None", True),
+        (128 + signal.SIGTERM, "None", False),  # so srun ends the others when a rank has failed
+        (128 + signal.SIGKILL, "None", False),
+        (128 + signal.SIGTERM, "2026-11-29T19:21:37", True),
+        (1, "2026-11-29T19:21:37", True),
+        (0, "2026-11-29T19:21:37", False),
+    ],
+)
+def test_a_job_that_is_told_to_stop_before_it_trains_goes_back(
+    tmp_path: Path, status: int, preempted: str, requeued: bool
+) -> None:
+    """Signals to the step alone, as `scancel --signal` and preemption send them."""
+    job = f"   WorkDir={tmp_path}\n   PreemptEligibleTime=2026 PreemptTime={preempted}\n"
+    started = run(tmp_path, STATUS=str(status), JOB=job)
+    assert started.requeued == ("77" if requeued else None)
+    assert started.result.returncode == (75 if requeued else status)
+
+
+def test_a_job_that_slurm_does_not_requeue_asks_for_it_by_its_status(tmp_path: Path) -> None:
+    """As with sbatch --no-requeue."""
+    started = run(tmp_path, STATUS="75", REQUEUED="1")
+    assert started.result.returncode == 75
+    (line,) = started.result.stderr.splitlines()
+    assert line == "warning: job 77 is not requeued: submit it again, and it continues"
 
 
 def test_what_slurm_is_asked_for_by_default() -> None:

@@ -2,12 +2,20 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from torch import Tensor
 
+from i3dist.config import Settings
+from i3dist.distributed.job import Job
+from i3dist.distributed.patience import START
+from i3dist.distributed.signals import StopRequest
+from i3dist.distributed.watchdog import Watchdog
+from i3dist.tracking.notify import Notifier
+from i3dist.training.run import watch_start
 from i3dist.training.start_times import StartTimes, compilations
 from tests.start_table import start_parts
 
@@ -42,6 +50,27 @@ def test_the_parts_of_a_start_sum_to_the_time_since_the_command(
     parts = start_parts(capsys.readouterr().out)
     assert set(parts) - {"launcher"} == {"imports", "data", "first step", "all"}
     assert parts["all"] - parts.get("launcher", 0.0) == pytest.approx(since, abs=0.5)
+
+
+def test_a_start_that_hangs_ends_later_than_ranks_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part of it is watched anew; after the first step only the trainer says what it does."""
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "60")
+    beats: list[str] = []
+    monkeypatch.setattr(Watchdog, "beat", lambda _, doing: beats.append(doing))
+    settings, job = Settings.load(None, [f"run.path={tmp_path}"]), Job.detect({})
+    stop, notifier, times = StopRequest(job), Notifier(tmp_path, None), StartTimes()
+    watchdog = watch_start(settings, job, stop, times, notifier)
+    assert watchdog.patience.limit(START) == 3660
+    for part in ("data", "model"):
+        times.end(part)
+    times.end_all()
+    times.end("validation")
+    assert beats == [START] * 3
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "10")
+    watchdog = watch_start(settings, job, stop, times, notifier)
+    assert watchdog.patience.limit(START) == 1800
 
 
 def test_a_graph_has_the_name_of_its_function_in_both_passes(compiled: None) -> None:

@@ -1,5 +1,6 @@
 """When a run validates, saves and ends, and what stops it early."""
 
+import errno
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +12,7 @@ from i3dist.checkpoint.format import read_state
 from i3dist.config import Settings
 from i3dist.distributed import collectives
 from i3dist.errors import UserError
-from i3dist.training.orders import SAVE, STOP
+from i3dist.training.orders import SAVE, STOP, Orders
 from tests.training.runs import STEPS, WINDOWS, Start, TrainedRun
 
 
@@ -68,6 +69,26 @@ def test_orders_are_followed_at_the_next_step_and_carried_out_once(
     assert not trainer.fit() and trainer.progress.step == 7 and trainer.votes.to_stop
     assert store.steps(run / "checkpoints") == [7, 5, 1]
     assert not (run / SAVE).exists() and not (run / STOP).exists()
+
+
+def test_an_order_that_cannot_be_removed_is_followed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another user's, or on a file system that has become read-only; and a folder is no order."""
+    (tmp_path / SAVE).touch()
+    (tmp_path / STOP).mkdir()
+    orders = Orders(tmp_path, looks=False)
+    denied = mock.Mock(
+        side_effect=PermissionError(errno.EPERM, "Not permitted", f"{tmp_path / SAVE}")
+    )
+    monkeypatch.setattr(Path, "unlink", denied)
+    for wanted in (1.0, 0.0):
+        orders._look()
+        assert orders.votes() == (wanted, 0.0)
+        orders.count(*orders.votes())
+        orders.done()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: {tmp_path / SAVE}: Not permitted: it has been followed")
 
 
 @pytest.mark.parametrize("where", ["validator.validate", "train_step", "checkpointer.export"])
