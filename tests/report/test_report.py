@@ -30,7 +30,7 @@ EVIL = "<script>alert(1)</script>\x00\x1b&"
 NUMBER = st.none() | st.floats(1e-3, 1e3)
 METRIC = st.fixed_dictionaries(
     {"loss": NUMBER, "gradient_norm": NUMBER},
-    optional={"learning_rate": NUMBER, "gate": NUMBER, "tokens_per_second": NUMBER, "mfu": NUMBER},
+    optional=dict.fromkeys(["learning_rate", "gate", "joined", "tokens_per_second", "mfu"], NUMBER),
 )
 VALID = st.fixed_dictionaries({"loss": NUMBER}, optional={"other_history_gain": NUMBER})
 AGES = st.dictionaries(st.sampled_from(["attention_age_01", "attention_age_02"]), NUMBER)
@@ -83,6 +83,7 @@ def test_every_point_of_every_run_is_in_a_curve(
             ("metrics", "loss", "loss"),
             ("metrics", "learning_rate", "learning-rate"),
             ("metrics", "gate", "gate"),
+            ("metrics", "joined", "joined"),
             ("metrics", "tokens_per_second", "tokens-per-second"),
             ("metrics", "mfu", "mfu"),
             ("metrics", "gradient_norm", "gradient-norm"),
@@ -308,6 +309,25 @@ def test_restarts_and_skipped_steps_are_listed(tmp_path: Path) -> None:
     assert "1 spike, 2 not finite" in text and "27 s" in text
     drawn = drawn_points(text)
     assert len(drawn["skipped-0"]) == 3 and len(drawn["gradient-norm-0"]) == 11
+
+
+@pytest.mark.parametrize("value", [0.0, 0.02, 1.0])
+def test_an_axis_of_shares_has_no_ticks_that_no_share_can_be(tmp_path: Path, value: float) -> None:
+    """Also where a curve is flat, around which an axis would reach as far down as up."""
+    logs = {
+        "metrics": [{"loss": 1.0, "gate": value, "joined": value, "mfu": value}] * 2,
+        "diagnostics": [{"attention_age_01": value}] * 2,
+    }
+    run = Run.read(folder_of(tmp_path / "run", logs))
+    made = {chart.title: chart for chart in [*overlaid([run]), *families(0, run)]}
+    for title in ("Gate of history", "Share joined", "MFU", "Attention to history by age"):
+        drawn = made[title].svg()
+        assert drawn is not None
+        ticks = re.findall(r">([\u2212-]?[\d.]+)%?</text>", drawn)
+        assert not [tick for tick in ticks if tick[0] in "-\u2212"], title
+        if title in ("Gate of history", "Share joined"):
+            assert "1.0" not in ticks and {"0", "1"} <= set(ticks), title
+            assert max(float(tick) for tick in ticks if float(tick) < 2) == 1, title
 
 
 def test_runs_have_names_and_colors_of_their_own(tmp_path: Path, whole: Path) -> None:
