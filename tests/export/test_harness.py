@@ -1,6 +1,7 @@
 """lm-evaluation-harness on an export: local tasks whose answers i3dist knows. About 15 s."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,27 @@ def test_a_task_that_cannot_be_loaded_is_one_line(one: Exported, tmp_path: Path)
     (tmp_path / "wrong.yaml").write_text(json.dumps(task))
     with pytest.raises(UserError, match=r"--tasks wrong: .* cannot load them: .*nonsense"):
         run_tasks(one.folder, ["wrong"], torch.device("cpu"), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", {"joined": "x"}, "config.json: joined='x' should be from 0 to 1"),
+        ("model.safetensors", None, "lm-evaluation-harness cannot load the model: "),
+        ("tokenizer.json", None, "lm-evaluation-harness cannot load the model: "),
+    ],
+)
+def test_an_export_that_is_broken_is_one_line(
+    one: Exported, tmp_path: Path, file: str, content: dict[str, Any] | None, says: str
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    broken = shutil.copytree(one.folder, tmp_path / "broken")
+    former = (broken / file).read_bytes()
+    change = former[:50] if content is None else json.dumps(json.loads(former) | content).encode()
+    (broken / file).write_bytes(change)
+    add_task(tmp_path, "a", "multiple_choice", "acc", [{"text": "a", "answer": 0}], CHOOSING)
+    with pytest.raises(UserError, match=says):
+        run_tasks(broken, ["a"], torch.device("cpu"), folder=tmp_path)
 
 
 def test_tasks_from_a_folder_that_is_not_there_are_one_line(one: Exported, tmp_path: Path) -> None:
