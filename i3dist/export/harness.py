@@ -134,6 +134,7 @@ def _harness_model(export: Path, device: torch.device, batch_size: int) -> Any:
             batch_size=batch_size,
             device=str(device),
             dtype="float32" if device.type == "cpu" else "auto",
+            softmax_dtype="float32",  # else that of the logits, which rounds log-probabilities
         )
     except Exception as error:
         why = f"lm-evaluation-harness cannot load the model: {reason(error)}"

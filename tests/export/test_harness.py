@@ -11,7 +11,7 @@ import torch
 
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-from i3dist.export.harness import run_tasks
+from i3dist.export.harness import _harness_model, run_tasks
 from i3dist.inference.generate import Sampling, generate
 from tests.conftest import error_line, program
 from tests.export.conftest import BOS, WORDS, Exported
@@ -93,6 +93,20 @@ def test_tasks_find_what_i3dist_finds(one: Exported, tokenizer: Tokenizer, tmp_p
     bytewise = torch.tensor(nats / size).exp().item()
     assert found["likelihood"]["byte_perplexity,none"] == pytest.approx(bytewise, rel=1e-5)
     assert "|choose" in result.stdout
+
+
+def test_probabilities_of_a_model_in_bf16_are_computed_in_fp32(one: Exported) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    from lm_eval.api.instance import Instance
+
+    harness = _harness_model(one.folder, torch.device("cpu"), 1)
+    harness.model.bfloat16()
+    request = Instance("loglikelihood_rolling", {}, (WORDS,), 0)
+    (found,) = harness.loglikelihood_rolling([request], disable_tqdm=True)
+    ids = torch.tensor([[BOS, *harness.tok_encode(WORDS, add_special_tokens=False)]])
+    with torch.no_grad():
+        scores = harness.model(ids).logits[0, :-1].float().log_softmax(-1)
+    assert found == pytest.approx(float(scores.gather(1, ids[0, 1:, None]).sum()), rel=1e-6)
 
 
 def test_an_unknown_task_is_one_line(one: Exported) -> None:
