@@ -26,6 +26,15 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+def check_writable(file: Path) -> None:
+    """Find out before long work whether its result can be written; leaves an empty file.
+
+    Raises:
+        OSError: it is a folder, or cannot be written.
+    """
+    file.open("ab").close()
+
+
 def write_first(path: Path, data: bytes) -> None:
     """Write a file atomically unless it exists: of several writers the first one counts."""
     if path.exists():
