@@ -1,7 +1,9 @@
 """launch/report.py: the page has every point of its runs, and stands alone."""
 
+import fcntl
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -352,6 +354,23 @@ def test_the_program_writes_the_page(whole: Path, text: str, tmp_path: Path) -> 
         f"error: cannot write --out {tmp_path}: Is a directory"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
+
+
+def test_the_page_goes_through_a_link_and_into_a_pipe_and_replaces_neither(
+    whole: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--out /dev/stdout` and `--out /dev/null` do, which root could replace by a file."""
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "page.html")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)  # so that a page of any size can be written to it
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1 << 20)
+    for out in (link, pipe):
+        typed(monkeypatch, whole, "--out", out)
+        load("report").main()
+    assert link.is_symlink() and (tmp_path / "page.html").read_text() == text
+    assert pipe.is_fifo() and os.read(reader, 1 << 20).decode() == text
+    os.close(reader)
 
 
 def test_bad_input_is_one_line(
