@@ -50,6 +50,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.distributed import devices
 from i3dist.errors import UserError
+from i3dist.files import check_writable
 from i3dist.inference.evaluate import exchange_history
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
@@ -240,7 +241,6 @@ def plot(results: Sequence[Result], candidates: int, reach: int, path: Path) -> 
         axes.legend(fontsize="x-small")
     figure.axes[0].set_ylabel("margin (nats per value token)")
     figure.axes[1].set_ylabel("share of true values found")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -271,16 +271,26 @@ def documents(options: argparse.Namespace, model: I3LM, tokenizer: Tokenizer) ->
     if options.data:
         corpus = Corpus.open(options.data, model.settings, trained_with=tokenizer)
         return list(read_documents(corpus.valid))
-    try:
-        texts = [path.read_text("utf-8") for path in options.text]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text cannot be read: {error}") from None
+    texts = map(text_of, options.text)
     return [np.array(tokenizer.encode(text), dtype=np.int64) for text in texts]
+
+
+def text_of(path: Path) -> str:
+    """What a file of --text holds; a `UserError` if that is no text."""
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"--text {path} cannot be read: {error.strerror}; name a file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--text {path} is not UTF-8 text: convert it, or name another") from None
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
     """Measure, print, and write what was asked for."""
     options = parse_arguments(arguments)
+    for file in filter(None, (options.json, options.plot)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(file)
     model, _, tokenizer = load_run(options.checkpoint, devices.pick_device(options.device))
     settings, distances = model.settings, sorted(set(options.distances))
     length, chunks = settings.chunk_length, settings.history_chunks

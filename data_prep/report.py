@@ -35,7 +35,7 @@ from data_prep.reports.page import page
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError, printable
-from i3dist.files import write_whole
+from i3dist.files import write_result
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -103,7 +103,7 @@ def write(path: Path, text: str) -> None:
         UserError: it cannot be written.
     """
     try:
-        write_whole(path, text.encode())
+        write_result(path, text.encode())
     except OSError as error:
         raise UserError(f"cannot write --html {path}: {error.strerror}") from None
 

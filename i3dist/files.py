@@ -26,6 +26,24 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+def write_result(path: Path, data: bytes) -> None:
+    """Write a file that a user named: atomically, but through a link, and into a device or a pipe,
+    which a new file must not replace."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_bytes(data)
+    else:
+        write_whole(path, data)
+
+
+def check_writable(file: Path) -> None:
+    """Find out before long work whether its result can be written; leaves an empty file.
+
+    Raises:
+        OSError: it is a folder, or cannot be written.
+    """
+    file.open("ab").close()
+
+
 def write_first(path: Path, data: bytes) -> None:
     """Write a file atomically unless it exists: of several writers the first one counts."""
     if path.exists():

@@ -21,7 +21,7 @@ from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.config import Settings
 from i3dist.data.tokenizer import Tokenizer
-from i3dist.errors import UserError
+from i3dist.errors import UserError, reason
 from i3dist.files import utf8_path, written_aside
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
@@ -182,13 +182,14 @@ def _tokenizer_of(path: Path) -> Path:
 
 def _check_finished(run: Path) -> None:
     """Raise `UserError` if there are no final weights in `run`: say what to name instead."""
+    if not (run / store.SETTINGS).is_file():
+        none = "neither the folder of a run nor a checkpoint nor an export"
+        raise UserError(
+            f"{run} is {none if run.exists() else 'not there'}: name a run's folder with {WEIGHTS} "
+            f"in it, its {store.CHECKPOINTS}, or an export"
+        )
     if (run / WEIGHTS).is_file():
         return
-    if not (run / store.SETTINGS).is_file():
-        what = "neither the folder of a run nor a checkpoint" if run.exists() else "not there"
-        raise UserError(
-            f"{run} is {what}: name a run's folder with {WEIGHTS} in it, or its {store.CHECKPOINTS}"
-        )
     raise UserError(f"{run / WEIGHTS} is missing: {_ways_on(run)}")
 
 
@@ -229,12 +230,13 @@ def _load_export(model: I3LM, path: Path, assign: bool = False) -> torch.dtype:
     try:
         with utf8_path(file) as name:
             weights = load_file(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {reason(error)}; restore it") from None
+    try:
         model.load_state_dict(weights, assign=assign)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{file} does not fit the settings beside it: {reason}; restore it"
-        ) from None
+    except RuntimeError as error:
+        why = reason(error)[:200]
+        raise UserError(f"{file} does not fit the settings beside it: {why}; restore it") from None
     return weights["head.weight"].dtype
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from i3dist.data.long_texts import Ids
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-from i3dist.files import write_whole
+from i3dist.files import write_result
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 ANSWERS = "assistant"
@@ -113,7 +113,7 @@ def write_conversation(path: Path, turns: Sequence[dict[str, str]]) -> None:
     """
     line = json.dumps({"messages": turns}, ensure_ascii=False)
     try:
-        write_whole(path, f"{line}\n".encode())
+        write_result(path, f"{line}\n".encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 

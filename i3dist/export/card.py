@@ -158,8 +158,12 @@ The code in this folder needs torch and transformers only. It was tested with
 - `tokenizer.apply_chat_template` writes conversations as i3dist does. A model that was not trained
   on conversations does not answer.
 - Evaluate it with lm-evaluation-harness:
-  `lm_eval --model hf --model_args pretrained={name},trust_remote_code=True,max_length=16384`.
-  `max_length` may be any number; without it contexts end at 2,048 tokens. Tasks of perplexity need
+  ```sh
+  lm_eval --model hf --tasks hellaswag --model_args \\
+      pretrained={name},trust_remote_code=True,max_length=16384,softmax_dtype=float32
+  ```
+  `max_length` may be any number; without it contexts end at 2,048 tokens. Without `softmax_dtype`
+  probabilities of a model in bf16 are rounded to bf16. Tasks of perplexity need
   `add_bos_token=False` too.
 
 ## Settings

@@ -87,8 +87,9 @@ def _check_target(out: Path, overwrite: bool) -> None:
     Raises:
         UserError: it is no folder, or is not empty and may not be replaced.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is no folder: name another place for the export")
+    there = next(place for place in (out, *out.resolve().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is no folder: name another place for the export")
     if Path.cwd().is_relative_to(out.resolve()):
         raise UserError(f"you are in {out}, which the export would replace: type it elsewhere")
     if not out.exists() or not any(out.iterdir()):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from i3dist.checkpoint.exported import is_export
+from i3dist.checkpoint.exported import exported_joined, exported_settings, is_export
 from i3dist.errors import UserError, reason
 from i3dist.export.folder import export
 
@@ -40,8 +40,8 @@ def run_tasks(
         What the harness's `simple_evaluate` returns.
 
     Raises:
-        UserError: the harness is not installed, does not have one of the tasks or cannot load it,
-            or `folder` is no folder.
+        UserError: the harness is not installed, does not have one of the tasks or cannot load it or
+            the model, or `folder` is no folder.
     """
     if folder is not None and not folder.is_dir():
         raise UserError(f"--task-folder {folder} is no folder: name one with tasks as YAML files")
@@ -96,8 +96,14 @@ def table_of(found: Mapping[str, Any]) -> str:
 
 @contextmanager
 def exported(model: Path) -> Iterator[Path]:
-    """Yield an export of the model: itself if it is one, else one that is removed afterwards."""
+    """Yield an export of the model: itself if it is one, else one that is removed afterwards.
+
+    Raises:
+        UserError: `model` is no trained model, or config.json lacks something or is wrong.
+    """
     if is_export(model):
+        exported_settings(model)
+        exported_joined(model)
         yield model
         return
     with TemporaryDirectory(prefix="i3dist-") as folder:
@@ -106,7 +112,7 @@ def exported(model: Path) -> Iterator[Path]:
 
 
 def _harness_model(export: Path, device: torch.device, batch_size: int) -> Any:
-    """The harness's own model class on an export."""
+    """The harness's own model class on an export. One that it cannot load is a `UserError`."""
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
@@ -120,11 +126,16 @@ def _harness_model(export: Path, device: torch.device, batch_size: int) -> Any:
             self.add_bos_token = None
             return found
 
-    return Model(
-        pretrained=str(export),
-        trust_remote_code=True,
-        max_length=MAX_LENGTH,
-        batch_size=batch_size,
-        device=str(device),
-        dtype="float32" if device.type == "cpu" else "auto",
-    )
+    try:
+        return Model(
+            pretrained=str(export),
+            trust_remote_code=True,
+            max_length=MAX_LENGTH,
+            batch_size=batch_size,
+            device=str(device),
+            dtype="float32" if device.type == "cpu" else "auto",
+            softmax_dtype="float32",  # else that of the logits, which rounds log-probabilities
+        )
+    except Exception as error:
+        why = f"lm-evaluation-harness cannot load the model: {reason(error)}"
+        raise UserError(f"{export}: {why}; export it again") from error

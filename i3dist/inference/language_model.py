@@ -222,7 +222,9 @@ class LanguageModel:
         try:
             tensor = torch.as_tensor(ids)
         except (TypeError, ValueError, RuntimeError):
-            raise UserError(f"{legal}; `encode` makes them of a text") from None
+            raise UserError(
+                f"{legal} in rows of one length; `encode` makes them of a text"
+            ) from None
         if tensor.numel() == 0:  # torch calls no numbers floating point
             tensor = tensor.long()
         if tensor.dim() == 0 or tensor.is_floating_point() or tensor.dtype == torch.bool:

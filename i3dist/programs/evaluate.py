@@ -24,6 +24,7 @@ from i3dist.data.shards import check_shards
 from i3dist.distributed import devices
 from i3dist.errors import UserError
 from i3dist.export.harness import run_tasks, table_of
+from i3dist.files import check_writable
 from i3dist.inference.evaluate import Evaluation, evaluate
 from i3dist.tracking.report import progress_bar
 
@@ -131,7 +132,7 @@ def main() -> None:
     arguments = parse_arguments()
     check_options(arguments)
     if arguments.json:
-        arguments.json.touch()  # fails now rather than after the evaluation
+        check_writable(arguments.json)
     else:
         streams.require_output()
     device = devices.pick_device(arguments.device)

@@ -49,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Start a command, as if its words were all that was typed."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     type_as("i3dist", {command.file: f"i3dist {name}" for name, command in COMMANDS.items()})
-    with one_line_errors():
+    with one_line_errors():  # also while the command's modules are imported, which takes seconds
         name = parse_arguments(words[:1]).command
-    type_as(f"i3dist {name}")
-    sys.argv = [f"i3dist {name}", *words[1:]]
-    runpy.run_module(COMMANDS[name].module, run_name="__main__", alter_sys=True)
+        type_as(f"i3dist {name}")
+        sys.argv = [f"i3dist {name}", *words[1:]]
+        runpy.run_module(COMMANDS[name].module, run_name="__main__", alter_sys=True)
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError
-from i3dist.files import write_whole
+from i3dist.files import write_result
 from i3dist.report.page import page
 from i3dist.report.run import Run
 
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parse_arguments()
     text = page([Run.read(folder) for folder in arguments.runs])
     try:
-        write_whole(arguments.out, text.encode())
+        write_result(arguments.out, text.encode())
     except OSError as error:
         raise UserError(f"cannot write --out {arguments.out}: {error.strerror}") from None
     print(f"written: {arguments.out}")

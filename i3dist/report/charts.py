@@ -65,6 +65,9 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     percent: bool = False
+    """Whether y is a share, shown in percent; the axis has nothing below 0."""
+    whole: bool = False
+    """Whether y is a share, and the axis shows all from 0 to 1."""
     perplexity: bool = False
     """Whether y is a loss, and the right axis has its perplexity."""
     legend: str = ""
@@ -106,6 +109,11 @@ class Chart:
             axes.set_yscale("log")
             axes.set_yticks(_round_numbers(*axes.get_ylim()))
             axes.yaxis.set_minor_locator(ticker.NullLocator())
+        if self.whole:
+            axes.set_ylim(-0.05, 1.05)
+        elif self.percent:  # around a flat curve the axis would reach as far down as up
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.05 * high), high)
         formatter = ticker.PercentFormatter(1.0) if self.percent else ticker.FuncFormatter(short)
         axes.yaxis.set_major_formatter(formatter)
         if self.perplexity:
@@ -157,7 +165,9 @@ def overlaid(runs: Sequence[Run]) -> Iterator[Chart]:
         "Held-out loss without history minus with it. Dotted: with another document's history.",
     )
     yield Chart("Learning rate", "rate", _metric(runs, "learning_rate"))
-    yield Chart("Gate of history", "g", _metric(runs, "gate"), "0: history is off, 1: fully on.")
+    gate, joined = _metric(runs, "gate"), _metric(runs, "joined")
+    yield Chart("Gate of history", "g", gate, "0: history is off, 1: fully on.", whole=True)
+    yield Chart("Share joined", "j", joined, "0: two softmaxes, 1: they are one.", whole=True)
     yield Chart("Speed", "tokens per second", _metric(runs, "tokens_per_second"))
     yield Chart(
         "MFU",

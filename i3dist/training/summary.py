@@ -85,7 +85,7 @@ def print_tables(settings: Settings, world_size: int, data_tokens: int | None = 
     Args:
         settings: the run's, decided.
         world_size: its ranks.
-        data_tokens: tokens of the training data, if they are known.
+        data_tokens: tokens of the training data; None if there is none yet.
     """
     console = Console(width=100)
     model = meta_model(settings)
@@ -110,8 +110,10 @@ def print_tables(settings: Settings, world_size: int, data_tokens: int | None = 
     )
     train, per_step = settings.train, tokens_per_step(settings)
     tokens = train.steps * per_step
-    epochs = "" if data_tokens is None else f" ({tokens / data_tokens:.2f} epochs of the data)"
-    print(f"tokens_total={tokens}{epochs}")
+    epochs = f"no data at {shown(str(settings.data.path))}, so vocabulary and epochs are not known"
+    if data_tokens is not None:
+        epochs = f"{tokens / data_tokens:.2f} epochs of the data"
+    print(f"tokens_total={tokens} ({epochs})")
     print(
         f"tokens_per_step={per_step} ({train.lanes} lanes x {train.accumulation} "
         f"windows x {train.window_chunks} chunks x {settings.model.chunk_length} tokens, "

@@ -16,7 +16,7 @@ from i3dist.checkpoint.weights import load_run
 from i3dist.config import ModelSettings
 from i3dist.data.corpus import Corpus
 from i3dist.data.tokenizer import Tokenizer
-from i3dist.errors import UserError
+from i3dist.errors import UserError, explain
 from i3dist.model.layers import Channels
 from i3dist.model.lm import I3LM, Below
 from i3dist.model.segments import segment_ids
@@ -281,3 +281,23 @@ def test_a_trained_run(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "1,100" in printed and f"{found[0].margin['history'].mean:+.3f}" in printed
     with pytest.raises(UserError, match="--distances should be at least"):
         needle.main([*map(str, words), "--device", "cpu", "--distances", "3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--text", "nowhere"], "error: --text nowhere cannot be read: No such file or directory"),
+        (["--text", "bytes"], "error: --text bytes is not UTF-8 text: convert it"),
+        (["--text", "bytes", "--json", "."], "error: .: Is a directory"),
+        (["--text", "bytes", "--plot", "bytes/x"], "error: bytes: "),
+    ],
+)
+def test_files_that_cannot_be_used_are_one_line_before_anything_is_measured(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
+) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((UserError, OSError)) as raised:
+        needle.main(["--checkpoint", str(whole), *words, "--device", "cpu"])
+    error = raised.value
+    assert isinstance(error, UserError | OSError) and f"error: {explain(error)}".startswith(says)

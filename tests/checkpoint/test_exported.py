@@ -48,7 +48,7 @@ def test_an_exported_model_is_loaded_as_it_was(tmp_path: Path) -> None:
         ({"joined": 1.5}, "config.json: joined=1.5 should be from 0 to 1"),
         ({"vocab_size": 300}, "271 entries but model.vocab_size of .* is 300"),
         ({"d_model": 24}, "model.safetensors does not fit the settings beside it"),
-        ({"model_type": "gpt2"}, "cannot read settings .*settings.yaml"),
+        ({"model_type": "gpt2"}, "neither the folder of a run nor a checkpoint nor an export"),
     ],
 )
 def test_one_that_was_changed_is_refused_in_one_line(
@@ -66,3 +66,11 @@ def test_what_is_missing_or_no_json_is_no_export(tmp_path: Path) -> None:
         assert not is_export(tmp_path)
     with pytest.raises(UserError, match="is of no exported model: 'vocab_size'"):
         exported_settings(tmp_path)
+
+
+def test_weights_that_were_cut_are_said_to_be_unreadable(tmp_path: Path) -> None:
+    exported(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read: .*; restore it$"):
+        load_run(tmp_path, torch.device("cpu"))

@@ -184,10 +184,13 @@ def test_files_that_a_copy_leaves_behind_do_not_spoil_a_checkpoint(
     ("name", "says"),
     [
         ("nowhere", "nowhere is not there: name a run's folder with model.safetensors"),
-        ("", "is neither the folder of a run nor a checkpoint"),
-        ("file", "is neither the folder of a run nor a checkpoint"),
-        ("latest", "is neither the folder of a run nor a checkpoint"),
-        ("step-00000005", "step-00000005 is neither the folder of a run nor a checkpoint"),
+        ("", "is neither the folder of a run nor a checkpoint nor an export"),
+        ("file", "is neither the folder of a run nor a checkpoint nor an export"),
+        ("latest", "is neither the folder of a run nor a checkpoint nor an export"),
+        (
+            "step-00000005",
+            "step-00000005 is neither the folder of a run nor a checkpoint nor an export",
+        ),
         ("half", r"half: manifest\.json cannot be read; name another"),
     ],
 )

@@ -222,6 +222,12 @@ def test_what_is_no_export_is_never_replaced(
         export(run, tmp_path / "out", overwrite=True)
 
 
+def test_a_place_beneath_a_file_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"/file is no folder: name another place"):
+        export(run, tmp_path / "file" / "deep" / "out")
+
+
 def test_an_empty_folder_is_filled(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     export(run, tmp_path / "out")

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on an export: local tasks whose answers i3dist knows. About 15 s."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-from i3dist.export.harness import run_tasks
+from i3dist.export.harness import _harness_model, run_tasks
 from i3dist.inference.generate import Sampling, generate
 from tests.conftest import error_line, program
 from tests.export.conftest import BOS, WORDS, Exported
@@ -94,6 +95,20 @@ def test_tasks_find_what_i3dist_finds(one: Exported, tokenizer: Tokenizer, tmp_p
     assert "|choose" in result.stdout
 
 
+def test_probabilities_of_a_model_in_bf16_are_computed_in_fp32(one: Exported) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    from lm_eval.api.instance import Instance
+
+    harness = _harness_model(one.folder, torch.device("cpu"), 1)
+    harness.model.bfloat16()
+    request = Instance("loglikelihood_rolling", {}, (WORDS,), 0)
+    (found,) = harness.loglikelihood_rolling([request], disable_tqdm=True)
+    ids = torch.tensor([[BOS, *harness.tok_encode(WORDS, add_special_tokens=False)]])
+    with torch.no_grad():
+        scores = harness.model(ids).logits[0, :-1].float().log_softmax(-1)
+    assert found == pytest.approx(float(scores.gather(1, ids[0, 1:, None]).sum()), rel=1e-6)
+
+
 def test_an_unknown_task_is_one_line(one: Exported) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     result = program("launch/evaluate.py", "--checkpoint", one.folder, "--tasks", "no-such")
@@ -106,6 +121,27 @@ def test_a_task_that_cannot_be_loaded_is_one_line(one: Exported, tmp_path: Path)
     (tmp_path / "wrong.yaml").write_text(json.dumps(task))
     with pytest.raises(UserError, match=r"--tasks wrong: .* cannot load them: .*nonsense"):
         run_tasks(one.folder, ["wrong"], torch.device("cpu"), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", {"joined": "x"}, "config.json: joined='x' should be from 0 to 1"),
+        ("model.safetensors", None, "lm-evaluation-harness cannot load the model: "),
+        ("tokenizer.json", None, "lm-evaluation-harness cannot load the model: "),
+    ],
+)
+def test_an_export_that_is_broken_is_one_line(
+    one: Exported, tmp_path: Path, file: str, content: dict[str, Any] | None, says: str
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    broken = shutil.copytree(one.folder, tmp_path / "broken")
+    former = (broken / file).read_bytes()
+    change = former[:50] if content is None else json.dumps(json.loads(former) | content).encode()
+    (broken / file).write_bytes(change)
+    add_task(tmp_path, "a", "multiple_choice", "acc", [{"text": "a", "answer": 0}], CHOOSING)
+    with pytest.raises(UserError, match=says):
+        run_tasks(broken, ["a"], torch.device("cpu"), folder=tmp_path)
 
 
 def test_tasks_from_a_folder_that_is_not_there_are_one_line(one: Exported, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_padding_at_the_end_changes_nothing(lm: LanguageModel) -> None:
     ("ids", "says"),
     [
         ("text", "`encode` makes them of a text"),
-        ([[1], [1, 2]], "`encode` makes them of a text"),
+        ([[1], [1, 2]], "in rows of one length; `encode` makes them"),
         ([0.5], "these are torch.float32"),
         (3, r"these are torch.int64 \[\]"),
         ([V], f"from 0 to {V - 1}.* these are from {V} to {V}"),

@@ -44,11 +44,35 @@ assert time.perf_counter() - start < 5
 """
 
 
+# The import of torch, which takes seconds, ends in an exception.
+IMPORTING = """
+import sys
+from i3dist.programs.main import main
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise {error}
+sys.meta_path.insert(0, Finder())
+main(["generate", "--checkpoint", "x", "--prompt", "a"])
+"""
+
+
 def i3dist(*words: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run the program in a folder."""
     command = [sys.executable, "-m", "i3dist", *map(str, words)]
     environ = environment() | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [("KeyboardInterrupt", "interrupted"), ("ImportError('no torch')", "ImportError: no torch")],
+)
+def test_an_end_while_modules_are_imported_is_one_line(error: str, says: str) -> None:
+    command = [sys.executable, "-c", IMPORTING.format(error=error)]
+    environ = environment() | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert says in error_line(result)
 
 
 def test_each_command_is_a_file_that_is_there_and_all_files_are_commands() -> None:

@@ -117,14 +117,20 @@ def test_evaluate_refuses_data_of_another_tokenizer_of_the_same_size(
         load("evaluate").main()
 
 
+@pytest.mark.parametrize(("name", "says"), [("none/x", "No such file"), (".", "Is a directory")])
 def test_evaluate_finds_before_the_work_that_it_cannot_write(
-    finished: Path, known: Known, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    finished: Path,
+    known: Known,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    says: str,
 ) -> None:
     module = load("evaluate")
     monkeypatch.setattr(module, "load_run", mock.Mock(side_effect=AssertionError))
     words = ["--checkpoint", finished, "--data", known.folder]
-    typed(monkeypatch, *words, "--json", tmp_path / "none" / "x")
-    with pytest.raises(OSError, match="No such file"):
+    typed(monkeypatch, *words, "--json", tmp_path / name)
+    with pytest.raises(OSError, match=says):
         module.main()
 
 

@@ -39,6 +39,8 @@ def test_a_dry_run_without_data_is_the_card() -> None:
     total = int(re.search(r"^parameters_total=(\d+)$", result.stdout, re.MULTILINE)[1])
     assert 335e6 <= total <= 348e6
     assert "tokens_per_step=16384" in result.stdout
+    unknown = "no data at nowhere, so vocabulary and epochs are not known"
+    assert f"tokens_total=327680000 ({unknown})" in result.stdout
     assert "8 heads do not divide width 1180: using 10" in result.stdout + result.stderr
     assert "note:" not in result.stdout and "warning:" not in result.stdout + result.stderr
 

@@ -1,7 +1,9 @@
 """launch/report.py: the page has every point of its runs, and stands alone."""
 
+import fcntl
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ EVIL = "<script>alert(1)</script>\x00\x1b&"
 NUMBER = st.none() | st.floats(1e-3, 1e3)
 METRIC = st.fixed_dictionaries(
     {"loss": NUMBER, "gradient_norm": NUMBER},
-    optional={"learning_rate": NUMBER, "gate": NUMBER, "tokens_per_second": NUMBER, "mfu": NUMBER},
+    optional=dict.fromkeys(["learning_rate", "gate", "joined", "tokens_per_second", "mfu"], NUMBER),
 )
 VALID = st.fixed_dictionaries({"loss": NUMBER}, optional={"other_history_gain": NUMBER})
 AGES = st.dictionaries(st.sampled_from(["attention_age_01", "attention_age_02"]), NUMBER)
@@ -83,6 +85,7 @@ def test_every_point_of_every_run_is_in_a_curve(
             ("metrics", "loss", "loss"),
             ("metrics", "learning_rate", "learning-rate"),
             ("metrics", "gate", "gate"),
+            ("metrics", "joined", "joined"),
             ("metrics", "tokens_per_second", "tokens-per-second"),
             ("metrics", "mfu", "mfu"),
             ("metrics", "gradient_norm", "gradient-norm"),
@@ -310,6 +313,25 @@ def test_restarts_and_skipped_steps_are_listed(tmp_path: Path) -> None:
     assert len(drawn["skipped-0"]) == 3 and len(drawn["gradient-norm-0"]) == 11
 
 
+@pytest.mark.parametrize("value", [0.0, 0.02, 1.0])
+def test_an_axis_of_shares_has_no_ticks_that_no_share_can_be(tmp_path: Path, value: float) -> None:
+    """Also where a curve is flat, around which an axis would reach as far down as up."""
+    logs = {
+        "metrics": [{"loss": 1.0, "gate": value, "joined": value, "mfu": value}] * 2,
+        "diagnostics": [{"attention_age_01": value}] * 2,
+    }
+    run = Run.read(folder_of(tmp_path / "run", logs))
+    made = {chart.title: chart for chart in [*overlaid([run]), *families(0, run)]}
+    for title in ("Gate of history", "Share joined", "MFU", "Attention to history by age"):
+        drawn = made[title].svg()
+        assert drawn is not None
+        ticks = re.findall(r">([\u2212-]?[\d.]+)%?</text>", drawn)
+        assert not [tick for tick in ticks if tick[0] in "-\u2212"], title
+        if title in ("Gate of history", "Share joined"):
+            assert "1.0" not in ticks and {"0", "1"} <= set(ticks), title
+            assert max(float(tick) for tick in ticks if float(tick) < 2) == 1, title
+
+
 def test_runs_have_names_and_colors_of_their_own(tmp_path: Path, whole: Path) -> None:
     logs = {"metrics": [{"loss": 1.0}, {"loss": 2.0}]}
     folders = [folder_of(tmp_path / name, logs) for name in ("a/run", "b/run", "c/other")]
@@ -332,6 +354,23 @@ def test_the_program_writes_the_page(whole: Path, text: str, tmp_path: Path) -> 
         f"error: cannot write --out {tmp_path}: Is a directory"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
+
+
+def test_the_page_goes_through_a_link_and_into_a_pipe_and_replaces_neither(
+    whole: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--out /dev/stdout` and `--out /dev/null` do, which root could replace by a file."""
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "page.html")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)  # so that a page of any size can be written to it
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1 << 20)
+    for out in (link, pipe):
+        typed(monkeypatch, whole, "--out", out)
+        load("report").main()
+    assert link.is_symlink() and (tmp_path / "page.html").read_text() == text
+    assert pipe.is_fifo() and os.read(reader, 1 << 20).decode() == text
+    os.close(reader)
 
 
 def test_bad_input_is_one_line(
