@@ -21,6 +21,7 @@ from data_prep.tokenizer import sample_texts, train_tokenizer
 from i3dist.data.manifest import MAX_SHARDS
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Beginning:
     def _tokenizer(self, is_certain: bool) -> bytes:
         """The tokenizer's file. One of an earlier run is trained again unless it `is_certain`."""
         path = self.output.tokenizer
-        former = path.read_bytes() if path.exists() else None
+        former = regular(path).read_bytes() if path.exists() else None
         if former and (self.given or is_certain):
             return former
         if self.given:

@@ -10,6 +10,7 @@ from data_prep.reading.readers import naming
 from data_prep.reading.validation import PairOfSources
 from data_prep.sources import Source
 from i3dist.data.tokenizer import Tokenizer
+from i3dist.files import regular
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Begun:
         if former and self._is_repaired(former):
             free |= {"revision", "valid_revision"}
         is_trained = former and former.tokenizer == "trained" and path.exists()
-        if given and is_trained and given.data == path.read_bytes():
+        if given and is_trained and given.data == regular(path).read_bytes():
             free |= {"tokenizer", "tokenizer_sample_mb", "vocab_size"}
         return free
 

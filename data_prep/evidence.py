@@ -12,6 +12,8 @@ from typing import BinaryIO, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from i3dist.files import regular
+
 _BLOCK = 1 << 20
 
 State = tuple[int, int, int]
@@ -27,7 +29,7 @@ class Saved(BaseModel):
     def load(cls, path: Path) -> Self | None:
         """Read it; None if it is missing or damaged."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(regular(path).read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
 
@@ -42,7 +44,7 @@ class Piece(Saved):
 
     def is_in(self, path: Path) -> bool:
         """Whether the file still holds these bytes."""
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             return sha256_between(file, self.start, self.stop) == self.sha256
 
 

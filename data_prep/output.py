@@ -29,7 +29,7 @@ from data_prep.store import Store
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
 from i3dist.data.token_types import TokenType, token_type
 from i3dist.errors import UserError
-from i3dist.files import clear_partials, sync, write_first, write_whole
+from i3dist.files import clear_partials, make_folder, regular, sync, write_first, write_whole
 
 Model = TypeVar("Model", bound=Saved)
 
@@ -160,7 +160,7 @@ class Output:
     def _read(self, model: type[Model], name: str) -> Model | None:
         path, data = self.folder / name, None
         try:
-            data = path.read_bytes()
+            data = regular(path).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             if self.store:
                 data = self.store.get(name)
@@ -178,7 +178,7 @@ class Output:
         """
         folder = Path(os.path.realpath(self.folder))  # the target of a link
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
@@ -312,7 +312,7 @@ class Output:
         if evidence:
             write_whole(self.folder / _BEGUN_NAME, evidence.model_dump_json().encode())
         write_first(self.tokenizer, tokenizer)
-        if self.tokenizer.read_bytes() != tokenizer:
+        if regular(self.tokenizer).read_bytes() != tokenizer:
             raise self.refusal("with another tokenizer just now")
         if self.store:  # early, so that a URL that cannot be written to is refused early
             self.store.put(self.folder / SETTINGS_NAME, SETTINGS_NAME)

@@ -11,7 +11,7 @@ from typing import Self
 from data_prep.arguments import TaskShare
 from data_prep.evidence import Saved, State, state_of
 from i3dist.data.manifest import Shard
-from i3dist.files import write_whole
+from i3dist.files import regular, write_whole
 
 
 class PackedFile(Saved):
@@ -37,7 +37,7 @@ class PackedFile(Saved):
             state = state_of(path)
             if state == self.state:
                 return True
-            with path.open("rb") as file:
+            with regular(path).open("rb") as file:
                 return state[0] == self.state[0] and _sha256(file) == self.sha256
         except FileNotFoundError:
             return False

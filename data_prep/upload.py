@@ -16,7 +16,7 @@ from data_prep.store import Store
 from data_prep.workers import Report
 from i3dist.data.manifest import MANIFEST_NAME, Manifest, Shard
 from i3dist.errors import UserError
-from i3dist.files import remove
+from i3dist.files import regular, remove
 
 UPLOADS = 8
 """Files that are sent at once."""
@@ -60,7 +60,7 @@ def _mover(folder: Path, store: Store, manifest: Manifest) -> Callable[[Shard], 
     def move(shard: Shard) -> int:
         path = folder / shard.name
         if path.exists():
-            with path.open("rb") as file:
+            with regular(path).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                     raise UserError(
                         f"{path} differs from its manifest: delete {folder.parent} and make it "

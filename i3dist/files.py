@@ -1,14 +1,52 @@
-"""Atomic writes: a reader, or a power cut, finds the whole old file or the whole new one."""
+"""Atomic writes: a reader, or a power cut, finds the whole old file or the whole new one.
 
+Reads: of files only, because others may never end.
+"""
+
+import errno
 import os
+import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # Names of unfinished files begin with a dot and end in this.
 PARTIAL = ".partial"
+# What a user may name to be read though it is no file: what a shell opens, as `--config <(command)`
+# and `--config /dev/stdin` do, and nothing at all.
+_GIVEN = re.compile(r"/dev/(stdin|null|fd/\d+)|/proc/self/fd/\d+")
+
+
+def regular(path: Path) -> Path:
+    """A path to read from, once it is known to lead to a file.
+
+    Opening a FIFO would wait for a writer, perhaps for ever, and a device may never end.
+
+    Raises:
+        OSError: nothing is there, or something else than a file; the reason says what it is.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode) or _GIVEN.fullmatch(str(path)):
+        return path
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
+    raise OSError(errno.EINVAL, f"it is a {kind}, not a file", str(path))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        OSError: it cannot be made, or something else than a folder is there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
 
 
 def sync(path: Path) -> None:
@@ -84,7 +122,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 @contextmanager
 def utf8_path(path: Path) -> Iterator[Path]:
     """Yield a UTF-8 name of a file, valid inside the `with`: some libraries open no other."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(regular(path), os.O_RDONLY)
     try:
         plain = os.fsencode(path).decode("utf-8", "replace") == str(path)
         yield path if plain else Path(f"/proc/self/fd/{handle}")

@@ -17,6 +17,7 @@ from data_prep.checks.index_rows import NUMBERS, Ints, Rows, integers, row_damag
 from data_prep.checks.page_header import has_checksum
 from data_prep.checks.stream import Stream
 from data_prep.pack import INDEX_NAME, INDEX_SCHEMA
+from i3dist.files import regular
 
 ROWS_AT_A_TIME = 1 << 16
 # What pyarrow raises for a damaged file.
@@ -26,7 +27,8 @@ TEXTS = ("id", "url")
 
 def open_index(folder: Path) -> pq.ParquetFile:
     """Open the index of a split. Where its pages have checksums, reading verifies them."""
-    return pq.ParquetFile(folder / INDEX_NAME, page_checksum_verification=True, pre_buffer=False)
+    path = regular(folder / INDEX_NAME)
+    return pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
 
 
 def unreadable(stream: Stream, error: BaseException, place: str = "") -> Damage:

@@ -46,6 +46,7 @@ from data_prep.sources import (
     clean_file_name,
 )
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 STDLIB = "stdlib"
 _LEFT_OUT = frozenset(
@@ -227,7 +228,7 @@ def _content_digest(path: Path) -> str:
     """Digest of a file's size and content. Of a large file only the two ends count, for speed."""
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size} ".encode())
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         if size > _HASHED_WHOLE:
             digest.update(file.read(_HASHED_END))
             file.seek(size - _HASHED_END)

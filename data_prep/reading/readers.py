@@ -26,6 +26,7 @@ from data_prep.reading.where import STRINGS, Where
 from data_prep.sources import Record, Skip, clean_file_name
 from i3dist.cli.paths import as_unicode
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 PARQUET = ".parquet"
 TEXT = "text"
@@ -131,7 +132,7 @@ class Span:
             raise UserError(self.error)
         path = self.file.path
         group = "" if self.row_group is None else f", row group {self.row_group}"
-        with naming(f"{path}{group}"), path.open("rb") as file:
+        with naming(f"{path}{group}"), regular(path).open("rb") as file:
             self._check_state(file)
             try:
                 sha256 = yield from self._read(file)
@@ -195,7 +196,7 @@ def spans_of(file: SourceFile) -> list[Span]:
     size = file.state[0]
     if not file.is_a(PARQUET):
         return [Span(file, size, 0, size)]
-    with naming(file.path), file.path.open("rb") as handle:
+    with naming(file.path), regular(file.path).open("rb") as handle:
         groups = row_groups(handle, file)
     if not groups:
         return [Span(file, 0, 0, size)]
@@ -377,7 +378,7 @@ def lines_of(span: Span, size: int, kept: Path | None) -> list[Span]:
     file, parts = span.file, span.stop // size
     if parts < 2 or span.error or not file.is_a(*_PLAIN_LINES):
         return [span]
-    with naming(file.path), file.path.open("rb") as handle:
+    with naming(file.path), regular(file.path).open("rb") as handle:
         if _encoding(file):
             return [span]
         path = kept and kept / f"lines-{file.number:06d}.json"
@@ -386,7 +387,7 @@ def lines_of(span: Span, size: int, kept: Path | None) -> list[Span]:
 
 
 def _encoding(file: SourceFile) -> str | None:
-    with file.path.open("rb") as start:
+    with regular(file.path).open("rb") as start:
         return encoding_of(start, file.name)
 
 

@@ -17,6 +17,7 @@ from i3dist.data.manifest import Manifest
 from i3dist.data.shards import ShardTokens, read_shard
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 Tokens = NDArray[np.unsignedinteger]
 
@@ -147,7 +148,9 @@ class SplitReader:
     def _pieces(self, filters: list[tuple[str, str, Any]]) -> list[Piece]:
         path = self.folder / INDEX_NAME
         try:
-            rows = pq.read_table(path, filters=filters, columns=list(Piece._fields)).to_pylist()
+            rows = pq.read_table(
+                regular(path), filters=filters, columns=list(Piece._fields)
+            ).to_pylist()
         except FileNotFoundError:
             raise UserError(f"{path} is missing: it says where documents lie; restore it") from None
         except UNREADABLE as error:

@@ -9,6 +9,7 @@ from i3dist.data.corpus import Split, fingerprint_of
 from i3dist.data.manifest import Manifest
 from i3dist.data.schedule import Place
 from i3dist.errors import UserError
+from i3dist.files import regular
 from i3dist.training.ledger import LEDGER, Entry, parse, samples_hash
 
 
@@ -70,7 +71,7 @@ class TrainedRun:
         """Compare the data with the fingerprint in the newest checkpoint, if there is one."""
         for checkpoint in store.candidates(self.run / store.CHECKPOINTS)[:1]:
             try:
-                trained_on = json.loads((checkpoint / "state.json").read_bytes())["data"]
+                trained_on = json.loads(regular(checkpoint / "state.json").read_bytes())["data"]
             except (OSError, ValueError, KeyError):
                 return
             if trained_on != fingerprint_of(train, Manifest.load(data / "valid")):
@@ -80,7 +81,7 @@ class TrainedRun:
 def _entries(path: Path) -> dict[int, Entry]:
     """The entries of a ledger by step; a running run may have a torn last line."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = regular(path).read_bytes().splitlines()
     except OSError:
         return {}
     return {entry.step: entry for line in lines if (entry := parse(line)) is not None}

@@ -7,6 +7,7 @@ from typing import Any
 from i3dist.cli.layer_pattern import write_layers
 from i3dist.config import Settings
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 CONFIGURATION, MODEL_TYPE = "config.json", "i3"
 # Settings of the model that config.json has under the same names.
@@ -52,7 +53,7 @@ def exported_joined(folder: Path) -> float:
 
 def _configuration(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / CONFIGURATION).read_bytes())
+        content = json.loads(regular(folder / CONFIGURATION).read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

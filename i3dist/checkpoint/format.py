@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from i3dist.errors import UserError
+from i3dist.files import regular
 from i3dist.model.state import LaneState
 
 MANIFEST = "manifest.json"
@@ -126,7 +127,7 @@ class FileDigest(Stored):
         # In large parts: before each the thread waits for all others that want the interpreter.
         length = path.stat().st_size
         digest, part = hashlib.sha256(), memoryview(bytearray(min(length, HASHED_AT_ONCE)))
-        with path.open("rb", buffering=0) as file:
+        with regular(path).open("rb", buffering=0) as file:
             while size := file.readinto(part):
                 digest.update(part[:size])
         return cls(size=length, sha256=digest.hexdigest())
@@ -172,7 +173,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def read_manifest(checkpoint: Path) -> dict[str, FileDigest]:
     """The files that a checkpoint must have; raises `OSError` or `ValidationError`."""
-    data = (checkpoint / MANIFEST).read_bytes()
+    data = regular(checkpoint / MANIFEST).read_bytes()
     return CheckpointManifest.model_validate_json(data).files
 
 
@@ -183,7 +184,7 @@ def read_state(checkpoint: Path) -> RunState:
         UserError: it cannot be read, or is no state of a run.
     """
     try:
-        return RunState.model_validate_json((checkpoint / STATE).read_bytes())
+        return RunState.model_validate_json(regular(checkpoint / STATE).read_bytes())
     except (OSError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{checkpoint / STATE} cannot be read: {reason}") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from i3dist.config import CheckpointSettings
 from i3dist.errors import UserError
-from i3dist.files import PARTIAL, remove, sync, write_whole
+from i3dist.files import PARTIAL, regular, remove, sync, write_whole
 
 CHECKPOINTS, SETTINGS = "checkpoints", "settings.yaml"  # names in the run's folder
 LATEST = "latest"
@@ -56,7 +56,7 @@ def candidates(folder: Path) -> list[Path]:
             "start over with --fresh"
         )
     try:
-        named = step_of(folder / (folder / LATEST).read_text("utf-8", "replace").strip())
+        named = step_of(folder / regular(folder / LATEST).read_text("utf-8", "replace").strip())
     except OSError:
         named = None
     there = steps(folder)

@@ -172,7 +172,7 @@ def _tokenizer_of(path: Path) -> Path:
     """A checkpoint's own tokenizer.json or, if it has none, that of the run it lies in."""
     typed = Path(os.path.abspath(path))
     for folder in (path, typed.parent.parent, path.resolve().parent.parent, typed.parent):
-        if (folder / TOKENIZER).is_file():
+        if (folder / TOKENIZER).exists():
             return folder / TOKENIZER
     raise UserError(
         f"checkpoint {path} is of an earlier version and has no {TOKENIZER}: copy that "
@@ -182,13 +182,13 @@ def _tokenizer_of(path: Path) -> Path:
 
 def _check_finished(run: Path) -> None:
     """Raise `UserError` if there are no final weights in `run`: say what to name instead."""
-    if not (run / store.SETTINGS).is_file():
+    if not (run / store.SETTINGS).exists():
         none = "neither the folder of a run nor a checkpoint nor an export"
         raise UserError(
             f"{run} is {none if run.exists() else 'not there'}: name a run's folder with {WEIGHTS} "
             f"in it, its {store.CHECKPOINTS}, or an export"
         )
-    if (run / WEIGHTS).is_file():
+    if (run / WEIGHTS).exists():
         return
     raise UserError(f"{run / WEIGHTS} is missing: {_ways_on(run)}")
 
@@ -222,7 +222,7 @@ def _load_export(model: I3LM, path: Path, assign: bool = False) -> torch.dtype:
     """Load what `export_weights` wrote to a run's folder, by copying or assigning the tensors;
     returns the type of the weights."""
     file = path / WEIGHTS
-    if not file.is_file():
+    if not file.exists():
         raise UserError(
             f"{file} is missing: an exported model is read from this one file; "
             "save_pretrained(..., max_shard_size='1TB') writes it"

@@ -17,6 +17,7 @@ from yaml.reader import ReaderError
 from i3dist.cli.paths import literal_path, path_text
 from i3dist.cli.suggest import hint, suggest
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 MAX_LENGTH, MAX_VALUE_LENGTH, MAX_DEPTH = 1 << 16, 1 << 12, 4
 NULLS = ("", "~", "null", "Null", "NULL")
@@ -115,7 +116,9 @@ class _Reader:
         """All settings of a file; raises `UserError`, with the line where there is one."""
         said = Said({}, {})
         try:
-            for section, line, group in self._items("", _compose(config.read_text("utf-8"))):
+            for section, line, group in self._items(
+                "", _compose(regular(config).read_text("utf-8"))
+            ):
                 said.places[section] = f"{config}, line {line}: "
                 values = said.values[section] = {}
                 for key, line, node in self._items(f"{section}.", group):

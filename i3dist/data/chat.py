@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from i3dist.data.long_texts import Ids
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError
-from i3dist.files import write_result
+from i3dist.files import regular, write_result
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 ANSWERS = "assistant"
@@ -92,7 +92,7 @@ def read_conversation(path: Path) -> list[dict[str, str]]:
         UserError: the file cannot be read, or holds something else.
     """
     try:
-        (line,) = filter(str.strip, path.read_text("utf-8").split("\n"))
+        (line,) = filter(str.strip, regular(path).read_text("utf-8").split("\n"))
         messages = [message_of(turn) for turn in json.loads(line)["messages"]]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

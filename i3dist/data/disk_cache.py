@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 from i3dist.data.shard_table import Shard
 from i3dist.errors import UserError
-from i3dist.files import PARTIAL
+from i3dist.files import PARTIAL, make_folder, regular
 
 SUFFIX = ".shard"
 LOCK = ".lock"
@@ -50,7 +50,7 @@ class DiskCache:
         """
         with self._explained():
             try:
-                file = self._path(shard).open("rb")
+                file = regular(self._path(shard)).open("rb")
             except FileNotFoundError:
                 return None
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -66,7 +66,7 @@ class DiskCache:
         with (
             self._explained(),
             suppress(FileNotFoundError),
-            self._partial(shard).open("rb") as file,
+            regular(self._partial(shard)).open("rb") as file,
         ):
             fcntl.flock(file, fcntl.LOCK_SH)
             release(file)
@@ -115,7 +115,7 @@ class DiskCache:
                 raise BusyError
             path = self._partial(shard)
             path.touch()
-            file = path.open("r+b")
+            file = regular(path).open("r+b")
             if not _lock(file, fcntl.LOCK_EX):
                 file.close()
                 raise BusyError
@@ -167,7 +167,7 @@ class DiskCache:
     @contextmanager
     def _counted(self) -> Iterator["_Count"]:
         """Hold `.lock`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -19,6 +19,7 @@ from i3dist.data.disk_cache import BusyError, DiskCache, release
 from i3dist.data.download import FetchError, download, download_once, shown, tried
 from i3dist.data.shard_table import Shard
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 FETCHERS = 4
 """Shards that a process fetches at once."""
@@ -210,5 +211,5 @@ def open_file(path: Folder, most: int) -> BinaryIO:
         UserError: it cannot be fetched.
     """
     if isinstance(path, Path):
-        return path.open("rb")
+        return regular(path).open("rb")
     return download(path.full_url, tempfile.TemporaryFile, most)

@@ -20,6 +20,7 @@ from i3dist.data.folder import Folder, RemoteFolder, is_intact
 from i3dist.data.manifest import Manifest
 from i3dist.data.shard_table import shard_number
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 
 class ShardTokens(NamedTuple):
@@ -69,7 +70,7 @@ def check_shards(folder: Folder, manifest: Manifest, on_damage: OnDamage = "stop
         return
     first, others = manifest.shards[wrong[0]], len(wrong) - 1
     if missing[wrong[0]]:
-        what = "cannot be read (No such file or directory)"
+        what = f"cannot be read ({_problem(folder / first.name)})"
     else:
         what = f"differs from its manifest ({sizes[wrong[0]]:,} of {first.size:,} bytes)"
     more = f", and {others:,} more are missing or have another size" if others else ""
@@ -107,6 +108,15 @@ def _sizes(folder: Path, count: int) -> npt.NDArray[np.int64]:
     return sizes
 
 
+def _problem(path: Path) -> str:
+    """Why a shard that was not found among the files cannot be read."""
+    try:
+        regular(path)
+    except OSError as error:
+        return str(error.strerror)
+    return "it has just come: start again"
+
+
 def _remedy(manifest: Manifest, can_go_on: bool = True, first: str = "") -> str:
     """What to do about a shard. Shards of validation cannot be quarantined.
 
@@ -133,7 +143,7 @@ def read_shard(folder: Folder, manifest: Manifest, index: int) -> ShardTokens:
     path = folder / shard.name
     try:
         if isinstance(folder, Path):
-            local = folder / shard.name
+            local = regular(folder / shard.name)
             data = local.read_bytes() if local.stat().st_size == shard.size else b""
         else:
             data = folder.read(shard)

@@ -23,7 +23,7 @@ from i3dist.config import Settings
 from i3dist.distributed import collectives
 from i3dist.distributed.job import Job, host_name
 from i3dist.errors import warned
-from i3dist.files import PARTIAL, write_whole, written_aside
+from i3dist.files import PARTIAL, regular, write_whole, written_aside
 
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 # Triton writes absolute paths into files of this name; in an archive they begin with ROOT.
@@ -63,7 +63,7 @@ class CompileCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         here = self.entries()
         with tempfile.TemporaryDirectory(dir=self.folder.parent) as name:
-            with gzip.open(self.archive) as content:
+            with gzip.open(regular(self.archive)) as content:
                 with tarfile.open(fileobj=content) as archive:
                     members = archive.getmembers()
                     missing = [one for one in members if Path(one.name) not in here]
@@ -107,7 +107,7 @@ class CompileCache:
     def _noted(self, identity: str) -> set[Path] | None:
         """The entries of this archive, if the folder has them all; None if that is not known."""
         with suppress(OSError, UnicodeError):
-            whose, *names = (self.folder / NOTE).read_text("utf-8").split("\n")
+            whose, *names = regular(self.folder / NOTE).read_text("utf-8").split("\n")
             return set(map(Path, names)) if whose == identity else None
         return None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 
 class Legal(NamedTuple):
@@ -104,7 +105,7 @@ def read_engine_file(path: Path) -> dict[str, Any]:
         UserError: unreadable, not ZeRO-2, or a key or value that the engine does not honour.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+        config = json.loads(regular(path).read_text("utf-8"), object_pairs_hook=_no_key_twice)
     except OSError as error:
         raise UserError(f"cannot read engine config {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ import numpy as np
 
 from i3dist.config import Settings
 from i3dist.errors import UserError
+from i3dist.files import regular
 from i3dist.report.settings import settings_of
 from i3dist.tracking.metrics_log import (
     DIAGNOSTICS,
@@ -204,5 +205,5 @@ def _seconds(written: Lines) -> float | None:
 
 def _ledger(path: Path) -> list[Entry]:
     """The entries of a ledger that are whole."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = regular(path).read_bytes().splitlines() if path.exists() else []
     return [entry for entry in map(parse, lines) if entry]

@@ -13,7 +13,7 @@ def settings_of(folder: Path) -> Settings:
     Raises:
         UserError: the folder is not a run's, or its settings cannot be read.
     """
-    if not (folder / store.SETTINGS).is_file():
+    if not (folder / store.SETTINGS).exists():
         what = "holds no run" if folder.is_dir() else "is no folder"
         raise UserError(f"{folder} {what}: name a run's, with {store.SETTINGS} in it")
     return Settings.load(folder / store.SETTINGS).of_saved_run()

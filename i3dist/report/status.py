@@ -19,6 +19,7 @@ import numpy as np
 
 from i3dist.checkpoint import store
 from i3dist.errors import UserError
+from i3dist.files import regular
 from i3dist.report.settings import settings_of
 from i3dist.tracking.metrics_log import (
     EVENTS,
@@ -211,7 +212,7 @@ def lock_holder(folder: Path) -> int | None:
     each host.
     """
     try:
-        handle = os.open(folder / ".lock", os.O_RDONLY)
+        handle = os.open(regular(folder / ".lock"), os.O_RDONLY)
     except OSError:
         return None
     try:

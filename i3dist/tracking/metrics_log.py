@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 # Names of a run's logs.
 METRICS, VALIDATION, DIAGNOSTICS = "metrics.jsonl", "validation.jsonl", "diagnostics.jsonl"
@@ -72,7 +73,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Lines of a `MetricsLog` as they were written, but torn ones; empty if there is no file."""
-    text = path.read_bytes() if path.exists() else b""
+    text = regular(path).read_bytes() if path.exists() else b""
     return [line for line in map(parse_line, text.splitlines()) if line]
 
 

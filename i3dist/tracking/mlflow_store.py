@@ -22,7 +22,7 @@ from i3dist.checkpoint.weights import WEIGHTS
 from i3dist.cli.paths import as_unicode
 from i3dist.config import Settings
 from i3dist.errors import UserError
-from i3dist.files import write_whole
+from i3dist.files import regular, write_whole
 from i3dist.inference import pyfunc
 from i3dist.tracking.metrics_log import VALIDATION
 from i3dist.tracking.origin import Origin
@@ -272,7 +272,7 @@ class Store:
 def _named_run(folder: Path) -> str | None:
     """The id of the run that a folder names, or None."""
     with suppress(FileNotFoundError):
-        return (folder / RUN_ID_FILE).read_text("utf-8", "replace").strip() or None
+        return regular(folder / RUN_ID_FILE).read_text("utf-8", "replace").strip() or None
     return None
 
 

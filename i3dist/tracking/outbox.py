@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from i3dist.files import write_whole
+from i3dist.files import regular, write_whole
 from i3dist.tracking.metrics_log import DIAGNOSTICS, METRICS, VALIDATION, parse_line
 
 # Logs of a run, and the group of their figures in MLflow, which opens the first in the alphabet.
@@ -55,7 +55,7 @@ class Outbox:
         """Go on where the run `run_id` stopped, or at the first line if it is a new one."""
         self._sent = {}
         with suppress(OSError, ValueError, TypeError, KeyError):
-            mark = json.loads(self._mark.read_bytes())
+            mark = json.loads(regular(self._mark).read_bytes())
             if mark["run_id"] == run_id:
                 sent = mark["bytes"]  # of earlier versions a number
                 sent = {EARLIER: sent} if isinstance(sent, int) else sent
@@ -70,7 +70,7 @@ class Outbox:
         """The next entries, and where in each log they end; no entries if all were sent."""
         ends = dict(self._sent)
         for log in self._logs:
-            with suppress(FileNotFoundError), log.open("rb") as file:
+            with suppress(FileNotFoundError), regular(log).open("rb") as file:
                 while lines := _whole_lines(file, ends.get(log.name, 0)):
                     ends[log.name] = ends.get(log.name, 0) + len(lines)
                     if entries := list(_entries(log.name, lines)):

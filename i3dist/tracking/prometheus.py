@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from i3dist.cli.paths import as_unicode
-from i3dist.files import PARTIAL
+from i3dist.files import PARTIAL, regular
 from i3dist.tracking.metrics_log import METRICS, STARTS, read_lines
 
 FILE = "metrics.prom"
@@ -75,7 +75,7 @@ def mark_stopped(folder: Path) -> None:
 
     One byte is replaced in place, because the run may have ended for a full disk.
     """
-    with suppress(OSError), (folder / FILE).open("r+b", buffering=0) as file:
+    with suppress(OSError), regular(folder / FILE).open("r+b", buffering=0) as file:
         text = file.read()  # a name may have any ends of lines
         running = re.search(rb"^%b\{.*\} (1)\.0$" % RUNNING.encode(), text, re.MULTILINE)
         if running is not None:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from i3dist.checkpoint import store
 from i3dist.data.schedule import LaneSchedule
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 LEDGER = "ledger.jsonl"
 
@@ -47,7 +48,7 @@ def read(run: Path) -> list[Entry]:
     """
     path = run / LEDGER
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = regular(path).read_text("utf-8", "replace").splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; name a run's folder") from None
     entries: list[Entry] = []

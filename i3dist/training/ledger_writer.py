@@ -17,7 +17,7 @@ from i3dist.data.schedule import LaneSchedule
 from i3dist.distributed import collectives
 from i3dist.engine.interface import StepResult
 from i3dist.errors import UserError
-from i3dist.files import sync
+from i3dist.files import regular, sync
 from i3dist.model.state import LaneState
 from i3dist.tracking.metrics_log import MetricsLog
 from i3dist.training.ledger import LEDGER, digest, parse, samples_hash
@@ -119,7 +119,7 @@ class LedgerWriter:
         if not self.path.exists():
             return
         kept, end, last = 0, 0, None
-        with self.path.open("rb") as file:
+        with regular(self.path).open("rb") as file:
             for line in file:
                 end += len(line)
                 entry = parse(line)

@@ -14,7 +14,7 @@ from i3dist.checkpoint.format import TOKENIZER
 from i3dist.data.corpus import Corpus
 from i3dist.distributed.console import print_rank_0
 from i3dist.errors import UserError, explain
-from i3dist.files import clear_partials, write_whole
+from i3dist.files import clear_partials, make_folder, regular, write_whole
 from i3dist.tracking.metrics_log import STARTS, read_lines
 from i3dist.training.startup import Start
 
@@ -47,7 +47,7 @@ def lay_out(start: Start, corpus: Corpus) -> None:
             lock_folder(folder)
             set_aside(folder)
         # If the folder is a link, create its target.
-        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(os.path.realpath(folder)))
         lock_folder(folder)
         for place in (folder, folder / store.CHECKPOINTS):
             clear_partials(place)
@@ -68,6 +68,7 @@ def lock_folder(folder: Path) -> None:
         OSError: the lock file cannot be made.
     """
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    regular(folder / ".lock")
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
