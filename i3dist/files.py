@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Names of unfinished files begin with a dot and end in this.
@@ -35,6 +35,13 @@ def regular(path: Path) -> Path:
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
     raise OSError(errno.EINVAL, f"it is a {kind}, not a file", str(path))
+
+
+def regular_or_new(path: Path) -> Path:
+    """As `regular`, but a path to which nothing leads may be used too, to make a file there."""
+    with suppress(FileNotFoundError):
+        regular(path)
+    return path
 
 
 def make_folder(path: Path) -> None:

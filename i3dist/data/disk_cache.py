@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 from i3dist.data.shard_table import Shard
 from i3dist.errors import UserError
-from i3dist.files import PARTIAL, make_folder, regular
+from i3dist.files import PARTIAL, make_folder, regular, regular_or_new
 
 SUFFIX = ".shard"
 LOCK = ".lock"
@@ -113,9 +113,9 @@ class DiskCache:
         with self._counted() as count:
             if self._path(shard).exists():
                 raise BusyError
-            path = self._partial(shard)
+            path = regular_or_new(self._partial(shard))
             path.touch()
-            file = regular(path).open("r+b")
+            file = path.open("r+b")
             if not _lock(file, fcntl.LOCK_EX):
                 file.close()
                 raise BusyError
@@ -168,7 +168,7 @@ class DiskCache:
     def _counted(self) -> Iterator["_Count"]:
         """Hold `.lock`."""
         make_folder(self.folder)
-        handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(regular_or_new(self.folder / LOCK), os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield _Count(handle)

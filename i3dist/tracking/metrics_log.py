@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from i3dist.errors import UserError
-from i3dist.files import regular
+from i3dist.files import regular, regular_or_new
 
 # Names of a run's logs.
 METRICS, VALIDATION, DIAGNOSTICS = "metrics.jsonl", "validation.jsonl", "diagnostics.jsonl"
@@ -55,7 +55,7 @@ class MetricsLog:
 
 def _append(path: Path, lines: bytes) -> None:
     """Append lines by a single write; after a torn line they start on a fresh one."""
-    with path.open("a+b", buffering=0) as file:
+    with regular_or_new(path).open("a+b", buffering=0) as file:
         size = file.tell()
         torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
         whole = (b"\n" if torn else b"") + lines + b"\n"

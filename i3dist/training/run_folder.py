@@ -14,7 +14,7 @@ from i3dist.checkpoint.format import TOKENIZER
 from i3dist.data.corpus import Corpus
 from i3dist.distributed.console import print_rank_0
 from i3dist.errors import UserError, explain
-from i3dist.files import clear_partials, make_folder, regular, write_whole
+from i3dist.files import clear_partials, make_folder, regular_or_new, write_whole
 from i3dist.tracking.metrics_log import STARTS, read_lines
 from i3dist.training.startup import Start
 
@@ -67,8 +67,7 @@ def lock_folder(folder: Path) -> None:
         UserError: another process holds it.
         OSError: the lock file cannot be made.
     """
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-    regular(folder / ".lock")
+    handle = os.open(regular_or_new(folder / ".lock"), os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
