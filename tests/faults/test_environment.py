@@ -192,7 +192,7 @@ def test_a_lock_that_another_process_has_is_told_from_none(
     ("make", "says"),
     [
         (lambda folder: (folder / ".lock").mkdir(parents=True), ".lock: Is a directory"),
-        (lambda folder: folder.write_text("a file"), "File exists"),
+        (lambda folder: folder.write_text("a file"), "Not a directory"),
         (lambda folder: folder.symlink_to("/proc/1/task"), "/.lock: "),
     ],
 )

@@ -53,7 +53,9 @@ MEMORY = 4 << 30  # bytes that a test may take: reading a device to its end woul
 CHECKPOINT = f"checkpoints/step-{STEPS:08d}"
 Read = Callable[[Path], object]
 
-pytestmark = pytest.mark.timeout(10, func_only=True)
+pytestmark = pytest.mark.timeout(
+    10, func_only=True, method="thread"
+)  # a library may hold the signal up
 
 
 @pytest.fixture(autouse=True)
