@@ -101,8 +101,9 @@ def test_a_shard_that_is_missing_is_found_from_the_listing(
     for on_damage in ("stop", "quarantine"):
         with pytest.raises(UserError) as error:
             check_shards(folder, manifest, on_damage)
+        why = "Is a directory" if damage is folder_in_its_place else "No such file or directory"
         assert str(error.value) == (
-            f"{folder / 'shard-000003.tar'}: shard cannot be read (No such file or directory); "
+            f"{folder / 'shard-000003.tar'}: shard cannot be read ({why}); "
             "restore it or make the data again"
         )
 
