@@ -5,24 +5,31 @@ On a GPU, or without one in Triton's interpreter: TRITON_INTERPRET=1 and triton 
 
 import importlib.util
 import os
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from i3dist.inference import batch_decoder as decoding
+from i3dist.inference import steps
 from i3dist.inference.batch_decoder import enter
 from i3dist.inference.place import Place
 from i3dist.inference.sampling import SPLIT_MIX, Sampling
 from i3dist.inference.steps import Sight, attend_step, step_kernels
 from i3dist.inference.token_stream import choose_tokens
 from i3dist.model.attention import AttentionBlock
-from tests.model.conftest import build
+from tests.inference.test_batch_decoder import gap
+from tests.model.conftest import VARIANTS, build
+from tests.model.small import C, T, random_stream
+from tests.model.streams import logits
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 THERE = importlib.util.find_spec("triton") and (INTERPRETED or torch.cuda.is_available())
 pytestmark = pytest.mark.skipif(not THERE, reason="needs Triton with a GPU or its interpreter")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 NEAR = 1e-5 if INTERPRETED else 1e-4
+MEANS = (1e9, 30, 6, 60, 1e9, 15)  # tokens of documents, of each row
 
 
 def places(length: int, chunks: int) -> Place:
@@ -91,6 +98,27 @@ def test_attention_of_a_token(layers: str, joined: float | None, rows: int) -> N
     read = kernels.attend(y, own_keys, own_values, counted, heads)
     pairs = (read, wanted), (own_keys, keys), (own_values, values)
     assert all((part - other).abs().max() < NEAR for part, other in pairs)
+
+
+def is_float(x: Tensor) -> bool:
+    """In place of `has_kernels`: the interpreter has kernels on the CPU."""
+    return x.is_floating_point()
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda x: "-".join(x.values()))
+@pytest.mark.parametrize("rows", [1, 6], ids="{} rows".format)
+@torch.no_grad()
+def test_a_decoder_by_kernels(changes: dict[str, str], rows: int) -> None:
+    """Rows that close their chunks apart, over more chunks than history holds. One row reads
+    history as keys, several read it as sub-latents."""
+    model = build(**changes)
+    tokens = torch.cat([random_stream(i, C + 3, mean) for i, mean in enumerate(MEANS[:rows])])
+    wanted = logits(model, tokens).flatten(1, 2).to(DEVICE)
+    model, streams = model.float().to(DEVICE), tokens.flatten(1).to(DEVICE)
+    prompts = [3 * T + 5, T, 1, 2 * T, 7, 4 * T][:rows]
+    everywhere = (mock.patch.object(part, "has_kernels", is_float) for part in (steps, decoding))
+    with next(everywhere), next(everywhere):
+        assert gap(model, streams, prompts, wanted) < 10 * NEAR
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
