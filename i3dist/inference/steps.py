@@ -300,7 +300,6 @@ class AttentionStep(UpperStep):
         # Matrix units want rows of results that begin at 32 bytes.
         return _joined(*parts, spare=-outputs % ALIGNMENT), heads
 
-
     @property
     def sub_latents(self) -> Any:
         """History as `attend` reads it in place of keys; None is keys."""
@@ -308,8 +307,8 @@ class AttentionStep(UpperStep):
 
 
 class LatentStep(AttentionStep):
-    """The same by Triton kernels that read history as sub-latents, which are the same for all heads:
-    for many rows. A chunk that is closed makes no keys.
+    """The same for many rows, by Triton kernels that read history as sub-latents: these are the same
+    for all heads, and a closed chunk makes no keys.
 
     Keys and values are the chunk's own, [B, H, T, D/H]; sub-latents [B, C, M, d].
     """

@@ -4,14 +4,14 @@ Keys are cut into splits, which are read side by side: a head of a single row al
 multiprocessor busy, and the others idle. A second kernel joins what the splits have read. Keys that
 the token does not see are not read.
 
-`attend` reads keys and values of history. `attend_latents` reads the sub-latents that they would be
-made of, which are the same for all heads and fewer bytes: a query goes through the matrix that
+History is read as keys and values, or as the sub-latents that these would be made of, which are the
+same for all heads and fewer bytes: a query goes through the matrix that
 makes keys of sub-latents, and the softmax's sum of sub-latents through the one that makes values
 (multi-head latent attention: DeepSeek-AI, 2024, arXiv:2405.04434). A slot is added to keys and
 values after that matrix. So it is a logit of the query, and its sum of shares has a value.
 
 Notation: B rows, H heads, D channels of a head with padding, C history chunks, M keys of each, T
-tokens of a chunk, S = C M + T keys, R channels of a sub-latent, Y channels that a token projects to.
+tokens of a chunk, S = C M + T keys, R channels of a sub-latent, Y channels of a token's projection.
 `attend_step` in `i3dist.inference.steps` is the same in PyTorch.
 """
 
@@ -281,7 +281,7 @@ class _Splits(NamedTuple):
 
     span: int  # keys of a split
     past: int  # splits of history
-    count: int  # of all
+    whole: int  # number of all
 
     @classmethod
     def of(cls, keys: Tensor, length: int) -> "_Splits":
@@ -315,22 +315,31 @@ def attend(
     (rows, heads, size, channels), width = keys.shape, y.shape[1]
     splits, past = _Splits.of(keys, parts.length), size - parts.length
     power = triton.next_power_of_2(channels)
-    sizes = {"H": heads, "D": channels, "POWER": power, "PAST": splits.past, "SPLITS": splits.count}
+    sizes = {"H": heads, "D": channels, "POWER": power, "PAST": splits.past, "SPLITS": splits.whole}
     warps = {"num_warps": min(16, max(4, power * TILE // 1024)), "LEAST": NEVER, **early()}
     read = None if history is None else _read_latents(y, place, parts, history)
-    partial = torch.empty(rows, heads, splits.count, channels + 2, device=y.device)
-    _attend[(splits.count, heads, rows)](
+    partial = torch.empty(rows, heads, splits.whole, channels + 2, device=y.device)
+    _attend[(splits.whole, heads, rows)](
         y, keys, values, parts.age_bias, *place, partial, parts.scale, width,
         FIRST=parts.channels, C=parts.chunks, M=past // parts.chunks, T=parts.length,
         SPLIT=splits.span, N=TILE, STAGES=STAGES, **sizes, **warps,
     )  # fmt: skip
     out = y.new_empty(rows, heads * channels)
     bias, share = (y if part is None else part for part in (parts.reserve_bias, parts.joined))
-    numbers = {"R": 0, "M": 0, "WIDE": 1, "SLOTS": 1, "N": 1, "PARTS": 1, "CUTS": 1, "PARTS_ROOM": 1}
+    numbers = {
+        "R": 0,
+        "M": 0,
+        "WIDE": 1,
+        "SLOTS": 1,
+        "N": 1,
+        "PARTS": 1,
+        "CUTS": 1,
+        "PARTS_ROOM": 1,
+    }
     of_latents, weighted = (partial, out) if read is None else read[:2]
     _join[(heads, rows)](
         partial, of_latents, y, bias, share, out, weighted, rows, width,
-        ROOM=triton.next_power_of_2(splits.count), APART=bias is not y, JOINED=share is not y,
+        ROOM=triton.next_power_of_2(splits.whole), APART=bias is not y, JOINED=share is not y,
         **(numbers if read is None else read[2]), **sizes, **warps,
     )  # fmt: skip
     if history is not None:

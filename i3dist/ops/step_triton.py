@@ -72,15 +72,16 @@ def _round(x, pointer):
 @triton.jit
 def _normed(row, slope, offset, D, eps, x, W: tl.constexpr):
     """LayerNorm of a row, rounded."""
-    total = 0.0
+    # Pieces are added before threads add theirs: these must wait for each other.
+    total, squares = 0.0, 0.0
     for c in tl.static_range(len(row)):
-        total += tl.sum(row[c])
-    mean, total = total / D, 0.0
+        total += row[c]
+    mean = tl.sum(total) / D
     centred = ()
     for c in tl.static_range(len(row)):
         centred += (tl.where(c * W + tl.arange(0, W) < D, row[c] - mean, 0.0),)
-        total += tl.sum(centred[c] * centred[c])
-    scale = 1.0 / tl.sqrt(total / D + eps)
+        squares += centred[c] * centred[c]
+    scale = 1.0 / tl.sqrt(tl.sum(squares) / D + eps)
     normed = ()
     for c in tl.static_range(len(row)):
         normed += (_round(centred[c] * scale * slope[c] + offset[c], x),)
@@ -114,6 +115,22 @@ def _product(weights, row, x, N: tl.constexpr, W: tl.constexpr):
     for c in tl.static_range(len(row)):
         total += weights[c].to(tl.float32) * row[c][None, :]
     return _round(tl.sum(total, axis=1), x)
+
+
+@triton.jit
+def _fetch(matrix, first, rows, size, ROWS: tl.constexpr, EARLY: tl.constexpr):
+    """Bring ROWS rows of `size` bytes of a matrix, as many as it has, into the device's cache."""
+    if EARLY:
+        row = first + tl.arange(0, ROWS)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $3, 0;"
+            " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r,r",
+            [matrix.to(tl.int64) + row.to(tl.int64) * size, size, (row < rows).to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -240,6 +257,43 @@ def _norm_mix(
             mixed = _mixed(normed, old, _row(mixes + i * P, P, P, W), x)
             _store(y + (i * B + b) * P, mixed, P, W)
         _store(before + b * P, normed, P, W)
+
+
+@triton.jit
+def _rows_product(
+    inputs, weight, x, y, B, outputs, F,
+    KIND: tl.constexpr, P: tl.constexpr, K: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+    N: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """N outputs of a product for ROWS rows, of PART of its K inputs. Each F outputs have inputs of
+    their own, [B, K]."""
+    first, cut = tl.program_id(0) * N, tl.program_id(1)
+    output, row = first + tl.arange(0, N), tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    _fetch(weight + cut * PART, first, outputs, K * 2, N, EARLY)
+    _start_next(EARLY)
+    inputs += (first // F) * B * K
+    total = tl.zeros([ROWS, N], tl.float32)
+    for start in tl.range(0, PART, W, num_stages=STAGES):
+        part = start + tl.arange(0, W)
+        column = cut * PART + part
+        there = (part < PART) & (column < K)
+        mask = (row < B)[:, None] & there[None, :]
+        a = tl.load(inputs + row[:, None] * K + column[None, :], mask, 0.0)
+        mask = (output < outputs)[None, :] & there[:, None]
+        w = tl.load(weight + output[None, :] * K + column[:, None], mask, 0.0)
+        total = tl.dot(a, w, total, input_precision="ieee")
+    mask = (row < B)[:, None] & (output < outputs)[None, :]
+    if KIND == 2:  # CHANNEL_MIX
+        total = _round(total, inputs)
+        positive = tl.maximum(total, 0.0)
+        total = tl.where(first >= F, 1.0 / (1.0 + tl.exp(-total)), positive * positive)
+        place = row[:, None] * outputs + output[None, :]
+    elif KIND == 3:  # ADD
+        place = row[:, None] * outputs + output[None, :]
+        total = _round(total, inputs) + tl.load(x + place, mask, 0.0).to(tl.float32)
+    else:
+        place = ((first // F + cut) * B + row[:, None]) * F + (output - first // F * F)[None, :]
+    tl.store(y + place, total.to(y.dtype.element_ty), mask)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch import Tensor
 from i3dist.inference import batch_decoder as decoding
 from i3dist.inference import steps
 from i3dist.inference.batch_decoder import enter
+from i3dist.inference.layout import laid_out
 from i3dist.inference.place import Place
 from i3dist.inference.sampling import SPLIT_MIX, Sampling
 from i3dist.inference.steps import Sight, attend_step, step_kernels
@@ -109,13 +110,15 @@ def is_float(x: Tensor) -> bool:
 @pytest.mark.parametrize("rows", [1, 6], ids="{} rows".format)
 @torch.no_grad()
 def test_a_decoder_by_kernels(changes: dict[str, str], rows: int) -> None:
-    """Rows that close their chunks apart, over more chunks than history holds. One row reads
+    """Rows with every number of chunks before, some of which close theirs, apart. One row reads
     history as keys, several read it as sub-latents."""
-    model = build(**changes)
+    model = laid_out(build(**changes))
     tokens = torch.cat([random_stream(i, C + 3, mean) for i, mean in enumerate(MEANS[:rows])])
     wanted = logits(model, tokens).flatten(1, 2).to(DEVICE)
     model, streams = model.float().to(DEVICE), tokens.flatten(1).to(DEVICE)
-    prompts = [3 * T + 5, T, 1, 2 * T, 7, 4 * T][:rows]
+    for parameter in model.parameters():
+        parameter.data = parameter.contiguous()  # as on a GPU
+    prompts = [(C + 3) * T - 3, 4 * T, T - 1, 3 * T - 1, 2 * T, 7][:rows]
     everywhere = (mock.patch.object(part, "has_kernels", is_float) for part in (steps, decoding))
     with next(everywhere), next(everywhere):
         assert gap(model, streams, prompts, wanted) < 10 * NEAR
