@@ -307,10 +307,10 @@ class AttentionStep(UpperStep):
 
 
 class LatentStep(AttentionStep):
-    """The same for many rows, by Triton kernels that read history as sub-latents: these are the same
-    for all heads, and a closed chunk makes no keys.
+    """The same for many rows, by Triton kernels that read history as sub-latents.
 
-    Keys and values are the chunk's own, [B, H, T, D/H]; sub-latents [B, C, M, d].
+    These are the same for all heads, and a closed chunk makes no keys. Keys and values are the
+    chunk's own, [B, H, T, D/H]; sub-latents are [B, C, M, d].
     """
 
     def _room_for(self, latents: Tensor) -> int:

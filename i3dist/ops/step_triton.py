@@ -118,15 +118,21 @@ def _product(weights, row, x, N: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _fetch(matrix, first, rows, size, ROWS: tl.constexpr, EARLY: tl.constexpr):
-    """Bring ROWS rows of `size` bytes of a matrix, as many as it has, into the device's cache."""
+def _fetch(
+    matrix, first, rows, stride, size, ROWS: tl.constexpr, EACH: tl.constexpr, EARLY: tl.constexpr
+):
+    """Bring ROWS rows of `size` bytes, as many as a matrix has, into the device's cache; in EACH
+    pieces of 16 bytes or a multiple, one for each thread."""
     if EARLY:
-        row = first + tl.arange(0, ROWS)
+        number = tl.arange(0, ROWS * EACH)
+        row, piece = first + number // EACH, (size // EACH + 15) // 16 * 16
+        start = number % EACH * piece
+        size = tl.where(row < rows, tl.minimum(piece, size - start), 0)
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.u32 p, $3, 0;"
+            "{ .reg .pred p; setp.gt.s32 p, $2, 0;"
             " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r,r",
-            [matrix.to(tl.int64) + row.to(tl.int64) * size, size, (row < rows).to(tl.int32)],
+            "=r,l,r",
+            [matrix.to(tl.int64) + row.to(tl.int64) * stride + start, size],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -269,7 +275,11 @@ def _rows_product(
     their own, [B, K]."""
     first, cut = tl.program_id(0) * N, tl.program_id(1)
     output, row = first + tl.arange(0, N), tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    _fetch(weight + cut * PART, first, outputs, K * 2, N, EARLY)
+    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    _fetch(
+        weight + cut * PART, first, outputs, K * BYTES, min(PART, K - cut * PART) * BYTES, N,
+        max(1, 128 // N), EARLY,
+    )  # fmt: skip
     _start_next(EARLY)
     inputs += (first // F) * B * K
     total = tl.zeros([ROWS, N], tl.float32)
