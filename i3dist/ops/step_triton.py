@@ -118,28 +118,6 @@ def _product(weights, row, x, N: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _fetch(
-    matrix, first, rows, stride, size, ROWS: tl.constexpr, EACH: tl.constexpr, EARLY: tl.constexpr
-):
-    """Bring ROWS rows of `size` bytes, as many as a matrix has, into the device's cache; in EACH
-    pieces of 16 bytes or a multiple, one for each thread."""
-    if EARLY:
-        number = tl.arange(0, ROWS * EACH)
-        row, piece = first + number // EACH, (size // EACH + 15) // 16 * 16
-        start = number % EACH * piece
-        size = tl.where(row < rows, tl.minimum(piece, size - start), 0)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.gt.s32 p, $2, 0;"
-            " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r",
-            [matrix.to(tl.int64) + row.to(tl.int64) * stride + start, size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def _start_next(EARLY: tl.constexpr):
     """Let the next kernel load its weights, and wait for what the last one has written."""
     if EARLY:
@@ -263,47 +241,6 @@ def _norm_mix(
             mixed = _mixed(normed, old, _row(mixes + i * P, P, P, W), x)
             _store(y + (i * B + b) * P, mixed, P, W)
         _store(before + b * P, normed, P, W)
-
-
-@triton.jit
-def _rows_product(
-    inputs, weight, x, y, B, outputs, F,
-    KIND: tl.constexpr, P: tl.constexpr, K: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
-    N: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """N outputs of a product for ROWS rows, of PART of its K inputs. Each F outputs have inputs of
-    their own, [B, K]."""
-    first, cut = tl.program_id(0) * N, tl.program_id(1)
-    output, row = first + tl.arange(0, N), tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    _fetch(
-        weight + cut * PART, first, outputs, K * BYTES, min(PART, K - cut * PART) * BYTES, N,
-        max(1, 128 // N), EARLY,
-    )  # fmt: skip
-    _start_next(EARLY)
-    inputs += (first // F) * B * K
-    total = tl.zeros([ROWS, N], tl.float32)
-    for start in tl.range(0, PART, W, num_stages=STAGES):
-        part = start + tl.arange(0, W)
-        column = cut * PART + part
-        there = (part < PART) & (column < K)
-        mask = (row < B)[:, None] & there[None, :]
-        a = tl.load(inputs + row[:, None] * K + column[None, :], mask, 0.0)
-        mask = (output < outputs)[None, :] & there[:, None]
-        w = tl.load(weight + output[None, :] * K + column[:, None], mask, 0.0)
-        total = tl.dot(a, w, total, input_precision="ieee")
-    mask = (row < B)[:, None] & (output < outputs)[None, :]
-    if KIND == 2:  # CHANNEL_MIX
-        total = _round(total, inputs)
-        positive = tl.maximum(total, 0.0)
-        total = tl.where(first >= F, 1.0 / (1.0 + tl.exp(-total)), positive * positive)
-        place = row[:, None] * outputs + output[None, :]
-    elif KIND == 3:  # ADD
-        place = row[:, None] * outputs + output[None, :]
-        total = _round(total, inputs) + tl.load(x + place, mask, 0.0).to(tl.float32)
-    else:
-        place = ((first // F + cut) * B + row[:, None]) * F + (output - first // F * F)[None, :]
-    tl.store(y + place, total.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
