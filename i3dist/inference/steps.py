@@ -198,9 +198,9 @@ class AttentionStep(UpperStep):
     Keys and values are [B, H, C * M + T, D/H].
     """
 
-    latents: Tensor | None = None  # a ring of sub-latents that stands in place of history's keys
-
     block: AttentionBlock
+    latents: Tensor | None = None
+    """A ring of sub-latents in place of history's keys and values."""
 
     def _place(self, own: Sequence[KeysValues], latents: Tensor) -> None:
         self.fixed: dict[int, tuple[Tensor, Tensor]] = {}  # of each view, see `project`
@@ -363,7 +363,8 @@ def upper_step(
     assert isinstance(block, AttentionBlock)
     channels = model.compressor.split(latents[:, :0]).shape[-1]
     fits = step_kernels("attend_triton").reads_latents
-    return LatentStep if fits(len(latents), block.attention.heads, channels) else step
+    rows, heads = len(latents), block.attention.heads
+    return LatentStep if fits(rows, heads, channels, latents.element_size()) else step
 
 
 @functools.cache

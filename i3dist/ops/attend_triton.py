@@ -4,11 +4,11 @@ Keys are cut into splits, which are read side by side: a head of a single row al
 multiprocessor busy, and the others idle. A second kernel joins what the splits have read. Keys that
 the token does not see are not read.
 
-History is read as keys and values, or as the sub-latents that these would be made of, which are the
-same for all heads and fewer bytes: a query goes through the matrix that
-makes keys of sub-latents, and the softmax's sum of sub-latents through the one that makes values
-(multi-head latent attention: DeepSeek-AI, 2024, arXiv:2405.04434). A slot is added to keys and
-values after that matrix. So it is a logit of the query, and its sum of shares has a value.
+History is read as keys and values, or as the sub-latents that these would be made of. Sub-latents
+are the same for all heads, so they are fewer bytes: a query goes through the matrix that makes keys
+of sub-latents, and the softmax's sum of sub-latents through the one that makes values (multi-head
+latent attention: DeepSeek-AI, 2024, arXiv:2405.04434). A slot is added to keys and values after
+that matrix. So it is a logit of the query, and its sum of shares has a value.
 
 Notation: B rows, H heads, D channels of a head with padding, C history chunks, M keys of each, T
 tokens of a chunk, S = C M + T keys, R channels of a sub-latent, Y channels of a token's projection.
@@ -34,19 +34,25 @@ FEW = 4  # rows up to which splits are short, and history is read as keys
 SHORT, LONG = 64, 256  # least keys of a split
 MOST_SPLITS = 32  # about, of all keys: one program joins them
 LEAST_DOT = 16  # rows and columns of a product on matrix units
-MOST_SUMS = 20_480  # of channels, of all heads, that the registers of a program hold
+MOST_SUMS = 5_120  # of channels, of all heads, that the registers of a program hold
+# Of a tile: shared memory of a GPU since 2020 (99 KiB or more) has room for two, and for queries.
+MOST_BYTES = 40_960
 
 
 class Latents(NamedTuple):
     """How sub-latents are read."""
 
     tile: int  # of a chunk's, by a program
-    chunks: int  # by a program, one after the other
+    chunks: int  # by a program, one after the other; more where there are many
     warps: int  # of a program
     stages: int  # tiles that are on their way or in use
 
 
 LATENTS = Latents(64, 4, 4, 3)
+# What `_join` is told where there are none.
+NO_LATENTS = {"R": 0, "M": 0} | dict.fromkeys(
+    ("WIDE", "SLOTS", "N", "PARTS", "CUTS", "PARTS_ROOM"), 1
+)
 
 # Of each row, [B]: tokens of its chunk, the first that the newest sees, whether its document began
 # in the chunk, chunks before of that document, and the slot of the oldest chunk in a ring of C.
@@ -322,25 +328,15 @@ def attend(
     _attend[(splits.whole, heads, rows)](
         y, keys, values, parts.age_bias, *place, partial, parts.scale, width,
         FIRST=parts.channels, C=parts.chunks, M=past // parts.chunks, T=parts.length,
-        SPLIT=splits.span, N=TILE, STAGES=STAGES, **sizes, **warps,
+        SPLIT=splits.span, N=TILE, STAGES=_stages(power, keys.element_size()), **sizes, **warps,
     )  # fmt: skip
     out = y.new_empty(rows, heads * channels)
     bias, share = (y if part is None else part for part in (parts.reserve_bias, parts.joined))
-    numbers = {
-        "R": 0,
-        "M": 0,
-        "WIDE": 1,
-        "SLOTS": 1,
-        "N": 1,
-        "PARTS": 1,
-        "CUTS": 1,
-        "PARTS_ROOM": 1,
-    }
-    of_latents, weighted = (partial, out) if read is None else read[:2]
+    of_latents, weighted, numbers = (partial, out, NO_LATENTS) if read is None else read
     _join[(heads, rows)](
         partial, of_latents, y, bias, share, out, weighted, rows, width,
         ROOM=triton.next_power_of_2(splits.whole), APART=bias is not y, JOINED=share is not y,
-        **(numbers if read is None else read[2]), **sizes, **warps,
+        **numbers, **sizes, **warps,
     )  # fmt: skip
     if history is not None:
         by_head = out.view(rows, heads, channels).transpose(0, 1)
@@ -348,10 +344,17 @@ def attend(
     return out
 
 
-def reads_latents(rows: int, heads: int, channels: int) -> bool:
-    """Whether history is read as sub-latents of so many channels."""
-    room = max(LEAST_DOT, triton.next_power_of_2(heads))
-    return rows > FEW and channels % LEAST_DOT == 0 and room * sum(_cut(channels)) <= MOST_SUMS
+def reads_latents(rows: int, heads: int, channels: int, size: int) -> bool:
+    """Whether history is read as sub-latents of so many channels, of `size` bytes each."""
+    room, held = max(LEAST_DOT, triton.next_power_of_2(heads)), sum(_cut(channels))
+    fits = room * held <= MOST_SUMS and LATENTS.tile * held * size <= MOST_BYTES
+    return rows > FEW and channels % LEAST_DOT == 0 and fits
+
+
+def _stages(channels: int, size: int) -> int:
+    """Tiles of keys and values that are on their way or in use, of a head's channels of `size`
+    bytes each."""
+    return min(STAGES, 1 + 2 * MOST_BYTES // (2 * TILE * channels * size))
 
 
 def _cut(channels: int) -> tuple[int, int]:
@@ -360,14 +363,20 @@ def _cut(channels: int) -> tuple[int, int]:
     return wide, max(LEAST_DOT, triton.next_power_of_2(channels - wide))
 
 
+def _programs(keys: int, chunks: int) -> tuple[int, int, int]:
+    """Programs for a chunk's sub-latents, programs for chunks, and how many chunks each reads."""
+    blocks = triton.cdiv(keys, LATENTS.tile)
+    each = max(LATENTS.chunks, triton.cdiv(blocks * chunks, MOST_SPLITS))
+    return blocks, triton.cdiv(chunks, each), each
+
+
 def _read_latents(
     y: Tensor, place: Place, parts: Heads, history: History
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
     """What programs have read of history; room for what becomes of it, and sizes of both."""
     (rows, chunks, keys, channels), width = history.latents.shape, y.shape[1]
     heads, each = history.absorb.shape[:2]
-    plan = LATENTS
-    blocks, cuts = triton.cdiv(keys, plan.tile), triton.cdiv(chunks, plan.chunks)
+    plan, (blocks, cuts, read_by_each) = LATENTS, _programs(keys, chunks)
     queries = y[:, : heads * each].view(rows, heads, each).transpose(0, 1)
     asked = torch.bmm(queries, history.absorb)  # [H, B, R + M]
     read = torch.empty(heads, rows, blocks * cuts, channels + plan.tile + 2, device=y.device)
@@ -375,7 +384,7 @@ def _read_latents(
     _attend_latents[(blocks, cuts, rows)](
         asked, history.latents, y, parts.age_bias, *place[2:], read, parts.scale, rows, width,
         H=heads, ROOM=max(LEAST_DOT, triton.next_power_of_2(heads)), D=each, FIRST=parts.channels,
-        C=chunks, M=keys, R=channels, WIDE=wide, REST=rest, N=plan.tile, EACH=plan.chunks,
+        C=chunks, M=keys, R=channels, WIDE=wide, REST=rest, N=plan.tile, EACH=read_by_each,
         SPLITS=cuts, STAGES=plan.stages, LEAST=NEVER, num_warps=plan.warps, **early(),
     )  # fmt: skip
     return read, torch.empty_like(asked), {
