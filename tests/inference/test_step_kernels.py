@@ -191,12 +191,12 @@ def test_layer_norm_of_a_wide_row(rows: int) -> None:
         torch.ones(channels),
     )
     weight = torch.randn(40, channels)
-    wanted = functional.layer_norm(x, (channels,), scale, offset, eps=1e-5) @ weight.T
+    wanted = functional.layer_norm(x, (channels,), scale, offset, eps=0.5) @ weight.T
 
     def padded(part: Tensor) -> Tensor:
         return functional.pad(part, (0, width - channels)).to(DEVICE)
 
-    norm = Norm(padded(scale), padded(offset), channels, 1e-5)
+    norm = Norm(padded(scale), padded(offset), channels, 0.5)
     read = step_kernels("step_triton").normed_product(padded(x), norm, padded(weight))
     assert (read.cpu() - wanted).abs().max() < 1e-3
 
