@@ -110,6 +110,7 @@ def test_train_ends_as_it_went(
         settings=settings,
     )
     monkeypatch.setattr(train, "StopRequest", stop)
+    monkeypatch.setattr(train, "settle", lambda *_: (train.Start(settings), {}))
     monkeypatch.setattr(train, "build", lambda *_: trainer)
     monkeypatch.setattr(train.collectives, "leave_group", left)
     typed(
@@ -194,9 +195,9 @@ def build(
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "2")  # else the first build would set it
     for name in ("share_threads", "keep_freed_memory"):
         monkeypatch.setattr(train.host, name, mock.Mock())
-    arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False, verbose=False)
     job = Job(rank, 2, rank, 2, "127.0.0.1", 1, "python")
-    made = train.build(arguments, settings, job, corpus, *(mock.Mock() for _ in range(3)))
+    start, config = train.settle(Path("x"), settings, job, corpus, fresh=False)
+    made = train.build(start, config, job, corpus, *(mock.Mock() for _ in range(3)))
     assert made is built.trainer
     return built
 

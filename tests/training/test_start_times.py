@@ -62,7 +62,7 @@ def test_a_start_that_hangs_ends_later_than_ranks_wait_for_each_other(
     settings, job = Settings.load(None, [f"run.path={tmp_path}"]), Job.detect({})
     stop, notifier, times = StopRequest(job), Notifier(tmp_path, None), StartTimes()
     watchdog = watch_start(settings, job, stop, times, notifier)
-    assert watchdog.patience.limit(START) == 3660
+    assert watchdog.patience.limit(START) == 2 * 3600 + 60
     for part in ("data", "model"):
         times.end(part)
     times.end_all()

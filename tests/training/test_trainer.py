@@ -89,6 +89,12 @@ def test_an_order_that_cannot_be_removed_is_followed_once(
         orders.done()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"warning: {tmp_path / SAVE}: Not permitted: it has been followed")
+    monkeypatch.undo()
+    (tmp_path / SAVE).unlink()  # as the line says
+    orders._look()
+    (tmp_path / SAVE).touch()
+    orders._look()
+    assert orders.votes() == (1.0, 0.0), "another order"
 
 
 @pytest.mark.parametrize("where", ["validator.validate", "train_step", "checkpointer.export"])
