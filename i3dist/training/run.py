@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -388,6 +388,19 @@ def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
     collectives.leave_group()
 
 
+def leave_early(
+    settings: Settings, trainer: Trainer, stop: StopRequest, notifier: Notifier
+) -> NoReturn:
+    """Say that a run was told to stop, and has saved; exit with the status that fits."""
+    step, ordered = trainer.progress.step, trainer.orders.stop
+    why = f"as {settings.run.path / STOP} asked" if ordered else "on request"
+    longer = (settings.run.path / WEIGHTS).exists()  # than when it ended before
+    older = f" ({WEIGHTS} is of an earlier step until it ends)" if longer else ""
+    print_rank_0(f"stopped {why} at step {step}: run the same command to continue{older}")
+    notifier.stop("end" if ordered else "requeue", stop.reason or f"stopped {why}")
+    stop.exit(0 if ordered else REQUEUE)
+
+
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Train, or say what the run would be.
 
@@ -409,31 +422,25 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         return
     notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
     call_on_failure(partial(notifier.stop, "failure"))
-    watchdog = watch_start(settings, job, stop, times, notifier)
-    if wanted(arguments, job):
-        preflight(arguments, settings, job, stop, notifier, watchdog)
-    fresh = check_attempt(settings, arguments.fresh)
-    corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
-    times.end("data")
-    start, engine_config = settle(arguments.deepspeed, settings, job, corpus, fresh)
-    times.end("settings")
-    peers = join(start.settings, job, stop, notifier, watchdog)
-    tell_of_waits(watchdog, peers, notifier)
-    times.end("process group")
-    trainer = build(start, engine_config, job, corpus, stop, times, watchdog)
-    notifier.start(trainer.progress.step)
-    with recorded(trainer.log.tracker, stop.peers):
-        done = trainer.fit()
+    with watch_start(settings, job, stop, times, notifier) as watchdog:
+        if wanted(arguments, job):
+            preflight(arguments, settings, job, stop, notifier, watchdog)
+        fresh = check_attempt(settings, arguments.fresh)
+        corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
+        times.end("data")
+        start, engine_config = settle(arguments.deepspeed, settings, job, corpus, fresh)
+        times.end("settings")
+        peers = join(start.settings, job, stop, notifier, watchdog)
+        tell_of_waits(watchdog, peers, notifier)
+        times.end("process group")
+        trainer = build(start, engine_config, job, corpus, stop, times, watchdog)
+        notifier.start(trainer.progress.step)
+        with recorded(trainer.log.tracker, stop.peers):
+            done = trainer.fit()
     with warned("tracking"):
         trainer.log.tracker.finish("FINISHED" if done else "KILLED")
     if not done:
-        step, ordered = trainer.progress.step, trainer.orders.stop
-        why = f"as {settings.run.path / STOP} asked" if ordered else "on request"
-        longer = (settings.run.path / WEIGHTS).exists()  # than when it ended before
-        older = f" ({WEIGHTS} is of an earlier step until it ends)" if longer else ""
-        print_rank_0(f"stopped {why} at step {step}: run the same command to continue{older}")
-        notifier.stop("end" if ordered else "requeue", stop.reason or f"stopped {why}")
-        stop.exit(0 if ordered else REQUEUE)
+        leave_early(settings, trainer, stop, notifier)
     with warned("after training"):
         print_rank_0(f"done: {settings.run.path}")
         print_charts(trainer.log.tracker)

@@ -16,6 +16,7 @@ from i3dist.programs.train import main
 from i3dist.tracking.metrics_log import read_lines
 from i3dist.tracking.mlflow_store import FinalModel
 from i3dist.training import run
+from i3dist.training.preflight import read_input
 from tests.conftest import ROOT
 from tests.known import CHUNK, Known
 from tests.launch.conftest import MODEL, cells, typed
@@ -84,6 +85,26 @@ def test_train_starts_as_it_is_told(
     (path,) = read.call_args.args
     wanted = Path("other.json") if "other.json" in words else ROOT / "configs" / "zero2.json"
     assert path.resolve() == wanted.resolve()
+
+
+def test_a_job_that_has_started_in_vain_too_often_stops_before_it_looks_at_data(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They may be what hung before; and what follows the error is not watched."""
+    for name, value in {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "3"}.items():
+        monkeypatch.setenv(name, value)
+    watchdogs, watch = [], train.watch_start
+    observed = lambda *given: watchdogs.append(watch(*given)) or watchdogs[0]  # noqa: E731
+    monkeypatch.setattr(train, "watch_start", observed)
+    monkeypatch.setattr(train, "StopRequest", mock.Mock())
+    monkeypatch.setattr(train.Corpus, "open", mock.Mock(side_effect=AssertionError))
+    typed(monkeypatch, "data.path=nowhere", f"run.path={tmp_path}")
+    with pytest.raises(UserError, match=r"^job 77: 3 starts in a row"):
+        main()
+    assert watchdogs[0]._closed.is_set()
+    settings = Settings().with_values(**{"run.path": str(tmp_path)})
+    arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False)
+    assert read_input(arguments, settings, Job.detect({})).fault.startswith("job 77: 3 starts")
 
 
 @pytest.mark.parametrize(("done", "fails"), [(True, False), (True, True), (False, False)])
