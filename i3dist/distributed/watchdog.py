@@ -114,7 +114,8 @@ class Watchdog:
             self._learns = doing not in (SAVE, START) and not (doing == STEP and self._others)
             self._limit = self.patience.limit(doing)
             if doing not in (DATA, START):
-                # A rank that is done waits for others, which may still do what came before.
+                # A rank that is done waits for others, which may still do what came before. (After
+                # the start it need not: the trainer has them meet.)
                 self._limit = max(self._limit, self._others)
                 self._others = 0.0 if doing == STEP else self._limit
             if doing == START:

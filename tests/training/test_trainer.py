@@ -97,6 +97,17 @@ def test_an_order_that_cannot_be_removed_is_followed_once(
     assert orders.votes() == (1.0, 0.0), "another order"
 
 
+def test_ranks_meet_after_the_start_while_its_long_limit_holds(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may compile for longer than a validation or a step may take."""
+    trainer, events = start(tmp_path / "run").trainer, []
+    monkeypatch.setattr(trainer.watchdog, "beat", events.append)
+    monkeypatch.setattr(collectives, "barrier", lambda: events.append("barrier"))
+    trainer.begin()
+    assert events == ["barrier", "validating"]
+
+
 @pytest.mark.parametrize("where", ["validator.validate", "train_step", "checkpointer.export"])
 def test_what_follows_an_error_is_not_watched(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
