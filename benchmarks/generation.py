@@ -325,6 +325,7 @@ def i3_bytes(decoder: BatchDecoder) -> tuple[int, int]:
     for step in decoder.upper:
         assert isinstance(step, AttentionStep)
         cache += step.keys.nbytes + step.values.nbytes
+        cache += 0 if step.latents is None else step.latents.nbytes
     return weights, cache
 
 

@@ -298,6 +298,10 @@ def run(options: argparse.Namespace) -> None:
     """Do the runs that have no results yet; append their results."""
     experiment = Experiment(options.data, options.held_out)
     lines = history_report.read(options.results)
+    if any("data" not in line for line in lines):
+        raise UserError(
+            f"{options.results} has lines that do not say of which data they are: name another file"
+        )
     first = {"arm": options.arms[0], "seed": options.seeds[0], "data": experiment.fingerprint}
     history_report.refuse_mixed([*lines, first])
     done = {(line["arm"], line["seed"], line["tokens"]) for line in lines}

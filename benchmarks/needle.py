@@ -50,7 +50,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.distributed import devices
 from i3dist.errors import UserError
-from i3dist.files import check_writable
+from i3dist.files import check_writable, printing_beside, write_result
 from i3dist.inference.evaluate import exchange_history
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
@@ -285,12 +285,22 @@ def text_of(path: Path) -> str:
         raise UserError(f"--text {path} is not UTF-8 text: convert it, or name another") from None
 
 
+def check_file(option: str, file: Path) -> None:
+    """Make the folder of a file to write; a `UserError` if the file cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(file)
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise UserError(f"{option} {file} cannot be written ({why}): name another file") from None
+
+
 def main(arguments: list[str] | None = None) -> list[Result]:
     """Measure, print, and write what was asked for."""
     options = parse_arguments(arguments)
-    for file in filter(None, (options.json, options.plot)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(file)
+    for name in ("json", "plot"):
+        if file := getattr(options, name):
+            check_file(f"--{name}", file)
     model, _, tokenizer = load_run(options.checkpoint, devices.pick_device(options.device))
     settings, distances = model.settings, sorted(set(options.distances))
     length, chunks = settings.chunk_length, settings.history_chunks
@@ -306,10 +316,11 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     if options.json:
         about = {name: str(getattr(options, name)) for name in ("checkpoint", "data", "text")}
         report = about | asdict(sizes) | {"results": [asdict(result) for result in results]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_result(options.json, f"{json.dumps(report, indent=1)}\n".encode())
     if options.plot:
         plot(results, options.candidates, chunks * length, options.plot)
-    show(results, options.candidates)
+    with printing_beside(options.json):
+        show(results, options.candidates)
     return results
 
 

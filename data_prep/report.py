@@ -35,7 +35,7 @@ from data_prep.reports.page import page
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError, printable
-from i3dist.files import write_result
+from i3dist.files import printing_beside, write_result
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{index} cannot be read ({reason}): restore it") from None
-    print_tables(figures, Console())
+    with printing_beside(options.html):
+        print_tables(figures, Console())
     if options.html is not None:
         write(options.html, page(figures))
 

@@ -9,8 +9,9 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 # Names of unfinished files begin with a dot and end in this.
@@ -73,20 +74,39 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def write_result(path: Path, data: bytes) -> None:
     """Write a file that a user named: atomically, but through a link, and into a device or a pipe,
-    which a new file must not replace."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    which a new file must not replace. Standard output goes on where it is."""
+    if is_output(path):
+        sys.stdout.flush()
+        with open(1, "wb", closefd=False) as output:
+            output.write(data)
+    elif path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_bytes(data)
     else:
         write_whole(path, data)
 
 
+def is_output(path: Path) -> bool:
+    """Whether it is this process's standard output, as /dev/stdout is."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(1))
+
+
+@contextmanager
+def printing_beside(path: Path | None) -> Iterator[None]:
+    """Inside the `with`, print to standard error if a result goes to standard output."""
+    with redirect_stdout(sys.stderr if path and is_output(path) else sys.stdout):
+        yield
+
+
 def check_writable(file: Path) -> None:
     """Find out before long work whether its result can be written; leaves an empty file.
+
+    A pipe or a device is not opened: the reader of a pipe would find its end.
 
     Raises:
         OSError: it is a folder, or cannot be written.
     """
-    file.open("ab").close()
+    if file.is_file() or file.is_dir() or not file.exists():
+        file.open("ab").close()
 
 
 def write_first(path: Path, data: bytes) -> None:

@@ -102,12 +102,15 @@ class BlockCheck:
             self._special.append((places + start, ids[np.divmod(places, self.length)]))
 
     def ids_where_expected(self) -> Stored | None:
-        """The ids at the expected positions; None if other tokens are not all ordinary."""
+        """The ids at the expected positions; None if other tokens are not all ordinary.
+
+        Also None if tokens have a mask, or special ids stand among the ordinary ones.
+        """
         return np.concatenate([ids for _, ids in self._special]) if self._is_as_expected else None
 
     def is_ordinary(self, number: int) -> bool:
-        """Whether an id is in the vocabulary and not special."""
-        return self._is_simple and number in self._ordinary
+        """Whether an id of `ids_where_expected` is in the vocabulary and not special."""
+        return number in self._ordinary
 
     def findings(self) -> Findings:
         """What the checks since `begin` have found."""

@@ -138,9 +138,9 @@ class _Check:
         """
         stream, stated = self.stream, self.stated
         is_last = self.number == stream.shards - 1  # which may hold <PAD>
-        if is_last or stream.chat or stated.rows is None or not stated.fills:
+        if is_last or stated.rows is None or not stated.fills:
             return None
-        if (ids := self.blocks.ids_where_expected()) is None:
+        if (ids := self.blocks.ids_where_expected()) is None:  # as of all conversations
             return None
         begins_inside, ends_inside = bool(stated.rows.piece[0] > 0), bool(ids[-1] != stream.eos_id)
         starts, stops = ids[0::2], ids[1::2]

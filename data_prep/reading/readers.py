@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import zlib
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
 from data_prep.reading.line_ranges import LineRecord
-from data_prep.reading.row_filter import kept_lines, kept_rows
+from data_prep.reading.row_filter import give_back, kept_lines, kept_rows
 from data_prep.reading.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
 from data_prep.reading.where import STRINGS, Where
 from data_prep.sources import Record, Skip, clean_file_name
@@ -304,25 +305,25 @@ def _column(
     """The values of a column; returns how many there are."""
     begin = partial(parquet.iter_batches, _rows_at_a_time(parquet, group), [group], [key], **_ALONE)
     batches, rows, taken, again = begin(), 0, 0, 0
+    expected = parquet.metadata.row_group(group).num_rows
     while (batch := next(batches, None)) is not None:
         # There may be two columns `id`: the first counts.
         values = _values(batch.column(batch.schema.names.index(key)), is_text)
-        is_large = batch.nbytes > _LARGE and again < _MOST_AGAIN
         rows, taken = rows + len(values), taken + 1
+        is_large = batch.nbytes > _LARGE and again < _MOST_AGAIN
         del batch
         if is_large:  # pyarrow would keep the batch, and the page that it is of
-            del batches
-            pa.default_memory_pool().release_unused()
+            batches, again = iter(()), again + 1
+            give_back()
         values.reverse()
         while values:
             yield values.pop()  # nothing keeps a value that was taken
-        if is_large:
-            batches, again = begin(), again + 1
-            for _ in itertools.islice(batches, taken):
-                pass
+        if is_large and rows < expected:
+            batches = begin()
+            deque(itertools.islice(batches, taken), maxlen=0)  # keeps none, as a variable would
     if again:
         del batches
-        pa.default_memory_pool().release_unused()
+        give_back()
     return rows
 
 

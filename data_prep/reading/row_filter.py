@@ -39,7 +39,7 @@ def kept_rows(parquet: pq.ParquetFile, row_group: int, where: Where, place: obje
     rows = _ROWS_WITH_TEXT if "text" in columns else _ROWS
     batches = parquet.iter_batches(rows, [row_group], columns, use_threads=False)
     kept = [where.kept(batch, place) for batch in batches]
-    _give_back()
+    give_back()
     found, expected = sum(map(len, kept)), parquet.metadata.row_group(row_group).num_rows
     if found != expected:  # pyarrow skips a damaged page silently
         raise EOFError(f"it holds {found} rows of {', '.join(columns)}, not {expected}")
@@ -50,7 +50,7 @@ def kept_lines(records: Iterable[Record], where: Where, place: object) -> Iterat
     """Records of lines of jsonl; those that are not kept have the reason as their text."""
     for batch in _batches(records):
         kept = where.kept_lines([record.columns or {} for record in batch], place).tolist()
-        _give_back()
+        give_back()
         batch.reverse()
         # `pop`, and no variables: nothing keeps a record that was taken.
         yield from (_chosen(batch.pop(), is_kept) for is_kept in kept)
@@ -74,7 +74,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Give memory that Arrow keeps back to the system: a text may have been large."""
     pa.default_memory_pool().release_unused()
 

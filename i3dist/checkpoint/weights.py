@@ -235,7 +235,8 @@ def _load_export(model: I3LM, path: Path, assign: bool = False) -> torch.dtype:
     try:
         model.load_state_dict(weights, assign=assign)
     except RuntimeError as error:
-        why = reason(error)[:200]
+        # The first line only says that there are errors.
+        why = " ".join(str(error).partition("\n")[2].split())[:200]
         raise UserError(f"{file} does not fit the settings beside it: {why}; restore it") from None
     return weights["head.weight"].dtype
 

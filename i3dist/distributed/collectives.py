@@ -1,6 +1,5 @@
 """Exchanges between the ranks of a job. Without a process group they work for a single rank."""
 
-import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,7 +10,7 @@ import torch.distributed as torch_dist
 from torch.distributed import distributed_c10d
 
 from i3dist.distributed.devices import uses_cuda
-from i3dist.distributed.job import host_name
+from i3dist.distributed.job import Job, host_name
 from i3dist.errors import UserError, explain
 
 Result = TypeVar("Result")
@@ -106,9 +105,8 @@ def on_all_ranks(work: Callable[[], Result], group: Group | None = None) -> list
 
 def _place() -> str:
     """In words, the host whose disk or network has failed, if the job has others."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    several = torch_dist.is_initialized() and local < torch_dist.get_world_size()
-    return f" (on {host_name()})" if several else ""
+    job = Job.detect()
+    return f" (on {host_name()})" if job.local_world_size < job.world_size else ""
 
 
 def on_rank_0(work: Callable[[], object], group: Group | None = None) -> None:

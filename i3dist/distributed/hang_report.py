@@ -58,7 +58,8 @@ def _stacks() -> bytes:
 def _record() -> dict[str, Any] | None:
     """torch's flight recorder: this rank's last collectives. None if it has no entry."""
     dump = getattr(_distributed_c10d, "_dump_nccl_trace" if uses_cuda() else "_dump_fr_trace", None)
-    record: dict[str, Any] = pickle.loads(dump() or pickle.dumps({})) if dump is not None else {}
+    pickled = dump() if dump is not None else b""
+    record: dict[str, Any] = pickle.loads(pickled) if pickled else {}
     return record if record.get("entries") else None
 
 

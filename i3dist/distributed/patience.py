@@ -1,7 +1,8 @@
 """How long each kind of work may take before it counts as hung.
 
-A number for `guard.hang_seconds` is the limit of all work. "auto" learns limits from what a rank
-has seen of its own work: a multiple of the longest time, but never less than a floor.
+A number for `guard.hang_seconds` is the limit of all work but the parts of the start, which have
+half an hour at least. "auto" learns limits from what a rank has seen of its own work, and of other
+ranks' waits for data: a multiple of the longest time, but never less than a floor.
 """
 
 from typing import Literal

@@ -59,10 +59,11 @@ class _Work(NamedTuple):
 class Watchdog:
     """Ends this process with `REQUEUE` if some work takes longer than `Patience` allows.
 
-    A thread watches. At the limit it tells the other ranks of its host, prints this rank's stacks,
-    and `grace` seconds later ends the process. It cannot run while the main thread holds the
-    interpreter. For that case a timer of the kernel ends the process by SIGPROF, after the stacks;
-    it counts processor time, because that stands still while the process is suspended.
+    A thread watches. At the limit it prints this rank's stacks, tells the other ranks (those of its
+    host by itself, all by `on_end`), and `grace` seconds later ends the process. It cannot run
+    while the main thread holds the interpreter. For that case a timer of the kernel ends the
+    process by SIGPROF, after the stacks; it counts processor time, because that stands still while
+    the process is suspended.
 
     While a rank waits for data, the others wait for it. So it says at each tick that it waits
     (`on_wait`), and for the others that time does not count (`other_waits`). A rank that is stopped
@@ -88,7 +89,7 @@ class Watchdog:
         self._job, self._setting, self._run = job, setting, run
         self._processors = len(os.sched_getaffinity(0))
         self._closed, self._ending = threading.Event(), threading.Event()
-        self._told = threading.Event()  # that a rank of another host hangs
+        self._told = threading.Event()  # over the job's connections, that a rank hangs
         self._lock = threading.Lock()  # guards what follows
         self._clock = RunningClock(TICKS_ASLEEP * self._tick)
         self._began = 0.0  # by that clock
@@ -113,7 +114,8 @@ class Watchdog:
             self._learns = doing not in (SAVE, START) and not (doing == STEP and self._others)
             self._limit = self.patience.limit(doing)
             if doing not in (DATA, START):
-                # A rank that is done waits for others, which may still do what came before.
+                # A rank that is done waits for others, which may still do what came before. (After
+                # the start it need not: the trainer has them meet.)
                 self._limit = max(self._limit, self._others)
                 self._others = 0.0 if doing == STEP else self._limit
             if doing == START:

@@ -59,7 +59,7 @@ def run_tasks(
         )
     with exported(model) as place:
         found = simple_evaluate(
-            _harness_model(place, device, batch_size),
+            _harness_model(place, device, batch_size, model),
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
@@ -111,8 +111,12 @@ def exported(model: Path) -> Iterator[Path]:
         yield Path(folder, "export")
 
 
-def _harness_model(export: Path, device: torch.device, batch_size: int) -> Any:
-    """The harness's own model class on an export. One that it cannot load is a `UserError`."""
+def _harness_model(export: Path, device: torch.device, batch_size: int, typed: Path) -> Any:
+    """The harness's own model class on an export of the model `typed`, as messages call it.
+
+    Raises:
+        UserError: it cannot load the model.
+    """
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
@@ -136,6 +140,9 @@ def _harness_model(export: Path, device: torch.device, batch_size: int) -> Any:
             dtype="float32" if device.type == "cpu" else "auto",
             softmax_dtype="float32",  # else that of the logits, which rounds log-probabilities
         )
+    except (torch.OutOfMemoryError, ImportError):
+        raise  # no fault of the model's
     except Exception as error:
         why = f"lm-evaluation-harness cannot load the model: {reason(error)}"
-        raise UserError(f"{export}: {why}; export it again") from error
+        again = "export it again" if export == typed else "restore it"
+        raise UserError(f"{typed}: {why}; {again}") from error

@@ -22,6 +22,7 @@ from i3dist.inference.steps import (
     UpperStep,
     compile_if,
     step_kernels,
+    upper_step,
 )
 from i3dist.model.lm import I3LM
 from i3dist.ops.shift_mix import has_kernels
@@ -60,11 +61,11 @@ class BatchDecoder:
         )
         for row, prompt in zip(self.hidden, read, strict=True):
             row[: prompt.hidden.shape[1]] = prompt.hidden[0]
-        self._add_steps(read)
         # Other kinds may wait for the device, which a recording cannot.
         built_in = {type(block) for block in (*model.lower, *model.upper)} <= STEPS.keys()
         self.recorded = self.logits.is_cuda and built_in
         self.by_kernels = has_kernels(self.hidden) and built_in
+        self._add_steps(read)
         self.closing: dict[int, tuple[Tensor, Recorded]] = {}  # by number of rows
 
     def _add_steps(self, read: Sequence[Prompt]) -> None:
@@ -76,7 +77,9 @@ class BatchDecoder:
             for block, rows in zip(model.lower, states, strict=True)
         ]
         self.upper: list[UpperStep] = [
-            STEPS.get(type(block), UpperStep)(block, model, views, rows, self.latents)
+            upper_step(block, model, self.latents, self.by_kernels)(
+                block, model, views, rows, self.latents
+            )
             for block, views, rows in zip(model.upper, model.stack.views, own, strict=True)
         ]
         steps: tuple[LowerStep | UpperStep, ...] = (*self.lower, *self.upper)

@@ -199,13 +199,15 @@ class AttentionStep(UpperStep):
     """
 
     block: AttentionBlock
+    latents: Tensor | None = None
+    """A ring of sub-latents in place of history's keys and values."""
 
     def _place(self, own: Sequence[KeysValues], latents: Tensor) -> None:
         self.fixed: dict[int, tuple[Tensor, Tensor]] = {}  # of each view, see `project`
         self.attention = self.block.attention
         heads, inner = self.attention.heads, self.attention.inner.computed
         chunks = latents.shape[1]
-        self.history = chunks * self.model.keys_per_chunk
+        self.history = self._room_for(latents)
         size = (heads, self.history + self.model.settings.chunk_length, inner // heads)
         self.keys, self.values = (latents.new_zeros(len(own), *size) for _ in range(2))
         for number, row in enumerate(own):
@@ -214,6 +216,10 @@ class AttentionStep(UpperStep):
                 buffer[number, :, self.history : self.history + tokens.shape[1]] = tokens
         slots = torch.arange(chunks, device=latents.device).expand(len(own), -1)
         self._write(self.rows, slots, latents)
+
+    def _room_for(self, latents: Tensor) -> int:
+        """How many keys of history there are, of latents [B, C, M, D]."""
+        return latents.shape[1] * self.model.keys_per_chunk
 
     def chunk(self, count: int) -> KeysValues:
         """See `UpperStep.chunk`."""
@@ -229,17 +235,21 @@ class AttentionStep(UpperStep):
     def project(self, latents: Tensor) -> Project:
         """See `UpperStep.project`. Products without latents are computed once: attention multiplies
         each of its views by one weight, which stays the same."""
-        compressor, slots = self.model.compressor, self.model.slots
-        keys = compressor.split(latents)
+        keys = self.model.compressor.split(latents)
 
         def project(weight: Tensor, view: int = 0) -> Tensor:
             if view not in self.fixed:
-                through = compressor.through(weight, self.views[view])
-                self.fixed[view] = through, slots.project(weight)
+                self.fixed[view] = self._through(weight, view)
             through, offset = self.fixed[view]
             return linear(keys, through) + offset
 
         return project
+
+    def _through(self, weight: Tensor, view: int) -> tuple[Tensor, Tensor]:
+        """What multiplies sub-latents in place of a weight, [out, D] -> [out, d], and what it makes
+        of slots, [M, out]."""
+        through = self.model.compressor.through(weight, self.views[view])
+        return through, self.model.slots.project(weight)
 
     def remember(self, rows: Tensor, latents: Tensor, slot: Tensor) -> None:
         """See `UpperStep.remember`."""
@@ -269,7 +279,7 @@ class AttentionStep(UpperStep):
         kernels, block = step_kernels("step_triton"), self.block
         y = kernels.normed_product(x, block.norm_attention.padded(), weight)
         attend = step_kernels("attend_triton").attend
-        read = attend(y, self.keys, self.values, place, heads)
+        read = attend(y, self.keys, self.values, place, heads, self.sub_latents)
         x = kernels.add_product(x, read, block.attention.output.weight)
         hidden = kernels.normed_product(x, block.norm_ff.padded(), block.ff.up.weight, gelu=True)
         return kernels.add_product(x, hidden, block.ff.down.weight)
@@ -290,12 +300,71 @@ class AttentionStep(UpperStep):
         # Matrix units want rows of results that begin at 32 bytes.
         return _joined(*parts, spare=-outputs % ALIGNMENT), heads
 
+    @property
+    def sub_latents(self) -> Any:
+        """History as `attend` reads it in place of keys; None is keys."""
+        return None
+
+
+class LatentStep(AttentionStep):
+    """The same for many rows, by Triton kernels that read history as sub-latents.
+
+    These are the same for all heads, and a closed chunk makes no keys. Keys and values are the
+    chunk's own, [B, H, T, D/H]; sub-latents are [B, C, M, d].
+    """
+
+    def _room_for(self, latents: Tensor) -> int:
+        sub_latents = self.model.compressor.split(latents)
+        self.latents = torch.zeros_like(sub_latents)
+        return 0
+
+    def _write(self, rows: Tensor, slots: Tensor, latents: Tensor) -> None:
+        assert self.latents is not None
+        self.latents[rows.unsqueeze(1), slots] = self.model.compressor.split(latents)
+
+    @functools.cached_property
+    def sub_latents(self) -> Any:
+        """See `AttentionStep.sub_latents`."""
+        parts = self.attention.past_keys_values(self._fused)
+        keys, values = (part.unflatten(-1, (self.attention.heads, -1)) for part in parts)
+        # [R + M, H, D] each
+        history = step_kernels("attend_triton").History
+        return history(
+            self.latents, keys.permute(1, 2, 0).contiguous(), values.transpose(0, 1).contiguous()
+        )
+
+    def _fused(self, weight: Tensor, view: int = 0) -> Tensor:
+        """What makes keys and values of sub-latents' channels, and of slots: [d + M, out]."""
+        through, offset = self._through(weight, view)
+        return torch.cat([through.T, offset])
+
 
 STEPS: dict[type[Block], Any] = {
     RwkvBlock: RwkvStep,
     AttentionBlock: AttentionStep,
     DualAttentionBlock: AttentionStep,
 }
+
+
+def upper_step(
+    block: HistoryBlock, model: I3LM, latents: Tensor, by_kernels: bool
+) -> type[UpperStep]:
+    """Which step a layer above the compressor takes.
+
+    Args:
+        block: the layer.
+        model: whose layer it is.
+        latents: of all rows, [B, C, M, D].
+        by_kernels: whether all layers are called by kernels.
+    """
+    step: type[UpperStep] = STEPS.get(type(block), UpperStep)
+    if step is not AttentionStep or not by_kernels:
+        return step
+    assert isinstance(block, AttentionBlock)
+    channels = model.compressor.split(latents[:, :0]).shape[-1]
+    fits = step_kernels("attend_triton").reads_latents
+    rows, heads = len(latents), block.attention.heads
+    return LatentStep if fits(rows, heads, channels, latents.element_size()) else step
 
 
 @functools.cache

@@ -72,15 +72,16 @@ def _round(x, pointer):
 @triton.jit
 def _normed(row, slope, offset, D, eps, x, W: tl.constexpr):
     """LayerNorm of a row, rounded."""
-    total = 0.0
+    # Pieces are added before threads add theirs: these must wait for each other.
+    total, squares = 0.0, 0.0
     for c in tl.static_range(len(row)):
-        total += tl.sum(row[c])
-    mean, total = total / D, 0.0
+        total += row[c]
+    mean = tl.sum(total) / D
     centred = ()
     for c in tl.static_range(len(row)):
         centred += (tl.where(c * W + tl.arange(0, W) < D, row[c] - mean, 0.0),)
-        total += tl.sum(centred[c] * centred[c])
-    scale = 1.0 / tl.sqrt(total / D + eps)
+        squares += centred[c] * centred[c]
+    scale = 1.0 / tl.sqrt(tl.sum(squares) / D + eps)
     normed = ()
     for c in tl.static_range(len(row)):
         normed += (_round(centred[c] * scale * slope[c] + offset[c], x),)

@@ -24,7 +24,7 @@ from i3dist.data.shards import check_shards
 from i3dist.distributed import devices
 from i3dist.errors import UserError
 from i3dist.export.harness import run_tasks, table_of
-from i3dist.files import check_writable
+from i3dist.files import check_writable, printing_beside, write_result
 from i3dist.inference.evaluate import Evaluation, evaluate
 from i3dist.tracking.report import progress_bar
 
@@ -124,7 +124,7 @@ def check_options(arguments: argparse.Namespace) -> None:
 def write_json(file: Path | None, content: dict[str, Any]) -> None:
     """Write results to the file of --json, if there is one."""
     if file is not None:
-        file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_result(file, json.dumps(content, indent=1).encode())
 
 
 def main() -> None:
@@ -140,7 +140,8 @@ def main() -> None:
     if arguments.tasks is None:
         result = evaluate_data(arguments, device)
         write_json(arguments.json, result.to_dict())
-        print_tables(result)
+        with printing_beside(arguments.json):
+            print_tables(result)
     else:
         found = run_tasks(
             arguments.checkpoint,
@@ -151,7 +152,8 @@ def main() -> None:
             folder=arguments.task_folder,
         )
         write_json(arguments.json, found["results"])
-        print(table_of(found))
+        with printing_beside(arguments.json):
+            print(table_of(found))
 
 
 def start() -> None:

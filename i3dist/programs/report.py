@@ -12,7 +12,7 @@ from i3dist.cli.extend import add_extend_option
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError
-from i3dist.files import write_result
+from i3dist.files import printing_beside, write_result
 from i3dist.report.page import page
 from i3dist.report.run import Run
 
@@ -40,7 +40,8 @@ def main() -> None:
         write_result(arguments.out, text.encode())
     except OSError as error:
         raise UserError(f"cannot write --out {arguments.out}: {error.strerror}") from None
-    print(f"written: {arguments.out}")
+    with printing_beside(arguments.out):
+        print(f"written: {arguments.out}")
 
 
 def start() -> None:

@@ -65,7 +65,8 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     percent: bool = False
-    """Whether y is a share, shown in percent; the axis has nothing below 0."""
+    """Whether y is a share, shown in percent; the axis reaches below 0 by 5% of its upper end at
+    most."""
     whole: bool = False
     """Whether y is a share, and the axis shows all from 0 to 1."""
     perplexity: bool = False

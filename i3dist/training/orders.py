@@ -23,7 +23,7 @@ class Orders:
         self.save = self.stop = False
         self._folder = folder
         self._seen = dict.fromkeys((SAVE, STOP), False)
-        self._stuck: set[str] = set()  # whose files cannot be removed
+        self._stuck: set[str] = set()  # orders followed whose files are there all the same
         self._lock = threading.Lock()  # a file is looked at or removed
         if looks:
             self._look()
@@ -47,7 +47,7 @@ class Orders:
         self.save = False
 
     def _remove(self, name: str) -> None:
-        """Remove an order's file; one that stays is not followed again by this process."""
+        """Remove an order's file; one that stays is not followed again until it has been away."""
         try:
             (self._folder / name).unlink(missing_ok=True)
         except OSError as error:
@@ -67,4 +67,6 @@ class Orders:
         for name in self._seen:
             with suppress(OSError), self._lock:
                 there = (self._folder / name).is_file()
+                if not there:
+                    self._stuck.discard(name)
                 self._seen[name] = there and name not in self._stuck

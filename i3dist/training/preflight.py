@@ -7,14 +7,13 @@ from dataclasses import replace
 from i3dist.checkpoint import store
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
-from i3dist.distributed.attempt import Attempt
 from i3dist.distributed.job import Job
 from i3dist.engine import setup
 from i3dist.errors import UserError
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.preflight.facts import Given
 from i3dist.training.micro_batch import check_micro_batch
-from i3dist.training.startup import check_data, check_progress, resolve, starts_over
+from i3dist.training.startup import check_attempt, check_data, resolve
 from i3dist.training.summary import count_parameters
 
 
@@ -28,13 +27,11 @@ def read_input(arguments: argparse.Namespace, settings: Settings, job: Job) -> G
     typed = {name: str(value) for name, value in settings.flat().items()}
     typed["--fresh"] = str(arguments.fresh)
     given = Given(settings.run.path, typed, arguments.deepspeed)
-    attempt = Attempt.detect()
-    fresh = starts_over(arguments.fresh, settings.run.path, attempt)
     try:
+        fresh = check_attempt(settings, arguments.fresh)
         corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
         engine = setup.read_engine_config(arguments.deepspeed)
         start = resolve(settings, engine, corpus, job.world_size, fresh)
-        check_progress(start, attempt)
         check_micro_batch(start.settings, job)
         check_data(corpus, settings.data.on_damage, job)
     except UserError as error:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -52,12 +53,11 @@ from i3dist.training.start_times import StartTimes
 from i3dist.training.startup import (
     Start,
     agree,
+    check_attempt,
     check_data,
-    check_progress,
     decide,
     idle_lanes,
     resolve,
-    starts_over,
     verify_checkpoint,
 )
 from i3dist.training.summary import (
@@ -82,13 +82,21 @@ def dry_run(settings: Settings, job: Job) -> None:
         print_tables(settings, job.world_size, tokens)
 
 
-def join(settings: Settings, job: Job, stop: StopRequest, notifier: Notifier | None) -> Peers:
+def join(
+    settings: Settings,
+    job: Job,
+    stop: StopRequest,
+    notifier: Notifier | None = None,
+    watchdog: Watchdog | None = None,
+) -> Peers:
     """Join the job's process group, unless the preflight has; ranks then hear of others' ends."""
     if stop.peers is not None:
         return stop.peers
     keep_records_in(settings.run.path)
     host.allow_many_files()
     peers = stop.peers = setup.start(job, str(settings.run.path))
+    if watchdog is not None:  # the rest of the start is watched, too
+        peers.on_hang = watchdog.other_hangs
     if notifier is not None:
         peers.on_end = notifier.leave
     tell_others_by(peers.fail)
@@ -103,6 +111,7 @@ def preflight(
     job: Job,
     stop: StopRequest,
     notifier: Notifier | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Peers:
     """Join the job, and check that its hosts fit together.
 
@@ -113,35 +122,49 @@ def preflight(
     """
     setup.choose_device(settings.train.device)
     given = read_input(arguments, settings, job)
-    peers = join(settings, job, stop, notifier)
+    peers = join(settings, job, stop, notifier, watchdog)
     check(given, job)
     return peers
 
 
+def settle(
+    engine_file: Path, settings: Settings, job: Job, corpus: Corpus, fresh: bool
+) -> tuple[Start, dict[str, Any]]:
+    """Decide the settings, and find whatever is wrong with them before ranks wait for each other.
+
+    Args:
+        engine_file: the engine's settings.
+        settings: the run's, as the user gave them.
+        job: this rank's place.
+        corpus: the data.
+        fresh: start over, whatever is in the run's folder.
+
+    Returns:
+        What the run starts from, and the engine's settings.
+    """
+    fell_back_to_cpu = setup.choose_device(settings.train.device)
+    engine_config = setup.read_engine_config(engine_file)
+    start = resolve(settings, engine_config, corpus, job.world_size, fresh)
+    check_micro_batch(start.settings, job)
+    if fell_back_to_cpu:
+        refuse_large(start.settings)
+    host.share_threads(job)
+    if not devices.uses_cuda():
+        host.keep_freed_memory()
+    return start, engine_config
+
+
 def build(
-    arguments: argparse.Namespace,
-    settings: Settings,
+    start: Start,
+    engine_config: dict[str, Any],
     job: Job,
     corpus: Corpus,
     stop: StopRequest,
     times: StartTimes,
-    notifier: Notifier,
     watchdog: Watchdog,
 ) -> Trainer:
-    """Decide the settings, join the job, and build model, engine, tracker and trainer."""
-    # Find whatever is wrong with the input before the ranks wait for each other.
-    fell_back_to_cpu = setup.choose_device(settings.train.device)
-    engine_config = setup.read_engine_config(arguments.deepspeed)
-    start = resolve_start(arguments, settings, engine_config, corpus, job)
+    """Build model, engine, tracker and trainer; every rank calls this, and has joined the job."""
     settings = start.settings
-    if fell_back_to_cpu:
-        refuse_large(settings)
-    host.share_threads(job)
-    if not devices.uses_cuda():
-        host.keep_freed_memory()
-    times.end("settings")
-    peers = join(settings, job, stop, notifier)
-    times.end("process group")
     agree(start)
     cache, await_compiler = prepare_compiler(settings, job)
     collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
@@ -159,31 +182,14 @@ def build(
     times.end("engine")
     start = await_verified()  # before the run's folder is touched
     times.end("checks")
-    tracker = begin_record(start, job, corpus, arguments.verbose)
+    tracker = begin_record(start, job, corpus, verbose=times.wanted)
     times.end("run's folder, MLflow")
-    with recorded(tracker, peers):
-        trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, cache, watchdog)
-        tell_of_waits(watchdog, peers, notifier)
+    with recorded(tracker, stop.peers):
+        trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, watchdog, cache)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
             times.end("checkpoint")
     return trainer
-
-
-def resolve_start(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    engine_config: dict[str, Any],
-    corpus: Corpus,
-    job: Job,
-) -> Start:
-    """What the run starts from, if this start of the job may go on."""
-    attempt = Attempt.detect()
-    fresh = starts_over(arguments.fresh, settings.run.path, attempt)
-    start = resolve(settings, engine_config, corpus, job.world_size, fresh)
-    check_progress(start, attempt)
-    check_micro_batch(start.settings, job)
-    return start
 
 
 def prepare_compiler(
@@ -231,7 +237,8 @@ def watch_start(
 ) -> Watchdog:
     """Watch each part of the start; the trainer then says what else is to be watched."""
     watchdog = Watchdog(settings.guard.hang_seconds, job, settings.run.path)
-    late = read_timeout().total_seconds() + MARGIN_SECONDS  # then ranks say who did not come
+    # By then ranks have said who did not come: each tries twice to reach rank 0.
+    late = 2 * read_timeout().total_seconds() + MARGIN_SECONDS
     watchdog.patience.start_seconds = max(UNKNOWN_SECONDS, late)
     watchdog.on_end = partial(let_go, stop, notifier)
     times.on_end = partial(watchdog.beat, START)
@@ -249,7 +256,7 @@ def let_go(stop: StopRequest, notifier: Notifier, why: str) -> None:
 
 
 def tell_of_waits(watchdog: Watchdog, peers: Peers, notifier: Notifier) -> None:
-    """Have ranks that wait for data, or hang, tell the others, and rank 0 tell people of waits."""
+    """Have ranks that wait for data tell the others, and rank 0 tell people."""
 
     def say(seconds: float, what: str) -> None:
         notifier.waits(seconds, what)
@@ -260,7 +267,6 @@ def tell_of_waits(watchdog: Watchdog, peers: Peers, notifier: Notifier) -> None:
         watchdog.other_waits(seconds)
 
     watchdog.on_wait, peers.on_wait = say, hear
-    peers.on_hang = watchdog.other_hangs
 
 
 @contextmanager
@@ -382,6 +388,19 @@ def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
     collectives.leave_group()
 
 
+def leave_early(
+    settings: Settings, trainer: Trainer, stop: StopRequest, notifier: Notifier
+) -> NoReturn:
+    """Say that a run was told to stop, and has saved; exit with the status that fits."""
+    step, ordered = trainer.progress.step, trainer.orders.stop
+    why = f"as {settings.run.path / STOP} asked" if ordered else "on request"
+    longer = (settings.run.path / WEIGHTS).exists()  # than when it ended before
+    older = f" ({WEIGHTS} is of an earlier step until it ends)" if longer else ""
+    print_rank_0(f"stopped {why} at step {step}: run the same command to continue{older}")
+    notifier.stop("end" if ordered else "requeue", stop.reason or f"stopped {why}")
+    stop.exit(0 if ordered else REQUEUE)
+
+
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Train, or say what the run would be.
 
@@ -403,25 +422,25 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         return
     notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
     call_on_failure(partial(notifier.stop, "failure"))
-    watchdog = watch_start(settings, job, stop, times, notifier)
-    if wanted(arguments, job):
-        preflight(arguments, settings, job, stop, notifier)
-    corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
-    times.end("data")
-    trainer = build(arguments, settings, job, corpus, stop, times, notifier, watchdog)
-    notifier.start(trainer.progress.step)
-    with recorded(trainer.log.tracker, stop.peers):
-        done = trainer.fit()
+    with watch_start(settings, job, stop, times, notifier) as watchdog:
+        if wanted(arguments, job):
+            preflight(arguments, settings, job, stop, notifier, watchdog)
+        fresh = check_attempt(settings, arguments.fresh)
+        corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
+        times.end("data")
+        start, engine_config = settle(arguments.deepspeed, settings, job, corpus, fresh)
+        times.end("settings")
+        peers = join(start.settings, job, stop, notifier, watchdog)
+        tell_of_waits(watchdog, peers, notifier)
+        times.end("process group")
+        trainer = build(start, engine_config, job, corpus, stop, times, watchdog)
+        notifier.start(trainer.progress.step)
+        with recorded(trainer.log.tracker, stop.peers):
+            done = trainer.fit()
     with warned("tracking"):
         trainer.log.tracker.finish("FINISHED" if done else "KILLED")
     if not done:
-        step, ordered = trainer.progress.step, trainer.orders.stop
-        why = f"as {settings.run.path / STOP} asked" if ordered else "on request"
-        longer = (settings.run.path / WEIGHTS).exists()  # than when it ended before
-        older = f" ({WEIGHTS} is of an earlier step until it ends)" if longer else ""
-        print_rank_0(f"stopped {why} at step {step}: run the same command to continue{older}")
-        notifier.stop("end" if ordered else "requeue", stop.reason or f"stopped {why}")
-        stop.exit(0 if ordered else REQUEUE)
+        leave_early(settings, trainer, stop, notifier)
     with warned("after training"):
         print_rank_0(f"done: {settings.run.path}")
         print_charts(trainer.log.tracker)

@@ -66,19 +66,35 @@ def starts_over(fresh: bool, run: Path, attempt: Attempt) -> bool:
     return fresh and not (attempt.restarts and _starts_of(run, attempt))
 
 
-def check_progress(start: Start, attempt: Attempt) -> None:
+def check_attempt(settings: Settings, fresh: bool) -> bool:
+    """Whether this start of the job starts over, if it may go on; `fresh` says what was typed.
+
+    It reads nothing of the data: they may be what hung at the starts before.
+
+    Raises:
+        UserError: as `check_progress`.
+    """
+    attempt = Attempt.detect()
+    fresh = starts_over(fresh, settings.run.path, attempt)
+    if 0 < settings.guard.requeues <= attempt.restarts:
+        path = newest_checkpoint(settings.run.path, fresh)
+        check_progress(settings, 0 if path is None else read_state(path).step, attempt)
+    return fresh
+
+
+def check_progress(settings: Settings, step: int, attempt: Attempt) -> None:
     """Stop a job that is started again and again and never gets to a new checkpoint.
 
     What counts is how often the launcher has started the job again, whoever asked for that, since
-    the attempt that made the newest checkpoint.
+    the attempt that made the newest checkpoint, which is of `step`.
 
     Raises:
         UserError: `guard.requeues` attempts in a row have made none.
     """
-    step, most = start.state.step if start.state else 0, start.settings.guard.requeues
+    most = settings.guard.requeues
     fruitful = [
         int(line["restarts"]) + 1
-        for line in _starts_of(start.settings.run.path, attempt)
+        for line in _starts_of(settings.run.path, attempt)
         if line["step"] < step
     ]
     fruitless = attempt.restarts - max(fruitful, default=0)
@@ -88,6 +104,16 @@ def check_progress(start: Start, attempt: Attempt) -> None:
             f"newest is of step {step}), so it stops (guard.requeues={most}); see above what ended "
             "them, then type the same command again"
         )
+
+
+def newest_checkpoint(run: Path, fresh: bool) -> Path | None:
+    """What the run continues from, by file names and sizes; None if it starts from step 0.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    there = [] if fresh else store.candidates(run / store.CHECKPOINTS)
+    return store.first_whole(there, verify.quick_fault)[0]
 
 
 def _starts_of(run: Path, attempt: Attempt) -> list[dict[str, Any]]:
@@ -112,8 +138,7 @@ def resolve(
         UserError: the run's folder has a checkpoint of other settings or other data, or a new run
             cannot begin with the weights of train.init_from.
     """
-    there = [] if fresh else store.candidates(settings.run.path / store.CHECKPOINTS)
-    path, _ = store.first_whole(there, verify.quick_fault)
+    path = newest_checkpoint(settings.run.path, fresh)
     if path is None:
         settings = decide(settings, world_size, corpus.tokenizer.vocab_size)
         return Start(settings, weights=initial_weights(settings, corpus))

@@ -18,6 +18,7 @@ from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.schedule import lanes_of_rank
+from i3dist.distributed import collectives
 from i3dist.distributed.job import Job
 from i3dist.distributed.patience import DATA, STEP
 from i3dist.distributed.signals import StopRequest
@@ -58,20 +59,19 @@ class Trainer:
         tracker: Tracker | NoTracker,
         stop: StopRequest,
         times: StartTimes,
+        watchdog: Watchdog,
         compile_cache: CompileCache | None = None,
-        watchdog: Watchdog | None = None,
     ):
         """Put the parts together; every rank calls this.
 
-        `settings` has no "auto" left that a run decides (see `startup.decide`). A `watchdog` may
-        watch already.
+        `settings` has no "auto" left that a run decides (see `startup.decide`). The
+        `watchdog` may watch already.
         """
         self.settings, self.engine, self.stop = settings, engine, stop
         self.start_times = times
         self.compile_cache = compile_cache if job.rank == 0 else None  # one rank writes it
         train, folder = settings.train, settings.run.path
         checkpoints, tokenizer = folder / store.CHECKPOINTS, corpus.tokenizer.data
-        watchdog = watchdog or Watchdog(settings.guard.hang_seconds, job, folder)
         self.watchdog = watchdog
         saver = AsyncSaver(checkpoints, job, settings.checkpoint, tokenizer, watchdog.saving)
         guard = self.guard = Guard(settings.guard)
@@ -132,6 +132,7 @@ class Trainer:
 
     def begin(self) -> None:
         """Validate the first weights, and hear what was asked while the run was set up."""
+        collectives.barrier()  # the limits of what follows allow for no rank that still starts
         if self.progress.step == 0 and self.settings.validate_.every:
             self.validator.validate()
             self.start_times.end("validation")

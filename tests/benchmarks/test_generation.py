@@ -3,11 +3,15 @@
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from i3dist.inference import batch_decoder
+from i3dist.inference.steps import LatentStep
 from tests.conftest import ROOT
+from tests.model.conftest import build
 
 # As for a program started in that folder.
 sys.path.append(str(ROOT / "benchmarks"))
@@ -29,6 +33,20 @@ def test_every_part_gives_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [line["ms"] for line in written] == [row.ms for row in rows]
     said = capsys.readouterr().out
     assert "batched decoder / simple one" in said and "context where i3 becomes faster" in said
+
+
+def test_sub_latents_are_counted_in_place_of_keys() -> None:
+    settings = {"layers": "1xrwkv,1xdual-attention", "chunk_length": 12, "latents": 3}
+    model = build(**settings, sub_latents=2, history_chunks=3)
+    with mock.patch.object(batch_decoder, "upper_step", lambda *_: LatentStep):
+        decoder = batch_decoder.BatchDecoder(model, [torch.tensor([2, 5, 6])] * 5)
+    (lower,), (step,), model = decoder.lower, decoder.upper, decoder.model
+    attention, compressor = model.upper[0].attention, model.compressor
+    state = sum(part[0].numel() for part in lower.state)
+    keys = 2 * 12 * attention.inner.computed
+    sub_latents = 3 * 3 * 2 * compressor.part.computed
+    assert step.latents.dtype == torch.float64
+    assert generation.i3_bytes(decoder)[1] == 5 * 8 * (keys + sub_latents) + 5 * state * 8
 
 
 def test_the_gpts_are_of_the_cards_size() -> None:

@@ -324,6 +324,10 @@ def test_arms_of_different_data_are_not_compared(
     curves = ["curves", str(mixed), "--arms", "ceiling", "--plot", str(tmp_path / "plot.png")]
     data, held_out = results.parent / "data", results.parent / "held-out"
     run = ["run", "--data", str(data), "--held-out", str(held_out), *TOY, "--results", str(mixed)]
+    if differs != "data":
+        with pytest.raises(UserError, match=r"mixed.jsonl has lines that do not say of which data"):
+            history.main(run)
+        run = report
     for words in (report, curves, run):
         with pytest.raises(UserError, match=r"seed 0 and .* are of different data: compare"):
             history.main(words)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.reading import readers
 from data_prep.reading.files import file_source
 from data_prep.reading.readers import SourceFile, open_parquet, read_rows
 from data_prep.sources import Record, Skip
@@ -324,3 +325,20 @@ def test_of_a_large_row_group_little_is_in_memory(tmp_path: Path) -> None:
         found = [record.text for record in read_rows(parquet, file, 0, 0)]
     assert found == [text.encode() for text in texts]
     assert handle.longest < 3_000_000
+
+
+@pytest.mark.parametrize("sizes", ["L", "sL", "LsL", "sLLsLLLLsLLLLLLs", "LLLLLLLLLLL"])
+def test_rows_come_once_and_in_order_though_large_batches_are_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: str
+) -> None:
+    """The row group is read again after a large batch but the last, at most 8 times."""
+    large = [size == "L" for size in sizes for _ in range(128)]
+    rows = [f"{row} " + "x" * 50 * is_large for row, is_large in enumerate(large)]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
+    begin, begun = pq.ParquetFile.iter_batches, []
+    monkeypatch.setattr(
+        pq.ParquetFile, "iter_batches", lambda *args, **to: begun.append(1) or begin(*args, **to)
+    )
+    monkeypatch.setattr(readers, "_LARGE", 5000)
+    assert texts(tmp_path / "a.parquet") == rows
+    assert len(begun) == 1 + min(8, sizes[:-1].count("L"))

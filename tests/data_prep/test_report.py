@@ -199,6 +199,15 @@ def test_the_program_prints_tables_and_writes_the_page(
     assert target.read_text().startswith("<!DOCTYPE html>")
 
 
+def test_the_page_on_standard_output_stands_alone(
+    built: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report.main([str(built), "--html", "/dev/stdout"])
+    out, aside = capfd.readouterr()
+    assert out.startswith("<!DOCTYPE html>") and out.endswith("</html>\n")
+    assert "can gain from compressed history" in aside
+
+
 def test_bad_input_is_one_line(built: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no manifest at"):
         report.main([str(tmp_path)])

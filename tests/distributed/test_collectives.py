@@ -11,6 +11,7 @@ import torch.distributed as torch_dist
 
 from i3dist.distributed import collectives
 from i3dist.distributed.console import print_rank_0
+from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 
 
@@ -61,10 +62,10 @@ def test_the_host_whose_files_fail_is_named_where_there_are_others(
     def fail() -> None:
         raise OSError(30, "Read-only file system", "weights")
 
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    Job(0, 2, 0, int(local), "127.0.0.1", 1, "deepspeed").export(environ := {})
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(collectives, "gather_objects", lambda mine, _=None: [mine])
     with pytest.raises(UserError) as error:
         collectives.on_all_ranks(fail)

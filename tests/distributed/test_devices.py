@@ -1,6 +1,5 @@
 """What a job runs on: what is chosen, and what is refused where a GPU is missing or not seen."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,7 @@ from i3dist.distributed import devices
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 from i3dist.training.continuing import FREE_TO_CHANGE
-from i3dist.training.run import build
-from i3dist.training.start_times import StartTimes
+from i3dist.training.run import settle
 from i3dist.training.summary import refuse_large
 from tests.conftest import QUICK, ROOT, error_line, program
 
@@ -149,11 +147,10 @@ def test_a_large_model_is_trained_on_a_cpu_that_was_chosen(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("i3dist.distributed.host.share_threads", goes_on)
     words = [f"data.path={data}", f"run.path={host / 'run'}", f"train.device={device}"]
-    arguments = Namespace(deepspeed=ROOT / "configs" / "zero2.json", fresh=False)
     settings = Settings.load(None, words)
     corpus = Corpus.open(data, settings.model)
     with pytest.raises(UserError if device == "auto" else GoesOnError):
-        build(arguments, settings, Job.detect({}), corpus, None, StartTimes(), None)
+        settle(ROOT / "configs" / "zero2.json", settings, Job.detect({}), corpus, fresh=False)
 
 
 def test_a_run_may_continue_on_another_device() -> None:

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_probabilities_of_a_model_in_bf16_are_computed_in_fp32(one: Exported) ->
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     from lm_eval.api.instance import Instance
 
-    harness = _harness_model(one.folder, torch.device("cpu"), 1)
+    harness = _harness_model(one.folder, torch.device("cpu"), 1, one.folder)
     harness.model.bfloat16()
     request = Instance("loglikelihood_rolling", {}, (WORDS,), 0)
     (found,) = harness.loglikelihood_rolling([request], disable_tqdm=True)
@@ -142,6 +143,26 @@ def test_an_export_that_is_broken_is_one_line(
     add_task(tmp_path, "a", "multiple_choice", "acc", [{"text": "a", "answer": 0}], CHOOSING)
     with pytest.raises(UserError, match=says):
         run_tasks(broken, ["a"], torch.device("cpu"), folder=tmp_path)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), ImportError("no such")])
+def test_what_is_no_fault_of_the_model_is_not_said_to_be_one(
+    one: Exported, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="it is not installed")
+    monkeypatch.setattr(huggingface.HFLM, "__init__", Mock(side_effect=error))
+    with pytest.raises(type(error), match=str(error)):
+        _harness_model(one.folder, torch.device("cpu"), 1, one.folder)
+
+
+def test_the_message_names_the_model_that_the_user_typed(
+    one: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the export that was made of it and is removed afterwards."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="it is not installed")
+    monkeypatch.setattr(huggingface.HFLM, "__init__", Mock(side_effect=ValueError("wrong")))
+    with pytest.raises(UserError, match=r"^RUN: .*: wrong; restore it$"):
+        _harness_model(one.folder, torch.device("cpu"), 1, Path("RUN"))
 
 
 def test_tasks_from_a_folder_that_is_not_there_are_one_line(one: Exported, tmp_path: Path) -> None:

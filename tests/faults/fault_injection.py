@@ -2,7 +2,8 @@
 
 With WRITE_LATE=N the disk is slow: checkpoints are written N steps after they were begun. For KIND
 "stall" it names shards in place of steps: before one is read, the pipe STALL_IN/NUMBER is, to its
-end. Then limits are learned after few steps, and are low.
+end. Then limits are learned after few steps, and are low. KIND "alone" hangs in a step, or for
+step 0 in the start; only that rank has a limit, ALONE_SECONDS, and tells nobody on its host.
 """
 
 import os
@@ -26,8 +27,10 @@ from i3dist.data import shards  # noqa: E402
 from i3dist.data.folder import Folder  # noqa: E402
 from i3dist.data.manifest import Manifest  # noqa: E402
 from i3dist.distributed import patience  # noqa: E402
+from i3dist.distributed.neighbours import Neighbours  # noqa: E402
 from i3dist.engine.interface import Engine  # noqa: E402
 from i3dist.model.state import LaneState  # noqa: E402
+from i3dist.training.start_times import StartTimes  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -37,6 +40,9 @@ KIND, RANK, *STEPS = os.environ["INJECT_FAULT"].split()
 
 LATE = int(os.environ.get("WRITE_LATE", "0"))
 
+ALONE_SECONDS = 4.0
+
+end = StartTimes.end
 forward, step = Engine.__call__, Engine.step
 write, wait, read_shard = writer.save, AsyncSaver.wait, shards.read_shard
 waited_for = threading.Event()  # set while training only waits for a checkpoint
@@ -49,7 +55,7 @@ def faulty_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
     losses, state = forward(self, *inputs)
     if KIND == "stall" or os.environ["RANK"] != RANK or str(taken + 1) not in STEPS:
         return losses, state
-    if KIND == "hang":
+    if KIND in ("hang", "alone"):
         hang_here()
     elif KIND == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -67,6 +73,8 @@ def faulty_forward(self: Engine, *inputs: object) -> tuple[Tensor, LaneState]:
 def counted_step(self: Engine, *inputs: object) -> object:
     global taken, micro_batches
     taken, micro_batches = taken + 1, 0
+    if KIND == "alone" and str(taken + 1) in STEPS:
+        be_impatient()
     return step(self, *inputs)
 
 
@@ -91,12 +99,32 @@ def stalled_read(folder: Folder, manifest: Manifest, index: int) -> shards.Shard
     return read_shard(folder, manifest, index)
 
 
+def hanging_end(self: StartTimes, part: str) -> None:
+    """As on a file system that blocks, after the ranks have met."""
+    if part != "model":
+        end(self, part)
+        return
+    be_impatient()
+    end(self, part)
+    if os.environ["RANK"] == RANK:
+        hang_here()
+
+
+def be_impatient() -> None:
+    if os.environ["RANK"] == RANK:
+        patience.Patience.limit = lambda self, work: ALONE_SECONDS
+
+
 def hang_here() -> None:
     time.sleep(3600)
 
 
 Engine.__call__, Engine.step = faulty_forward, counted_step
 writer.save, AsyncSaver.wait = late_write, observed_wait
+if KIND == "alone":
+    Neighbours.tell = lambda self: None
+    if "0" in STEPS:
+        StartTimes.end = hanging_end
 if KIND == "stall":
     shards.read_shard = stalled_read
     patience.FIRST_STEPS, patience.STEPS_TO_LEARN, patience.TIMES = 1, 3, 2

@@ -80,6 +80,21 @@ def test_a_job_with_a_stopped_rank_ends_with_every_ranks_stacks_and_asks_for_ano
     assert "missing ranks: {1}" in compared.stdout + compared.stderr
 
 
+@pytest.mark.parametrize(("step", "doing"), [(0, "starting"), (2, "taking a step")])
+def test_a_rank_that_hangs_alone_on_its_host_ends_those_of_others(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, doing: str
+) -> None:
+    """In the start and in training; the other rank's own limit is half an hour."""
+    monkeypatch.setenv("INJECT_FAULT", f"alone 1 {step}")
+    words = [*QUICK, "train.steps=9", f"data.path={data}", f"run.path={tmp_path / 'run'}"]
+    result = run_ranks(*words, script="tests/faults/fault_injection.py")
+    assert result.returncode == REQUEUE, result.stderr
+    assert f"error: rank 1 has been {doing} for 4 s, so the job ends" in result.stderr
+    assert "in hang_here" in result.stderr and "lost rank" not in result.stderr
+    ends = r"error: rank 0 has been .* and ends with another rank, which hangs; its stacks:"
+    assert len(re.findall(ends, result.stderr)) == 1, result.stderr
+
+
 def feed(pipe: Path, seconds: float) -> None:
     """Keep the process that opens the pipe waiting for so long."""
     while True:

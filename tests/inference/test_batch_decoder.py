@@ -14,6 +14,7 @@ from torch import Tensor
 from i3dist.inference.batch_decoder import BatchDecoder
 from i3dist.inference.layout import laid_out
 from i3dist.inference.prompt import Prompt, read_prompt
+from i3dist.inference.steps import STEPS, UpperStep
 from i3dist.model.attention import AttentionBlock
 from i3dist.model.block import Block
 from i3dist.model.layer_kinds import LAYER_KINDS
@@ -70,7 +71,7 @@ def gap(
     seed=seeds,
     prompts=st.one_of(
         st.lists(st.integers(1, 4 * T), min_size=1, max_size=4),
-        st.sampled_from([[T, T, T], [2 * T, 1, 2 * T, 2 * T], [T - 1, T, T + 1]]),
+        st.sampled_from([[T] * 3, [2 * T, 1, 2 * T, 2 * T], [T - 1, T, T + 1], [7, 2, T] * 2]),
     ),
     mean_document=st.sampled_from([6, 30, 10_000]),
 )
@@ -220,12 +221,26 @@ def test_closing_a_chunk_makes_no_product_of_weights(changes: dict[str, str]) ->
             decoder.feed(token.unsqueeze(0))
 
 
+@each_stack
+def test_six_rows_on_a_cpu_read_keys(changes: dict[str, str]) -> None:
+    """Only kernels of a GPU read sub-latents of more rows."""
+    with model_of(**changes) as model:
+        decoder = BatchDecoder(model, [random_stream(0, 1).flatten()] * 6)
+        for block, step in zip(model.upper, decoder.upper, strict=True):
+            assert type(step) is STEPS.get(type(block), UpperStep)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [3, 6], ids="{} rows".format)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda x: "-".join(x.values()))
-def test_recorded_steps_equal_the_training_forward(changes: dict[str, str], compiled: bool) -> None:
-    model = build(**changes)
-    tokens = torch.cat([random_stream(i, C + 3, mean) for i, mean in enumerate((15, 60, 1e9))])
+def test_recorded_steps_equal_the_training_forward(
+    changes: dict[str, str], compiled: bool, rows: int
+) -> None:
+    """More than four rows read history as sub-latents."""
+    model, means = build(**changes), (15, 60, 1e9) * (rows // 3)
+    tokens = torch.cat([random_stream(i, C + 3, mean) for i, mean in enumerate(means)])
     wanted = logits(model, tokens).flatten(1, 2).cuda()
     streams, model = tokens.flatten(1).cuda(), model.float().cuda()
-    assert gap(model, streams, [1, T, 3 * T + 5], wanted, compiled) < 1e-3
+    prompts = [1, T, 3 * T + 5, 7, 2 * T, 3 * T + 4][:rows]
+    assert gap(model, streams, prompts, wanted, compiled) < 1e-3

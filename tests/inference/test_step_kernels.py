@@ -5,24 +5,38 @@ On a GPU, or without one in Triton's interpreter: TRITON_INTERPRET=1 and triton 
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from i3dist.inference.batch_decoder import enter
+from i3dist.inference import batch_decoder as decoding
+from i3dist.inference import steps
+from i3dist.inference.batch_decoder import BatchDecoder, enter
+from i3dist.inference.layout import laid_out
 from i3dist.inference.place import Place
 from i3dist.inference.sampling import SPLIT_MIX, Sampling
-from i3dist.inference.steps import Sight, attend_step, step_kernels
+from i3dist.inference.steps import AttentionStep, LatentStep, Sight, attend_step, step_kernels
 from i3dist.inference.token_stream import choose_tokens
 from i3dist.model.attention import AttentionBlock
-from tests.model.conftest import build
+from i3dist.model.lm import I3LM
+from i3dist.ops.shift_mix import Norm
+from tests.inference.test_batch_decoder import gap, tensors
+from tests.model.conftest import VARIANTS, build
+from tests.model.small import C, T, random_stream
+from tests.model.streams import logits
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 THERE = importlib.util.find_spec("triton") and (INTERPRETED or torch.cuda.is_available())
 pytestmark = pytest.mark.skipif(not THERE, reason="needs Triton with a GPU or its interpreter")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 NEAR = 1e-5 if INTERPRETED else 1e-4
+ONE_SOFTMAX, TWO = "1xrwkv,1xattention", "1xrwkv,1xdual-attention"
+MEANS = (1e9, 30, 6, 60, 1e9, 15)  # tokens of documents, of each row
 
 
 def places(length: int, chunks: int) -> Place:
@@ -51,8 +65,7 @@ def sight(place: Place, length: int, chunks: int) -> Sight:
 
 
 @pytest.mark.parametrize(
-    ("layers", "joined"),
-    [("1xrwkv,1xattention", None), *(("1xrwkv,1xdual-attention", j) for j in (None, 0.3))],
+    ("layers", "joined"), [(ONE_SOFTMAX, None), *((TWO, joined) for joined in (None, 0.3))]
 )
 @pytest.mark.parametrize("rows", [6, 1], ids="{} rows".format)
 @torch.no_grad()
@@ -74,7 +87,7 @@ def test_attention_of_a_token(layers: str, joined: float | None, rows: int) -> N
     first = attention.inner.per_head
     slots = torch.arange(chunks * keys_per_chunk, device=DEVICE) // keys_per_chunk
     keys[..., first:] = 0.0
-    keys[:, :, : len(slots), first : first + chunks] = torch.nn.functional.one_hot(slots).float()
+    keys[:, :, : len(slots), first : first + chunks] = functional.one_hot(slots).float()
     x = model.width.pad(torch.randn(rows, model.width.stored, device=DEVICE))
     token, own_keys, own_values = torch.arange(rows, device=DEVICE), keys.clone(), values.clone()
     wanted = attend_step(block, x, keys, values, sight(place, length, chunks), token)
@@ -91,6 +104,169 @@ def test_attention_of_a_token(layers: str, joined: float | None, rows: int) -> N
     read = kernels.attend(y, own_keys, own_values, counted, heads)
     pairs = (read, wanted), (own_keys, keys), (own_values, values)
     assert all((part - other).abs().max() < NEAR for part, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("layers", "joined"),
+    [
+        ("1xrwkv,1xattention", None),
+        *(("1xrwkv,1xdual-attention", j) for j in (None, 0.0, 0.3, 1.0)),
+    ],
+)
+@torch.no_grad()
+def test_attention_over_sub_latents(layers: str, joined: float | None) -> None:
+    """As over the keys and values that are made of them. Several programs for chunks and for slots,
+    the last ones not full; channels of a sub-latent are no power of two."""
+    length, chunks, rows = 70, 9, 6
+    torch.manual_seed(0)
+    shape = {"d_model": 96, "chunk_length": length, "history_chunks": chunks, "latents": 33}
+    model = build(joined, layers=layers, **shape)
+    for parameter in model.parameters():
+        parameter.copy_(0.15 * torch.randn_like(parameter))
+    model = laid_out(model).float().to(DEVICE)
+    (block,), (views,), kernels = model.upper, model.stack.views, step_kernels("attend_triton")
+    assert isinstance(block, AttentionBlock)
+
+    def residual(*size: int) -> Tensor:
+        return model.width.pad(torch.randn(*size, model.width.stored, device=DEVICE))
+
+    own = [block.attention.keys_values(residual(1, 1, length)) for _ in range(rows)]
+    latents, x, token = residual(rows, chunks, 33), residual(rows), torch.arange(rows)
+    by_keys, by_latents = (
+        kind(block, model, views, own, latents) for kind in (AttentionStep, LatentStep)
+    )
+    history, place = by_latents.sub_latents, places(length, chunks)
+    assert kernels.reads_latents(rows, block.attention.heads, history.latents.shape[-1], 4)
+    assert sum(kernels._cut(history.latents.shape[-1])) > kernels.LEAST_DOT * 2
+    wanted = attend_step(
+        block, x, by_keys.keys, by_keys.values, sight(place, length, chunks), token.to(DEVICE)
+    )
+    weight, heads = by_latents.joined
+    y = block.norm_attention(x) @ weight.T
+    counted = place._replace(position=place.position + 1)
+    read = kernels.attend(y, by_latents.keys, by_latents.values, counted, heads, history)
+    assert (read - wanted).abs().max() < NEAR
+    for part, other in (by_latents.keys, by_keys.keys), (by_latents.values, by_keys.values):
+        assert (part - other[:, :, -length:]).abs().max() < NEAR
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "channels", "size", "wanted"),
+    [
+        (5, 10, 304, 2, True),  # the default model's
+        (4, 10, 304, 2, False),  # keys of few rows are as fast
+        (5, 10, 300, 2, False),  # matrix units want 16 channels, or a multiple
+        (5, 17, 304, 2, False),  # registers do not hold the sums of all heads,
+        (5, 10, 304, 4, False),  # nor shared memory a tile of fp32,
+        (5, 10, 1184, 2, False),  # or of the literal compressor's whole latents
+    ],
+)
+def test_which_history_is_read_as_sub_latents(
+    rows: int, heads: int, channels: int, size: int, wanted: bool
+) -> None:
+    assert step_kernels("attend_triton").reads_latents(rows, heads, channels, size) == wanted
+
+
+@pytest.mark.parametrize(("channels", "size", "wanted"), [(128, 2, 3), (256, 4, 2), (512, 4, 1)])
+def test_tiles_fit_in_shared_memory(channels: int, size: int, wanted: int) -> None:
+    assert step_kernels("attend_triton")._stages(channels, size) == wanted
+
+
+@pytest.mark.parametrize("chunks", [1, 8, 9, 100, 1000])
+def test_one_program_joins_what_few_have_read(chunks: int) -> None:
+    kernels = step_kernels("attend_triton")
+    blocks, cuts, each = kernels._programs(130, chunks)
+    assert blocks == 3 and (cuts - 1) * each < chunks <= cuts * each
+    assert blocks * cuts <= kernels.MOST_SPLITS + blocks and each >= kernels.LATENTS.chunks
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids="{} rows".format)
+def test_layer_norm_of_a_wide_row(rows: int) -> None:
+    """In several pieces, the last not full; padding is not part of the mean."""
+    channels, width = 1030, 1040
+    torch.manual_seed(0)
+    x, scale, offset = (
+        3 * torch.randn(rows, channels) + 1,
+        torch.randn(channels),
+        torch.ones(channels),
+    )
+    weight = torch.randn(40, channels)
+    wanted = functional.layer_norm(x, (channels,), scale, offset, eps=0.5) @ weight.T
+
+    def padded(part: Tensor) -> Tensor:
+        return functional.pad(part, (0, width - channels)).to(DEVICE)
+
+    norm = Norm(padded(scale), padded(offset), channels, 0.5)
+    read = step_kernels("step_triton").normed_product(padded(x), norm, padded(weight))
+    assert (read.cpu() - wanted).abs().max() < 1e-3
+
+
+def is_float(x: Tensor) -> bool:
+    """In place of `has_kernels`: the interpreter has kernels on the CPU."""
+    return x.is_floating_point()
+
+
+@contextmanager
+def by_kernels() -> Iterator[None]:
+    parts = (mock.patch.object(part, "has_kernels", is_float) for part in (steps, decoding))
+    with next(parts), next(parts):
+        yield
+
+
+def on_device(model: I3LM) -> I3LM:
+    """In fp32, with weights in rows of memory, as a GPU has them."""
+    model = model.float().to(DEVICE)
+    for parameter in model.parameters():
+        parameter.data = parameter.contiguous()
+    return model
+
+
+DUAL = {"compressor": "records", "layers": "2xrwkv,2xdual-attention"}
+CASES = [
+    *((changes, False, rows) for rows in (1, 6) for changes in VARIANTS),
+    *((DUAL | {"joined": joined}, True, 6) for joined in ("0", "1")),
+]
+
+
+def named(case: object) -> str:
+    return "-".join(case.values()) if isinstance(case, dict) else str(case)
+
+
+@pytest.mark.parametrize(("changes", "carry", "rows"), CASES, ids=named)
+@torch.no_grad()
+def test_a_decoder_by_kernels(changes: dict[str, str], carry: bool, rows: int) -> None:
+    """Rows with every number of chunks before, some of which close theirs, apart. One row reads
+    history as keys, several read it as sub-latents."""
+    model = laid_out(build(**changes, state_carry=carry))
+    tokens = torch.cat([random_stream(i, C + 3, mean) for i, mean in enumerate(MEANS[:rows])])
+    wanted = logits(model, tokens).flatten(1, 2).to(DEVICE)
+    model, streams = on_device(model), tokens.flatten(1).to(DEVICE)
+    prompts = [(C + 3) * T - 3, 4 * T, T - 1, 3 * T - 1, 2 * T, 7][:rows]
+    with by_kernels():
+        assert gap(model, streams, prompts, wanted) < 10 * NEAR
+
+
+def test_memory_of_sub_latents() -> None:
+    """Is constant, and in one place; history has no keys, and a full chunk makes no product of
+    weights."""
+    model, rows = on_device(laid_out(build(**DUAL))), 6
+    tokens = random_stream(3, 2, 20).flatten().to(DEVICE)
+    with by_kernels():
+        decoder = BatchDecoder(model, [tokens[: T - 2]] * rows)
+        decoder.feed(tokens[:1].expand(rows))
+        before = [(part.shape, part.data_ptr()) for part in tensors(decoder)]
+        unused = mock.Mock(side_effect=AssertionError)
+        with (
+            mock.patch.object(decoder.model.compressor, "through", unused),
+            mock.patch.object(decoder.model.slots, "project", unused),
+        ):
+            for token in tokens[:4]:
+                decoder.feed(token.expand(rows))
+    assert [(part.shape, part.data_ptr()) for part in tensors(decoder)] == before
+    for step in decoder.upper:
+        assert isinstance(step, LatentStep)
+        assert step.latents is not None and step.latents.shape[:2] == (rows, C)
+        assert step.keys.shape[2] == step.values.shape[2] == T
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

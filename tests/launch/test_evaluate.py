@@ -134,6 +134,19 @@ def test_evaluate_finds_before_the_work_that_it_cannot_write(
         module.main()
 
 
+def test_json_on_standard_output_stands_alone(
+    finished: Path,
+    known: Known,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--checkpoint", finished, "--data", known.folder, "--device", "cpu"]
+    typed(monkeypatch, *words, "--json", "/dev/stdout")
+    load("evaluate").main()
+    out, aside = capfd.readouterr()
+    assert json.loads(out)["loss"] > 0 and "loss by chunk index" in aside
+
+
 @pytest.mark.parametrize("option", ["--task-folder", "--limit", "--batch-size"])
 def test_options_of_tasks_are_refused_with_data(
     monkeypatch: pytest.MonkeyPatch, option: str

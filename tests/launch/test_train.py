@@ -16,6 +16,7 @@ from i3dist.programs.train import main
 from i3dist.tracking.metrics_log import read_lines
 from i3dist.tracking.mlflow_store import FinalModel
 from i3dist.training import run
+from i3dist.training.preflight import read_input
 from tests.conftest import ROOT
 from tests.known import CHUNK, Known
 from tests.launch.conftest import MODEL, cells, typed
@@ -86,6 +87,26 @@ def test_train_starts_as_it_is_told(
     assert path.resolve() == wanted.resolve()
 
 
+def test_a_job_that_has_started_in_vain_too_often_stops_before_it_looks_at_data(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They may be what hung before; and what follows the error is not watched."""
+    for name, value in {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "3"}.items():
+        monkeypatch.setenv(name, value)
+    watchdogs, watch = [], train.watch_start
+    observed = lambda *given: watchdogs.append(watch(*given)) or watchdogs[0]  # noqa: E731
+    monkeypatch.setattr(train, "watch_start", observed)
+    monkeypatch.setattr(train, "StopRequest", mock.Mock())
+    monkeypatch.setattr(train.Corpus, "open", mock.Mock(side_effect=AssertionError))
+    typed(monkeypatch, "data.path=nowhere", f"run.path={tmp_path}")
+    with pytest.raises(UserError, match=r"^job 77: 3 starts in a row"):
+        main()
+    assert watchdogs[0]._closed.is_set()
+    settings = Settings().with_values(**{"run.path": str(tmp_path)})
+    arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False)
+    assert read_input(arguments, settings, Job.detect({})).fault.startswith("job 77: 3 starts")
+
+
 @pytest.mark.parametrize(("done", "fails"), [(True, False), (True, True), (False, False)])
 def test_train_ends_as_it_went(
     train: ModuleType,
@@ -110,6 +131,7 @@ def test_train_ends_as_it_went(
         settings=settings,
     )
     monkeypatch.setattr(train, "StopRequest", stop)
+    monkeypatch.setattr(train, "settle", lambda *_: (train.Start(settings), {}))
     monkeypatch.setattr(train, "build", lambda *_: trainer)
     monkeypatch.setattr(train.collectives, "leave_group", left)
     typed(
@@ -194,9 +216,9 @@ def build(
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "2")  # else the first build would set it
     for name in ("share_threads", "keep_freed_memory"):
         monkeypatch.setattr(train.host, name, mock.Mock())
-    arguments = SimpleNamespace(deepspeed=Path("x"), fresh=False, verbose=False)
     job = Job(rank, 2, rank, 2, "127.0.0.1", 1, "python")
-    made = train.build(arguments, settings, job, corpus, *(mock.Mock() for _ in range(3)))
+    start, config = train.settle(Path("x"), settings, job, corpus, fresh=False)
+    made = train.build(start, config, job, corpus, *(mock.Mock() for _ in range(3)))
     assert made is built.trainer
     return built
 

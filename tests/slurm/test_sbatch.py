@@ -340,6 +340,7 @@ def test_the_job_ends_as_its_ranks_do_and_goes_back_where_they_ask(
         (128 + signal.SIGKILL, "None", False),
         (128 + signal.SIGTERM, "2026-11-29T19:21:37", True),
         (1, "2026-11-29T19:21:37", True),
+        (1, "2026-11-29T19:05:00", False),  # at an earlier start, so this is an error
         (0, "2026-11-29T19:21:37", False),
     ],
 )
@@ -347,7 +348,8 @@ def test_a_job_that_is_told_to_stop_before_it_trains_goes_back(
     tmp_path: Path, status: int, preempted: str, requeued: bool
 ) -> None:
     """Signals to the step alone, as `scancel --signal` and preemption send them."""
-    job = f"   WorkDir={tmp_path}\n   PreemptEligibleTime=2026 PreemptTime={preempted}\n"
+    job = f"   WorkDir={tmp_path}\n   StartTime=2026-11-29T19:20:00 EndTime=2026-11-30T19:20:00\n"
+    job += f"   PreemptEligibleTime=2026-11-29T19:20:00 PreemptTime={preempted}\n"
     started = run(tmp_path, STATUS=str(status), JOB=job)
     assert started.requeued == ("77" if requeued else None)
     assert started.result.returncode == (75 if requeued else status)

@@ -14,6 +14,7 @@ from i3dist.checkpoint.format import read_state
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed.job import Job
+from i3dist.distributed.watchdog import Watchdog
 from i3dist.engine.interface import Engine
 from i3dist.engine.setup import read_engine_config
 from i3dist.model.lm import I3LM
@@ -73,7 +74,9 @@ def start(job: None, known: Known) -> Iterator[Start]:
             sum(len(file.read_text().splitlines()) for file in files if file.exists())
         )
         job = Job.detect({})
-        trainer = Trainer(settings, job, corpus, recorder, tracker, stop or Asked(), StartTimes())  # type: ignore[arg-type]
+        watchdog = Watchdog(settings.guard.hang_seconds, job, folder)
+        told, times = stop or Asked(), StartTimes()
+        trainer = Trainer(settings, job, corpus, recorder, tracker, told, times, watchdog)  # type: ignore[arg-type]
         return TrainedRun(trainer, recorder, tracker, known, settings=settings, sent=sent)
 
     yield put_together

@@ -71,7 +71,7 @@ def test_weights_are_read_with_the_share_of_their_last_step(whole: TrainedRun) -
 
 def test_an_overview_says_when_they_become_one_in_the_run() -> None:
     said = joining(Settings.load(None, ["compression.join_after=4", "train.steps=5"]))
-    assert said == "; its softmax joins the chunk's after 4 steps, over 2,000"
+    assert said == "; its softmax joins the chunk's after 4 steps, over 1,000"
     assert not joining(Settings.load(None, ["compression.join_after=4", "train.steps=4"]))
     assert not joining(Settings.load(None, ["compression.join_after=never"]))
     assert not joining(Settings.load(None, ["model.layers=1xrwkv,1xattention"]))

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -12,10 +13,12 @@ from torch import Tensor
 from i3dist.config import Settings
 from i3dist.distributed.job import Job
 from i3dist.distributed.patience import START
+from i3dist.distributed.peers import Peers
 from i3dist.distributed.signals import StopRequest
 from i3dist.distributed.watchdog import Watchdog
 from i3dist.tracking.notify import Notifier
-from i3dist.training.run import watch_start
+from i3dist.training import run
+from i3dist.training.run import join, watch_start
 from i3dist.training.start_times import StartTimes, compilations
 from tests.start_table import start_parts
 
@@ -62,7 +65,7 @@ def test_a_start_that_hangs_ends_later_than_ranks_wait_for_each_other(
     settings, job = Settings.load(None, [f"run.path={tmp_path}"]), Job.detect({})
     stop, notifier, times = StopRequest(job), Notifier(tmp_path, None), StartTimes()
     watchdog = watch_start(settings, job, stop, times, notifier)
-    assert watchdog.patience.limit(START) == 3660
+    assert watchdog.patience.limit(START) == 2 * 3600 + 60
     for part in ("data", "model"):
         times.end(part)
     times.end_all()
@@ -71,6 +74,25 @@ def test_a_start_that_hangs_ends_later_than_ranks_wait_for_each_other(
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "10")
     watchdog = watch_start(settings, job, stop, times, notifier)
     assert watchdog.patience.limit(START) == 1800
+
+
+def test_a_rank_hears_of_a_hang_as_soon_as_it_has_joined_the_job_and_tells_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also during the preflight, and long before there is a trainer."""
+    settings = Settings.load(None, [f"run.path={tmp_path}", "guard.hang_seconds=0"])
+    job = Job.detect({})
+    stop, notifier = StopRequest(job), Notifier(tmp_path, None, False)
+    watchdog = watch_start(settings, job, stop, StartTimes(), notifier)
+    peers = mock.Mock(spec=Peers)
+    monkeypatch.setattr(run.setup, "start", lambda *_: peers)
+    for name in ("keep_records_in", "tell_others_by"):
+        monkeypatch.setattr(run, name, mock.Mock())
+    join(settings, job, stop, notifier, watchdog)
+    peers.on_hang()
+    assert watchdog._told.is_set()
+    watchdog.on_end("it hangs")
+    peers.hang.assert_called_once_with()
 
 
 def test_a_graph_has_the_name_of_its_function_in_both_passes(compiled: None) -> None:

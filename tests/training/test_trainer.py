@@ -89,6 +89,23 @@ def test_an_order_that_cannot_be_removed_is_followed_once(
         orders.done()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"warning: {tmp_path / SAVE}: Not permitted: it has been followed")
+    monkeypatch.undo()
+    (tmp_path / SAVE).unlink()  # as the line says
+    orders._look()
+    (tmp_path / SAVE).touch()
+    orders._look()
+    assert orders.votes() == (1.0, 0.0), "another order"
+
+
+def test_ranks_meet_after_the_start_while_its_long_limit_holds(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may compile for longer than a validation or a step may take."""
+    trainer, events = start(tmp_path / "run").trainer, []
+    monkeypatch.setattr(trainer.watchdog, "beat", events.append)
+    monkeypatch.setattr(collectives, "barrier", lambda: events.append("barrier"))
+    trainer.begin()
+    assert events == ["barrier", "validating"]
 
 
 @pytest.mark.parametrize("where", ["validator.validate", "train_step", "checkpointer.export"])
