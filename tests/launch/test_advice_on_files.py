@@ -5,6 +5,7 @@ data.on_damage=quarantine (faults/test_shards.py), an output to open (test_error
 of data while it is made (data_prep/test_advice_data.py).
 """
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -116,10 +117,13 @@ def test_a_folder_that_another_process_holds(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.path.symlink_to("/dev/full")
-    with pytest.raises(UserError, match="No space left on device; fix that, then run the same"):
-        log.append(1, {"loss": 1.0})
-    log.path.unlink()
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most[1]))
+    try:
+        with pytest.raises(UserError, match="File too large; fix that, then run the same"):
+            log.append(1, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
     log.append(1, {"loss": 1.0})
 
 
