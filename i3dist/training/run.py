@@ -106,14 +106,9 @@ def join(
 
 
 def preflight(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    job: Job,
-    stop: StopRequest,
-    notifier: Notifier | None = None,
-    watchdog: Watchdog | None = None,
+    arguments: argparse.Namespace, settings: Settings, job: Job, enter: Callable[[], Peers]
 ) -> Peers:
-    """Join the job, and check that its hosts fit together.
+    """Join the job by `enter`, and check that its hosts fit together.
 
     Every rank calls this. A rank whose input is wrong joins too, so that all hear of it.
 
@@ -122,7 +117,7 @@ def preflight(
     """
     setup.choose_device(settings.train.device)
     given = read_input(arguments, settings, job)
-    peers = join(settings, job, stop, notifier, watchdog)
+    peers = enter()
     check(given, job)
     return peers
 
@@ -384,7 +379,7 @@ def only_preflight(arguments: argparse.Namespace, settings: Settings) -> None:
         UserError: on every rank, if they do not.
     """
     job = detect_job(settings)
-    preflight(arguments, settings, job, StopRequest(job)).close()
+    preflight(arguments, settings, job, partial(join, settings, job, StopRequest(job))).close()
     collectives.leave_group()
 
 
@@ -423,14 +418,15 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
     call_on_failure(partial(notifier.stop, "failure"))
     with watch_start(settings, job, stop, times, notifier) as watchdog:
+        enter = partial(join, settings, job, stop, notifier, watchdog)
         if wanted(arguments, job):
-            preflight(arguments, settings, job, stop, notifier, watchdog)
+            preflight(arguments, settings, job, enter)
         fresh = check_attempt(settings, arguments.fresh)
         corpus = Corpus.open(settings.data.path, settings.model, data=settings.data)
         times.end("data")
         start, engine_config = settle(arguments.deepspeed, settings, job, corpus, fresh)
         times.end("settings")
-        peers = join(start.settings, job, stop, notifier, watchdog)
+        peers = enter()
         tell_of_waits(watchdog, peers, notifier)
         times.end("process group")
         trainer = build(start, engine_config, job, corpus, stop, times, watchdog)
