@@ -207,7 +207,7 @@ class AttentionStep(UpperStep):
         self.attention = self.block.attention
         heads, inner = self.attention.heads, self.attention.inner.computed
         chunks = latents.shape[1]
-        self.history = self._room_for(latents)
+        self.history = self._make_room(latents)
         size = (heads, self.history + self.model.settings.chunk_length, inner // heads)
         self.keys, self.values = (latents.new_zeros(len(own), *size) for _ in range(2))
         for number, row in enumerate(own):
@@ -217,8 +217,8 @@ class AttentionStep(UpperStep):
         slots = torch.arange(chunks, device=latents.device).expand(len(own), -1)
         self._write(self.rows, slots, latents)
 
-    def _room_for(self, latents: Tensor) -> int:
-        """How many keys of history there are, of latents [B, C, M, D]."""
+    def _make_room(self, latents: Tensor) -> int:
+        """Make room for history, of latents [B, C, M, D]; how many of its keys are in `keys`."""
         return latents.shape[1] * self.model.keys_per_chunk
 
     def chunk(self, count: int) -> KeysValues:
@@ -313,7 +313,7 @@ class LatentStep(AttentionStep):
     chunk's own, [B, H, T, D/H]; sub-latents are [B, C, M, d].
     """
 
-    def _room_for(self, latents: Tensor) -> int:
+    def _make_room(self, latents: Tensor) -> int:
         sub_latents = self.model.compressor.split(latents)
         self.latents = torch.zeros_like(sub_latents)
         return 0
