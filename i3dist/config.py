@@ -108,7 +108,7 @@ class ModelSettings(Section):
     compressor: str = "records"
     """What makes latents. records: each is made of sub-latents for the tokens with the highest
     router scores. literal: the model card word for word; learned queries read the whole chunk, and
-    a latent is one key. records has 80% of the gain of uncompressed history, literal 10%
+    a latent is one key. records has 85% of the gain of uncompressed history, literal 14%
     (docs/history.md). Or one that i3dist/model/compressor_kinds.py registers."""
     sub_latents: Annotated[int, Field(ge=1, le=4096)] = 4
     """Of records: sub-latents R of a latent, each made for one token and D / R channels wide;
@@ -152,11 +152,12 @@ class CompressionSettings(Section):
     """Steps over which g then rises to 1."""
     schedule: Schedule = "linear"
     """How g rises: linear, or another of optimizer.schedule's curves."""
-    join_after: CountOrZero | Never = "never"
+    join_after: CountOrZero | Never | Auto = "auto"
     """Steps after which the two softmaxes of dual-attention begin to become one, a share j at a
-    time; never keeps them apart (docs/model.md). Layers of attention have one from the start."""
-    join_steps: CountOrZero = 1000
-    """Steps over which j then rises to 1, on a line."""
+    time; never keeps them apart (docs/model.md). auto is 4000; with train.init_from j goes on as
+    the weights ended, and never begins to rise. Layers of attention have one from the start."""
+    join_steps: CountOrZero | Auto = "auto"
+    """Steps over which j then rises to 1, on a line; auto is 2000."""
 
     def gate_at(self, step: int) -> float:
         """Gate g for optimizer step `step` (the first is 0)."""
@@ -172,6 +173,7 @@ class CompressionSettings(Section):
 
     def joined_at(self, step: int) -> float:
         """The share j in which two softmaxes are one in optimizer step `step` (the first is 0)."""
+        assert self.join_after != "auto" and self.join_steps != "auto", "join_* is not resolved"
         if self.join_after == "never" or step < self.join_after:
             return 0.0
         return min(1.0, (step - self.join_after + 1) / max(1, self.join_steps))

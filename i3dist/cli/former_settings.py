@@ -13,6 +13,7 @@ BEFORE = {
     "train.schedule": 1,
     "model.layers": FORMER_LAYERS,
     "compression.join_after": "never",
+    "compression.join_steps": 1000,
 }
 
 RENAMED = {"records": "sub_latents"}

@@ -14,13 +14,16 @@ from i3dist.model.lm import I3LM
 
 # Weights fit models with any value of these.
 FREE = ("vocab_size", "chunk_length", "state_carry")
+# 65M to 98M tokens of one GPU's 4 lanes. Attention has by then learned to read its own chunk, which
+# took 30M to 35M tokens (docs/history.md).
+JOIN_AFTER, JOIN_STEPS = 4000, 2000
 
 
 def initial_weights(settings: Settings, corpus: Corpus) -> SavedModel | None:
     """The model that a new run takes its weights from, if it takes any.
 
     Args:
-        settings: the run's, without any "auto".
+        settings: the run's, its model's without any "auto".
         corpus: the run's data.
 
     Raises:
@@ -50,6 +53,21 @@ def initial_weights(settings: Settings, corpus: Corpus) -> SavedModel | None:
     return saved
 
 
+def joining(weights: SavedModel | None) -> dict[str, int | str]:
+    """When two softmaxes become one, where the settings say "auto" (`Settings.compression`).
+
+    Args:
+        weights: that the run begins with; None initializes them.
+    """
+    after: int | str = JOIN_AFTER
+    steps = JOIN_STEPS
+    if weights is not None and weights.joined == 0:
+        after = "never"
+    elif weights is not None:  # begins with their share, or the next that is 1 / steps
+        after, steps = 0, int(1 / weights.joined + 1e-6)
+    return {"compression.join_after": after, "compression.join_steps": steps}
+
+
 def history_is_off(settings: Settings) -> str | None:
     """A note for a run that begins with trained weights but without history; else None."""
     if settings.compression.gate_at(0) > 0.0:
@@ -64,17 +82,14 @@ def history_is_off(settings: Settings) -> str | None:
 def joined_otherwise(settings: Settings, saved: SavedModel) -> str | None:
     """A note for a run that begins with weights whose softmaxes were one to another share j."""
     ours, steps = settings.compression.joined_at(0), settings.compression.join_steps
+    assert steps != "auto", "compression.join_steps is not resolved"
     goes_on = 0 <= ours - saved.joined <= 1 / max(2, steps)  # to the first share of a ramp
     if goes_on or "dual-attention" not in settings.model.layer_kinds:
         return None
-    words = {
-        0.0: "compression.join_after=never",
-        1.0: "compression.join_after=0 compression.join_steps=0",
-    }
-    way = f"; {words[saved.joined]} begins as they ended" if saved.joined in words else ""
     return (
         f"note: the weights' two softmaxes were one to a share of {saved.joined:.3g}, and in this "
-        f"run begin with {ours:.3g}{way}"
+        f"run begin with {ours:.3g}; compression.join_after=auto compression.join_steps=auto "
+        "begins as they ended"
     )
 
 

@@ -22,7 +22,7 @@ from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
 from i3dist.tracking.metrics_log import STARTS, read_lines
 from i3dist.training.continuing import fill, first_conflict, inherit_decided
-from i3dist.training.init_from import initial_weights
+from i3dist.training.init_from import initial_weights, joining
 
 LANES_PER_RANK = 4
 WAYS_OUT = "choose another run.path, or start over with --fresh"
@@ -38,8 +38,16 @@ class Start:
     weights: SavedModel | None = None  # that a run from step 0 begins with; None initializes them
 
 
-def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
+def decide(
+    settings: Settings, world_size: int, vocab_size: int, weights: SavedModel | None = None
+) -> Settings:
     """Replace every "auto" that a run decides when it starts, and then keeps.
+
+    Args:
+        settings: as the user gave them.
+        world_size: ranks of the job.
+        vocab_size: entries of the data's tokenizer.
+        weights: that the run begins with; None initializes them.
 
     Raises:
         UserError: the learning-rate curve is not longer than its warm-up.
@@ -47,6 +55,7 @@ def decide(settings: Settings, world_size: int, vocab_size: int) -> Settings:
     settings.optimizer.check_curve(settings.place_of("optimizer.decay_steps"))
     steps, warmup = settings.train.steps, settings.optimizer.warmup_steps
     decided = {
+        **joining(weights),
         "train.lanes": LANES_PER_RANK * world_size,
         "train.schedule": NEWEST,
         "optimizer.decay_steps": steps if steps > warmup else 2 * warmup,
@@ -140,8 +149,9 @@ def resolve(
     """
     path = newest_checkpoint(settings.run.path, fresh)
     if path is None:
-        settings = decide(settings, world_size, corpus.tokenizer.vocab_size)
-        return Start(settings, weights=initial_weights(settings, corpus))
+        vocab_size = corpus.tokenizer.vocab_size
+        weights = initial_weights(fill(settings, {"model.vocab_size": vocab_size}), corpus)
+        return Start(decide(settings, world_size, vocab_size, weights), weights=weights)
     state = read_state(path)
     saved = Settings.build(state.settings).of_saved_run()
     settings = inherit_decided(settings, saved)

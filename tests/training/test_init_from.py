@@ -18,6 +18,7 @@ from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.training.continuing import further
 from i3dist.training.init_from import history_is_off, initial_weights, joined_otherwise
+from i3dist.training.startup import decide
 from tests.conftest import QUICK, differences, run_ranks
 from tests.known import BOS, MODEL, TOKENIZER, Known, documents, make
 from tests.launch.starting import begin, refusal
@@ -134,28 +135,29 @@ def test_a_note_says_that_history_begins_later() -> None:
     assert history_is_off(Settings.load(None, note.split()[-2:])) is None
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_note_says_that_softmaxes_were_one_to_another_share(
-    known: Known, tmp_path: Path, share: float
+@pytest.mark.parametrize("steps", [None, 1, 3, 49, 1000])
+def test_softmaxes_go_on_as_the_weights_ended_unless_settings_say_otherwise(
+    known: Known, tmp_path: Path, steps: int | None
 ) -> None:
+    """`steps` is how long the other run's share rises, of which it takes the first."""
     dual: dict[str, Any] = {"model.layers": "1xrwkv,1xdual-attention"}
-    ended = Settings().train.steps - 1
-    joins = (
-        {"compression.join_after": ended, "compression.join_steps": round(1 / share)}
-        if share
-        else {"compression.join_after": "never"}
-    )
+    after = "never" if steps is None else Settings().train.steps - 1
+    joins = {"compression.join_after": after, "compression.join_steps": steps or 5}
     saved = found(known, finished(tmp_path / "base", **dual, **joins), **dual)
-    assert saved is not None and saved.joined == pytest.approx(share, abs=0.05)
-    for after in ("never", 0):
-        ours = Settings().with_values(
-            **dual, **{"compression.join_after": after, "compression.join_steps": 0}
-        )
-        note = joined_otherwise(ours, saved)
-        assert (note is None) == (ours.compression.joined_at(0) == share)
-        if note is not None and share in (0.0, 1.0):
-            words = note.partition("; ")[2].partition(" begins")[0].split()
-            assert joined_otherwise(Settings.load(None, words).with_values(**dual), saved) is None
+    assert saved is not None and saved.joined == (0 if steps is None else 1 / steps)
+    auto = Settings().with_values(**dual)
+    ours = decide(auto, 1, 300, saved)
+    assert ours.compression.joined_at(0) == saved.joined and ours.compression.joins == bool(steps)
+    assert ours.compression.joined_after(steps or 9000) == bool(steps)
+    assert joined_otherwise(ours, saved) is None
+    for typed in ("never", 0):
+        words = {"compression.join_after": typed, "compression.join_steps": 0}
+        other = decide(auto.with_values(**words), 1, 300, saved)
+        note, begins = joined_otherwise(other, saved), other.compression.joined_at(0)
+        assert begins == (typed == 0) and (note is None) == (begins == saved.joined)
+        if note is not None:
+            advice = note.partition("; ")[2].split()[:2]
+            assert decide(Settings.load(None, advice).with_values(**dual), 1, 300, saved) == ours
 
 
 def test_only_a_new_run_takes_weights(whole: Path, data: Path, tmp_path: Path) -> None:

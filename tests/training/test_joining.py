@@ -9,6 +9,7 @@ from i3dist.checkpoint.format import read_state
 from i3dist.checkpoint.weights import load_run
 from i3dist.config import Settings
 from i3dist.inference.evaluate import evaluate
+from i3dist.training.startup import decide
 from i3dist.training.summary import joining
 from tests.training.runs import ROWS, Asked, K, Start, TrainedRun
 
@@ -70,8 +71,13 @@ def test_weights_are_read_with_the_share_of_their_last_step(whole: TrainedRun) -
 
 
 def test_an_overview_says_when_they_become_one_in_the_run() -> None:
-    said = joining(Settings.load(None, ["compression.join_after=4", "train.steps=5"]))
-    assert said == "; its softmax joins the chunk's after 4 steps, over 1,000"
-    assert not joining(Settings.load(None, ["compression.join_after=4", "train.steps=4"]))
-    assert not joining(Settings.load(None, ["compression.join_after=never"]))
-    assert not joining(Settings.load(None, ["model.layers=1xrwkv,1xattention"]))
+    def said(*words: str) -> str:
+        return joining(decide(Settings.load(None, list(words)), 1, 500))
+
+    assert said("train.steps=4001").endswith(" joins the chunk's after 4,000 steps, over 2,000")
+    assert not said("train.steps=4000")
+    assert said("compression.join_after=4", "compression.join_steps=7", "train.steps=5") == (
+        "; its softmax joins the chunk's after 4 steps, over 7"
+    )
+    assert not said("compression.join_after=never", "train.steps=9000")
+    assert not said("model.layers=1xrwkv,1xattention", "train.steps=9000")

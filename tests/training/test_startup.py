@@ -86,10 +86,10 @@ def test_a_run_decides_what_is_left_to_it_and_nothing_else(ranks: int, lanes: in
     settings = Settings().with_values(**{"train.steps": 123})
     decided = decide(settings, ranks, 4096)
     wanted = {"train.lanes": lanes, "optimizer.decay_steps": 123, "model.vocab_size": 4096}
-    wanted |= {"train.schedule": 2}
+    wanted |= {"train.schedule": 2, "compression.join_after": 4000, "compression.join_steps": 2000}
     assert decided == settings.with_values(**wanted)
     typed = {"train.lanes": 6, "optimizer.decay_steps": 500, "model.vocab_size": 300}
-    typed |= {"train.schedule": 1}
+    typed |= {"train.schedule": 1, "compression.join_after": "never", "compression.join_steps": 3}
     assert decide(settings.with_values(**typed), ranks, 4096) == settings.with_values(**typed)
 
 
@@ -105,7 +105,7 @@ def test_the_same_words_continue_with_what_was_decided(typed: Settings, corpus: 
     start = resolve(longer, ENGINE, corpus, 8, fresh=False)
     assert start.checkpoint == folder and start.state is not None and start.state.step == 7
     wanted = {"train.lanes": 8, "optimizer.decay_steps": 20_000, "model.vocab_size": 271}
-    wanted |= {"train.schedule": 2}
+    wanted |= {"train.schedule": 2, "compression.join_after": 4000, "compression.join_steps": 2000}
     assert start.settings == longer.with_values(**wanted)
 
 
