@@ -130,28 +130,6 @@ class Each(RecordsCompressor):
         return self.norm_out(parts + self.ff(normed))
 
 
-class Decoded(RecordsCompressor):
-    """A feed-forward is added to what each view makes of a sub-latent."""
-
-    def __init__(self, settings: ModelSettings, width: Channels):
-        super().__init__(settings, width)
-        hidden = width.times(2)
-        self.up = nn.ModuleList(Linear(self.part, hidden) for _ in range(self.views))
-        self.down = nn.ModuleList(Linear(hidden, width) for _ in range(self.views))
-
-    def project(self, latents: Tensor, weight: Tensor, view: int = 0) -> Tensor:
-        """As `Compressor.project`; the weight cannot be multiplied by the view first."""
-        parts = self.split(latents)
-        unfolded = linear(parts, self.token.computed(self.token.weight).chunk(self.views)[view])
-        return linear(unfolded + self.down[view](F.gelu(self.up[view](parts))), weight)
-
-    def reset_parameters(self) -> None:
-        """Start with views that are linear."""
-        super().reset_parameters()
-        for matrix in self.down:
-            nn.init.zeros_(matrix.weight)
-
-
 class Joint(RecordsCompressor):
     """One norm for all sub-latents of a latent."""
 

@@ -1,7 +1,7 @@
 """The arms of benchmarks/history.py: variants of i3-4096ctx's history.
 
 Every arm has two blocks of `attention`, with one softmax for the chunk and history, unless it says
--dual, whatever the settings' default is. The default is recipe-dual-soon-joins2000.
+-dual, whatever the settings' default is. The default with its schedule is recipe-dual-soon-joins2000.
 
   none        no history
   recipe      latents of four sub-latents, for the tokens with the highest scores
@@ -30,7 +30,6 @@ Additions to these:
   -spans      the highest scores of each latent's span have its sub-latents
   -wise       the router has a hidden layer, and sees the token after each
   -alone      a sub-latent holds its token and nothing else: no cross-attention
-  -decoded    a feed-forward is added to each view of sub-latents
   -each       one feed-forward refines sub-latents one by one
   -joint      one norm for all sub-latents of a latent
   -own        history has key and value projections of its own in every attention block
@@ -51,7 +50,6 @@ import torch
 from attentions import Mixed, OwnProjections, Pulled, Shared, Taught, Yields
 from compressors import (
     Alone,
-    Decoded,
     Detached,
     Each,
     Even,
@@ -83,7 +81,6 @@ COMPRESSORS = {
     "even": Even,
     "spans": Spans,
     "alone": Alone,
-    "decoded": Decoded,
     "each": Each,
     "joint": Joint,
     "wise": Wise,
