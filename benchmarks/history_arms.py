@@ -1,7 +1,7 @@
 """The arms of benchmarks/history.py: variants of i3-4096ctx's history.
 
 Every arm has two blocks of `attention`, with one softmax for the chunk and history, unless it says
--dual, whatever the settings' default is. The default with its schedule is recipe-dual-soon-joins2000.
+-dual, whatever the settings' default is. The default is recipe-dual-soon-joins2000.
 
   none        no history
   recipe      latents of four sub-latents, for the tokens with the highest scores

@@ -169,7 +169,7 @@ def test_gains_of_the_readme_are_those_recorded() -> None:
         arm: statistics.mean(later["none"][seed] - loss for seed, loss in seeds.items())
         for arm, seeds in later.items()
     }
-    default = "recipe-dual-soon-joins1000"
+    default = "recipe-dual-soon-joins2000"
     for arm in ("literal", "mean", default, "recipe", "ceiling"):
         loss, seeds = statistics.mean(later[arm].values()), len(later[arm])
         share = gains[arm] / gains["ceiling"]

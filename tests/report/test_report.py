@@ -212,7 +212,7 @@ def test_the_page_stands_alone(text: str, whole: Path) -> None:
     assert page([Run.read(whole)]) == text, "not the same twice"
     parsed = Page()
     parsed.feed(text)
-    assert parsed.open == [] and parsed.seen["svg"] == 8
+    assert parsed.open == [] and parsed.seen["svg"] == 9
     assert not parsed.seen["script"] and all(link.startswith("#") for link in parsed.links)
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     assert not re.search("#0[47ac]0[5d8b]", text), "a stand-in is left"

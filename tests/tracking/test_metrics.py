@@ -14,6 +14,7 @@ from i3dist.tracking import interval, mfu
 from i3dist.tracking.interval import Figures, Interval
 from i3dist.tracking.metrics import METRICS, measure
 from i3dist.tracking.mfu import peak_flops, per_token
+from i3dist.training.startup import decide
 from tests.model.conftest import build
 from tests.model.streams import stream
 
@@ -24,7 +25,7 @@ ONE = torch.tensor(1.0)
 def figures() -> Figures:
     counted = Interval()
     counted.add(3.0, StepCounts(ONE, ONE, ONE, ONE), 1.0)
-    settings = Settings().with_values(**{"optimizer.decay_steps": 200})
+    settings = decide(Settings(), 1, 32_000)
     return counted.figures(7, settings, 1, 0)
 
 
@@ -85,7 +86,7 @@ def test_mfu_is_measured_on_known_gpus_only(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     counted = Interval(model, world_size=4)
     counted.add(3.0, StepCounts(ONE, 1000 * ONE, ONE, ONE), 1.0, batch)
-    settings = Settings().with_values(**{"optimizer.decay_steps": 200})
+    settings = decide(Settings(), 1, 32_000)
     measured = replace(counted.figures(7, settings, 1, 0), seconds=2.0)
     wanted = per_token(model, batch).flops * 500 / (4 * 989.4e12)
     assert measure(measured)["mfu"] == pytest.approx(wanted)

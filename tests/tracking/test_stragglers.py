@@ -15,6 +15,7 @@ from i3dist.tracking.interval import Figures, Interval
 from i3dist.tracking.metrics import measure
 from i3dist.tracking.report import straggler_line
 from i3dist.tracking.stragglers import RankFigures, Stragglers
+from i3dist.training.startup import decide
 
 ONE = torch.tensor(1.0)
 SECONDS = st.floats(0.0625, 128, width=32)
@@ -54,7 +55,7 @@ def test_each_rank_knows_the_means_of_all(steps: list[list[float]]) -> None:
 def figures(*ranks: RankFigures) -> Figures:
     counted = Interval()
     counted.add(3.0, StepCounts(ONE, ONE, ONE, ONE), 1.0)
-    settings = Settings().with_values(**{"optimizer.decay_steps": 200, "train.steps": 1000})
+    settings = decide(Settings().with_values(**{"train.steps": 1000}), 1, 32_000)
     return dataclasses.replace(counted.figures(7, settings, 1, 0), ranks=ranks)
 
 

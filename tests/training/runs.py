@@ -28,6 +28,8 @@ VALUES = {
     "model.history_chunks": HISTORY,
     "compression.off_steps": OFF,
     "compression.ramp_steps": RAMP,
+    "compression.join_after": 4000,
+    "compression.join_steps": 2000,
     "optimizer.lr": PEAK,
     "optimizer.min_lr_ratio": FLOOR,
     "optimizer.warmup_steps": WARMUP,

@@ -20,10 +20,11 @@ from i3dist.tracking.mfu import H100
 from i3dist.training import summary
 from i3dist.training.counts import count_step
 from i3dist.training.estimate import fixed_memory, memory_estimate
+from i3dist.training.startup import decide
 from i3dist.training.summary import count_parameters, tokens_per_step
 
 PAD, NONE = 1, -100
-CARD = Settings().with_values(**{"train.lanes": 4})
+CARD = decide(Settings(), 1, 32_000)
 SMALL = Settings().with_values(
     **{
         "model.vocab_size": 50,
@@ -110,6 +111,7 @@ def test_an_intervals_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         "data_wait": pytest.approx(1.5 / 6.0),
         "active_latents": pytest.approx(90 / 4),
         "gate": 0.5,
+        "joined": 0.0,
         "learning_rate": half.optimizer.lr_at(2),
         "tokens_seen": 7,
         "skipped_steps": 1,
