@@ -30,7 +30,7 @@ from i3dist.distributed.signals import StopRequest
 from i3dist.distributed.watchdog import MARGIN_SECONDS, Watchdog
 from i3dist.engine import compile_cache, setup
 from i3dist.engine.compile_cache import CompileCache
-from i3dist.engine.toolchain import COMPILER, import_aside, share_compile_workers
+from i3dist.engine.toolchain import COMPILER, import_aside, set_up_compiler
 from i3dist.errors import UserError, reason, warned
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
@@ -201,7 +201,7 @@ def prepare_compiler(
     wanted = settings.train.compile
     if not (devices.uses_cuda() if wanted == "auto" else wanted):
         return None, None
-    share_compile_workers(host.cores_of_rank(job))
+    set_up_compiler(host.cores_of_rank(job))
     cache, await_unpacked = compile_cache.enter(settings, job)
     await_imports = import_aside(*COMPILER)
 
