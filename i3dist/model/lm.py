@@ -263,13 +263,14 @@ class I3LM(nn.Module):
             part.reset_parameters()
 
 
+RANDOM = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+
 class Unfilled(TorchFunctionMode):
     """Inside, a model is built with zeros in place of random values: for one that is loaded next.
 
     Drawing the card's 340M values, first torch's and then ours, takes a core two seconds.
     """
-
-    DRAWN = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
     def __torch_function__(
         self,
@@ -280,8 +281,29 @@ class Unfilled(TorchFunctionMode):
     ) -> Any:
         """What torch calls in place of `func`."""
         named = kwargs or {}
-        drawn = func in self.DRAWN and isinstance(named["tensor"], nn.Parameter)
+        drawn = func in RANDOM and isinstance(named["tensor"], nn.Parameter)
         return nn.init.zeros_(named["tensor"]) if drawn else func(*args, **named)
+
+
+class DrawnFrom(TorchFunctionMode):
+    """Inside, this thread's model draws its values from one generator, whatever others draw."""
+
+    def __init__(self, generator: torch.Generator):
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What torch calls in place of `func`."""
+        named = dict(kwargs or {})
+        if func in (*RANDOM, Tensor.normal_):  # `orthogonal_` calls the last
+            named["generator"] = self.generator
+        return func(*args, **named)
 
 
 def parameters_by_part(model: I3LM) -> dict[str, int]:
