@@ -225,17 +225,19 @@ def build_model(start: Start, job: Job, corpus: Corpus) -> tuple[I3LM, Callable[
         they are drawn in a thread, while this one's shape is all that is needed.
     """
     settings, bos_id = start.settings.model, corpus.tokenizer.bos_id
-    seed = start.settings.train.seed
+    seed, device = start.settings.train.seed, devices.device(job)
     torch.manual_seed(seed)
     # Extensions may draw buffers, which checkpoints do not hold: let them draw the same again.
-    with nullcontext() if LOADED else Unfilled():
+    with nullcontext() if LOADED else Unfilled() as unfilled:
         model = I3LM(settings, bos_id)
+    if unfilled is not None:
+        unfilled.fill(device)
     drawn = None
     if start.weights is not None:
         collectives.on_all_ranks(partial(start.weights.load_into, model))
     elif start.checkpoint is None and not LOADED:
         drawn = draw_aside(settings, bos_id, seed)
-    return model.to(devices.device(job)), drawn
+    return model.to(device), drawn
 
 
 def draw_aside(settings: ModelSettings, bos_id: int, seed: int) -> Callable[[], I3LM]:
