@@ -205,7 +205,6 @@ def prepare_compiler(
     wanted = settings.train.compile
     if not (devices.uses_cuda() if wanted == "auto" else wanted):
         return None, None
-    set_up_compiler(host.cores_of_rank(job))
     cache, await_unpacked = compile_cache.enter(settings, job)
     await_imports = import_aside(*COMPILER)
 
@@ -433,6 +432,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """
     times = StartTimes()
     job = detect_job(settings)
+    set_up_compiler(host.cores_of_rank(job))
     garbage.keep()
     times.end("imports")
     times.wanted = arguments.verbose and job.rank == 0
