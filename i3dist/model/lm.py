@@ -251,6 +251,8 @@ class I3LM(nn.Module):
         Salazar, 2019, arXiv:1910.05895). The deviation of projections that end a residual branch is
         divided by the root of the number of branches, two a layer (GPT-2: Radford et al., 2019).
         """
+        if self.head.weight.is_meta:
+            return
         std = (0.4 / self.width.stored) ** 0.5
         branches = 2 * (len(self.lower) + len(self.upper))
         ends = (".output.weight", "channel_mix.value.weight", ".down.weight")
@@ -272,8 +274,14 @@ class Unfilled(TorchFunctionMode):
     Their memory is not touched: to fill the card's 1.4 GB takes longer than to read them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, meta: bool = False) -> None:
+        """Build it; with `meta`, for its shapes alone, with parameters that have no memory.
+
+        In `torch.device("meta")` all else would be computed by torch's compiler, whose import takes
+        seconds.
+        """
         super().__init__()
+        self.meta = meta
         self.left: list[nn.Parameter] = []  # those without values
 
     def __torch_function__(
@@ -284,7 +292,9 @@ class Unfilled(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """What torch calls in place of `func`."""
-        named = kwargs or {}
+        named = dict(kwargs or {})
+        if func is torch.empty and self.meta:
+            named["device"] = "meta"
         if func not in RANDOM or not isinstance(named["tensor"], nn.Parameter):
             return func(*args, **named)
         self.left.append(named["tensor"])

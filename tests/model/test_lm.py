@@ -93,6 +93,16 @@ def test_a_model_that_is_loaded_next_has_zeros_and_all_that_is_not_loaded(model:
     assert all(ours[name].equal(theirs[name].to(ours[name].dtype)) for name in ours)
 
 
+def test_a_models_shapes_take_no_memory(model: I3LM) -> None:
+    with Unfilled(meta=True):
+        shapes = I3LM(model.settings, model.bos_id)
+    assert shapes.head.weight.is_meta and shapes.embedding.weight.is_meta
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: parameter.shape for name, parameter in shapes.named_parameters()} == wanted
+    meta = sum(p.numel() for p in shapes.parameters() if p.is_meta)
+    assert meta > 0.9 * sum(p.numel() for p in shapes.parameters())
+
+
 @pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
 def test_values_of_a_seed_are_the_same_whatever_other_threads_draw(compressor: str) -> None:
     """All of them: what was drawn elsewhere would come from the generator that threads share."""
