@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
+from i3dist import ops
 from i3dist.aside import aside
+from i3dist.cli.extend import LOADED
 from i3dist.config import Settings
 from i3dist.distributed import collectives
 from i3dist.distributed.job import Job, host_name
@@ -188,7 +190,12 @@ def is_private(folder: Path) -> bool:
 
 
 def key_of(settings: Settings) -> str:
-    """Names the model and torch's version, so that an archive holds no code of others."""
+    """Names the model, operators and torch's version, so that an archive holds no code of others.
+
+    To torch an operator is its name: code that is kept has the shapes and gradients of its day.
+    """
     texts = [settings.model.model_dump_json(), f"{settings.train.window_chunks}"]
     texts.append(importlib.metadata.version("torch"))
+    sources = (*sorted(Path(*ops.__path__).glob("*.py")), *LOADED)
+    texts += [path.read_text("utf-8") for path in sources]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

@@ -182,6 +182,16 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def begin_with(self, model: I3LM) -> None:
+        """Take another model's weights, as if this engine had been built with it.
+
+        Call it before the first step; every rank does.
+
+        Args:
+            model: fp32, on any device, of the same settings.
+        """
+
+    @abstractmethod
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
         """Restore weights and optimizer state that any number of ranks saved.
 

@@ -92,6 +92,13 @@ class PartitionedState:
                 parts = {key: view[mask] for key, view in views.items()}
             yield Fragment(place.name, start, parts)
 
+    def begin(self) -> None:
+        """Set the fp32 weights to those that the model computes with, as DeepSpeed does."""
+        for flat in self._flats:
+            if (address := self._zero.address(flat.parameter)) is not None:
+                part = self._zero.partitions[address.group].narrow(0, address.at, address.length)
+                part.copy_(flat.parameter.narrow(0, address.start, address.length))
+
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
         """Restore partitions: [elements] fp32 by parameter and kind, as for `Engine.load`."""
         for partition in self._zero.partitions:

@@ -114,6 +114,13 @@ class StockEngine(Engine):
         return iter(fragments)
 
     @torch.no_grad()
+    def begin_with(self, model: I3LM) -> None:
+        """See `Engine.begin_with`."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(model.get_parameter(name))
+            deepspeed.utils.safe_set_full_fp32_param(parameter, parameter.float())
+
+    @torch.no_grad()
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
         """See `Engine.load`."""
         write = deepspeed.utils.safe_set_full_optimizer_state

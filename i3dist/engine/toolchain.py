@@ -82,13 +82,19 @@ def writable_caches(environ: MutableMapping[str, str] = os.environ) -> None:
         environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
 
 
-def share_compile_workers(cores: int) -> None:
-    """Let torch's compiler start a process for each of this rank's cores, unless the user chose.
-
-    By default every rank of a host starts as many as the host has cores, up to 32.
+def set_up_compiler(cores: int) -> None:
+    """Set torch's compiler up for a start, before it is imported; what the user chose stands.
 
     Args:
         cores: of this rank.
     """
-    workers = max(1, min(cores, MOST_COMPILE_WORKERS))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
+    chosen = {
+        # By default every rank of a host starts as many as the host has cores, up to 32.
+        "TORCHINDUCTOR_COMPILE_THREADS": max(1, min(cores, MOST_COMPILE_WORKERS)),
+        # Keep what became of graphs with a `torch.autograd.Function`, too.
+        "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": 1,
+        # Collect no garbage after each graph: it would look at all that `garbage` leaves alone.
+        "TORCH_DYNAMO_RUN_GC_AFTER_COMPILE": 0,
+    }
+    for name, value in chosen.items():
+        os.environ.setdefault(name, str(value))

@@ -156,6 +156,13 @@ class Zero2Engine(Engine):
         return self._state.snapshot()
 
     @torch.no_grad()
+    def begin_with(self, model: I3LM) -> None:
+        """See `Engine.begin_with`."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(model.get_parameter(name))
+        self._state.begin()
+
+    @torch.no_grad()
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:
         """See `Engine.load`."""
         for name, parameter in self.model.named_parameters():

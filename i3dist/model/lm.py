@@ -251,6 +251,8 @@ class I3LM(nn.Module):
         Salazar, 2019, arXiv:1910.05895). The deviation of projections that end a residual branch is
         divided by the root of the number of branches, two a layer (GPT-2: Radford et al., 2019).
         """
+        if self.head.weight.is_meta:
+            return
         std = (0.4 / self.width.stored) ** 0.5
         branches = 2 * (len(self.lower) + len(self.upper))
         ends = (".output.weight", "channel_mix.value.weight", ".down.weight")
@@ -263,13 +265,24 @@ class I3LM(nn.Module):
             part.reset_parameters()
 
 
-class Unfilled(TorchFunctionMode):
-    """Inside, a model is built with zeros in place of random values: for one that is loaded next.
+RANDOM = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
-    Drawing the card's 340M values, first torch's and then ours, takes a core two seconds.
+
+class Unfilled(TorchFunctionMode):
+    """Inside, a model is built without random values: for one whose weights are loaded next.
+
+    Their memory is not touched: to fill the card's 1.4 GB takes longer than to read them.
     """
 
-    DRAWN = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+    def __init__(self, meta: bool = False) -> None:
+        """Build it; with `meta`, for its shapes alone, with parameters that have no memory.
+
+        In `torch.device("meta")` all else would be computed by torch's compiler, whose import takes
+        seconds.
+        """
+        super().__init__()
+        self.meta = meta
+        self.left: list[nn.Parameter] = []  # those without values
 
     def __torch_function__(
         self,
@@ -279,9 +292,39 @@ class Unfilled(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """What torch calls in place of `func`."""
-        named = kwargs or {}
-        drawn = func in self.DRAWN and isinstance(named["tensor"], nn.Parameter)
-        return nn.init.zeros_(named["tensor"]) if drawn else func(*args, **named)
+        named = dict(kwargs or {})
+        if func is torch.empty and self.meta:
+            named["device"] = "meta"
+        if func not in RANDOM or not isinstance(named["tensor"], nn.Parameter):
+            return func(*args, **named)
+        self.left.append(named["tensor"])
+        return named["tensor"]
+
+    def fill(self, device: torch.device) -> None:
+        """Make those without values zeros on a device, for a model that is used before."""
+        for parameter in self.left:
+            parameter.data = torch.zeros_like(parameter.data, device=device)
+
+
+class DrawnFrom(TorchFunctionMode):
+    """Inside, this thread's model draws its values from one generator, whatever others draw."""
+
+    def __init__(self, generator: torch.Generator):
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What torch calls in place of `func`."""
+        named = dict(kwargs or {})
+        if func in (*RANDOM, Tensor.normal_):  # `orthogonal_` calls the last
+            named["generator"] = self.generator
+        return func(*args, **named)
 
 
 def parameters_by_part(model: I3LM) -> dict[str, int]:

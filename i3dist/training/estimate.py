@@ -2,13 +2,11 @@
 
 from typing import NamedTuple
 
-import torch
-
 from i3dist.config import Settings
 from i3dist.data.schedule import divisors
 from i3dist.engine.interface import MEMORY_SHARE
 from i3dist.model.layer_kinds import LAYER_KINDS
-from i3dist.model.lm import I3LM
+from i3dist.model.lm import I3LM, Unfilled
 from i3dist.ops.cross_entropy import slice_rows
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.tracking.mfu import Gpu, operations, seen_in_a_long_document
@@ -22,7 +20,7 @@ PEAK_SHARE, FULL_SPEED_WIDTH = 0.45, 1_000
 
 def meta_model(settings: Settings) -> I3LM:
     """The model, without memory for its parameters."""
-    with torch.device("meta"):
+    with Unfilled(meta=True):
         return I3LM(settings.model, bos_id=0)
 
 

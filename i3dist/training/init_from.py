@@ -2,15 +2,13 @@
 
 from typing import Any
 
-import torch
-
 from i3dist.checkpoint.weights import SavedModel
 from i3dist.cli.layer_pattern import write_layers
 from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.errors import UserError
 from i3dist.model.layers import adjust_heads
-from i3dist.model.lm import I3LM
+from i3dist.model.lm import I3LM, Unfilled
 
 # Weights fit models with any value of these.
 FREE = ("vocab_size", "chunk_length", "state_carry")
@@ -116,7 +114,7 @@ def _structure(model: ModelSettings) -> dict[str, Any]:
 
     The first two are not always in the shapes: logits of ages are a row for each head and age.
     """
-    with torch.device("meta"):
+    with Unfilled(meta=True):
         parameters = I3LM(model, bos_id=0).named_parameters()
     shapes = {name: list(parameter.shape) for name, parameter in parameters}
     layers, heads = write_layers(model.layer_kinds), adjust_heads(model.d_model, model.heads)

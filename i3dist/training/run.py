@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 import torch
 
 from i3dist import garbage
+from i3dist.aside import aside
 from i3dist.checkpoint.weights import WEIGHTS
 from i3dist.cli.extend import LOADED
 from i3dist.cli.program import call_on_failure, keep_tracebacks_in, tell_others_by
-from i3dist.config import Settings
+from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives, devices, host
 from i3dist.distributed.attempt import REQUEUE, TIME, Attempt, ask_for_requeue, ask_for_successor
@@ -30,11 +31,11 @@ from i3dist.distributed.signals import StopRequest
 from i3dist.distributed.watchdog import MARGIN_SECONDS, Watchdog
 from i3dist.engine import compile_cache, setup
 from i3dist.engine.compile_cache import CompileCache
-from i3dist.engine.toolchain import COMPILER, import_aside, share_compile_workers
+from i3dist.engine.toolchain import COMPILER, import_aside, set_up_compiler
 from i3dist.errors import UserError, reason, warned
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
-from i3dist.model.lm import I3LM, Unfilled
+from i3dist.model.lm import I3LM, DrawnFrom, Unfilled
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.preflight.run import check
 from i3dist.tracking import tracker as tracking
@@ -165,7 +166,7 @@ def build(
     collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
     await_verified = verify_checkpoint(start, job)
     times.end("checks")
-    model = build_model(start, job, corpus)
+    model, await_weights = build_model(start, job, corpus)
     times.end("model")
     if await_compiler is not None:
         await_compiler()
@@ -184,6 +185,9 @@ def build(
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)
             times.end("checkpoint")
+        elif await_weights is not None:
+            engine.begin_with(await_weights())
+            times.end("weights")
     return trainer
 
 
@@ -201,7 +205,6 @@ def prepare_compiler(
     wanted = settings.train.compile
     if not (devices.uses_cuda() if wanted == "auto" else wanted):
         return None, None
-    share_compile_workers(host.cores_of_rank(job))
     cache, await_unpacked = compile_cache.enter(settings, job)
     await_imports = import_aside(*COMPILER)
 
@@ -212,19 +215,40 @@ def prepare_compiler(
     return cache, wait
 
 
-def build_model(start: Start, job: Job, corpus: Corpus) -> I3LM:
-    """The model with its first weights, on this rank's device.
+def build_model(start: Start, job: Job, corpus: Corpus) -> tuple[I3LM, Callable[[], I3LM] | None]:
+    """The model on this rank's device.
 
-    Where a checkpoint follows, the weights may be zeros until then.
+    Returns:
+        The model; and None if it has its first weights or if those of a checkpoint follow, which
+        may be zeros until then. Else what waits for a model on the CPU that has its first weights:
+        they are drawn in a thread, while this one's shape is all that is needed.
     """
-    torch.manual_seed(start.settings.train.seed)
+    settings, bos_id = start.settings.model, corpus.tokenizer.bos_id
+    seed, device = start.settings.train.seed, devices.device(job)
+    torch.manual_seed(seed)
     # Extensions may draw buffers, which checkpoints do not hold: let them draw the same again.
-    unfilled = start.checkpoint is not None and not LOADED
-    with Unfilled() if unfilled else nullcontext():
-        model = I3LM(start.settings.model, corpus.tokenizer.bos_id)
+    with nullcontext() if LOADED else Unfilled() as unfilled:
+        model = I3LM(settings, bos_id)
+    if unfilled is not None:
+        unfilled.fill(device)
+    drawn = None
     if start.weights is not None:
         collectives.on_all_ranks(partial(start.weights.load_into, model))
-    return model.to(devices.device(job))
+    elif start.checkpoint is None and not LOADED:
+        drawn = draw_aside(settings, bos_id, seed)
+    return model.to(device), drawn
+
+
+def draw_aside(settings: ModelSettings, bos_id: int, seed: int) -> Callable[[], I3LM]:
+    """Begin to build a model with the first weights of this seed; returns what waits for it."""
+    threads = torch.get_num_threads()
+
+    def draw() -> I3LM:
+        torch.set_num_threads(threads)  # it counts by thread, and rounding may depend on it
+        with DrawnFrom(torch.Generator().manual_seed(seed)):
+            return I3LM(settings, bos_id)
+
+    return aside(draw, "weights")
 
 
 def watch_start(
@@ -408,6 +432,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """
     times = StartTimes()
     job = detect_job(settings)
+    set_up_compiler(host.cores_of_rank(job))
     garbage.keep()
     times.end("imports")
     times.wanted = arguments.verbose and job.rank == 0

@@ -151,6 +151,21 @@ def test_folders_that_torch_and_this_program_chose_do_not(tmp_path: Path) -> Non
         }
 
 
+def test_code_is_of_the_operators_that_it_was_compiled_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To torch they are names: it would find code with the shapes and gradients of former ones."""
+    extension = tmp_path / "extension.py"
+    keys = {compile_cache.key_of(Settings())}
+    monkeypatch.setattr(compile_cache, "LOADED", [extension])
+    for text in ("x = 1", "x = 2", "x = 1"):
+        extension.write_text(text)
+        keys.add(compile_cache.key_of(Settings()))
+    assert len(keys) == 3
+    monkeypatch.setattr(compile_cache.ops, "__path__", [str(tmp_path)])
+    assert compile_cache.key_of(Settings()) not in keys
+
+
 def test_a_folder_that_others_can_write_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,21 @@ def losses(trained: Engine, steps: int, rows: int = 2, first: int = 0) -> list[f
     return [step(trained, batch(4, seed), rows).sums[0] for seed in range(first, first + steps)]
 
 
+@both
+@pytest.mark.parametrize("bf16", [True, False])
+def test_weights_that_come_after_the_engine_are_those_that_it_could_have_begun_with(
+    kind: Callable[..., Engine], bf16: bool
+) -> None:
+    """To the last bit, in both types; and the step after it is the same."""
+    wanted, late = (build(2, bf16, seed=seed, kind=kind) for seed in (1, 0))
+    late.begin_with(new_model(1))
+    for _ in range(2):
+        for one, other in zip(late.model.parameters(), wanted.model.parameters(), strict=True):
+            assert one.equal(other)
+        assert losses(late, 1) == losses(wanted, 1)
+        assert equal(snapshot(late), snapshot(wanted))
+
+
 @pytest.mark.parametrize(
     ("optimizer", "bf16", "steps"), [("adamw", True, 20), ("adamw", False, 5), ("lion", True, 5)]
 )

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from torch._inductor.config import decide_compile_threads
@@ -60,11 +61,41 @@ def test_modules_are_imported_aside_and_their_errors_are_not_lost(
 
 @pytest.mark.parametrize(("cores", "chosen", "workers"), [(4, "", 4), (64, "", 32), (4, "9", 9)])
 def test_a_rank_has_a_compile_worker_for_each_of_its_cores(
-    monkeypatch: pytest.MonkeyPatch, cores: int, chosen: str, workers: int
+    cores: int, chosen: str, workers: int
 ) -> None:
     """tests/test_imports.py shows that torch has not read the number before."""
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", chosen)
-    if not chosen:
-        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
-    toolchain.share_compile_workers(cores)
-    assert decide_compile_threads() == workers
+    with mock.patch.dict(os.environ):
+        os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)
+        if chosen:
+            os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = chosen
+        toolchain.set_up_compiler(cores)
+        assert decide_compile_threads() == workers
+
+
+TWICE = """
+import gc, sys
+import torch
+from i3dist.engine.toolchain import set_up_compiler
+from i3dist.ops.cross_entropy import token_losses
+
+set_up_compiler(1)
+looked = []
+gc.callbacks.append(lambda *_: looked.append(1))
+gc.disable()
+for _ in range(2):
+    torch._dynamo.reset()
+    hidden, head = torch.ones(2, 4, requires_grad=True), torch.ones(8, 4)
+    torch.compile(token_losses, dynamic=False)(hidden, head, torch.zeros(2).long()).sum().backward()
+found = torch._dynamo.utils.counters["aot_autograd"]
+print(found["autograd_cache_bypass"], found["autograd_cache_miss"], found["autograd_cache_hit"])
+print(len(looked))
+"""
+
+
+def test_all_graphs_of_a_start_are_found_again_and_no_garbage_is_looked_for(tmp_path: Path) -> None:
+    """Also one with a `torch.autograd.Function`: on a GPU every block has one, its LayerNorm."""
+    environ = {n: v for n, v in os.environ.items() if not n.startswith(("TORCH", "PYTEST"))}
+    environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
+    words = [sys.executable, "-c", TWICE]
+    done = subprocess.run(words, env=environ, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["0 2 2", "0"], done.stderr

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.model.attention import INITIAL_AGE_LOGIT
+from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layers import adjust_heads
-from i3dist.model.lm import I3LM, Unfilled, by_decay, parameters_by_part
+from i3dist.model.lm import I3LM, DrawnFrom, Unfilled, by_decay, parameters_by_part
 from i3dist.model.state import LaneState
 from i3dist.ops.linear import linear
 from tests.model.conftest import SMALL, build
@@ -81,14 +82,39 @@ def test_only_projections_that_end_a_branch_begin_smaller() -> None:
 
 
 def test_a_model_that_is_loaded_next_has_zeros_and_all_that_is_not_loaded(model: I3LM) -> None:
-    with Unfilled():
+    with Unfilled() as built:
         unfilled = I3LM(model.settings, model.bos_id)
+    built.fill(torch.device("cpu"))
     large = ("embedding.weight", "head.weight", "rwkv.0.time_mix.key.weight")
     assert not any(unfilled.get_parameter(name).any() for name in large)
     unfilled.load_state_dict(dict(model.named_parameters()), strict=False)
     ours, theirs = unfilled.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name].to(ours[name].dtype)) for name in ours)
+
+
+def test_a_models_shapes_take_no_memory(model: I3LM) -> None:
+    with Unfilled(meta=True):
+        shapes = I3LM(model.settings, model.bos_id)
+    assert shapes.head.weight.is_meta and shapes.embedding.weight.is_meta
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: parameter.shape for name, parameter in shapes.named_parameters()} == wanted
+    meta = sum(p.numel() for p in shapes.parameters() if p.is_meta)
+    assert meta > 0.9 * sum(p.numel() for p in shapes.parameters())
+
+
+@pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
+def test_values_of_a_seed_are_the_same_whatever_other_threads_draw(compressor: str) -> None:
+    """All of them: what was drawn elsewhere would come from the generator that threads share."""
+    layers = "2xrwkv,2xdual-attention,1xattention"
+    settings = ModelSettings(d_model=64, layers=layers, vocab_size=500, compressor=compressor)
+    torch.manual_seed(7)
+    wanted = I3LM(settings, BOS).state_dict()
+    shared = torch.manual_seed(8).get_state()
+    with DrawnFrom(torch.Generator().manual_seed(7)):
+        drawn = I3LM(settings, BOS).state_dict()
+    assert torch.get_rng_state().equal(shared)
+    assert all(drawn[name].equal(value) for name, value in wanted.items())
 
 
 def test_history_begins_low_and_unfolds_what_was_read() -> None:

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -20,7 +21,9 @@ from i3dist.distributed import collectives
 from i3dist.distributed.attempt import Attempt
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
+from i3dist.model.lm import I3LM
 from i3dist.tracking.metrics_log import STARTS, MetricsLog
+from i3dist.training import run
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.run_folder import lay_out, set_aside
 from i3dist.training.startup import (
@@ -352,3 +355,23 @@ def test_a_checkpoint_is_read_while_the_caller_goes_on(
     assert whole() is starts[0]
     with pytest.raises(PermissionError):
         none()
+
+
+def test_first_weights_are_drawn_aside_and_are_those_of_the_seed(
+    typed: Settings, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while others draw; a run that loads weights draws none, one with extensions its own."""
+    settings = decide(typed, 1, corpus.tokenizer.vocab_size)
+    bos_id, job = corpus.tokenizer.bos_id, Job.detect({})
+    torch.manual_seed(settings.train.seed)
+    wanted = I3LM(settings.model, bos_id).state_dict()
+    model, drawn = run.build_model(Start(settings), job, corpus)
+    torch.rand(3)
+    assert drawn is not None and not model.head.weight.any()
+    assert all(value.equal(wanted[name]) for name, value in drawn().state_dict().items())
+    model, drawn = run.build_model(Start(settings, Path("checkpoint")), job, corpus)
+    assert drawn is None and not model.head.weight.any()
+    monkeypatch.setattr(run, "LOADED", [Path("extension.py")])
+    model, drawn = run.build_model(Start(settings), job, corpus)
+    assert drawn is None
+    assert all(value.equal(wanted[name]) for name, value in model.state_dict().items())
