@@ -148,8 +148,9 @@ class _Check:
             return None
         if ends_inside and not is_ordinary(last):
             return None
-        # Between the two, pieces end with <EOS> and begin with <BOS>.
-        if (ids[1:-1:2] != stream.eos_id).any() or (ids[2::2] != stream.bos_id).any():
+        # Between the two, a piece ends with <EOS> and the next begins with <BOS>.
+        border = np.array((stream.eos_id, stream.bos_id), ids.dtype).tobytes()
+        if ids[1:-1].tobytes() != border * (len(ids) // 2 - 1):
             return None
         return Ends(begins_inside, ends_inside, False, False), len(ids) // 2 - begins_inside
 
