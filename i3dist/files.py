@@ -13,10 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TypeVar
-
-Named = TypeVar("Named", Path, str)
-"""A path, in either form: joining strings takes less time."""
 
 # Names of unfinished files begin with a dot and end in this.
 PARTIAL = ".partial"
@@ -25,7 +21,7 @@ PARTIAL = ".partial"
 _GIVEN = re.compile(r"/dev/(stdin|null|fd/\d+)|/proc/self/fd/\d+")
 
 
-def regular(path: Named) -> Named:
+def regular(path: Path) -> Path:
     """A path to read from, once it is known to lead to a file.
 
     Opening a FIFO would wait for a writer, perhaps for ever, and a device may never end.

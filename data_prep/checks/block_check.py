@@ -57,7 +57,6 @@ class BlockCheck:
         self._copied = np.empty((self.members, self.length), self._kind.dtype)
         self._within = np.empty(self._copied.shape, bool)
         self._found = np.empty_like(self._within)
-        self._starts: dict[int, Ints] = {}  # by chunks of a shard: the first token of each block
 
     def begin(self, number: int, chunks: int, expected: Ints) -> None:
         """Begin with shard `number`, of so many chunks.
@@ -67,9 +66,8 @@ class BlockCheck:
         """
         self._headers.begin(number)
         self._expected = expected
-        if chunks not in self._starts:
-            self._starts[chunks] = np.array([*range(0, chunks, self.members), chunks]) * self.length
-        self._cuts = expected.searchsorted(self._starts[chunks]).tolist()
+        starts = np.array([*range(0, chunks, self.members), chunks]) * self.length
+        self._cuts = expected.searchsorted(starts).tolist()
         self.malformed: list[int] = []  # chunks whose header or padding is not that of the format
         self._is_as_expected = True
         self._special: list[tuple[Ints, Stored]] = []

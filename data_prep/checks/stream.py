@@ -1,6 +1,5 @@
 """What a manifest says about the stream of a split, in a form that is cheap to send to workers."""
 
-import os
 import tempfile
 from dataclasses import dataclass
 from io import FileIO
@@ -65,7 +64,7 @@ class Stream:
     def open_shard(self, name: str) -> FileIO:
         """Open a shard without a buffer; of one at a URL a copy, which vanishes when closed."""
         if self.store is None:
-            return open(regular(os.path.join(self.folder, name)), "rb", buffering=0)
+            return open(regular(self.folder / name), "rb", buffering=0)
         with tempfile.NamedTemporaryFile() as copy:
             self.store.fetch(self.file(name), Path(copy.name))
             return open(copy.name, "rb", buffering=0)
