@@ -121,6 +121,35 @@ def test_bounds_of_numbers_are_compared_too(out: Path, column: int) -> None:
     assert any(says in line for line in found(out))
 
 
+@pytest.mark.parametrize(
+    ("piece", "change", "says"),
+    [
+        (0, {"document": -1}, "document {0}, piece 0 does not follow document {0}, piece "),
+        (1, {"piece": 1}, "document {1}, piece 2 does not follow document {1}, piece 0"),
+        (2, {"piece": -1}, "document {1}, piece 1 does not follow document {1}, piece 1"),
+    ],
+)
+def test_documents_and_pieces_count_up(
+    out: Path, piece: int, change: dict[str, int], says: str
+) -> None:
+    path = out / "train" / "index.parquet"
+    rows = pq.read_table(path).to_pylist()
+    at = next(n for n, row in enumerate(rows) if n and row["piece"] == piece)
+    rows[at] |= {name: rows[at][name] + more for name, more in change.items()}
+    fuzzing.write_rows(path, rows)
+    expected = f"row {at}: {says.format(rows[at - 1]['document'], rows[at]['document'])}"
+    assert any(expected in line for line in found(out))
+
+
+def test_an_index_begins_with_the_first_piece_of_a_document(out: Path) -> None:
+    path = out / "train" / "index.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0] |= {"document": -1, "piece": 1}
+    fuzzing.write_rows(path, rows)
+    expected = "row 0: document -1, piece 1 does not follow document -1, piece 0"
+    assert any(expected in line for line in found(out))
+
+
 @pytest.mark.parametrize("name", ["id", "url"])
 @pytest.mark.parametrize("rows_at_a_time", [1 << 16, 1])
 def test_pieces_of_a_document_that_differ_in_a_text_are_found(
@@ -128,12 +157,10 @@ def test_pieces_of_a_document_that_differ_in_a_text_are_found(
 ) -> None:
     monkeypatch.setattr(index_check, "ROWS_AT_A_TIME", rows_at_a_time)
     path = out / "train" / "index.parquet"
-    table = pq.read_table(path)
-    rows = table.to_pylist()
+    rows = pq.read_table(path).to_pylist()
     at = next(n for n, row in enumerate(rows) if row["piece"])
     rows[at][name] += "x"
-    changed = type(table).from_pylist(rows, schema=table.schema)
-    pq.write_table(changed, path, compression="zstd", write_page_checksum=True)
+    fuzzing.write_rows(path, rows)
     says = f"train/index.parquet, row {at}: has another id or URL than the piece before it"
     assert any(line.startswith(says) for line in found(out))
 
