@@ -17,12 +17,13 @@ from data_prep.checks.index_rows import NUMBERS, Ints, Rows, integers, row_damag
 from data_prep.checks.page_header import has_checksum
 from data_prep.checks.stream import Stream
 from data_prep.pack import INDEX_NAME, INDEX_SCHEMA
+from data_prep.runs import int64_array
 from i3dist.files import regular
 
 ROWS_AT_A_TIME = 1 << 16
 # What pyarrow raises for a damaged file.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError)
-TEXTS = ("id", "url")
+TEXTS = ["id", "url"]
 
 
 def open_index(folder: Path) -> pq.ParquetFile:
@@ -78,7 +79,18 @@ class IndexCheck:
             self.damages.append(Damage(self.stream.file(INDEX_NAME), "", "is not zstd throughout"))
         with open(self.stream.folder / INDEX_NAME, "rb") as raw:
             self.has_checksums = all(has_checksum(raw, column) for column in columns)
-        self._batches = file.iter_batches(ROWS_AT_A_TIME, columns=list(NUMBERS), use_threads=False)
+        self._batches = self._read(file)
+
+    def _read(self, file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+        """The columns that are numbers; notes where their bounds are wrong."""
+        for group in range(self.row_groups):
+            bounds = Bounds()
+            for batch in file.iter_batches(
+                ROWS_AT_A_TIME, [group], columns=list(NUMBERS), use_threads=False
+            ):
+                bounds.add(batch)
+                yield batch
+            self.damages.extend(_wrong_bounds(self.stream, group, bounds, file))
 
     @property
     def is_readable(self) -> bool:
@@ -125,11 +137,12 @@ class IndexCheck:
         documents = np.concatenate(([self._last_document], rows.document))
         pieces = np.concatenate(([self._last_piece], rows.piece))
         new = rows.piece == 0
-        documents_ok = np.diff(documents) == new
-        pieces_ok = new | (rows.piece == pieces[:-1] + 1)
-        if len(rows.piece) and self._last_document < 0:
-            pieces_ok[0] = new[0]
-        for row in np.flatnonzero(~(documents_ok & pieces_ok)).tolist():
+        wrong = np.diff(documents) != new
+        continued = np.flatnonzero(~new)
+        wrong[continued] |= pieces[continued + 1] != pieces[continued] + 1
+        if rows.total and self._last_document < 0:
+            wrong[0] |= not new[0]
+        for row in np.flatnonzero(wrong).tolist():
             self.damages.append(
                 row_damage(
                     self.stream,
@@ -165,7 +178,7 @@ class TextReport(NamedTuple):
 def check_texts(stream: Stream, group: int) -> TextReport:
     """Check ids and URLs of a row group: present, UTF-8, and alike in all pieces of a document.
 
-    The bounds that the row group states for its columns are checked as well.
+    The bounds that the row group states for them are checked as well.
     """
     damages: list[Damage] = []
     first = last = None
@@ -174,13 +187,15 @@ def check_texts(stream: Stream, group: int) -> TextReport:
         file = open_index(stream.folder)
         start = row = sum(file.metadata.row_group(g).num_rows for g in range(group))
         bounds = Bounds()
-        for batch in file.iter_batches(ROWS_AT_A_TIME, [group], use_threads=False):
+        for batch in file.iter_batches(
+            ROWS_AT_A_TIME, [group], columns=["piece", *TEXTS], use_threads=False
+        ):
             try:
                 batch.validate(full=True)
             except UNREADABLE as error:
                 damages.append(unreadable(stream, error, f"rows from {row}"))
                 break
-            bounds.add(batch)
+            bounds.add(batch.select(TEXTS))
             damages.extend(_text_damages(stream, row, batch))
             if len(batch):
                 ends = [_texts_of(batch, at) for at in (0, len(batch) - 1)]
@@ -188,12 +203,18 @@ def check_texts(stream: Stream, group: int) -> TextReport:
                     damages.extend(join_texts(stream, row, last, ends[0]))
                 first, last = first or ends[0], ends[1]
             row += len(batch)
-        for name in bounds.contradicted(file.metadata.row_group(group)):
-            problem = f"states a least and a largest {name} that are not those of its rows"
-            damages.append(Damage(stream.file(INDEX_NAME), f"row group {group}", problem))
+        damages.extend(_wrong_bounds(stream, group, bounds, file))
     except UNREADABLE as error:
         damages.append(unreadable(stream, error, f"row group {group}"))
     return TextReport(damages, start, first, last)
+
+
+def _wrong_bounds(
+    stream: Stream, group: int, bounds: Bounds, file: pq.ParquetFile
+) -> Iterator[Damage]:
+    for name in bounds.contradicted(file.metadata.row_group(group)):
+        problem = f"states a least and a largest {name} that are not those of its rows"
+        yield Damage(stream.file(INDEX_NAME), f"row group {group}", problem)
 
 
 def join_texts(
@@ -210,8 +231,12 @@ def _text_damages(stream: Stream, first: int, batch: pa.RecordBatch) -> Iterator
             for row, value in enumerate(batch.column(name).to_pylist()):
                 if value is None:
                     yield row_damage(stream, first + row, f"has no {name}")
-    continued = np.flatnonzero(integers(batch.column("piece")) > 0)
-    for row in continued[continued > 0].tolist():  # row 0 is compared with the batch before
+    continued = np.flatnonzero(integers(batch.column("piece"))[1:] > 0) + 1
+    # Row 0 is compared with the batch before.
+    texts = batch.select(TEXTS)
+    if texts.take(int64_array(continued - 1)).equals(texts.take(int64_array(continued))):
+        return
+    for row in continued.tolist():
         before, after = _texts_of(batch, row - 1), _texts_of(batch, row)
         yield from join_texts(stream, first + row, before, after)
 

@@ -57,7 +57,7 @@ def integers(column: pa.Array) -> Ints:
     """The column as int64; a null becomes -1."""
     if column.null_count:
         return np.array([-1 if value is None else value for value in column.to_pylist()], np.int64)
-    return np.from_dlpack(column).astype(np.int64)  # `to_numpy` would import pandas
+    return np.from_dlpack(column).astype(np.int64, copy=False)  # `to_numpy` would import pandas
 
 
 def row_damage(stream: Stream, row: int, problem: str) -> Damage:
@@ -88,43 +88,40 @@ def stated(stream: Stream, first: int, rows: Rows, owners: Sequence[int]) -> lis
     ends = np.stack((starts, starts + rows.length - 1), axis=1)
     stops = list(accumulate(owners))
     begins = [0, *stops[:-1]]
-    parts = [rows.part(*bounds) for bounds in zip(begins, stops, strict=True)]
-    if 0 in owners or not _are_pieces(stream, first, rows, owners, ends, begins):
-        return [Stated(part, _ascending(stream, part)) for part in parts]
-    fill = (ends[:, 1][np.array(stops) - 1] == stream.shard_tokens - 1).tolist()
-    return [
-        Stated(part, ends[begin:stop].reshape(-1), is_full)
-        for part, begin, stop, is_full in zip(parts, begins, stops, fill, strict=True)
-    ]
+    wrong = _not_in_line(stream, first, rows, owners, ends, begins)
+    found = []
+    for begin, stop in zip(begins, stops, strict=True):
+        part = rows.part(begin, stop)
+        if begin == stop or wrong[begin:stop].any():
+            found.append(Stated(part, _ascending(stream, part)))
+        else:
+            fills = bool(ends[stop - 1, 1] == stream.shard_tokens - 1)
+            found.append(Stated(part, ends[begin:stop].reshape(-1), fills))
+    return found
 
 
-def _are_pieces(
+def _not_in_line(
     stream: Stream, first: int, rows: Rows, owners: Sequence[int], ends: Ints, begins: list[int]
-) -> bool:
-    """Whether pieces of three tokens or more follow each other from the begin of each shard on.
+) -> NDArray[np.bool_]:
+    """Which rows do not go on where the one before ends, or have less than three tokens, [R].
 
     Args:
         stream: the split.
         first: number of the first shard.
-        rows: the rows of consecutive shards.
+        rows: the rows of consecutive shards, each of which begins anew.
         owners: number of rows of each shard.
         ends: the first and last token of each row, [R, 2].
         begins: the first row of each shard.
     """
+    begins = [begin for begin, count in zip(begins, owners, strict=True) if count]
     follows = np.empty(rows.total, np.int64)
     follows[1:] = ends[:-1, 1] + 1
     follows[begins] = 0
     continues = rows.piece != 0
     continues[begins] = False
     shards = np.repeat(np.arange(first, first + len(owners)), owners)
-    return bool(
-        (ends[:, 0] == follows).all()
-        and rows.length.min() >= 3
-        and rows.offset.min() >= 0
-        and rows.offset.max() < stream.chunk_length
-        and not continues.any()
-        and (rows.shard == shards).all()
-    )
+    is_place = (rows.offset >= 0) & (rows.offset < stream.chunk_length) & (rows.shard == shards)
+    return ~is_place | (ends[:, 0] != follows) | (rows.length < 3) | continues
 
 
 def _ascending(stream: Stream, rows: Rows) -> Ints:

@@ -122,7 +122,7 @@ class _Check:
         for first, last in stretches(sorted(set(blocks.malformed))):
             place = f"chunk {first}" if first == last else f"chunks {first} to {last}"
             self.add(place, "the header or padding is not that of the format")
-        if tail.count(0) < len(tail):
+        if tail != bytes(len(tail)):
             self.add("end of the archive", "it has other bytes than zeros")
         if (sha256 := digest.hexdigest()) != self.shard.sha256:
             self.wrong_sha256 = sha256
@@ -142,19 +142,17 @@ class _Check:
             return None
         if (ids := self.blocks.ids_where_expected()) is None:  # as of all conversations
             return None
-        begins_inside, ends_inside = bool(stated.rows.piece[0] > 0), bool(ids[-1] != stream.eos_id)
-        starts, stops = ids[0::2], ids[1::2]
-        if begins_inside:
-            if not self.blocks.is_ordinary(int(starts[0])):
-                return None
-            starts = starts[1:]
-        if ends_inside:
-            if not self.blocks.is_ordinary(int(stops[-1])):
-                return None
-            stops = stops[:-1]
-        if (starts != stream.bos_id).any() or (stops != stream.eos_id).any():
+        first, last, is_ordinary = int(ids[0]), int(ids[-1]), self.blocks.is_ordinary
+        begins_inside, ends_inside = bool(stated.rows.piece[0] > 0), last != stream.eos_id
+        if not (is_ordinary(first) if begins_inside else first == stream.bos_id):
             return None
-        return Ends(begins_inside, ends_inside, False, False), len(starts)
+        if ends_inside and not is_ordinary(last):
+            return None
+        # Between the two, a piece ends with <EOS> and the next begins with <BOS>.
+        border = np.array((stream.eos_id, stream.bos_id), ids.dtype).tobytes()
+        if ids[1:-1].tobytes() != border * (len(ids) // 2 - 1):
+            return None
+        return Ends(begins_inside, ends_inside, False, False), len(ids) // 2 - begins_inside
 
     def boundaries(self) -> tuple[Ends, int]:
         """Check ids, <BOS>, <EOS> and <PAD>, and the shard's rows in the index."""

@@ -107,10 +107,16 @@ def swap_rows(path: Path, random: Random) -> None:
     pq.write_table(table.take(order), path, compression="zstd", write_page_checksum=True)
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write an index of other rows in the place of one, in a file that is sound otherwise."""
+    former = pq.read_table(path)
+    changed = type(former).from_pylist(rows, schema=former.schema)
+    pq.write_table(changed, path, compression="zstd", write_page_checksum=True)
+
+
 def change_value(path: Path, random: Random) -> None:
     """Change a number of an index, or drop or repeat a row, in a file that is sound otherwise."""
-    table = pq.read_table(path)
-    rows = table.to_pylist()
+    rows = pq.read_table(path).to_pylist()
     row = random.randrange(len(rows))
     kind = random.choice(("drop", "repeat", "number", "number", "number"))
     if kind == "drop":
@@ -120,8 +126,7 @@ def change_value(path: Path, random: Random) -> None:
     else:
         name = random.choice(("document", "piece", "shard", "chunk", "offset", "length"))
         rows[row][name] += random.choice((-1, 1, 64, -64, 1000))
-    changed = type(table).from_pylist(rows, schema=table.schema)
-    pq.write_table(changed, path, compression="zstd", write_page_checksum=True)
+    write_rows(path, rows)
 
 
 def content(path: Path) -> Any:

@@ -31,9 +31,7 @@ def rows_of(split: Path) -> Rows:
 
 
 def write_rows(split: Path, rows: Rows) -> None:
-    path = split / "index.parquet"
-    table = type(pq.read_table(path)).from_pylist(rows, schema=pq.read_schema(path))
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+    fuzzing.write_rows(split / "index.parquet", rows)
 
 
 def three_pieces(rows: Rows) -> int:
@@ -47,20 +45,43 @@ def three_pieces(rows: Rows) -> int:
     )
 
 
-def test_sound_shards_but_the_last_need_no_closer_look(
-    split: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else the changes below would break nothing of what they are for."""
-    closely, boundaries = [], shard_check._Check.boundaries
+@pytest.fixture
+def closely(split: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The shards of the split that were looked at closely."""
+    numbers, boundaries = [], shard_check._Check.boundaries
 
     def looked(check: shard_check._Check) -> Any:
-        closely.append((check.stream.folder.name, check.number))
+        if check.stream.folder.name == split.name:
+            numbers.append(check.number)
         return boundaries(check)
 
     monkeypatch.setattr(shard_check._Check, "boundaries", looked)
+    return numbers
+
+
+def test_sound_shards_but_the_last_need_no_closer_look(split: Path, closely: list[int]) -> None:
+    """Else the changes below would break nothing of what they are for."""
     assert fuzzing.found(split.parent) == []
-    last = len(Manifest.load(split).shards) - 1
-    assert [number for name, number in closely if name == split.name] == [last]
+    assert closely == [len(Manifest.load(split).shards) - 1]
+
+
+def test_a_shard_that_needs_a_closer_look_leaves_the_others(
+    split: Path, closely: list[int]
+) -> None:
+    """Though all are checked by one task: one is not as its rows say, and one has no row."""
+    rows, last = rows_of(split), len(Manifest.load(split).shards) - 1
+    first = three_pieces(rows)
+    later(rows[first:])
+    other = next(r["shard"] for r in rows if r["shard"] not in (0, rows[first]["shard"], last))
+    write_rows(split, [row for row in rows if row["shard"] != other])
+    assert fuzzing.found(split.parent)
+    assert closely == sorted({rows[first]["shard"], other, last})
+
+
+def test_an_index_without_rows_is_found(split: Path) -> None:
+    write_rows(split, [])
+    lines = fuzzing.found(split.parent)
+    assert any("ends with document -1, not" in line for line in lines), lines
 
 
 def later(rows: Rows) -> None:

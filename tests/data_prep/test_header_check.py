@@ -27,5 +27,8 @@ def test_every_changed_byte_is_found(kept: int, monkeypatch: pytest.MonkeyPatch)
         changed[rows, random.integers(512, size=40)] ^= random.integers(1, 256, 40, np.uint8)
         assert check.wrong(changed, 0) == rows.tolist()
         assert len(check.wrong(stored[:-1], 1)) == CHUNKS - 1, "each is that of its own chunk"
+        alike = stored.copy()
+        alike[:, random.integers(512)] += 1
+        assert len(check.wrong(alike, 0)) == CHUNKS, "though all are changed alike"
         check.begin(number + 1)
         assert len(check.wrong(stored, 0)) == CHUNKS, "and of its own shard"

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import verify
-from data_prep.checks import verification
+from data_prep.checks import index_check, verification
 from data_prep.checks.page_header import has_checksum
 from data_prep.checks.verification import Verification
 from i3dist.data.manifest import Manifest
@@ -106,6 +106,70 @@ def test_bounds_that_hide_rows_from_readers_are_found(out: Path, end: str) -> No
     wrong = {"min": b"~", "max": b"!"}[end] + stated[1:]
     path.write_bytes(before + wrong + after)
     assert any("states a least and a largest" in line for line in found(out))
+
+
+@pytest.mark.parametrize("column", [0, 7])  # document and length, which have eight bytes
+def test_bounds_of_numbers_are_compared_too(out: Path, column: int) -> None:
+    path = out / "train" / "index.parquet"
+    meta = pq.read_metadata(path).row_group(0).column(column)
+    most = meta.statistics.max
+    stated, wrong = (number.to_bytes(8, "little") for number in (most, most - 1))
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    path.write_bytes(data[:footer] + data[footer:].replace(stated, wrong))
+    says = f"states a least and a largest {meta.path_in_schema} "
+    assert any(says in line for line in found(out))
+
+
+@pytest.mark.parametrize(
+    ("piece", "change", "says"),
+    [
+        (0, {"document": -1}, "document {0}, piece 0 does not follow document {0}, piece "),
+        (1, {"piece": 1}, "document {1}, piece 2 does not follow document {1}, piece 0"),
+        (2, {"piece": -1}, "document {1}, piece 1 does not follow document {1}, piece 1"),
+    ],
+)
+def test_documents_and_pieces_count_up(
+    out: Path, piece: int, change: dict[str, int], says: str
+) -> None:
+    path = out / "train" / "index.parquet"
+    rows = pq.read_table(path).to_pylist()
+    at = next(n for n, row in enumerate(rows) if n and row["piece"] == piece)
+    rows[at] |= {name: rows[at][name] + more for name, more in change.items()}
+    fuzzing.write_rows(path, rows)
+    expected = f"row {at}: {says.format(rows[at - 1]['document'], rows[at]['document'])}"
+    assert any(expected in line for line in found(out))
+
+
+def test_an_index_begins_with_the_first_piece_of_a_document(out: Path) -> None:
+    path = out / "train" / "index.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0] |= {"document": -1, "piece": 1}
+    fuzzing.write_rows(path, rows)
+    expected = "row 0: document -1, piece 1 does not follow document -1, piece 0"
+    assert any(expected in line for line in found(out))
+
+
+@pytest.mark.parametrize("name", ["id", "url"])
+@pytest.mark.parametrize("rows_at_a_time", [1 << 16, 1])
+def test_pieces_of_a_document_that_differ_in_a_text_are_found(
+    out: Path, name: str, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_check, "ROWS_AT_A_TIME", rows_at_a_time)
+    path = out / "train" / "index.parquet"
+    rows = pq.read_table(path).to_pylist()
+    at = next(n for n, row in enumerate(rows) if row["piece"])
+    rows[at][name] += "x"
+    fuzzing.write_rows(path, rows)
+    says = f"train/index.parquet, row {at}: has another id or URL than the piece before it"
+    assert any(line.startswith(says) for line in found(out))
+
+
+def test_bytes_behind_the_members_are_zeros(out: Path) -> None:
+    path = out / "train" / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    says = "shard-000001.tar, end of the archive: it has other bytes than zeros"
+    assert any(says in line for line in found(out))
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
