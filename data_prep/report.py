@@ -28,9 +28,9 @@ from rich.table import Table
 
 from data_prep.arguments import number_in
 from data_prep.checks.folder_check import SPLITS
-from data_prep.checks.index_check import UNREADABLE
 from data_prep.output import TRAIN
 from data_prep.reports.figures import TOP_DOMAINS, Figures
+from data_prep.reports.lookup import reading_index
 from data_prep.reports.page import page
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
@@ -64,14 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: the folder cannot be read, or the page cannot be written.
     """
     options = parse(arguments)
-    index = options.folder / options.split / "index.parquet"
-    if (options.folder / options.split).is_dir() and not index.exists():
-        raise UserError(f"{index} is missing: it says where documents lie; restore it")
-    try:
+    with reading_index(options.folder / options.split):
         figures = Figures.of(options.folder, options.split, options.seed)
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{index} cannot be read ({reason}): restore it") from None
     with printing_beside(options.html):
         print_tables(figures, Console())
     if options.html is not None:
