@@ -290,11 +290,15 @@ def test_a_trained_run(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--text", "bytes"], "error: --text bytes is not UTF-8 text: convert it"),
         (
             ["--text", "bytes", "--json", "."],
-            "error: --json . cannot be written (.: Is a directory): name",
+            "error: argument --json: . cannot be written: Is a directory; name another file",
         ),
         (
             ["--text", "bytes", "--plot", "bytes/x"],
-            "error: --plot bytes/x cannot be written (bytes: File exists): name another file",
+            "error: argument --plot: bytes/x cannot be written: Not a directory; name another file",
+        ),
+        (
+            ["--text", "bytes", "--plot", "x.txt"],
+            "error: argument --plot: x.txt is no plot: end its name in one of .png, .svg, .pdf",
         ),
     ],
 )

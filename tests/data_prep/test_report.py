@@ -212,7 +212,9 @@ def test_the_page_on_standard_output_stands_alone(
 def test_bad_input_is_one_line(built: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no manifest at"):
         report.main([str(tmp_path)])
-    with pytest.raises(UserError, match=r"cannot write --html .*none/a\.html"):
+    with pytest.raises(
+        UserError, match=r"--html: .*none/a\.html cannot be written: .*make the folder"
+    ):
         report.main([str(built), "--html", str(tmp_path / "none" / "a.html")])
     shutil.copytree(built, tmp_path / "made")
     index = tmp_path / "made" / "train" / "index.parquet"
