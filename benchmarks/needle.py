@@ -51,7 +51,7 @@ from i3dist.data.corpus import Corpus
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.distributed import devices
 from i3dist.errors import UserError
-from i3dist.files import printing_beside, write_result
+from i3dist.files import printing_beside, regular, write_result
 from i3dist.inference.evaluate import exchange_history
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
@@ -279,7 +279,7 @@ def documents(options: argparse.Namespace, model: I3LM, tokenizer: Tokenizer) ->
 def text_of(path: Path) -> str:
     """What a file of --text holds; a `UserError` if that is no text."""
     try:
-        return path.read_text("utf-8")
+        return regular(path).read_text("utf-8")
     except OSError as error:
         raise UserError(f"--text {path} cannot be read: {error.strerror}; name a file") from None
     except UnicodeDecodeError:
