@@ -27,7 +27,7 @@ from rich.table import Table
 
 from data_prep.arguments import number_in
 from data_prep.checks.folder_check import SPLITS
-from data_prep.output import TRAIN
+from data_prep.output_settings import TRAIN
 from data_prep.reports.figures import TOP_DOMAINS, Figures
 from data_prep.reports.lookup import reading_index
 from data_prep.reports.page import page
