@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError
 
@@ -44,7 +45,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("source", nargs="+", type=Path, help="parquet files of pieces")
-    parser.add_argument("out", type=Path, help="parquet file of books")
+    parser.add_argument("out", type=result_path, help="parquet file of books")
     return parser.parse_args(arguments)
 
 

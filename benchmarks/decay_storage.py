@@ -8,13 +8,13 @@ bf16. Each is compared with fp32 by its relative errors: of the decay per step, 
 """
 
 import json
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser
 from i3dist.model.layers import Channels
 from i3dist.model.rwkv import TimeMix
@@ -64,7 +64,7 @@ def measure() -> list[dict[str, object]]:
 def main() -> None:
     """Print the table."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    parser.add_argument("--json", type=result_path, metavar="FILE", help="write the rows here too")
     arguments = parser.parse_args()
     rows = measure()
     table = Table(title="relative error against fp32", title_justify="left")

@@ -21,6 +21,7 @@ import torch
 from i3_steps import I3Steps, Shape, in_engine
 from synthetic import BOS, PAD, Data, batches
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, TrainSettings
 from i3dist.data.lanes import Batch
@@ -99,7 +100,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             name, type=int, metavar="N", default=default, help=f"{text} (default: {default})"
         )
     parser.add_argument("--toy", action="store_true", help="a small model on a GPU too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--json", type=result_path, metavar="FILE", help="write the figures here")
     options = parser.parse_args(arguments)
     if min(options.lanes, options.window, options.steps, options.rounds) < 1:
         raise UserError("--lanes, --window, --steps and --rounds must be 1 or more")

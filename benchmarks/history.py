@@ -30,9 +30,11 @@ import numpy as np
 import torch
 from history_arms import ARMS, Arm, CarriesLater, build, named_arm
 from i3_steps import I3Steps, Shape, in_bare_loop, in_engine
+from plots import plot_path
 from torch import Tensor
 from unigram import counts
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.data.corpus import Split, fingerprint_of
@@ -40,6 +42,7 @@ from i3dist.data.lanes import Batch, LaneWindows, windows
 from i3dist.data.manifest import Manifest
 from i3dist.distributed import collectives
 from i3dist.errors import UserError
+from i3dist.files import printing_beside
 from i3dist.inference.evaluate import chunk_index, token_losses
 from i3dist.model.lm import I3LM
 from i3dist.ops.cross_entropy import IGNORE
@@ -244,16 +247,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument(
         "--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)"
     )
-    run.add_argument("--results", type=Path, default=Path("history.jsonl"))
+    run.add_argument("--results", type=result_path, default=Path("history.jsonl"))
     report = commands.add_parser("report", help="compare arms")
     report.add_argument("results", type=Path)
     report.add_argument(
-        "--plot", type=Path, help="plot gain by chunk index and by position in the chunk"
+        "--plot", type=plot_path, help="plot gain by chunk index and by position in the chunk"
     )
     curves = commands.add_parser("curves", help="plot the gain in training loss by tokens")
     curves.add_argument("results", type=Path, nargs="+")
     curves.add_argument("--arms", nargs="+", type=named_arm, required=True, metavar="ARM")
-    curves.add_argument("--plot", type=Path, required=True, metavar="FILE")
+    curves.add_argument("--plot", type=plot_path, required=True, metavar="FILE")
     return parser.parse_args(arguments)
 
 
@@ -327,7 +330,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run or report."""
     options = parse_arguments(arguments)
     if options.command == "report":
-        history_report.show(history_report.read(options.results), options.plot)
+        with printing_beside(options.plot):
+            history_report.show(history_report.read(options.results), options.plot)
         return
     if options.command == "curves":
         lines = [line for path in options.results for line in history_report.read(path)]

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, TrainSettings
 from i3dist.data.corpus import Split
@@ -87,7 +88,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_sizes(parser)
     parser.add_argument("--warm-up", type=int, default=10, help="steps (default: 10)")
     parser.add_argument("--steps", type=int, default=40, help="steps to time (default: 40)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument(
+        "--json", type=result_path, metavar="FILE", help="write the results to this file"
+    )
     return parser.parse_args(arguments)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from plots import save
 from rich.console import Console
 from rich.table import Table
 
@@ -163,8 +164,7 @@ def _plot(tokens: int, arms: dict[str, dict[int, Figures]], path: Path) -> None:
         title = f"after {tokens / 1e6:,.0f}M tokens"
         axes.set(ylabel="gain over no history (nats per token)", title=title)
     by_position.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def plot_curves(lines: list[dict[str, Any]], arms: Sequence[str], path: Path) -> None:
@@ -184,8 +184,7 @@ def plot_curves(lines: list[dict[str, Any]], arms: Sequence[str], path: Path) ->
     axes.axhline(0.0, color="black", lw=0.5)
     axes.set(xlabel="million tokens", ylabel="training loss below no history's (nats per token)")
     axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def training_gain(lines: list[dict[str, Any]], arm: str) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,6 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import kernels
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError
 from i3dist.model.lm import COMPILE
@@ -186,7 +186,9 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     parser.add_argument("--turns", type=int, default=5 if cuda else 2, help="of each form")
     parser.add_argument("--repeats", type=int, default=4, help="timed calls of a turn")
     parser.add_argument("--profile", action="store_true", help="print the GPU kernels of each form")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--json", type=result_path, metavar="FILE", help="also write the figures here"
+    )
     options = parser.parse_args(arguments)
     rows: list[Timing] = []
     for count in options.lanes:

@@ -38,19 +38,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from needles import Sizes, Tokens, Trial, lay_out, read_documents, sample
 from numpy.typing import NDArray
+from plots import plot_path, save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from i3dist.checkpoint.weights import add_model_arguments, load_run
-from i3dist.cli.paths import typed_path
+from i3dist.cli.paths import result_path, typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Corpus
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.distributed import devices
 from i3dist.errors import UserError
-from i3dist.files import check_writable, printing_beside, write_result
+from i3dist.files import printing_beside, regular, write_result
 from i3dist.inference.evaluate import exchange_history
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
@@ -241,7 +242,7 @@ def plot(results: Sequence[Result], candidates: int, reach: int, path: Path) -> 
         axes.legend(fontsize="x-small")
     figure.axes[0].set_ylabel("margin (nats per value token)")
     figure.axes[1].set_ylabel("share of true values found")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -257,8 +258,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--words", type=int, default=2, help="of a value, one token each (default: 2)")
     add("--rows", type=int, default=8, help="trials computed at once (default: 8)")
     add("--seed", type=int, default=0, help="of needles and haystacks (default: 0)")
-    add("--json", type=typed_path, metavar="FILE", help="write the results here")
-    add("--plot", type=typed_path, metavar="FILE", help="plot them here")
+    add("--json", type=result_path, metavar="FILE", help="write the results here")
+    add("--plot", type=plot_path, metavar="FILE", help="plot them here")
     options = parser.parse_args(arguments)
     for name, least in (("trials", 2), ("candidates", 2), ("words", 1), ("rows", 1)):
         if getattr(options, name) < least:
@@ -278,29 +279,16 @@ def documents(options: argparse.Namespace, model: I3LM, tokenizer: Tokenizer) ->
 def text_of(path: Path) -> str:
     """What a file of --text holds; a `UserError` if that is no text."""
     try:
-        return path.read_text("utf-8")
+        return regular(path).read_text("utf-8")
     except OSError as error:
         raise UserError(f"--text {path} cannot be read: {error.strerror}; name a file") from None
     except UnicodeDecodeError:
         raise UserError(f"--text {path} is not UTF-8 text: convert it, or name another") from None
 
 
-def check_file(option: str, file: Path) -> None:
-    """Make the folder of a file to write; a `UserError` if the file cannot be written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(file)
-    except OSError as error:
-        why = f"{error.filename}: {error.strerror}"
-        raise UserError(f"{option} {file} cannot be written ({why}): name another file") from None
-
-
 def main(arguments: list[str] | None = None) -> list[Result]:
     """Measure, print, and write what was asked for."""
     options = parse_arguments(arguments)
-    for name in ("json", "plot"):
-        if file := getattr(options, name):
-            check_file(f"--{name}", file)
     model, _, tokenizer = load_run(options.checkpoint, devices.pick_device(options.device))
     settings, distances = model.settings, sorted(set(options.distances))
     length, chunks = settings.chunk_length, settings.history_chunks
@@ -319,7 +307,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         write_result(options.json, f"{json.dumps(report, indent=1)}\n".encode())
     if options.plot:
         plot(results, options.candidates, chunks * length, options.plot)
-    with printing_beside(options.json):
+    with printing_beside(options.json, options.plot):
         show(results, options.candidates)
     return results
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from rich.console import Console
 
 from data_prep.options import CORES
-from data_prep.output import Output, OutputSettings
+from data_prep.output import Output
+from data_prep.output_settings import OutputSettings
 from data_prep.passes import SpillPlan, spill_all
 from data_prep.progress import pass_bar
 from data_prep.reading.files import file_source

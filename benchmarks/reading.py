@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import synthetic
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Split
 from i3dist.data.lanes import LaneWindows
@@ -148,7 +149,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=160, help="of 256 chunks each")
     parser.add_argument("--rounds", type=int, default=5, help="readings of each contestant")
-    parser.add_argument("--json", type=Path, help="write all readings here")
+    parser.add_argument("--json", type=result_path, help="write all readings here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -28,14 +28,17 @@ import torch
 from history_arms import build, named_arm
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from plots import plot_path, save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings
 from i3dist.errors import UserError
+from i3dist.files import printing_beside
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
@@ -269,8 +272,7 @@ def plot(results: list[Result], history: int, chance: float, path: Path) -> None
         axes.axhline(chance, color="gray", lw=0.5, ls="--")
         axes.set_ylim(0, 1.02)
         axes.legend(fontsize="x-small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -295,8 +297,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--documents", type=int, default=64, help="of a step (default: 64)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
     add("--seed", type=int, default=0, help="(default: 0)")
-    add("--json", type=Path, metavar="FILE", help="write the results here")
-    add("--plot", type=Path, metavar="FILE", help="plot them here")
+    add("--json", type=result_path, metavar="FILE", help="write the results here")
+    add("--plot", type=plot_path, metavar="FILE", help="plot them here")
     options = parser.parse_args(arguments)
     if options.chunks <= options.history + 3:
         raise UserError(f"--chunks must be more than --history + 3, which is {options.history + 3}")
@@ -321,7 +323,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
             results.append(result)
             if options.json:
                 options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
-    show(results, 1 / options.values)
+    with printing_beside(options.plot):
+        show(results, 1 / options.values)
     if options.plot:
         plot(results, options.history, 1 / options.values, options.plot)
     return results

@@ -27,11 +27,14 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
+from plots import plot_path, save
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings
 from i3dist.engine.flat_parameters import FlatModel
 from i3dist.errors import UserError
+from i3dist.files import printing_beside
 from i3dist.model.lm import I3LM
 
 ADAMW = 2.3e-3  # of a step on one GPU: AdamW over all states, from a profile
@@ -352,7 +355,7 @@ def fill(document: Path, contents: dict[str, str]) -> None:
 
 
 def plot(cost: Cost, path: Path) -> None:
-    """Plot efficiency at equal lanes per GPU, and speed at equal tokens per step, as PNG."""
+    """Plot efficiency at equal lanes per GPU, and speed at equal tokens per step,."""
     figure = Figure(figsize=(11, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -373,7 +376,7 @@ def plot(cost: Cost, path: Path) -> None:
         axes.axvline(NODE, color="0.85", lw=6, zorder=0)  # the last that one node holds
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)
-    figure.savefig(path, dpi=150, format="png")
+    save(figure, path)
 
 
 def record(cost: Cost) -> list[dict[str, Any]]:
@@ -392,16 +395,17 @@ def main(arguments: list[str] | None = None) -> None:
     add = partial(parser.add_argument, metavar="FILE", type=Path)
     add("--measured", default=MEASURED, help="steps of one GPU (default: those in docs/)")
     add("--several", help="compare with the results of multi_gpu.py --json in this file too")
-    add("--plot", help="plot the curves into this PNG file")
+    add("--plot", type=plot_path, help="plot the curves into this file")
     add("--document", help="replace the tables of this document")
-    add("--json", help="write every point to this file")
+    add("--json", type=result_path, help="write every point to this file")
     options = parser.parse_args(arguments)
     measured = load(options.measured)
     cost = Cost.fit(measured)
     contents = tables(cost, measured)
     if options.several:
         contents["compared"] = compared_table(options.several)
-    print("\n".join(f"{name}\n\n{table}" for name, table in contents.items()))
+    with printing_beside(options.plot, options.json):
+        print("\n".join(f"{name}\n\n{table}" for name, table in contents.items()))
     if options.plot:
         plot(cost, options.plot)
     if options.document:

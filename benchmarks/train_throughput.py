@@ -47,6 +47,7 @@ from results import Row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.data.lanes import windows
@@ -268,7 +269,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--json",
         metavar="FILE",
-        type=Path,
+        type=result_path,
         help="write the results here; rows of contestants not measured now stay",
     )
     flag = partial(parser.add_argument, action="store_true")

@@ -20,11 +20,14 @@ import history_report
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from plots import plot_path, save
 from rich.console import Console
 from rich.table import Table
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError
+from i3dist.files import printing_beside
 from i3dist.report.run import Run
 
 Line = dict[str, Any]
@@ -187,8 +190,7 @@ def plot(lines: list[Line], pairs: list[Pair], path: Path) -> None:
     losses.set(xlabel="million tokens", ylabel="loss (nats per token)")
     for axes in (gains, losses):
         axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _curve(line: Line) -> tuple[np.ndarray, np.ndarray]:
@@ -206,10 +208,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     runs = commands.add_parser("collect", help="write what is compared of two runs")
     runs.add_argument("--run", type=Path, required=True, metavar="RUN", help="with history")
     runs.add_argument("--twin", type=Path, required=True, metavar="RUN", help="without")
-    runs.add_argument("--results", type=Path, required=True, metavar="FILE")
+    runs.add_argument("--results", type=result_path, required=True, metavar="FILE")
     report = commands.add_parser("report", help="compare them")
     report.add_argument("results", type=Path, metavar="FILE")
-    report.add_argument("--plot", type=Path, metavar="FILE", help="plot gain and losses")
+    report.add_argument("--plot", type=plot_path, metavar="FILE", help="plot gain and losses")
     return parser.parse_args(arguments)
 
 
@@ -222,7 +224,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     lines = history_report.read(options.results)
     pairs = Pair.all_of(lines)
-    show(pairs)
+    with printing_beside(options.plot):
+        show(pairs)
     if options.plot:
         plot(lines, pairs, options.plot)
 

@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser
 from i3dist.distributed import host
 from i3dist.ops.wkv import WkvInputs, empty_state, wkv
@@ -272,7 +273,9 @@ def show(rows: list[Timing], title: str) -> None:
 def main() -> None:
     """Measure, print, and write JSON where asked."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--json", type=result_path, metavar="FILE", help="also write the figures here"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="least per CPU figure")
     parser.add_argument("--rwkv-lm", type=Path, metavar="DIR", help="RWKV-LM's RWKV-v4neo/cuda")
     arguments = parser.parse_args()

@@ -12,7 +12,8 @@ from data_prep.choice import Choice
 from data_prep.evidence import Evidence, Piece
 from data_prep.forecast import FORECAST_BYTES, Forecast, measure
 from data_prep.formats import FORMATS
-from data_prep.output import OTHER_CONTENT, Output, OutputSettings
+from data_prep.output import Output
+from data_prep.output_settings import OTHER_CONTENT, OutputSettings
 from data_prep.passes import SpillPlan, finished, forget_parts_of
 from data_prep.plan import Plan
 from data_prep.shuffle import PartSummary

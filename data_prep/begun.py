@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from data_prep.evidence import Piece
-from data_prep.output import OTHER_CONTENT, Output, OutputSettings
+from data_prep.output import Output
+from data_prep.output_settings import OTHER_CONTENT, OutputSettings
 from data_prep.passes import failures
 from data_prep.reading.readers import naming
 from data_prep.reading.validation import PairOfSources

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from data_prep.output import VALID, OutputSettings
+from data_prep.output_settings import VALID, OutputSettings
 from data_prep.shuffle import PartSummary
 from data_prep.sources import Part
 

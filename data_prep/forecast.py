@@ -16,7 +16,7 @@ from data_prep.choice import ALL, Choice
 from data_prep.formats import FORMATS, Format
 from data_prep.merge import MAX_RUNS
 from data_prep.options import CORES
-from data_prep.output import OutputSettings
+from data_prep.output_settings import OutputSettings
 from data_prep.pack import chunks_per_shard
 from data_prep.ranges import useful_workers
 from data_prep.sources import TEXT, Part, Skip

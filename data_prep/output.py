@@ -1,132 +1,41 @@
-"""The output folder: its lock, the settings it was made with, and when it is complete.
+"""The output folder: its lock, what it was begun with, and when it is complete.
 
-`shard.json` holds the settings. The work is done in `.work`. At the end `source.json` is written,
-which says what was read, the splits are moved into place, and their manifests are written last:
-they make the folder complete. An output at a URL is made in a folder of the disk first, and
-moved from there (`upload`). Settings that only packing uses (chunk length, chunks per shard,
-share of validation) may change until the first split is in place, because no other work depends on
-them.
+`shard.json` holds its settings (`output_settings`). The work is done in `.work`. At the end
+`source.json` is written, which says what was read, the splits are moved into place, and their
+manifests are written last: they make the folder complete. An output at a URL is made in a folder of
+the disk first, and moved from there (`upload`). Settings that only packing uses (chunk length,
+chunks per shard, share of validation) may change until the first split is in place, because no
+other work depends on them.
 """
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import ValidationError
 
 from data_prep.arguments import TaskShare
 from data_prep.evidence import Evidence, Saved
-from data_prep.formats import FORMATS
 from data_prep.locks import lock, locked_file
+from data_prep.output_settings import TRAIN, VALID, OutputSettings, layout
 from data_prep.records import WorkFolder
-from data_prep.sources import TEXT
 from data_prep.store import Store
 from i3dist.data.manifest import MANIFEST_NAME, Manifest
-from i3dist.data.token_types import TokenType, token_type
 from i3dist.errors import UserError
 from i3dist.files import clear_partials, make_folder, regular, sync, write_first, write_whole
 
 Model = TypeVar("Model", bound=Saved)
 
-TRAIN, VALID = "train", "valid"
-OTHER_CONTENT = "from other content of the same source"
 SETTINGS_NAME = "shard.json"
 EVIDENCE_NAME = "source.json"
 TOKENIZER_NAME = "tokenizer.json"
 _WORK_NAME = ".work"
 _BEGUN_NAME = f"{_WORK_NAME}/{EVIDENCE_NAME}"
 _OF_PACKING = frozenset(("chunk_length", "chunks_per_shard", "valid_fraction"))
-_LICENSES = ("license", "valid_license")
-_IF_USED = Field(exclude_if=lambda value: value is None)
-_LAYOUT = 2
-"""Of the files in `.work`. An output that is complete serves whatever its layout was."""
-_LAYOUT_OF_DISTINCT = 3
-"""The same with `--deduplicate`, whose rules have changed once more."""
-
-
-class OutputSettings(Saved):
-    """Everything that decides the bytes of the output.
-
-    `revision` is the source's outline: the hub's commit, or a digest of the files' names and sizes.
-    Older versions of this tool wrote a digest of the files' content, and no `tokenizer_sample`:
-    they trained on the first texts of the source. `chunks_per_shard` is None until it has been
-    chosen. The last ones are missing where they are not used. `valid` is the name of the source of
-    the validation split, and `license` decides no byte.
-    """
-
-    layout: int = _LAYOUT
-    source: str
-    revision: str
-    tokenizer: str
-    tokenizer_sample_mb: int
-    tokenizer_sample: Literal["first", "even"] = "first"
-    vocab_size: int
-    chunk_length: int
-    chunks_per_shard: int | None
-    valid_fraction: float
-    seed: int
-    # Not written where it is the default, as older versions of this tool did not know it.
-    format: Literal["text", "chat"] = Field(TEXT, exclude_if=lambda name: name == TEXT)
-    # Earlier versions took an empty condition, which keeps all.
-    where: Annotated[str | None, _IF_USED, BeforeValidator(lambda text: text or None)] = None
-    min_tokens: Annotated[int | None, _IF_USED] = None
-    max_tokens: Annotated[int | None, _IF_USED] = None
-    deduplicate: Annotated[Literal[True] | None, _IF_USED] = None
-    valid: Annotated[str | None, _IF_USED] = None
-    valid_revision: Annotated[str | None, _IF_USED] = None
-    license: Annotated[str | None, _IF_USED] = None
-    valid_license: Annotated[str | None, _IF_USED] = None
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of the splits, in the order in which their manifests are written."""
-        return (VALID, TRAIN) if self.valid_fraction or self.valid else (TRAIN,)
-
-    @property
-    def chooses(self) -> bool:
-        """Whether documents are chosen, so that what was dropped is recorded."""
-        return any((self.where, self.min_tokens, self.max_tokens, self.deduplicate, self.valid))
-
-    def source_of(self, split: str) -> str:
-        """Name of the source of a split."""
-        return self.valid if self.valid and split == VALID else self.source
-
-    @property
-    def has_content_digest(self) -> bool:
-        """Whether `revision` is the digest that older versions wrote for files."""
-        return re.fullmatch("[0-9a-f]{64}", self.revision) is not None
-
-    def token_type(self, vocab_size: int) -> TokenType:
-        """How shards store tokens of a vocabulary."""
-        return token_type(vocab_size, has_mask=FORMATS[self.format].has_mask)
-
-    def difference(self, other: "OutputSettings", free: Set[str] = frozenset()) -> str | None:
-        """The first setting that differs from `other`'s, in words; `free` ones may differ."""
-        for name in ("valid", *type(self).model_fields):  # --valid sets --valid-fraction
-            value, theirs = getattr(self, name), getattr(other, name)
-            if value == theirs or name in ("layout", *_LICENSES, *free):
-                continue
-            if name in ("revision", "valid_revision"):
-                return OTHER_CONTENT
-            return _in_words(name.replace("_", "-"), value, theirs)
-        return None
-
-
-def layout(deduplicate: bool | None) -> int:
-    """The layout of what this version writes into `.work`."""
-    return _LAYOUT_OF_DISTINCT if deduplicate else _LAYOUT
-
-
-def _in_words(name: str, value: object, theirs: object) -> str:
-    """That a setting was `value`, and is not now."""
-    if value is None or theirs is None:
-        return f"without --{name}" if value is None else f"with --{name}"
-    return f"with {name} {value}, not {theirs}"
 
 
 class Output:

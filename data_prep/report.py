@@ -20,7 +20,6 @@ the examples. Memory does not grow with the data.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,13 +27,13 @@ from rich.table import Table
 
 from data_prep.arguments import number_in
 from data_prep.checks.folder_check import SPLITS
-from data_prep.checks.index_check import UNREADABLE
-from data_prep.output import TRAIN
+from data_prep.output_settings import TRAIN
 from data_prep.reports.figures import TOP_DOMAINS, Figures
+from data_prep.reports.lookup import reading_index
 from data_prep.reports.page import page
-from i3dist.cli.paths import typed_path
+from i3dist.cli.paths import result_path, typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
-from i3dist.errors import UserError, printable
+from i3dist.errors import printable
 from i3dist.files import printing_beside, write_result
 
 
@@ -46,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--split", choices=SPLITS, default=TRAIN, help="what to describe (default: train)"
     )
-    parser.add_argument("--html", type=typed_path, metavar="FILE", help="write a page too")
+    parser.add_argument("--html", type=result_path, metavar="FILE", help="write a page too")
     parser.add_argument(
         "--seed",
         type=number_in(int, 0, (1 << 63) - 1),
@@ -64,18 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: the folder cannot be read, or the page cannot be written.
     """
     options = parse(arguments)
-    index = options.folder / options.split / "index.parquet"
-    if (options.folder / options.split).is_dir() and not index.exists():
-        raise UserError(f"{index} is missing: it says where documents lie; restore it")
-    try:
+    with reading_index(options.folder / options.split):
         figures = Figures.of(options.folder, options.split, options.seed)
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{index} cannot be read ({reason}): restore it") from None
     with printing_beside(options.html):
         print_tables(figures, Console())
     if options.html is not None:
-        write(options.html, page(figures))
+        write_result(options.html, page(figures).encode())
 
 
 def print_tables(figures: Figures, console: Console) -> None:
@@ -95,18 +88,6 @@ def print_tables(figures: Figures, console: Console) -> None:
     title = f"Domains with most tokens (top {TOP_DOMAINS})"
     console.print(_table(title, ("domain", "tokens", "share"), domains))
     console.print(figures.domains_in_words())
-
-
-def write(path: Path, text: str) -> None:
-    """Write the page.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        write_result(path, text.encode())
-    except OSError as error:
-        raise UserError(f"cannot write --html {path}: {error.strerror}") from None
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -18,7 +18,8 @@ from data_prep.arguments import ALONE, TaskShare
 from data_prep.dropped import BySource
 from data_prep.duplicates import STEPS, Deduplication
 from data_prep.merge import Layout, MergeTask, merged
-from data_prep.output import TRAIN, VALID, Output, OutputSettings
+from data_prep.output import Output
+from data_prep.output_settings import TRAIN, VALID, OutputSettings
 from data_prep.pack import Framing, chunks_per_shard
 from data_prep.packing import PackPlan, SplitPlan, assembled, pack_ranges
 from data_prep.progress import pass_bar

@@ -63,7 +63,8 @@ from data_prep.arguments import ALONE
 from data_prep.beginning import Beginning
 from data_prep.given_tokenizer import changed_text, given_tokenizer
 from data_prep.options import add_options, check_choices
-from data_prep.output import Output, OutputSettings, layout
+from data_prep.output import Output
+from data_prep.output_settings import OutputSettings, layout
 from data_prep.preparation import Preparation
 from data_prep.reading.hub import DATASET
 from data_prep.reading.opening import open_sources, typed_place, typed_source

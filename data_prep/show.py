@@ -26,7 +26,7 @@ from rich.text import Text
 
 from data_prep.arguments import number_in
 from data_prep.checks.folder_check import SPLITS
-from data_prep.output import TRAIN
+from data_prep.output_settings import TRAIN
 from data_prep.reports.lookup import Part, Piece, SplitReader
 from data_prep.reports.trained import TrainedRun
 from i3dist.cli.paths import typed_path

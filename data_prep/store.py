@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from data_prep.retries import is_final, retried, why
 from i3dist.data.download import shown
 from i3dist.errors import UserError
+from i3dist.files import regular
 
 Result = TypeVar("Result")
 
@@ -71,6 +72,7 @@ class Store:
 
         def read(filesystem: Any, place: str) -> bytes | None:
             try:
+                _refuse_no_file(filesystem, place)
                 data: bytes = filesystem.cat_file(place)
             except FileNotFoundError as error:
                 if not is_final(error):
@@ -89,6 +91,7 @@ class Store:
 
         def fetch(filesystem: Any, place: str) -> bool:
             try:
+                _refuse_no_file(filesystem, place)
                 filesystem.get_file(place, str(path))
                 size = filesystem.info(place)["size"]
             except FileNotFoundError as error:
@@ -153,3 +156,17 @@ class Store:
                 "folder"
             ) from None
         return filesystem, posixpath.join(root, name) if name else root
+
+
+def _refuse_no_file(filesystem: Any, place: str) -> None:
+    """Refuse what is no file on this host's disk, as a FIFO, which would never end."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    if not isinstance(filesystem, LocalFileSystem):
+        return
+    try:
+        regular(Path(place))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {place}: {error.strerror}; remove it") from None

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
+from i3dist.errors import UserError
+
 # Names of unfinished files begin with a dot and end in this.
 PARTIAL = ".partial"
 # What a user may name to be read though it is no file: what a shell opens, as `--config <(command)`
@@ -74,15 +76,20 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def write_result(path: Path, data: bytes) -> None:
     """Write a file that a user named: atomically, but through a link, and into a device or a pipe,
-    which a new file must not replace. Standard output goes on where it is."""
-    if is_output(path):
-        sys.stdout.flush()
-        with open(1, "wb", closefd=False) as output:
-            output.write(data)
-    elif path.is_symlink() or (path.exists() and not path.is_file()):
-        path.write_bytes(data)
-    else:
-        write_whole(path, data)
+    which a new file must not replace. Standard output goes on where it is.
+
+    Raises:
+        UserError: it cannot be written; an earlier file is untouched.
+    """
+    with _refused(path):
+        if is_output(path):
+            sys.stdout.flush()
+            with open(1, "wb", closefd=False) as output:
+                output.write(data)
+        elif path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_bytes(data)
+        else:
+            write_whole(path, data)
 
 
 def is_output(path: Path) -> bool:
@@ -91,22 +98,41 @@ def is_output(path: Path) -> bool:
 
 
 @contextmanager
-def printing_beside(path: Path | None) -> Iterator[None]:
+def printing_beside(*paths: Path | None) -> Iterator[None]:
     """Inside the `with`, print to standard error if a result goes to standard output."""
-    with redirect_stdout(sys.stderr if path and is_output(path) else sys.stdout):
+    taken = any(path is not None and is_output(path) for path in paths)
+    with redirect_stdout(sys.stderr if taken else sys.stdout):
         yield
 
 
-def check_writable(file: Path) -> None:
-    """Find out before long work whether its result can be written; leaves an empty file.
+def check_writable(path: Path) -> None:
+    """Find out before long work whether its result can be written.
 
     A pipe or a device is not opened: the reader of a pipe would find its end.
 
     Raises:
-        OSError: it is a folder, or cannot be written.
+        UserError: it is a folder, or cannot be written.
     """
-    if file.is_file() or file.is_dir() or not file.exists():
-        file.open("ab").close()
+    with _refused(path):
+        if path.is_file() or path.is_dir() or not path.exists():
+            is_new = not os.path.lexists(path)
+            path.open("ab").close()
+            if is_new:
+                path.unlink()
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Inside, a file is written that a user named: what fails is a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        lacks = isinstance(error, FileNotFoundError) and not os.path.isdir(path.parent)
+        remedy = f"make the folder {path.parent}, or name another file"
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; "
+            f"{remedy if lacks else 'name another file'}"
+        ) from None
 
 
 def write_first(path: Path, data: bytes) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from i3dist.errors import UserError
 from i3dist.files import check_writable, write_result
 
 SAID = """
@@ -65,9 +66,19 @@ def test_a_result_on_standard_output_is_whole(tmp_path: Path, piped: bool) -> No
 
 
 def test_what_cannot_be_written_is_found_before(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError):
-        check_writable(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        check_writable(tmp_path / "none" / "file")
-    check_writable(tmp_path / "new")
-    assert (tmp_path / "new").read_bytes() == b""
+    """And what can be written stays as it was: there is no new file, or the earlier one."""
+    other = "name another file"
+    for name, says in {
+        ".": f"cannot be written: Is a directory; {other}",
+        "none/file": f"cannot be written: No such .*; make the folder .*none, or {other}",
+        "old/file": f"cannot be written: Not a directory; {other}",
+    }.items():
+        (tmp_path / "old").write_bytes(b"content")
+        for write in (check_writable, lambda path: write_result(path, b"result")):
+            with pytest.raises(UserError, match=says):
+                write(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for name in ("new", "old", "link"):
+        check_writable(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "link", "target"}
+    assert (tmp_path / "old").read_bytes() == b"content" and (tmp_path / "link").is_symlink()

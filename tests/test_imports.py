@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,10 @@ def modules(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def known(name: str) -> bool:
     """Whether a dotted name is a module of ours, not something inside one."""
     path = ROOT / Path(*name.split("."))
@@ -60,11 +65,21 @@ def known(name: str) -> bool:
 def test_imports_run_one_way(path: Path) -> None:
     if path.name == "__init__.py":
         return
-    here = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    here = dotted(path)
     for name in imports(path):
         assert not name.startswith(("launch", "data_prep", "tests")), name
         if name.startswith("i3dist.") and known(name):
             assert layer_of(name) <= layer_of(here), f"{here} imports {name}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Neither at its top nor inside a function."""
+    paths = {dotted(path): path for folder in ("i3dist", "data_prep") for path in modules(folder)}
+    graph = {name: {*imports(path)} & {*paths} for name, path in paths.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("imports go round: " + " <- ".join(error.args[1]))
 
 
 def test_the_model_never_sees_data() -> None:

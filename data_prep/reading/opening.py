@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from data_prep.formats import FORMATS
-from data_prep.output import OutputSettings
+from data_prep.output_settings import OutputSettings
 from data_prep.reading.files import file_source
 from data_prep.reading.hub import source_at
 from data_prep.reading.mixture import Weighted, mixed, split_weight

@@ -313,7 +313,11 @@ def url_source(url: str) -> RemoteSource:
 def _listed(filesystem: Any, path: str) -> tuple[str, list[dict[str, Any]]]:
     """The folder that names are below, and the files there."""
     if _url_path(path).lower().endswith(SUFFIXES) and "*" not in path:
-        return posixpath.dirname(path), [filesystem.info(path)]
+        info = filesystem.info(path)
+        if info["type"] == "other":  # on a disk
+            raise UserError(f"{path} is no file or folder: name another --source")
+        if info["type"] == "file":
+            return posixpath.dirname(path), [info]
     if "*" in path:
         root = path[: path.index("*")].rpartition("/")[0]
         found = filesystem.glob(path, detail=True)

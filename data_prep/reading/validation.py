@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep.arguments import ALONE, TaskShare
 from data_prep.evidence import State
-from data_prep.output import TRAIN, VALID
+from data_prep.output_settings import TRAIN, VALID
 from data_prep.reading.joined import JoinedPart
 from data_prep.sources import NamedFile, Part, Share, Source
 from i3dist.errors import UserError

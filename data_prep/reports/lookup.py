@@ -1,6 +1,7 @@
 """Finds documents and chunks in a split: what lies where, and its text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_prep.checks.index_check import UNREADABLE
+from data_prep.output import TOKENIZER_NAME
 from data_prep.pack import INDEX_NAME
 from i3dist.data.chat import transcript
 from i3dist.data.manifest import Manifest
@@ -45,6 +47,19 @@ class Part(NamedTuple):
     text: str
 
 
+@contextmanager
+def reading_index(split: Path) -> Iterator[Path]:
+    """The index of a split; a `UserError` if it is missing or cannot be read."""
+    path = split / INDEX_NAME
+    try:
+        yield path
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: it says where documents lie; restore it") from None
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} cannot be read ({reason}): restore it") from None
+
+
 class SplitReader:
     """Reads one split of an output; each shard is verified when it is read."""
 
@@ -56,7 +71,7 @@ class SplitReader:
         """
         self.folder = folder / split
         self.manifest = Manifest.load(self.folder)
-        self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        self.tokenizer = Tokenizer.load(folder / TOKENIZER_NAME)
         if self.tokenizer.sha256 != self.manifest.tokenizer_sha256:
             raise UserError(
                 f"{self.tokenizer.path} is not the tokenizer that made {self.folder}: restore it"
@@ -146,14 +161,6 @@ class SplitReader:
         return sum(row.length for row in rows)
 
     def _pieces(self, filters: list[tuple[str, str, Any]]) -> list[Piece]:
-        path = self.folder / INDEX_NAME
-        try:
-            rows = pq.read_table(
-                regular(path), filters=filters, columns=list(Piece._fields)
-            ).to_pylist()
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: it says where documents lie; restore it") from None
-        except UNREADABLE as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{path} cannot be read ({reason}): restore it") from None
-        return [Piece(**row) for row in rows]
+        with reading_index(self.folder) as path:
+            table = pq.read_table(regular(path), filters=filters, columns=list(Piece._fields))
+            return [Piece(**row) for row in table.to_pylist()]

@@ -16,7 +16,7 @@ from i3dist.config import CheckpointSettings
 from i3dist.errors import UserError
 from i3dist.files import PARTIAL, regular, remove, sync, write_whole
 
-CHECKPOINTS, SETTINGS = "checkpoints", "settings.yaml"  # names in the run's folder
+CHECKPOINTS, SETTINGS, LOCK = "checkpoints", "settings.yaml", ".lock"  # names in the run's folder
 LATEST = "latest"
 
 

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from i3dist.errors import UserError
+from i3dist.files import check_writable
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 """The settings files that come with the package."""
 
@@ -95,6 +98,20 @@ def typed_path(text: str) -> Path:
         return literal_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def result_path(text: str) -> Path:
+    """A file to write a result to, as the `type` of a command-line option.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot be written: better now than after the work.
+    """
+    path = typed_path(text)
+    try:
+        check_writable(path)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
 
 
 def typed_config(text: str) -> Path:

@@ -112,10 +112,7 @@ def write_conversation(path: Path, turns: Sequence[dict[str, str]]) -> None:
         UserError: the file cannot be written; an earlier one is untouched.
     """
     line = json.dumps({"messages": turns}, ensure_ascii=False)
-    try:
-        write_result(path, f"{line}\n".encode())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    write_result(path, f"{line}\n".encode())
 
 
 def transcript(tokenizer: Tokenizer, ids: Sequence[int] | NDArray[np.integer]) -> str:

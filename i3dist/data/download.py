@@ -15,10 +15,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from i3dist.errors import UserError, printable
+from i3dist.files import regular
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -111,8 +114,14 @@ def _parts(url: str) -> Iterator[bytes]:
 
 @contextmanager
 def _opened(url: str) -> Iterator[Any]:
-    from webdataset.gopen import gopen
+    from webdataset.gopen import gopen, rewrite_url
 
+    address = urlsplit(rewrite_url(url))
+    if address.scheme == "file":
+        try:
+            regular(Path(url2pathname(address.path)))
+        except OSError as error:
+            raise FetchError(url, str(error.strerror), temporary=False) from None
     try:
         stream = gopen(url, "rb")
     except FileNotFoundError as error:

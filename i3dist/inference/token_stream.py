@@ -107,8 +107,8 @@ class TokenStream:
     def _sample(self, logits: Tensor) -> None:
         """Sample what follows the last tokens, of logits [B, V] fp32."""
         if self.by_kernel:
-            ids, numbers = (self.eos_id, self.decoder.model.bos_id), (self.seeds, self.drawn)
-            temperature = self.sampling.temperature
+            ids = self.eos_id, self.decoder.model.bos_id, NOT_FINITE
+            temperature, numbers = self.sampling.temperature, (self.seeds, self.drawn)
             step_kernels("token_triton").sample(
                 logits, self.allowed, temperature, numbers, self.tokens, *ids, SPLIT_MIX
             )

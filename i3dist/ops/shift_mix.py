@@ -1,15 +1,9 @@
 """Residual, LayerNorm, token shift and learned mixes: what an RWKV-4 layer does to its input.
 
-Notation: N sequences, T tokens, D channels, P channels with padding, M mixes. With scale g and
-offset b of the LayerNorm (Ba et al., 2016, arXiv:1607.06450), per token:
-
-    normed_t = LayerNorm(x_t) = g (x_t - mean_t) / sqrt(variance_t + eps) + b
-    before_t = normed_{t-1};  the carried shift at t = 0;  0 where the token restarts
-    mixed_i,t = before_t + (normed_t - before_t) mix_i
-
-`norm_shift_mix_naive` writes this in PyTorch's own operators: it runs on the CPU and is the oracle.
-On CUDA it would read and write every intermediate, so there a pair of Triton kernels does the work.
-They are one operator to PyTorch: `torch.compile` has no graph break here.
+Notation: N sequences, T tokens, D channels, P channels with padding, M mixes; the equations are in
+`i3dist.ops.shift_mix_naive`, which runs on the CPU. On CUDA it would read and write every
+intermediate, so there a pair of Triton kernels does the work. They are one operator to PyTorch:
+`torch.compile` has no graph break here.
 """
 
 import functools
@@ -18,11 +12,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from i3dist.ops.ahead import compile_ahead, wait_for
 from i3dist.ops.checks import check_dtypes, check_shapes, is_plain
+from i3dist.ops.shift_mix_naive import Mixed, MixInputs, MixSaved, norm_shift_mix_naive
 
 _TRITON = importlib.util.find_spec("triton") is not None  # PyTorch's CPU wheel comes without it
 
@@ -34,28 +28,6 @@ class Norm(NamedTuple):
     bias: Tensor  # [P], offset
     channels: int  # D <= P; statistics are over the first D, results are 0 in the others
     eps: float  # added to the variance
-
-
-class MixInputs(NamedTuple):
-    """The inputs of `norm_shift_mix`. x, parameters, shift and branch are 0 in padded channels."""
-
-    x: Tensor  # [N, T, P] bf16, fp32 or fp64; T >= 1
-    weight: Tensor  # [P], LayerNorm's scale
-    bias: Tensor  # [P], LayerNorm's offset
-    mixes: Tensor  # [M, P], the share of the present token in each result; M >= 1
-    restart: Tensor  # [N, T] bool, true where nothing came before the token
-    shift: Tensor  # [N, P] in x's dtype, the normed token before the first: zeros, or a result
-    channels: int  # D <= P; LayerNorm's statistics are over the first D channels
-    eps: float  # added to the variance
-    branch: Tensor | None = None  # [N, T, P] in x's dtype, is added to x first; None is 0
-
-
-class Mixed(NamedTuple):
-    """The results of `norm_shift_mix`, in x's dtype."""
-
-    mixed: tuple[Tensor, ...]  # M of [N, T, P]
-    last: Tensor  # [N, P], the last token's normed: the shift of what follows
-    total: Tensor  # [N, T, P], x + branch, from which the residual stream goes on
 
 
 def norm_shift_mix(inputs: MixInputs, goes_on: bool = True) -> Mixed:
@@ -89,25 +61,6 @@ def has_kernels(x: Tensor) -> bool:
     return _TRITON and x.is_cuda and x.dtype != torch.float64
 
 
-def norm_shift_mix_naive(inputs: MixInputs) -> Mixed:
-    """The equations; arguments and results are those of `norm_shift_mix`."""
-    x, weight, bias, mixes, restart, shift, channels, eps, branch = inputs
-    weight, bias, mixes = (p[..., :channels].to(x.dtype) for p in (weight, bias, mixes))
-    padding = x.shape[-1] - channels
-
-    def pad(tensor: Tensor) -> Tensor:
-        return F.pad(tensor, (0, padding)) if padding else tensor  # a pad of 0 would copy
-
-    if branch is not None:
-        x = pad(x[..., :channels] + branch[..., :channels])
-    normed = pad(F.layer_norm(x[..., :channels], (channels,), weight, bias, eps))
-    shift = pad(shift[:, :channels])
-    before = torch.cat([shift.unsqueeze(1), normed[:, :-1]], dim=1)
-    before = before.masked_fill(restart.unsqueeze(-1), 0.0)
-    mixed = tuple(torch.lerp(before, normed, mix) for mix in pad(mixes))
-    return Mixed(mixed, normed[:, -1], x)
-
-
 def _check(inputs: MixInputs) -> None:
     x, weight, bias, mixes, restart, shift, channels, _, branch = inputs
     if x.ndim != 3 or x.shape[1] == 0:
@@ -134,19 +87,6 @@ def _kernels() -> ModuleType:
     from i3dist.ops import shift_mix_triton
 
     return shift_mix_triton
-
-
-class Saved(NamedTuple):
-    """What the backward kernel reads besides gradients."""
-
-    x: Tensor  # with its branch, if any
-    weight: Tensor
-    bias: Tensor
-    mixes: Tensor
-    restart: Tensor
-    shift: Tensor
-    statistics: Tensor  # [2, N, T] fp32, each token's mean and reciprocal deviation
-    channels: int
 
 
 _READ = "Tensor x, Tensor weight, Tensor bias, Tensor mixes, Tensor restart, Tensor shift"
@@ -181,7 +121,7 @@ def _norm_shift_mix_backward(
     The gradient of x is that of x + branch, and includes `grad_total`, the last argument.
     """
     *saved, grad_total = rest
-    return wait_for(_kernels().backward)(grad_mixed, grad_last, Saved(*saved), grad_total)
+    return wait_for(_kernels().backward)(grad_mixed, grad_last, MixSaved(*saved), grad_total)
 
 
 @_norm_shift_mix.register_fake
@@ -200,7 +140,7 @@ def _norm_shift_mix_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, _, _, mixes, _, shift, *_ = rest
     *saved, grad_total = rest
-    compile_ahead(_kernels().backward, grad_mixed, grad_last, Saved(*saved), grad_total)
+    compile_ahead(_kernels().backward, grad_mixed, grad_last, MixSaved(*saved), grad_total)
     rows, length, width = x.shape
     programs = _kernels().backward_programs(rows * length)
     summands = x.new_empty(programs, 2 + mixes.shape[0], width, dtype=torch.float32)

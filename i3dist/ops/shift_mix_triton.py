@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from i3dist.ops.ahead import launch
-from i3dist.ops.shift_mix import MixInputs, Saved
+from i3dist.ops.shift_mix_naive import MixInputs, MixSaved
 
 
 class Plan(NamedTuple):
@@ -366,7 +366,7 @@ def backward_programs(tokens: int) -> int:
 
 
 def backward(
-    grad_mixed: list[Tensor], grad_last: Tensor, saved: Saved, grad_total: Tensor | None
+    grad_mixed: list[Tensor], grad_last: Tensor, saved: MixSaved, grad_total: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and shift, and summands [:, 2 + M, P] fp32 of weight's, bias's and mixes'."""
     x, weight, bias, mixes, restart, shift, statistics, channels = saved

@@ -17,7 +17,6 @@ from i3dist.ops.shift_mix import Norm
 from i3dist.ops.step_triton import _normed, _row, _start_next, _store, early
 
 ROWS, BLOCK = 64, 128  # blocks read at once, and their tokens, whose weights are summed first
-NOT_FINITE = -1  # stands for a token that could not be sampled
 
 
 @triton.jit
@@ -173,9 +172,9 @@ def keep(x: Tensor, hidden: Tensor, position: Tensor) -> None:
 
 def sample(
     logits: Tensor, allowed: Tensor, temperature: float, numbers: tuple[Tensor, Tensor],
-    tokens: Tensor, eos_id: int, bos_id: int, constants: tuple[int, int, int],
+    tokens: Tensor, eos_id: int, bos_id: int, not_finite: int, constants: tuple[int, int, int],
 ) -> None:  # fmt: skip
-    """Replace tokens [B] int64 by those that follow, `bos_id` behind `eos_id`, or by `NOT_FINITE`.
+    """Replace tokens [B] int64 by those that follow, with `bos_id` behind `eos_id`.
 
     Args:
         logits: [B, V] fp32.
@@ -185,12 +184,13 @@ def sample(
         tokens: changes.
         eos_id: the token that ends a document.
         bos_id: the one that opens a document.
+        not_finite: stands for a token that cannot be sampled, as logits are not finite.
         constants: SplitMix64's step and factors.
     """
     rows, size = logits.shape
     step, first, second = constants
     _sample[(rows,)](
         logits, allowed, *numbers, tokens, float(temperature or 1.0), V=size, EOS=eos_id,
-        BOS=bos_id, STEP=step, FIRST=first, SECOND=second, NOT_FINITE=NOT_FINITE, ROWS=ROWS,
+        BOS=bos_id, STEP=step, FIRST=first, SECOND=second, NOT_FINITE=not_finite, ROWS=ROWS,
         BLOCK=BLOCK, LIKELIEST=temperature == 0, num_warps=32, **early(),
     )  # fmt: skip

@@ -17,14 +17,14 @@ from rich.table import Table
 
 from i3dist.checkpoint.weights import add_model_arguments, load_run
 from i3dist.cli import streams
-from i3dist.cli.paths import typed_path, typed_place
+from i3dist.cli.paths import result_path, typed_path, typed_place
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Corpus
 from i3dist.data.shards import check_shards
 from i3dist.distributed import devices
 from i3dist.errors import UserError
 from i3dist.export.harness import run_tasks, table_of
-from i3dist.files import check_writable, printing_beside, write_result
+from i3dist.files import printing_beside, write_result
 from i3dist.inference.evaluate import Evaluation, evaluate
 from i3dist.tracking.report import progress_bar
 
@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         help="tasks of lm-evaluation-harness (pip install 'i3dist[eval]')",
     )
     parser.add_argument(
-        "--json", type=typed_path, metavar="FILE", help="write the results here too"
+        "--json", type=result_path, metavar="FILE", help="write the results here too"
     )
     tasks = parser.add_argument_group("options of --tasks")
     tasks.add_argument(
@@ -131,9 +131,7 @@ def main() -> None:
     """Evaluate, write and print."""
     arguments = parse_arguments()
     check_options(arguments)
-    if arguments.json:
-        check_writable(arguments.json)
-    else:
+    if not arguments.json:
         streams.require_output()
     device = devices.pick_device(arguments.device)
     # The file is written first: printing fails where the reader of the output has gone.

@@ -9,9 +9,8 @@ may still be going on; what it does not have (yet) is left out.
 import argparse
 
 from i3dist.cli.extend import add_extend_option
-from i3dist.cli.paths import typed_path
+from i3dist.cli.paths import result_path, typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
-from i3dist.errors import UserError
 from i3dist.files import printing_beside, write_result
 from i3dist.report.page import page
 from i3dist.report.run import Run
@@ -22,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=typed_path, metavar="RUN", nargs="+", help="a run's folder")
     parser.add_argument(
-        "--out", type=typed_path, metavar="FILE.html", required=True, help="the page to write"
+        "--out", type=result_path, metavar="FILE.html", required=True, help="the page to write"
     )
     add_extend_option(parser)
     return parser.parse_args()
@@ -36,10 +35,7 @@ def main() -> None:
     """
     arguments = parse_arguments()
     text = page([Run.read(folder) for folder in arguments.runs])
-    try:
-        write_result(arguments.out, text.encode())
-    except OSError as error:
-        raise UserError(f"cannot write --out {arguments.out}: {error.strerror}") from None
+    write_result(arguments.out, text.encode())
     with printing_beside(arguments.out):
         print(f"written: {arguments.out}")
 

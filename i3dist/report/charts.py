@@ -8,7 +8,7 @@ import numpy as np
 
 from i3dist.page.svg import SERIES, axes_of, series_color, shade, short, styled, ticker, to_svg
 from i3dist.report.run import Run
-from i3dist.tracking.plots import scale_steps
+from i3dist.tracking.plots import GAIN_UNIT, LOSS_UNIT, scale_steps
 from i3dist.tracking.series import (
     AGE,
     SMOOTH_FROM,
@@ -153,7 +153,7 @@ def overlaid(runs: Sequence[Run]) -> Iterator[Chart]:
     every = dict(enumerate(runs))
     yield Chart(
         "Loss",
-        "loss (nats per token)",
+        LOSS_UNIT,
         [curve for n, run in every.items() for curve in _losses(n, run)],
         "Line: training, running mean (faint: single steps). Dots: held-out text.",
         log_x=True,
@@ -161,7 +161,7 @@ def overlaid(runs: Sequence[Run]) -> Iterator[Chart]:
     )
     yield Chart(
         "Gain of history",
-        "gain (nats per token)",
+        GAIN_UNIT,
         [curve for n, run in every.items() for curve in _mean_gains(n, run)],
         "Held-out loss without history minus with it. Dotted: with another document's history.",
     )
@@ -191,7 +191,7 @@ def families(number: int, run: Run) -> Iterator[Chart]:
     by_index = grouped(_gains_by_index(run.validation))
     yield Chart(
         "Gain of history by chunk",
-        "gain (nats per token)",
+        GAIN_UNIT,
         _shaded(f"gain-{number}", run, run.validation, by_index),
         "Held-out loss without history minus with it.",
         legend="index of the chunk in its document",

@@ -31,6 +31,7 @@ from i3dist.tracking.metrics_log import (
 )
 from i3dist.tracking.notify import DATA_WAIT, DATA_WAIT_SECONDS
 from i3dist.tracking.series import Lines, column
+from i3dist.training.ledger import LEDGER
 
 State = Literal["starting", "training", "ended", "waiting", "failed", "silent"]
 
@@ -212,7 +213,7 @@ def lock_holder(folder: Path) -> int | None:
     each host.
     """
     try:
-        handle = os.open(regular(folder / ".lock"), os.O_RDONLY)
+        handle = os.open(regular(folder / store.LOCK), os.O_RDONLY)
     except OSError:
         return None
     try:
@@ -230,14 +231,8 @@ def lock_holder(folder: Path) -> int | None:
 def _last_sign(folder: Path) -> float:
     """When the run last wrote one of its files."""
     times = [0.0]
-    for name in (
-        METRICS,
-        VALIDATION,
-        STARTS,
-        EVENTS,
-        "ledger.jsonl",
-        f"checkpoints/{store.LATEST}",
-    ):
+    latest = f"{store.CHECKPOINTS}/{store.LATEST}"
+    for name in (METRICS, VALIDATION, STARTS, EVENTS, LEDGER, latest):
         with suppress(OSError):
             times.append((folder / name).stat().st_mtime)
     return max(times)

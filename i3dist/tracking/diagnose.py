@@ -18,6 +18,7 @@ from i3dist.model.state import LaneState
 from i3dist.ops.attention import Window, seen_by_chunk, split_heads
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.precision import widen
+from i3dist.tracking.series import AGE
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def diagnose(
         used = targets != IGNORE
         latents = below.latents[:, model.settings.history_chunks :][used.any(-1)]
         shares = attention_by_age(model, below, used, gate).tolist()
-        ages = {f"attention_age_{age:02d}": share for age, share in enumerate(shares, start=1)}
+        ages = {f"{AGE}{age:02d}": share for age, share in enumerate(shares, start=1)}
         rank = effective_rank(model.width.trim(latents).flatten(0, 1))
         return {**ages, "effective_rank": rank}
 

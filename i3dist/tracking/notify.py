@@ -76,12 +76,10 @@ class Notifier:
         thread.start()
 
     def _tell_of_wait(self, what: str) -> None:
-        if self._first_end.locked():  # the last event is how the run ended
-            return
-        with warned("events"):
-            print(f"warning: {what}", file=sys.stderr, flush=True)
-            line = {"event": DATA_WAIT, "host": socket.gethostname(), "reason": what}
-            MetricsLog(self._folder / EVENTS).append(self._last_step(), line)
+        if not self._first_end.locked():  # the last event is how the run ended
+            with warned("events"):
+                print(f"warning: {what}", file=sys.stderr, flush=True)
+            self._append(DATA_WAIT, self._last_step(), what)
 
     def leave(self, reason: str, again: bool) -> None:
         """Other ranks end this process; `again` says whether the job asks to be started again."""
@@ -109,14 +107,19 @@ class Notifier:
     def _tell(self, event: Event, step: int, reason: str) -> None:
         if not self._active:
             return
+        line = self._append(event, step, reason)
+        if self._watcher is not None and self._watcher.stdin is not None:
+            with suppress(OSError):
+                self._watcher.stdin.write(json.dumps(line).encode() + b"\n")
+                self._watcher.stdin.flush()
+
+    def _append(self, event: str, step: int, reason: str) -> dict[str, Any]:
+        """Add an event to events.jsonl, if the run has begun."""
         line = {"event": event, "host": socket.gethostname(), "reason": reason}
         if self._begun:
             with warned("events"):
                 MetricsLog(self._folder / EVENTS).append(step, line)
-        if self._watcher is not None and self._watcher.stdin is not None:
-            with suppress(OSError):
-                self._watcher.stdin.write(json.dumps({"step": step, **line}).encode() + b"\n")
-                self._watcher.stdin.flush()
+        return {"step": step, **line}
 
     def _last_step(self) -> int:
         """The last step reported, or 0."""

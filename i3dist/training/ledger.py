@@ -83,7 +83,7 @@ def first_break(entries: Sequence[Entry]) -> str | None:
 
 def unsaved(entries: Sequence[Entry], run: Path) -> str | None:
     """What is wrong if the run's newest checkpoint is of a later step than the ledger, or None."""
-    for path in store.candidates(run / "checkpoints")[:1]:
+    for path in store.candidates(run / store.CHECKPOINTS)[:1]:
         step = store.step_of(path) or 0
         if step > entries[-1].step:
             return f"it ends at step {entries[-1].step}, but the checkpoint is of step {step}"

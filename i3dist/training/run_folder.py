@@ -67,7 +67,7 @@ def lock_folder(folder: Path) -> None:
         UserError: another process holds it.
         OSError: the lock file cannot be made.
     """
-    handle = os.open(regular_or_new(folder / ".lock"), os.O_RDWR | os.O_CREAT)
+    handle = os.open(regular_or_new(folder / store.LOCK), os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

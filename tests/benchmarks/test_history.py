@@ -307,6 +307,27 @@ def test_the_report_compares_arms_of_a_seed(results: Path, tmp_path: Path) -> No
     assert history_report.recovered(arms, "none").lstrip("-") == "0.00"
 
 
+@pytest.mark.parametrize(
+    ("name", "begins"), [("/dev/stdout", b"\x89PNG"), ("gain", b"\x89PNG"), ("gain.svg", b"<?xml")]
+)
+def test_a_plot_is_of_the_kind_that_its_name_says(
+    results: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+    name: str,
+    begins: bytes,
+) -> None:
+    """A PNG where it says none; on standard output it stands alone."""
+    monkeypatch.chdir(tmp_path)
+    history.main(["report", str(results), "--plot", name])
+    out, aside = capfdbinary.readouterr()
+    on_output = name == "/dev/stdout"
+    assert (out if on_output else Path(name).read_bytes()).startswith(begins)
+    assert b"recovered" in (aside if on_output else out)
+    assert len(list(tmp_path.iterdir())) == 1 - on_output
+
+
 @pytest.mark.parametrize("differs", ["data", "evaluated tokens of a row without data"])
 def test_arms_of_different_data_are_not_compared(
     results: Path, tmp_path: Path, differs: str

@@ -1,6 +1,7 @@
 """benchmarks/needle.py: models that know the needle or do not, its reach, and a trained run."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -287,14 +288,19 @@ def test_a_trained_run(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     ("words", "says"),
     [
         (["--text", "nowhere"], "error: --text nowhere cannot be read: No such file or directory"),
+        (["--text", "pipe"], "error: --text pipe cannot be read: it is a FIFO, not a file; name"),
         (["--text", "bytes"], "error: --text bytes is not UTF-8 text: convert it"),
         (
             ["--text", "bytes", "--json", "."],
-            "error: --json . cannot be written (.: Is a directory): name",
+            "error: argument --json: . cannot be written: Is a directory; name another file",
         ),
         (
             ["--text", "bytes", "--plot", "bytes/x"],
-            "error: --plot bytes/x cannot be written (bytes: File exists): name another file",
+            "error: argument --plot: bytes/x cannot be written: Not a directory; name another file",
+        ),
+        (
+            ["--text", "bytes", "--plot", "x.txt"],
+            "error: argument --plot: x.txt is no plot: end its name in one of .png, .svg, .pdf",
         ),
     ],
 )
@@ -302,6 +308,7 @@ def test_files_that_cannot_be_used_are_one_line_before_anything_is_measured(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
 ) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as raised:
         needle.main(["--checkpoint", str(whole), *words, "--device", "cpu"])

@@ -21,7 +21,7 @@ from data_prep import forecast, report
 from data_prep.choice import Choice
 from data_prep.dropped import dropped_by_split
 from data_prep.forecast import Forecast, measure
-from data_prep.output import OutputSettings
+from data_prep.output_settings import OutputSettings
 from data_prep.reading import hub
 from data_prep.reading.files import file_source
 from data_prep.shard import main, parse

@@ -11,7 +11,8 @@ from data_prep import beginning, forecast
 from data_prep.choice import Choice
 from data_prep.forecast import Forecast, Sample, measure
 from data_prep.options import CORES
-from data_prep.output import Output, OutputSettings
+from data_prep.output import Output
+from data_prep.output_settings import OutputSettings
 from data_prep.reading.files import file_source
 from data_prep.sources import Part, Record, Share
 from i3dist.data.manifest import Manifest

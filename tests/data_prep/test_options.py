@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_prep import progress
-from data_prep.output import OutputSettings
+from data_prep.output_settings import OutputSettings
 from data_prep.reading.hub import DATASET, HUB_NAME
 from data_prep.shard import parse, settings_of
 from data_prep.tokenizer import check_vocabulary

@@ -1,6 +1,7 @@
 """report.py: its figures equal those counted from the shards, and its page stands alone."""
 
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -211,8 +212,15 @@ def test_the_page_on_standard_output_stands_alone(
 def test_bad_input_is_one_line(built: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no manifest at"):
         report.main([str(tmp_path)])
-    with pytest.raises(UserError, match=r"cannot write --html .*none/a\.html"):
+    with pytest.raises(
+        UserError, match=r"--html: .*none/a\.html cannot be written: .*make the folder"
+    ):
         report.main([str(built), "--html", str(tmp_path / "none" / "a.html")])
-    (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match=r"index\.parquet is missing"):
-        report.main([str(tmp_path)])
+    shutil.copytree(built, tmp_path / "made")
+    index = tmp_path / "made" / "train" / "index.parquet"
+    index.write_bytes(index.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"index\.parquet cannot be read \(.+\): restore it"):
+        report.main([str(tmp_path / "made")])
+    index.unlink()
+    with pytest.raises(UserError, match=r"index\.parquet is missing: it says where"):
+        report.main([str(tmp_path / "made")])

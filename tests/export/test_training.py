@@ -1,11 +1,12 @@
 """Fine-tuning the export: loss, gradients, Trainer, save_pretrained. About 8 s."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from i3dist.model.lm import I3LM
@@ -42,6 +43,56 @@ def test_loss_and_gradients_are_those_of_training(each: Exported) -> None:
     for ours, theirs, name in pairs:
         assert theirs.abs().max() > 0, name
         assert far(ours, theirs) < 1e-3 * theirs.abs().max(), name
+
+
+class Adapted(nn.Module):
+    """A Linear with an adapter of low rank, which has nothing of a Linear but its call."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(0.3 * torch.randn(2, base.in_features))
+        self.up = nn.Parameter(0.3 * torch.randn(base.out_features, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + (x @ self.down.mT) @ self.up.mT
+
+
+def adapt(hf: nn.Module, names: Iterable[str]) -> dict[str, Adapted]:
+    """Put adapters on Linears."""
+    torch.manual_seed(3)
+    adapters = {}
+    for name in names:
+        folder, _, last = name.rpartition(".")
+        adapters[name] = Adapted(cast(nn.Linear, hf.get_submodule(name)))
+        hf.get_submodule(folder)._modules[last] = adapters[name]
+    return adapters
+
+
+def test_adapters_do_what_the_same_change_of_the_weights_does(each: Exported) -> None:
+    """In logits and in gradients, on every Linear but the router, of history too."""
+    hf, merged = each.load(), each.load()
+    names = [name for name, part in hf.named_modules() if isinstance(part, nn.Linear)]
+    adapters = adapt(hf, [name for name in names if name != "compressor.salience"])
+    for name, adapter in adapters.items():
+        merged.get_submodule(name).weight.data += (adapter.up @ adapter.down).detach()
+    tokens = documents(1, 12 * 7, 30)[None]
+    ours, theirs = hf(tokens, labels=tokens), merged(tokens, labels=tokens)
+    assert far(ours.logits.detach(), theirs.logits.detach()) < TOLERANCE
+    ours.loss.backward()
+    theirs.loss.backward()
+    for name, adapter in adapters.items():
+        wanted = merged.get_submodule(name).weight.grad @ adapter.down.mT
+        assert far(adapter.up.grad, wanted) < 1e-3 * wanted.abs().max(), name
+
+
+def test_an_adapter_on_the_router_is_not_read(one: Exported) -> None:
+    hf, tokens = one.load(), documents(1, 50, 100)[None]
+    before = hf(tokens).logits
+    router = hf.compressor.salience
+    hf.compressor.salience = Adapted(router)
+    hf.compressor.salience.weight = router.weight  # as peft's have
+    assert hf(tokens).logits.equal(before)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -19,6 +19,8 @@ from data_prep import report as data_report
 from data_prep import shard, show, verify
 from data_prep.given_tokenizer import given_tokenizer
 from data_prep.reading.files import file_source
+from data_prep.reading.remote import url_source
+from data_prep.store import Store
 from i3dist.checkpoint import store
 from i3dist.checkpoint import verify as verify_checkpoint
 from i3dist.checkpoint.format import read_state
@@ -231,6 +233,22 @@ def test_a_source(tmp_path: Path, name: str, kind: str) -> None:
     for spec in (tmp_path / name, tmp_path, tmp_path / "*"):
         with pytest.raises(UserError, match=r"is no file or folder|pipes, sockets or devices"):
             file_source(spec)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_url_of_this_host(data: Path, tmp_path: Path, kind: str) -> None:
+    """It may name a folder of sources, but all else that is no file is refused at once."""
+    folder = linked(data, tmp_path / "data")
+    url, store = f"file://{folder}", Store(f"file://{folder}")
+    for name in ("train/manifest.json", "tokenizer.json"):
+        place(kind, folder / name)
+    place(kind, tmp_path / "a.jsonl")
+    refused(lambda _: Corpus.open(url, ModelSettings()), folder, "manifest.json", kind)
+    refused(lambda _: store.get("tokenizer.json"), folder, "tokenizer.json", kind)
+    refused(lambda _: store.fetch("tokenizer.json", tmp_path / "x"), folder, "tokenizer.json", kind)
+    says = "nothing at .*a.jsonl ends in" if kind == "folder" else "a.jsonl is no file or folder"
+    with pytest.raises(UserError, match=says):
+        url_source(f"file://{tmp_path}/a.jsonl")
 
 
 @pytest.mark.parametrize("kind", NO_FOLDERS)

@@ -21,7 +21,7 @@ from i3dist.inference.layout import laid_out
 from i3dist.inference.place import Place
 from i3dist.inference.sampling import SPLIT_MIX, Sampling
 from i3dist.inference.steps import AttentionStep, LatentStep, Sight, attend_step, step_kernels
-from i3dist.inference.token_stream import choose_tokens
+from i3dist.inference.token_stream import NOT_FINITE, choose_tokens
 from i3dist.model.attention import AttentionBlock
 from i3dist.model.lm import I3LM
 from i3dist.ops.shift_mix import Norm
@@ -290,7 +290,8 @@ def test_sampling_of_tokens(temperature: float) -> None:
         wanted = choose_tokens(logits, allowed, Sampling(temperature), seeds, numbers)
         ended = (tokens == eos) & (wanted >= 0)
         wanted = torch.where(ended, bos, wanted)
-        kernel(logits, allowed, temperature, (seeds, drawn), tokens, eos, bos, SPLIT_MIX)
+        ids = eos, bos, NOT_FINITE
+        kernel(logits, allowed, temperature, (seeds, drawn), tokens, *ids, SPLIT_MIX)
         assert tokens.equal(wanted)
         assert drawn.tolist() == [step + 1] * rows
 

@@ -130,7 +130,7 @@ def test_evaluate_finds_before_the_work_that_it_cannot_write(
     monkeypatch.setattr(module, "load_run", mock.Mock(side_effect=AssertionError))
     words = ["--checkpoint", finished, "--data", known.folder]
     typed(monkeypatch, *words, "--json", tmp_path / name)
-    with pytest.raises(OSError, match=says):
+    with pytest.raises(UserError, match=rf"--json: .* cannot be written: {says}.*; .*name another"):
         module.main()
 
 

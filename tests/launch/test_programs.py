@@ -15,7 +15,7 @@ from i3dist.cli.settings_text import all_settings
 from i3dist.config import Settings
 from i3dist.errors import UserError
 from i3dist.programs.generate import read_prompt
-from i3dist.training.run import recorded
+from i3dist.training.record import recorded
 from tests.conftest import QUICK, ROOT, error_line, program
 
 

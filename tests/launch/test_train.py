@@ -15,7 +15,7 @@ from i3dist.errors import UserError
 from i3dist.programs.train import main
 from i3dist.tracking.metrics_log import read_lines
 from i3dist.tracking.mlflow_store import FinalModel
-from i3dist.training import run
+from i3dist.training import record, run
 from i3dist.training.preflight import read_input
 from tests.conftest import ROOT
 from tests.known import CHUNK, Known
@@ -154,14 +154,14 @@ def test_train_ends_as_it_went(
 
 
 def test_a_model_is_logged_unless_the_user_does_not_want_it(
-    train: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The other ranks wait meanwhile, so it takes half of the time after which they give up."""
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "3")
     stop = SimpleNamespace(reason=None)
     for wanted in (True, False):
         trainer = mock.Mock(settings=Settings().with_values(**{"tracking.log_model": wanted}))
-        train.log_model(trainer, stop)
+        record.log_model(trainer, stop)
         assert trainer.log.tracker.log_model.called == wanted
         if wanted:
             _, patience, gives_up = trainer.log.tracker.log_model.call_args.args
@@ -284,15 +284,15 @@ def test_the_first_rank_alone_keeps_the_record(
     corpus = train.Corpus.open(known.folder, settings.model)
     kept = {name: mock.Mock() for name in ("lay_out", "print_overview")}
     for name, stand_in in kept.items():
-        monkeypatch.setattr(train, name, stand_in)
+        monkeypatch.setattr(record, name, stand_in)
     started = mock.Mock(**{"return_value.where.return_value": []})
-    monkeypatch.setattr(train.tracking, "start", started)
+    monkeypatch.setattr(record.tracking, "start", started)
     for rank in (1, 0):
         job = Job(rank, 2, rank, 2, "127.0.0.1", 1, "python")
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         monkeypatch.setattr(train.collectives, "gather_objects", lambda mine, _=None: [mine])
-        tracker = train.begin_record(train.Start(settings), job, corpus)
+        tracker = record.begin_record(train.Start(settings), job, corpus)
         assert (tracker is started.return_value) == (rank == 0)
         for used in (*kept.values(), started):
             assert used.called == (rank == 0)
@@ -321,16 +321,16 @@ def test_a_run_says_what_it_is_before_it_begins(
     """A new record and a note on idle lanes are for new runs; tables for who asks."""
     monkeypatch.chdir(tmp_path)
     folder = Path("somewhere")
-    monkeypatch.setattr(train, "lay_out", mock.Mock(side_effect=lambda *_: folder.mkdir()))
+    monkeypatch.setattr(record, "lay_out", mock.Mock(side_effect=lambda *_: folder.mkdir()))
     opened = mock.Mock(**{"return_value.where.return_value": ["http://there"]})
-    monkeypatch.setattr(train.tracking, "start", opened)
+    monkeypatch.setattr(record.tracking, "start", opened)
     corpus = train.Corpus.open(known.folder, Settings().with_values(**MODEL).model)
     lanes = len(corpus.train.manifest.shards) + 1
     long = {"train.lanes": lanes, "train.steps": 10**7, "run.path": "somewhere"}
     settings = Settings().with_values(**MODEL | long | {"train.schedule": 2})
     start = train.Start(settings, Path("step-00000003") if continues else None)
     job = Job(0, 1, 0, 1, "127.0.0.1", 1, "python")
-    tracker = train.begin_record(start, job, corpus, verbose)
+    tracker = record.begin_record(start, job, corpus, verbose)
     said = capsys.readouterr().out
     assert (f"warning: {lanes} lanes but" in said) == (not continues)
     assert said.count("warning:") + said.count("note:") == (0 if continues else 1)
@@ -339,7 +339,7 @@ def test_a_run_says_what_it_is_before_it_begins(
     if not verbose:
         assert len(said.splitlines()) <= 10 and max(map(len, said.splitlines()[:7])) <= 80
     assert said.endswith("charts    http://there\n")
-    train.lay_out.assert_called_once_with(start, corpus)
+    record.lay_out.assert_called_once_with(start, corpus)
     assert opened.call_args.args[0] == settings
     assert opened.call_args.kwargs["fresh"] == (not continues)
     assert opened.call_args.args[1].tags["data_fingerprint"] == corpus.fingerprint

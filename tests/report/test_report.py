@@ -351,7 +351,8 @@ def test_the_program_writes_the_page(whole: Path, text: str, tmp_path: Path) -> 
     assert (result.returncode, result.stdout) == (0, f"written: {out}\n"), result.stderr
     assert out.read_text() == text
     assert error_line(program("launch/report.py", whole, "--out", tmp_path)) == (
-        f"error: cannot write --out {tmp_path}: Is a directory"
+        f"error: argument --out: {tmp_path} cannot be written: Is a directory; "
+        "name another file (see --help)"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
 

@@ -77,9 +77,16 @@ def test_a_wait_is_told_after_a_minute_and_each_further_one_until_the_end(
     assert told == [("start", ""), *waits, ("failure", "gone")]
 
 
-def test_a_failure_before_the_run_began_leaves_the_folder_alone(run: Path) -> None:
+def test_what_comes_before_the_run_began_leaves_the_folder_alone(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Another process may hold it."""
-    Notifier(run, COMMAND).stop("failure", "no data")
+    notifier = Notifier(run, COMMAND)
+    notifier.waits(61, "rank 1 waits")
+    assert notifier.telling is not None
+    notifier.telling.join()
+    assert capsys.readouterr().err == "warning: rank 1 waits\n"
+    notifier.stop("failure", "no data")
     assert told(run) == [f"failure|0|no data|{run}"]
     assert not (run / EVENTS).exists()
 

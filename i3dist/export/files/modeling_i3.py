@@ -253,7 +253,8 @@ class RecordsCompressor(nn.Module):
 
     def __init__(self, config: I3Config, views: int):
         super().__init__()
-        width, part = config.d_model, config.d_model // config.sub_latents
+        width = config.d_model
+        self.part = part = width // config.sub_latents
         self.queries = nn.Parameter(torch.zeros(config.latents, width))
         self.norm_in, self.norm_ff = nn.LayerNorm(width), nn.LayerNorm(width)
         self.norm_out = nn.LayerNorm(part)
@@ -266,7 +267,7 @@ class RecordsCompressor(nn.Module):
 
     def forward(self, hidden: Tensor, keep: Tensor) -> Tensor:
         """Compress [B, T, D], of which the tokens `keep` [B, T] count, to [B, M, D]."""
-        n, part = self.norm_in(hidden), self.key.out_features
+        n, part = self.norm_in(hidden), self.part
         learned = self.queries.view(-1, part)
         score = (wide(n) * wide(self.salience.weight[0])).sum(-1).masked_fill(~keep, NOT_KEPT)
         ranked = score.sort(dim=-1, descending=True, stable=True).indices
@@ -296,9 +297,9 @@ class RecordsCompressor(nn.Module):
 
     def unfold(self, latents: Tensor, view: int) -> Tensor:
         """What attention sees of latents [B, M, D]: each sub-latent as a token, [B, M R, D]."""
-        part = self.key.out_features
-        weight = self.token.weight.view(-1, latents.shape[-1], part)[view]
-        return F.linear(latents.reshape(len(latents), -1, part), weight)
+        rows, _, width = latents.shape
+        views = self.token(latents.reshape(rows, -1, self.part))
+        return views[..., view * width : (view + 1) * width]
 
 
 class Slots(nn.Module):
@@ -402,8 +403,16 @@ class DualAttention(Attention):
 
     def past_keys_values(self, views: list[Tensor]) -> KeysValues:
         """Of a chunk's latents, as its views show them [B, M R, D]."""
-        for_keys, for_values = self.taught(self.key_value.weight).chunk(2)
-        return F.linear(views[0], for_keys), F.linear(views[1], for_values)
+        (k, _), (_, v) = (self.projected(view).chunk(2, dim=-1) for view in views)
+        return k, v
+
+    def projected(self, x: Tensor) -> Tensor:
+        """Keys and values of x, whose projection gets j times its gradient, and x all of it."""
+        both = self.key_value(x)
+        if not torch.is_grad_enabled():
+            return both
+        of_weight = self.key_value(x.detach())
+        return both + (self.joined - 1) * (of_weight - of_weight.detach())
 
     def taught(self, x: Tensor) -> Tensor:
         """x, which gets j times its gradient."""
@@ -660,7 +669,7 @@ class I3ForCausalLM(PreTrainedModel, GenerationMixin):
         mask = mask[:, -input_ids.shape[1] :].bool()
         cache = past_key_values
         if cache is None:
-            cache = I3Cache(len(input_ids), self.config, self.head.weight)
+            cache = I3Cache(len(input_ids), self.config, self.slots.slot)
         x = self.read(input_ids, mask, cache)
         last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(self.norm_out(x[:, last]))
