@@ -20,6 +20,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,7 +32,7 @@ from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, MAX_SLIP
 # [B] bool; the share of the token in each of M inputs, [M, P].
 Shift = tuple[Tensor, Tensor, Tensor]
 
-NONE, GELU, CHANNEL_MIX, PARTS = range(4)  # what becomes of a product
+NONE, GELU, CHANNEL_MIX, PARTS, ADD = range(5)  # what becomes of a product
 
 
 class Plan(NamedTuple):
@@ -63,6 +64,7 @@ class Residual(NamedTuple):
 
 # The fastest of 12 to 18 on an H200.
 TIME_MIX, NORMED_PRODUCT, ADD_PRODUCT = Plan(8, 256, 4), Plan(16, 256, 4), Plan(8, 1024, 4)
+NORM_MIX, WKV_ROWS = (512, 4), (256, 2)  # channels at once, and warps
 ROWS_PLANS = {
     "time": RowsPlan(64, 128, 4, 4, 2),
     "output": RowsPlan(64, 64, 3, 4, 7),
@@ -259,8 +261,14 @@ def _norm_mix(
     with MIXES below 0 that is all."""
     b = tl.program_id(0)
     slope, offset = _row(norm_weight, D, P, W), _row(norm_bias, D, P, W)
+    shares = ()
+    for i in tl.static_range(MIXES):
+        shares += (_row(mixes + i * P, P, P, W),)
     _start_next(EARLY)
+    # All that is read is asked for before threads first wait for each other.
     row = _row(x + b * P, D, P, W)
+    if MIXES > 0:
+        old, begins = _row(before + b * P, P, P, W), tl.load(restart + b) != 0
     if CUTS:
         added = ()
         for c in tl.static_range(len(row)):
@@ -280,10 +288,11 @@ def _norm_mix(
         if MIXES == 0:
             _store(y + b * P, normed, P, W)
         else:
-            old = _row(before + b * P, tl.where(tl.load(restart + b) != 0, 0, P), P, W)
+            last = ()
+            for c in tl.static_range(len(old)):
+                last += (tl.where(begins, 0.0, old[c]),)
             for i in tl.static_range(MIXES):
-                mixed = _mixed(normed, old, _row(mixes + i * P, P, P, W), x)
-                _store(y + (i * B + b) * P, mixed, P, W)
+                _store(y + (i * B + b) * P, _mixed(normed, last, shares[i], x), P, W)
             _store(before + b * P, normed, P, W)
 
 
@@ -309,9 +318,9 @@ def _fetch(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["fetch"])
 def _rows_product(
-    inputs, weight, y, B, stride, outputs, F, fetch,
+    inputs, weight, y, B, apart, stride, outputs, F, fetch,
     KIND: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
     EACH: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -327,7 +336,7 @@ def _rows_product(
         max(1, 128 // N), EARLY,
     )  # fmt: skip
     _start_next(EARLY)
-    inputs += group * B * stride
+    inputs += group * apart
     output, row = first + tl.arange(0, N), tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, N], tl.float32)
     for i in tl.range(0, EACH, num_stages=STAGES):
@@ -349,6 +358,8 @@ def _rows_product(
         elif KIND == 1:  # GELU
             total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
     mask = (row < B)[:, None] & (output < size)[None, :]
+    if KIND == 4:
+        total += tl.load(y + place, mask, 0.0).to(tl.float32)
     tl.store(y + place, total.to(y.dtype.element_ty), mask)
 
 
@@ -399,9 +410,10 @@ def time_mix(
     if rows > 1:
         x, inputs = norm_mix(stream, norm, shift)
         parts = rows_product(inputs, projections.flatten(0, 1), PARTS, "time", width)
-        _wkv_rows[(rows, triton.cdiv(width, 256))](
-            parts, shift[1], *curves, state, y, rows, CUTS=len(parts), **constants, W=256,
-            num_warps=2, **early(),
+        channels, warps = WKV_ROWS
+        _wkv_rows[(rows, triton.cdiv(width, channels))](
+            parts, shift[1], *curves, state, y, rows, CUTS=len(parts), **constants, W=channels,
+            num_warps=warps, **early(),
         )  # fmt: skip
         return Residual(x, rows_product(y, output, PARTS, "output").squeeze(1))
     fresh, plan = torch.empty_like(x), TIME_MIX
@@ -493,12 +505,12 @@ def _run_norm_mix(
     (rows, width), (x, parts, gate) = stream.x.shape, stream
     if parts is None and mixes < 0:
         return x
-    joined = x if parts is None else torch.empty_like(x)
+    joined, (channels, warps) = x if parts is None else torch.empty_like(x), NORM_MIX
     _norm_mix[(rows,)](
         x, x if parts is None else parts, x if gate is None else gate, joined, norm.weight,
         norm.bias, norm.channels, norm.eps, *(shift or (x, x, x)), y, rows,
         0 if gate is None else gate.stride(0), CUTS=0 if parts is None else len(parts),
-        GATED=gate is not None, MIXES=mixes, P=width, W=512, num_warps=4, **early(),
+        GATED=gate is not None, MIXES=mixes, P=width, W=channels, num_warps=warps, **early(),
     )  # fmt: skip
     return joined
 
@@ -525,8 +537,10 @@ def rows_product(
         [B, F]; of `PARTS`, which add up to the product, [cuts, groups, B, outputs of a group] fp32.
     """
     (outputs, width), rows, plan = weight.shape, inputs.shape[-2], ROWS_PLANS[name]
-    group, stride = group or outputs, inputs.stride(-2)
+    group, (apart, stride) = group or outputs, (0, *inputs.stride())[-3:-1]
     tile = max(16, min(64, triton.next_power_of_2(rows)))
+    if not _fits(plan, tile, inputs):
+        return rows_product_naive(inputs, weight, kind, group, dtype)
     each = triton.cdiv(triton.cdiv(width, plan.width), plan.cuts)
     cuts = triton.cdiv(width, each * plan.width)
     if kind == PARTS:
@@ -536,11 +550,34 @@ def rows_product(
     tiles = outputs // group * triton.cdiv(group, plan.outputs)
     tiles += triton.cdiv(outputs % group, plan.outputs)
     _rows_product[(tiles, cuts, triton.cdiv(rows, tile))](
-        inputs, weight, y, rows, stride, outputs, group, int(plan.fetch), KIND=kind, K=width,
-        ROWS=tile, N=plan.outputs, W=plan.width, EACH=each, STAGES=plan.stages,
+        inputs, weight, y, rows, apart, stride, outputs, group, int(plan.fetch), KIND=kind,
+        K=width, ROWS=tile, N=plan.outputs, W=plan.width, EACH=each, STAGES=plan.stages,
         num_warps=plan.warps, **early(),
     )  # fmt: skip
     return y
+
+
+def rows_product_naive(
+    inputs: Tensor, weight: Tensor, kind: int, group: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The same by PyTorch's operators, in one part."""
+    inputs = inputs if inputs.dim() == 3 else inputs.unsqueeze(0)
+    y = [F.linear(*pair) for pair in zip(inputs, weight.split(group), strict=True)]
+    if kind == PARTS:
+        return torch.stack(y).unsqueeze(0).float()
+    if kind == CHANNEL_MIX:
+        return torch.cat([y[0].relu().square(), y[1].sigmoid()], dim=-1)
+    return (F.gelu(y[0]) if kind == GELU else y[0]).to(dtype or inputs.dtype)
+
+
+def _fits(plan: RowsPlan, rows: int, inputs: Tensor) -> bool:
+    """Whether a product's tiles fit in shared memory. Those of fp32 have no matrix units."""
+    if not inputs.is_cuda:
+        return True  # in the interpreter
+    size = inputs.element_size()
+    used = (rows + plan.outputs) * plan.width * plan.stages * size
+    room = torch.cuda.get_device_properties(inputs.device).shared_memory_per_block_optin
+    return size == 2 and used <= room
 
 
 def add_product(stream: Residual, y: Tensor, weight: Tensor, name: str = "output") -> Residual:

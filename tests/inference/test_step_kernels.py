@@ -35,6 +35,8 @@ THERE = importlib.util.find_spec("triton") and (INTERPRETED or torch.cuda.is_ava
 pytestmark = pytest.mark.skipif(not THERE, reason="needs Triton with a GPU or its interpreter")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 NEAR = 1e-5 if INTERPRETED else 1e-4
+# Of products on matrix units, and their error.
+PRECISE, ROUNDED = (torch.float32, 1e-5) if INTERPRETED else (torch.bfloat16, 1e-2)
 ONE_SOFTMAX, TWO = "1xrwkv,1xattention", "1xrwkv,1xdual-attention"
 MEANS = (1e9, 30, 6, 60, 1e9, 15)  # tokens of documents, of each row
 
@@ -200,6 +202,58 @@ def test_layer_norm_of_a_wide_row(rows: int) -> None:
     kernels = step_kernels("step_triton")
     _, read = kernels.normed_product(kernels.Residual(padded(x)), norm, padded(weight))
     assert (read.cpu() - wanted).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["time", "output", "hidden", "down", "head"])
+@pytest.mark.parametrize("rows", [2, 17, 70], ids="{} rows".format)
+def test_a_product_of_several_rows(name: str, rows: int) -> None:
+    """Over several tiles of rows, outputs and inputs, the last ones not full; a view has gaps."""
+    kernels = step_kernels("step_triton")
+    plan = kernels.ROWS_PLANS[name]
+    outputs, inputs, dtype = plan.outputs + 16, 2 * plan.width + 16, PRECISE
+    groups, kind, wide = 1, kernels.PARTS, None
+    if name == "time":
+        groups = 3
+    elif name == "hidden":
+        groups, kind = 2, kernels.CHANNEL_MIX
+    elif name == "head":
+        kind, wide = kernels.GELU, torch.float32
+    torch.manual_seed(0)
+    x = torch.randn(groups, rows, inputs + 16, device=DEVICE, dtype=dtype)[..., :inputs]
+    weight = torch.randn(groups * outputs, inputs, device=DEVICE, dtype=dtype) / inputs**0.5
+    if name == "hidden":
+        weight = weight[: outputs + 24]  # gates are fewer than keys
+    call = weight, kind
+    y = kernels.rows_product(x if groups > 1 else x[0], *call, name, outputs, wide)
+    wanted = kernels.rows_product_naive(x.double(), weight.double(), kind, outputs)
+    if kind == kernels.PARTS:
+        assert len(y) > 1 and y.dtype == torch.float32
+        y = y.sum(0, keepdim=True)
+    assert y.dtype == (torch.float32 if kind == kernels.PARTS else wide or dtype)
+    assert (y - wanted).norm() < ROUNDED * wanted.norm()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_parts_of_a_product_are_joined(gated: bool) -> None:
+    """Before the stream is normalised, and where it is not; padding stays 0."""
+    channels, width, rows, kernels = 1030, 1040, 3, step_kernels("step_triton")
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        part = torch.randn(*shape, channels, device=DEVICE)
+        return functional.pad(part, (0, width - channels))
+
+    x, parts, gates = random(rows), random(4, rows), random(rows, 2)
+    gate = gates[:, 1] if gated else None
+    wanted = x + parts.sum(0) * (1 if gate is None else gate)
+    stream, scale = kernels.Residual(x, parts, gate), random()
+    assert (kernels.join(stream) - wanted).abs().max() < 1e-5
+    joined, normed = kernels.norm_mix(stream, Norm(scale, scale, channels, 0.5))
+    inside = functional.layer_norm(wanted[:, :channels], (channels,), eps=0.5)
+    inside = scale[:channels] * (inside + 1)
+    assert (joined - wanted).abs().max() < 1e-5
+    assert (normed[:, :channels] - inside).abs().max() < 1e-4
+    assert not normed[:, channels:].any() and not joined[:, channels:].any()
 
 
 def is_float(x: Tensor) -> bool:
