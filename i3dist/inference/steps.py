@@ -189,9 +189,11 @@ class RwkvStep(LowerStep):
         shift, curves = (time_shift, restart, weights.time_mixes), (weights.decay, weights.bonus)
         norm, output = self.block.norm_time.padded(), time.output.weight
         stream = kernels.time_mix(stream, norm, shift, weights.projections, curves, wkv, output)
-        shift, norm = (channel_shift, restart, weights.channel_mixes), self.block.norm_channel
-        value = channel.value.weight
-        return kernels.channel_mix(stream, norm.padded(), shift, weights.channel, value)
+        shift, norm = (
+            (channel_shift, restart, weights.channel_mixes),
+            self.block.norm_channel.padded(),
+        )
+        return kernels.channel_mix(stream, norm, shift, weights.channel, channel.value.weight)
 
 
 def _joined(*parts: Linear, spare: int = 0) -> Tensor:

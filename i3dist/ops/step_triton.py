@@ -16,23 +16,29 @@ tuple of pieces of W channels, because Triton's tensors are powers of two long.
 # Kernels are untyped, and tuples of pieces grow.
 # mypy: disable-error-code="no-untyped-def, assignment"
 
-import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from i3dist.ops.rows_triton import (
+    CHANNEL_MIX,
+    GELU,
+    NONE,
+    PARTS,
+    _round,
+    _start_next,
+    early,
+    rows_product,
+)
 from i3dist.ops.shift_mix import Norm
 from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, MAX_SLIP
 
 # Token shift: the normalised tokens before, [B, P], which change; whether nothing stands before,
 # [B] bool; the share of the token in each of M inputs, [M, P].
 Shift = tuple[Tensor, Tensor, Tensor]
-
-NONE, GELU, CHANNEL_MIX, PARTS, ADD = range(5)  # what becomes of a product
 
 
 class Plan(NamedTuple):
@@ -41,17 +47,6 @@ class Plan(NamedTuple):
     outputs: int  # N
     width: int  # W
     warps: int  # of a program
-
-
-class RowsPlan(NamedTuple):
-    """The same for several rows."""
-
-    outputs: int  # N
-    width: int  # inputs that a program reads at once
-    stages: int  # of those, that are on their way or in use
-    warps: int  # of a program
-    cuts: int = 1  # of the inputs, which programs read side by side
-    fetch: bool = True  # whether weights are brought into the cache before the last kernel ends
 
 
 class Residual(NamedTuple):
@@ -64,14 +59,8 @@ class Residual(NamedTuple):
 
 # The fastest of 12 to 18 on an H200.
 TIME_MIX, NORMED_PRODUCT, ADD_PRODUCT = Plan(8, 256, 4), Plan(16, 256, 4), Plan(8, 1024, 4)
-NORM_MIX, WKV_ROWS = (512, 4), (256, 2)  # channels at once, and warps
-ROWS_PLANS = {
-    "time": RowsPlan(64, 128, 4, 4, 2),
-    "output": RowsPlan(64, 64, 3, 4, 7),
-    "hidden": RowsPlan(32, 128, 4, 4),
-    "down": RowsPlan(64, 128, 4, 4, 7),
-    "head": RowsPlan(128, 64, 4, 8),
-}
+# Of several rows: channels at once, and warps.
+NORM_MIX, WKV_ROWS = (2048, 16), (256, 4)
 
 
 @triton.jit
@@ -89,12 +78,6 @@ def _store(pointer, row, P: tl.constexpr, W: tl.constexpr, when=True):
     for c in tl.static_range(len(row)):
         channel = c * W + tl.arange(0, W)
         tl.store(pointer + channel, row[c].to(pointer.dtype.element_ty), (channel < P) & when)
-
-
-@triton.jit
-def _round(x, pointer):
-    """x as it would be in memory, in fp32."""
-    return x.to(pointer.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -143,14 +126,6 @@ def _product(weights, row, x, N: tl.constexpr, W: tl.constexpr):
     for c in tl.static_range(len(row)):
         total += weights[c].to(tl.float32) * row[c][None, :]
     return _round(tl.sum(total, axis=1), x)
-
-
-@triton.jit
-def _start_next(EARLY: tl.constexpr):
-    """Let the next kernel load its weights, and wait for what the last one has written."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -294,73 +269,6 @@ def _norm_mix(
             for i in tl.static_range(MIXES):
                 _store(y + (i * B + b) * P, _mixed(normed, last, shares[i], x), P, W)
             _store(before + b * P, normed, P, W)
-
-
-@triton.jit
-def _fetch(
-    matrix, first, rows, stride, size, ROWS: tl.constexpr, EACH: tl.constexpr, EARLY: tl.constexpr
-):
-    """Bring ROWS rows of `size` bytes, as many as a matrix has, into the device's cache; in EACH
-    pieces of 16 bytes or a multiple, one for each thread."""
-    if EARLY:
-        number = tl.arange(0, ROWS * EACH)
-        row, piece = first + number // EACH, (size // EACH + 15) // 16 * 16
-        start = number % EACH * piece
-        size = tl.where(row < rows, tl.minimum(piece, size - start), 0)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.gt.s32 p, $2, 0;"
-            " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r",
-            [matrix.to(tl.int64) + row.to(tl.int64) * stride + start, size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit(do_not_specialize=["fetch"])
-def _rows_product(
-    inputs, weight, y, B, apart, stride, outputs, F, fetch,
-    KIND: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
-    EACH: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """N outputs of a product for ROWS rows, of EACH times W of its K inputs. Each F outputs are a
-    group with inputs of its own, [B, K]."""
-    tiles, cut = tl.cdiv(F, N), tl.program_id(1)
-    group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * N
-    size, begin = tl.minimum(F, outputs - group * F), cut * EACH * W
-    weight += group * F * K
-    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    _fetch(
-        weight + begin, first, size, K * BYTES, tl.minimum(EACH * W, K - begin) * BYTES * fetch, N,
-        max(1, 128 // N), EARLY,
-    )  # fmt: skip
-    _start_next(EARLY)
-    inputs += group * apart
-    output, row = first + tl.arange(0, N), tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, N], tl.float32)
-    for i in tl.range(0, EACH, num_stages=STAGES):
-        column = begin + i * W + tl.arange(0, W)
-        mask = (row < B)[:, None] & (column < K)[None, :]
-        a = tl.load(inputs + row[:, None] * stride + column[None, :], mask, 0.0)
-        mask = (output < size)[None, :] & (column < K)[:, None]
-        w = tl.load(weight + output[None, :] * K + column[:, None], mask, 0.0)
-        total = tl.dot(a, w, total, input_precision="ieee")
-    if KIND == 3:  # PARTS
-        place = (cut * (outputs // F) + group) * B * F + row[:, None] * F + output[None, :]
-    else:
-        place = row[:, None] * outputs + (group * F + output)[None, :]
-        total = _round(total, inputs)
-        if KIND == 2:  # CHANNEL_MIX
-            positive = tl.maximum(total, 0.0)
-            gate = 1.0 / (1.0 + tl.exp(-total))
-            total = tl.where(group > 0, gate, positive * positive)
-        elif KIND == 1:  # GELU
-            total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
-    mask = (row < B)[:, None] & (output < size)[None, :]
-    if KIND == 4:
-        total += tl.load(y + place, mask, 0.0).to(tl.float32)
-    tl.store(y + place, total.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -515,71 +423,6 @@ def _run_norm_mix(
     return joined
 
 
-def rows_product(
-    inputs: Tensor,
-    weight: Tensor,
-    kind: int,
-    name: str,
-    group: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Weight [F, K] times the inputs of several rows.
-
-    Args:
-        inputs: [B, K], or one [B, K] for each group of outputs.
-        weight: of all groups, one below the other.
-        kind: what becomes of the product.
-        name: of the plan.
-        group: outputs of a group; the last may have fewer. None is all outputs.
-        dtype: of the result; None is that of the inputs.
-
-    Returns:
-        [B, F]; of `PARTS`, which add up to the product, [cuts, groups, B, outputs of a group] fp32.
-    """
-    (outputs, width), rows, plan = weight.shape, inputs.shape[-2], ROWS_PLANS[name]
-    group, (apart, stride) = group or outputs, (0, *inputs.stride())[-3:-1]
-    tile = max(16, min(64, triton.next_power_of_2(rows)))
-    if not _fits(plan, tile, inputs):
-        return rows_product_naive(inputs, weight, kind, group, dtype)
-    each = triton.cdiv(triton.cdiv(width, plan.width), plan.cuts)
-    cuts = triton.cdiv(width, each * plan.width)
-    if kind == PARTS:
-        y = inputs.new_empty(cuts, outputs // group, rows, group, dtype=torch.float32)
-    else:
-        y = inputs.new_empty(rows, outputs, dtype=dtype)
-    tiles = outputs // group * triton.cdiv(group, plan.outputs)
-    tiles += triton.cdiv(outputs % group, plan.outputs)
-    _rows_product[(tiles, cuts, triton.cdiv(rows, tile))](
-        inputs, weight, y, rows, apart, stride, outputs, group, int(plan.fetch), KIND=kind,
-        K=width, ROWS=tile, N=plan.outputs, W=plan.width, EACH=each, STAGES=plan.stages,
-        num_warps=plan.warps, **early(),
-    )  # fmt: skip
-    return y
-
-
-def rows_product_naive(
-    inputs: Tensor, weight: Tensor, kind: int, group: int, dtype: torch.dtype | None = None
-) -> Tensor:
-    """The same by PyTorch's operators, in one part."""
-    inputs = inputs if inputs.dim() == 3 else inputs.unsqueeze(0)
-    y = [F.linear(*pair) for pair in zip(inputs, weight.split(group), strict=True)]
-    if kind == PARTS:
-        return torch.stack(y).unsqueeze(0).float()
-    if kind == CHANNEL_MIX:
-        return torch.cat([y[0].relu().square(), y[1].sigmoid()], dim=-1)
-    return (F.gelu(y[0]) if kind == GELU else y[0]).to(dtype or inputs.dtype)
-
-
-def _fits(plan: RowsPlan, rows: int, inputs: Tensor) -> bool:
-    """Whether a product's tiles fit in shared memory. Those of fp32 have no matrix units."""
-    if not inputs.is_cuda:
-        return True  # in the interpreter
-    size = inputs.element_size()
-    used = (rows + plan.outputs) * plan.width * plan.stages * size
-    room = torch.cuda.get_device_properties(inputs.device).shared_memory_per_block_optin
-    return size == 2 and used <= room
-
-
 def add_product(stream: Residual, y: Tensor, weight: Tensor, name: str = "output") -> Residual:
     """x + weight [P, K] y [B, K]."""
     if len(stream.x) > 1:
@@ -612,11 +455,3 @@ def _add_one(
         P=width, K=inputs, N=plan.outputs, W=plan.width, num_warps=plan.warps, **early(),
     )  # fmt: skip
     return Residual(out)
-
-
-@functools.cache
-def early() -> dict[str, bool]:
-    """Arguments of a launch: whether the kernel may start before the last one has ended, to load
-    its weights (Hopper's programmatic dependent launch)."""
-    early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}

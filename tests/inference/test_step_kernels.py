@@ -207,29 +207,27 @@ def test_layer_norm_of_a_wide_row(rows: int) -> None:
 @pytest.mark.parametrize("name", ["time", "output", "hidden", "down", "head"])
 @pytest.mark.parametrize("rows", [2, 17, 70], ids="{} rows".format)
 def test_a_product_of_several_rows(name: str, rows: int) -> None:
-    """Over several tiles of rows, outputs and inputs, the last ones not full; a view has gaps."""
-    kernels = step_kernels("step_triton")
-    plan = kernels.ROWS_PLANS[name]
-    outputs, inputs, dtype = plan.outputs + 16, 2 * plan.width + 16, PRECISE
-    groups, kind, wide = 1, kernels.PARTS, None
-    if name == "time":
-        groups = 3
-    elif name == "hidden":
-        groups, kind = 2, kernels.CHANNEL_MIX
-    elif name == "head":
-        kind, wide = kernels.GELU, torch.float32
+    """Over several tiles of rows, outputs and inputs, the last ones not full; rows have gaps."""
+    kernels = step_kernels("rows_triton")
+    held = rows <= kernels.FEW_ROWS and name in kernels.HELD
+    plan = (kernels.HELD if held else kernels.STAGED)[name]
+    outputs, width = plan.outputs + 16, 2 * plan.width + 16
+    kinds = {"hidden": kernels.CHANNEL_MIX, "head": kernels.GELU}
+    kind, groups = kinds.get(name, kernels.PARTS), {"time": 3, "hidden": 2}.get(name, 1)
+    dtype = torch.float32 if name == "head" else None
     torch.manual_seed(0)
-    x = torch.randn(groups, rows, inputs + 16, device=DEVICE, dtype=dtype)[..., :inputs]
-    weight = torch.randn(groups * outputs, inputs, device=DEVICE, dtype=dtype) / inputs**0.5
+    x = torch.randn(groups, rows, width + 16, device=DEVICE, dtype=PRECISE)[..., :width]
+    weight = torch.randn(groups * outputs, width, device=DEVICE, dtype=PRECISE) / width**0.5
     if name == "hidden":
         weight = weight[: outputs + 24]  # gates are fewer than keys
-    call = weight, kind
-    y = kernels.rows_product(x if groups > 1 else x[0], *call, name, outputs, wide)
+    unused = mock.Mock(side_effect=AssertionError)
+    with mock.patch.object(kernels, "rows_product_naive", unused):
+        y = kernels.rows_product(x if groups > 1 else x[0], weight, kind, name, outputs, dtype)
     wanted = kernels.rows_product_naive(x.double(), weight.double(), kind, outputs)
     if kind == kernels.PARTS:
         assert len(y) > 1 and y.dtype == torch.float32
         y = y.sum(0, keepdim=True)
-    assert y.dtype == (torch.float32 if kind == kernels.PARTS else wide or dtype)
+    assert y.dtype == (torch.float32 if kind == kernels.PARTS else dtype or PRECISE)
     assert (y - wanted).norm() < ROUNDED * wanted.norm()
 
 
