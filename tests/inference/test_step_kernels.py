@@ -286,28 +286,36 @@ def named(case: object) -> str:
 
 
 @pytest.mark.parametrize(("changes", "carry", "rows"), CASES, ids=named)
+@torch.no_grad()
 def test_a_decoder_by_kernels(changes: dict[str, str], carry: bool, rows: int) -> None:
     """Rows with every number of chunks before, some of which close theirs, apart. One row reads
     history as keys, several read it as sub-latents."""
-    assert gap_by_kernels(changes, carry, rows) < 10 * NEAR
-
-
-def test_a_decoder_whose_weights_are_not_held() -> None:
-    """As those of more rows are not."""
-    with mock.patch.object(step_kernels("rows_triton"), "FEW_ROWS", 0):
-        assert gap_by_kernels(DUAL, True, 6) < 10 * NEAR
-
-
-@torch.no_grad()
-def gap_by_kernels(changes: dict[str, str], carry: bool, rows: int) -> float:
-    """The largest difference of logits of a decoder by kernels and of training's forward."""
     model = laid_out(build(**changes, state_carry=carry))
     tokens = torch.cat([random_stream(i, C + 3, mean) for i, mean in enumerate(MEANS[:rows])])
     wanted = logits(model, tokens).flatten(1, 2).to(DEVICE)
     model, streams = on_device(model), tokens.flatten(1).to(DEVICE)
     prompts = [(C + 3) * T - 3, 4 * T, T - 1, 3 * T - 1, 2 * T, 7][:rows]
     with by_kernels():
-        return gap(model, streams, prompts, wanted)
+        assert gap(model, streams, prompts, wanted) < 10 * NEAR
+
+
+@pytest.mark.parametrize("few", [32, 0], ids=["held", "staged"])
+def test_products_of_a_decoder(few: int) -> None:
+    """On a GPU in bf16; rows begin a chunk."""
+    model, kernels = on_device(laid_out(build(**DUAL))).to(PRECISE), step_kernels("rows_triton")
+    tokens = random_stream(3, 2, 20).flatten().to(DEVICE)
+
+    def read() -> Tensor:
+        decoder = BatchDecoder(model, [tokens[: T - 1]] * 6)
+        return torch.stack([decoder.feed(token.expand(6)) for token in tokens[:2]])
+
+    unused = mock.Mock(side_effect=AssertionError)
+    with by_kernels(), mock.patch.object(kernels, "FEW_ROWS", few):
+        with mock.patch.object(kernels, "rows_product_naive", unused):
+            y = read()
+        with mock.patch.object(kernels, "_fits", return_value=False):
+            wanted = read()
+    assert (y - wanted).norm() < 3 * ROUNDED * wanted.norm()
 
 
 def test_memory_of_sub_latents() -> None:
