@@ -301,7 +301,7 @@ def test_a_decoder_by_kernels(changes: dict[str, str], carry: bool, rows: int) -
 
 @pytest.mark.parametrize("few", [32, 0], ids=["held", "staged"])
 def test_products_of_a_decoder(few: int) -> None:
-    """On a GPU in bf16; rows begin a chunk."""
+    """On a GPU in bf16; several parts of a product, and rows that begin a chunk."""
     model, kernels = on_device(laid_out(build(**DUAL))).to(PRECISE), step_kernels("rows_triton")
     tokens = random_stream(3, 2, 20).flatten().to(DEVICE)
 
@@ -309,8 +309,13 @@ def test_products_of_a_decoder(few: int) -> None:
         decoder = BatchDecoder(model, [tokens[: T - 1]] * 6)
         return torch.stack([decoder.feed(token.expand(6)) for token in tokens[:2]])
 
-    unused = mock.Mock(side_effect=AssertionError)
-    with by_kernels(), mock.patch.object(kernels, "FEW_ROWS", few):
+    unused, plans = mock.Mock(side_effect=AssertionError), kernels.HELD if few else kernels.STAGED
+    narrow = {name: plan._replace(width=16) for name, plan in plans.items()}
+    with (
+        by_kernels(),
+        mock.patch.object(kernels, "FEW_ROWS", few),
+        mock.patch.dict(plans, narrow),
+    ):
         with mock.patch.object(kernels, "rows_product_naive", unused):
             y = read()
         with mock.patch.object(kernels, "_fits", return_value=False):
