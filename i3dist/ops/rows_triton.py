@@ -35,6 +35,10 @@ class Plan(NamedTuple):
     warps: int  # of a program
     cuts: int = 1  # of the inputs
 
+    def each(self, inputs: int) -> int:
+        """Tiles of a cut."""
+        return triton.cdiv(triton.cdiv(inputs, self.width), self.cuts)
+
 
 # Of the products of an RWKV layer, with which those of attention share theirs, and of the last one.
 # The fastest of a layer's on an H200, together, of 40 to 78 each.
@@ -199,12 +203,12 @@ def rows_product(
     """
     (outputs, width), rows = weight.shape, x.shape[-2]
     group = group or outputs
-    held = rows <= FEW_ROWS and name in HELD
-    plan = (HELD if held else STAGED)[name]
     tile = max(LEAST_ROWS, min(MOST_ROWS, triton.next_power_of_2(rows)))
-    each = triton.cdiv(triton.cdiv(width, plan.width), plan.cuts)
-    if not _fits(plan, tile, each if held else 0, x):
+    held = rows <= FEW_ROWS and name in HELD and _fits(HELD[name], tile, x, held=True)
+    plan = (HELD if held else STAGED)[name]
+    if not held and not _fits(plan, tile, x, held=False):
         return rows_product_naive(x, weight, kind, group, dtype)
+    each = plan.each(width)
     cuts, groups = triton.cdiv(width, each * plan.width), triton.cdiv(outputs, group)
     if kind == PARTS:
         y = x.new_empty(cuts, groups, rows, group, dtype=torch.float32)
@@ -238,13 +242,15 @@ def rows_product_naive(
     return (F.gelu(y[0]) if kind == GELU else y[0]).to(dtype or x.dtype)
 
 
-def _fits(plan: Plan, rows: int, held: int, x: Tensor) -> bool:
+def _fits(plan: Plan, rows: int, x: Tensor, held: bool) -> bool:
     """Whether the device has the instructions that a product needs, and its tiles fit in shared
-    memory; `held` of them are weights that are held. Those of fp32 have no matrix units."""
+    memory, all those of weights if they are held. Those of fp32 have no matrix units."""
     if not x.is_cuda:
         return True  # in the interpreter
-    tiles = held * plan.outputs + min(held, plan.stages + 1) * rows
-    tiles = tiles or plan.stages * (plan.outputs + rows)
+    tiles = plan.stages * (plan.outputs + rows)
+    if held:
+        each = plan.each(x.shape[-1])
+        tiles = each * plan.outputs + min(each, plan.stages + 1) * rows
     return early()["EARLY"] and x.element_size() == 2 and 2 * tiles * plan.width < _shared_memory()
 
 
