@@ -4,7 +4,7 @@ A product of up to 64 rows takes as long as its weights take to arrive. So its p
 as a device has multiprocessors, or more: where outputs are few, the inputs are cut, and the kernel
 that reads the product adds its parts. And weights are asked for while the last kernel still runs:
 those of up to 32 rows are held in shared memory before it has ended, and those of more rows, which
-leave no room for that, are brought into the device's cache.
+leave no room for that, are brought into the device's cache. More than 64 rows are a library's.
 
 Notation: B rows, K inputs, F outputs, N outputs of a program, W inputs that it reads at once.
 """
@@ -126,7 +126,7 @@ def _held(
     tiles, begin = tl.cdiv(F, N), tl.program_id(1) * EACH * W
     group, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * N
     size = tl.minimum(F, outputs - group * F)
-    output, row = first + tl.arange(0, N), tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    output, row = first + tl.arange(0, N), tl.arange(0, ROWS)
     weight += group * F * K
     BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     if EACH > 1:  # of one tile the loads below ask for all
@@ -170,13 +170,12 @@ def _staged(
         weight + group * F * K + begin, first, size, K * BYTES, length, N, max(1, 128 // N), EARLY
     )
     _start_next(EARLY)
-    start = tl.program_id(2) * ROWS
     total = tl.zeros([ROWS, N], tl.float32)
     for i in tl.range(0, EACH, num_stages=STAGES):
-        part = rows.load([group * B + start, begin + i * W])
+        part = rows.load([group * B, begin + i * W])
         w = weights.load([group * F + first, begin + i * W])
         total = tl.dot(part, tl.trans(w), total, input_precision="ieee")
-    output, row = first + tl.arange(0, N), start + tl.arange(0, ROWS)
+    output, row = first + tl.arange(0, N), tl.arange(0, ROWS)
     _finish(total, x, y, group, row, output, size, B, outputs, F, KIND)
 
 
@@ -199,14 +198,16 @@ def rows_product(
         dtype: of the result; None is that of x.
 
     Returns:
-        [B, F]; of `PARTS`, which add up to the product, [cuts, groups, B, outputs of a group] fp32.
+        [B, F]; of `PARTS`, which add up to the product, [cuts, groups, B, outputs of a group]. They
+        are fp32, a single one is of x's dtype.
     """
     (outputs, width), rows = weight.shape, x.shape[-2]
     group = group or outputs
-    tile = max(LEAST_ROWS, min(MOST_ROWS, triton.next_power_of_2(rows)))
-    held = rows <= FEW_ROWS and name in HELD and _fits(HELD[name], tile, x, held=True)
+    tile = max(LEAST_ROWS, triton.next_power_of_2(rows))
+    few, in_library = rows <= FEW_ROWS, rows > MOST_ROWS or (rows <= FEW_ROWS and name not in HELD)
+    held = few and not in_library and _fits(HELD[name], tile, x, held=True)
     plan = (HELD if held else STAGED)[name]
-    if not held and not _fits(plan, tile, x, held=False):
+    if in_library or not (held or _fits(plan, tile, x, held=False)):
         return rows_product_naive(x, weight, kind, group, dtype)
     each = plan.each(width)
     cuts, groups = triton.cdiv(width, each * plan.width), triton.cdiv(outputs, group)
@@ -216,7 +217,7 @@ def rows_product(
         y = x.new_empty(rows, outputs, dtype=dtype)
     last = outputs - (groups - 1) * group
     tiles = (groups - 1) * triton.cdiv(group, plan.outputs) + triton.cdiv(last, plan.outputs)
-    grid = tiles, cuts, triton.cdiv(rows, tile)
+    grid = tiles, cuts
     sizes = {"KIND": kind, "K": width, "ROWS": tile, "N": plan.outputs, "W": plan.width}
     sizes |= {"EACH": each, "STAGES": plan.stages, "num_warps": plan.warps, **early()}
     if held:
@@ -232,11 +233,14 @@ def rows_product(
 def rows_product_naive(
     x: Tensor, weight: Tensor, kind: int, group: int, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The same by PyTorch's operators, in one part."""
+    """The same by PyTorch's operators, in one part.
+
+    For more than `MOST_ROWS` rows it is the faster one, and for few the last product.
+    """
     x = x if x.dim() == 3 else x.unsqueeze(0)
-    y = [F.linear(*pair) for pair in zip(x, weight.split(group), strict=True)]
     if kind == PARTS:
-        return torch.stack(y).unsqueeze(0).float()
+        return torch.bmm(x, weight.unflatten(0, (-1, group)).transpose(1, 2)).unsqueeze(0)
+    y = [F.linear(*pair) for pair in zip(x, weight.split(group), strict=True)]
     if kind == CHANNEL_MIX:
         return torch.cat([y[0].relu().square(), y[1].sigmoid()], dim=-1)
     return (F.gelu(y[0]) if kind == GELU else y[0]).to(dtype or x.dtype)

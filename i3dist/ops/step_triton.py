@@ -53,7 +53,7 @@ class Residual(NamedTuple):
     """The residual stream: x + gate * the sum of parts, which the next kernel computes."""
 
     x: Tensor  # [B, P]
-    parts: Tensor | None = None  # [cuts, B, P] fp32, of a product
+    parts: Tensor | None = None  # [cuts, B, P] of a product; fp32, or one of x's dtype
     gate: Tensor | None = None  # [B, P], its rows at any distance
 
 
