@@ -6,6 +6,7 @@ width, V vocabulary.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from i3dist.inference.steps import (
     STEPS,
     AttentionStep,
     LowerStep,
+    RwkvStep,
     Sight,
     UpperStep,
     compile_if,
@@ -163,14 +165,19 @@ class BatchDecoder:
         table, norm = model.embedding.weight, model.norm_in.padded()
         carry = model.settings.state_carry
         x, restart = begin.enter(tokens, table, norm, place, model.bos_id, carry)
+        layers = step_kernels("step_triton")
+        stream = layers.Residual(x)
         for lower in self.lower:
-            x = lower(x, restart)
-        begin.keep(x, self.hidden, place.position)
+            assert isinstance(lower, RwkvStep)
+            stream = lower.by_kernels(stream, restart)
+        stream = layers.Residual(layers.join(stream))
+        begin.keep(stream.x, self.hidden, place.position)
         for upper in self.upper:
             assert isinstance(upper, AttentionStep)
-            x = upper.by_kernels(x, place)
-        norm, product = model.norm_out.padded(), step_kernels("step_triton").normed_product
-        return product(x, norm, model.head.weight, dtype=torch.float32)
+            stream = upper.by_kernels(stream, place)
+        norm, head = model.norm_out.padded(), model.head.weight
+        _, logits = layers.normed_product(stream, norm, head, dtype=torch.float32)
+        return cast("Tensor", logits)
 
     def _close(self, full: list[int]) -> None:
         """Compress the chunks of some rows into their history.

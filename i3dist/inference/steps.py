@@ -176,9 +176,24 @@ class RwkvStep(LowerStep):
     def __call__(self, x: Tensor, restart: Tensor) -> Tensor:
         """See `LowerStep`."""
         if has_kernels(x):
-            return rwkv_kernels(self.block, self.weights, x, restart, *self.state)
+            kernels = step_kernels("step_triton")
+            return cast("Tensor", kernels.join(self.by_kernels(kernels.Residual(x), restart)))
         step = compile_if(self.compiled, rwkv_step)
         return step(self.block, self.weights, x, restart, *self.state)
+
+    def by_kernels(self, stream: Any, restart: Tensor) -> Any:
+        """The same by Triton kernels, of a `step_triton.Residual`."""
+        kernels, weights = step_kernels("step_triton"), self.weights
+        time, channel = self.block.time_mix, self.block.channel_mix
+        wkv, time_shift, channel_shift = self.state
+        shift, curves = (time_shift, restart, weights.time_mixes), (weights.decay, weights.bonus)
+        norm, output = self.block.norm_time.padded(), time.output.weight
+        stream = kernels.time_mix(stream, norm, shift, weights.projections, curves, wkv, output)
+        shift, norm = (
+            (channel_shift, restart, weights.channel_mixes),
+            self.block.norm_channel.padded(),
+        )
+        return kernels.channel_mix(stream, norm, shift, weights.channel, channel.value.weight)
 
 
 def _joined(*parts: Linear, spare: int = 0) -> Tensor:
@@ -273,16 +288,18 @@ class AttentionStep(UpperStep):
         read = attend(self.block, x, self.keys, self.values, sight, self.rows)
         return compile_if(self.compiled, finish_step)(self.block, x, read)
 
-    def by_kernels(self, x: Tensor, place: Place) -> Tensor:
-        """The same by Triton kernels, at the places of the tokens after these."""
+    def by_kernels(self, stream: Any, place: Place) -> Any:
+        """The same by Triton kernels, of a `step_triton.Residual`, at the places of the tokens
+        after these."""
         weight, heads = self.joined
         kernels, block = step_kernels("step_triton"), self.block
-        y = kernels.normed_product(x, block.norm_attention.padded(), weight)
+        stream, y = kernels.normed_product(stream, block.norm_attention.padded(), weight)
         attend = step_kernels("attend_triton").attend
         read = attend(y, self.keys, self.values, place, heads, self.sub_latents)
-        x = kernels.add_product(x, read, block.attention.output.weight)
-        hidden = kernels.normed_product(x, block.norm_ff.padded(), block.ff.up.weight, gelu=True)
-        return kernels.add_product(x, hidden, block.ff.down.weight)
+        stream = kernels.add_product(stream, read, block.attention.output.weight)
+        up, down = block.ff.up.weight, block.ff.down.weight
+        stream, hidden = kernels.normed_product(stream, block.norm_ff.padded(), up, gelu=True)
+        return kernels.add_product(stream, hidden, down, "down")
 
     @functools.cached_property
     def joined(self) -> tuple[Tensor, Any]:
@@ -402,24 +419,6 @@ def rwkv_step(
     read = block.time_mix.output(y.squeeze(1))
     inputs, x = _mix(block.norm_channel, weights.channel_mixes, x, restart, channel_shift, read)
     return x + block.channel_mix(inputs)
-
-
-def rwkv_kernels(
-    block: RwkvBlock,
-    weights: RwkvWeights,
-    x: Tensor,
-    restart: Tensor,
-    wkv: Tensor,
-    time_shift: Tensor,
-    channel_shift: Tensor,
-) -> Tensor:
-    """`rwkv_step` by Triton kernels."""
-    kernels, time, channel = step_kernels("step_triton"), block.time_mix, block.channel_mix
-    shift, curves = (time_shift, restart, weights.time_mixes), (weights.decay, weights.bonus)
-    norm, output = block.norm_time.padded(), time.output.weight
-    x = kernels.time_mix(x, norm, shift, weights.projections, curves, wkv, output)
-    shift, norm = (channel_shift, restart, weights.channel_mixes), block.norm_channel.padded()
-    return kernels.channel_mix(x, norm, shift, weights.channel, channel.value.weight)
 
 
 def _mix(

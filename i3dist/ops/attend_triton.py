@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from i3dist.ops.attention import NEVER
-from i3dist.ops.step_triton import _start_next, early
+from i3dist.ops.rows_triton import _start_next, early
 
 TILE = 32  # keys that a program reads at once; of 64 a thread's registers do not hold its part
 STAGES = 3  # tiles that are on their way or in use

@@ -4,8 +4,9 @@ A step of a single row reads each weight once, and takes as long as the weights 
 nothing stands between its products. So every program of a product computes what stands before it
 (LayerNorm, token shift, mixes) once more, while its weights are on their way, and what stands after
 it (WKV, activations, gates, the residual stream) is computed by the program that has the results.
-An RWKV layer is four such kernels. With several rows products are a library's, and what stands
-between two of them is one kernel.
+An RWKV layer is four such kernels. With several rows that would be too much work for each program.
+So what stands before a product is a kernel of its own, of a program for each row; a product whose
+outputs are few is cut along its inputs, and the next kernel adds the parts.
 
 Notation: B rows, P channels with padding, F hidden channels, N outputs of a program. A row is a
 tuple of pieces of W channels, because Triton's tensors are powers of two long.
@@ -15,23 +16,29 @@ tuple of pieces of W channels, because Triton's tensors are powers of two long.
 # Kernels are untyped, and tuples of pieces grow.
 # mypy: disable-error-code="no-untyped-def, assignment"
 
-import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from i3dist.ops.rows_triton import (
+    CHANNEL_MIX,
+    GELU,
+    NONE,
+    PARTS,
+    _round,
+    _start_next,
+    early,
+    rows_product,
+)
 from i3dist.ops.shift_mix import Norm
 from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, MAX_SLIP
 
 # Token shift: the normalised tokens before, [B, P], which change; whether nothing stands before,
 # [B] bool; the share of the token in each of M inputs, [M, P].
 Shift = tuple[Tensor, Tensor, Tensor]
-
-NONE, GELU, CHANNEL_MIX = range(3)  # activations of `_normed_product`
 
 
 class Plan(NamedTuple):
@@ -42,8 +49,18 @@ class Plan(NamedTuple):
     warps: int  # of a program
 
 
+class Residual(NamedTuple):
+    """The residual stream: x + gate * the sum of parts, which the next kernel computes."""
+
+    x: Tensor  # [B, P]
+    parts: Tensor | None = None  # [cuts, B, P] of a product; fp32, or one of x's dtype
+    gate: Tensor | None = None  # [B, P], its rows at any distance
+
+
 # The fastest of 12 to 18 on an H200.
 TIME_MIX, NORMED_PRODUCT, ADD_PRODUCT = Plan(8, 256, 4), Plan(16, 256, 4), Plan(8, 1024, 4)
+# Of several rows: channels at once, and warps.
+NORM_MIX, WKV_ROWS = (2048, 16), (256, 4)
 
 
 @triton.jit
@@ -61,12 +78,6 @@ def _store(pointer, row, P: tl.constexpr, W: tl.constexpr, when=True):
     for c in tl.static_range(len(row)):
         channel = c * W + tl.arange(0, W)
         tl.store(pointer + channel, row[c].to(pointer.dtype.element_ty), (channel < P) & when)
-
-
-@triton.jit
-def _round(x, pointer):
-    """x as it would be in memory, in fp32."""
-    return x.to(pointer.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -115,14 +126,6 @@ def _product(weights, row, x, N: tl.constexpr, W: tl.constexpr):
     for c in tl.static_range(len(row)):
         total += weights[c].to(tl.float32) * row[c][None, :]
     return _round(tl.sum(total, axis=1), x)
-
-
-@triton.jit
-def _start_next(EARLY: tl.constexpr):
-    """Let the next kernel load its weights, and wait for what the last one has written."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -224,75 +227,84 @@ def _add_product(
 
 @triton.jit
 def _norm_mix(
-    x, norm_weight, norm_bias, D, eps, before, restart, mixes, y, B,
-    MIXES: tl.constexpr, EARLY: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    x, parts, gate, joined, norm_weight, norm_bias, D, eps, before, restart, mixes, y, B, GATES,
+    CUTS: tl.constexpr, GATED: tl.constexpr, MIXES: tl.constexpr, EARLY: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """The inputs of a branch, [MIXES, B, P], of one row of several, whose shift changes. Without
-    mixes the normalised row."""
+    mixes the normalised row. Before that the row becomes `joined` with CUTS parts of a product;
+    with MIXES below 0 that is all."""
     b = tl.program_id(0)
     slope, offset = _row(norm_weight, D, P, W), _row(norm_bias, D, P, W)
+    shares = ()
+    for i in tl.static_range(MIXES):
+        shares += (_row(mixes + i * P, P, P, W),)
     _start_next(EARLY)
-    normed = _normed(_row(x + b * P, D, P, W), slope, offset, D, eps, x, W)
-    if MIXES == 0:
-        _store(y + b * P, normed, P, W)
-    else:
-        old = _row(before + b * P, tl.where(tl.load(restart + b) != 0, 0, P), P, W)
-        for i in tl.static_range(MIXES):
-            mixed = _mixed(normed, old, _row(mixes + i * P, P, P, W), x)
-            _store(y + (i * B + b) * P, mixed, P, W)
-        _store(before + b * P, normed, P, W)
+    # All that is read is asked for before threads first wait for each other.
+    row = _row(x + b * P, D, P, W)
+    if MIXES > 0:
+        old, begins = _row(before + b * P, P, P, W), tl.load(restart + b) != 0
+    if CUTS:
+        added = ()
+        for c in tl.static_range(len(row)):
+            channel = c * W + tl.arange(0, W)
+            total = tl.zeros([W], tl.float32)
+            for cut in tl.static_range(CUTS):
+                total += tl.load(parts + (cut * B + b) * P + channel, channel < D, 0.0)
+            total = _round(total, x)
+            if GATED:
+                share = tl.load(gate + b * GATES + channel, channel < D, 0.0).to(tl.float32)
+                total = _round(total * share, x)
+            added += (_round(row[c] + total, x),)
+        row = added
+        _store(joined + b * P, row, P, W)
+    if MIXES >= 0:
+        normed = _normed(row, slope, offset, D, eps, x, W)
+        if MIXES == 0:
+            _store(y + b * P, normed, P, W)
+        else:
+            last = ()
+            for c in tl.static_range(len(old)):
+                last += (tl.where(begins, 0.0, old[c]),)
+            for i in tl.static_range(MIXES):
+                _store(y + (i * B + b) * P, _mixed(normed, last, shares[i], x), P, W)
+            _store(before + b * P, normed, P, W)
 
 
 @triton.jit
 def _wkv_rows(
     inputs, restart, decay, bonus, state, y, B,
-    EMPTY: tl.constexpr, SLIP: tl.constexpr, EARLY: tl.constexpr,
+    CUTS: tl.constexpr, EMPTY: tl.constexpr, SLIP: tl.constexpr, EARLY: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """sigmoid(r) WKV of W channels of one row of several; inputs are keys, values and receptances
-    [3, B, P]."""
+    """sigmoid(r) WKV of W channels of one row of several; inputs are parts of keys, values and
+    receptances, [CUTS, 3, B, P]."""
     b, channel = tl.program_id(0), tl.program_id(1) * W + tl.arange(0, W)
     there = channel < P
     w, u = tl.load(decay + channel, there, 0.0), tl.load(bonus + channel, there, 0.0)
     _start_next(EARLY)
     place = inputs + b * P + channel
-    k = tl.load(place, there, 0.0).to(tl.float32)
-    v = tl.load(place + B * P, there, 0.0).to(tl.float32)
-    r = tl.load(place + 2 * B * P, there, 0.0).to(tl.float32)
+    k, v, r = tl.zeros([W], tl.float32), tl.zeros([W], tl.float32), tl.zeros([W], tl.float32)
+    for cut in tl.static_range(CUTS):
+        k += tl.load(place + cut * 3 * B * P, there, 0.0)
+        v += tl.load(place + (cut * 3 + 1) * B * P, there, 0.0)
+        r += tl.load(place + (cut * 3 + 2) * B * P, there, 0.0)
     begins = tl.load(restart + b) != 0
-    read = _wkv(k, v, r, w, u, state + b * 3 * P + channel, begins, there, EMPTY, SLIP, P)
+    read = _wkv(
+        _round(k, y), _round(v, y), _round(r, y), w, u, state + b * 3 * P + channel, begins, there,
+        EMPTY, SLIP, P,
+    )  # fmt: skip
     tl.store(y + b * P + channel, read.to(y.dtype.element_ty), there)
 
 
-@triton.jit
-def _squared_relu(x, size, W: tl.constexpr, EARLY: tl.constexpr):
-    """In place."""
-    place = tl.program_id(0) * W + tl.arange(0, W)
-    _start_next(EARLY)
-    positive = tl.maximum(tl.load(x + place, place < size, 0.0).to(tl.float32), 0.0)
-    tl.store(x + place, (positive * positive).to(x.dtype.element_ty), place < size)
-
-
-@triton.jit
-def _add_gated(x, y, receptance, out, size, W: tl.constexpr, EARLY: tl.constexpr):
-    """x + sigmoid(receptance) y."""
-    place = tl.program_id(0) * W + tl.arange(0, W)
-    _start_next(EARLY)
-    r = tl.load(receptance + place, place < size, 0.0).to(tl.float32)
-    gate = _round(1.0 / (1.0 + tl.exp(-r)), x)
-    gated = _round(gate * tl.load(y + place, place < size, 0.0).to(tl.float32), x)
-    total = tl.load(x + place, place < size, 0.0).to(tl.float32) + gated
-    tl.store(out + place, total.to(x.dtype.element_ty), place < size)
-
-
 def time_mix(
-    x: Tensor, norm: Norm, shift: Shift, projections: Tensor, curves: tuple[Tensor, Tensor],
-    state: Tensor, output: Tensor,
-) -> Tensor:  # fmt: skip
+    stream: Residual, norm: Norm, shift: Shift, projections: Tensor,
+    curves: tuple[Tensor, Tensor], state: Tensor, output: Tensor,
+) -> Residual:  # fmt: skip
     """The time-mix of a token of each row, added to the residual stream; shift and state change.
 
     Args:
-        x: [B, P], the residual stream.
+        stream: the residual stream.
         norm: of the branch.
         shift: with three mixes.
         projections: [3, P, P], of keys, values and receptances.
@@ -300,70 +312,67 @@ def time_mix(
         state: [B, 3, P] fp32.
         output: [P, P], the output projection.
     """
+    x = stream.x
     rows, width = x.shape
     y, constants = torch.empty_like(x), {"EMPTY": EMPTY_MAXIMUM, "SLIP": MAX_SLIP, "P": width}
     if rows > 1:
-        inputs = torch.bmm(norm_mix(x, norm, shift), projections.transpose(1, 2))
-        _wkv_rows[(rows, triton.cdiv(width, 256))](
-            inputs, shift[1], *curves, state, y, rows, **constants, W=256, num_warps=2, **early()
-        )
-        return torch.addmm(x, y, output.T)
+        x, inputs = norm_mix(stream, norm, shift)
+        parts = rows_product(inputs, projections.flatten(0, 1), PARTS, "time", width)
+        channels, warps = WKV_ROWS
+        _wkv_rows[(rows, triton.cdiv(width, channels))](
+            parts, shift[1], *curves, state, y, rows, CUTS=len(parts), **constants, W=channels,
+            num_warps=warps, **early(),
+        )  # fmt: skip
+        return Residual(x, rows_product(y, output, PARTS, "output").squeeze(1))
     fresh, plan = torch.empty_like(x), TIME_MIX
     _time_mix[(width // plan.outputs,)](
         x, norm.weight, norm.bias, norm.channels, norm.eps, *shift, projections, *curves, state,
         y, fresh, **constants, N=plan.outputs, W=plan.width, num_warps=plan.warps, **early(),
     )  # fmt: skip
-    return add_product(x, y, output, shift=(shift[0], fresh))
+    return _add_one(x, y, output, shift=(shift[0], fresh))
 
 
-def channel_mix(x: Tensor, norm: Norm, shift: Shift, weight: Tensor, value: Tensor) -> Tensor:
+def channel_mix(
+    stream: Residual, norm: Norm, shift: Shift, weight: Tensor, value: Tensor
+) -> Residual:
     """The channel-mix of a token of each row, added to the residual stream; the shift changes.
 
     Args:
-        x: [B, P], the residual stream.
+        stream: the residual stream.
         norm: of the branch.
         shift: with two mixes.
         weight: [F + P, P], of keys and receptances.
         value: [P, F].
     """
-    rows, hidden = len(x), value.shape[1]
-    if rows > 1:
-        for_key, for_receptance = norm_mix(x, norm, shift)
-        keys, out = for_key @ weight[:hidden].T, torch.empty_like(x)
-        receptance = for_receptance @ weight[hidden:].T
-        size = keys.numel()
-        _squared_relu[(triton.cdiv(size, 1024),)](keys, size, W=1024, **early())
-        size = x.numel()
-        _add_gated[(triton.cdiv(size, 512),)](
-            x, keys @ value.T, receptance, out, size, W=512, **early()
-        )
-        return out
-    y, fresh = _run_normed_product(x, norm, shift, weight, hidden, CHANNEL_MIX)
-    return add_product(x, y[:, :hidden], value, y[:, hidden:], (shift[0], fresh))
+    hidden = value.shape[1]
+    if len(stream.x) > 1:
+        x, inputs = norm_mix(stream, norm, shift)
+        y = rows_product(inputs, weight, CHANNEL_MIX, "hidden", hidden)
+        parts = rows_product(y[:, :hidden], value, PARTS, "down").squeeze(1)
+        return Residual(x, parts, y[:, hidden:])
+    y, fresh = _run_normed_product(stream.x, norm, shift, weight, hidden, CHANNEL_MIX)
+    return _add_one(stream.x, y[:, :hidden], value, y[:, hidden:], (shift[0], fresh))
 
 
 def normed_product(
-    x: Tensor, norm: Norm, weight: Tensor, gelu: bool = False, dtype: torch.dtype | None = None
-) -> Tensor:
-    """weight [F, P] times the normalised x [B, P], through GELU if asked: [B, F].
+    stream: Residual,
+    norm: Norm,
+    weight: Tensor,
+    gelu: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Residual, Tensor]:
+    """The residual stream, joined, and weight [F, P] times the normalised one, through GELU if
+    asked: [B, F].
 
-    The result is rounded to x's dtype, and is in it or in a wider `dtype`.
+    The product is rounded to x's dtype, and is in it or in a wider `dtype`.
     """
-    if len(x) > 1:
-        y = F.linear(normed_rows(x, norm), weight)
-        return (F.gelu(y) if gelu else y).to(dtype or x.dtype)
     kind = GELU if gelu else NONE
-    return _run_normed_product(x, norm, (x, x, x), weight, len(weight), kind, dtype)[0]
-
-
-def normed_rows(x: Tensor, norm: Norm) -> Tensor:
-    """The normalised x [B, P]: the same."""
-    (rows, width), y = x.shape, torch.empty_like(x)
-    _norm_mix[(rows,)](
-        x, norm.weight, norm.bias, norm.channels, norm.eps, x, x, x, y, rows,
-        MIXES=0, P=width, W=512, num_warps=4, **early(),
-    )  # fmt: skip
-    return y
+    if len(stream.x) > 1:
+        x, normed = norm_mix(stream, norm)
+        name = "head" if len(weight) > 16_384 else "hidden"
+        return Residual(x), rows_product(normed, weight, kind, name, dtype=dtype)
+    x = stream.x
+    return stream, _run_normed_product(x, norm, (x, x, x), weight, len(weight), kind, dtype)[0]
 
 
 def _run_normed_product(
@@ -384,36 +393,59 @@ def _run_normed_product(
     return y, fresh
 
 
-def norm_mix(x: Tensor, norm: Norm, shift: Shift) -> Tensor:
-    """The inputs [M, B, P] that a shift with M mixes makes of the normalised x [B, P]; the shift
-    changes."""
-    (rows, width), mixes = x.shape, len(shift[2])
-    y = x.new_empty(mixes, rows, width)
+def norm_mix(stream: Residual, norm: Norm, shift: Shift | None = None) -> tuple[Tensor, Tensor]:
+    """The residual stream of several rows, joined, and the inputs [M, B, P] that a shift with M
+    mixes makes of the normalised one; the shift changes. Without a shift the normalised one."""
+    mixes = 0 if shift is None else len(shift[2])
+    y = stream.x.new_empty(max(1, mixes), *stream.x.shape)
+    return _run_norm_mix(stream, norm, shift, mixes, y), y if mixes else y[0]
+
+
+def join(stream: Residual) -> Tensor:
+    """The residual stream, [B, P]."""
+    x = stream.x
+    return _run_norm_mix(stream, Norm(x, x, x.shape[1], 0.0), None, -1, x)
+
+
+def _run_norm_mix(
+    stream: Residual, norm: Norm, shift: Shift | None, mixes: int, y: Tensor
+) -> Tensor:
+    (rows, width), (x, parts, gate) = stream.x.shape, stream
+    if parts is None and mixes < 0:
+        return x
+    joined, (channels, warps) = x if parts is None else torch.empty_like(x), NORM_MIX
     _norm_mix[(rows,)](
-        x, norm.weight, norm.bias, norm.channels, norm.eps, *shift, y, rows,
-        MIXES=mixes, P=width, W=512, num_warps=4, **early(),
+        x, x if parts is None else parts, x if gate is None else gate, joined, norm.weight,
+        norm.bias, norm.channels, norm.eps, *(shift or (x, x, x)), y, rows,
+        0 if gate is None else gate.stride(0), CUTS=0 if parts is None else len(parts),
+        GATED=gate is not None, MIXES=mixes, P=width, W=channels, num_warps=warps, **early(),
     )  # fmt: skip
-    return y
+    return joined
 
 
-def add_product(
+def add_product(stream: Residual, y: Tensor, weight: Tensor, name: str = "output") -> Residual:
+    """x + weight [P, K] y [B, K]."""
+    if len(stream.x) > 1:
+        return Residual(join(stream), rows_product(y, weight, PARTS, name).squeeze(1))
+    return _add_one(stream.x, y, weight)
+
+
+def _add_one(
     x: Tensor,
     y: Tensor,
     weight: Tensor,
     gate: Tensor | None = None,
     shift: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """x + gate * (weight y). Several rows take neither gate nor shift.
+) -> Residual:
+    """x + gate * (weight y) of a single row.
 
     Args:
-        x: [B, P], the residual stream.
-        y: [B, K].
+        x: [1, P], the residual stream.
+        y: [1, K].
         weight: [P, K].
         gate: [1, P]; None is 1.
         shift: where a token shift is kept, and what it becomes now that nobody reads it.
     """
-    if len(x) > 1:
-        return torch.addmm(x, y, weight.T)
     (width, inputs), plan = weight.shape, ADD_PRODUCT
     out = torch.empty_like(x)
     before, fresh = shift or (x, x)
@@ -422,12 +454,4 @@ def add_product(
         GATED=gate is not None, SHIFTED=shift is not None,
         P=width, K=inputs, N=plan.outputs, W=plan.width, num_warps=plan.warps, **early(),
     )  # fmt: skip
-    return out
-
-
-@functools.cache
-def early() -> dict[str, bool]:
-    """Arguments of a launch: whether the kernel may start before the last one has ended, to load
-    its weights (Hopper's programmatic dependent launch)."""
-    early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+    return Residual(out)

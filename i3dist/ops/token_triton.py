@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from i3dist.ops.attend_triton import Place
+from i3dist.ops.rows_triton import _start_next, early
 from i3dist.ops.shift_mix import Norm
-from i3dist.ops.step_triton import _normed, _row, _start_next, _store, early
+from i3dist.ops.step_triton import _normed, _row, _store
 
 ROWS, BLOCK = 64, 128  # blocks read at once, and their tokens, whose weights are summed first
 

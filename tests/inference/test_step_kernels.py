@@ -35,6 +35,8 @@ THERE = importlib.util.find_spec("triton") and (INTERPRETED or torch.cuda.is_ava
 pytestmark = pytest.mark.skipif(not THERE, reason="needs Triton with a GPU or its interpreter")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 NEAR = 1e-5 if INTERPRETED else 1e-4
+# Of products on matrix units, and their error.
+PRECISE, ROUNDED = (torch.float32, 1e-5) if INTERPRETED else (torch.bfloat16, 1e-2)
 ONE_SOFTMAX, TWO = "1xrwkv,1xattention", "1xrwkv,1xdual-attention"
 MEANS = (1e9, 30, 6, 60, 1e9, 15)  # tokens of documents, of each row
 
@@ -197,8 +199,63 @@ def test_layer_norm_of_a_wide_row(rows: int) -> None:
         return functional.pad(part, (0, width - channels)).to(DEVICE)
 
     norm = Norm(padded(scale), padded(offset), channels, 0.5)
-    read = step_kernels("step_triton").normed_product(padded(x), norm, padded(weight))
+    kernels = step_kernels("step_triton")
+    _, read = kernels.normed_product(kernels.Residual(padded(x)), norm, padded(weight))
     assert (read.cpu() - wanted).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["time", "output", "hidden", "down", "head"])
+@pytest.mark.parametrize("rows", [2, 17, 50, 70], ids="{} rows".format)
+def test_a_product_of_several_rows(name: str, rows: int) -> None:
+    """Over several tiles of outputs and inputs, the last ones not full; rows have gaps. Many rows
+    are a library's, and the last product's few."""
+    kernels = step_kernels("rows_triton")
+    in_library = rows > kernels.MOST_ROWS or (rows <= kernels.FEW_ROWS and name == "head")
+    held = rows <= kernels.FEW_ROWS and name in kernels.HELD
+    plan = (kernels.HELD if held else kernels.STAGED)[name]
+    outputs, width = plan.outputs + 16, 2 * plan.width + 16
+    kinds = {"hidden": kernels.CHANNEL_MIX, "head": kernels.GELU}
+    kind, groups = kinds.get(name, kernels.PARTS), {"time": 3, "hidden": 2}.get(name, 1)
+    dtype = torch.float32 if name == "head" else None
+    torch.manual_seed(0)
+    x = torch.randn(groups, rows, width + 16, device=DEVICE, dtype=PRECISE)[..., :width]
+    weight = torch.randn(groups * outputs, width, device=DEVICE, dtype=PRECISE) / width**0.5
+    if name == "hidden":
+        weight = weight[: outputs + 24]  # gates are fewer than keys
+    library = mock.Mock(wraps=kernels.rows_product_naive)
+    with mock.patch.object(kernels, "rows_product_naive", library):
+        y = kernels.rows_product(x if groups > 1 else x[0], weight, kind, name, outputs, dtype)
+    assert library.called == in_library
+    wanted = kernels.rows_product_naive(x.double(), weight.double(), kind, outputs)
+    in_parts = kind == kernels.PARTS and not in_library
+    assert y.dtype == (torch.float32 if in_parts else dtype or PRECISE)
+    if kind == kernels.PARTS:
+        assert (len(y) > 1) == in_parts
+        y = y.sum(0, keepdim=True)
+    assert (y - wanted).norm() < ROUNDED * wanted.norm()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_parts_of_a_product_are_joined(gated: bool) -> None:
+    """Before the stream is normalised, and where it is not; padding stays 0."""
+    channels, width, rows, kernels = 1030, 1040, 3, step_kernels("step_triton")
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        part = torch.randn(*shape, channels, device=DEVICE)
+        return functional.pad(part, (0, width - channels))
+
+    x, parts, gates = random(rows), random(4, rows), random(rows, 2)
+    gate = gates[:, 1] if gated else None
+    wanted = x + parts.sum(0) * (1 if gate is None else gate)
+    stream, scale = kernels.Residual(x, parts, gate), random()
+    assert (kernels.join(stream) - wanted).abs().max() < 5e-5
+    joined, normed = kernels.norm_mix(stream, Norm(scale, scale, channels, 0.5))
+    inside = functional.layer_norm(wanted[:, :channels], (channels,), eps=0.5)
+    inside = scale[:channels] * (inside + 1)
+    assert (joined - wanted).abs().max() < 5e-5
+    assert (normed[:, :channels] - inside).abs().max() < 1e-4
+    assert not normed[:, channels:].any() and not joined[:, channels:].any()
 
 
 def is_float(x: Tensor) -> bool:
@@ -244,6 +301,30 @@ def test_a_decoder_by_kernels(changes: dict[str, str], carry: bool, rows: int) -
     prompts = [(C + 3) * T - 3, 4 * T, T - 1, 3 * T - 1, 2 * T, 7][:rows]
     with by_kernels():
         assert gap(model, streams, prompts, wanted) < 10 * NEAR
+
+
+@pytest.mark.parametrize("few", [32, 0], ids=["held", "staged"])
+def test_products_of_a_decoder(few: int) -> None:
+    """On a GPU in bf16; several parts of a product, and rows that begin a chunk."""
+    model, kernels = on_device(laid_out(build(**DUAL))).to(PRECISE), step_kernels("rows_triton")
+    tokens = random_stream(3, 2, 20).flatten().to(DEVICE)
+
+    def read() -> Tensor:
+        decoder = BatchDecoder(model, [tokens[: T - 1]] * 6)
+        return torch.stack([decoder.feed(token.expand(6)) for token in tokens[:2]])
+
+    unused, plans = mock.Mock(side_effect=AssertionError), kernels.HELD if few else kernels.STAGED
+    narrow = {name: plan._replace(width=16) for name, plan in plans.items()}
+    with (
+        by_kernels(),
+        mock.patch.object(kernels, "FEW_ROWS", few),
+        mock.patch.dict(plans, narrow),
+    ):
+        with mock.patch.object(kernels, "rows_product_naive", unused):
+            y = read()
+        with mock.patch.object(kernels, "_fits", return_value=False):
+            wanted = read()
+    assert (y - wanted).norm() < 3 * ROUNDED * wanted.norm()
 
 
 def test_memory_of_sub_latents() -> None:
