@@ -152,10 +152,11 @@ class CompressionSettings(Section):
     """Steps over which g then rises to 1."""
     schedule: Schedule = "linear"
     """How g rises: linear, or another of optimizer.schedule's curves."""
-    join_after: CountOrZero | Never | Auto = "auto"
+    join_after: Annotated[int, Field(ge=-(2**40), le=2**40)] | Never | Auto = "auto"
     """Steps after which the two softmaxes of dual-attention begin to become one, a share j at a
     time; never keeps them apart (docs/model.md). auto is 4000; with train.init_from j goes on as
-    the weights ended, and never begins to rise. Layers of attention have one from the start."""
+    the weights ended (below 0: it had begun to rise), and never begins to rise. Layers of attention
+    have one from the start."""
     join_steps: CountOrZero | Auto = "auto"
     """Steps over which j then rises to 1, on a line; auto is 2000."""
 

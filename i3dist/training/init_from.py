@@ -1,6 +1,6 @@
 """Beginning a run with trained weights: `train.init_from`."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -53,18 +53,19 @@ def initial_weights(settings: Settings, corpus: Corpus) -> SavedModel | None:
     return saved
 
 
-def joining(weights: SavedModel | None) -> dict[str, int | str]:
+def joining(steps: int | Literal["auto"], weights: SavedModel | None) -> dict[str, int | str]:
     """When two softmaxes become one, where the settings say "auto" (`Settings.compression`).
 
     Args:
+        steps: the settings' `join_steps`.
         weights: that the run begins with; None initializes them.
     """
+    joined = 0.0 if weights is None else weights.joined
+    if steps == "auto":
+        steps = 0 if joined == 1 else JOIN_STEPS
     after: int | str = JOIN_AFTER
-    steps = JOIN_STEPS
-    if weights is not None and weights.joined == 0:
-        after = "never"
-    elif weights is not None:  # begins with their share, or the next that is 1 / steps
-        after, steps = 0, int(1 / weights.joined + 1e-6)
+    if weights is not None:  # the first step has their share
+        after = 1 - max(1, round(joined * steps)) if joined else "never"
     return {"compression.join_after": after, "compression.join_steps": steps}
 
 
@@ -83,7 +84,7 @@ def joined_otherwise(settings: Settings, saved: SavedModel) -> str | None:
     """A note for a run that begins with weights whose softmaxes were one to another share j."""
     ours, steps = settings.compression.joined_at(0), settings.compression.join_steps
     assert steps != "auto", "compression.join_steps is not resolved"
-    goes_on = 0 <= ours - saved.joined <= 1 / max(2, steps)  # to the first share of a ramp
+    goes_on = abs(ours - saved.joined) <= (1 / steps if steps > 1 else 0)  # or a step beyond
     if goes_on or "dual-attention" not in settings.model.layer_kinds:
         return None
     return (

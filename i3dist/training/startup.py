@@ -55,7 +55,7 @@ def decide(
     settings.optimizer.check_curve(settings.place_of("optimizer.decay_steps"))
     steps, warmup = settings.train.steps, settings.optimizer.warmup_steps
     decided = {
-        **joining(weights),
+        **joining(settings.compression.join_steps, weights),
         "train.lanes": LANES_PER_RANK * world_size,
         "train.schedule": NEWEST,
         "optimizer.decay_steps": steps if steps > warmup else 2 * warmup,
@@ -149,9 +149,7 @@ def resolve(
     """
     path = newest_checkpoint(settings.run.path, fresh)
     if path is None:
-        vocab_size = corpus.tokenizer.vocab_size
-        weights = initial_weights(fill(settings, {"model.vocab_size": vocab_size}), corpus)
-        return Start(decide(settings, world_size, vocab_size, weights), weights=weights)
+        return begin(settings, corpus, world_size)
     state = read_state(path)
     saved = Settings.build(state.settings).of_saved_run()
     settings = inherit_decided(settings, saved)
@@ -172,6 +170,21 @@ def resolve(
             f"steps; raise train.steps, {WAYS_OUT}"
         )
     return Start(settings, path, state)
+
+
+def begin(settings: Settings, corpus: Corpus, world_size: int) -> Start:
+    """Decide the settings of a run from step 0; arguments and errors are those of `resolve`."""
+    vocab_size = corpus.tokenizer.vocab_size
+    weights = initial_weights(fill(settings, {"model.vocab_size": vocab_size}), corpus)
+    return Start(decide(settings, world_size, vocab_size, weights), weights=weights)
+
+
+def foresee(settings: Settings, corpus: Corpus, world_size: int, fresh: bool) -> Settings:
+    """The settings that `resolve` would decide; one that it would refuse stays as it was given."""
+    path = newest_checkpoint(settings.run.path, fresh)
+    if path is None:
+        return begin(settings, corpus, world_size).settings
+    return inherit_decided(settings, Settings.build(read_state(path).settings).of_saved_run())
 
 
 def _check_data(path: Path, state: RunState, settings: Settings, corpus: Corpus) -> None:
