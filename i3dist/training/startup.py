@@ -226,12 +226,16 @@ def verify_checkpoint(start: Start, job: Job) -> Callable[[], Start]:
     """
     if start.checkpoint is None:
         return lambda: start
+    folder = start.settings.run.path / store.CHECKPOINTS
+    newest = next(iter(store.candidates(folder)), start.checkpoint)
+    # Why `resolve` has passed over a newer one is said with the faults that reading finds.
+    passed_over = None if newest == start.checkpoint else f"{newest} is not whole"
     found = aside(partial(verify.fault_of_share, start.checkpoint, job), "checkpoint")
 
     def verified() -> Start:
-        if verify.first_fault(found()) is None:
+        if verify.first_fault(found() or passed_over) is None:
             return start
-        path = verify.newest_whole(start.settings.run.path / store.CHECKPOINTS, job)
+        path = verify.newest_whole(folder, job)
         assert path is not None
         return replace(start, checkpoint=path, state=read_state(path))
 

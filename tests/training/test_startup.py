@@ -356,3 +356,18 @@ def test_a_checkpoint_is_read_while_the_caller_goes_on(
     assert whole() is starts[0]
     with pytest.raises(PermissionError):
         none()
+
+
+def test_a_newer_checkpoint_that_a_quick_look_refuses_is_named(
+    typed: Settings, corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one that is taken is whole."""
+    settings = decide(typed, 1, corpus.tokenizer.vocab_size)
+    older, newer = (checkpoint(settings, corpus, step) for step in (7, 9))
+    (newer / "lanes").touch()
+    start = resolve(typed, ENGINE, corpus, 1, fresh=False)
+    assert start.checkpoint == older and verify_checkpoint(start, Job.detect({}))() == start
+    assert capsys.readouterr().out == (
+        f"warning: checkpoint {newer} is refused: lanes is not in its manifest; "
+        "step-00000007 is taken instead\n"
+    )
