@@ -16,6 +16,7 @@ FIRST_JOB, EARLIER_RESTARTS = "I3DIST_FIRST_JOB", "I3DIST_EARLIER_RESTARTS"
 LOST_HOSTS, BATCH_SHELL = "I3DIST_LOST_HOSTS", "I3DIST_BATCH_SHELL"
 # And a file that any rank may make, to have the job requeued.
 REQUEUE_FILE = "I3DIST_REQUEUE_FILE"
+UNNAMED = "none"  # torchrun's id of a job that --rdzv-id gives no name
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Attempt:
     def __str__(self) -> str:
         """Such as ", job 77, restart 1"; nothing where nobody starts the job again."""
         restart = f", restart {self.restarts}" if self.restarts else ""
-        return "" if self.job is None else f", job {self.job}{restart}"
+        job = "" if self.job == UNNAMED else f", job {self.job}"
+        return "" if self.job is None else f"{job}{restart}"
 
 
 def ask_for_successor(hosts: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:

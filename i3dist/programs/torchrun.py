@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 
 import psutil
@@ -26,6 +27,8 @@ from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.held_signals import SIGNALS, awaited
 from i3dist.engine.toolchain import variables
 from i3dist.errors import UserError, reason
+
+PATIENCE = 10  # seconds for the agent to notice that all ranks of this host have ended
 
 
 def main() -> int:
@@ -46,6 +49,7 @@ def main() -> int:
     # On its other signals the agent ends the ranks, and then with 1.
     arguments.signals_to_handle = "SIGINT,SIGQUIT"
     told = pass_signals_on()
+    threading.Thread(target=leave_stuck_agent, args=[told], name="agent", daemon=True).start()
     try:
         run.run(arguments)
     except ChildFailedError as failed:
@@ -81,9 +85,11 @@ def pass_signals_on() -> list[int]:
             number = os.read(reader, 1)[0]
             if number not in SIGNALS:
                 continue
-            ranks = psutil.Process().children()
+            ranks, ended = psutil.Process().children(), exit_codes()
             if not ranks:
                 os._exit(REQUEUE)
+            if ended is not None:
+                os._exit(status_of(first_failure(ended), told))
             told.append(number)
             for rank in ranks if len(told) == 1 else ():
                 with suppress(psutil.Error):  # it has just ended
@@ -91,6 +97,49 @@ def pass_signals_on() -> list[int]:
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
     return told
+
+
+def leave_stuck_agent(told: list[int]) -> None:
+    """End this process as its ranks did, if the agent does not notice that they have ended.
+
+    The agent asks one of the hosts for news ten times a second, and waits for an answer without any
+    limit: for ever where that host is without power, or the link to it is down.
+    """
+    unnoticed, codes = 0, None
+    while unnoticed < PATIENCE:
+        time.sleep(1)  # counted: a process that was suspended has not waited
+        codes = exit_codes()
+        unnoticed = 0 if codes is None else unnoticed + 1
+    assert codes is not None
+    print(
+        "warning: torchrun's agent waits for another host, which does not answer; it ends, as the "
+        "ranks of this host have",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(status_of(first_failure(codes), told))
+
+
+def exit_codes() -> list[int] | None:
+    """What this host's ranks ended with, below 0 by a signal, before the agent has noticed.
+
+    None while one of them runs, and once the agent has noticed.
+    """
+    codes = []
+    for rank in psutil.Process().children():
+        try:
+            ended = os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # the agent has just noticed
+            return None
+        if ended is None:
+            return None
+        codes.append(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
+    return codes or None
+
+
+def first_failure(codes: list[int]) -> int:
+    """Of ranks that ended together: the signal that ended one, else an error, else a request."""
+    return min(filter(None, codes), default=0)
 
 
 def status_of(exitcode: int, told: list[int]) -> int:

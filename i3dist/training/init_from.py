@@ -1,6 +1,6 @@
 """Beginning a run with trained weights: `train.init_from`."""
 
-from typing import Any
+from typing import Any, Literal
 
 from i3dist.checkpoint.weights import SavedModel
 from i3dist.cli.layer_pattern import write_layers
@@ -12,9 +12,6 @@ from i3dist.model.lm import I3LM, Unfilled
 
 # Weights fit models with any value of these.
 FREE = ("vocab_size", "chunk_length", "state_carry")
-# 65M to 98M tokens of one GPU's 4 lanes. Attention has by then learned to read its own chunk, which
-# took 30M to 35M tokens (docs/history.md).
-JOIN_AFTER, JOIN_STEPS = 4000, 2000
 
 
 def initial_weights(settings: Settings, corpus: Corpus) -> SavedModel | None:
@@ -51,19 +48,14 @@ def initial_weights(settings: Settings, corpus: Corpus) -> SavedModel | None:
     return saved
 
 
-def joining(weights: SavedModel | None) -> dict[str, int | str]:
-    """When two softmaxes become one, where the settings say "auto" (`Settings.compression`).
+def join_after(weights: SavedModel, steps: int) -> int | Literal["never"]:
+    """The `compression.join_after` with which the first step has the share j of its weights.
 
     Args:
-        weights: that the run begins with; None initializes them.
+        weights: that the run begins with.
+        steps: over which j rises from 0 to 1.
     """
-    after: int | str = JOIN_AFTER
-    steps = JOIN_STEPS
-    if weights is not None and weights.joined == 0:
-        after = "never"
-    elif weights is not None:  # begins with their share, or the next that is 1 / steps
-        after, steps = 0, int(1 / weights.joined + 1e-6)
-    return {"compression.join_after": after, "compression.join_steps": steps}
+    return 1 - max(1, round(weights.joined * steps)) if weights.joined else "never"
 
 
 def history_is_off(settings: Settings) -> str | None:
@@ -81,7 +73,7 @@ def joined_otherwise(settings: Settings, saved: SavedModel) -> str | None:
     """A note for a run that begins with weights whose softmaxes were one to another share j."""
     ours, steps = settings.compression.joined_at(0), settings.compression.join_steps
     assert steps != "auto", "compression.join_steps is not resolved"
-    goes_on = 0 <= ours - saved.joined <= 1 / max(2, steps)  # to the first share of a ramp
+    goes_on = abs(ours - saved.joined) <= (1 / steps if steps > 1 else 0)  # or a step beyond
     if goes_on or "dual-attention" not in settings.model.layer_kinds:
         return None
     return (

@@ -49,6 +49,7 @@ from i3dist.training.startup import (
     check_attempt,
     check_data,
     decide,
+    foresee,
     resolve,
     verify_checkpoint,
 )
@@ -56,15 +57,16 @@ from i3dist.training.summary import print_tables, refuse_large
 from i3dist.training.trainer import Trainer
 
 
-def dry_run(settings: Settings, job: Job) -> None:
+def dry_run(settings: Settings, job: Job, fresh: bool = False) -> None:
     """Print what the run would be, memory and speed included; without data, the card's."""
-    vocab_size, tokens = settings.model.vocab, None
-    path = settings.data.path
+    path, tokens = settings.data.path, None
     if isinstance(path, str) or path.exists():
         corpus = Corpus.open(path, settings.model, data=settings.data)
-        vocab_size, tokens = corpus.tokenizer.vocab_size, corpus.train.manifest.tokens
+        tokens = corpus.train.manifest.tokens
+        settings = foresee(settings, corpus, job.world_size, fresh)
+    else:
+        settings = decide(settings, job.world_size, settings.model.vocab)
     if job.rank == 0:
-        settings = decide(settings, job.world_size, vocab_size)
         print_tables(settings, job.world_size, tokens)
 
 
@@ -332,7 +334,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     times.wanted = arguments.verbose and job.rank == 0
     stop = StopRequest(job)
     if arguments.dry_run:
-        dry_run(settings, job)
+        dry_run(settings, job, arguments.fresh)
         return
     notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
     call_on_failure(partial(notifier.stop, "failure"))

@@ -22,9 +22,12 @@ from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
 from i3dist.tracking.metrics_log import STARTS, read_lines
 from i3dist.training.continuing import fill, first_conflict, inherit_decided
-from i3dist.training.init_from import initial_weights, joining
+from i3dist.training.init_from import initial_weights, join_after
 
 LANES_PER_RANK = 4
+# 65M to 98M tokens of one GPU's 4 lanes. Attention has by then learned to read its own chunk, which
+# took 30M to 35M tokens (docs/history.md).
+JOIN_AFTER, JOIN_STEPS = 4000, 2000
 WAYS_OUT = "choose another run.path, or start over with --fresh"
 
 
@@ -54,8 +57,11 @@ def decide(
     """
     settings.optimizer.check_curve(settings.place_of("optimizer.decay_steps"))
     steps, warmup = settings.train.steps, settings.optimizer.warmup_steps
+    joins = settings.compression.join_steps
+    joins = JOIN_STEPS if joins == "auto" else joins
     decided = {
-        **joining(weights),
+        "compression.join_after": JOIN_AFTER if weights is None else join_after(weights, joins),
+        "compression.join_steps": joins,
         "train.lanes": LANES_PER_RANK * world_size,
         "train.schedule": NEWEST,
         "optimizer.decay_steps": steps if steps > warmup else 2 * warmup,
@@ -149,9 +155,7 @@ def resolve(
     """
     path = newest_checkpoint(settings.run.path, fresh)
     if path is None:
-        vocab_size = corpus.tokenizer.vocab_size
-        weights = initial_weights(fill(settings, {"model.vocab_size": vocab_size}), corpus)
-        return Start(decide(settings, world_size, vocab_size, weights), weights=weights)
+        return begin(settings, corpus, world_size)
     state = read_state(path)
     saved = Settings.build(state.settings).of_saved_run()
     settings = inherit_decided(settings, saved)
@@ -172,6 +176,21 @@ def resolve(
             f"steps; raise train.steps, {WAYS_OUT}"
         )
     return Start(settings, path, state)
+
+
+def begin(settings: Settings, corpus: Corpus, world_size: int) -> Start:
+    """Decide the settings of a run from step 0; arguments and errors are those of `resolve`."""
+    vocab_size = corpus.tokenizer.vocab_size
+    weights = initial_weights(fill(settings, {"model.vocab_size": vocab_size}), corpus)
+    return Start(decide(settings, world_size, vocab_size, weights), weights=weights)
+
+
+def foresee(settings: Settings, corpus: Corpus, world_size: int, fresh: bool) -> Settings:
+    """The settings that `resolve` would decide; one that it would refuse stays as it was given."""
+    path = newest_checkpoint(settings.run.path, fresh)
+    if path is None:
+        return begin(settings, corpus, world_size).settings
+    return inherit_decided(settings, Settings.build(read_state(path).settings).of_saved_run())
 
 
 def _check_data(path: Path, state: RunState, settings: Settings, corpus: Corpus) -> None:
@@ -213,12 +232,16 @@ def verify_checkpoint(start: Start, job: Job) -> Callable[[], Start]:
     """
     if start.checkpoint is None:
         return lambda: start
+    folder = start.settings.run.path / store.CHECKPOINTS
+    newest = next(iter(store.candidates(folder)), start.checkpoint)
+    # Why `resolve` has passed over a newer one is said with the faults that reading finds.
+    passed_over = None if newest == start.checkpoint else f"{newest} is not whole"
     found = aside(partial(verify.fault_of_share, start.checkpoint, job), "checkpoint")
 
     def verified() -> Start:
-        if verify.first_fault(found()) is None:
+        if verify.first_fault(found() or passed_over) is None:
             return start
-        path = verify.newest_whole(start.settings.run.path / store.CHECKPOINTS, job)
+        path = verify.newest_whole(folder, job)
         assert path is not None
         return replace(start, checkpoint=path, state=read_state(path))
 

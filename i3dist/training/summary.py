@@ -68,9 +68,16 @@ def print_overview(settings: Settings, corpus: Corpus, world_size: int) -> None:
 
 def joining(settings: Settings) -> str:
     """When two softmaxes become one, as the end of a line; "" if they do not in this run."""
-    first, steps = settings.compression.join_after, settings.compression.join_steps
-    if not (settings.joins and settings.compression.joined_after(settings.train.steps)):
+    compression = settings.compression
+    if not (settings.joins and compression.joined_after(settings.train.steps)):
         return ""
+    first, steps, share = compression.join_after, compression.join_steps, compression.joined_at(0)
+    assert isinstance(first, int) and isinstance(steps, int), "join_* is not resolved"
+    if share == 1:
+        return "; its softmax is the chunk's from the start"
+    if first < 0:
+        end = first + steps
+        return f"; its softmax is the chunk's to a share of {share:.3g}, wholly after {end:,} steps"
     return f"; its softmax joins the chunk's after {first:,} steps, over {steps:,}"
 
 

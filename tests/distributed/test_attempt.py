@@ -27,6 +27,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2"}
             ", job 77, restart 5",
         ),
         (TORCHRUN, Attempt("a", 2), ", job a, restart 2"),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, Attempt("none", 2), ", restart 2"),
         (SLURM | TORCHRUN, Attempt("a", 2), ", job a, restart 2"),  # its agents stay the same job
     ],
     ids=str,

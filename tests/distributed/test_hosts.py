@@ -76,16 +76,21 @@ def torchrun(hosts: Sequence[Host], folder: Path, *words: object) -> list[subpro
     ]
 
 
+def wait_for_step(step: int, output: Path) -> None:
+    """Wait until a run of `SAVING` says that it has taken this step."""
+    deadline = time.monotonic() + 200
+    while f"step  {step}/" not in output.read_text():
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.05)
+
+
 def test_torchrun_ends_as_its_ranks_do(
     hosts: Sequence[Host], data: Path, whole: Path, tmp_path: Path
 ) -> None:
     """A signal to one host's agent stops both hosts, which learned like two ranks of one host."""
     words = [*QUICK, *SAVING, f"data.path={data}", f"run.path={tmp_path / 'run'}"]
     commands = torchrun(hosts, tmp_path, *words)
-    deadline = time.monotonic() + 200
-    while "step  3/" not in (tmp_path / "host1").read_text():
-        assert time.monotonic() < deadline, (tmp_path / "host1").read_text()
-        time.sleep(0.05)
+    wait_for_step(3, tmp_path / "host1")
     (agent,) = psutil.Process(commands[1].pid).children()
     agent.terminate()
     assert [command.wait(60) for command in commands] == [75, 75], (tmp_path / "host1").read_text()
@@ -109,3 +114,21 @@ def test_torchrun_ends_as_its_ranks_do(
     assert line.startswith(
         "error: the hosts do not meet at nowhere.invalid:1, or what listens there"
     )
+
+
+def test_torchrun_ends_on_both_sides_of_a_link_that_is_down(
+    hosts: Sequence[Host], data: Path, tmp_path: Path
+) -> None:
+    """The agent of host2 hangs, as what it asks for news is on host1; it ends as its rank did."""
+    words = [*QUICK, "train.steps=99", f"data.path={data}", f"run.path={tmp_path / 'run'}"]
+    commands = torchrun(hosts, tmp_path, *words)
+    wait_for_step(3, tmp_path / "host1")
+    hosts[1].run("ip", "link", "set", "cable", "down")
+    try:
+        assert [command.wait(60) for command in commands] == [75, 75]
+    finally:
+        for command in commands:
+            command.kill()
+        hosts[1].run("ip", "link", "set", "cable", "up")
+    for number, line in enumerate(("error: lost rank 1 on host2", "error: lost rank 0 on host1")):
+        assert line in (tmp_path / f"host{number + 1}").read_text()

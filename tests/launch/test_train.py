@@ -34,7 +34,7 @@ def test_words_win_over_the_file_and_the_file_over_the_card(
     file = tmp_path / "some.yaml"
     file.write_text("train: {steps: 5, seed: 5}\nrun: {path: from-the-file}\n")
     seen: list[Settings] = []
-    monkeypatch.setattr(train, "dry_run", lambda settings, job: seen.append(settings))
+    monkeypatch.setattr(train, "dry_run", lambda settings, *_: seen.append(settings))
     typed(monkeypatch, "train.seed=7", "--dry-run", "--config", file, "log.every=9")
     monkeypatch.setattr(train, "StopRequest", mock.Mock())
     main()
@@ -64,6 +64,25 @@ def test_a_dry_run_prints_what_the_run_would_decide(
     assert f"tokens_per_step={lanes * 2 * CHUNK} ({lanes} lanes x 1 windows" in said
     train.dry_run(settings, Job(1, 2, 1, 2, "127.0.0.1", 1, "python"))
     assert capsys.readouterr().out == "", "the first rank alone speaks"
+
+
+def test_a_dry_run_looks_ahead_at_a_run_that_continues(
+    train: ModuleType, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreseen = mock.Mock(side_effect=UserError("far enough"))
+    monkeypatch.setattr(train, "foresee", foreseen)
+    monkeypatch.setattr(train, "StopRequest", mock.Mock())
+    typed(
+        monkeypatch,
+        "--dry-run",
+        "--fresh",
+        f"data.path={known.folder}",
+        *(f"{name}={value}" for name, value in MODEL.items()),
+    )
+    with pytest.raises(UserError, match="far enough"):
+        main()
+    _, corpus, *others = foreseen.call_args.args
+    assert corpus.train.folder == known.folder / "train" and others == [1, True]
 
 
 @pytest.mark.parametrize("words", [[], ["--fresh"], ["--deepspeed", "other.json"]])

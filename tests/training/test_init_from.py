@@ -147,9 +147,14 @@ def test_softmaxes_go_on_as_the_weights_ended_unless_settings_say_otherwise(
     assert saved is not None and saved.joined == (0 if steps is None else 1 / steps)
     auto = Settings().with_values(**dual)
     ours = decide(auto, 1, 300, saved)
-    assert ours.compression.joined_at(0) == saved.joined and ours.compression.joins == bool(steps)
-    assert ours.compression.joined_after(steps or 9000) == bool(steps)
+    first, second = (ours.compression.joined_at(step) for step in (0, 1))
+    assert first == pytest.approx(saved.joined, abs=1 / 2000)
+    assert second == pytest.approx(min(1, first + 1 / 2000) if steps else 0)
+    assert ours.compression.joins == bool(steps)
+    assert ours.compression.joined_after(2000) == bool(steps)
     assert joined_otherwise(ours, saved) is None
+    later = decide(auto.with_values(**{"compression.join_after": 50}), 1, 300, saved)
+    assert later.compression.join_steps == 2000
     for typed in ("never", 0):
         words = {"compression.join_after": typed, "compression.join_steps": 0}
         other = decide(auto.with_values(**words), 1, 300, saved)

@@ -31,6 +31,7 @@ from i3dist.training.startup import (
     agree,
     check_progress,
     decide,
+    foresee,
     resolve,
     starts_over,
     verify_checkpoint,
@@ -99,6 +100,7 @@ def test_a_run_decides_what_is_left_to_it_and_nothing_else(ranks: int, lanes: in
 def test_an_empty_folder_starts_at_step_0(typed: Settings, corpus: Corpus) -> None:
     start = resolve(typed, ENGINE, corpus, 2, fresh=False)
     assert start == Start(decide(typed, 2, corpus.tokenizer.vocab_size))
+    assert foresee(typed, corpus, 2, fresh=False) == start.settings
 
 
 def test_the_same_words_continue_with_what_was_decided(typed: Settings, corpus: Corpus) -> None:
@@ -110,6 +112,8 @@ def test_the_same_words_continue_with_what_was_decided(typed: Settings, corpus: 
     wanted = {"train.lanes": 8, "optimizer.decay_steps": 20_000, "model.vocab_size": 271}
     wanted |= {"train.schedule": 2, "compression.join_after": 4000, "compression.join_steps": 2000}
     assert start.settings == longer.with_values(**wanted)
+    assert foresee(longer, corpus, 8, fresh=False) == start.settings
+    assert foresee(longer, corpus, 8, fresh=True) == decide(longer, 8, 271)
 
 
 def test_a_run_of_the_former_default_goes_on_or_says_what_to_type(
@@ -375,3 +379,18 @@ def test_first_weights_are_drawn_aside_and_are_those_of_the_seed(
     model, drawn = run.build_model(Start(settings), job, corpus)
     assert drawn is None
     assert all(value.equal(wanted[name]) for name, value in model.state_dict().items())
+
+
+def test_a_newer_checkpoint_that_a_quick_look_refuses_is_named(
+    typed: Settings, corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one that is taken is whole."""
+    settings = decide(typed, 1, corpus.tokenizer.vocab_size)
+    older, newer = (checkpoint(settings, corpus, step) for step in (7, 9))
+    (newer / "lanes").touch()
+    start = resolve(typed, ENGINE, corpus, 1, fresh=False)
+    assert start.checkpoint == older and verify_checkpoint(start, Job.detect({}))() == start
+    assert capsys.readouterr().out == (
+        f"warning: checkpoint {newer} is refused: lanes is not in its manifest; "
+        "step-00000007 is taken instead\n"
+    )
