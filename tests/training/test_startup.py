@@ -381,7 +381,7 @@ def test_first_weights_are_initialized_aside_and_are_those_of_the_seed(
     assert await_weights is not None and not model.head.weight.any()
     assert all(value.equal(wanted[name]) for name, value in await_weights().state_dict().items())
     assert threads == [torch.get_num_threads()] * 2
-    _, await_weights = run.build_model(Start(settings), replace(job, rank=1), corpus)
+    _, await_weights = run.build_model(Start(settings), replace(job, rank=1, world_size=2), corpus)
     assert await_weights is not None and await_weights() is None
     model, await_weights = run.build_model(Start(settings, Path("checkpoint")), job, corpus)
     assert await_weights is None and not model.head.weight.any()
