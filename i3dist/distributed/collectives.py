@@ -31,6 +31,12 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def broadcast(tensor: torch.Tensor) -> None:
+    """Set a tensor to rank 0's in place; contiguous, of the same shape and type on every rank."""
+    if torch_dist.is_initialized():
+        torch_dist.broadcast(tensor, 0)
+
+
 def sum_parts(tensor: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
     """Sum `tensor` over all ranks and return this rank's part of the sum (a reduce-scatter).
 

@@ -28,6 +28,9 @@ from i3dist.errors import warned
 from i3dist.files import PARTIAL, regular, write_whole, written_aside
 
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+# Lets torch also keep what became of graphs with a `torch.autograd.Function`, by its name alone: in
+# a folder whose name has a hash of our operators' code they are found as long as they fit.
+KEEP_GRAPHS = "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"
 # Triton writes absolute paths into files of this name; in an archive they begin with ROOT.
 PATHS, ROOT = "__grp__", b"/i3dist-compiled"
 # Folders that nobody chose: torch's own, which it writes into the variable, `writable_caches`'.
@@ -128,7 +131,8 @@ def enter(
 ) -> tuple[CompileCache | None, Callable[[], None]]:
     """Let compilers use a folder for code of this model, and begin to unpack into it.
 
-    Every rank calls this, and what it returns before it compiles.
+    Every rank calls this, before torch's compiler is imported, and what it returns before it
+    compiles.
 
     Returns:
         The folder, or None if the user chose folders by the compilers' own variables, or if it
@@ -175,6 +179,7 @@ def _of_this_host(
     place = settings.run.path if chosen == "auto" else chosen
     cache = CompileCache(place / f"compiled-{key}.tar.gz", own / key)
     environ.update({name: str(cache.folder / part) for name, part in VARIABLES.items()})
+    environ.setdefault(KEEP_GRAPHS, "1")
     return cache
 
 
@@ -190,12 +195,12 @@ def is_private(folder: Path) -> bool:
 
 
 def key_of(settings: Settings) -> str:
-    """Names the model, operators and torch's version, so that an archive holds no code of others.
+    """Hash of the model, operators, extensions and torch's version: code of others is not found.
 
     To torch an operator is its name: code that is kept has the shapes and gradients of its day.
     """
-    texts = [settings.model.model_dump_json(), f"{settings.train.window_chunks}"]
-    texts.append(importlib.metadata.version("torch"))
+    names = [settings.model.model_dump_json(), f"{settings.train.window_chunks}"]
+    names.append(importlib.metadata.version("torch"))
     sources = (*sorted(Path(*ops.__path__).glob("*.py")), *LOADED)
-    texts += [path.read_text("utf-8") for path in sources]
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    parts = [name.encode() for name in names] + [path.read_bytes() for path in sources]
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from i3dist.checkpoint.format import Fragment
 from i3dist.config import OptimizerSettings
+from i3dist.distributed import collectives
 from i3dist.engine.compute_timer import ComputeTimer
 from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
@@ -181,15 +182,25 @@ class Engine(ABC):
         until the next call.
         """
 
-    @abstractmethod
-    def begin_with(self, model: I3LM) -> None:
-        """Take another model's weights, as if this engine had been built with it.
+    @torch.no_grad()
+    def set_weights(self, model: I3LM | None) -> None:
+        """Copy the weights of rank 0's model to all ranks, as if it had been given to `__init__`.
 
-        Call it before the first step; every rank does.
+        Every rank calls this, before its first step.
 
         Args:
-            model: fp32, on any device, of the same settings.
+            model: fp32, on any device, of the same settings; None on the other ranks.
         """
+        if model is not None:
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(model.get_parameter(name))
+        for parameter in self._module.parameters():
+            collectives.broadcast(parameter)
+        self._copy_weights()
+
+    @abstractmethod
+    def _copy_weights(self) -> None:
+        """Set the optimizer's fp32 weights to those that the model computes with."""
 
     @abstractmethod
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:

@@ -92,7 +92,7 @@ class PartitionedState:
                 parts = {key: view[mask] for key, view in views.items()}
             yield Fragment(place.name, start, parts)
 
-    def begin(self) -> None:
+    def copy_weights(self) -> None:
         """Set the fp32 weights to those that the model computes with, as DeepSpeed does."""
         for flat in self._flats:
             if (address := self._zero.address(flat.parameter)) is not None:

@@ -113,11 +113,9 @@ class StockEngine(Engine):
                 fragments.append(Fragment(name, start, share))
         return iter(fragments)
 
-    @torch.no_grad()
-    def begin_with(self, model: I3LM) -> None:
-        """See `Engine.begin_with`."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(model.get_parameter(name))
+    def _copy_weights(self) -> None:
+        """See `Engine._copy_weights`."""
+        for parameter in self.model.parameters():
             deepspeed.utils.safe_set_full_fp32_param(parameter, parameter.float())
 
     @torch.no_grad()

@@ -91,8 +91,6 @@ def set_up_compiler(cores: int) -> None:
     chosen = {
         # By default every rank of a host starts as many as the host has cores, up to 32.
         "TORCHINDUCTOR_COMPILE_THREADS": max(1, min(cores, MOST_COMPILE_WORKERS)),
-        # Keep what became of graphs with a `torch.autograd.Function`, too.
-        "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": 1,
         # Collect no garbage after each graph: it would look at all that `garbage` leaves alone.
         "TORCH_DYNAMO_RUN_GC_AFTER_COMPILE": 0,
     }

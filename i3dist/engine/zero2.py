@@ -155,12 +155,9 @@ class Zero2Engine(Engine):
         """See `Engine.snapshot`."""
         return self._state.snapshot()
 
-    @torch.no_grad()
-    def begin_with(self, model: I3LM) -> None:
-        """See `Engine.begin_with`."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(model.get_parameter(name))
-        self._state.begin()
+    def _copy_weights(self) -> None:
+        """See `Engine._copy_weights`."""
+        self._state.copy_weights()
 
     @torch.no_grad()
     def load(self, state: Mapping[str, dict[str, Tensor]], steps: int) -> None:

@@ -301,13 +301,13 @@ class Unfilled(TorchFunctionMode):
         return named["tensor"]
 
     def fill(self, device: torch.device) -> None:
-        """Make those without values zeros on a device, for a model that is used before."""
+        """Set those without values to zeros on a device: the model runs before it is loaded."""
         for parameter in self.left:
             parameter.data = torch.zeros_like(parameter.data, device=device)
 
 
-class DrawnFrom(TorchFunctionMode):
-    """Inside, this thread's model draws its values from one generator, whatever others draw."""
+class WithGenerator(TorchFunctionMode):
+    """Inside, this thread's models are initialized from one generator, whatever others use."""
 
     def __init__(self, generator: torch.Generator):
         super().__init__()

@@ -34,7 +34,7 @@ from i3dist.engine.toolchain import COMPILER, import_aside, set_up_compiler
 from i3dist.errors import warned
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
-from i3dist.model.lm import I3LM, DrawnFrom, Unfilled
+from i3dist.model.lm import I3LM, Unfilled, WithGenerator
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.preflight.run import check
 from i3dist.tracking.notify import Notifier
@@ -173,7 +173,7 @@ def build(
             trainer.checkpointer.restore(start.checkpoint, start.state)
             times.end("checkpoint")
         elif await_weights is not None:
-            engine.begin_with(await_weights())
+            engine.set_weights(await_weights())
             times.end("weights")
     return trainer
 
@@ -202,40 +202,44 @@ def prepare_compiler(
     return cache, wait
 
 
-def build_model(start: Start, job: Job, corpus: Corpus) -> tuple[I3LM, Callable[[], I3LM] | None]:
+def build_model(
+    start: Start, job: Job, corpus: Corpus
+) -> tuple[I3LM, Callable[[], I3LM | None] | None]:
     """The model on this rank's device.
 
     Returns:
         The model; and None if it has its first weights or if those of a checkpoint follow, which
         may be zeros until then. Else what waits for a model on the CPU that has its first weights:
-        they are drawn in a thread, while this one's shape is all that is needed.
+        rank 0 initializes them in a thread, while this one's shape is all that is needed. Other
+        ranks get None there, as they would round otherwise with other threads or another CPU.
     """
     settings, bos_id = start.settings.model, corpus.tokenizer.bos_id
     seed, device = start.settings.train.seed, devices.device(job)
     torch.manual_seed(seed)
-    # Extensions may draw buffers, which checkpoints do not hold: let them draw the same again.
+    # Extensions may sample buffers, which checkpoints do not hold: let them sample the same again.
     with nullcontext() if LOADED else Unfilled() as unfilled:
         model = I3LM(settings, bos_id)
     if unfilled is not None:
         unfilled.fill(device)
-    drawn = None
+    await_weights = None
     if start.weights is not None:
         collectives.on_all_ranks(partial(start.weights.load_into, model))
     elif start.checkpoint is None and not LOADED:
-        drawn = draw_aside(settings, bos_id, seed)
-    return model.to(device), drawn
+        first = job.rank == 0
+        await_weights = initialize_aside(settings, bos_id, seed) if first else lambda: None
+    return model.to(device), await_weights
 
 
-def draw_aside(settings: ModelSettings, bos_id: int, seed: int) -> Callable[[], I3LM]:
-    """Begin to build a model with the first weights of this seed; returns what waits for it."""
+def initialize_aside(settings: ModelSettings, bos_id: int, seed: int) -> Callable[[], I3LM]:
+    """Build a model with the first weights of a seed in a thread; returns what waits for it."""
     threads = torch.get_num_threads()
 
-    def draw() -> I3LM:
-        torch.set_num_threads(threads)  # it counts by thread, and rounding may depend on it
-        with DrawnFrom(torch.Generator().manual_seed(seed)):
+    def initialize() -> I3LM:
+        torch.set_num_threads(threads)  # of this thread: rounding may depend on their number
+        with WithGenerator(torch.Generator().manual_seed(seed)):
             return I3LM(settings, bos_id)
 
-    return aside(draw, "weights")
+    return aside(initialize, "weights")
 
 
 def watch_start(

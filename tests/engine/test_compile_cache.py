@@ -125,7 +125,7 @@ def test_a_damaged_archive_is_one_warning_and_adds_nothing(
     environ: dict[str, str] = {}
     cache = enter(packed.parent, environ)
     assert cache is not None and cache.entries() == set()
-    assert set(environ) == set(compile_cache.VARIABLES)
+    assert set(environ) == {*compile_cache.VARIABLES, compile_cache.KEEP_GRAPHS}
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert said.startswith(
@@ -133,10 +133,12 @@ def test_a_damaged_archive_is_one_warning_and_adds_nothing(
     )
 
 
-def test_a_users_own_folders_stand(tmp_path: Path) -> None:
+def test_what_the_user_chose_stands(tmp_path: Path) -> None:
     environ = {"TRITON_CACHE_DIR": "/chosen"}
     assert enter(tmp_path, environ) is None
     assert environ == {"TRITON_CACHE_DIR": "/chosen"}
+    environ = {compile_cache.KEEP_GRAPHS: "0"}
+    assert enter(tmp_path, environ) is not None and environ[compile_cache.KEEP_GRAPHS] == "0"
 
 
 def test_folders_that_torch_and_this_program_chose_do_not(tmp_path: Path) -> None:
@@ -145,9 +147,10 @@ def test_folders_that_torch_and_this_program_chose_do_not(tmp_path: Path) -> Non
     for environ in (torchs, {"TRITON_CACHE_DIR": tempfile.mkdtemp(prefix="triton-", dir=tmp_path)}):
         cache = enter(tmp_path, environ)
         assert cache is not None
-        assert set(map(Path, environ.values())) == {
-            cache.folder / "inductor",
-            cache.folder / "triton",
+        assert environ == {
+            "TORCHINDUCTOR_CACHE_DIR": str(cache.folder / "inductor"),
+            "TRITON_CACHE_DIR": str(cache.folder / "triton"),
+            compile_cache.KEEP_GRAPHS: "1",
         }
 
 
@@ -158,10 +161,10 @@ def test_code_is_of_the_operators_that_it_was_compiled_for(
     extension = tmp_path / "extension.py"
     keys = {compile_cache.key_of(Settings())}
     monkeypatch.setattr(compile_cache, "LOADED", [extension])
-    for text in ("x = 1", "x = 2", "x = 1"):
-        extension.write_text(text)
+    for text in (b"x = 1", b"x = 2", b"# coding: latin-1\nx = '\xe9'", b"x = 1"):
+        extension.write_bytes(text)
         keys.add(compile_cache.key_of(Settings()))
-    assert len(keys) == 3
+    assert len(keys) == 4
     monkeypatch.setattr(compile_cache.ops, "__path__", [str(tmp_path)])
     assert compile_cache.key_of(Settings()) not in keys
 

@@ -41,17 +41,24 @@ def losses(trained: Engine, steps: int, rows: int = 2, first: int = 0) -> list[f
 
 @both
 @pytest.mark.parametrize("bf16", [True, False])
-def test_weights_that_come_after_the_engine_are_those_that_it_could_have_begun_with(
+def test_weights_set_later_are_as_if_the_engine_had_been_built_with_them(
     kind: Callable[..., Engine], bf16: bool
 ) -> None:
     """To the last bit, in both types; and the step after it is the same."""
     wanted, late = (build(2, bf16, seed=seed, kind=kind) for seed in (1, 0))
-    late.begin_with(new_model(1))
+    late.set_weights(new_model(1))
     for _ in range(2):
         for one, other in zip(late.model.parameters(), wanted.model.parameters(), strict=True):
             assert one.equal(other)
         assert losses(late, 1) == losses(wanted, 1)
         assert equal(snapshot(late), snapshot(wanted))
+
+
+def test_all_ranks_have_the_first_weights_of_rank_0() -> None:
+    """Rounding depends on a rank's threads and its CPU."""
+    result = run_ranks(script="tests/engine/first_weights.py")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert result.stdout.count("agrees") == 2
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ class Built:
     model: mock.Mock
     trainer: mock.Mock
     recorded: mock.Mock
-    drawn: float = 0.0  # a weight; 0 if it was not drawn
+    sampled: float = 0.0  # a weight; 0 if it was not initialized
 
 
 def first_weight() -> float:
@@ -219,7 +219,7 @@ def build(
     built.model.to.return_value = built.model
 
     def model(*_: object) -> mock.Mock:
-        built.drawn = built.drawn or first_weight()
+        built.sampled = built.sampled or first_weight()
         return built.model
 
     for name, stand_in in {
@@ -250,26 +250,26 @@ def test_the_first_weights_are_of_the_runs_seed(
     torch.manual_seed(seed)
     wanted = first_weight()
     torch.manual_seed(999)
-    assert build(train, known, monkeypatch, **{"train.seed": seed}).drawn == wanted
+    assert build(train, known, monkeypatch, **{"train.seed": seed}).sampled == wanted
 
 
 @pytest.mark.parametrize(
-    ("continues", "extensions", "drawn"),
+    ("continues", "extensions", "initialized"),
     [(True, [], False), (True, [Path("layer.py")], True), (False, [], True)],
 )
-def test_weights_that_a_checkpoint_replaces_are_not_drawn(
+def test_weights_that_a_checkpoint_replaces_are_not_initialized(
     train: ModuleType,
     known: Known,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     continues: bool,
     extensions: list[Path],
-    drawn: bool,
+    initialized: bool,
 ) -> None:
-    """But extensions draw again, also what no checkpoint holds."""
+    """But extensions sample theirs again, also what no checkpoint holds."""
     monkeypatch.setattr(train, "LOADED", extensions)
     built = build(train, known, monkeypatch, checkpoint=tmp_path if continues else None)
-    assert (built.drawn != 0) == drawn
+    assert (built.sampled != 0) == initialized
 
 
 @pytest.mark.parametrize(

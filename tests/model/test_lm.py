@@ -11,7 +11,7 @@ from i3dist.config import CompressionSettings, ModelSettings
 from i3dist.model.attention import INITIAL_AGE_LOGIT
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layers import adjust_heads
-from i3dist.model.lm import I3LM, DrawnFrom, Unfilled, by_decay, parameters_by_part
+from i3dist.model.lm import I3LM, Unfilled, WithGenerator, by_decay, parameters_by_part
 from i3dist.model.state import LaneState
 from i3dist.ops.linear import linear
 from tests.model.conftest import SMALL, build
@@ -104,17 +104,17 @@ def test_a_models_shapes_take_no_memory(model: I3LM) -> None:
 
 
 @pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
-def test_values_of_a_seed_are_the_same_whatever_other_threads_draw(compressor: str) -> None:
-    """All of them: what was drawn elsewhere would come from the generator that threads share."""
+def test_values_of_a_seed_are_the_same_whatever_other_threads_sample(compressor: str) -> None:
+    """All of them: other functions would take theirs from the generator that threads share."""
     layers = "2xrwkv,2xdual-attention,1xattention"
     settings = ModelSettings(d_model=64, layers=layers, vocab_size=500, compressor=compressor)
     torch.manual_seed(7)
     wanted = I3LM(settings, BOS).state_dict()
     shared = torch.manual_seed(8).get_state()
-    with DrawnFrom(torch.Generator().manual_seed(7)):
-        drawn = I3LM(settings, BOS).state_dict()
+    with WithGenerator(torch.Generator().manual_seed(7)):
+        got = I3LM(settings, BOS).state_dict()
     assert torch.get_rng_state().equal(shared)
-    assert all(drawn[name].equal(value) for name, value in wanted.items())
+    assert all(got[name].equal(value) for name, value in wanted.items())
 
 
 def test_history_begins_low_and_unfolds_what_was_read() -> None:

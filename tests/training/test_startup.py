@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -361,23 +362,36 @@ def test_a_checkpoint_is_read_while_the_caller_goes_on(
         none()
 
 
-def test_first_weights_are_drawn_aside_and_are_those_of_the_seed(
+def test_first_weights_are_initialized_aside_and_are_those_of_the_seed(
     typed: Settings, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while others draw; a run that loads weights draws none, one with extensions its own."""
+    """By rank 0, with the threads of its main thread, whatever others sample meanwhile.
+
+    A run that loads weights initializes none, one with extensions its own.
+    """
     settings = decide(typed, 1, corpus.tokenizer.vocab_size)
     bos_id, job = corpus.tokenizer.bos_id, Job.detect({})
     torch.manual_seed(settings.train.seed)
     wanted = I3LM(settings.model, bos_id).state_dict()
-    model, drawn = run.build_model(Start(settings), job, corpus)
+    threads: list[int] = []
+
+    def count_threads(*arguments: Any) -> I3LM:
+        threads.append(torch.get_num_threads())
+        return I3LM(*arguments)
+
+    monkeypatch.setattr(run, "I3LM", count_threads)
+    model, await_weights = run.build_model(Start(settings), job, corpus)
     torch.rand(3)
-    assert drawn is not None and not model.head.weight.any()
-    assert all(value.equal(wanted[name]) for name, value in drawn().state_dict().items())
-    model, drawn = run.build_model(Start(settings, Path("checkpoint")), job, corpus)
-    assert drawn is None and not model.head.weight.any()
+    assert await_weights is not None and not model.head.weight.any()
+    assert all(value.equal(wanted[name]) for name, value in await_weights().state_dict().items())
+    assert threads == [torch.get_num_threads()] * 2
+    _, await_weights = run.build_model(Start(settings), replace(job, rank=1, world_size=2), corpus)
+    assert await_weights is not None and await_weights() is None
+    model, await_weights = run.build_model(Start(settings, Path("checkpoint")), job, corpus)
+    assert await_weights is None and not model.head.weight.any()
     monkeypatch.setattr(run, "LOADED", [Path("extension.py")])
-    model, drawn = run.build_model(Start(settings), job, corpus)
-    assert drawn is None
+    model, await_weights = run.build_model(Start(settings), job, corpus)
+    assert await_weights is None
     assert all(value.equal(wanted[name]) for name, value in model.state_dict().items())
 
 
