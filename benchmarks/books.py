@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError
+from i3dist.files import write_result
 
 
 def place(url: str) -> tuple[str, tuple[int, ...]]:
@@ -57,7 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"there is no file {path}")
     books = join(options.source)
     rows = {"text": list(books.values()), "id": list(books), "url": list(books)}
-    pq.write_table(pa.table(rows), options.out, compression="zstd", row_group_size=64)
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.table(rows), file, compression="zstd", row_group_size=64)
+    write_result(options.out, file.getvalue().to_pybytes())
     total = sum(map(len, books.values()))
     print(f"{len(books):,} books, {total:,} characters, {total // max(1, len(books)):,} on average")
 

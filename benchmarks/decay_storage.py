@@ -16,6 +16,7 @@ from torch import Tensor
 
 from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser
+from i3dist.files import write_result
 from i3dist.model.layers import Channels
 from i3dist.model.rwkv import TimeMix
 from i3dist.ops.wkv import WkvInputs, wkv
@@ -74,7 +75,7 @@ def main() -> None:
         table.add_row(*(f"{x:.1e}" if isinstance(x, float) else str(x) for x in row.values()))
     Console(width=100).print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+        write_result(arguments.json, f"{json.dumps(rows, indent=1)}\n".encode())
 
 
 if __name__ == "__main__":

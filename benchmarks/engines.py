@@ -27,6 +27,7 @@ from i3dist.config import ModelSettings, TrainSettings
 from i3dist.data.lanes import Batch
 from i3dist.distributed import collectives
 from i3dist.errors import UserError
+from i3dist.files import write_result
 from i3dist.model.lm import I3LM
 
 ENGINES = ("zero2", "stock")
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         f"{found['largest_loss_difference']:.1e}"
     )
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_result(options.json, f"{json.dumps(found, indent=1)}\n".encode())
     collectives.leave_group()
     return found
 

@@ -45,7 +45,7 @@ from measure import free, mark, milliseconds
 from results import Figure, figure_table
 from rich.console import Console
 
-from i3dist.cli.paths import result_path
+from i3dist.cli.paths import appended_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings
 from i3dist.inference.batch_decoder import BatchDecoder
@@ -348,7 +348,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="on a CPU, take CPU seconds; with --threads 1, where other programs run",
     )
     parser.add_argument("--run", type=Path, help="a finished run, for the time to the first token")
-    parser.add_argument("--out", type=result_path, help="file for the rows, a line of JSON each")
+    parser.add_argument("--out", type=appended_path, help="file for the rows, a line of JSON each")
     parser.add_argument("--toy", action="store_true", help="small models, to test the program")
     return parser.parse_args(arguments)
 

@@ -34,7 +34,7 @@ from plots import plot_path
 from torch import Tensor
 from unigram import counts
 
-from i3dist.cli.paths import result_path
+from i3dist.cli.paths import appended_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings
 from i3dist.data.corpus import Split, fingerprint_of
@@ -247,7 +247,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument(
         "--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)"
     )
-    run.add_argument("--results", type=result_path, default=Path("history.jsonl"))
+    run.add_argument("--results", type=appended_path, default="history.jsonl")
     report = commands.add_parser("report", help="compare arms")
     report.add_argument("results", type=Path)
     report.add_argument(

@@ -27,6 +27,7 @@ from i3dist.config import ModelSettings, TrainSettings
 from i3dist.data.corpus import Split
 from i3dist.data.manifest import Manifest
 from i3dist.distributed import collectives
+from i3dist.files import write_result
 
 ARMS = ["none", "recipe-dual", "recipe", "mean", "literal", "ceiling", "carry", "recipe-carry"]
 FIRST = 16  # first window to read: inside long documents, so that histories are full
@@ -103,7 +104,8 @@ def main(arguments: list[str] | None = None) -> list[Cost]:
         free()
         costs.append(measure(arm, settings, split, options))
         if options.json:
-            options.json.write_text(json.dumps([asdict(c) for c in costs], indent=1) + "\n")
+            text = json.dumps([asdict(c) for c in costs], indent=1)
+            write_result(options.json, f"{text}\n".encode())
     show(costs)
     collectives.leave_group()
     return costs

@@ -32,6 +32,7 @@ from torch import Tensor
 from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError
+from i3dist.files import write_result
 from i3dist.model.lm import COMPILE
 from i3dist.ops.cross_entropy import IGNORE, token_losses, token_losses_naive
 
@@ -199,7 +200,7 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     if options.json:
         figures = [asdict(row) for row in rows]
         record = {"device": name, "torch": torch.__version__, "rows": figures}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_result(options.json, f"{json.dumps(record, indent=1)}\n".encode())
     return rows
 
 

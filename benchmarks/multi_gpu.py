@@ -35,7 +35,7 @@ from rich.table import Table
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from train_throughput import CARD, TOY
 
-from i3dist.cli.paths import result_path
+from i3dist.cli.paths import appended_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.engine.toolchain import variables
 from i3dist.errors import UserError
@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(name, type=int, metavar="N", default=default, help=text)
     parser.add_argument(
-        "--json", type=result_path, metavar="FILE", help="add lines of JSON to this file"
+        "--json", type=appended_path, metavar="FILE", help="add lines of JSON to this file"
     )
     toy = "models of a few thousand parameters, to check that everything runs; on CPUs too"
     parser.add_argument("--toy", action="store_true", help=toy)

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from i3dist.cli.paths import result_path
 from i3dist.files import write_result
 
-KINDS = ("png", "svg", "pdf")
+KINDS = ("png", "svg", "pdf", "eps", "jpg", "jpeg", "webp", "tif", "tiff")
+"""What matplotlib writes without other programs."""
 
 
 def plot_path(text: str) -> Path:

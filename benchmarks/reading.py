@@ -40,6 +40,7 @@ from i3dist.data.lanes import LaneWindows
 from i3dist.data.manifest import Manifest
 from i3dist.data.shards import read_shard
 from i3dist.errors import UserError
+from i3dist.files import write_result
 
 LANES, WINDOW = 4, 8
 VOCABULARY, LENGTH, PER_SHARD = 32_000, 512, 256
@@ -171,7 +172,8 @@ def main() -> None:
     print(f"{split.manifest.chunks:,} chunks of {split.manifest.chunk_length} tokens; {versions}")
     print_table(readings, split.manifest)
     if options.json:
-        options.json.write_text(json.dumps({"versions": versions, "readings": readings}, indent=1))
+        content = {"versions": versions, "readings": readings}
+        write_result(options.json, f"{json.dumps(content, indent=1)}\n".encode())
 
 
 def take_turns(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[list[float]]]:

@@ -38,7 +38,7 @@ from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings
 from i3dist.errors import UserError
-from i3dist.files import printing_beside
+from i3dist.files import printing_beside, write_result
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
@@ -322,7 +322,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         for result in measure(arm, tasks, options, device):
             results.append(result)
             if options.json:
-                options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+                text = json.dumps([asdict(r) for r in results], indent=1)
+                write_result(options.json, f"{text}\n".encode())
     with printing_beside(options.plot):
         show(results, 1 / options.values)
     if options.plot:

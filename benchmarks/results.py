@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from i3dist.errors import UserError
+from i3dist.files import write_result
 
 # A ratio compares with the fastest of these.
 GPT_SHORT, GPT_LONG = ("gpt-512",), ("gpt-4096", "gpt-4096-masks")
@@ -178,4 +179,5 @@ def store(path: Path, rows: list[Row], merits: list[Figure], machine: dict[str, 
         "rows": [asdict(row) | {name: getattr(row, name) for name in DERIVED} for row in rows],
         "figures": [asdict(figure) | {"met": figure.met} for figure in merits],
     }
-    path.write_text(json.dumps(machine | {"formula": FORMULA} | tables, indent=1) + "\n")
+    content = machine | {"formula": FORMULA} | tables
+    write_result(path, f"{json.dumps(content, indent=1)}\n".encode())

@@ -34,7 +34,7 @@ from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.config import ModelSettings
 from i3dist.engine.flat_parameters import FlatModel
 from i3dist.errors import UserError
-from i3dist.files import printing_beside
+from i3dist.files import printing_beside, write_result
 from i3dist.model.lm import I3LM
 
 ADAMW = 2.3e-3  # of a step on one GPU: AdamW over all states, from a profile
@@ -355,7 +355,7 @@ def fill(document: Path, contents: dict[str, str]) -> None:
 
 
 def plot(cost: Cost, path: Path) -> None:
-    """Plot efficiency at equal lanes per GPU, and speed at equal tokens per step,."""
+    """Plot efficiency at equal lanes per GPU, and speed at equal tokens per step."""
     figure = Figure(figsize=(11, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -412,7 +412,7 @@ def main(arguments: list[str] | None = None) -> None:
         fill(options.document, contents)
     if options.json:
         facts = {"cost": cost._asdict(), "adamw": ADAMW, "jobs": record(cost)}
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        write_result(options.json, f"{json.dumps(facts, indent=1)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from i3dist.cli.paths import result_path
+from i3dist.cli.paths import appended_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.manifest import Manifest
 from i3dist.errors import UserError
@@ -127,7 +127,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes of each (default: 2)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--datatrove", metavar="PYTHON", help="a Python that has datatrove")
-    parser.add_argument("--json", type=result_path, metavar="FILE", help="append all runs here")
+    parser.add_argument("--json", type=appended_path, metavar="FILE", help="append all runs here")
     options = parser.parse_args(arguments)
     options.files = sorted(glob.glob(options.source))
     if not options.files:

@@ -27,7 +27,7 @@ from rich.table import Table
 from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError
-from i3dist.files import printing_beside
+from i3dist.files import printing_beside, write_result
 from i3dist.report.run import Run
 
 Line = dict[str, Any]
@@ -219,8 +219,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Collect or report."""
     options = parse_arguments(arguments)
     if options.command == "collect":
-        lines = list(collect(Run.read(options.run), Run.read(options.twin)))
-        options.results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        collected = collect(Run.read(options.run), Run.read(options.twin))
+        text = "".join(f"{json.dumps(line)}\n" for line in collected)
+        write_result(options.results, text.encode())
         return
     lines = history_report.read(options.results)
     pairs = Pair.all_of(lines)

@@ -33,6 +33,7 @@ from torch.utils.benchmark import Timer
 from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser
 from i3dist.distributed import host
+from i3dist.files import write_result
 from i3dist.ops.wkv import WkvInputs, empty_state, wkv
 
 CPU_SHAPES = [(4, 512, 256), (4, 512, 1180)]
@@ -295,7 +296,7 @@ def main() -> None:
     if arguments.json:
         figures = [asdict(row) for row in rows]
         record = {"device": name, "torch": torch.__version__, "rows": figures}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_result(arguments.json, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 if __name__ == "__main__":

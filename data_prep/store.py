@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from data_prep.retries import is_final, retried, why
 from i3dist.data.download import shown
@@ -37,7 +36,7 @@ class Store:
         Raises:
             UserError: its protocol is read-only or unknown, or needs a package.
         """
-        scheme = urlsplit(self.url).scheme
+        scheme = self.url.partition(":")[0].lower()
         if scheme in READ_ONLY:
             raise UserError(
                 f"--out {self}: {scheme} keeps no files; name a folder, or a URL that can be "

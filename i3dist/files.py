@@ -105,20 +105,29 @@ def printing_beside(*paths: Path | None) -> Iterator[None]:
         yield
 
 
-def check_writable(path: Path) -> None:
-    """Find out before long work whether its result can be written.
+def check_writable(path: Path, appended: bool = False) -> None:
+    """Find out before long work whether its result can be written; nothing is changed.
 
     A pipe or a device is not opened: the reader of a pipe would find its end.
+
+    Args:
+        path: what `write_result` will write.
+        appended: it will be opened and added to instead, so its own permissions count.
 
     Raises:
         UserError: it is a folder, or cannot be written.
     """
     with _refused(path):
-        if path.is_file() or path.is_dir() or not path.exists():
-            is_new = not os.path.lexists(path)
-            path.open("ab").close()
-            if is_new:
-                path.unlink()
+        there = path.exists()
+        if there and (is_output(path) or not (path.is_file() or path.is_dir())):
+            return
+        if there and (appended or path.is_symlink() or path.is_dir()):
+            os.close(os.open(path, os.O_WRONLY))
+            return
+        # As `written_aside` does: under a name that no other process has.
+        partial = _partial_of(_target(path))
+        partial.touch(exist_ok=False)
+        partial.unlink()
 
 
 @contextmanager
@@ -127,19 +136,35 @@ def _refused(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        lacks = isinstance(error, FileNotFoundError) and not os.path.isdir(path.parent)
-        remedy = f"make the folder {path.parent}, or name another file"
+        folder = _target(path).parent
+        while folder.name == "..":  # of `sub/../file` it is `sub` that is missing
+            folder = folder.parent
+        lacks = isinstance(error, FileNotFoundError) and not os.path.isdir(folder)
+        remedy = f"make the folder {_target(folder)}, or name another file"
         raise UserError(
             f"{path} cannot be written: {error.strerror}; "
             f"{remedy if lacks else 'name another file'}"
         ) from None
 
 
+def _target(path: Path) -> Path:
+    """Where a link leads, though nothing may be there; every other path as it is."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+def _partial_of(path: Path) -> Path:
+    """A name for an unfinished file beside it.
+
+    At random, because processes of several hosts may write the same file and have the same id.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+
+
 def write_first(path: Path, data: bytes) -> None:
     """Write a file atomically unless it exists: of several writers the first one counts."""
     if path.exists():
         return
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+    partial = _partial_of(path)
     try:
         partial.write_bytes(data)
         sync(partial)
@@ -160,8 +185,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     If anything fails (such as a full disk), the file stays what it was.
     """
-    # At random, because processes of several hosts may write the same file and have the same id.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+    partial = _partial_of(path)
     try:
         yield partial
         sync(partial)

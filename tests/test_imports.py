@@ -117,9 +117,9 @@ def test_data_preparation_needs_no_torch() -> None:
 def test_training_on_cpu_loads_no_library_for_which_it_has_no_use() -> None:
     """They would cost every rank seconds at its start."""
     script = (
-        "import sys, i3dist.training.run\n"
+        "import sys, i3dist.training.run, i3dist.training.summary\n"
         "from i3dist.config import Settings\n"
-        "i3dist.training.run.count_parameters(Settings())\n"
+        "i3dist.training.summary.count_parameters(Settings())\n"
         "early = {'mlflow', 'matplotlib', 'torch._dynamo', 'torch._inductor'} & set(sys.modules)\n"
         "from i3dist.distributed.job import Job\n"
         "from i3dist.engine import setup\n"

@@ -15,7 +15,6 @@ from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from data_prep.arguments import ALONE, TaskShare
 from data_prep.evidence import State
@@ -23,7 +22,6 @@ from data_prep.reading.joined import JoinedPart
 from data_prep.reading.validation import PairOfSources
 from data_prep.shuffle import PartSummary
 from data_prep.sources import SOURCES, NamedFile, Part, Share, Source
-from i3dist.cli.paths import is_url
 from i3dist.data.manifest import SourceCounts
 from i3dist.errors import UserError
 
@@ -50,7 +48,7 @@ def split_weight(text: str) -> tuple[str, float]:
     """
     head, colon, tail = text.rpartition(":")
     is_number = head and colon and _NUMBER.fullmatch(tail)
-    is_port = is_url(head) and not urlsplit(head).path
+    is_port = re.fullmatch(r"[^:/]+://[^/?#]*", head)
     if not is_number or is_port or text in SOURCES or os.path.lexists(text):
         return text, 1.0
     weight = float(tail)

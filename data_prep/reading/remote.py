@@ -316,7 +316,7 @@ def _listed(filesystem: Any, path: str) -> tuple[str, list[dict[str, Any]]]:
         info = filesystem.info(path)
         if info["type"] == "other":  # on a disk
             raise UserError(f"{path} is no file or folder: name another --source")
-        if info["type"] == "file":
+        if info["type"] != "directory":  # of sftp also a link
             return posixpath.dirname(path), [info]
     if "*" in path:
         root = path[: path.index("*")].rpartition("/")[0]

@@ -49,13 +49,19 @@ class Part(NamedTuple):
 
 @contextmanager
 def reading_index(split: Path) -> Iterator[Path]:
-    """The index of a split; a `UserError` if it is missing or cannot be read."""
+    """The index of a split; a `UserError` if it is missing or cannot be read.
+
+    An error that names another file goes on as it is.
+    """
     path = split / INDEX_NAME
     try:
         yield path
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: it says where documents lie; restore it") from None
     except UNREADABLE as error:
+        named = getattr(error, "filename", None)
+        if named is not None and str(named) != str(path):
+            raise
+        if named is not None and isinstance(error, FileNotFoundError):
+            raise UserError(f"{path} is missing: it says where documents lie; restore it") from None
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path} cannot be read ({reason}): restore it") from None
 

@@ -101,14 +101,23 @@ def typed_path(text: str) -> Path:
 
 
 def result_path(text: str) -> Path:
-    """A file to write a result to, as the `type` of a command-line option.
+    """A file for `write_result` to write, as the `type` of a command-line option.
 
     Raises:
         argparse.ArgumentTypeError: it cannot be written: better now than after the work.
     """
+    return _writable_path(text, appended=False)
+
+
+def appended_path(text: str) -> Path:
+    """A file to open and add results to; otherwise as `result_path`."""
+    return _writable_path(text, appended=True)
+
+
+def _writable_path(text: str, appended: bool) -> Path:
     path = typed_path(text)
     try:
-        check_writable(path)
+        check_writable(path, appended)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return path

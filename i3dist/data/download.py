@@ -114,15 +114,10 @@ def _parts(url: str) -> Iterator[bytes]:
 
 @contextmanager
 def _opened(url: str) -> Iterator[Any]:
-    from webdataset.gopen import gopen, rewrite_url
+    from webdataset.gopen import gopen
 
-    address = urlsplit(rewrite_url(url))
-    if address.scheme == "file":
-        try:
-            regular(Path(url2pathname(address.path)))
-        except OSError as error:
-            raise FetchError(url, str(error.strerror), temporary=False) from None
     try:
+        _refuse_no_file(url)
         stream = gopen(url, "rb")
     except FileNotFoundError as error:
         why = f"{error.filename} is missing, which webdataset reads such URLs with"
@@ -139,6 +134,22 @@ def _opened(url: str) -> Iterator[Any]:
             program.kill()
             stream.ignore_errors = True  # its status is known, or does not matter any more
         stream.close()
+
+
+def _refuse_no_file(url: str) -> None:
+    """Of a file:// URL, raise `FetchError` if it leads to no file: opening it could take for ever.
+
+    Raises:
+        ValueError: it is no URL.
+    """
+    from webdataset.gopen import rewrite_url
+
+    address = urlsplit(rewrite_url(url))
+    if address.scheme == "file":
+        try:
+            regular(Path(url2pathname(address.path)))
+        except OSError as error:
+            raise FetchError(url, str(error.strerror), temporary=False) from None
 
 
 def _is_ready(pipe: Any, url: str) -> bool:
@@ -160,7 +171,7 @@ def _why(url: str, otherwise: str) -> tuple[str, bool]:
     """Why a file could not be read, and whether it may be read later."""
     from webdataset.gopen import rewrite_url
 
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not url.lower().startswith(("http:", "https:")):
         return otherwise, True
     try:
         with urllib.request.urlopen(rewrite_url(url), timeout=PROBE_SECONDS):

@@ -308,7 +308,16 @@ def test_the_report_compares_arms_of_a_seed(results: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "begins"), [("/dev/stdout", b"\x89PNG"), ("gain", b"\x89PNG"), ("gain.svg", b"<?xml")]
+    ("name", "begins"),
+    [
+        ("/dev/stdout", b"\x89PNG"),
+        ("gain", b"\x89PNG"),
+        ("gain.svg", b"<?xml"),
+        ("gain.eps", b"%!PS"),
+        ("gain.jpg", b"\xff\xd8"),
+        ("gain.webp", b"RIFF"),
+        ("gain.tif", b"II*"),
+    ],
 )
 def test_a_plot_is_of_the_kind_that_its_name_says(
     results: Path,

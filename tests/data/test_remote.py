@@ -285,6 +285,7 @@ FAULTS: list[tuple[Callable[[Behavior], object], str]] = [
     (lambda s: setattr(s, "url", "http://nowhere.invalid/x"), "Name or service not known"),
     (lambda s: setattr(s, "url", f"http://127.0.0.1:{unused()}"), "Connection refused"),
     (lambda s: setattr(s, "url", "gopher://x/y"), "no gopen handler defined"),
+    (lambda s: setattr(s, "url", "http://[x/y"), "Invalid IPv6 URL; not tried again"),
     (lambda s: setattr(s, "url", "pipe:false"), "the program that reads it ended with 1"),
 ]
 

@@ -17,7 +17,7 @@ from data_prep.checks.stream import Stream
 from data_prep.reports import index_statistics
 from data_prep.reports.figures import Figures
 from data_prep.reports.index_statistics import HISTORY, Domains, domains_of, geometric, measure
-from data_prep.reports.lookup import SplitReader
+from data_prep.reports.lookup import SplitReader, reading_index
 from data_prep.reports.page import page
 from i3dist.data.corpus import Split
 from i3dist.data.shards import read_shard
@@ -224,3 +224,12 @@ def test_bad_input_is_one_line(built: Path, tmp_path: Path) -> None:
     index.unlink()
     with pytest.raises(UserError, match=r"index\.parquet is missing: it says where"):
         report.main([str(tmp_path / "made")])
+
+
+def test_a_file_that_is_not_the_index_is_not_called_it(tmp_path: Path) -> None:
+    for name, kind in (("other", FileNotFoundError), ("", IsADirectoryError)):
+        with pytest.raises(kind), reading_index(tmp_path):
+            (tmp_path / name).read_bytes()
+    unnamed = pytest.raises(UserError, match=r"index\.parquet cannot be read \(gone\)")
+    with unnamed, reading_index(tmp_path):
+        raise FileNotFoundError("gone")

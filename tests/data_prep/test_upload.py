@@ -159,7 +159,9 @@ def test_a_shard_that_changed_on_the_disk_is_not_uploaded(
     assert not list(at_url.rglob("manifest.json"))
 
 
-@pytest.mark.parametrize("url", ["http://host/data", "memory://data", "pipe:cat", "nothing://x"])
+@pytest.mark.parametrize(
+    "url", ["http://host/data", "memory://data", "pipe:cat", "nothing://x", "s3://[x"]
+)
 def test_a_url_that_keeps_no_files_is_refused(
     corpus: tuple[Path, dict[str, str]], tmp_path: Path, url: str
 ) -> None:

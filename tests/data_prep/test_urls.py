@@ -401,6 +401,27 @@ def test_the_order_and_names_are_those_of_a_folder(stored: Path) -> None:
     assert source.left_out == "hidden and other files (3)"
 
 
+class OneFile:
+    """A filesystem that has one file, or what its kind is."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def info(self, path: str) -> dict[str, str]:
+        return {"name": path, "type": self.kind}
+
+    def find(self, path: str, detail: bool) -> dict[str, dict[str, str]]:
+        return {}
+
+
+def test_a_link_is_a_file_and_a_folder_may_have_a_files_name() -> None:
+    """As sftp tells of links."""
+    for kind, number in {"file": 1, "link": 1, "directory": 0}.items():
+        assert len(remote._listed(OneFile(kind), "/home/a.jsonl")[1]) == number
+    with pytest.raises(UserError, match=r"a\.jsonl is no file or folder"):
+        remote._listed(OneFile("other"), "/home/a.jsonl")
+
+
 # The command line.
 
 
@@ -408,7 +429,10 @@ def test_a_url_has_a_weight_and_a_port() -> None:
     for text, expected in {
         "http://host:8080/a.jsonl:0.5": ("http://host:8080/a.jsonl", 0.5),
         "http://host:8080": ("http://host:8080", 1.0),
+        "http://[x:8080": ("http://[x:8080", 1.0),
+        "http://[x/a.jsonl:2": ("http://[x/a.jsonl", 2.0),
         "s3://bucket/a:2": ("s3://bucket/a", 2.0),
+        "pipe:cat:2": ("pipe:cat", 2.0),
         "hf://datasets/o/n/c:0.1": ("hf://datasets/o/n/c", 0.1),
     }.items():
         assert split_weight(text) == expected

@@ -226,7 +226,7 @@ class LiteralCompressor(nn.Module):
     def __init__(self, config: I3Config, views: int):
         super().__init__()
         width = config.d_model
-        self.heads = config.heads
+        self.heads, self.views = config.heads, views
         self.queries = nn.Parameter(torch.zeros(config.latents, width))
         self.norm_in, self.norm_ff, self.norm_out = (nn.LayerNorm(width) for _ in range(3))
         self.query = nn.Linear(width, width, bias=False)
@@ -243,9 +243,9 @@ class LiteralCompressor(nn.Module):
         latents = self.queries + self.output(merge_heads(shares.to(v.dtype) @ v))
         return self.norm_out(latents + self.ff(self.norm_ff(latents)))
 
-    def unfold(self, latents: Tensor, view: int) -> Tensor:
-        """What attention sees of latents: themselves, [B, M, D]."""
-        return latents
+    def unfold(self, latents: Tensor) -> Sequence[Tensor]:
+        """What attention sees of latents, by views: themselves, [B, M, D] each."""
+        return [latents] * self.views
 
 
 class RecordsCompressor(nn.Module):
@@ -255,6 +255,7 @@ class RecordsCompressor(nn.Module):
         super().__init__()
         width = config.d_model
         self.part = part = width // config.sub_latents
+        self.views = views
         self.queries = nn.Parameter(torch.zeros(config.latents, width))
         self.norm_in, self.norm_ff = nn.LayerNorm(width), nn.LayerNorm(width)
         self.norm_out = nn.LayerNorm(part)
@@ -295,11 +296,10 @@ class RecordsCompressor(nn.Module):
         distance = (torch.arange(length, device=place.device) - place).abs()
         return 0.94 * (distance == 0) + 0.05 / 17 * (distance <= 8) + 0.01 / length
 
-    def unfold(self, latents: Tensor, view: int) -> Tensor:
-        """What attention sees of latents [B, M, D]: each sub-latent as a token, [B, M R, D]."""
-        rows, _, width = latents.shape
-        views = self.token(latents.reshape(rows, -1, self.part))
-        return views[..., view * width : (view + 1) * width]
+    def unfold(self, latents: Tensor) -> Sequence[Tensor]:
+        """What attention sees of latents [B, M, D], by views: sub-latents as tokens [B, M R, D]."""
+        parts = latents.reshape(len(latents), -1, self.part)
+        return self.token(parts).chunk(self.views, dim=-1)
 
 
 class Slots(nn.Module):
@@ -769,10 +769,10 @@ class I3ForCausalLM(PreTrainedModel, GenerationMixin):
         begins = cache.tokens == self.config.bos_token_id
         segments = begins[full].cumsum(1)
         latents = self.compressor(cache.hidden[full], segments == segments[:, -1:])
+        shown = [view + self.slots.slot for view in self.compressor.unfold(latents)]
         past: list[KeysValues] = []
         for block, kept in zip(self.upper, cache.past, strict=True):
-            shown = (self.compressor.unfold(latents, view) for view in block.attention.views)
-            new = block.attention.past_keys_values([keys + self.slots.slot for keys in shown])
+            new = block.attention.past_keys_values([shown[view] for view in block.attention.views])
             past.append(tuple(self.remember(*pair, full) for pair in zip(kept, new, strict=True)))
         depth = (cache.depth + 1).masked_fill(begins.any(1), 1)
         cache.past, cache.depth = past, depth.where(full, cache.depth)
