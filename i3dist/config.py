@@ -155,7 +155,7 @@ class CompressionSettings(Section):
     join_after: Annotated[int, Field(ge=-(2**40), le=2**40)] | Never | Auto = "auto"
     """Steps after which the two softmaxes of dual-attention begin to become one, a share j at a
     time; never keeps them apart (docs/model.md). auto is 4000. With train.init_from it goes on as
-    the weights ended: never, if they are apart, else a step before the first, so that j is theirs.
+    the weights ended: never, if they are apart, else 0 or less, so that the first step has their j.
     Layers of attention have one from the start."""
     join_steps: CountOrZero | Auto = "auto"
     """Steps over which j then rises to 1, on a line; auto is 2000."""

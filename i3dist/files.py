@@ -118,7 +118,7 @@ def check_writable(path: Path, appended: bool = False) -> None:
         UserError: it is a folder, or cannot be written.
     """
     with _refused(path):
-        there = path.exists()
+        there = _there(path)
         if there and (is_output(path) or not (path.is_file() or path.is_dir())):
             return
         if there and (appended or path.is_symlink() or path.is_dir()):
@@ -128,6 +128,15 @@ def check_writable(path: Path, appended: bool = False) -> None:
         partial = _partial_of(_target(path))
         partial.touch(exist_ok=False)
         partial.unlink()
+
+
+def _there(path: Path) -> bool:
+    """As `Path.exists`, but a link that leads to itself is an error."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager

@@ -68,6 +68,12 @@ def test_a_result_goes_through_a_link(tmp_path: Path) -> None:
         assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == content
 
 
+def test_a_link_that_leads_to_itself_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(UserError, match="Too many levels of symbolic links"):
+        check_writable(tmp_path / "link")
+
+
 def test_a_result_goes_into_a_pipe_that_was_checked_before(tmp_path: Path) -> None:
     """The reader of a pipe that is opened and closed would find its end before the result."""
     pipe = tmp_path / "pipe"

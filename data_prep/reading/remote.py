@@ -323,7 +323,7 @@ def _listed(filesystem: Any, path: str) -> tuple[str, list[dict[str, Any]]]:
         found = filesystem.glob(path, detail=True)
     else:
         root, found = path, filesystem.find(path, detail=True)
-    return root, [info for info in found.values() if info["type"] == "file"]
+    return root, [info for info in found.values() if info["type"] not in ("directory", "other")]
 
 
 def _name_below(root: str, path: str) -> str:

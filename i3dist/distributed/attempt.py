@@ -41,10 +41,15 @@ class Attempt:
         restarts = _number(environ, "SLURM_RESTART_COUNT") + _number(environ, EARLIER_RESTARTS)
         return Attempt(environ.get(FIRST_JOB) or environ["SLURM_JOB_ID"], restarts)
 
+    @property
+    def name(self) -> str:
+        """Such as "job 77"."""
+        return "this job" if self.job in (None, UNNAMED) else f"job {self.job}"
+
     def __str__(self) -> str:
         """Such as ", job 77, restart 1"; nothing where nobody starts the job again."""
         restart = f", restart {self.restarts}" if self.restarts else ""
-        job = "" if self.job == UNNAMED else f", job {self.job}"
+        job = "" if self.job == UNNAMED else f", {self.name}"
         return "" if self.job is None else f"{job}{restart}"
 
 

@@ -1,10 +1,11 @@
 """Products of several rows of a decoding step, as Triton kernels on matrix units.
 
-A product of up to 64 rows takes as long as its weights take to arrive. So its programs are as many
-as a device has multiprocessors, or more: where outputs are few, the inputs are cut, and the kernel
-that reads the product adds its parts. And weights are asked for while the last kernel still runs:
-those of up to 32 rows are held in shared memory before it has ended, and those of more rows, which
-leave no room for that, are brought into the device's cache. More than 64 rows are a library's.
+A product of up to 64 rows takes as long as its weights take to arrive. So it has nearly as many
+programs as the device has multiprocessors: where outputs are few, the inputs are cut, and the
+kernel that reads the product adds its parts. And weights are fetched while the last kernel still
+runs: for up to 32 rows into shared memory, for more rows, where that is slower, into the device's
+cache.
+PyTorch's operators compute products of more than 64 rows, and the last product of up to 32.
 
 Notation: B rows, K inputs, F outputs, N outputs of a program, W inputs that it reads at once.
 """
@@ -23,7 +24,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 NONE, GELU, CHANNEL_MIX, PARTS = range(4)  # what becomes of a product
-LEAST_ROWS, FEW_ROWS, MOST_ROWS = 16, 32, 64  # of a program: the least of matrix units, held, all
+LEAST_ROWS = 16  # that matrix units multiply
+FEW_ROWS = 32  # for which a program holds its weights in shared memory
+MOST_ROWS = 64  # of a program
 
 
 class Plan(NamedTuple):
@@ -40,8 +43,8 @@ class Plan(NamedTuple):
         return triton.cdiv(triton.cdiv(inputs, self.width), self.cuts)
 
 
-# Of the products of an RWKV layer, with which those of attention share theirs, and of the last one.
-# The fastest of a layer's on an H200, together, of 40 to 78 each.
+# Plans of an RWKV layer's products, used for attention's too, and of the last product. Chosen by
+# timing whole layers on an H200, out of 40 to 78 for each.
 HELD = {
     "time": Plan(64, 256, 1, 4, 5),
     "output": Plan(64, 256, 1, 4, 5),
@@ -52,7 +55,7 @@ STAGED = {
     "time": Plan(64, 128, 4, 4, 2),
     "output": Plan(32, 128, 4, 4, 2),
     "hidden": Plan(64, 128, 5, 4),
-    "down": Plan(64, 128, 3, 4, 12),
+    "down": Plan(64, 128, 3, 4, 10),
     "head": Plan(256, 64, 4, 8),
 }
 
@@ -235,7 +238,7 @@ def rows_product_naive(
 ) -> Tensor:
     """The same by PyTorch's operators, in one part.
 
-    For more than `MOST_ROWS` rows it is the faster one, and for few the last product.
+    It is faster for more than `MOST_ROWS` rows, and for the last product of up to `FEW_ROWS`.
     """
     x = x if x.dim() == 3 else x.unsqueeze(0)
     if kind == PARTS:
@@ -248,7 +251,7 @@ def rows_product_naive(
 
 def _fits(plan: Plan, rows: int, x: Tensor, held: bool) -> bool:
     """Whether the device has the instructions that a product needs, and its tiles fit in shared
-    memory, all those of weights if they are held. Those of fp32 have no matrix units."""
+    memory, all those of weights if they are held. fp32 has no kernel."""
     if not x.is_cuda:
         return True  # in the interpreter
     tiles = plan.stages * (plan.outputs + rows)

@@ -49,7 +49,9 @@ def main() -> int:
     # On its other signals the agent ends the ranks, and then with 1.
     arguments.signals_to_handle = "SIGINT,SIGQUIT"
     told = pass_signals_on()
-    threading.Thread(target=leave_stuck_agent, args=[told], name="agent", daemon=True).start()
+    patience = PATIENCE + arguments.monitor_interval  # the agent looks once in so many seconds
+    watch = [told, patience]
+    threading.Thread(target=leave_stuck_agent, args=watch, name="agent", daemon=True).start()
     try:
         run.run(arguments)
     except ChildFailedError as failed:
@@ -99,14 +101,14 @@ def pass_signals_on() -> list[int]:
     return told
 
 
-def leave_stuck_agent(told: list[int]) -> None:
+def leave_stuck_agent(told: list[int], patience: float) -> None:
     """End this process as its ranks did, if the agent does not notice that they have ended.
 
     The agent asks one of the hosts for news ten times a second, and waits for an answer without any
     limit: for ever where that host is without power, or the link to it is down.
     """
     unnoticed, codes = 0, None
-    while unnoticed < PATIENCE:
+    while unnoticed < patience:
         time.sleep(1)  # counted: a process that was suspended has not waited
         codes = exit_codes()
         unnoticed = 0 if codes is None else unnoticed + 1

@@ -115,7 +115,7 @@ def check_progress(settings: Settings, step: int, attempt: Attempt) -> None:
     fruitless = attempt.restarts - max(fruitful, default=0)
     if 0 < most <= fruitless:
         raise UserError(
-            f"job {attempt.job}: {fruitless} starts in a row have made no new checkpoint (the "
+            f"{attempt.name}: {fruitless} starts in a row have made no new checkpoint (the "
             f"newest is of step {step}), so it stops (guard.requeues={most}); see above what ended "
             "them, then type the same command again"
         )

@@ -74,10 +74,10 @@ def joining(settings: Settings) -> str:
     first, steps, share = compression.join_after, compression.join_steps, compression.joined_at(0)
     assert isinstance(first, int) and isinstance(steps, int), "join_* is not resolved"
     if share == 1:
-        return "; its softmax is the chunk's from the start"
+        return "; its softmax and the chunk's are one from the start"
     if first < 0:
         end = first + steps
-        return f"; its softmax is the chunk's to a share of {share:.3g}, wholly after {end:,} steps"
+        return f"; its softmax and the chunk's begin {share:.0%} joined, fully after {end:,} steps"
     return f"; its softmax joins the chunk's after {first:,} steps, over {steps:,}"
 
 

@@ -34,6 +34,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 THERE = importlib.util.find_spec("triton") and (INTERPRETED or torch.cuda.is_available())
 pytestmark = pytest.mark.skipif(not THERE, reason="needs Triton with a GPU or its interpreter")
 DEVICE = "cpu" if INTERPRETED else "cuda"
+ROWS_KERNELS = pytest.mark.skipif(
+    THERE and not INTERPRETED and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a Hopper GPU or Triton's interpreter",
+)
 NEAR = 1e-5 if INTERPRETED else 1e-4
 # Of products on matrix units, and their error.
 PRECISE, ROUNDED = (torch.float32, 1e-5) if INTERPRETED else (torch.bfloat16, 1e-2)
@@ -204,6 +208,7 @@ def test_layer_norm_of_a_wide_row(rows: int) -> None:
     assert (read.cpu() - wanted).abs().max() < 1e-3
 
 
+@ROWS_KERNELS
 @pytest.mark.parametrize("name", ["time", "output", "hidden", "down", "head"])
 @pytest.mark.parametrize("rows", [2, 17, 50, 70], ids="{} rows".format)
 def test_a_product_of_several_rows(name: str, rows: int) -> None:
@@ -303,6 +308,7 @@ def test_a_decoder_by_kernels(changes: dict[str, str], carry: bool, rows: int) -
         assert gap(model, streams, prompts, wanted) < 10 * NEAR
 
 
+@ROWS_KERNELS
 @pytest.mark.parametrize("few", [32, 0], ids=["held", "staged"])
 def test_products_of_a_decoder(few: int) -> None:
     """On a GPU in bf16; several parts of a product, and rows that begin a chunk."""

@@ -79,7 +79,7 @@ def test_an_overview_says_when_they_become_one_in_the_run() -> None:
     assert said("compression.join_after=4", "compression.join_steps=7", "train.steps=5") == (
         "; its softmax joins the chunk's after 4 steps, over 7"
     )
-    assert said("compression.join_after=-500").endswith(" share of 0.251, wholly after 1,500 steps")
+    assert said("compression.join_after=-500").endswith(" 25% joined, fully after 1,500 steps")
     assert said("compression.join_after=0", "compression.join_steps=0").endswith("from the start")
     assert not said("compression.join_after=never", "train.steps=9000")
     assert not said("model.layers=1xrwkv,1xattention", "train.steps=9000")
