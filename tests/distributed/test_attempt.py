@@ -50,3 +50,8 @@ def test_the_batch_shell_is_told_of_lost_hosts(tmp_path: Path) -> None:
         ask_for_successor(["node2", "node3"], there)
         assert shell.stdout.read() == "node2,node3" and shell.wait(10) == 7
     ask_for_successor(["node2"], {})
+
+
+def test_a_job_without_a_name_is_not_called_none() -> None:
+    assert Attempt("77").name == "job 77"
+    assert Attempt().name == Attempt("none").name == "this job"
