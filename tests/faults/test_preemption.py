@@ -63,6 +63,8 @@ def test_asked_to_stop(
     tmp_path: Path,
 ) -> None:
     run, words = tmp_path / "run", [*QUICK, *SAVING, f"data.path={data}", "data.workers=1"]
+    if ask is early:
+        words += ["validate.every=9"]  # before the first step, which is not to come first
     with running(tmp_path / "output", *words, f"run.path={run}") as job:
         job.wait_for(moment)
         ask(job)
