@@ -189,10 +189,8 @@ class RwkvStep(LowerStep):
         shift, curves = (time_shift, restart, weights.time_mixes), (weights.decay, weights.bonus)
         norm, output = self.block.norm_time.padded(), time.output.weight
         stream = kernels.time_mix(stream, norm, shift, weights.projections, curves, wkv, output)
-        shift, norm = (
-            (channel_shift, restart, weights.channel_mixes),
-            self.block.norm_channel.padded(),
-        )
+        shift = channel_shift, restart, weights.channel_mixes
+        norm = self.block.norm_channel.padded()
         return kernels.channel_mix(stream, norm, shift, weights.channel, channel.value.weight)
 
 

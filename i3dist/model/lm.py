@@ -268,7 +268,25 @@ class I3LM(nn.Module):
 RANDOM = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
-class Unfilled(TorchFunctionMode):
+class _Building(TorchFunctionMode):
+    """Inside, torch calls `call` in place of each of its functions."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What torch calls in place of `func`."""
+        return self.call(func, args, dict(kwargs or {}))
+
+    def call(self, func: Callable[..., Any], args: Sequence[Any], named: dict[str, Any]) -> Any:
+        """Call `func`, or do something else, with these arguments; `named` may be changed."""
+        raise NotImplementedError
+
+
+class Unfilled(_Building):
     """Inside, a model is built without random values: for one whose weights are loaded next.
 
     Their memory is not touched: to fill the card's 1.4 GB takes longer than to read them.
@@ -284,15 +302,8 @@ class Unfilled(TorchFunctionMode):
         self.meta = meta
         self.left: list[nn.Parameter] = []  # those without values
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """What torch calls in place of `func`."""
-        named = dict(kwargs or {})
+    def call(self, func: Callable[..., Any], args: Sequence[Any], named: dict[str, Any]) -> Any:
+        """See `_Building.call`."""
         if func is torch.empty and self.meta:
             named["device"] = "meta"
         if func not in RANDOM or not isinstance(named["tensor"], nn.Parameter):
@@ -306,22 +317,15 @@ class Unfilled(TorchFunctionMode):
             parameter.data = torch.zeros_like(parameter.data, device=device)
 
 
-class WithGenerator(TorchFunctionMode):
+class WithGenerator(_Building):
     """Inside, this thread's models are initialized from one generator, whatever others use."""
 
     def __init__(self, generator: torch.Generator):
         super().__init__()
         self.generator = generator
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """What torch calls in place of `func`."""
-        named = dict(kwargs or {})
+    def call(self, func: Callable[..., Any], args: Sequence[Any], named: dict[str, Any]) -> Any:
+        """See `_Building.call`."""
         if func in (*RANDOM, Tensor.normal_):  # `orthogonal_` calls the last
             named["generator"] = self.generator
         return func(*args, **named)
