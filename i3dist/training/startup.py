@@ -132,9 +132,18 @@ def newest_checkpoint(run: Path, fresh: bool) -> Path | None:
 
 
 def _starts_of(run: Path, attempt: Attempt) -> list[dict[str, Any]]:
-    """The lines of this job in the record of the run's starts."""
+    """The lines of this job in the record of the run's starts, the newest first.
+
+    Jobs of torchrun that nobody gave a name have one id. The restarts of a job count up, so the
+    first line with no fewer restarts than the start after it is of another job.
+    """
     lines = read_lines(run / STARTS) if attempt.job is not None else []
-    return [line for line in lines if line.get("job") == attempt.job]
+    found: list[dict[str, Any]] = []
+    for line in reversed([line for line in lines if line.get("job") == attempt.job]):
+        if int(line["restarts"]) >= (int(found[-1]["restarts"]) if found else attempt.restarts):
+            break
+        found.append(line)
+    return found
 
 
 def resolve(

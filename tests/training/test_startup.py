@@ -19,7 +19,7 @@ from i3dist.cli.former_settings import FORMER_LAYERS
 from i3dist.config import Settings
 from i3dist.data.corpus import Corpus
 from i3dist.distributed import collectives
-from i3dist.distributed.attempt import Attempt
+from i3dist.distributed.attempt import UNNAMED, Attempt
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
@@ -183,6 +183,18 @@ def test_fresh_counts_until_the_job_has_begun_its_run(tmp_path: Path) -> None:
     assert not starts_over(True, run, again) and not starts_over(False, run, first)
     assert starts_over(True, run, Attempt("77")) and starts_over(True, run, Attempt("78", 1))
     assert starts_over(True, run, Attempt())
+
+
+def test_an_earlier_job_without_a_name_is_another_one(tmp_path: Path) -> None:
+    """Of two such jobs in one folder, the second has three starts of its own."""
+    settings = Settings().with_values(**{"run.path": str(tmp_path), "guard.requeues": 3})
+    for step, restarts in ((0, 0), (5, 1), (9, 2)):
+        record(tmp_path, step, Attempt(UNNAMED, restarts))
+    assert starts_over(True, tmp_path, Attempt(UNNAMED, 1)), "it has not begun its run"
+    record(tmp_path, 9, Attempt(UNNAMED, 1))
+    check_progress(settings, 10, Attempt(UNNAMED, 4))  # two since then died at once
+    with pytest.raises(UserError, match="^this job: 3 starts"):
+        check_progress(settings, 10, Attempt(UNNAMED, 5))
 
 
 @example(saves=[False] * 4, dies=[True] * 4, most=3, begun=False)
