@@ -193,7 +193,7 @@ def test_an_earlier_job_without_a_name_is_another_one(tmp_path: Path) -> None:
     assert starts_over(True, tmp_path, Attempt(UNNAMED, 1)), "it has not begun its run"
     record(tmp_path, 9, Attempt(UNNAMED, 1))
     check_progress(settings, 10, Attempt(UNNAMED, 4))  # two since then died at once
-    with pytest.raises(UserError, match="^this job: 3 starts"):
+    with pytest.raises(UserError, match=r"^this job: 3 starts"):
         check_progress(settings, 10, Attempt(UNNAMED, 5))
 
 
