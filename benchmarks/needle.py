@@ -44,7 +44,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from i3dist.checkpoint.weights import add_model_arguments, load_run
+from i3dist.checkpoint.weights import load_run
+from i3dist.cli.model_options import add_model_arguments
 from i3dist.cli.paths import result_path, typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Corpus

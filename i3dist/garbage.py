@@ -19,9 +19,13 @@ def keep() -> None:
         gc.freeze()
 
 
-def resume() -> None:
-    """If the collector is paused, collect what is garbage, keep the rest, and go on."""
+def resume(collect: bool = True) -> None:
+    """If the collector is paused, collect what is garbage, keep the rest, and go on.
+
+    Without `collect` garbage stays, and nothing waits.
+    """
     if not gc.isenabled():
-        gc.collect()
+        if collect:
+            gc.collect()
         gc.freeze()
         gc.enable()

@@ -145,6 +145,16 @@ def test_loading_evaluating_and_generating_import_no_deepspeed() -> None:
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
 
 
+def test_what_is_typed_for_generate_is_read_before_torch_is_imported() -> None:
+    script = (
+        "import sys, i3dist.programs.generate as program\n"
+        "sys.argv = ['generate', '--checkpoint', 'runs/mine', '--prompt', 'Once']\n"
+        "program.sampling_of(program.parse_arguments())\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
 def test_importing_i3dist_and_its_settings_loads_no_torch() -> None:
     script = "import sys, i3dist, i3dist.config\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

@@ -1,6 +1,5 @@
 """A model's weights: written when a run ends, loaded to evaluate and generate. No DeepSpeed."""
 
-import argparse
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from i3dist.checkpoint.format import TOKENIZER, is_checkpoint, read_state
 from i3dist.checkpoint.reader import OptimizerReader
 from i3dist.checkpoint.verify import quick_fault
 from i3dist.checkpoint.writer import write_tensors
-from i3dist.cli.extend import add_extend_option
-from i3dist.cli.paths import typed_path
 from i3dist.config import Settings
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.errors import UserError, reason
@@ -45,25 +42,6 @@ def export_weights(run: Path, model: I3LM, step: int) -> None:
             f"{run / WEIGHTS} cannot be written: {error.strerror}; fix that, then run the same "
             "command again to go on from the newest checkpoint"
         ) from None
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options `--checkpoint`, `--device` and `--extend`."""
-    add_extend_option(parser)
-    parser.add_argument(
-        "--checkpoint",
-        type=typed_path,
-        required=True,
-        metavar="RUN",
-        help="folder of a run that has ended, or a checkpoint: RUN/checkpoints (the newest in it), "
-        "RUN/checkpoints/step-00000100, or a copy of one; or an exported model's folder",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="what it runs on; auto is CUDA where there is a GPU",
-    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +100,7 @@ class SavedModel:
             UserError: some are missing, or have another shape.
         """
         if is_checkpoint(self.path):
-            return _load_checkpoint(model, self.path)
+            return _load_checkpoint(model, self.path, assign)
         return _load_export(model, self.path, assign)
 
     def as_model(self, device: torch.device, dtype: torch.dtype | None) -> I3LM:
@@ -242,12 +220,17 @@ def _load_export(model: I3LM, path: Path, assign: bool = False) -> torch.dtype:
 
 
 @torch.no_grad()
-def _load_checkpoint(model: I3LM, path: Path) -> torch.dtype:
-    """Load a checkpoint's weights, in the type of the forward pass; returns that type."""
+def _load_checkpoint(model: I3LM, path: Path, assign: bool = False) -> torch.dtype:
+    """Load a checkpoint's weights, in the type of the forward pass, by copying or assigning the
+    tensors; returns that type."""
     engine = read_state(path).engine
     dtype = torch.bfloat16 if engine.get("bf16", {}).get("enabled") else torch.float32
     reader = OptimizerReader(path)
     reader.check({name: p.numel() for name, p in model.named_parameters()})
     for name, parameter in model.named_parameters():
-        parameter.copy_(reader.one("weight", name).to(dtype).view_as(parameter))
+        weight = reader.one("weight", name).to(dtype).view_as(parameter)
+        if assign:
+            parameter.data = weight
+        else:
+            parameter.copy_(weight)
     return dtype

@@ -39,6 +39,7 @@ SPECIAL_TOKENS: tuple[str, ...] = (
 )
 
 _MAX_FILE_BYTES = 1 << 28
+_FEW_BYTES = 1 << 20  # `tokenizers` encodes so many in the time in which an encoder is chosen
 _LARGEST_ID = 1 << 24
 
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
@@ -56,6 +57,7 @@ class Tokenizer:
         """The bytes of the file."""
         self._backend = _parse(data, path)
         self._backend.encode_special_tokens = True
+        self._encoded = 0  # bytes
         vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = len(vocab)
         if max(vocab.values(), default=0) > _LARGEST_ID:  # `to_str` counts up to it
@@ -108,9 +110,13 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, never special ids. A lone surrogate in the text is a `UserError`."""
         try:
-            return self.encode_utf8(text.encode()).tolist()
+            data = text.encode()
         except UnicodeEncodeError:
             raise UserError("the text is not valid Unicode: it has a lone surrogate") from None
+        self._encoded += len(data)
+        if self._encoded <= _FEW_BYTES and "encoder" not in vars(self):
+            return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_utf8(data).tolist()
 
     def encode_utf8(self, text: bytes) -> Ids:
         """Ids of plain text in valid UTF-8, [T]: uint16, or uint32 for more than 65,536 entries.

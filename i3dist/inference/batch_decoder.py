@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from i3dist.inference.closing import RecordsClosing
 from i3dist.inference.layout import laid_out
 from i3dist.inference.place import Place
 from i3dist.inference.prompt import Prompt, read_above, read_prompt
@@ -18,14 +19,17 @@ from i3dist.inference.recording import Recorded
 from i3dist.inference.steps import (
     STEPS,
     AttentionStep,
+    LatentStep,
     LowerStep,
     RwkvStep,
     Sight,
     UpperStep,
     compile_if,
+    in_order,
     step_kernels,
     upper_step,
 )
+from i3dist.model.compressor_records import RecordsCompressor
 from i3dist.model.lm import I3LM
 from i3dist.ops.shift_mix import has_kernels
 
@@ -55,7 +59,8 @@ class BatchDecoder:
         read = [read_prompt(model, prompt) for prompt in prompts]
         self.logits = torch.stack([row.logits for row in read])
         """After the prompts, [B, V] fp32."""
-        self.latents = torch.cat([row.latents for row in read])  # [B, C, M, D], oldest first
+        self.latents = torch.cat([row.latents for row in read])
+        """[B, C, M, D], chunks as a ring, whose oldest is at `place.oldest`."""
         self.filled = [len(row.segments) for row in read]  # tokens in each row's chunk
         self.place = Place.after(read)
         self.hidden = self.latents.new_zeros(
@@ -87,6 +92,14 @@ class BatchDecoder:
         steps: tuple[LowerStep | UpperStep, ...] = (*self.lower, *self.upper)
         for step in steps:
             step.compiled = self.compiled
+        # Layers read the same sub-latents.
+        reading = [step for step in self.upper if isinstance(step, LatentStep)]
+        self.sub_latents = reading[0].latents if reading else None
+        for step in reading:
+            step.latents = self.sub_latents
+        compressor, self.records = model.compressor, None
+        if self.by_kernels and type(compressor) is RecordsCompressor:
+            self.records = RecordsClosing(compressor, model.settings.chunk_length)
 
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> Tensor:
@@ -131,7 +144,8 @@ class BatchDecoder:
         order = torch.arange(start + len(tokens), device=tokens.device)
         segments = torch.where(order >= place.start, place.opened.int(), -1).unsqueeze(0)
         before = [step.chunk(start) for step in self.upper]
-        x, joined = read_above(model, x, self.latents, segments, place.depth.unsqueeze(1), before)
+        latents, depth = in_order(self.latents, place.oldest), place.depth.unsqueeze(1)
+        x, joined = read_above(model, x, latents, segments, depth, before)
         for upper, keys_values in zip(self.upper, joined, strict=True):
             upper.extend(keys_values, start)
         place.position.fill_(len(order))
@@ -197,17 +211,27 @@ class BatchDecoder:
     @torch.no_grad()
     def _compress(self, rows: Tensor) -> None:
         """The part of `_close` that runs on the device, for rows [G] int64."""
+        place, slot = self.place, self.place.oldest[rows]
+        if self.records is not None:
+            self.records(self.hidden, rows, place, self.latents, self.sub_latents)
+        else:
+            self._by_compressor(rows, slot)
+        for step in self.upper:
+            step.remember(rows, self.latents, slot)
+        if self.by_kernels:
+            step_kernels("close_triton").begin(rows, place, self.latents.shape[1])
+        else:
+            place.close(rows, self.latents.shape[1])
+
+    def _by_compressor(self, rows: Tensor, slot: Tensor) -> None:
+        """Compress the chunks of rows [G] by the compressor's own `forward`, into slots [G]."""
         order = torch.arange(self.hidden.shape[1], device=rows.device)
         keep = order >= self.place.start[rows].unsqueeze(-1)
         compressor = self.model.compressor
         compress = compile_if(self.compiled, type(compressor).forward)
-        new = compress(compressor, self.hidden[rows], keep)
-        latents = torch.cat([self.latents[rows, 1:], new.unsqueeze(1)], dim=1)
-        self.latents[rows] = latents
-        slot = self.place.oldest[rows]
-        for step in self.upper:
-            step.remember(rows, latents, slot)
-        self.place.close(rows, latents.shape[1])
+        self.latents[rows, slot] = new = compress(compressor, self.hidden[rows], keep)
+        if self.sub_latents is not None:
+            self.sub_latents[rows, slot] = compressor.split(new)
 
 
 def enter(model: I3LM, place: Place, tokens: Tensor) -> tuple[Tensor, Tensor, Sight]:

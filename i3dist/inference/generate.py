@@ -12,8 +12,8 @@ from i3dist.model.lm import I3LM
 
 __all__ = ["Sampling", "generate", "stream"]
 
-# New tokens of a row from which a GPU's closing of chunks, and sampling with top-k or top-p, are
-# compiled: that takes seconds to a minute, and saves a part of a millisecond.
+# New tokens of a row from which a GPU's sampling with top-k or top-p is compiled, and what else has
+# no kernels: that takes seconds to a minute, and saves a part of a millisecond.
 COMPILED_FROM = 100_000
 
 

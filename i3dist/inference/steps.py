@@ -123,9 +123,10 @@ class UpperStep:
 
         Args:
             rows: [G] int64; may name a row twice, with the same latents.
-            latents: [G, C, M, D], oldest first; the new chunk's are the last.
-            slot: [G] int64, the place in a ring where the oldest chunk was.
+            latents: [B, C, M, D], chunks as a ring; the new ones stand where the oldest were.
+            slot: [G] int64, where that is.
         """
+        latents = in_order(latents[rows], slot + 1)
         for part, new in zip(self.past, self.block.history(self.project(latents)), strict=True):
             part[rows] = new
 
@@ -266,7 +267,7 @@ class AttentionStep(UpperStep):
 
     def remember(self, rows: Tensor, latents: Tensor, slot: Tensor) -> None:
         """See `UpperStep.remember`."""
-        self._write(rows, slot.unsqueeze(1), latents[:, -1:])
+        self._write(rows, slot.unsqueeze(1), latents[rows, slot].unsqueeze(1))
 
     def _write(self, rows: Tensor, slots: Tensor, latents: Tensor) -> None:
         """Put chunks with latents [G, N, M, D] into slots [G, N] of rows [G]."""
@@ -337,6 +338,9 @@ class LatentStep(AttentionStep):
         assert self.latents is not None
         self.latents[rows.unsqueeze(1), slots] = self.model.compressor.split(latents)
 
+    def remember(self, rows: Tensor, latents: Tensor, slot: Tensor) -> None:
+        """See `UpperStep.remember`: who closes the chunk writes its sub-latents, for all layers."""
+
     @functools.cached_property
     def sub_latents(self) -> Any:
         """See `AttentionStep.sub_latents`."""
@@ -380,6 +384,12 @@ def upper_step(
     fits = step_kernels("attend_triton").reads_latents
     rows, heads = len(latents), block.attention.heads
     return LatentStep if fits(rows, heads, channels, latents.element_size()) else step
+
+
+def in_order(latents: Tensor, oldest: Tensor) -> Tensor:
+    """Chunks [B, C, M, D] of a ring, the oldest first; `oldest` [B] int64 are their slots."""
+    rows, chunks = (torch.arange(size, device=oldest.device) for size in latents.shape[:2])
+    return latents[rows.unsqueeze(1), (oldest.unsqueeze(1) + chunks) % len(chunks)]
 
 
 @functools.cache

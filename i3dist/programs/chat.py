@@ -15,8 +15,9 @@ from pathlib import Path
 from signal import SIGINT, signal
 from threading import Event
 
-from i3dist.checkpoint.weights import add_model_arguments, load_run
+from i3dist.checkpoint.weights import load_run
 from i3dist.cli import streams
+from i3dist.cli.model_options import add_model_arguments
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.chat import read_conversation, write_conversation

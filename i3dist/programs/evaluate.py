@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from i3dist.checkpoint.weights import add_model_arguments, load_run
+from i3dist.checkpoint.weights import load_run
 from i3dist.cli import streams
+from i3dist.cli.model_options import add_model_arguments
 from i3dist.cli.paths import result_path, typed_path, typed_place
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.data.corpus import Corpus

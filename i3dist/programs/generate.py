@@ -7,13 +7,12 @@ stays constant however long it runs.
 import argparse
 import sys
 
-from i3dist.checkpoint.weights import SavedModel, add_model_arguments
+from i3dist import garbage
 from i3dist.cli import streams
+from i3dist.cli.model_options import add_model_arguments
 from i3dist.cli.program import ArgumentParser, one_line_errors
-from i3dist.distributed import devices
+from i3dist.distributed.cuda_driver import start_driver
 from i3dist.errors import UserError
-from i3dist.inference.generate import generate
-from i3dist.inference.prompt import compile_ahead
 from i3dist.programs.sampling import add_sampling_arguments, sampling_of
 
 
@@ -57,6 +56,14 @@ def main() -> None:
     sampling = sampling_of(arguments)
     streams.require_output()
     prompt = read_prompt(arguments.prompt)
+    garbage.pause()  # until the first text
+    start_driver(arguments.device)
+    # These import torch, which takes seconds.
+    from i3dist.checkpoint.weights import SavedModel
+    from i3dist.distributed import devices
+    from i3dist.inference.generate import generate
+    from i3dist.inference.prompt import compile_ahead
+
     device = devices.pick_device(arguments.device)
     saved = SavedModel.find(arguments.checkpoint)
     tokenizer = saved.tokenizer
@@ -68,6 +75,7 @@ def main() -> None:
     ):
         sys.stdout.write(text)
         sys.stdout.flush()
+        garbage.resume(collect=False)
     sys.stdout.write("\n")
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from i3dist.errors import UserError
-from i3dist.inference.sampling import Sampling
+from i3dist.inference.sampling_settings import Sampling
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, tokens: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from i3dist.checkpoint.format import TOKENIZER
-from i3dist.checkpoint.weights import export_weights, load_run
+from i3dist.checkpoint.weights import SavedModel, export_weights, load_run
 from i3dist.cli.former_settings import FORMER_LAYERS
 from i3dist.errors import UserError
 from i3dist.model.attention import AttentionBlock
@@ -111,6 +111,19 @@ def test_latest_means_what_a_run_would_continue_from(run: Path) -> None:
     )
     assert by_latest.equal(by_name) and by_folder.equal(by_name)
     assert not by_name.equal(load_run(run, CPU)[0].head.weight)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_another_model_takes_the_weights(whole: Path, checkpoint: bool, assign: bool) -> None:
+    """Into its own memory, or with that of the file."""
+    saved = SavedModel.find(newest(whole) if checkpoint else whole)
+    model = I3LM(saved.settings.model, saved.tokenizer.bos_id)
+    before = model.head.weight.data_ptr()
+    saved.load_into(model, assign)
+    wanted = saved.as_model(CPU, None).state_dict()
+    assert all(t.float().equal(wanted[name].float()) for name, t in model.state_dict().items())
+    assert (model.head.weight.data_ptr() == before) != assign
 
 
 def test_weights_that_do_not_fit_on_the_disk_are_one_line_and_leave_the_old_ones(

@@ -71,7 +71,7 @@ def test_ids_are_those_of_tokenizers_and_decode_to_the_text(
     tokenizer: Tokenizer, reference: Callable[[str], list[int]], text: str
 ) -> None:
     ids = tokenizer.encode(text)
-    assert ids == reference(text)
+    assert ids == reference(text) == tokenizer.encode_utf8(text.encode()).tolist()
     assert tokenizer.decode(ids) == text
     assert not set(ids) & set(tokenizer.special_ids.values())
     assert sum(tokenizer.token_bytes()[ids]) == len(text.encode())
@@ -83,7 +83,9 @@ def test_ids_are_those_of_tokenizers_on_real_text(
     tokenizer: Tokenizer, reference: Callable[[str], list[int]]
 ) -> None:
     unseen = [file.read_text() for file in sorted((STDLIB / "email").glob("*.py"))]
-    assert [tokenizer.encode(text) for text in unseen] == [reference(text) for text in unseen]
+    wanted = [reference(text) for text in unseen]
+    assert [tokenizer.encode(text) for text in unseen] == wanted
+    assert [tokenizer.encode_utf8(text.encode()).tolist() for text in unseen] == wanted
 
 
 @pytest.mark.parametrize("blank", [" ", "\n", "\t \n"])
@@ -92,6 +94,18 @@ def test_a_million_blanks_do_not_break_it(
 ) -> None:
     text = "x" + blank * (1_200_000 // len(blank)) + "y"
     assert tokenizer.encode(text) == reference(text)
+
+
+def test_an_encoder_is_chosen_where_there_is_much_to_encode(
+    tokenizer: Tokenizer, reference: Callable[[str], list[int]]
+) -> None:
+    """Choosing takes longer than `tokenizers` takes for a prompt."""
+    fresh = Tokenizer(tokenizer.data, tokenizer.path)
+    text = "a few words " * 50_000
+    wanted = reference(text)
+    for chosen in (False, True):
+        assert fresh.encode(text) == wanted
+        assert ("encoder" in vars(fresh)) == chosen
 
 
 def test_half_a_character_is_never_given_out(tokenizer: Tokenizer) -> None:

@@ -17,13 +17,16 @@ from torch.nn import functional
 from i3dist.inference import batch_decoder as decoding
 from i3dist.inference import steps
 from i3dist.inference.batch_decoder import BatchDecoder, enter
+from i3dist.inference.closing import RecordsClosing
 from i3dist.inference.layout import laid_out
 from i3dist.inference.place import Place
 from i3dist.inference.sampling import SPLIT_MIX, Sampling
 from i3dist.inference.steps import AttentionStep, LatentStep, Sight, attend_step, step_kernels
 from i3dist.inference.token_stream import NOT_FINITE, choose_tokens
 from i3dist.model.attention import AttentionBlock
+from i3dist.model.compressor_records import RecordsCompressor
 from i3dist.model.lm import I3LM
+from i3dist.ops.order import highest
 from i3dist.ops.shift_mix import Norm
 from tests.inference.test_batch_decoder import gap, tensors
 from tests.model.conftest import VARIANTS, build
@@ -261,6 +264,67 @@ def test_parts_of_a_product_are_joined(gated: bool) -> None:
     assert (joined - wanted).abs().max() < 5e-5
     assert (normed[:, :channels] - inside).abs().max() < 1e-4
     assert not normed[:, channels:].any() and not joined[:, channels:].any()
+
+
+@pytest.mark.parametrize("length", [75, 12], ids="{} tokens".format)
+@torch.no_grad()
+def test_chunks_are_closed(length: int) -> None:
+    """Whole chunks, and some with fewer tokens than sub-latents; equal scores; a row named twice;
+    tokens of another document that are no numbers."""
+    torch.manual_seed(0)
+    shape = {"d_model": 66, "chunk_length": length, "latents": 5, "sub_latents": 2}
+    model = laid_out(on_device(build(**shape)))
+    rows, compressor = 6, model.compressor
+    assert isinstance(compressor, RecordsCompressor)
+    for norm in (compressor.norm_in, compressor.norm_ff, compressor.norm_out):
+        for part in norm.parameters():
+            part[: norm.channels.stored].normal_()
+    hidden = model.width.pad(torch.randn(rows, length, model.width.stored, device=DEVICE))
+    hidden[2, length // 2 :] = hidden[2, 0]
+    place = Place(*(part.clone() for part in places(length, C)))
+    place.start[:] = torch.tensor([0, length - 1, 0, length // 2, length - 3, 1])
+    hidden[3, : length // 2] = float("nan")
+    latents = torch.zeros(rows, C, *compressor.queries.shape, device=DEVICE)
+    latents = model.width.pad(latents.normal_())
+    parts = compressor.split(latents)
+    named = torch.tensor([2, 1, 5, 3, 4, 3], device=DEVICE)
+    keep = torch.arange(length, device=DEVICE) >= place.start[named].unsqueeze(-1)
+    wanted, slots = latents.clone(), place.oldest[named]
+    wanted[named, slots] = new = compressor(hidden[named], keep)
+    sub_latents = parts.clone()
+    sub_latents[named, slots] = compressor.split(new)
+
+    closing = RecordsClosing(compressor, length)
+    closing(hidden, named, place, latents, parts)
+    for part, other in (latents, wanted), (parts, sub_latents):
+        assert (part - other).abs().max() < 10 * NEAR
+    latents.zero_()
+    closing(hidden, named, place, latents, None)
+    assert (latents[named, slots] - new).abs().max() < 10 * NEAR
+
+    after = Place(*(part.clone() for part in place))
+    after.close(named, C)
+    step_kernels("close_triton").begin(named, place, C)
+    assert all(part.equal(other) for part, other in zip(place, after, strict=True))
+
+
+@pytest.mark.parametrize("length", [70, 128], ids="{} tokens".format)
+def test_tokens_with_the_highest_scores(length: int) -> None:
+    """Of equal ones the first; no more than there is room for if some are no numbers."""
+    torch.manual_seed(0)
+    scores, kernels = torch.randn(5, length, device=DEVICE), step_kernels("close_triton")
+    scores[1] = scores[1].round()
+    scores[2, 20:] = -1e4
+    scores[3] = 0.0
+    chosen, sizes = kernels.choose(scores, 30)
+    wanted = highest(scores, 30)
+    assert (chosen % length).equal(wanted)
+    assert (chosen // length).equal(torch.arange(5, device=DEVICE)[:, None].expand(-1, 30))
+    assert (sizes - 2 * scores.gather(1, wanted).sigmoid()).abs().max() < 1e-6
+    scores[4, ::2] = float("nan")
+    chosen, _ = kernels.choose(scores, 30)
+    assert (chosen[4] // length == 4).all() and (chosen[4].diff() > 0).all()
+    assert chosen[:4].equal(kernels.choose(scores[:4], 30)[0])
 
 
 def is_float(x: Tensor) -> bool:

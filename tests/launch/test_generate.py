@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from i3dist.inference import generate as inference
 from i3dist.inference.generate import Sampling
 from tests.launch.conftest import load, typed
 
@@ -15,7 +16,7 @@ from tests.launch.conftest import load, typed
 def generated(finished: Path, monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[Any, ...]:
     """What `generate` is called with."""
     module, called = load("generate"), mock.Mock(return_value=iter(["one ", "two"]))
-    monkeypatch.setattr(module, "generate", called)
+    monkeypatch.setattr(inference, "generate", called)  # main imports it
     typed(monkeypatch, "--checkpoint", finished, "--device", "cpu", *words)
     module.main()
     called.assert_called_once()
