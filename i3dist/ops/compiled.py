@@ -8,17 +8,19 @@ name: dtypes, shapes and strides of all tensors, values of all else, and what to
 
 import hashlib
 import io
+import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from i3dist.files import write_whole
+from i3dist.files import regular, write_whole
 
 Call = Callable[..., Any]
 Form = tuple[Any, ...]  # what a function is compiled for
@@ -28,11 +30,12 @@ class Prepared(NamedTuple):
     """A function that this process has."""
 
     code: CodeType
-    how: str  # "loaded" or "compiled"
+    how: str  # "loaded", "compiled", or "traced": by torch as usual, and not kept
     seconds: float  # that it took
 
 
 prepared: list[Prepared] = []
+_log = logging.getLogger(__name__)
 _folder: Path | None = None
 # Of a module: what is constant in it, and where it has its tensors, as others may come there.
 _parts: WeakKeyDictionary[nn.Module, tuple[Form, list[Any]]] = WeakKeyDictionary()
@@ -76,37 +79,59 @@ class Compiled:
         name = self._function.__module__, self._function.__qualname__
         about = repr((name, self._options, _settings(), form))
         path, begun = folder / hashlib.sha256(about.encode()).hexdigest(), time.monotonic()
-        try:
-            call, how = _load(path.read_bytes(), self._function.__globals__), "loaded"
-        except Exception:  # there is none, or it is damaged, or of another GPU
-            try:
-                call, content = self._compile(arguments, named)
-                how = "compiled"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, content)
-            except Exception:
-                return self._traced  # which says what is wrong, if anything is
+        call, how = _load(path, self._function.__globals__), "loaded"
+        if call is None:
+            call, how = self._compile(path, arguments, named), "compiled"
+        if call is None:
+            call, how = self._traced, "traced"
         prepared.append(Prepared(self._function.__code__, how, time.monotonic() - begun))
         return call
 
-    def _compile(self, arguments: Form, named: dict[str, Any]) -> tuple[Call, bytes]:
-        """Compile the function for arguments like these: what runs it, and what is kept of it."""
+    def _compile(self, path: Path, arguments: Form, named: dict[str, Any]) -> Call | None:
+        """Compile the function for arguments like these, and keep it; None if it cannot be kept."""
         options = self._options | {"guard_filter_fn": lambda guards: [False] * len(guards)}
         traced: Any
-        with torch._dynamo.config.patch(enable_aot_compile=True):
-            traced = torch.compile(self._function, fullgraph=True, dynamic=False, options=options)
-            made = traced.aot_compile((arguments, named))
-        return made.fn, type(made).serialize(made).serialized_data
+        try:
+            with torch._dynamo.config.patch(enable_aot_compile=True):
+                traced = torch.compile(
+                    self._function, fullgraph=True, dynamic=False, options=options
+                )
+                made = traced.aot_compile((arguments, named))
+            content = type(made).serialize(made).serialized_data
+        except Exception as error:
+            _log.info(
+                "%s is compiled at every start: %s", self._function.__qualname__, _line(error)
+            )
+            return None
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content)
+        return cast("Call", made.fn)
 
 
-def _load(content: bytes, names: dict[str, Any]) -> Call:
-    made: Any = torch.compiler.load_compiled_function(io.BytesIO(content), f_globals=names)
-    return made.fn
+def _load(path: Path, names: dict[str, Any]) -> Call | None:
+    """A function that was kept, whose global names are these; None if it cannot be used."""
+    made: Any
+    try:
+        content = regular(path).read_bytes()
+    except OSError:
+        return None
+    try:
+        made = torch.compiler.load_compiled_function(io.BytesIO(content), f_globals=names)
+    except Exception as error:  # it is damaged, or of another GPU
+        _log.info("compiled anew, as what was kept cannot be used: %s", _line(error))
+        return None
+    return cast("Call", made.fn)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _eager() -> bool:
     """Whether the caller wants torch to compile nothing, or otherwise than by default."""
-    return torch._dynamo.eval_frame._stance.stance != "default"
+    stance = getattr(torch._dynamo.eval_frame, "_stance", None)  # torch's own
+    return stance is None or stance.stance != "default"
 
 
 def _settings() -> Form:

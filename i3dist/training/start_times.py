@@ -96,8 +96,9 @@ def compilations() -> Table | None:
     for heading in ("function", "what", "s", "inductor", "kernels"):
         table.add_column(heading, justify="left" if heading in ("function", "what") else "right")
     rows = [[(getattr(one, name) or 0) / 1e6 for name in MICROSECONDS] for one in measured]
-    whole = [one.seconds for one in compiled.prepared]
-    for one in compiled.prepared:
+    kept = [one for one in compiled.prepared if one.how != "traced"]
+    whole = [one.seconds for one in kept]
+    for one in kept:
         name = _name(one.code.co_filename, one.code.co_name)
         table.add_row(name, one.how, f"{one.seconds:.1f}")
     names = {one.compile_id: _name(one.co_filename, one.co_name) for one in measured if one.co_name}
