@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
-from i3dist import ops
+from i3dist import model, ops, optim
 from i3dist.aside import aside
 from i3dist.cli.extend import LOADED
 from i3dist.config import Settings
@@ -29,8 +29,9 @@ from i3dist.files import PARTIAL, regular, write_whole, written_aside
 
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 # Lets torch also keep what became of graphs with a `torch.autograd.Function`, by its name alone: in
-# a folder whose name has a hash of our operators' code they are found as long as they fit.
+# a folder whose name has a hash of our code they are found as long as they fit.
 KEEP_GRAPHS = "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"
+CODE = (model, ops, optim)  # all that is compiled
 # Triton writes absolute paths into files of this name; in an archive they begin with ROOT.
 PATHS, ROOT = "__grp__", b"/i3dist-compiled"
 # Folders that nobody chose: torch's own, which it writes into the variable, `writable_caches`'.
@@ -45,6 +46,7 @@ class CompileCache:
     def __init__(self, archive: Path, folder: Path):
         """Neither need exist."""
         self.archive, self.folder = archive, folder
+        self.functions = folder / "functions"  # of `i3dist.ops.compiled`
         self._unpacked: set[Path] = set()
         self.wait: Callable[[], None] = lambda: None
         """Until `save` is done."""
@@ -195,12 +197,13 @@ def is_private(folder: Path) -> bool:
 
 
 def key_of(settings: Settings) -> str:
-    """Hash of the model, operators, extensions and torch's version: code of others is not found.
+    """Hash of the model, our code, extensions and torch's version: code of others is not found.
 
-    To torch an operator is its name: code that is kept has the shapes and gradients of its day.
+    To torch an operator is its name, and a function that is kept whole is not read again.
     """
     names = [settings.model.model_dump_json(), f"{settings.train.window_chunks}"]
     names.append(importlib.metadata.version("torch"))
-    sources = (*sorted(Path(*ops.__path__).glob("*.py")), *LOADED)
+    ours = (path for package in CODE for path in sorted(Path(*package.__path__).glob("*.py")))
+    sources = (*ours, *LOADED)
     parts = [name.encode() for name in names] + [path.read_bytes() for path in sources]
     return hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]

@@ -7,6 +7,7 @@ above, attention, then see each chunk's own tokens and the latents of the C chun
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,12 +25,14 @@ from i3dist.model.layers import ALIGNMENT, Channels, LayerNorm, Linear
 from i3dist.model.segments import chunks_seen, last_segment, restarts, segment_ids
 from i3dist.model.state import LaneState, empty_states, stack_states, unstack_states
 from i3dist.ops.attention import KeysValues, Window
+from i3dist.ops.compiled import Compiled
 from i3dist.ops.cross_entropy import token_losses
 
 # Names of parts that a layer kind cannot have, beside attributes of every module.
 RESERVED = {"compressor", "slots", "lower", "upper", "norm_out", "head", "norms"}
 # Rows are aligned already; with more padding our operators would copy their inputs.
-COMPILE: dict[str, Any] = {"dynamic": False, "options": {"comprehensive_padding": False}}
+OPTIONS = {"comprehensive_padding": False}
+COMPILE: dict[str, Any] = {"dynamic": False, "options": OPTIONS}
 
 
 class Below(NamedTuple):
@@ -73,6 +76,7 @@ class I3LM(nn.Module):
         self.norm_out = LayerNorm(width)
         # The vocabulary is not padded: a padded logit would take part in the softmax.
         self.head = Linear(width, Channels(settings.vocab, alignment=1))
+        self._calls = Calls(_start, _losses, _history)
         self.reset_parameters()
 
     def _add(self, layers: list[Layer]) -> list[Block]:
@@ -96,10 +100,12 @@ class I3LM(nn.Module):
     def compile_blocks(self) -> None:
         """Compile block by block: all blocks of a kind share one compilation."""
         self.compiled = True
-        for block in (*self.lower, *self.upper, self.compressor):
-            block.compile(**COMPILE)
-        for name in ("_start", "losses", "history"):
-            setattr(self, name, torch.compile(getattr(self, name), **COMPILE))
+        parts: tuple[nn.Module, ...] = (*self.lower, *self.upper, self.compressor)
+        kinds: set[Any] = set(map(type, parts))
+        forwards = {kind: Compiled(kind.forward, **OPTIONS) for kind in kinds}
+        for part in parts:
+            part.forward = MethodType(forwards[type(part)], part)
+        self._calls = Calls(*(Compiled(call, **OPTIONS) for call in self._calls))
 
     def join_softmaxes(self, share: float) -> None:
         """Make the two softmaxes of layers that have two into one, to a share j.
@@ -134,7 +140,7 @@ class I3LM(nn.Module):
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy [B, K, T] of the blocks' output [B, K, T, D]."""
-        return token_losses(self.norm_out(x), self.head.computed(self.head.weight), targets)
+        return self._calls.losses(self.norm_out, self.head, x, targets)
 
     def below(self, tokens: Tensor, depth: Tensor, state: LaneState) -> tuple[Below, LaneState]:
         """The part of `forward` that sees no history: lower layers and compressor.
@@ -216,11 +222,7 @@ class I3LM(nn.Module):
         The lookup is never compiled: a compiler would sum its gradient by atomic additions in bf16,
         in another order every time.
         """
-        return self._start(self.embedding(tokens))
-
-    def _start(self, embedded: Tensor) -> Tensor:
-        """[..., stored] -> [..., D]."""
-        return self.norm_in(self.width.pad(embedded))
+        return self._calls.start(self.norm_in, self.embedding(tokens))
 
     def history(self, latents: Tensor, seen: Tensor) -> list[KeysValues]:
         """What each upper layer sees of history: latents [B, C + K, M, D] ->
@@ -231,17 +233,9 @@ class I3LM(nn.Module):
             seen: [B, C + K] bool, from `chunks_seen`. The others count as 0: attention gives them
                 no weight, but 0 times NaN is NaN.
         """
-        latents = torch.where(seen[..., None, None], latents, 0.0)
-
-        def seen_by(views: range) -> Project:
-            def project(weight: Tensor, view: int = 0) -> Tensor:
-                seen = self.compressor.project(latents, weight, views[view])
-                return seen + self.slots.project(weight)
-
-            return project
-
-        pairs = zip(self.upper, self.stack.views, strict=True)
-        return [block.history(seen_by(views)) for block, views in pairs]
+        return self._calls.history(
+            self.compressor, self.slots, self.upper, self.stack.views, latents, seen
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -263,6 +257,44 @@ class I3LM(nn.Module):
         parts: tuple[Block | Compressor, ...] = (*self.lower, self.compressor, *self.upper)
         for part in parts:
             part.reset_parameters()
+
+
+def _start(norm: LayerNorm, embedded: Tensor) -> Tensor:
+    """`I3LM.embed` after the lookup: [..., stored] -> [..., D]."""
+    return norm(norm.channels.pad(embedded))
+
+
+def _losses(norm: LayerNorm, head: Linear, x: Tensor, targets: Tensor) -> Tensor:
+    """See `I3LM.losses`."""
+    return token_losses(norm(x), head.computed(head.weight), targets)
+
+
+def _history(
+    compressor: Compressor,
+    slots: Slots,
+    upper: list[HistoryBlock],
+    views: list[range],
+    latents: Tensor,
+    seen: Tensor,
+) -> list[KeysValues]:
+    """See `I3LM.history`."""
+    latents = torch.where(seen[..., None, None], latents, 0.0)
+
+    def seen_by(views: range) -> Project:
+        def project(weight: Tensor, view: int = 0) -> Tensor:
+            return compressor.project(latents, weight, views[view]) + slots.project(weight)
+
+        return project
+
+    return [block.history(seen_by(own)) for block, own in zip(upper, views, strict=True)]
+
+
+class Calls(NamedTuple):
+    """What is compiled beside whole blocks."""
+
+    start: Callable[[LayerNorm, Tensor], Tensor]
+    losses: Callable[[LayerNorm, Linear, Tensor, Tensor], Tensor]
+    history: Callable[..., list[KeysValues]]
 
 
 RANDOM = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)

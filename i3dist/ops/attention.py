@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from i3dist.ops.compiled import Compiled
 from i3dist.ops.order import true_first
 from i3dist.ops.precision import widen
 
@@ -108,7 +109,7 @@ def block_visibility(window: Window, gate: Tensor) -> BlockVisibility:
         own = own & (segment[lane, position] == segment[lane, query])
         return torch.where(key < history, past, own)
 
-    mask = _maker(segments.is_cuda)(sees, window)
+    mask = block_mask(sees, window)
     return BlockVisibility(mask, gate.float().log(), history)
 
 
@@ -124,7 +125,7 @@ def apart_visibility(window: Window, gate: Tensor) -> ApartVisibility:
         return (segment[lane, query] == 0) & (age >= 1) & (age <= reach[lane, chunk])
 
     own = block_visibility(window._replace(keys_per_chunk=0), gate)
-    mask = _maker(segments.is_cuda)(sees, window, own=False)
+    mask = block_mask(sees, window, own=False)
     return ApartVisibility(own, BlockVisibility(mask, gate.float().log(), window.history))
 
 
@@ -166,15 +167,23 @@ def block_mask(rule: Callable[..., Tensor], window: Window, own: bool = True) ->
         window: what the rule is about.
         own: whether there are keys of tokens, after those of history.
     """
+    compiled = window.segments.is_cuda
+    tiles = (_compiled_tiles() if compiled else tiles_seen)(window, own)
+    queries = window.segments[0].numel()
+    lengths = (queries, window.history + own * queries)
+    make: Callable[..., BlockMask] = BlockMask
+    return make(lengths, *tiles, BLOCK_SIZE=(TILE, TILE), mask_mod=rule)
+
+
+def tiles_seen(window: Window, own: bool = True) -> tuple[Tensor, ...]:
+    """The tiles of `block_mask`: by query those seen in part, then those seen as a whole, and the
+    same by key. Of each the two tensors of `_listed`."""
     seen = keys_seen(window, own)
-    queries = seen.shape[1]
-    tiles = F.pad(seen, (0, 0, 0, -queries % TILE)).unflatten(1, (-1, TILE))
+    tiles = F.pad(seen, (0, 0, 0, -seen.shape[1] % TILE)).unflatten(1, (-1, TILE))
     whole = tiles.amin(2) == TILE
     partly = (tiles.amax(2) > 0) & ~whole
-    by_query = (*_listed(partly), *_listed(whole))
-    by_key = (*_listed(partly.mT), *_listed(whole.mT))
-    lengths = (queries, window.history + own * queries)
-    return BlockMask(lengths, *by_query, *by_key, BLOCK_SIZE=(TILE, TILE), mask_mod=rule)
+    of_each = (_listed(x) for x in (partly, whole, partly.mT, whole.mT))
+    return tuple(part for parts in of_each for part in parts)
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -338,6 +347,6 @@ def _by_query(total: Tensor, query: Tensor) -> Tensor:
 
 
 @functools.cache
-def _maker(fused: bool) -> Callable[..., BlockMask]:
-    """`block_mask`; compiled on a GPU, which would otherwise run one kernel for each term."""
-    return torch.compile(block_mask, dynamic=False) if fused else block_mask
+def _compiled_tiles() -> Callable[[Window, bool], tuple[Tensor, ...]]:
+    """`tiles_seen`, which would otherwise run one kernel for each term."""
+    return Compiled(tiles_seen)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
+from i3dist.ops.compiled import Compiled
 from i3dist.ops.precision import compute_dtype, multipliable, widen
 
 IGNORE = -100  # a target that is not trained on
@@ -193,7 +194,7 @@ def _softmax_(z: Tensor, own: Tensor, weight: Tensor | None) -> Tensor:
 def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """`_softmax_` as one kernel. Compiled for each shape, so that a shape has the same rounding in
     every run, whatever other shapes came before it."""
-    return torch.compile(_softmax_, dynamic=False)
+    return Compiled(_softmax_)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

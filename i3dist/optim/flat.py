@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from i3dist.ops.compiled import Compiled
+
 Groups = Iterable[dict[str, Any]]  # torch's parameter groups: "params", and options of their own
 
 
@@ -49,7 +51,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         """
         super().__init__(groups, options)
         self._states = states
-        self._update = torch.compile(update, dynamic=False) if compiled else update
+        self._update = Compiled(update) if compiled else update
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

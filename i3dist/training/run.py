@@ -35,6 +35,7 @@ from i3dist.errors import warned
 from i3dist.model.compressor_kinds import COMPRESSORS
 from i3dist.model.layer_kinds import Stack
 from i3dist.model.lm import I3LM, Unfilled, WithGenerator
+from i3dist.ops import compiled
 from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.preflight.run import check
 from i3dist.tracking.notify import Notifier
@@ -193,6 +194,8 @@ def prepare_compiler(
     if not (devices.uses_cuda() if wanted == "auto" else wanted):
         return None, None
     cache, await_unpacked = compile_cache.enter(settings, job)
+    # An extension may call code that the folder's name says nothing of.
+    compiled.keep_in(None if cache is None or LOADED else cache.functions)
     await_imports = import_aside(*COMPILER)
 
     def wait() -> None:

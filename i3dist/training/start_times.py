@@ -11,6 +11,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from i3dist.ops import compiled
+
 # Of a compilation: all of it, Inductor's part, and of that the wait for kernels.
 MICROSECONDS = ("duration_us", "inductor_cumulative_compile_time_us", "triton_compile_time_us")
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run")
@@ -74,13 +76,15 @@ def command_began(default: float) -> float:
 
 
 def compilations() -> Table | None:
-    """Seconds of each compilation of torch.compile in this process; None if there was none.
+    """Seconds of each function that was loaded or compiled in this process; None if none was.
 
-    `get_compilation_metrics` is torch's own, but not public: without it there is no table.
+    `get_compilation_metrics` is torch's own, but not public: without it there is no table. It gives
+    graphs that were found or compiled for functions that are kept whole no name, so these are
+    rows of their own, and the others count in the last row alone.
     """
     utils: Any = sys.modules.get("torch._dynamo.utils")
     measured = utils.get_compilation_metrics() if hasattr(utils, "get_compilation_metrics") else []
-    if not measured:
+    if not measured:  # loading measures something, too
         return None
     counts, above = utils.counters["inductor"], utils.counters["aot_autograd"]
     found = {
@@ -89,18 +93,26 @@ def compilations() -> Table | None:
     }
     caches = ", ".join(f"{what} {hits} of {hits + more}" for what, (hits, more) in found.items())
     table = Table(title="compiled graphs", caption=f"from the cache: {caches}")
-    for heading in ("function", "pass", "s", "inductor", "kernels"):
-        table.add_column(heading, justify="left" if heading in ("function", "pass") else "right")
-    names = {one.compile_id: _name(one) for one in measured if one.co_name}
+    for heading in ("function", "what", "s", "inductor", "kernels"):
+        table.add_column(heading, justify="left" if heading in ("function", "what") else "right")
     rows = [[(getattr(one, name) or 0) / 1e6 for name in MICROSECONDS] for one in measured]
+    kept = [one for one in compiled.prepared if one.how != "traced"]
+    whole = [one.seconds for one in kept]
+    for one in kept:
+        name = _name(one.code.co_filename, one.code.co_name)
+        table.add_row(name, one.how, f"{one.seconds:.1f}")
+    names = {one.compile_id: _name(one.co_filename, one.co_name) for one in measured if one.co_name}
     for one, row in zip(measured, rows, strict=True):
-        direction = "forward" if one.is_forward else "backward"
-        table.add_row(names.get(one.compile_id, ""), direction, *(f"{s:.1f}" for s in row))
+        if one.compile_id in names:
+            direction = "forward" if one.is_forward else "backward"
+            table.add_row(names[one.compile_id], direction, *(f"{s:.1f}" for s in row))
+            whole.append(row[0])
     table.add_section()
-    table.add_row("all", "", *(f"{sum(column):.1f}" for column in zip(*rows, strict=True)))
+    _, *parts = (sum(column) for column in zip(*rows, strict=True))
+    table.add_row("all", "", *(f"{s:.1f}" for s in (sum(whole), *parts)))
     return table
 
 
-def _name(compilation: Any) -> str:
-    """The function that was compiled, with the file that it is in: "rwkv.forward"."""
-    return f"{Path(compilation.co_filename or '').stem}.{compilation.co_name}"
+def _name(file: str | None, function: str) -> str:
+    """A function with the file that it is in: "rwkv.forward"."""
+    return f"{Path(file or '').stem}.{function}"
