@@ -140,7 +140,6 @@ def _settings() -> Form:
         sorted(torch._inductor.config.save_config_portable().items()),
         torch._functorch.config.get_hash(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cuda"),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
         torch.get_default_dtype(),
