@@ -14,6 +14,7 @@ from i3dist.distributed.job import Job
 from i3dist.engine import compile_cache
 from i3dist.engine.compile_cache import CompileCache
 from i3dist.files import remove
+from i3dist.training import run
 
 GROUP = Path("triton/AB/__grp__kernel.json")
 CODE = Path("inductor/cd/code.so")
@@ -154,7 +155,7 @@ def test_folders_that_torch_and_this_program_chose_do_not(tmp_path: Path) -> Non
         }
 
 
-def test_code_is_of_the_operators_that_it_was_compiled_for(
+def test_code_is_of_the_sources_that_it_was_compiled_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To torch they are names: it would find code with the shapes and gradients of former ones."""
@@ -165,8 +166,26 @@ def test_code_is_of_the_operators_that_it_was_compiled_for(
         extension.write_bytes(text)
         keys.add(compile_cache.key_of(Settings()))
     assert len(keys) == 4
-    monkeypatch.setattr(compile_cache.ops, "__path__", [str(tmp_path)])
-    assert compile_cache.key_of(Settings()) not in keys
+    for package in (compile_cache.ops, compile_cache.model, compile_cache.optim):
+        with monkeypatch.context() as changed:
+            changed.setattr(package, "__path__", [str(tmp_path)])
+            keys.add(compile_cache.key_of(Settings()))
+    assert len(keys) == 7
+
+
+@pytest.mark.parametrize("extensions", [[], [Path("mine.py")]])
+def test_functions_are_kept_in_the_folder_but_with_extensions(
+    extensions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an extension imports is in no hash."""
+    kept = mock.Mock()
+    cache = CompileCache(tmp_path / "archive", tmp_path / "folder")
+    monkeypatch.setattr(run.compiled, "keep_in", kept)
+    monkeypatch.setattr(run, "LOADED", extensions)
+    monkeypatch.setattr(run, "import_aside", mock.Mock())
+    monkeypatch.setattr(run.compile_cache, "enter", lambda *_: (cache, mock.Mock()))
+    run.prepare_compiler(Settings().with_values(**{"train.compile": True}), Job.detect({}))
+    kept.assert_called_once_with(None if extensions else tmp_path / "folder" / "functions")
 
 
 def test_a_folder_that_others_can_write_is_not_used(

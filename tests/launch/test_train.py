@@ -212,6 +212,7 @@ def build(
     **changes: Any,
 ) -> Built:
     """Build a trainer of two ranks, which continues from `checkpoint`."""
+    monkeypatch.setattr(train.compiled, "_folder", None)  # whatever is set is forgotten
     settings = Settings().with_values(**MODEL | {"train.lanes": 8} | changes)
     corpus = train.Corpus.open(known.folder, settings.model)
     start = train.Start(settings, checkpoint, mock.Mock() if checkpoint else None)

@@ -16,8 +16,9 @@ from i3dist.distributed.patience import START
 from i3dist.distributed.peers import Peers
 from i3dist.distributed.signals import StopRequest
 from i3dist.distributed.watchdog import Watchdog
+from i3dist.ops.compiled import Prepared
 from i3dist.tracking.notify import Notifier
-from i3dist.training import run
+from i3dist.training import run, start_times
 from i3dist.training.run import join, watch_start
 from i3dist.training.start_times import StartTimes, compilations
 from tests.start_table import start_parts
@@ -93,6 +94,20 @@ def test_a_rank_hears_of_a_hang_as_soon_as_it_has_joined_the_job_and_tells_of_it
     assert watchdog._told.is_set()
     watchdog.on_end("it hangs")
     peers.hang.assert_called_once_with()
+
+
+def test_functions_that_are_kept_have_rows_of_their_own(
+    compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that torch compiles as usual have their graphs' rows."""
+    rows = [Prepared(double.__code__, how, 1.0) for how in ("loaded", "compiled", "traced")]
+    monkeypatch.setattr(start_times.compiled, "prepared", rows)
+    table = compilations()
+    assert table is not None
+    function, what, seconds = (list(column.cells) for column in table.columns[:3])
+    assert function == 6 * ["test_start_times.double"] + ["all"]
+    assert what[:2] == ["loaded", "compiled"] and seconds[:2] == ["1.0", "1.0"]
+    assert float(str(seconds[-1])) >= 2
 
 
 def test_a_graph_has_the_name_of_its_function_in_both_passes(compiled: None) -> None:
