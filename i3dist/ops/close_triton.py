@@ -33,8 +33,8 @@ class Plan(NamedTuple):
     warps: int  # of a program
 
 
-PREPARE = Plan(8, 3, 512, 4)
-COMPARED = 16  # scores that a program compares its tokens with at once
+PREPARE = Plan(8, 3, 256, 4)
+COMPARED = 32  # scores that a program compares its tokens with at once
 WEIGHED = 4  # sub-latents whose shares a program computes
 
 
