@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from i3dist.config import ModelSettings
 from i3dist.model.compressor import Compressor
+from i3dist.model.compressor_literal import LiteralCompressor
 from i3dist.model.compressor_records import RecordsCompressor
 from i3dist.model.layers import Channels, FeedForward, LayerNorm, Linear
 from i3dist.ops.linear import linear
@@ -141,3 +142,25 @@ class Joint(RecordsCompressor):
         """As `RecordsCompressor.refine`."""
         normed, latents = self.norm_ff.of_sum(latents)
         return self.split(self.norm_out(latents + self.ff(normed)))
+
+
+class LocalLiteral(LiteralCompressor):
+    """Queries have learned logits of positions; each begins as the mean of a part of the chunk."""
+
+    def __init__(self, settings: ModelSettings, width: Channels):
+        super().__init__(settings, width)
+        self.place = nn.Parameter(torch.zeros(settings.latents, settings.chunk_length))
+
+    def logits(self, query: Tensor, key: Tensor) -> Tensor:
+        """As `LiteralCompressor.logits`."""
+        return super().logits(query, key) + widen(self.place)
+
+    def reset_parameters(self) -> None:
+        """Start with little of the chunk's other parts."""
+        super().reset_parameters()
+        count, length = self.place.shape
+        own = torch.eye(count).repeat_interleave(length // count, dim=1)
+        self.place.copy_((own * 0.94 * count / length + 0.06 / length).log())
+        value = self.key_value.weight[self.width.stored :]
+        nn.init.orthogonal_(value)
+        self.output.weight.copy_(value.T)

@@ -7,6 +7,7 @@ Every arm has two blocks of `attention`, with one softmax for the chunk and hist
   recipe      latents of four sub-latents, for the tokens with the highest scores
   recordsR    with R sub-latents in a latent
   literal     the card read literally: learned queries read the whole chunk
+  local       literal, but a query begins with its part of the chunk, and has logits of positions
   mean        means of the spans, normalised: no compressor
   picks       4:1, tokens of full width: the fourth of the chunk's with the highest scores
   every       4:1, a sub-latent of D/4 for every token
@@ -54,6 +55,7 @@ from compressors import (
     Each,
     Even,
     Joint,
+    LocalLiteral,
     MeanPool,
     Spans,
     Uncompressed,
@@ -75,8 +77,8 @@ from i3dist.model.state import LaneState
 from i3dist.ops.cross_entropy import IGNORE
 from i3dist.ops.linear import linear
 
-PLAIN = ("none", "recipe", "literal", "mean", "picks", "every", "ceiling", "carry")
-WITHOUT_SUB_LATENTS = ("none", "literal", "mean", "ceiling", "carry")
+PLAIN = ("none", "recipe", "literal", "local", "mean", "picks", "every", "ceiling", "carry")
+WITHOUT_SUB_LATENTS = ("none", "literal", "local", "mean", "ceiling", "carry")
 COMPRESSORS = {
     "even": Even,
     "spans": Spans,
@@ -106,7 +108,7 @@ OF_HISTORY = (
 )
 ADDED = ("soon", "carry", "carries", *OF_HISTORY)
 ARMS = [
-    *("none", "recipe", "literal", "mean", "ceiling", "carry"),
+    *("none", "recipe", "literal", "local", "mean", "ceiling", "carry"),
     *(f"recipe-{added}" for added in ADDED if added not in (*OF_DUAL, *WITH_NUMBER)),
     *("recipe-from500", "recipe-dual-taught", "recipe-dual-mixed", "recipe-dual-taught-mixed"),
     *("recipe-dual-shared", "recipe-dual-yields", "recipe-dual-mixed-pulled"),
@@ -197,7 +199,7 @@ class Arm:
         match self.base:
             case "ceiling":
                 changes["latents"] = length
-            case "literal":
+            case "literal" | "local":
                 changes["compressor"] = "literal"
             case "picks":
                 changes |= {"latents": length // 4, "sub_latents": 1}
@@ -216,6 +218,8 @@ class Arm:
                 made = MeanPool(s, width)
             case "literal":
                 made = LiteralCompressor(s, width)
+            case "local":
+                made = LocalLiteral(s, width)
             case _:
                 varied = (COMPRESSORS[name] for name in self.added if name in COMPRESSORS)
                 made = next(varied, RecordsCompressor)(s, width)

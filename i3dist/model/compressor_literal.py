@@ -62,7 +62,10 @@ class LiteralCompressor(Compressor):
             split_heads(multipliable(part), self.heads)
             for part in (self.query(queries), *both.chunk(2, dim=-1))
         )
-        logits = widen((query * self.scale) @ key.transpose(-1, -2))  # [..., H, M, T]
         seen = keep[..., None, None, :]
-        weights = logits.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        weights = self.logits(query, key).masked_fill(~seen, float("-inf")).softmax(dim=-1)
         return merge_heads(weights.to(value.dtype) @ value).to(normed.dtype)
+
+    def logits(self, query: Tensor, key: Tensor) -> Tensor:
+        """Queries [H, M, D/H] and keys [..., H, T, D/H] -> [..., H, M, T] fp32."""
+        return widen((query * self.scale) @ key.transpose(-1, -2))
