@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from data_prep.checks.index_check import UNREADABLE, open_index
 from data_prep.checks.verification import Verification
+from data_prep.pack import INDEX_SCHEMA
 from i3dist.data.archive import chunks_of, shard_bytes
 from i3dist.data.manifest import Manifest
 from i3dist.data.token_types import Stored
@@ -139,6 +140,8 @@ def content(path: Path) -> Any:
     if path.suffix == ".parquet":
         try:
             file = open_index(path.parent)
+            if not file.schema_arrow.equals(INDEX_SCHEMA):
+                return None  # pyarrow (25.0) ends the process where columns do not fit their types
             codecs = {file.metadata.row_group(0).column(n).compression for n in range(8)}
             return file.read(), codecs
         except (*UNREADABLE, IndexError, KeyError):
