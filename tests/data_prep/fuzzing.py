@@ -35,9 +35,13 @@ def rewrite(split: Path, number: int, change: Callable[[Stored], object]) -> Non
     data = (split / shard.name).read_bytes()
     tokens = chunks_of(data, shard.chunks, manifest.chunk_length, dtype).copy()
     change(tokens.reshape(-1))
-    data = shard_bytes(number, tokens)
-    (split / shard.name).write_bytes(data)
+    replace(split, number, shard_bytes(number, tokens))
+
+
+def replace(split: Path, number: int, data: bytes) -> None:
+    """Write other bytes in the place of a shard, and make the manifest fit them."""
     raw = json.loads((split / "manifest.json").read_bytes())
+    (split / raw["shards"][number]["name"]).write_bytes(data)
     raw["shards"][number]["sha256"] = hashlib.sha256(data).hexdigest()
     (split / "manifest.json").write_text(json.dumps(raw))
 
