@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import verify
-from data_prep.checks import index_check, verification
+from data_prep.checks import block_check, index_check, verification
 from data_prep.checks.page_header import has_checksum
 from data_prep.checks.verification import Verification
 from i3dist.data.manifest import TAR_BLOCK, TOKEN_BYTES, Manifest, member_stride
@@ -166,11 +166,12 @@ def test_pieces_of_a_document_that_differ_in_a_text_are_found(
 
 
 @pytest.mark.parametrize("place", ["name", "end of header", "first of padding", "last of padding"])
-@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("block", [block_check.BLOCK, 1])
 def test_header_and_padding_are_compared_though_the_hash_fits(
-    out: Path, place: str, chunk: int
+    out: Path, place: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split = out / "train"
+    monkeypatch.setattr(block_check, "BLOCK", block)
+    split, chunk = out / "train", 3
     manifest = Manifest.load(split)
     stride, payload = member_stride(manifest.chunk_length), TOKEN_BYTES * manifest.chunk_length
     places = {
