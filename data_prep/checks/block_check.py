@@ -18,7 +18,7 @@ from i3dist.data.archive import Headers
 from i3dist.data.manifest import TAR_BLOCK, TAR_RECORD, member_stride
 from i3dist.data.token_types import Stored, TokenType
 
-# Bytes that are read at once: a third of a shard of the default size.
+# Bytes that are read at once, at most: a whole shard of the default size is 3 MB.
 BLOCK = 1 << 22
 # Bytes behind a shard's members, at most.
 _MOST_TAIL = 2 * TAR_BLOCK + TAR_RECORD
