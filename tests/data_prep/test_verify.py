@@ -141,6 +141,15 @@ def test_documents_and_pieces_count_up(
     assert any(expected in line for line in found(out))
 
 
+def test_a_row_behind_a_short_shard_is_found(out: Path) -> None:
+    path = out / "train" / "index.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[-1]["chunk"] = Manifest.load(out / "train").chunks_per_shard - 1
+    fuzzing.write_rows(path, rows)
+    says = f"train/index.parquet, row {len(rows) - 1}: says a piece begins at"
+    assert any(line.startswith(says) for line in found(out))
+
+
 def test_an_index_begins_with_the_first_piece_of_a_document(out: Path) -> None:
     path = out / "train" / "index.parquet"
     rows = pq.read_table(path).to_pylist()
