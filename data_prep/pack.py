@@ -33,6 +33,9 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 _ROWS_AT_A_TIME = 1 << 16
+# Columns whose values repeat, which get dictionaries. Those of the others, nearly all of whose
+# values differ, would be larger and slower to read.
+_REPEATING = ["piece", "shard", "chunk", "offset", "length"]
 
 FEWEST_CHUNKS, MOST_CHUNKS = 16, 2048
 SHARDS_WANTED = 512
@@ -114,7 +117,12 @@ class IndexWriter:
         self.path = folder / INDEX_NAME
         self._file = pa.OSFile(os.fsencode(self.path), "wb")
         self._writer = pq.ParquetWriter(
-            self._file, INDEX_SCHEMA, compression="zstd", write_page_checksum=True
+            self._file,
+            INDEX_SCHEMA,
+            compression="zstd",
+            write_page_checksum=True,
+            use_dictionary=_REPEATING,
+            column_encoding={"document": "DELTA_BINARY_PACKED"},
         )
         self._rows = pa.Table.from_batches([], INDEX_SCHEMA)
 

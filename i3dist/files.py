@@ -13,8 +13,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from i3dist.errors import UserError
+
+AnyPath = TypeVar("AnyPath", str, Path)
 
 # Names of unfinished files begin with a dot and end in this.
 PARTIAL = ".partial"
@@ -23,7 +26,7 @@ PARTIAL = ".partial"
 _GIVEN = re.compile(r"/dev/(stdin|null|fd/\d+)|/proc/self/fd/\d+")
 
 
-def regular(path: Path) -> Path:
+def regular(path: AnyPath) -> AnyPath:
     """A path to read from, once it is known to lead to a file.
 
     Opening a FIFO would wait for a writer, perhaps for ever, and a device may never end.

@@ -9,40 +9,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i3dist.data.archive import Headers
-from i3dist.data.manifest import TAR_BLOCK
 
 _WORD = np.dtype("<u8")
 # The words of a header that hold the name and the checksum.
 _NAME, _SUM = (0, 1, 2), (18, 19)
 _COLUMNS = (*_NAME, *_SUM)
-_ROWS = 1 << 10  # made at a time
+_ROWS = 1 << 8  # made at a time: memory that is used again, not new from the system
 _KEPT_SUMS = 1 << 20
 
 Words = NDArray[np.uint64]
 
 
-class _Copy:
-    """A copy of the headers of N members, [N, 64] words, and the same memory in other forms."""
-
-    def __init__(self, count: int) -> None:
-        self.bytes = bytearray(count * TAR_BLOCK)
-        self.words = np.frombuffer(self.bytes, _WORD).reshape(count, -1)
-        self.columns = [self.words[:, column] for column in _COLUMNS]
-        self.from_second_on = memoryview(self.bytes)[TAR_BLOCK:]
-
-
 class HeaderCheck:
-    """Compares headers with those of the format, for shards of at most `chunks` chunks."""
+    """Makes the headers of a shard's members alike, for shards of at most `chunks` chunks.
+
+    Attributes:
+        rest: what is left of each right header, uint8 [512].
+    """
 
     def __init__(self, headers: Headers, chunks: int) -> None:
-        """Compare with what `headers` makes."""
+        """Take as right what `headers` makes."""
         self._headers, self._chunks = headers, chunks
         self._names: dict[int, list[Words]] = {}  # by digits of a shard's number, of the first such
         self._sums: dict[int, list[Words]] = {}  # by the sum of these digits
-        self._copies: dict[int, _Copy] = {}  # by number of chunks
         rest = headers.of(0, 0, 1).view(_WORD)
         rest[:, _COLUMNS] = 0
-        self._rest = rest.tobytes()  # what all headers have beside name and checksum
+        self.rest = rest.view(np.uint8)[0]
 
     def begin(self, number: int) -> None:
         """Go to shard `number`, of at most 7 digits (`MAX_SHARDS`)."""
@@ -59,20 +51,20 @@ class HeaderCheck:
         begin, *rest = self._names[len(digits)]
         self._words = (begin + _WORD.type(more), *rest, *self._sums[total])
 
-    def wrong(self, stored: NDArray[np.uint8], first: int) -> list[int]:
-        """Which of the N chunks from `first` on have another header than `stored`, [N, 512]."""
-        count = len(stored)
-        if count not in self._copies:
-            self._copies[count] = _Copy(count)
-        copy = self._copies[count]
-        copy.words[:] = stored.view(_WORD)
-        for column, words in zip(copy.columns, self._words, strict=True):
-            column -= words[first : first + count]
-        # Now all have to be like the first. Bytes are compared three times as fast as words.
-        if copy.bytes.startswith(self._rest) and copy.bytes.startswith(copy.from_second_on):
-            return []
-        differs = copy.words != np.frombuffer(self._rest, _WORD)
-        return (np.flatnonzero(differs.any(axis=1)) + first).tolist()
+    def subtract(self, columns: Sequence[Words], first: int) -> None:
+        """Subtract what is special to each of N chunks, `first` and on, from its header, in place.
+
+        A header becomes `rest` if and only if it is right. `columns` are words of the headers, [N]
+        each, as `columns` gives them.
+        """
+        stop = first + len(columns[0])
+        for column, wanted in zip(columns, self._words, strict=True):
+            np.subtract(column, wanted[first:stop], out=column)
+
+    @staticmethod
+    def columns(members: NDArray[np.uint8]) -> list[Words]:
+        """The words of N headers that differ, [N] each, of `members`, [N, S], which they begin."""
+        return [members.view(_WORD)[:, column] for column in _COLUMNS]
 
     def _made(self, number: int, columns: Sequence[int]) -> list[Words]:
         """These words of the headers of a shard, [chunks] each."""

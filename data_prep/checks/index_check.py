@@ -99,21 +99,32 @@ class IndexCheck:
 
     def take(self, stop: int) -> tuple[Rows, Ints] | None:
         """The next rows, of shards below `stop`, and the shard of each; None once unreadable."""
-        while self._batches is not None and not (len(self._shards) and self._shards[-1] >= stop):
-            try:
-                batch = next(self._batches, None)
-                if batch is None:
-                    break
-                self._add(Rows.of(self._rest.first + self._rest.total, batch))
-            except UNREADABLE as error:
-                self._give_up(error)
+        parts = []
+        while True:
+            count = int(np.searchsorted(self._shards, stop))
+            parts.append((self._rest.part(0, count), self._shards[:count]))
+            self._rest = self._rest.part(count, self._rest.total)
+            self._shards = self._shards[count:]
+            if self._rest.total or not self._read_more():
+                break
         if self._batches is None:
             return None
-        count = int(np.searchsorted(self._shards, stop))
-        taken = self._rest.part(0, count), self._shards[:count]
-        self._rest = self._rest.part(count, self._rest.total)
-        self._shards = self._shards[count:]
-        return taken
+        rows, shards = zip(*parts, strict=True)
+        return Rows.joined(rows), np.concatenate(shards)
+
+    def _read_more(self) -> bool:
+        """Read the next rows, when none are left; False if there are no more, or on a failure."""
+        try:
+            batch = next(self._batches, None) if self._batches else None
+            if batch is None:
+                return False
+            self._rest = Rows.of(self._rest.first, batch)
+            self._check_numbers(self._rest)
+            self._shards = self._owners(self._rest)
+        except UNREADABLE as error:
+            self._give_up(error)
+            return False
+        return True
 
     def finish(self) -> None:
         """Check the end: no rows may be left, and the documents add up."""
@@ -126,11 +137,6 @@ class IndexCheck:
     def _give_up(self, error: BaseException) -> None:
         self._batches = None
         self.damages.append(unreadable(self.stream, error))
-
-    def _add(self, rows: Rows) -> None:
-        self._check_numbers(rows)
-        self._shards = np.concatenate((self._shards, self._owners(rows)))
-        self._rest = self._rest.then(rows)
 
     def _check_numbers(self, rows: Rows) -> None:
         """Check that documents and pieces count up."""

@@ -42,10 +42,14 @@ class Rows(NamedTuple):
         """The rows [start, stop) of these."""
         return type(self)(self.first + start, *(column[start:stop] for column in self[1:]))
 
-    def then(self, more: Self) -> Self:
-        """These rows and those that follow them."""
-        pairs = zip(self[1:], more[1:], strict=True)
-        return type(self)(self.first, *(np.concatenate(pair) for pair in pairs))
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Rows that follow each other, one part or more."""
+        parts = [part for part in parts if part.total] or parts[:1]
+        if len(parts) == 1:
+            return parts[0]
+        columns = (np.concatenate(column) for column in list(zip(*parts, strict=True))[1:])
+        return cls(parts[0].first, *columns)
 
     @classmethod
     def none(cls, first: int) -> Self:
@@ -69,16 +73,18 @@ class Stated(NamedTuple):
     """What the rows of a shard state of it.
 
     `ends` are the tokens at which its pieces begin and end, ascending; none without rows, or if
-    they are in disorder. With `fills` the rows fill a whole shard piece by piece, as those of the
-    format do, and each piece has three tokens or more.
+    they are in disorder. `places` are theirs in the file (`Stream.places`). With `fills` the rows
+    fill a whole shard piece by piece, as those of the format do, and each piece has three tokens or
+    more.
     """
 
     rows: Rows | None
     ends: Ints
+    places: Ints
     fills: bool = False
 
 
-NOTHING = Stated(None, np.empty(0, np.int64))
+NOTHING = Stated(None, np.empty(0, np.int64), np.empty(0, np.int64))
 """What no rows state."""
 
 
@@ -88,15 +94,18 @@ def stated(stream: Stream, first: int, rows: Rows, owners: Sequence[int]) -> lis
     ends = np.stack((starts, starts + rows.length - 1), axis=1)
     stops = list(accumulate(owners))
     begins = [0, *stops[:-1]]
+    places = stream.places(ends)
     wrong = _not_in_line(stream, first, rows, owners, ends, begins)
     found = []
     for begin, stop in zip(begins, stops, strict=True):
         part = rows.part(begin, stop)
         if begin == stop or wrong[begin:stop].any():
-            found.append(Stated(part, _ascending(stream, part)))
+            in_order = _ascending(stream, part)
+            found.append(Stated(part, in_order, stream.places(in_order)))
         else:
             fills = bool(ends[stop - 1, 1] == stream.shard_tokens - 1)
-            found.append(Stated(part, ends[begin:stop].reshape(-1), fills))
+            here = slice(begin, stop)
+            found.append(Stated(part, ends[here].reshape(-1), places[here].reshape(-1), fills))
     return found
 
 

@@ -99,7 +99,7 @@ class _Check:
         searched for if any stands elsewhere.
         """
         stream, chunks, blocks = self.stream, self.shard.chunks, self.blocks
-        blocks.begin(self.number, chunks, self.stated.ends)
+        blocks.begin(self.number, chunks, self.stated.ends, self.stated.places)
         digest = hashlib.sha256()
         with stream.open_shard(self.shard.name) as file:
             size = os.fstat(file.fileno()).st_size
@@ -109,16 +109,17 @@ class _Check:
                     f"the file has {size:,} bytes, not {self.shard.size:,}",
                 )
                 return False
+            left = size
             for first in range(0, chunks, blocks.members):
                 count = min(blocks.members, chunks - first)
-                data = blocks.read(file, count)
-                if len(data) < count * blocks.stride:
+                wanted = left if first + count == chunks else count * blocks.stride
+                data = blocks.read(file, wanted)
+                if len(data) < wanted:
                     raise OSError(0, "it became shorter")
-                # Before it is hashed: hashing would push the block out of the cache.
-                blocks.check(first, count)
+                left -= wanted
                 digest.update(data)
-            tail = file.read()
-            digest.update(tail)
+                tail = bytes(data[count * blocks.stride :])  # empty but at the end
+                blocks.check(first, count)
         for first, last in stretches(sorted(set(blocks.malformed))):
             place = f"chunk {first}" if first == last else f"chunks {first} to {last}"
             self.add(place, "the header or padding is not that of the format")

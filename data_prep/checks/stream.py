@@ -6,12 +6,17 @@ from io import FileIO
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_prep.store import Store
 from i3dist.data.chat import ChatIds
-from i3dist.data.manifest import Manifest
+from i3dist.data.manifest import TAR_BLOCK, Manifest, member_stride
 from i3dist.data.token_types import UINT16, TokenType
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.files import regular
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Stream:
     def open_shard(self, name: str) -> FileIO:
         """Open a shard without a buffer; of one at a URL a copy, which vanishes when closed."""
         if self.store is None:
-            return open(regular(self.folder / name), "rb", buffering=0)
+            # A string, as joining paths takes as long as opening one.
+            return open(regular(f"{self.folder}/{name}"), "rb", buffering=0)
         with tempfile.NamedTemporaryFile() as copy:
             self.store.fetch(self.file(name), Path(copy.name))
             return open(copy.name, "rb", buffering=0)
@@ -73,6 +79,12 @@ class Stream:
     def shard_tokens(self) -> int:
         """Tokens of a full shard."""
         return self.chunk_length * self.chunks_per_shard
+
+    def places(self, positions: Ints) -> Ints:
+        """Where tokens of a shard stand among all words of its file, headers included."""
+        word = self.token_type.dtype.itemsize
+        gap = member_stride(self.chunk_length, word) // word - self.chunk_length
+        return positions + (positions // self.chunk_length * gap + TAR_BLOCK // word)
 
     def file(self, name: str) -> str:
         """A file of the split as damages name it."""

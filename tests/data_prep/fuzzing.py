@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from data_prep.checks.index_check import UNREADABLE, open_index
 from data_prep.checks.verification import Verification
+from data_prep.pack import INDEX_SCHEMA
 from i3dist.data.archive import chunks_of, shard_bytes
 from i3dist.data.manifest import Manifest
 from i3dist.data.token_types import Stored
@@ -34,9 +35,13 @@ def rewrite(split: Path, number: int, change: Callable[[Stored], object]) -> Non
     data = (split / shard.name).read_bytes()
     tokens = chunks_of(data, shard.chunks, manifest.chunk_length, dtype).copy()
     change(tokens.reshape(-1))
-    data = shard_bytes(number, tokens)
-    (split / shard.name).write_bytes(data)
+    replace(split, number, shard_bytes(number, tokens))
+
+
+def replace(split: Path, number: int, data: bytes) -> None:
+    """Write other bytes in the place of a shard, and make the manifest fit them."""
     raw = json.loads((split / "manifest.json").read_bytes())
+    (split / raw["shards"][number]["name"]).write_bytes(data)
     raw["shards"][number]["sha256"] = hashlib.sha256(data).hexdigest()
     (split / "manifest.json").write_text(json.dumps(raw))
 
@@ -139,6 +144,8 @@ def content(path: Path) -> Any:
     if path.suffix == ".parquet":
         try:
             file = open_index(path.parent)
+            if not file.schema_arrow.equals(INDEX_SCHEMA):
+                return None  # pyarrow (25.0) ends the process where columns do not fit their types
             codecs = {file.metadata.row_group(0).column(n).compression for n in range(8)}
             return file.read(), codecs
         except (*UNREADABLE, IndexError, KeyError):

@@ -26,7 +26,12 @@ class RowWriter:
     def __init__(self, folder: Path) -> None:
         self._file = pa.OSFile(os.fsencode(folder / INDEX_NAME), "wb")
         self._writer = pq.ParquetWriter(
-            self._file, INDEX_SCHEMA, compression="zstd", write_page_checksum=True
+            self._file,
+            INDEX_SCHEMA,
+            compression="zstd",
+            write_page_checksum=True,
+            use_dictionary=["piece", "shard", "chunk", "offset", "length"],
+            column_encoding={"document": "DELTA_BINARY_PACKED"},
         )
         self._rows: list[IndexRow] = []
 

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import verify
-from data_prep.checks import index_check, verification
+from data_prep.checks import block_check, index_check, verification
 from data_prep.checks.page_header import has_checksum
 from data_prep.checks.verification import Verification
-from i3dist.data.manifest import Manifest
+from i3dist.data.manifest import TAR_BLOCK, TOKEN_BYTES, Manifest, member_stride
 from i3dist.errors import UserError
 from tests.data_prep import fuzzing
 from tests.data_prep.fuzzing import found
@@ -141,6 +141,15 @@ def test_documents_and_pieces_count_up(
     assert any(expected in line for line in found(out))
 
 
+def test_a_row_behind_a_short_shard_is_found(out: Path) -> None:
+    path = out / "train" / "index.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[-1]["chunk"] = Manifest.load(out / "train").chunks_per_shard - 1
+    fuzzing.write_rows(path, rows)
+    says = f"train/index.parquet, row {len(rows) - 1}: says a piece begins at"
+    assert any(line.startswith(says) for line in found(out))
+
+
 def test_an_index_begins_with_the_first_piece_of_a_document(out: Path) -> None:
     path = out / "train" / "index.parquet"
     rows = pq.read_table(path).to_pylist()
@@ -165,6 +174,29 @@ def test_pieces_of_a_document_that_differ_in_a_text_are_found(
     assert any(line.startswith(says) for line in found(out))
 
 
+@pytest.mark.parametrize("place", ["name", "end of header", "first of padding", "last of padding"])
+@pytest.mark.parametrize("block", [block_check.BLOCK, 1])
+def test_header_and_padding_are_compared_though_the_hash_fits(
+    out: Path, place: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_check, "BLOCK", block)
+    split, chunk = out / "train", 3
+    manifest = Manifest.load(split)
+    stride, payload = member_stride(manifest.chunk_length), TOKEN_BYTES * manifest.chunk_length
+    places = {
+        "name": 8,
+        "end of header": TAR_BLOCK - 1,
+        "first of padding": TAR_BLOCK + payload,
+        "last of padding": stride - 1,
+    }
+    data = bytearray((split / manifest.shards[1].name).read_bytes())
+    data[chunk * stride + places[place]] ^= 1
+    fuzzing.replace(split, 1, bytes(data))
+    says = f"train/shard-000001.tar, chunk {chunk}: the header or padding is not that of the format"
+    (line,) = found(out)
+    assert line.startswith(says)
+
+
 def test_bytes_behind_the_members_are_zeros(out: Path) -> None:
     path = out / "train" / "shard-000001.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
@@ -178,7 +210,8 @@ def test_any_change_is_found(sound: Path, out: Path, random: Random) -> None:
     assert fuzzing.goes_unnoticed(sound, random, out) is None
 
 
-BOS, EOS, PAD, CHAT = 2, 3, 1, 4  # of a tokenizer that shard.py trains
+# Of a tokenizer that shard.py trains: the last special id stands before the first ordinary one.
+BOS, EOS, PAD, CHAT, LAST_SPECIAL = 2, 3, 1, 4, 12
 Tokens = np.ndarray
 
 
@@ -211,6 +244,10 @@ def chat_token(ids: Tokens) -> None:
     ids[first(ids, BOS, 1) + 1] = CHAT
 
 
+def last_special(ids: Tokens) -> None:
+    ids[first(ids, BOS, 1) + 1] = LAST_SPECIAL
+
+
 def beyond(ids: Tokens) -> None:
     ids[first(ids, BOS, 1) + 1] = 400
 
@@ -222,6 +259,7 @@ WRONG_TOKENS = {
     text_outside: "tokens stand between <EOS> and this <BOS>",
     padding_inside: "<PAD> stands before the end of the split",
     chat_token: "a special id stands in the text",
+    last_special: "a special id stands in the text",
     beyond: "its id is not below vocab_size 400",
 }
 
