@@ -135,8 +135,11 @@ def _eager() -> bool:
 
 
 def _settings() -> Form:
-    """What the compiler was told, beside its options."""
+    """What the compiler was told, beside its options, and what it compiles for. Of a CPU torch
+    checks nothing: vectors of another length would give other results."""
     return (
+        torch.backends.cpu.get_cpu_capability(),
+        torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         sorted(torch._inductor.config.save_config_portable().items()),
         torch._functorch.config.get_hash(),
         torch.is_inference_mode_enabled(),
