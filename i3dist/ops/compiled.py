@@ -45,8 +45,8 @@ def keep_in(folder: Path | None) -> None:
     """Load functions from a folder, which need not exist, and keep there those that are compiled.
 
     Args:
-        folder: of one model's code and settings, and of one version of torch: what a function calls
-            is not described. None keeps nothing.
+        folder: of one model's code and settings, of one version of torch and of one kind of CPU:
+            what a function calls, and what it runs on there, is not described. None keeps nothing.
     """
     global _folder
     _folder = folder
@@ -135,10 +135,8 @@ def _eager() -> bool:
 
 
 def _settings() -> Form:
-    """What the compiler was told, beside its options, and what it compiles for. Of a CPU torch
-    checks nothing: vectors of another length would give other results."""
+    """What the compiler was told, beside its options, and which GPU it compiles for."""
     return (
-        torch.backends.cpu.get_cpu_capability(),
         torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         sorted(torch._inductor.config.save_config_portable().items()),
         torch._functorch.config.get_hash(),

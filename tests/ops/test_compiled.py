@@ -104,19 +104,14 @@ def test_one_tensor_named_twice_has_a_function_of_its_own() -> None:
     assert how() == ["compiled"] * 3 + ["loaded"] * 3
 
 
-def test_hosts_of_two_kinds_keep_functions_of_their_own(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Code of a CPU with long vectors would load on one with short ones, and compute nonsense."""
-    x, y = torch.ones(4), torch.zeros(4)
-    for kind in ("AVX512", "AVX2", "AVX512"):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
-        Compiled(added)(x, y)
-    assert how() == ["compiled", "compiled", "loaded"] and len(list(folder.iterdir())) == 2
-    before = compiled._settings()
+def test_gpus_of_two_kinds_keep_functions_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would replace the other's, and an archive would hold those of one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
-    assert compiled._settings() != before
+    found = set()
+    for name in ("H100", "H200"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        found.add(repr(compiled._settings()))
+    assert len(found) == 2
 
 
 def test_a_damaged_function_is_compiled_anew(
