@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from i3dist import model, ops, optim
 from i3dist.aside import aside
 from i3dist.cli.extend import LOADED
 from i3dist.config import Settings
-from i3dist.distributed import collectives
+from i3dist.distributed import collectives, devices
 from i3dist.distributed.job import Job, host_name
 from i3dist.errors import warned
 from i3dist.files import PARTIAL, regular, write_whole, written_aside
@@ -197,13 +199,17 @@ def is_private(folder: Path) -> bool:
 
 
 def key_of(settings: Settings) -> str:
-    """Hash of the model, our code, extensions and torch's version: code of others is not found.
+    """Hash of the model, our code, extensions, torch's version and the kind of CPU that a job runs
+    on: code of others is not found.
 
-    To torch an operator is its name, and a function that is kept whole is not read again.
+    To torch an operator is its name, and a function that is kept whole is not read again. Nor does
+    torch ask which CPU code was made for: vectors of another length give other results.
     """
     names = [settings.model.model_dump_json(), f"{settings.train.window_chunks}"]
     names.append(importlib.metadata.version("torch"))
-    ours = (path for package in CODE for path in sorted(Path(*package.__path__).glob("*.py")))
+    if not devices.uses_cuda():
+        names.append(torch.backends.cpu.get_cpu_capability())
+    ours = (path for package in CODE for path in sorted(Path(*package.__path__).rglob("*.py")))
     sources = (*ours, *LOADED)
     parts = [name.encode() for name in names] + [path.read_bytes() for path in sources]
     return hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]

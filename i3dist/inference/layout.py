@@ -24,9 +24,7 @@ def laid_out(model: I3LM) -> I3LM:
         for name, parameter in module.named_parameters(recurse=False):
             copies[id(parameter)] = nn.Parameter(_padded(module, name, parameter), False)
     copied = copy.deepcopy(model, copies)  # takes from `copies` what is in it
-    copied.compiled = False
-    for name in ("_start", "losses", "history"):  # compiled, these belong to the other model
-        copied.__dict__.pop(name, None)
+    copied.compile_nothing()
     return copied.eval()
 
 

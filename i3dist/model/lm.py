@@ -76,7 +76,7 @@ class I3LM(nn.Module):
         self.norm_out = LayerNorm(width)
         # The vocabulary is not padded: a padded logit would take part in the softmax.
         self.head = Linear(width, Channels(settings.vocab, alignment=1))
-        self._calls = Calls(_start, _losses, _history)
+        self._calls = CALLS
         self.reset_parameters()
 
     def _add(self, layers: list[Layer]) -> list[Block]:
@@ -106,6 +106,13 @@ class I3LM(nn.Module):
         for part in parts:
             part.forward = MethodType(forwards[type(part)], part)
         self._calls = Calls(*(Compiled(call, **OPTIONS) for call in self._calls))
+
+    def compile_nothing(self) -> None:
+        """Undo `compile_blocks`."""
+        self.compiled = False
+        for part in (*self.lower, *self.upper, self.compressor):
+            vars(part).pop("forward", None)
+        self._calls = CALLS
 
     def join_softmaxes(self, share: float) -> None:
         """Make the two softmaxes of layers that have two into one, to a share j.
@@ -297,6 +304,7 @@ class Calls(NamedTuple):
     history: Callable[..., list[KeysValues]]
 
 
+CALLS = Calls(_start, _losses, _history)
 RANDOM = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 

@@ -45,8 +45,8 @@ def keep_in(folder: Path | None) -> None:
     """Load functions from a folder, which need not exist, and keep there those that are compiled.
 
     Args:
-        folder: of one model's code and settings, and of one version of torch: what a function calls
-            is not described. None keeps nothing.
+        folder: of one model's code and settings, of one version of torch and of one kind of CPU:
+            what a function calls, and what it runs on there, is not described. None keeps nothing.
     """
     global _folder
     _folder = folder
@@ -69,7 +69,7 @@ class Compiled:
         """The function's result."""
         if _folder is None or torch.compiler.is_compiling() or _eager():
             return self._traced(*arguments, **named)
-        form = torch.is_grad_enabled(), _form(arguments), _form(named)
+        form = torch.is_grad_enabled(), _form((arguments, named))
         if form not in self._ready:
             self._ready[form] = self._prepare(_folder, form, arguments, named)
         return self._ready[form](*arguments, **named)
@@ -135,8 +135,9 @@ def _eager() -> bool:
 
 
 def _settings() -> Form:
-    """What the compiler was told, beside its options."""
+    """What the compiler was told, beside its options, and which GPU it compiles for."""
     return (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         sorted(torch._inductor.config.save_config_portable().items()),
         torch._functorch.config.get_hash(),
         torch.is_inference_mode_enabled(),
@@ -146,25 +147,34 @@ def _settings() -> Form:
     )
 
 
-def _form(x: Any) -> Any:
+def _form(x: Any, numbers: dict[int, int] | None = None) -> Any:
     """What code that was compiled for x depends on; it can be hashed, and its `repr` is the same in
-    every process."""
+    every process.
+
+    Args:
+        x: an argument, or all of them.
+        numbers: of the tensors described so far, by identity: code that was compiled for one tensor
+            named twice reads it once.
+    """
+    numbers = {} if numbers is None else numbers
     if isinstance(x, Tensor):
-        return (*x.shape, *x.stride(), x.dtype, x.device, x.requires_grad)
+        number = numbers.setdefault(id(x), len(numbers))
+        return (number, *x.shape, *x.stride(), x.dtype, x.device, x.requires_grad)
     if isinstance(x, nn.Module):
         if x not in _parts:
             tensors = [held for part in x.modules() for held in (part._parameters, part._buffers)]
             _parts[x] = _form_of_module(x), tensors
         constants, tensors = _parts[x]
-        return constants, *(_form(tensor) for held in tensors for tensor in held.values())
+        held = (tensor for part in tensors for tensor in part.values())
+        return constants, *(_form(tensor, numbers) for tensor in held)
     if isinstance(x, (tuple, list)):
-        return type(x).__name__, *map(_form, x)
+        return type(x).__name__, *(_form(part, numbers) for part in x)
     if isinstance(x, dict):
-        return tuple((name, _form(value)) for name, value in x.items())
+        return tuple((name, _form(value, numbers)) for name, value in x.items())
     if isinstance(x, FunctionType):
-        cells = x.__closure__ or ()
-        return x.__module__, x.__qualname__, *(_form(cell.cell_contents) for cell in cells)
-    return (type(x).__qualname__, _form(vars(x))) if hasattr(x, "__dict__") else repr(x)
+        cells = (cell.cell_contents for cell in x.__closure__ or ())
+        return x.__module__, x.__qualname__, *(_form(cell, numbers) for cell in cells)
+    return (type(x).__qualname__, _form(vars(x), numbers)) if hasattr(x, "__dict__") else repr(x)
 
 
 def _form_of_module(module: nn.Module) -> Form:

@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from i3dist.config import Settings
@@ -171,6 +172,22 @@ def test_code_is_of_the_sources_that_it_was_compiled_from(
             changed.setattr(package, "__path__", [str(tmp_path)])
             keys.add(compile_cache.key_of(Settings()))
     assert len(keys) == 7
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "kernel.py").touch()
+    with monkeypatch.context() as changed:
+        changed.setattr(compile_cache.ops, "__path__", [str(tmp_path)])
+        assert compile_cache.key_of(Settings()) not in keys, "a package in it counts"
+
+
+def test_code_of_another_kind_of_cpu_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code for vectors of 16 numbers computes nonsense where they have 8. A GPU's does not care."""
+    for cuda in (False, True):
+        monkeypatch.setattr(compile_cache.devices, "uses_cuda", lambda cuda=cuda: cuda)
+        keys = set()
+        for kind in ("AVX2", "AVX512"):
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
+            keys.add(compile_cache.key_of(Settings()))
+        assert len(keys) == (1 if cuda else 2)
 
 
 @pytest.mark.parametrize("extensions", [[], [Path("mine.py")]])

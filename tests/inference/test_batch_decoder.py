@@ -19,6 +19,7 @@ from i3dist.model.attention import AttentionBlock
 from i3dist.model.block import Block
 from i3dist.model.layer_kinds import LAYER_KINDS
 from i3dist.model.lm import I3LM
+from i3dist.ops.compiled import Compiled
 from tests.model.conftest import SMALL, VARIANTS, build
 from tests.model.kinds import Conv, Mlp
 from tests.model.small import C, T, random_stream, seeds
@@ -197,6 +198,19 @@ def test_the_model_is_not_changed(changes: dict[str, str]) -> None:
         for name, part in model.named_parameters():
             old, address = before[name]
             assert part.equal(old) and part.data_ptr() == address and part.requires_grad, name
+
+
+def test_of_a_compiled_model_nothing_is_compiled() -> None:
+    """Prompts have shapes of their own, which are not worth it."""
+    model, tokens = build(), random_stream(0)
+    wanted = logits(model, tokens)
+    unused = mock.Mock(side_effect=AssertionError)
+    with mock.patch.object(Compiled, "__call__", unused):
+        model.compile_blocks()
+        copied = laid_out(model)
+        assert not copied.compiled and logits(copied, tokens).equal(wanted)
+        with pytest.raises(AssertionError):
+            logits(model, tokens)
 
 
 def test_weights_are_padded_once() -> None:

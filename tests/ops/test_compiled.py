@@ -17,6 +17,7 @@ from i3dist.ops import compiled
 from i3dist.ops.compiled import Compiled
 
 SIZE = 3
+ONES = torch.ones(2)
 
 
 def scaled(x: Tensor, norm: nn.Module, times: float = 2.0) -> Tensor:
@@ -90,6 +91,29 @@ def test_each_form_has_a_function_of_its_own(folder: Path) -> None:
     assert done == ["loaded"] * 4 and len(list(folder.iterdir())) == 4
 
 
+def added(x: Tensor, y: Tensor) -> Tensor:
+    return 2 * x + y
+
+
+def test_one_tensor_named_twice_has_a_function_of_its_own() -> None:
+    """Torch makes one input of them."""
+    x, y = torch.ones(4), torch.zeros(4)
+    for call in (Compiled(added), Compiled(added)):
+        assert call(x, x).equal(added(x, x))
+        assert call(x, y).equal(added(x, y)) and call(x, y=x).equal(added(x, x))
+    assert how() == ["compiled"] * 3 + ["loaded"] * 3
+
+
+def test_gpus_of_two_kinds_keep_functions_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would replace the other's, and an archive would hold those of one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = set()
+    for name in ("H100", "H200"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        found.add(repr(compiled._settings()))
+    assert len(found) == 2
+
+
 def test_a_damaged_function_is_compiled_anew(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,6 +178,7 @@ def module(**changed: Any) -> nn.Module:
         (torch.ones(2), torch.ones(2, requires_grad=True)),
         (torch.ones(2), torch.ones(2, device="meta")),
         (torch.ones(2), None),
+        ([ONES, ONES], [ONES, torch.ones(2)]),
         ((torch.ones(2), 1), (torch.ones(2), 2)),
         ((1, 1), [1, 1]),
         ({"a": 1}, {"b": 1}),
