@@ -12,8 +12,9 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -172,8 +173,13 @@ def _form(x: Any, numbers: dict[int, int] | None = None) -> Any:
     if isinstance(x, dict):
         return tuple((name, _form(value, numbers)) for name, value in x.items())
     if isinstance(x, FunctionType):
-        cells = (cell.cell_contents for cell in x.__closure__ or ())
-        return x.__module__, x.__qualname__, *(_form(cell, numbers) for cell in cells)
+        cells = [cell.cell_contents for cell in x.__closure__ or ()]
+        code = x.__code__.co_code.hex(), x.__code__.co_names  # lambdas share a name
+        return x.__module__, x.__qualname__, code, _form((cells, x.__defaults__), numbers)
+    if isinstance(x, partial):
+        return "partial", _form((x.func, x.args, x.keywords), numbers)
+    if isinstance(x, MethodType):
+        return "method", _form((x.__func__, x.__self__), numbers)
     return (type(x).__qualname__, _form(vars(x), numbers)) if hasattr(x, "__dict__") else repr(x)
 
 

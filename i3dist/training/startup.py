@@ -135,7 +135,8 @@ def _starts_of(run: Path, attempt: Attempt) -> list[dict[str, Any]]:
     """The lines of this job in the record of the run's starts, the newest first.
 
     Jobs of torchrun that nobody gave a name have one id. The restarts of a job count up, so the
-    first line with no fewer restarts than the start after it is of another job.
+    first line with no fewer restarts than the start after it is of another job. One with fewer may
+    be, too, if this job has noted no start yet: a name (--rdzv-id) tells them apart.
     """
     lines = read_lines(run / STARTS) if attempt.job is not None else []
     found: list[dict[str, Any]] = []

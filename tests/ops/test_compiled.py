@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,11 @@ def module(**changed: Any) -> nn.Module:
         (range(2), range(3)),
         (closure(torch.ones(2)), closure(torch.ones(3))),
         (closure(torch.ones(2)), closure(torch.ones(2), 2)),
+        (lambda x: x + 1, lambda x: x * 1),
+        (lambda x, y=1: x + y, lambda x, y=2: x + y),
+        (partial(max, 1), partial(max, 2)),
+        (partial(max, 1), partial(min, 1)),
+        (module().forward, module(eps=1e-3).forward),
         (module(), module(eps=1e-3)),
         (module(), module(channels=Channels(16, heads=2))),
         (module(), module().requires_grad_(False)),
