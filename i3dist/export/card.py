@@ -153,7 +153,8 @@ The code in this folder needs torch and transformers only. It was tested with
 - The tokenizer makes special tokens of their names in a text, as is usual in transformers.
   `split_special_tokens=True` reads them as text.
 - The cache (`past_key_values`) can be copied, saved by `torch.save` and passed back with any number
-  of new tokens. It cannot be cropped, so there is no assisted generation.
+  of new tokens. It cannot be cropped, so there is no assisted generation. `torch.load` of it needs
+  `weights_only=False`, and the model loaded before.
 - To train on several documents in a row as in pretraining, set the labels of `<BOS>` to -100.
 - `tokenizer.apply_chat_template` writes conversations as i3dist does. A model that was not trained
   on conversations does not answer.

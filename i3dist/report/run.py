@@ -100,7 +100,8 @@ class Run:
     def step(self) -> int:
         """The last step of any log."""
         logs = (self.metrics, self.validation, self.diagnostics)
-        return max((lines[-1]["step"] for lines in logs if lines), default=0)
+        steps = [lines[-1]["step"] for lines in logs if lines]
+        return max(steps + [entry.step for entry in self.ledger[-1:]], default=0)
 
     @property
     def finished(self) -> bool:

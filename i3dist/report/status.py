@@ -84,8 +84,9 @@ class Status:
 
     @property
     def step(self) -> int:
-        """Steps taken, as far as they were reported."""
-        return int(self.last.get("step", 0))
+        """Steps taken, as far as they were reported or saved."""
+        saved = self.checkpoint.step if self.checkpoint else 0
+        return max(int(self.last.get("step", 0)), saved)
 
     @property
     def usual_speed(self) -> float | None:

@@ -3,8 +3,11 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,18 @@ IDS = documents(4, 10, 300).view(2, 5)
 PROMPTS = [documents(s, n, 300) for s, n in ((1, 40), (2, 21), (3, 3))]
 # Neither <EOS> nor what is suppressed by default takes part, so that lengths are known.
 FREE: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None, "suppress_tokens": None}
+
+
+RESUMES = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+_, export, folder, tolerance = sys.argv
+hf = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype="float32")
+cache = torch.load(f"{folder}/cache", weights_only=False)
+rest, logits = torch.load(f"{folder}/rest")
+assert (hf(rest, past_key_values=cache).logits - logits).abs().max() < float(tolerance)
+"""
 
 
 def greedy(model: I3LM, prompt: Tensor) -> list[int]:
@@ -155,6 +170,17 @@ def test_a_copy_of_a_cache_goes_on_as_if_nothing_had_happened(
     hf(documents(2, 50, 20)[None], past_key_values=cache)  # the original goes elsewhere
     found = hf(text[:, 31:], past_key_values=kept).logits
     assert far(found, hf(text).logits[:, 31:]) < TOLERANCE
+
+
+def test_a_saved_cache_goes_on_in_another_process(one: Exported, tmp_path: Path) -> None:
+    """Which has loaded the export: transformers imports the cache's class from its folder."""
+    hf, text = one.load(), documents(1, 60, 1000)[None]
+    with torch.no_grad():
+        torch.save(hf(text[:, :36]).past_key_values, tmp_path / "cache")  # a chunk's end
+        torch.save((text[:, 36:], hf(text).logits[:, 36:]), tmp_path / "rest")
+    subprocess.run(
+        [sys.executable, "-c", RESUMES, one.folder, tmp_path, str(TOLERANCE)], check=True
+    )
 
 
 @torch.no_grad()

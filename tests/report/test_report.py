@@ -274,6 +274,8 @@ def test_a_run_that_goes_on_has_the_steps_so_far(whole: Path, tmp_path: Path) ->
     assert read.tokens([STEPS]) == seen[-1] + (STEPS - 6) * per_step
     (run / "validation.jsonl").unlink()
     assert f"at step 6 of {STEPS}" in page([Run.read(run)])
+    (run / "metrics.jsonl").unlink()  # stopped before `log.every` steps
+    assert f"at step 6 of {STEPS}" in page([Run.read(run)])
 
 
 def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:

@@ -223,6 +223,8 @@ def test_a_full_disk_is_a_warning_without_a_checkpoint_too_and_one_rank_is_not_t
 def test_a_run_without_any_line_has_a_status(run: Path) -> None:
     text = str(shown(read_status(run)))
     assert "step      0 of 1,000 (0.0%)" in text and "no checkpoint yet" in text
+    (run / "checkpoints" / "step-00000006").mkdir(parents=True)  # it was stopped early
+    assert "step      6 of 1,000 (0.6%)" in str(shown(read_status(run)))
 
 
 def test_what_is_no_run_is_one_line(run: Path) -> None:
