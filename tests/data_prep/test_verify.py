@@ -362,6 +362,14 @@ def test_a_wrong_manifest_is_found(out: Path, values: dict[str, object], expecte
     assert any(line.startswith("train/manifest.json") and expected in line for line in found(out))
 
 
+@pytest.mark.parametrize("wrong", ["traines", "sha257 " + "0" * 64, "sha256 " + "0" * 63])
+def test_a_wrong_tokenizer_in_the_settings_is_found(out: Path, wrong: str) -> None:
+    path = out / "shard.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"tokenizer": wrong}))
+    assert found(out) == ["shard.json: is damaged; restore it, or make the data again"]
+
+
 def test_wrong_tokens_total_is_found_in_the_last_chunk(out: Path) -> None:
     manifest = Manifest.load(out / "train")
     more = -1 if manifest.tokens % manifest.chunk_length != 1 else 1
