@@ -34,7 +34,7 @@ class OutputSettings(Saved):
     layout: int = _LAYOUT
     source: str
     revision: str
-    tokenizer: str
+    tokenizer: Annotated[str, Field(pattern="^(trained|sha256 [0-9a-f]{64})$")]
     tokenizer_sample_mb: int
     tokenizer_sample: Literal["first", "even"] = "first"
     vocab_size: int

@@ -3,7 +3,6 @@
 Readers skip row groups by them, so one that is wrong hides rows. Checksums do not cover them.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -25,12 +24,9 @@ class Bounds:
                 before = self._found.get(name, (least, most))
                 self._found[name] = min(before[0], least), max(before[1], most)
 
-    def contradicted(self, row_group: Any) -> Iterator[str]:
-        """Names of the columns for which the row group's metadata (of pyarrow) rule out values."""
-        for number in range(row_group.num_columns):
-            column = row_group.column(number)
-            stated, found = column.statistics, self._found.get(column.path_in_schema)
-            if not found or stated is None or not stated.has_min_max:
-                continue
-            if stated.min > found[0] or stated.max < found[1]:
-                yield column.path_in_schema
+    def contradicts(self, column: Any) -> bool:
+        """Whether the metadata (of pyarrow) of a column of the row group rule out values of it."""
+        stated, found = column.statistics, self._found.get(column.path_in_schema)
+        if not found or stated is None or not stated.has_min_max:
+            return False
+        return bool(stated.min > found[0] or stated.max < found[1])

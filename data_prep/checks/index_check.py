@@ -3,9 +3,9 @@
 Whether the rows agree with the shards is checked with the shards (`shard_check`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,9 @@ ROWS_AT_A_TIME = 1 << 16
 # What pyarrow raises for a damaged file.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError)
 TEXTS = ["id", "url"]
+# How Parquet stores each column.
+_PHYSICAL = {pa.int64(): "INT64", pa.int32(): "INT32", pa.string(): "BYTE_ARRAY"}
+_STORED = {column.name: _PHYSICAL[column.type] for column in INDEX_SCHEMA}
 
 
 def open_index(folder: Path) -> pq.ParquetFile:
@@ -47,7 +50,7 @@ class IndexCheck:
         self.documents = documents
         self.damages: list[Damage] = []
         self.row_groups = 0
-        self.has_checksums = True
+        self.has_checksums = True  # as far as it was read
         self._batches: Iterator[pa.RecordBatch] | None = None
         self._rest = Rows.none(0)
         self._last_document, self._last_piece = -1, 0
@@ -64,33 +67,16 @@ class IndexCheck:
         file = open_index(self.stream.folder)
         if not file.schema_arrow.equals(INDEX_SCHEMA):
             raise ValueError("its columns are not those of the format")
-        meta = file.metadata
-        self.row_groups = meta.num_row_groups
-        columns = [
-            meta.row_group(group).column(column)
-            for group in range(meta.num_row_groups)
-            for column in range(meta.num_columns)
-        ]
-        rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
-        # pyarrow would give as many rows as the shortest column has.
-        if any(c.num_values != rows[n // meta.num_columns] for n, c in enumerate(columns)):
-            raise ValueError("its columns differ in length")
-        if any(column.compression != "ZSTD" for column in columns):
-            self.damages.append(Damage(self.stream.file(INDEX_NAME), "", "is not zstd throughout"))
-        with open(self.stream.folder / INDEX_NAME, "rb") as raw:
-            self.has_checksums = all(has_checksum(raw, column) for column in columns)
+        self.row_groups = file.metadata.num_row_groups
         self._batches = self._read(file)
 
     def _read(self, file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
         """The columns that are numbers; notes where their bounds are wrong."""
-        for group in range(self.row_groups):
-            bounds = Bounds()
-            for batch in file.iter_batches(
-                ROWS_AT_A_TIME, [group], columns=list(NUMBERS), use_threads=False
-            ):
-                bounds.add(batch)
-                yield batch
-            self.damages.extend(_wrong_bounds(self.stream, group, bounds, file))
+        for number in range(self.row_groups):
+            group = _RowGroup(self.stream, file, number)
+            yield from group.batches(NUMBERS)
+            self.damages.extend(group.wrong_bounds(NUMBERS))
+            self.has_checksums &= group.has_checksums
 
     @property
     def is_readable(self) -> bool:
@@ -172,36 +158,86 @@ class IndexCheck:
         return owners
 
 
+class _RowGroup:
+    """Reads columns of a row group, and checks what the footer states of them.
+
+    pyarrow (25.0) ends the process when it is asked for metadata of a column that contradict
+    themselves, or for bounds of a column that has another type there than in the schema. Reading
+    refuses the former with an error. So a column is read first, and its type is compared.
+
+    Attributes:
+        has_checksums: whether the pages of the columns that were read have checksums.
+    """
+
+    def __init__(self, stream: Stream, file: pq.ParquetFile, number: int) -> None:
+        self.has_checksums = True
+        self._stream, self._file, self._number = stream, file, number
+        self._bounds = Bounds()
+        self._checked: dict[str, Any] = {}  # metadata of the columns whose form is right
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """These columns.
+
+        Raises:
+            ValueError: they are not in the form of the format.
+        """
+        batches = self._file.iter_batches(
+            ROWS_AT_A_TIME, [self._number], columns=list(columns), use_threads=False
+        )
+        for count, batch in enumerate(batches):
+            if not count:
+                self._check_form(columns)
+            batch.validate(full=True)
+            self._bounds.add(batch)
+            yield batch
+
+    def _check_form(self, columns: Sequence[str]) -> None:
+        meta = self._file.metadata.row_group(self._number)
+        found = {name: meta.column(INDEX_SCHEMA.get_field_index(name)) for name in columns}
+        if any(column.physical_type != _STORED[name] for name, column in found.items()):
+            raise ValueError("its columns have other types than the format's")
+        # pyarrow would give as many rows as the shortest column has.
+        if any(column.num_values != meta.num_rows for column in found.values()):
+            raise ValueError("its columns differ in length")
+        if any(column.compression != "ZSTD" for column in found.values()):
+            raise ValueError("it is not zstd throughout")
+        with open(self._stream.folder / INDEX_NAME, "rb") as raw:
+            self.has_checksums = all(has_checksum(raw, column) for column in found.values())
+        self._checked = found
+
+    def wrong_bounds(self, columns: Sequence[str]) -> Iterator[Damage]:
+        """Where the footer states bounds for columns that are not those of what was read."""
+        for name in columns:
+            if name in self._checked and self._bounds.contradicts(self._checked[name]):
+                problem = f"states a least and a largest {name} that are not those of its rows"
+                yield Damage(self._stream.file(INDEX_NAME), f"row group {self._number}", problem)
+
+
 class TextReport(NamedTuple):
     """What was found in ids and URLs; `first` and `last` are (piece, id, url) of the end rows."""
 
     damages: list[Damage]
+    has_checksums: bool = True
     row: int = 0  # number of the first
     first: tuple[int, str, str] | None = None
     last: tuple[int, str, str] | None = None
 
 
-def check_texts(stream: Stream, group: int) -> TextReport:
-    """Check ids and URLs of a row group: present, UTF-8, and alike in all pieces of a document.
+def check_texts(stream: Stream, number: int) -> TextReport:
+    """Check ids and URLs of row group `number`.
 
-    The bounds that the row group states for them are checked as well.
+    They are present, UTF-8, and alike in all pieces of a document, and within the bounds that the
+    row group states for them.
     """
     damages: list[Damage] = []
     first = last = None
     start = 0
+    has_checksums = True
     try:
         file = open_index(stream.folder)
-        start = row = sum(file.metadata.row_group(g).num_rows for g in range(group))
-        bounds = Bounds()
-        for batch in file.iter_batches(
-            ROWS_AT_A_TIME, [group], columns=["piece", *TEXTS], use_threads=False
-        ):
-            try:
-                batch.validate(full=True)
-            except UNREADABLE as error:
-                damages.append(unreadable(stream, error, f"rows from {row}"))
-                break
-            bounds.add(batch.select(TEXTS))
+        start = row = sum(file.metadata.row_group(g).num_rows for g in range(number))
+        group = _RowGroup(stream, file, number)
+        for batch in group.batches(["piece", *TEXTS]):
             damages.extend(_text_damages(stream, row, batch))
             if len(batch):
                 ends = [_texts_of(batch, at) for at in (0, len(batch) - 1)]
@@ -209,18 +245,11 @@ def check_texts(stream: Stream, group: int) -> TextReport:
                     damages.extend(join_texts(stream, row, last, ends[0]))
                 first, last = first or ends[0], ends[1]
             row += len(batch)
-        damages.extend(_wrong_bounds(stream, group, bounds, file))
+        damages.extend(group.wrong_bounds(TEXTS))
+        has_checksums = group.has_checksums
     except UNREADABLE as error:
-        damages.append(unreadable(stream, error, f"row group {group}"))
-    return TextReport(damages, start, first, last)
-
-
-def _wrong_bounds(
-    stream: Stream, group: int, bounds: Bounds, file: pq.ParquetFile
-) -> Iterator[Damage]:
-    for name in bounds.contradicted(file.metadata.row_group(group)):
-        problem = f"states a least and a largest {name} that are not those of its rows"
-        yield Damage(stream.file(INDEX_NAME), f"row group {group}", problem)
+        damages.append(unreadable(stream, error, f"row group {number}"))
+    return TextReport(damages, has_checksums, start, first, last)
 
 
 def join_texts(

@@ -3,7 +3,7 @@
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -129,8 +129,6 @@ class Verification:
         check = self.check
         stream = Stream.of(check.folder / split, manifest, check.tokenizer, check.store)
         index = IndexCheck(stream, manifest.documents)
-        if not index.has_checksums:
-            self.unprotected.append(stream.file(INDEX_NAME))
         joiner = _Joiner(stream, manifest)
         for reports in pool.in_order(_shard_tasks(stream, manifest, index)):
             for report in reports:
@@ -141,8 +139,8 @@ class Verification:
         index.finish()
         yield from index.damages
         yield from joiner.finish()
-        if index.is_readable:
-            yield from _check_texts(pool, stream, index.row_groups)
+        if index.is_readable and not (yield from _check_texts(pool, stream, index)):
+            self.unprotected.append(stream.file(INDEX_NAME))
         size = int(manifest.shard_sizes.sum())
         self.totals[split] = Totals(joiner.documents, manifest.chunks, len(manifest.shards), size)
 
@@ -220,13 +218,16 @@ def _counts(owners: Any, first: int, shards: int) -> tuple[int, ...]:
     return tuple(b - a for a, b in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
 
 
-def _check_texts(pool: "_Pool", stream: Stream, groups: int) -> Iterator[Damage]:
-    last = None
-    for report in pool.in_order(TextTask(stream, group) for group in range(groups)):
+def _check_texts(pool: "_Pool", stream: Stream, index: IndexCheck) -> Generator[Damage, None, bool]:
+    """Check ids and URLs; returns whether all pages of the index have checksums."""
+    last, has_checksums = None, index.has_checksums
+    for report in pool.in_order(TextTask(stream, group) for group in range(index.row_groups)):
         yield from report.damages
+        has_checksums &= report.has_checksums
         if last is not None and report.first is not None:
             yield from join_texts(stream, report.row, last, report.first)
         last = report.last or last
+    return has_checksums
 
 
 class _Pool:

@@ -183,7 +183,7 @@ def naming(place: Path | str) -> Iterator[None]:
         zstandard.ZstdError,
     ) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        reason = " ".join(reason.split())[:200]
+        reason = " ".join(reason.split())[:200].rstrip(".")
         raise UserError(f"cannot read {place}: {reason}; repair or remove it") from None
 
 

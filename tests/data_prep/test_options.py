@@ -108,7 +108,7 @@ def test_sources_are_what_was_typed_each_with_its_weight(
 
 
 SOURCE = SimpleNamespace(name="texts", outline="r1", revision="r2", license=None)
-GIVEN = SimpleNamespace(sha256="abc", vocab_size=300, path="t.json")
+GIVEN = SimpleNamespace(sha256=f"{0:064x}", vocab_size=300, path="t.json")
 
 
 def test_settings_of_an_output_are_all_options_that_decide_its_bytes() -> None:
@@ -128,7 +128,7 @@ def test_settings_of_an_output_are_all_options_that_decide_its_bytes() -> None:
         seed=3,
     )
     assert trained == wanted
-    given = {"tokenizer": "sha256 abc", "tokenizer_sample_mb": 0, "vocab_size": 300}
+    given = {"tokenizer": f"sha256 {0:064x}", "tokenizer_sample_mb": 0, "vocab_size": 300}
     assert settings_of(options, SOURCE, GIVEN, trained) == wanted.model_copy(update=given)
     sized = settings_of(parse([*words, "--vocab-size", "4000"]), SOURCE, None, None)
     assert sized.vocab_size == 4000

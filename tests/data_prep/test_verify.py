@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -18,6 +21,7 @@ from data_prep.checks.page_header import has_checksum
 from data_prep.checks.verification import Verification
 from i3dist.data.manifest import TAR_BLOCK, TOKEN_BYTES, Manifest, member_stride
 from i3dist.errors import UserError
+from tests.conftest import ROOT
 from tests.data_prep import fuzzing
 from tests.data_prep.fuzzing import found
 
@@ -96,6 +100,34 @@ def test_changes_of_the_indexs_footer_are_found(sound: Path, out: Path) -> None:
         data[len(data) - random.randrange(1, footer + 1)] ^= 1 << random.randrange(8)
         path.write_bytes(data)
         assert fuzzing.content(path) == content or found(out), seed
+
+
+@pytest.mark.parametrize(
+    ("stated", "wrong"),
+    [  # as Thrift writes fields and lists
+        pytest.param(rb"\x15\x0c\x19", b"\x15\x08\x19", id="type"),
+        # Two counts go from the list of definition levels into that of repetition levels.
+        pytest.param(
+            rb"\x29\x06\x19\x26\x00([\x80-\xff]*[\x00-\x7f])",
+            b"\x29\x26\x00\\1\x19\x06",
+            id="levels",
+        ),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_footer_at_which_pyarrow_ends_the_process_is_one_line(
+    out: Path, split: str, stated: bytes, wrong: bytes
+) -> None:
+    path = out / split / "index.parquet"
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    changed, count = re.subn(stated, wrong, data[footer:], count=1)
+    assert count == 1
+    path.write_bytes(data[:footer] + changed)
+    words = [sys.executable, "-m", "data_prep.verify", out]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1, ended.stderr
+    assert re.fullmatch(rf"{split}/index.parquet.*: cannot be read .*\n", ended.stdout)
 
 
 @pytest.mark.parametrize("end", ["min", "max"])
@@ -328,6 +360,14 @@ def test_a_last_document_without_eos_and_a_wrong_total_are_found(out: Path) -> N
 def test_a_wrong_manifest_is_found(out: Path, values: dict[str, object], expected: str) -> None:
     change_manifest(out / "train", **values)
     assert any(line.startswith("train/manifest.json") and expected in line for line in found(out))
+
+
+@pytest.mark.parametrize("wrong", ["traines", "sha257 " + "0" * 64, "sha256 " + "0" * 63])
+def test_a_wrong_tokenizer_in_the_settings_is_found(out: Path, wrong: str) -> None:
+    path = out / "shard.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"tokenizer": wrong}))
+    assert found(out) == ["shard.json: is damaged; restore it, or make the data again"]
 
 
 def test_wrong_tokens_total_is_found_in_the_last_chunk(out: Path) -> None:
