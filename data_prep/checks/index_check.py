@@ -184,19 +184,23 @@ class _RowGroup:
         batches = self._file.iter_batches(
             ROWS_AT_A_TIME, [self._number], columns=list(columns), use_threads=False
         )
-        for count, batch in enumerate(batches):
-            if not count:
+        rows = 0
+        for batch in batches:
+            if not rows:
                 self._check_form(columns)
             batch.validate(full=True)
             self._bounds.add(batch)
             yield batch
+            rows += len(batch)
+        # pyarrow gives as many rows as the shortest column has.
+        if rows != (stated := self._file.metadata.row_group(self._number).num_rows):
+            raise ValueError(f"{rows} of {stated} rows are there")
 
     def _check_form(self, columns: Sequence[str]) -> None:
         meta = self._file.metadata.row_group(self._number)
         found = {name: meta.column(INDEX_SCHEMA.get_field_index(name)) for name in columns}
         if any(column.physical_type != _STORED[name] for name, column in found.items()):
             raise ValueError("its columns have other types than the format's")
-        # pyarrow would give as many rows as the shortest column has.
         if any(column.num_values != meta.num_rows for column in found.values()):
             raise ValueError("its columns differ in length")
         if any(column.compression != "ZSTD" for column in found.values()):

@@ -442,6 +442,23 @@ def test_an_index_without_checksums_is_noted(out: Path, capsys: pytest.CaptureFi
     assert note.startswith("note: train/index.parquet without page checksums")
 
 
+@pytest.mark.parametrize("name", index_check.INDEX_SCHEMA.names)
+def test_a_damaged_header_of_a_page_is_found(sound: Path, out: Path, name: str) -> None:
+    """Whatever pyarrow makes of it; where a column has no pages it gives no rows, and no error."""
+    path, before = out / "train" / "index.parquet", sound / "train" / "index.parquet"
+    columns = pq.ParquetFile(before).metadata.row_group(0)
+    begin = columns.column(index_check.INDEX_SCHEMA.names.index(name)).data_page_offset
+    whole, missed = before.read_bytes(), []
+    for place in range(begin, begin + 32):
+        for bit in (1, 2, 4, 16, 64):
+            changed = bytearray(whole)
+            changed[place] ^= bit
+            path.write_bytes(changed)
+            if not found(out) and fuzzing.content(path) != fuzzing.content(before):
+                missed.append((place - begin, bit))
+    assert not missed
+
+
 @pytest.mark.parametrize("checksums", [True, False])
 @pytest.mark.parametrize("dictionary", [True, False])
 def test_checksums_of_pages_are_seen(out: Path, checksums: bool, dictionary: bool) -> None:
