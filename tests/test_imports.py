@@ -104,6 +104,11 @@ def test_one_file_imports(package: str, owner: str) -> None:
     assert using == {owner}
 
 
+def status_of(script: str) -> int:
+    """What Python exits with that runs a script."""
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode
+
+
 def test_data_preparation_needs_no_torch() -> None:
     script = (
         "import sys, pkgutil, importlib, data_prep, i3dist.data.manifest, i3dist.data.tokenizer\n"
@@ -111,7 +116,7 @@ def test_data_preparation_needs_no_torch() -> None:
         "for m in pkgutil.walk_packages(data_prep.__path__, 'data_prep.')]\n"
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+    assert status_of(script) == 0
 
 
 def test_training_on_cpu_loads_no_library_for_which_it_has_no_use() -> None:
@@ -142,7 +147,7 @@ def test_loading_evaluating_and_generating_import_no_deepspeed() -> None:
         "[runpy.run_path(f'launch/{name}.py') for name in ('evaluate', 'generate')]\n"
         "sys.exit('deepspeed' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+    assert status_of(script) == 0
 
 
 def test_what_is_typed_for_generate_is_read_before_torch_is_imported() -> None:
@@ -152,9 +157,9 @@ def test_what_is_typed_for_generate_is_read_before_torch_is_imported() -> None:
         "program.sampling_of(program.parse_arguments())\n"
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+    assert status_of(script) == 0
 
 
 def test_importing_i3dist_and_its_settings_loads_no_torch() -> None:
     script = "import sys, i3dist, i3dist.config\nsys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+    assert status_of(script) == 0
