@@ -33,7 +33,7 @@ from i3dist.cli.paths import result_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
 from i3dist.errors import UserError
 from i3dist.files import write_result
-from i3dist.model.lm import COMPILE
+from i3dist.model.lm import OPTIONS
 from i3dist.ops.cross_entropy import IGNORE, token_losses, token_losses_naive
 
 FORMS = {"naive": token_losses_naive, "sliced": token_losses}
@@ -147,7 +147,7 @@ def measure(lanes: int, size: Size, options: argparse.Namespace) -> list[Timing]
     inputs = make_inputs(lanes, size, device)
     calls = {}
     for name, form in FORMS.items():
-        compiled = torch.compile(form, **COMPILE)
+        compiled = torch.compile(form, dynamic=False, options=OPTIONS)
         calls[name] = lambda compiled=compiled: forward_and_backward(compiled, inputs)
     agreement = compare(calls)
     memory = {name: peak_gib(call) for name, call in calls.items()}

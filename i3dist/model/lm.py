@@ -32,7 +32,6 @@ from i3dist.ops.cross_entropy import token_losses
 RESERVED = {"compressor", "slots", "lower", "upper", "norm_out", "head", "norms"}
 # Rows are aligned already; with more padding our operators would copy their inputs.
 OPTIONS = {"comprehensive_padding": False}
-COMPILE: dict[str, Any] = {"dynamic": False, "options": OPTIONS}
 
 
 class Below(NamedTuple):
