@@ -97,12 +97,17 @@ class FlatModel(nn.Module):
         self._call = cuda_graph.capture(self._unpack_and_call, parameters, arguments)
 
     def _unpack_and_call(self, decayed: Tensor, undecayed: Tensor, *arguments: Any) -> Any:
+        parameters = self.unpack(decayed, undecayed)
+        return functional_call(self._model[0], parameters, arguments, tie_weights=False)
+
+    def unpack(self, decayed: Tensor, undecayed: Tensor) -> dict[str, Tensor]:
+        """What blocks compute with in place of each parameter: views of two flat tensors."""
         parameters: dict[str, Tensor] = {}
         for flat, values in zip(self.flats, (decayed, undecayed), strict=True):
             parts = values.split([extent.size for extent in flat.extents])
             for name, extent, part in zip(flat.names, flat.extents, parts, strict=True):
                 parameters[name] = extent.computed(part)
-        return functional_call(self._model[0], parameters, arguments, tie_weights=False)
+        return parameters
 
     @torch.no_grad()
     def share(self) -> None:

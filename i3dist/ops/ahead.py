@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from i3dist.ops import compiled
+
 Form = TypeVar("Form", bound=Callable[..., object])
 
 _begun: dict[tuple[Any, ...], threading.Thread] = {}  # by form and inputs
@@ -32,6 +34,8 @@ def compile_ahead(form: Callable[..., object], *inputs: Any) -> None:
         form: launches the kernel; for tensors of device "meta" it only compiles it (`launch`).
         inputs: its arguments, trees with tensors whose contents do not matter.
     """
+    if compiled.is_noting():
+        return
     leaves, tree = pytree.tree_flatten(inputs)
     device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
     described = [

@@ -10,8 +10,8 @@ import hashlib
 import io
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType
@@ -38,6 +38,7 @@ class Prepared(NamedTuple):
 prepared: list[Prepared] = []
 _log = logging.getLogger(__name__)
 _folder: Path | None = None
+_noted: dict[Path, Callable[[], object]] | None = None
 # Of a module: what is constant in it, and where it has its tensors, as others may come there.
 _parts: WeakKeyDictionary[nn.Module, tuple[Form, list[Any]]] = WeakKeyDictionary()
 
@@ -51,6 +52,26 @@ def keep_in(folder: Path | None) -> None:
     """
     global _folder
     _folder = folder
+
+
+@contextmanager
+def noting() -> Iterator[dict[Path, Callable[[], object]]]:
+    """Inside, nothing is compiled, and functions run as Python.
+
+    Yields:
+        For each function that would be compiled or loaded, where it is kept, and what does so.
+    """
+    global _noted
+    _noted = {}
+    try:
+        yield _noted
+    finally:
+        _noted = None
+
+
+def is_noting() -> bool:
+    """Whether this is inside of `noting`."""
+    return _noted is not None
 
 
 class Compiled:
@@ -72,14 +93,19 @@ class Compiled:
             return self._traced(*arguments, **named)
         form = torch.is_grad_enabled(), _form((arguments, named))
         if form not in self._ready:
-            self._ready[form] = self._prepare(_folder, form, arguments, named)
+            name = self._function.__module__, self._function.__qualname__
+            about = repr((name, self._options, _settings(), form))
+            path = _folder / hashlib.sha256(about.encode()).hexdigest()
+            prepare = partial(self._prepare, path, arguments, named)
+            if _noted is not None:
+                _noted.setdefault(path, prepare)
+                return self._function(*arguments, **named)
+            self._ready[form] = prepare()
         return self._ready[form](*arguments, **named)
 
-    def _prepare(self, folder: Path, form: Form, arguments: Form, named: dict[str, Any]) -> Call:
+    def _prepare(self, path: Path, arguments: Form, named: dict[str, Any]) -> Call:
         """The function for arguments like these: loaded, or compiled and kept, or else traced."""
-        name = self._function.__module__, self._function.__qualname__
-        about = repr((name, self._options, _settings(), form))
-        path, begun = folder / hashlib.sha256(about.encode()).hexdigest(), time.monotonic()
+        begun = time.monotonic()
         call, how = _load(path, self._function.__globals__), "loaded"
         if call is None:
             call, how = self._compile(path, arguments, named), "compiled"

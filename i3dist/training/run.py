@@ -18,6 +18,7 @@ from i3dist.cli.extend import LOADED
 from i3dist.cli.program import call_on_failure, keep_tracebacks_in, tell_others_by
 from i3dist.config import ModelSettings, Settings
 from i3dist.data.corpus import Corpus
+from i3dist.data.schedule import lanes_of_rank
 from i3dist.distributed import collectives, devices, host
 from i3dist.distributed.attempt import REQUEUE, ask_for_requeue, ask_for_successor
 from i3dist.distributed.console import print_rank_0
@@ -41,6 +42,7 @@ from i3dist.preflight.run import check
 from i3dist.tracking.notify import Notifier
 from i3dist.training.micro_batch import check_micro_batch
 from i3dist.training.orders import STOP
+from i3dist.training.precompile import Step, compile_aside
 from i3dist.training.preflight import read_input, wanted
 from i3dist.training.record import begin_record, log_model, print_charts, recorded
 from i3dist.training.start_times import StartTimes
@@ -151,6 +153,7 @@ def build(
     settings = start.settings
     agree(start)
     cache, await_compiler = prepare_compiler(settings, job)
+    await_compiled = precompile(cache, start, engine_config, job, corpus)
     collectives.on_all_ranks(partial(check_data, corpus, settings.data.on_damage, job))
     await_verified = verify_checkpoint(start, job)
     times.end("checks")
@@ -168,6 +171,8 @@ def build(
     times.end("checks")
     tracker = begin_record(start, job, corpus, verbose=times.wanted)
     times.end("run's folder, MLflow")
+    await_compiled()
+    times.end("compilation")
     with recorded(tracker, stop.peers):
         trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, watchdog, cache)
         if start.checkpoint is not None and start.state is not None:
@@ -203,6 +208,37 @@ def prepare_compiler(
         await_unpacked()
 
     return cache, wait
+
+
+def precompile(
+    cache: CompileCache | None,
+    start: Start,
+    engine_config: dict[str, Any],
+    job: Job,
+    corpus: Corpus,
+) -> Callable[[], None]:
+    """Have other processes compile the training step, if this is the first with such a step.
+
+    Returns:
+        What waits for them. If there is an archive of compiled code, they begin only then, by which
+        time it must have been unpacked.
+    """
+    settings, train = start.settings, start.settings.train
+    if cache is None or LOADED or train.engine != "zero2":
+        return lambda: None
+    lanes = len(lanes_of_rank(train.lane_count, job.rank, job.world_size))
+    step = Step(
+        model=settings.to_dict()["model"],
+        window_chunks=train.window_chunks,
+        lanes=lanes if train.micro_batch == "auto" else train.micro_batch,
+        joined=settings.compression.joined_at(0) if settings.compression.joins else None,
+        dtype="bfloat16" if engine_config.get("bf16", {}).get("enabled") else "float32",
+        device=str(devices.device(job)),
+        bos_id=corpus.tokenizer.bos_id,
+        pad_id=corpus.train.manifest.pad_id,
+    )
+    work = partial(compile_aside, step, cache.functions, host.cores_of_rank(job))
+    return work if cache.archive.exists() else aside(work, "compilation")
 
 
 def build_model(

@@ -1,0 +1,151 @@
+"""Compiling a training step by several processes at once, while the run starts.
+
+A first start compiles a dozen functions. That takes one process a minute or more, mostly in Python,
+which uses one core. So other processes compile them while the run's own imports, builds the model
+and starts its engine. Each runs the step once on tensors without contents, as Python, to note which
+functions it calls with what; then each takes functions that no other has taken. The run loads what
+they kept (`i3dist.ops.compiled`), and compiles by itself whatever is missing.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from i3dist.config import Settings
+from i3dist.engine.flat_parameters import FlatModel
+from i3dist.errors import warned
+from i3dist.model.lm import I3LM
+from i3dist.model.state import LaneState
+from i3dist.ops import compiled
+from i3dist.training.micro_batch import dummy_batch
+
+MOST_PROCESSES = 4  # the longest function takes a third of the time of all
+CORES = 3  # of a process, at least: it compiles kernels in processes of its own
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the functions of a training step are compiled for."""
+
+    model: dict[str, Any]  # settings
+    window_chunks: int
+    lanes: int  # of a micro-batch
+    joined: float | None  # what `I3LM.join_softmaxes` is told first; None if it is not called
+    dtype: str  # of the parameters, as "bfloat16"
+    device: str  # as "cuda:0"
+    bos_id: int
+    pad_id: int
+
+
+def compile_aside(step: Step, folder: Path, cores: int) -> None:
+    """Have processes compile the step's functions, unless they have before; wait until they end.
+
+    Args:
+        step: to be compiled.
+        folder: where functions are kept (`compiled.keep_in`).
+        cores: of this rank.
+    """
+    count = min(MOST_PROCESSES, cores // CORES)
+    text = json.dumps(asdict(step))
+    done = folder / f"step-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if count < 2 or done.exists():
+        return
+    with warned("compiling in several processes"), tempfile.TemporaryDirectory() as taken:
+        started = [_start(text, folder, taken, cores // count) for _ in range(count)]
+        statuses = [process.wait() for process in started]
+        if any(statuses):
+            _log.info("compiling in several processes failed: exit statuses %s", statuses)
+        else:
+            done.touch()
+
+
+def _start(text: str, folder: Path, taken: str, cores: int) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "i3dist.training.precompile", str(folder), taken]
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = os.environ | {"PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": str(cores)}
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, env=environ
+    )
+    assert process.stdin is not None
+    with suppress(OSError):  # it has ended
+        process.stdin.write(f"{text}\n".encode())
+        process.stdin.flush()  # it stays open: the process ends when this one does
+    return process
+
+
+def functions(step: Step) -> dict[Path, Callable[[], object]]:
+    """The functions of forward and backward, in the order in which they are called.
+
+    Returns:
+        What `compiled.noting` yields.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds
+
+    train = {"window_chunks": step.window_chunks}
+    settings = Settings.build({"model": step.model, "train": train})
+    device, dtype = torch.device(step.device), getattr(torch, step.dtype)
+    with FakeTensorMode(), compiled.noting() as noted:
+        with device:
+            model = I3LM(settings.model, step.bos_id)
+        model.compile_blocks()
+        flat = FlatModel(model)
+        for parameter in flat.parameters():
+            parameter.data = parameter.data.to(dtype)
+        for name, computed in flat.unpack(*flat.parameters()).items():
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner)._parameters[own] = cast("nn.Parameter", computed)
+        if step.joined is not None:
+            model.join_softmaxes(step.joined)
+        state = LaneState.empty(step.lanes, settings.model, device, dtype)
+        tokens, *others = dummy_batch(settings, state, step.pad_id)
+        model(tokens, tokens, *others)
+    return noted
+
+
+def prepare(lacking: Iterable[tuple[Path, Callable[[], object]]], taken: Path) -> None:
+    """Compile those functions that no other process has taken.
+
+    Args:
+        lacking: from `functions`.
+        taken: a folder in which a file says that a function is taken.
+    """
+    for path, compile_it in lacking:
+        with suppress(FileExistsError):
+            (taken / path.name).touch(exist_ok=False)
+            compile_it()
+
+
+def _end_with(parent: Any) -> None:
+    """End this process when the one that started it does."""
+    parent.read()
+    os._exit(1)
+
+
+def main() -> None:
+    """Compile functions of the step that standard input describes in its first line."""
+    folder, taken = map(Path, sys.argv[1:])
+    step = Step(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
+    compiled.keep_in(folder)
+    # The last first: attention takes longest.
+    prepare(reversed(functions(step).items()), taken)
+
+
+if __name__ == "__main__":
+    main()
