@@ -20,8 +20,11 @@ def highest(scores: Tensor, count: int) -> Tensor:
 
 
 def true_first(chosen: Tensor) -> Tensor:
-    """Positions in [..., N] bool of what is true, then of the rest, both in order: int64."""
-    numbers = chosen.to(torch.int32)
+    """Positions in [..., N] bool of what is true, then of the rest, both in order: int64.
+
+    Contiguous in both forms, because code that is compiled for the result depends on its strides.
+    """
+    numbers = chosen.to(torch.int32, memory_format=torch.contiguous_format)
     if counts(chosen):
         return inverse(rank(numbers))
     return numbers.argsort(dim=-1, descending=True, stable=True)

@@ -96,7 +96,10 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
         What `compiled.noting` yields.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds
+    from torch.nn.attention import flex_attention
 
+    # Otherwise torch first compiles attention in order to run it as Python.
+    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # type: ignore[attr-defined]
     train = {"window_chunks": step.window_chunks}
     settings = Settings.build({"model": step.model, "train": train})
     device, dtype = torch.device(step.device), getattr(torch, step.dtype)
