@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from i3dist.ops import compiled
-
 Form = TypeVar("Form", bound=Callable[..., object])
 
 _begun: dict[tuple[Any, ...], threading.Thread] = {}  # by form and inputs
@@ -34,8 +32,6 @@ def compile_ahead(form: Callable[..., object], *inputs: Any) -> None:
         form: launches the kernel; for tensors of device "meta" it only compiles it (`launch`).
         inputs: its arguments, trees with tensors whose contents do not matter.
     """
-    if compiled.is_noting():
-        return
     leaves, tree = pytree.tree_flatten(inputs)
     device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
     described = [
@@ -83,9 +79,9 @@ def _compile(
         form(*pytree.tree_unflatten(leaves, tree))
 
 
-@atexit.register
-def _stop() -> None:
-    """Begin nothing more, and wait: a process must not end inside of a compiler."""
+@atexit.register  # a process must not end inside of a compiler
+def finish() -> None:
+    """Begin nothing more, and wait for what was begun."""
     _ending.set()
     for thread in _begun.values():
         thread.join()

@@ -15,21 +15,22 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from i3dist.config import Settings
 from i3dist.engine.flat_parameters import FlatModel
 from i3dist.errors import warned
-from i3dist.model.lm import I3LM
+from i3dist.model.lm import I3LM, Unfilled
 from i3dist.model.state import LaneState
-from i3dist.ops import compiled
+from i3dist.ops import ahead, compiled
 from i3dist.training.micro_batch import dummy_batch
 
 MOST_PROCESSES = 4  # the longest function takes a third of the time of all
@@ -92,6 +93,8 @@ def _start(text: str, folder: Path, taken: str, cores: int) -> subprocess.Popen[
 def functions(step: Step) -> dict[Path, Callable[[], object]]:
     """The functions of forward and backward, in the order in which they are called.
 
+    Begins to compile our own kernels (`i3dist.ops.ahead`).
+
     Returns:
         What `compiled.noting` yields.
     """
@@ -99,39 +102,45 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
     from torch.nn.attention import flex_attention
 
     # Otherwise torch first compiles attention in order to run it as Python.
-    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # type: ignore[attr-defined]
+    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     train = {"window_chunks": step.window_chunks}
     settings = Settings.build({"model": step.model, "train": train})
     device, dtype = torch.device(step.device), getattr(torch, step.dtype)
+    with Unfilled(meta=True):
+        model = I3LM(settings.model, step.bos_id)
+    flats = FlatModel(model).flats
     with FakeTensorMode(), compiled.noting() as noted:
-        with device:
-            model = I3LM(settings.model, step.bos_id)
+        for name, extent in chain(*(zip(flat.names, flat.extents, strict=True) for flat in flats)):
+            part = torch.empty(extent.size, dtype=dtype, device=device, requires_grad=True)
+            _put(model, name, extent.computed(part))
+        for name, buffer in model.named_buffers():
+            _put(model, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
         model.compile_blocks()
-        flat = FlatModel(model)
-        for parameter in flat.parameters():
-            parameter.data = parameter.data.to(dtype)
-        for name, computed in flat.unpack(*flat.parameters()).items():
-            owner, _, own = name.rpartition(".")
-            model.get_submodule(owner)._parameters[own] = cast("nn.Parameter", computed)
         if step.joined is not None:
             model.join_softmaxes(step.joined)
         state = LaneState.empty(step.lanes, settings.model, device, dtype)
-        tokens, *others = dummy_batch(settings, state, step.pad_id)
-        model(tokens, tokens, *others)
+        tokens, depth, state, gate = dummy_batch(settings, state, step.pad_id)
+        below, _ = model.below(tokens, depth, state)
+        below.x.sum().backward(retain_graph=True)  # begins to compile kernels of backward
+        model.losses(model.above(below, gate), tokens)
     return noted
 
 
-def prepare(lacking: Iterable[tuple[Path, Callable[[], object]]], taken: Path) -> None:
-    """Compile those functions that no other process has taken.
+def _put(model: I3LM, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or buffer."""
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    held: dict[str, Any] = module._parameters if own in module._parameters else module._buffers
+    held[own] = tensor
 
-    Args:
-        lacking: from `functions`.
-        taken: a folder in which a file says that a function is taken.
-    """
-    for path, compile_it in lacking:
-        with suppress(FileExistsError):
-            (taken / path.name).touch(exist_ok=False)
-            compile_it()
+
+def _take(path: Path) -> bool:
+    """Whether no other process has taken what a file stands for."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _end_with(parent: Any) -> None:
@@ -146,8 +155,13 @@ def main() -> None:
     step = Step(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
     compiled.keep_in(folder)
-    # The last first: attention takes longest.
-    prepare(reversed(functions(step).items()), taken)
+    if not _take(taken / "kernels"):
+        ahead.finish()
+    found = functions(step)
+    ahead.finish()
+    for path, prepare in reversed(found.items()):  # attention takes longest
+        if _take(taken / path.name):
+            prepare()
 
 
 if __name__ == "__main__":
