@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from i3dist.ops.compiled import is_noting
+
 Form = TypeVar("Form", bound=Callable[..., object])
 
 _begun: dict[tuple[Any, ...], threading.Thread] = {}  # by form and inputs
@@ -32,6 +34,8 @@ def compile_ahead(form: Callable[..., object], *inputs: Any) -> None:
         form: launches the kernel; for tensors of device "meta" it only compiles it (`launch`).
         inputs: its arguments, trees with tensors whose contents do not matter.
     """
+    if is_noting():
+        return
     leaves, tree = pytree.tree_flatten(inputs)
     device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
     described = [
@@ -79,9 +83,9 @@ def _compile(
         form(*pytree.tree_unflatten(leaves, tree))
 
 
-@atexit.register  # a process must not end inside of a compiler
-def finish() -> None:
-    """Begin nothing more, and wait for what was begun."""
+@atexit.register
+def _stop() -> None:
+    """Begin nothing more, and wait: a process must not end inside of a compiler."""
     _ending.set()
     for thread in _begun.values():
         thread.join()

@@ -69,6 +69,11 @@ def noting() -> Iterator[dict[Path, Callable[[], object]]]:
         _noted = None
 
 
+def is_noting() -> bool:
+    """Whether this is inside of `noting`."""
+    return _noted is not None
+
+
 class Compiled:
     """A function, compiled for each form of its arguments.
 

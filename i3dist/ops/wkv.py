@@ -46,7 +46,9 @@ def wkv(inputs: WkvInputs) -> tuple[Tensor, Tensor]:
     return y, final
 
 
-def compile_wkv(length: int, channels: int, dtype: torch.dtype, device: torch.device) -> None:
+def compile_wkv(
+    length: int, channels: int, dtype: torch.dtype, device: torch.device, backward: bool = False
+) -> None:
     """Begin to compile what gated `wkv` of `length` tokens launches, if `device` is a GPU.
 
     It is the slowest kernel of reading a prompt, and can be compiled while weights are read.
@@ -55,7 +57,11 @@ def compile_wkv(length: int, channels: int, dtype: torch.dtype, device: torch.de
     curve = torch.empty(channels, device=device)
     restart = torch.empty(1, length, dtype=torch.bool, device=device)
     state = torch.empty(1, 3, channels, dtype=compute_dtype(x), device=device)
-    compile_ahead(_form(x.device.type).forward, WkvInputs(curve, curve, x, x, restart, state, x))
+    form = _form(x.device.type)
+    if backward:
+        saved = WkvSaved(curve, curve, x, x, restart, state.unsqueeze(1), state, x)
+        compile_ahead(form.backward, x, state, saved)
+    compile_ahead(form.forward, WkvInputs(curve, curve, x, x, restart, state, x))
 
 
 def _check(inputs: WkvInputs) -> None:

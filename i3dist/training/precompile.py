@@ -8,6 +8,7 @@ they kept (`i3dist.ops.compiled`), and compiles by itself whatever is missing.
 """
 
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,14 +29,18 @@ from torch import Tensor
 
 from i3dist.config import Settings
 from i3dist.engine.flat_parameters import FlatModel
+from i3dist.engine.toolchain import COMPILER
 from i3dist.errors import warned
+from i3dist.model.layers import Channels
 from i3dist.model.lm import I3LM, Unfilled
 from i3dist.model.state import LaneState
-from i3dist.ops import ahead, compiled
+from i3dist.ops import compiled
+from i3dist.ops.wkv import compile_wkv
 from i3dist.training.micro_batch import dummy_batch
 
 MOST_PROCESSES = 4  # the longest function takes a third of the time of all
 CORES = 3  # of a process, at least: it compiles kernels in processes of its own
+MOST_SECONDS = 200  # until this process does without the others
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +56,12 @@ class Step:
     device: str  # as "cuda:0"
     bos_id: int
     pad_id: int
+
+    @property
+    def settings(self) -> Settings:
+        """As far as they matter here."""
+        train = {"window_chunks": self.window_chunks}
+        return Settings.build({"model": self.model, "train": train})
 
 
 def compile_aside(step: Step, folder: Path, cores: int) -> None:
@@ -67,6 +79,11 @@ def compile_aside(step: Step, folder: Path, cores: int) -> None:
         return
     with warned("compiling in several processes"), tempfile.TemporaryDirectory() as taken:
         started = [_start(text, folder, taken, cores // count) for _ in range(count)]
+        end = time.monotonic() + MOST_SECONDS
+        for process in started:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(end - time.monotonic())
+            process.kill()
         statuses = [process.wait() for process in started]
         if any(statuses):
             _log.info("compiling in several processes failed: exit statuses %s", statuses)
@@ -93,19 +110,15 @@ def _start(text: str, folder: Path, taken: str, cores: int) -> subprocess.Popen[
 def functions(step: Step) -> dict[Path, Callable[[], object]]:
     """The functions of forward and backward, in the order in which they are called.
 
-    Begins to compile our own kernels (`i3dist.ops.ahead`).
-
     Returns:
         What `compiled.noting` yields.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler
     from torch.nn.attention import flex_attention
 
     # Otherwise torch first compiles attention in order to run it as Python.
     flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
-    train = {"window_chunks": step.window_chunks}
-    settings = Settings.build({"model": step.model, "train": train})
-    device, dtype = torch.device(step.device), getattr(torch, step.dtype)
+    settings, device, dtype = step.settings, torch.device(step.device), getattr(torch, step.dtype)
     with Unfilled(meta=True):
         model = I3LM(settings.model, step.bos_id)
     flats = FlatModel(model).flats
@@ -119,11 +132,17 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
         if step.joined is not None:
             model.join_softmaxes(step.joined)
         state = LaneState.empty(step.lanes, settings.model, device, dtype)
-        tokens, depth, state, gate = dummy_batch(settings, state, step.pad_id)
-        below, _ = model.below(tokens, depth, state)
-        below.x.sum().backward(retain_graph=True)  # begins to compile kernels of backward
-        model.losses(model.above(below, gate), tokens)
+        tokens, *others = dummy_batch(settings, state, step.pad_id)
+        model(tokens, tokens, *others)
     return noted
+
+
+def begin_kernels(step: Step) -> None:
+    """Begin to compile the kernels that take longest, before all else."""
+    model = step.settings.model
+    width = Channels(model.d_model).computed
+    device, dtype = torch.device(step.device), getattr(torch, step.dtype)
+    compile_wkv(model.chunk_length, width, dtype, device, backward=True)
 
 
 def _put(model: I3LM, name: str, tensor: Tensor) -> None:
@@ -155,11 +174,14 @@ def main() -> None:
     step = Step(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
     compiled.keep_in(folder)
-    if not _take(taken / "kernels"):
-        ahead.finish()
-    found = functions(step)
-    ahead.finish()
-    for path, prepare in reversed(found.items()):  # attention takes longest
+    for module in COMPILER:  # before threads that compile kernels import parts of it
+        importlib.import_module(module)
+    first = _take(taken / "first")
+    if first and "rwkv" in step.settings.model.layer_kinds:
+        begin_kernels(step)
+    found = list(functions(step).items())
+    # Attention, near the end, takes longest of all, and RWKV's kernels do of the beginning.
+    for path, prepare in found if first else reversed(found):
         if _take(taken / path.name):
             prepare()
 
