@@ -27,6 +27,7 @@ from torch import Tensor
 
 from i3dist.ops.attention import NEVER
 from i3dist.ops.rows_triton import _start_next, early
+from i3dist.ops.triton_keys import settle
 
 TILE = 32  # keys that a program reads at once; of 64 a thread's registers do not hold its part
 STAGES = 3  # tiles that are on their way or in use
@@ -392,3 +393,6 @@ def _read_latents(
         "SLOTS": triton.next_power_of_2(keys), "N": plan.tile, "PARTS": blocks * cuts,
         "CUTS": cuts, "PARTS_ROOM": triton.next_power_of_2(blocks * cuts),
     }  # fmt: skip
+
+
+settle(globals())

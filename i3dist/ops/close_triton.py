@@ -22,6 +22,7 @@ from i3dist.ops.attend_triton import Place
 from i3dist.ops.rows_triton import _round
 from i3dist.ops.shift_mix import Norm
 from i3dist.ops.step_triton import _normed, _row, _store
+from i3dist.ops.triton_keys import settle
 
 
 class Plan(NamedTuple):
@@ -282,3 +283,6 @@ def begin(rows: Tensor, place: Place, chunks: int) -> None:
     """Move rows [G] int64 to the start of their next chunk: `Place.close`; `chunks` is C."""
     size = triton.next_power_of_2(len(rows))
     _begin[(1,)](rows, *place, len(rows), chunks, N=size, num_warps=4)
+
+
+settle(globals())

@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from i3dist.ops.triton_keys import settle
+
 NONE, GELU, CHANNEL_MIX, PARTS = range(4)  # what becomes of a product
 LEAST_ROWS = 16  # that matrix units multiply
 FEW_ROWS = 32  # for which a program holds its weights in shared memory
@@ -274,3 +276,6 @@ def early() -> dict[str, bool]:
     its weights (Hopper's programmatic dependent launch)."""
     early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+settle(globals())

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from i3dist.ops.ahead import launch
 from i3dist.ops.shift_mix_naive import MixInputs, MixSaved
+from i3dist.ops.triton_keys import settle
 
 
 class Plan(NamedTuple):
@@ -404,3 +405,6 @@ def backward(
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [x.contiguous() for x in tensors]
+
+
+settle(globals())

@@ -34,6 +34,7 @@ from i3dist.ops.rows_triton import (
     rows_product,
 )
 from i3dist.ops.shift_mix import Norm
+from i3dist.ops.triton_keys import settle
 from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, MAX_SLIP
 
 # Token shift: the normalised tokens before, [B, P], which change; whether nothing stands before,
@@ -455,3 +456,6 @@ def _add_one(
         P=width, K=inputs, N=plan.outputs, W=plan.width, num_warps=plan.warps, **early(),
     )  # fmt: skip
     return Residual(out)
+
+
+settle(globals())

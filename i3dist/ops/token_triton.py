@@ -16,6 +16,7 @@ from i3dist.ops.attend_triton import Place
 from i3dist.ops.rows_triton import _start_next, early
 from i3dist.ops.shift_mix import Norm
 from i3dist.ops.step_triton import _normed, _row, _store
+from i3dist.ops.triton_keys import settle
 
 ROWS, BLOCK = 64, 128  # blocks read at once, and their tokens, whose weights are summed first
 
@@ -195,3 +196,6 @@ def sample(
         BOS=bos_id, STEP=step, FIRST=first, SECOND=second, NOT_FINITE=not_finite, ROWS=ROWS,
         BLOCK=BLOCK, LIKELIEST=temperature == 0, num_warps=32, **early(),
     )  # fmt: skip
+
+
+settle(globals())
