@@ -51,17 +51,32 @@ def compile_wkv(
 ) -> None:
     """Begin to compile what gated `wkv` of `length` tokens launches, if `device` is a GPU.
 
-    It is the slowest kernel of reading a prompt, and can be compiled while weights are read.
+    These are the slowest kernels of reading a prompt and of training: they can be compiled while
+    weights are read, or in a process of their own.
+
+    Args:
+        length: T.
+        channels: C.
+        dtype: of k, v and receptance.
+        device: where they will be.
+        backward: whether to compile backward rather than forward.
     """
     x = torch.empty(1, length, channels, dtype=dtype, device=device)
     curve = torch.empty(channels, device=device)
     restart = torch.empty(1, length, dtype=torch.bool, device=device)
     state = torch.empty(1, 3, channels, dtype=compute_dtype(x), device=device)
-    form = _form(x.device.type)
+    form = form_of(device, backward)
     if backward:
         saved = WkvSaved(curve, curve, x, x, restart, state.unsqueeze(1), state, x)
-        compile_ahead(form.backward, x, state, saved)
-    compile_ahead(form.forward, WkvInputs(curve, curve, x, x, restart, state, x))
+        compile_ahead(form, x, state, saved)
+    else:
+        compile_ahead(form, WkvInputs(curve, curve, x, x, restart, state, x))
+
+
+def form_of(device: torch.device, backward: bool = False) -> Callable[..., Any]:
+    """What computes `wkv`, or its gradients, on a kind of device."""
+    module = _form(device.type)
+    return module.backward if backward else module.forward
 
 
 def _check(inputs: WkvInputs) -> None:

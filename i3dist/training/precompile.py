@@ -8,7 +8,6 @@ they kept (`i3dist.ops.compiled`), and compiles by itself whatever is missing.
 """
 
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -29,16 +28,15 @@ from torch import Tensor
 
 from i3dist.config import Settings
 from i3dist.engine.flat_parameters import FlatModel
-from i3dist.engine.toolchain import COMPILER
 from i3dist.errors import warned
 from i3dist.model.layers import Channels
 from i3dist.model.lm import I3LM, Unfilled
 from i3dist.model.state import LaneState
-from i3dist.ops import compiled
-from i3dist.ops.wkv import compile_wkv
+from i3dist.ops import ahead, compiled
+from i3dist.ops.wkv import compile_wkv, form_of
 from i3dist.training.micro_batch import dummy_batch
 
-MOST_PROCESSES = 4  # the longest function takes a third of the time of all
+MOST_PROCESSES = 6
 CORES = 3  # of a process, at least: it compiles kernels in processes of its own
 MOST_SECONDS = 200  # until this process does without the others
 _log = logging.getLogger(__name__)
@@ -137,12 +135,25 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
     return noted
 
 
-def begin_kernels(step: Step) -> None:
-    """Begin to compile the kernels that take longest, before all else."""
-    model = step.settings.model
+def share_kernels(step: Step, taken: Path) -> None:
+    """Compile RWKV's kernels, of which each takes longer than most functions.
+
+    Not in threads beside functions: for most of the time Triton holds the interpreter.
+    """
+    model, device, dtype = (
+        step.settings.model,
+        torch.device(step.device),
+        getattr(torch, step.dtype),
+    )
+    if "rwkv" not in model.layer_kinds:
+        return
     width = Channels(model.d_model).computed
-    device, dtype = torch.device(step.device), getattr(torch, step.dtype)
-    compile_wkv(model.chunk_length, width, dtype, device, backward=True)
+    for backward in (True, False):
+        form = form_of(device, backward)
+        if _take(taken / f"wkv-{backward}"):
+            compile_wkv(model.chunk_length, width, dtype, device, backward)
+            ahead.wait_for(form)
+        ahead.leave(form)
 
 
 def _put(model: I3LM, name: str, tensor: Tensor) -> None:
@@ -174,14 +185,8 @@ def main() -> None:
     step = Step(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
     compiled.keep_in(folder)
-    for module in COMPILER:  # before threads that compile kernels import parts of it
-        importlib.import_module(module)
-    first = _take(taken / "first")
-    if first and "rwkv" in step.settings.model.layer_kinds:
-        begin_kernels(step)
-    found = list(functions(step).items())
-    # Attention, near the end, takes longest of all, and RWKV's kernels do of the beginning.
-    for path, prepare in found if first else reversed(found):
+    share_kernels(step, taken)
+    for path, prepare in reversed(functions(step).items()):  # attention takes longest
         if _take(taken / path.name):
             prepare()
 
