@@ -136,18 +136,12 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
 
 
 def share_kernels(step: Step, taken: Path) -> None:
-    """Compile RWKV's kernels, of which each takes longer than most functions.
-
-    Not in threads beside functions: for most of the time Triton holds the interpreter.
-    """
-    model, device, dtype = (
-        step.settings.model,
-        torch.device(step.device),
-        getattr(torch, step.dtype),
-    )
+    """Compile those of RWKV's kernels that no other process has taken: backward takes longest of
+    all, so it begins before torch's compiler is imported."""
+    model, device = step.settings.model, torch.device(step.device)
     if "rwkv" not in model.layer_kinds:
         return
-    width = Channels(model.d_model).computed
+    width, dtype = Channels(model.d_model).computed, getattr(torch, step.dtype)
     for backward in (True, False):
         form = form_of(device, backward)
         if _take(taken / f"wkv-{backward}"):
