@@ -91,24 +91,26 @@ class Compiled:
         """The function's result."""
         if _folder is None or torch.compiler.is_compiling() or _eager():
             return self._traced(*arguments, **named)
-        form = torch.is_grad_enabled(), _form((arguments, named))
+        grads = torch.is_grad_enabled()
+        form = grads, _form((arguments, named))
         if form not in self._ready:
             name = self._function.__module__, self._function.__qualname__
             about = repr((name, self._options, _settings(), form))
             path = _folder / hashlib.sha256(about.encode()).hexdigest()
-            prepare = partial(self._prepare, path, arguments, named)
+            prepare = partial(self._prepare, path, grads, arguments, named)
             if _noted is not None:
                 _noted.setdefault(path, prepare)
                 return self._function(*arguments, **named)
             self._ready[form] = prepare()
         return self._ready[form](*arguments, **named)
 
-    def _prepare(self, path: Path, arguments: Form, named: dict[str, Any]) -> Call:
+    def _prepare(self, path: Path, grads: bool, arguments: Form, named: dict[str, Any]) -> Call:
         """The function for arguments like these: loaded, or compiled and kept, or else traced."""
         begun = time.monotonic()
         call, how = _load(path, self._function.__globals__), "loaded"
         if call is None:
-            call, how = self._compile(path, arguments, named), "compiled"
+            with torch.set_grad_enabled(grads):
+                call, how = self._compile(path, arguments, named), "compiled"
         if call is None:
             call, how = self._traced, "traced"
         prepared.append(Prepared(self._function.__code__, how, time.monotonic() - begun))

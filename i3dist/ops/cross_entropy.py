@@ -197,6 +197,17 @@ def _compiled_softmax() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     return Compiled(_softmax_)
 
 
+def call_kernels(hidden: Tensor, head: Tensor, targets: Tensor) -> None:
+    """Call the compiled kernel as training does, for `compiled.noting`.
+
+    `token_losses` does not, unless it is itself compiled. The arguments are those of `_in_slices`.
+    """
+    rows, weights = slice_rows(len(head), hidden.is_cuda), torch.ones_like(targets).to(hidden)
+    parts = (x.split(rows) for x in (hidden, targets.unsqueeze(-1), widen(weights).unsqueeze(-1)))
+    for h, target, weight in zip(*parts, strict=True):
+        _slice(h, head, target, weight, fused=True)
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, where total may be fp32 and a and b bf16.
 

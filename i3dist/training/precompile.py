@@ -33,7 +33,9 @@ from i3dist.model.layers import Channels
 from i3dist.model.lm import I3LM, Unfilled
 from i3dist.model.state import LaneState
 from i3dist.ops import ahead, compiled
+from i3dist.ops.cross_entropy import call_kernels
 from i3dist.ops.wkv import compile_wkv, form_of
+from i3dist.optim.optimizers import OPTIMIZERS
 from i3dist.training.micro_batch import dummy_batch
 
 MOST_PROCESSES = 6
@@ -47,6 +49,8 @@ class Step:
     """What the functions of a training step are compiled for."""
 
     model: dict[str, Any]  # settings
+    optimizer: dict[str, Any]  # settings
+    ranks: int
     window_chunks: int
     lanes: int  # of a micro-batch
     joined: float | None  # what `I3LM.join_softmaxes` is told first; None if it is not called
@@ -59,7 +63,7 @@ class Step:
     def settings(self) -> Settings:
         """As far as they matter here."""
         train = {"window_chunks": self.window_chunks}
-        return Settings.build({"model": self.model, "train": train})
+        return Settings.build({"model": self.model, "optimizer": self.optimizer, "train": train})
 
 
 def compile_aside(step: Step, folder: Path, cores: int) -> None:
@@ -132,7 +136,26 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
         state = LaneState.empty(step.lanes, settings.model, device, dtype)
         tokens, *others = dummy_batch(settings, state, step.pad_id)
         model(tokens, tokens, *others)
+        with torch.no_grad():
+            hidden = torch.empty(tokens.numel(), model.width.computed, dtype=dtype, device=device)
+            call_kernels(hidden, model.head.computed(model.head.weight), tokens.flatten())
+        update(step, [flat.parameter.numel() for flat in flats])
     return noted
+
+
+def update(step: Step, sizes: list[int]) -> None:
+    """Call the optimizer's step on a rank's parts of tensors of so many elements."""
+    settings, device = step.settings.optimizer, torch.device(step.device)
+    weights = [torch.empty(-(-n // (2 * step.ranks)) * 2, device=device) for n in sizes]
+    for weight in weights:
+        weight.requires_grad_().grad = torch.empty_like(weight)
+    groups = [
+        {"params": [weight], "weight_decay": decay}
+        for weight, decay in zip(weights, (settings.weight_decay, 0.0), strict=True)
+    ]
+    optimizer: Any = OPTIMIZERS.of(settings.kind).build(groups, settings, True)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(2, device=device)
+    optimizer.step()
 
 
 def share_kernels(step: Step, taken: Path) -> None:

@@ -229,6 +229,8 @@ def precompile(
     lanes = len(lanes_of_rank(train.lane_count, job.rank, job.world_size))
     step = Step(
         model=settings.to_dict()["model"],
+        optimizer=settings.to_dict()["optimizer"],
+        ranks=job.world_size,
         window_chunks=train.window_chunks,
         lanes=lanes if train.micro_batch == "auto" else train.micro_batch,
         joined=settings.compression.joined_at(0) if settings.compression.joins else None,
