@@ -21,6 +21,7 @@ from i3dist.distributed.launcher import launcher_command
 from i3dist.errors import UserError
 from i3dist.programs.main import COMMANDS, parse_arguments
 from i3dist.programs.train import without_gpus
+from i3dist.tracking.metrics_log import read_lines
 from tests.conftest import QUICK, ROOT, environment, error_line
 
 # Prints --help of several commands, in forks that have imported torch.
@@ -248,9 +249,13 @@ def test_ranks_are_not_told_to_start_ranks(words: list[str]) -> None:
 
 
 def test_ranks_train_and_their_status_is_the_programs(data: Path, tmp_path: Path) -> None:
-    """A signal to one of two ranks: both save, and 75 asks to be started again."""
+    """A signal to one of two ranks: both save, and 75 asks to be started again.
+
+    The event has the step that was saved, though it may not have been reported.
+    """
     config, rest = ROOT / QUICK[1], QUICK[2:]
     words = ["--ranks", 2, "--config", config, *rest, f"data.path={data}", "run.path=run"]
+    words.append("log.every=3")
     words.append('tracking.notify=echo "$I3DIST_EVENT" >> "$I3DIST_RUN/../told"')
     command = [sys.executable, "-m", "i3dist", "train", *map(str, words)]
     environ = environment() | {"PYTHONPATH": str(ROOT)}
@@ -269,7 +274,9 @@ def test_ranks_train_and_their_status_is_the_programs(data: Path, tmp_path: Path
     assert started.wait(100) == 75, (tmp_path / "said").read_text()
     text = (tmp_path / "said").read_text()
     assert "on 2 ranks" in text and "stopped on request at step" in text
-    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
+    saved = (tmp_path / "run" / "checkpoints" / "latest").read_text()
+    event = read_lines(tmp_path / "run" / "events.jsonl")[-1]
+    assert f"step-{event['step']:08}" == saved and event["event"] == "requeue"
     assert (tmp_path / "told").read_text() == "start\nrequeue\n"
     status = i3dist("status", tmp_path / "run")
     assert status.returncode == 3 and "state     waiting: " in status.stdout, status
