@@ -84,12 +84,18 @@ class Job:
 
 def _from_torch(environ: Mapping[str, str]) -> Job:
     launcher: Launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
-    world_size = _integer(environ, "WORLD_SIZE")
+    rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+    # DeepSpeed's launcher has all ranks look for rank 0 on the first host of its hostfile.
+    if launcher == "deepspeed" and rank == 0 and environ.get("CROSS_RANK", "0") != "0":
+        raise UserError(
+            "the first host of the hostfile has no ranks (slots=0), so rank 0 is on another, where "
+            "no rank looks for it; leave that host out of the hostfile"
+        )
     # The deepspeed launcher sets the first of these, torchrun the second.
     local_name = "LOCAL_SIZE" if "LOCAL_SIZE" in environ else "LOCAL_WORLD_SIZE"
     local_world_size = _integer(environ, local_name)
     return Job(
-        rank=_integer(environ, "RANK"),
+        rank=rank,
         world_size=world_size,
         local_rank=_integer(environ, "LOCAL_RANK"),
         local_world_size=local_world_size,

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from i3dist.config import Device
+from i3dist.distributed.cuda_driver import count_gpus
 from i3dist.distributed.held_signals import release
 from i3dist.distributed.job import Job
 from i3dist.errors import UserError
@@ -21,20 +23,23 @@ from i3dist.errors import UserError
 HIDDEN = ("", "-1", "NoDevFiles")
 
 
-def start_ranks(number: int, words: Sequence[str], program: str = "train") -> NoReturn:
+def start_ranks(
+    number: int, words: Sequence[str], device: Device, program: str = "train"
+) -> NoReturn:
     """Become the launcher of so many ranks of `i3dist train`.
 
     Args:
-        number: of ranks.
+        number: of ranks, 1 or more.
         words: the command line of each.
+        device: train.device of each.
         program: the command that each runs, if it is another.
 
     Raises:
-        UserError: the number is not 1 or more, there are fewer GPUs to be seen, or this process is
-            a rank of another launcher.
+        UserError: there are fewer GPUs to be seen or, on the CPU, fewer cores; or this process is a
+            rank of another launcher.
     """
     environ = dict(os.environ)
-    command = launcher_command(number, words, environ, program)
+    command = launcher_command(number, words, environ, device, program)
     sys.stdout.flush()
     sys.stderr.flush()
     release()
@@ -42,31 +47,56 @@ def start_ranks(number: int, words: Sequence[str], program: str = "train") -> No
 
 
 def launcher_command(
-    number: int, words: Sequence[str], environ: dict[str, str], program: str = "train"
+    number: int,
+    words: Sequence[str],
+    environ: dict[str, str],
+    device: Device = "auto",
+    program: str = "train",
 ) -> list[str]:
     """The command that starts the ranks; adds to `environ` what it needs.
 
     Arguments and errors are those of `start_ranks`.
     """
-    if number < 1:
-        raise UserError(f"--gpus {number} must be 1 or more")
     if (launcher := Job.detect(environ).launcher) != "python":
         raise UserError(f"--gpus starts the ranks itself: leave it out under {launcher}")
     gpus = visible_gpus(environ)
-    if gpus == []:
+    if device == "cpu" or gpus == []:
         environ["DS_ACCELERATOR"] = "cpu"  # else the launcher would show the hidden GPUs
-    elif gpus is not None and len(gpus) < number:
-        raise UserError(
-            f"--gpus {number}: CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']} shows "
-            f"{len(gpus)}; ask for as many, or unset it"
-        )
-    hosts = {"localhost": gpus[:number] if gpus else list(range(number))}
+    on_cpu = environ.get("DS_ACCELERATOR") == "cpu"
+    check_number(number, 0 if on_cpu else count_gpus(), None if on_cpu else gpus)
+    hosts = {"localhost": list(range(number)) if on_cpu or not gpus else gpus[:number]}
     port = Job.detect({}).master_port  # a free one
     return [
         *(sys.executable, "-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank"),
         f"--world_info={base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()}",
         *(f"--master_port={port}", "--module", "i3dist", program, *words),
     ]
+
+
+def check_number(number: int, there: int, named: Sequence[str] | None) -> None:
+    """Check that each of so many ranks has a GPU of its own, or on the CPU a core.
+
+    Args:
+        number: of ranks.
+        there: GPUs that this process can see.
+        named: the entries of CUDA_VISIBLE_DEVICES, if it chooses among them.
+
+    Raises:
+        UserError: it has not; or GPUs are named and there is none.
+    """
+    if named is not None and there < number:
+        other = "ask for as many, or unset it" if there else "unset it to train on the CPU"
+        raise UserError(
+            f"--gpus {number}: CUDA_VISIBLE_DEVICES={','.join(named)} shows {there}; {other}"
+        )
+    if there and there < number:
+        raise UserError(f"--gpus {number}: this machine has {there}; ask for at most as many")
+    cores = len(os.sched_getaffinity(0))
+    if not there and cores < number:
+        raise UserError(
+            f"--gpus {number}: there is no GPU to be used here, and on the CPU each rank takes a "
+            f"core, of which there are {cores}; ask for at most as many"
+        )
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[str] | None:

@@ -63,12 +63,11 @@ def meet(job: Job, name: str, timeout: timedelta) -> Iterator[peers.Peers]:
         UserError: the port is taken, the address is not rank 0's, ranks are late, or some run on
             GPUs and others on the CPU.
     """
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    by_agent = _agent_listens()
     store = _open_store(job, timeout, listen=job.rank == 0 and not by_agent)
     try:
-        if by_agent:  # its store survives when it restarts the ranks
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = torch_dist.PrefixStore(f"i3dist/{attempt}", store)
+        if by_agent:
+            store = _of_attempt(store)
         else:
             _identify(job, store, name)
         _wait_for_ranks(job, store, timeout)
@@ -82,6 +81,29 @@ def meet(job: Job, name: str, timeout: timedelta) -> Iterator[peers.Peers]:
         ) from None
     yield connected
     del store  # until here rank 0 listens
+
+
+def form_group(job: Job, timeout: timedelta) -> None:
+    """Form torch's process group where torchrun's agent listens; elsewhere DeepSpeed does it.
+
+    torch itself (2.13) would use the agent's store as it is. There groups find the addresses that
+    ranks have left which were started before, and connect with nobody.
+    """
+    if _agent_listens():
+        store = _of_attempt(_open_store(job, timeout, listen=False))
+        store.set_timeout(timeout)
+        torch_dist.init_process_group(backend(), None, timeout, job.world_size, job.rank, store)
+
+
+def _agent_listens() -> bool:
+    """Whether torchrun's agent listens in place of rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _of_attempt(store: torch_dist.Store) -> torch_dist.Store:
+    """The agent's store, which survives when it restarts the ranks, for these ranks alone."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return torch_dist.PrefixStore(f"i3dist/{attempt}", store)
 
 
 def _open_store(job: Job, timeout: timedelta, listen: bool) -> torch_dist.Store:

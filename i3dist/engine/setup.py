@@ -56,6 +56,7 @@ def start(job: Job, name: str = "") -> Peers:
         torch.cuda.set_device(devices.device(job))
         writable_caches()
     with rendezvous.meet(job, name, timeout) as peers:
+        rendezvous.form_group(job, timeout)
         deepspeed.init_distributed(dist_backend=devices.backend(), verbose=False, timeout=timeout)
     return peers
 

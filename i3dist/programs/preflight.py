@@ -32,7 +32,8 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     settings = Settings.load(arguments.config, arguments.overrides)
     if arguments.gpus != 1:
-        start_ranks(arguments.gpus, without_gpus(sys.argv[1:]), "preflight")
+        words, device = without_gpus(sys.argv[1:]), settings.train.device
+        start_ranks(arguments.gpus, words, device, "preflight")
     from i3dist.training.run import only_preflight  # imports torch, which takes seconds
 
     only_preflight(arguments, settings)

@@ -10,7 +10,7 @@ status 1 whatever its ranks end with. This program ends with the status of the
 rank that ended first: 75 asks to be started again, 1 is an error.
 
 SIGTERM, SIGUSR1 and SIGHUP go to this host's ranks, which save and end with 75.
-A second one changes nothing.
+A second one changes nothing. --max-restarts starts no ranks again after one.
 """
 
 import os
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -27,6 +28,9 @@ from i3dist.distributed.attempt import REQUEUE
 from i3dist.distributed.held_signals import SIGNALS, awaited
 from i3dist.engine.toolchain import variables
 from i3dist.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 
 PATIENCE = 10  # seconds for the agent to notice that all ranks of this host have ended
 
@@ -49,6 +53,7 @@ def main() -> int:
     # On its other signals the agent ends the ranks, and then with 1.
     arguments.signals_to_handle = "SIGINT,SIGQUIT"
     told = pass_signals_on()
+    start_again_unless(told)
     patience = PATIENCE + arguments.monitor_interval  # the agent looks once in so many seconds
     watch = [told, patience]
     threading.Thread(target=leave_stuck_agent, args=watch, name="agent", daemon=True).start()
@@ -99,6 +104,23 @@ def pass_signals_on() -> list[int]:
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
     return told
+
+
+def start_again_unless(told: list[int]) -> None:
+    """From now on have agents start ranks again (--max-restarts) only while `told` is empty.
+
+    Else ranks that have saved because they were told to stop would train on.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    monitor = LocalElasticAgent._monitor_workers
+
+    def watch(agent: LocalElasticAgent, ranks: "WorkerGroup") -> "RunResult":
+        if told:
+            agent._remaining_restarts = 0
+        return monitor(agent, ranks)
+
+    LocalElasticAgent._monitor_workers = watch  # type: ignore[method-assign]
 
 
 def leave_stuck_agent(told: list[int], patience: float) -> None:

@@ -48,7 +48,8 @@ def parse_arguments(text: str = f"{__doc__}\n{help_text(Settings)}") -> argparse
         type=int,
         default=1,
         metavar="N",
-        help="start N ranks on this machine, each on a GPU of its own, or all on the CPU",
+        help="start N ranks on this machine, each on a GPU of its own, or if there is none on a "
+        "core of the CPU",
     )
     parser.add_argument(
         "--deepspeed",
@@ -92,6 +93,8 @@ def parse_arguments(text: str = f"{__doc__}\n{help_text(Settings)}") -> argparse
         known = all_settings(Settings)
         meant = f"; settings have no dashes: {name}=..." if name in known else hint(name, known)
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+    if arguments.gpus < 1:
+        raise UserError(f"--gpus {arguments.gpus} must be 1 or more")
     return arguments
 
 
@@ -99,8 +102,8 @@ def main() -> None:
     """Train, or print one line that says why not."""
     arguments = parse_arguments()
     settings = Settings.load(arguments.config, arguments.overrides)
-    if arguments.gpus != 1:
-        start_ranks(arguments.gpus, without_gpus(sys.argv[1:]))
+    if arguments.gpus != 1 and not arguments.dry_run:
+        start_ranks(arguments.gpus, without_gpus(sys.argv[1:]), settings.train.device)
     # When a rank is gone, torch's warnings of it are stacks of C++; `Peers` says it in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     garbage.pause()  # until the trainer reads data

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -51,16 +51,21 @@ class Notifier:
         self._first_end = threading.Lock()  # never released
         self.telling: threading.Thread | None = None  # of a wait
         self._told_of_wait = -math.inf  # when it last was
-        self._begun = False  # whether the folder is this run's: another may have held it
+        self._step: Callable[[], int] | None = None  # steps taken, once the run has begun
         self._watcher: subprocess.Popen[bytes] | None = None
         if active and command is not None:
             with warned("tracking.notify"):
                 self._watcher = _start_watcher(folder, command)
 
-    def start(self, step: int) -> None:
-        """The run trains from this step on."""
-        self._begun = True
-        self._tell("start", step, "")
+    @property
+    def _begun(self) -> bool:
+        """Whether the folder is this run's: before, another may hold it."""
+        return self._step is not None
+
+    def start(self, step: Callable[[], int]) -> None:
+        """The run begins to train; `step` returns how many steps it has taken by now."""
+        self._step = step
+        self._tell("start", "")
 
     def waits(self, seconds: float, what: str) -> None:
         """A rank waits for data, and has done so for `seconds`; may be called at any rate."""
@@ -79,7 +84,7 @@ class Notifier:
         if not self._first_end.locked():  # the last event is how the run ended
             with warned("events"):
                 print(f"warning: {what}", file=sys.stderr, flush=True)
-            self._append(DATA_WAIT, self._last_step(), what)
+            self._append(DATA_WAIT, what)
 
     def leave(self, reason: str, again: bool) -> None:
         """Other ranks end this process; `again` says whether the job asks to be started again."""
@@ -95,7 +100,7 @@ class Notifier:
         """
         if not self._active or not self._first_end.acquire(blocking=False):
             return
-        self._tell(event, self._last_step(), reason)
+        self._tell(event, reason)
         if self._begun:
             prometheus.mark_stopped(self._folder)
         watcher, self._watcher = self._watcher, None
@@ -104,29 +109,23 @@ class Notifier:
                 watcher.stdin.close()
                 watcher.wait(WAIT_SECONDS if wait is None else wait)
 
-    def _tell(self, event: Event, step: int, reason: str) -> None:
+    def _tell(self, event: Event, reason: str) -> None:
         if not self._active:
             return
-        line = self._append(event, step, reason)
+        line = self._append(event, reason)
         if self._watcher is not None and self._watcher.stdin is not None:
             with suppress(OSError):
                 self._watcher.stdin.write(json.dumps(line).encode() + b"\n")
                 self._watcher.stdin.flush()
 
-    def _append(self, event: str, step: int, reason: str) -> dict[str, Any]:
+    def _append(self, event: str, reason: str) -> dict[str, Any]:
         """Add an event to events.jsonl, if the run has begun."""
+        step = 0 if self._step is None else self._step()
         line = {"event": event, "host": socket.gethostname(), "reason": reason}
         if self._begun:
             with warned("events"):
                 MetricsLog(self._folder / EVENTS).append(step, line)
-        return {"step": step, **line}
-
-    def _last_step(self) -> int:
-        """The last step reported, or 0."""
-        with suppress(OSError):
-            lines = read_lines(self._folder / METRICS) if self._begun else []
-            return int(lines[-1]["step"]) if lines else 0
-        return 0
+        return {"step": step, "time": time.time(), **line}
 
 
 def _start_watcher(folder: Path, command: str) -> subprocess.Popen[bytes]:
@@ -149,7 +148,17 @@ def main() -> None:
         last = message
         _run(command, message)
     if last.get("event") not in LAST:
-        _run(command, {**last, "event": "failure", "reason": UNSAID})
+        _run(command, {**last, "step": _last_reported(last), "event": "failure", "reason": UNSAID})
+
+
+def _last_reported(start: Mapping[str, Any]) -> int:
+    """The last step that the run has reported since its start, the event; or the start's."""
+    steps = [int(start.get("step", 0))]
+    if start:  # else the run has not begun, and the folder may be another's
+        with suppress(OSError):
+            lines = read_lines(Path(os.environ["I3DIST_RUN"]) / METRICS)
+            steps += [int(line["step"]) for line in lines if line.get("time", 0) >= start["time"]]
+    return steps[-1]
 
 
 def _messages(stream: IO[bytes], parent: int) -> Iterator[dict[str, Any]]:

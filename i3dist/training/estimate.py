@@ -24,19 +24,32 @@ def meta_model(settings: Settings) -> I3LM:
         return I3LM(settings.model, bos_id=0)
 
 
-def fixed_memory(settings: Settings, parameters: int, world_size: int) -> dict[str, float]:
-    """Bytes on one rank that do not grow with its lanes, by what they hold.
+def fixed_memory(
+    settings: Settings, parameters: int, world_size: int, lanes: int
+) -> dict[str, float]:
+    """Bytes on one rank that do not grow with the lanes computed at once, by what they hold.
 
-    Every rank keeps bf16 weights and gradients and, while they are reduced, the fp32 gradients;
-    ZeRO shares out fp32 weights and the optimizer's tensors. The loss holds the logits of a slice
-    of the tokens, and the head's gradient.
+    Every rank keeps bf16 weights and gradients and, while they are reduced, the fp32 gradients.
+    ZeRO shares out fp32 weights, the optimizer's tensors and reduced gradients: on several ranks
+    the micro-batch's, which on one are the whole ones, and the sum of the step's earlier
+    micro-batches. The loss holds the logits of a slice of the tokens, and the head's gradient.
+
+    Args:
+        settings: the run's, with its lanes decided.
+        parameters: of the model.
+        world_size: ranks of the job.
+        lanes: computed at once.
     """
+    train = settings.train
+    earlier = train.accumulation * (train.lane_count // world_size) > lanes
+    reduced = (world_size > 1) + earlier
     states = len(OPTIMIZERS.of(settings.optimizer.kind).states)
     model = settings.model
     return {
         "weights, bf16": 2.0 * parameters,
         "gradients, bf16": 2.0 * parameters,
         "gradients, fp32": 4.0 * parameters,
+        "reduced gradients, fp32, 1/ranks": 4.0 * reduced * parameters / world_size,
         "weights, fp32, 1/ranks": 4.0 * parameters / world_size,
         "optimizer, fp32, 1/ranks": 4.0 * states * parameters / world_size,
         "logits of a slice, bf16": 2.0 * slice_rows(model.vocab, on_gpu=True) * model.vocab,
@@ -78,15 +91,15 @@ def memory_estimate(
 ) -> Memory:
     """Memory of one rank, with train.micro_batch or the most lanes that fit into `capacity` bytes,
     of those that divide the rank's lanes; 1 if not even that fits."""
-    fixed = fixed_memory(settings, parameters, world_size)
-    memory = Memory(fixed, lane_memory(settings), 1)
-    wanted = settings.train.micro_batch
-    if wanted != "auto":
-        return memory._replace(lanes=wanted)
-    sizes = divisors(max(1, settings.train.lane_count // world_size))
-    tried = [memory._replace(lanes=lanes) for lanes in sizes]
+    lane, wanted = lane_memory(settings), settings.train.micro_batch
+    of_rank = max(1, settings.train.lane_count // world_size)
+    sizes = divisors(of_rank) if wanted == "auto" else [wanted]
+    tried = [
+        Memory(fixed_memory(settings, parameters, world_size, lanes), lane, lanes)
+        for lanes in sizes
+    ]
     fitting = [memory for memory in tried if memory.total <= MEMORY_SHARE * capacity]
-    return fitting[-1] if fitting else memory
+    return fitting[-1] if fitting else tried[0]
 
 
 def share_of_peak(width: int) -> float:

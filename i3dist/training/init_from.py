@@ -1,5 +1,6 @@
 """Beginning a run with trained weights: `train.init_from`."""
 
+import logging
 from typing import Any, Literal
 
 from i3dist.checkpoint.weights import SavedModel
@@ -9,17 +10,21 @@ from i3dist.data.corpus import Corpus
 from i3dist.errors import UserError
 from i3dist.model.layers import adjust_heads
 from i3dist.model.lm import I3LM, Unfilled
+from i3dist.training.continuing import fill
 
 # Weights fit models with any value of these.
-FREE = ("vocab_size", "chunk_length", "state_carry")
+FREE = ("chunk_length", "state_carry")
+
+log = logging.getLogger(__name__)
 
 
-def initial_weights(settings: Settings, corpus: Corpus) -> SavedModel | None:
+def initial_weights(settings: Settings, corpus: Corpus | None) -> SavedModel | None:
     """The model that a new run takes its weights from, if it takes any.
 
     Args:
-        settings: the run's, its model's without any "auto".
-        corpus: the run's data.
+        settings: the run's.
+        corpus: the run's data; None if there are none, as a dry run allows: then a line says what
+            is not checked.
 
     Raises:
         UserError: there is no such model, it has another tokenizer or other shapes, or it lies in
@@ -37,13 +42,16 @@ def initial_weights(settings: Settings, corpus: Corpus) -> SavedModel | None:
         saved = SavedModel.find(path)
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from None
-    if not saved.tokenizer.encodes_like(corpus.tokenizer):
+    if corpus is None:
+        log.info("train.init_from=%s: whether the data have its tokenizer is not known", path)
+    elif not saved.tokenizer.encodes_like(corpus.tokenizer):
         raise UserError(
             f"train.init_from={path} was trained with another tokenizer than that of "
             f"data.path={settings.data.path}: prepare the data with data_prep/shard.py "
             f"--tokenizer {saved.tokenizer.path}"
         )
-    if fault := _unlike(saved.settings.model, settings.model):
+    filled = fill(settings, {"model.vocab_size": saved.tokenizer.vocab_size})
+    if fault := _unlike(saved.settings.model, filled.model):
         raise UserError(f"train.init_from={path} does not fit: {fault}")
     return saved
 

@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,7 +52,6 @@ from i3dist.training.startup import (
     agree,
     check_attempt,
     check_data,
-    decide,
     foresee,
     resolve,
     verify_checkpoint,
@@ -61,14 +61,12 @@ from i3dist.training.trainer import Trainer
 
 
 def dry_run(settings: Settings, job: Job, fresh: bool = False) -> None:
-    """Print what the run would be, memory and speed included; without data, the card's."""
-    path, tokens = settings.data.path, None
+    """Print what the run would be, memory and speed included; without data, as far as known."""
+    path, corpus, tokens = settings.data.path, None, None
     if isinstance(path, str) or path.exists():
         corpus = Corpus.open(path, settings.model, data=settings.data)
         tokens = corpus.train.manifest.tokens
-        settings = foresee(settings, corpus, job.world_size, fresh)
-    else:
-        settings = decide(settings, job.world_size, settings.model.vocab)
+    settings = foresee(settings, corpus, job.world_size, fresh)
     if job.rank == 0:
         print_tables(settings, job.world_size, tokens)
 
@@ -379,7 +377,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     times.wanted = arguments.verbose and job.rank == 0
     stop = StopRequest(job)
     if arguments.dry_run:
-        dry_run(settings, job, arguments.fresh)
+        ranks = max(job.world_size, arguments.gpus)  # those of --gpus are not started for this
+        dry_run(settings, replace(job, world_size=ranks), arguments.fresh)
         return
     notifier = Notifier(settings.run.path, settings.tracking.notify, job.rank == 0)
     call_on_failure(partial(notifier.stop, "failure"))
@@ -396,7 +395,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         tell_of_waits(watchdog, peers, notifier)
         times.end("process group")
         trainer = build(start, engine_config, job, corpus, stop, times, watchdog)
-        notifier.start(trainer.progress.step)
+        notifier.start(lambda: trainer.progress.step)
         with recorded(trainer.log.tracker, stop.peers):
             done = trainer.fit()
     with warned("tracking"):

@@ -188,15 +188,19 @@ def resolve(
     return Start(settings, path, state)
 
 
-def begin(settings: Settings, corpus: Corpus, world_size: int) -> Start:
+def begin(settings: Settings, corpus: Corpus | None, world_size: int) -> Start:
     """Decide the settings of a run from step 0; arguments and errors are those of `resolve`."""
-    vocab_size = corpus.tokenizer.vocab_size
-    weights = initial_weights(fill(settings, {"model.vocab_size": vocab_size}), corpus)
+    weights = initial_weights(settings, corpus)
+    known = corpus if weights is None else weights  # which has the data's tokenizer
+    vocab_size = settings.model.vocab if known is None else known.tokenizer.vocab_size
     return Start(decide(settings, world_size, vocab_size, weights), weights=weights)
 
 
-def foresee(settings: Settings, corpus: Corpus, world_size: int, fresh: bool) -> Settings:
-    """The settings that `resolve` would decide; one that it would refuse stays as it was given."""
+def foresee(settings: Settings, corpus: Corpus | None, world_size: int, fresh: bool) -> Settings:
+    """The settings that `resolve` would decide; one that it would refuse stays as it was given.
+
+    Without data (None) the vocabulary is that of train.init_from, or the card's.
+    """
     path = newest_checkpoint(settings.run.path, fresh)
     if path is None:
         return begin(settings, corpus, world_size).settings

@@ -1,10 +1,12 @@
-"""Starting CUDA's driver before torch is imported."""
+"""What is asked of CUDA's driver before torch is imported."""
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from i3dist.distributed import cuda_driver
 
@@ -43,3 +45,20 @@ def test_it_starts_where_a_gpu_may_be_used(
 
 def test_without_a_driver_nothing_happens() -> None:
     assert begun("auto", {}, mock.Mock(side_effect=OSError)).called
+
+
+@pytest.mark.parametrize(("status", "count"), [(0, 3), (100, 0)], ids=["GPUs", "no GPU"])
+def test_gpus_are_counted(status: int, count: int) -> None:
+    def fill(place: Any) -> None:
+        place._obj.value = 3
+
+    driver = mock.Mock()
+    driver.cuInit.return_value, driver.cuDeviceGetCount.side_effect = status, fill
+    with mock.patch.object(ctypes, "CDLL", return_value=driver):
+        assert cuda_driver.count_gpus() == count
+    with mock.patch.object(ctypes, "CDLL", side_effect=OSError):
+        assert cuda_driver.count_gpus() == 0
+
+
+def test_torch_counts_as_many() -> None:
+    assert cuda_driver.count_gpus() == torch.cuda.device_count()

@@ -60,6 +60,14 @@ def test_each_launcher_is_read(environ: dict[str, str], job: Job) -> None:
     assert Job.detect(environ) == job
 
 
+def test_a_first_host_without_ranks_is_refused() -> None:
+    """slots=0 in DeepSpeed's hostfile: ranks would look for rank 0 there, for a minute or more."""
+    second = DEEPSPEED | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}
+    with pytest.raises(UserError, match=r"slots=0.*; leave that host out of the hostfile"):
+        Job.detect(second)
+    assert Job.detect(second | {"CROSS_RANK": "0"}).rank == 0
+
+
 @pytest.mark.parametrize("environ", [{}, BATCH_SCRIPT], ids=["shell", "batch script without srun"])
 def test_plain_python_is_one_rank_with_a_free_port(environ: dict[str, str]) -> None:
     job = Job.detect(environ)

@@ -4,15 +4,18 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from torch import Tensor
 
 from i3dist.config import ModelSettings
-from i3dist.engine import config_file
+from i3dist.engine import config_file, zero2
 from i3dist.engine.interface import Engine
 from i3dist.engine.setup import read_engine_config
+from i3dist.engine.zero2 import Zero2Engine
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
@@ -49,6 +52,23 @@ def test_the_gradient_does_not_depend_on_micro_batches(rows: int) -> None:
     assert norm_of(parts, data, rows) == pytest.approx(norm_of(whole, data, 4), rel=1e-5)
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+def test_a_sum_in_fp32_is_kept_between_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `training.estimate` says of memory: nothing for one micro-batch, else all elements."""
+    engine = build(2)
+    assert isinstance(engine, Zero2Engine)
+    kept, sum_parts = [], zero2.collectives.sum_parts
+
+    def observed(*arguments: Any) -> Tensor:
+        parts = [group.flat_partition for group in engine._zero.gradients.values()]
+        kept.append(sum(part.numel() * part.element_size() for part in parts))
+        return sum_parts(*arguments)
+
+    monkeypatch.setattr(zero2.collectives, "sum_parts", observed)
+    backward(engine, batch(2), 1)
+    whole = 4 * sum(engine._zero.partition_sizes)
+    assert kept[0] == 0 and kept[len(kept) // 2 :] == [whole] * (len(kept) // 2)
 
 
 def test_the_gradient_is_that_of_the_mean_loss() -> None:

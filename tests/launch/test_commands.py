@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -14,11 +15,13 @@ import pytest
 
 from i3dist.cli.paths import CONFIGS
 from i3dist.cli.program import _Program, as_typed, type_as
-from i3dist.config import Settings
+from i3dist.config import Device, Settings
+from i3dist.distributed import launcher
 from i3dist.distributed.launcher import launcher_command
 from i3dist.errors import UserError
 from i3dist.programs.main import COMMANDS, parse_arguments
 from i3dist.programs.train import without_gpus
+from i3dist.tracking.metrics_log import read_lines
 from tests.conftest import QUICK, ROOT, environment, error_line
 
 # Prints --help of several commands, in forks that have imported torch.
@@ -162,8 +165,12 @@ def ranks_of(command: list[str]) -> list[object]:
     ],
 )
 def test_ranks_get_the_gpus_that_are_to_be_seen(
-    visible: str | None, ranks: list[object], accelerator: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    ranks: list[object],
+    accelerator: str | None,
 ) -> None:
+    machine(monkeypatch, gpus=2)
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     command = launcher_command(2, ["--fresh", "train.steps=5"], environ)
     assert ranks_of(command) == ranks
@@ -171,18 +178,59 @@ def test_ranks_get_the_gpus_that_are_to_be_seen(
     assert environ.get("DS_ACCELERATOR") == accelerator
 
 
+HIDDEN, CHOSEN = {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "4,5"}
+CPU = {"DS_ACCELERATOR": "cpu"}
+
+
 @pytest.mark.parametrize(
-    ("number", "environ", "says"),
+    ("number", "gpus", "environ", "device", "says"),
     [
-        (0, {}, "--gpus 0 must be 1 or more"),
-        (3, {"CUDA_VISIBLE_DEVICES": "4,5"}, "CUDA_VISIBLE_DEVICES=4,5 shows 2"),
+        (3, 3, {}, "auto", None),
+        (4, 3, {}, "auto", "this machine has 3; ask for at most as many"),
+        (2, 2, CHOSEN, "auto", None),
+        (3, 2, CHOSEN, "auto", "CUDA_VISIBLE_DEVICES=4,5 shows 2; ask for as many, or unset it"),
+        (2, 0, CHOSEN, "auto", "CUDA_VISIBLE_DEVICES=4,5 shows 0; unset it to train on the CPU"),
+        (2, 0, {}, "auto", None),
+        (3, 0, {}, "auto", "there is no GPU .* of which there are 2; ask for at most as many"),
+        (3, 8, {}, "cpu", "of which there are 2"),
+        (2, 1, {}, "cpu", None),
+        (3, 8, HIDDEN, "auto", "of which there are 2"),
+        (3, 8, CPU | CHOSEN, "auto", "of which there are 2"),
+        (2, 1, CPU | CHOSEN, "auto", None),
     ],
 )
-def test_ranks_that_cannot_be_started_are_one_line(
-    number: int, environ: dict[str, str], says: str
+def test_each_rank_has_a_gpu_or_a_core(
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    gpus: int,
+    environ: dict[str, str],
+    device: Device,
+    says: str | None,
 ) -> None:
-    with pytest.raises(UserError, match=says):
-        launcher_command(number, [], environ)
+    machine(monkeypatch, gpus, cores=2)
+    refused = nullcontext() if says is None else pytest.raises(UserError, match=says)
+    with refused:
+        launcher_command(number, [], dict(environ), device)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, cores: int = 9) -> None:
+    """The launcher sees so many GPUs and cores."""
+    monkeypatch.setattr(launcher, "count_gpus", lambda: gpus)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+
+
+def test_more_ranks_than_this_machine_can_have_are_one_line() -> None:
+    for number, says in ((9999, "--gpus 9999: "), (0, "--gpus 0 must be 1 or more")):
+        for name in ("train", "preflight"):
+            assert error_line(i3dist(name, "--gpus", number)).startswith(f"error: {says}")
+
+
+def test_a_dry_run_starts_no_ranks_and_says_what_so_many_would_need() -> None:
+    """More than this machine can start: on a login node it tells of the job to come."""
+    result = i3dist("train", "--gpus", 512, "--dry-run", "data.path=nowhere")
+    assert result.returncode == 0, result.stderr
+    assert "tokens_per_step=8388608 (2048 lanes x " in result.stdout
+    assert ", 512 ranks)" in result.stdout
 
 
 def test_ranks_of_another_launcher_start_none() -> None:
@@ -201,9 +249,13 @@ def test_ranks_are_not_told_to_start_ranks(words: list[str]) -> None:
 
 
 def test_ranks_train_and_their_status_is_the_programs(data: Path, tmp_path: Path) -> None:
-    """A signal to one of two ranks: both save, and 75 asks to be started again."""
+    """A signal to one of two ranks: both save, and 75 asks to be started again.
+
+    The event has the step that was saved, though it may not have been reported.
+    """
     config, rest = ROOT / QUICK[1], QUICK[2:]
     words = ["--ranks", 2, "--config", config, *rest, f"data.path={data}", "run.path=run"]
+    words.append("log.every=3")
     words.append('tracking.notify=echo "$I3DIST_EVENT" >> "$I3DIST_RUN/../told"')
     command = [sys.executable, "-m", "i3dist", "train", *map(str, words)]
     environ = environment() | {"PYTHONPATH": str(ROOT)}
@@ -222,7 +274,9 @@ def test_ranks_train_and_their_status_is_the_programs(data: Path, tmp_path: Path
     assert started.wait(100) == 75, (tmp_path / "said").read_text()
     text = (tmp_path / "said").read_text()
     assert "on 2 ranks" in text and "stopped on request at step" in text
-    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
+    saved = (tmp_path / "run" / "checkpoints" / "latest").read_text()
+    event = read_lines(tmp_path / "run" / "events.jsonl")[-1]
+    assert f"step-{event['step']:08}" == saved and event["event"] == "requeue"
     assert (tmp_path / "told").read_text() == "start\nrequeue\n"
     status = i3dist("status", tmp_path / "run")
     assert status.returncode == 3 and "state     waiting: " in status.stdout, status

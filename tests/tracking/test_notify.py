@@ -20,7 +20,7 @@ import os, sys, time
 from pathlib import Path
 from i3dist.tracking.notify import Notifier
 told = Notifier(Path(sys.argv[1]), sys.argv[2])
-told.start(7)
+told.start(lambda: 7)
 if os.fork() == 0:
     time.sleep(90)
     os._exit(0)
@@ -47,9 +47,12 @@ def events(run: Path) -> list[tuple[int, str, str]]:
 
 
 def test_each_event_is_told_with_the_step_and_the_reason(run: Path) -> None:
+    """The steps taken by then, of which metrics.jsonl may have reported none."""
+    steps = [5]
     notifier = Notifier(run, COMMAND)
-    notifier.start(5)
-    MetricsLog(run / METRICS).append(9, {})
+    notifier.start(lambda: steps[0])
+    MetricsLog(run / METRICS).append(6, {})
+    steps[0] = 9
     notifier.stop("requeue", 'it\'s "SIGTERM"; $HOME\n')
     notifier.leave("rank 1 failed", False)  # what the first call has told stays the last word
     assert told(run) == [f"start|5||{run}", f'requeue|9|it\'s "SIGTERM"; $HOME?|{run}']
@@ -60,7 +63,7 @@ def test_a_wait_is_told_after_a_minute_and_each_further_one_until_the_end(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notifier = Notifier(run, None)
-    notifier.start(5)
+    notifier.start(lambda: 5)
 
     def wait(seconds: float, at: float) -> None:
         monkeypatch.setattr(time, "monotonic", lambda: at)
@@ -93,20 +96,25 @@ def test_what_comes_before_the_run_began_leaves_the_folder_alone(
 
 def test_other_ranks_and_runs_without_a_command_start_nothing(run: Path) -> None:
     for notifier in (Notifier(run, COMMAND, active=False), Notifier(run, None)):
-        notifier.start(0)
+        notifier.start(lambda: 0)
         notifier.stop("end")
     assert told(run) == []
     assert [event for _, event, _ in events(run)] == ["start", "end"]
 
 
-def test_a_killed_process_is_told_of_by_another(run: Path) -> None:
-    """Also while a fork of it holds the pipe, and if a launcher signals the children first."""
+@pytest.mark.parametrize("reported", [[], [8, 9]])
+def test_a_killed_process_is_told_of_by_another(run: Path, reported: list[int]) -> None:
+    """Also while a fork of it holds the pipe, and if a launcher signals the children first; with
+    the last step that it has reported."""
+    MetricsLog(run / METRICS).append(99, {})  # of a start before, which was killed
     words = [sys.executable, "-c", RANK_0, str(run), COMMAND]
     rank = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     assert rank.stdout is not None
     with rank.stdout as said:
         said.readline()
         children = Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split()
+        for step in reported:
+            MetricsLog(run / METRICS).append(step, {})
         (watcher,) = [pid for pid in children if os.getsid(int(pid)) != rank.pid]
         deadline = time.monotonic() + 20
         while not told(run) and time.monotonic() < deadline:
@@ -117,7 +125,7 @@ def test_a_killed_process_is_told_of_by_another(run: Path) -> None:
             time.sleep(0.05)
         os.killpg(rank.pid, signal.SIGKILL)
     rank.wait()
-    assert told(run) == [f"start|7||{run}", f"failure|7|{UNSAID}|{run}"]
+    assert told(run) == [f"start|7||{run}", f"failure|{[7, *reported][-1]}|{UNSAID}|{run}"]
 
 
 def test_a_command_that_fails_or_hangs_costs_a_warning_and_little_time(
@@ -126,7 +134,7 @@ def test_a_command_that_fails_or_hangs_costs_a_warning_and_little_time(
     monkeypatch.setattr("i3dist.tracking.notify.WAIT_SECONDS", 0.5)
     began = time.monotonic()
     notifier = Notifier(run, 'test "$I3DIST_EVENT" = end && sleep 3; exit 7')
-    notifier.start(0)
+    notifier.start(lambda: 0)
     assert time.monotonic() - began < 0.5
     notifier.stop("end")
     assert time.monotonic() - began < 2

@@ -30,6 +30,7 @@ from tests.conftest import ROOT
 SIZES = {"35M": 35e6, "125M": 125e6, "i3-4096ctx": 340e6, "1B": 1e9}  # parameters, by config
 GIB = 2**30
 each_size = pytest.mark.parametrize("name", SIZES)
+REDUCED = "reduced gradients, fp32, 1/ranks"
 TINY = Settings().with_values(
     **{"model.d_model": 16, "model.layers": "1xrwkv,1xattention", "train.lanes": 12}
 )
@@ -132,10 +133,24 @@ def test_as_many_lanes_as_fit(lanes: int, ranks: int, capacity: float, count: in
 
 def test_more_ranks_share_the_optimizer_only() -> None:
     one, many = (memory_estimate(TINY, 10**6, ranks, H100.memory) for ranks in (1, 4))
-    shared = {name for name, size in one.fixed.items() if many.fixed[name] == size / 4}
+    shared = {name for name, size in one.fixed.items() if size and many.fixed[name] == size / 4}
     assert shared == {"weights, fp32, 1/ranks", "optimizer, fp32, 1/ranks"}
-    assert all(many.fixed[name] == one.fixed[name] for name in one.fixed.keys() - shared)
+    others = one.fixed.keys() - shared - {REDUCED}
+    assert all(many.fixed[name] == one.fixed[name] for name in others)
     assert many.lane == one.lane
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "accumulation", "tensors"),
+    [(1, 12, 1, 0), (1, 6, 1, 1), (1, 12, 2, 1), (4, 3, 1, 1), (4, 1, 1, 2), (4, 3, 2, 2)],
+)
+def test_several_micro_batches_need_the_sum_of_the_earlier_ones(
+    ranks: int, micro_batch: int, accumulation: int, tensors: int
+) -> None:
+    """And several ranks their part of each, which on one rank is the whole one."""
+    values = {"train.micro_batch": micro_batch, "train.accumulation": accumulation}
+    memory = memory_estimate(TINY.with_values(**values), 10**6, ranks, H100.memory)
+    assert memory.fixed[REDUCED] == tensors * 4e6 / ranks
 
 
 def test_a_long_document_is_a_batch_without_beginnings() -> None:

@@ -18,8 +18,8 @@ from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.training.continuing import further
 from i3dist.training.init_from import history_is_off, initial_weights, joined_otherwise
-from i3dist.training.startup import decide
-from tests.conftest import QUICK, differences, run_ranks
+from i3dist.training.startup import decide, foresee
+from tests.conftest import QUICK, differences, error_line, program, run_ranks
 from tests.known import BOS, MODEL, TOKENIZER, Known, documents, make
 from tests.launch.starting import begin, refusal
 
@@ -127,6 +127,37 @@ def test_what_is_no_model_or_lies_in_the_runs_folder_is_refused(
     assert "lies in run.path" in line and "choose another run.path" in line
     (base / "model.safetensors").unlink()
     assert "a run writes it when it ends" in refused(known, base)
+
+
+def test_without_data_all_is_checked_but_the_datas_tokenizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a dry run does, which then knows the vocabulary."""
+    caplog.set_level("INFO", "i3dist")
+    base = finished(tmp_path / "base")
+    auto = {"model.vocab_size": "auto", "run.path": tmp_path / "run"}
+
+    def foreseen(**values: Any) -> Settings:
+        settings = Settings().with_values(**MODEL | auto | {"train.init_from": base} | values)
+        return foresee(settings, None, 2, fresh=False)
+
+    assert foreseen().model.vocab_size == MODEL["model.vocab_size"]
+    assert f"train.init_from={base}: whether the data have its tokenizer" in caplog.text
+    for values, says in (
+        ({"train.init_from": tmp_path / "nowhere"}, "train.init_from: .*nowhere"),
+        ({"run.path": base}, "lies in run.path"),
+        ({"model.d_model": 24}, "does not fit: .*; set model.d_model="),
+        ({"model.vocab_size": 555}, f"; set model.vocab_size={MODEL['model.vocab_size']}$"),
+    ):
+        with pytest.raises(UserError, match=says):
+            foreseen(**values)
+    assert foreseen(**{"train.init_from": None}).model.vocab_size == 32_000
+
+
+def test_a_dry_run_without_data_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
+    words = ["--dry-run", f"data.path={tmp_path / 'no'}", f"train.init_from={tmp_path / 'none'}"]
+    line = error_line(program("launch/train.py", *words, f"run.path={tmp_path / 'run'}"))
+    assert line.startswith("error: train.init_from: ")
 
 
 def test_a_note_says_that_history_begins_later() -> None:

@@ -114,6 +114,7 @@ def test_the_same_words_continue_with_what_was_decided(typed: Settings, corpus: 
     wanted |= {"train.schedule": 2, "compression.join_after": 4000, "compression.join_steps": 2000}
     assert start.settings == longer.with_values(**wanted)
     assert foresee(longer, corpus, 8, fresh=False) == start.settings
+    assert foresee(longer, None, 8, fresh=False) == start.settings
     assert foresee(longer, corpus, 8, fresh=True) == decide(longer, 8, 271)
 
 
