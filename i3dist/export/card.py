@@ -152,9 +152,9 @@ The code in this folder needs torch and transformers only. It was tested with
 - Rows of a batch may be padded on either side: give the `attention_mask`.
 - The tokenizer makes special tokens of their names in a text, as is usual in transformers.
   `split_special_tokens=True` reads them as text.
-- The cache (`past_key_values`) can be copied, saved by `torch.save` and passed back with any number
-  of new tokens. It cannot be cropped, so there is no assisted generation. `torch.load` of it needs
-  `weights_only=False`, and the model loaded before.
+- The cache (`past_key_values`) can be copied and passed back with any number of new tokens. It
+  cannot be cropped, so there is no assisted generation. Save it by
+  `torch.save(cache.state_dict(), file)`; `model.load_cache(torch.load(file))` makes a cache of it.
 - To train on several documents in a row as in pretraining, set the labels of `<BOS>` to -100.
 - `tokenizer.apply_chat_template` writes conversations as i3dist does. A model that was not trained
   on conversations does not answer.

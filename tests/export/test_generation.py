@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, pipeline
 
@@ -35,7 +37,7 @@ import torch
 from transformers import AutoModelForCausalLM
 _, export, folder, tolerance = sys.argv
 hf = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype="float32")
-cache = torch.load(f"{folder}/cache", weights_only=False)
+cache = hf.load_cache(torch.load(f"{folder}/cache"))
 rest, logits = torch.load(f"{folder}/rest")
 assert (hf(rest, past_key_values=cache).logits - logits).abs().max() < float(tolerance)
 """
@@ -173,14 +175,39 @@ def test_a_copy_of_a_cache_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_saved_cache_goes_on_in_another_process(one: Exported, tmp_path: Path) -> None:
-    """Which has loaded the export: transformers imports the cache's class from its folder."""
+    """With the export in a folder of another name."""
     hf, text = one.load(), documents(1, 60, 1000)[None]
+    moved = shutil.copytree(one.folder, tmp_path / "moved")
     with torch.no_grad():
-        torch.save(hf(text[:, :36]).past_key_values, tmp_path / "cache")  # a chunk's end
+        torch.save(hf(text[:, :36]).past_key_values.state_dict(), tmp_path / "cache")
         torch.save((text[:, 36:], hf(text).logits[:, 36:]), tmp_path / "rest")
-    subprocess.run(
-        [sys.executable, "-c", RESUMES, one.folder, tmp_path, str(TOLERANCE)], check=True
-    )
+    subprocess.run([sys.executable, "-c", RESUMES, moved, tmp_path, str(TOLERANCE)], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_state_of_a_cache_is_all_of_it(each: Exported, dtype: torch.dtype) -> None:
+    """By safetensors and back; and no tensor is a view, which would be saved with all it views."""
+    hf = each.load(dtype=dtype)
+    # Longer than history, to a chunk's end: there the model itself keeps views.
+    ids, mask = padded([documents(7, 60, 300), *PROMPTS[1:]], "left")
+    for cache in (hf(ids, attention_mask=mask).past_key_values, hf(ids[:, :1]).past_key_values):
+        state = cache.state_dict()
+        kept = hf.load_cache(load(save(state)))
+        hf(IDS[:1].expand(3, -1), past_key_values=cache)  # changes neither
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in state.values())
+        assert kept.get_seq_length() == state["columns"]
+        assert all(x.equal(state[name]) for name, x in kept.state_dict().items())
+        assert all(x.dtype == state[name].dtype for name, x in kept.state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["rename", "resize"])
+def test_a_state_of_another_model_is_refused(hf: Any, change: str) -> None:
+    state = hf(IDS).past_key_values.state_dict()
+    name = next(name for name in state if name.startswith("past"))
+    state[name if change == "resize" else "other"] = state.pop(name)[..., 1:]
+    with pytest.raises(ValueError, match="no state of a cache of the model"):
+        hf.load_cache(state)
 
 
 @torch.no_grad()
@@ -247,8 +274,9 @@ def test_a_cache_does_not_grow(one: Exported) -> None:
     hf = one.load()
 
     def size(tokens: int) -> int:
-        cache, sizes = hf(documents(1, tokens, 10_000)[None]).past_key_values, []
-        cache.change(lambda x: sizes.append(x.numel()) or x)
-        return sum(sizes)
+        """Bytes that the cache keeps alive: views keep all of what they are a part of."""
+        cache, kept = hf(documents(1, tokens, 10_000)[None]).past_key_values, {}
+        cache.change(lambda x: kept.update({x.untyped_storage().data_ptr(): x}) or x)
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
 
     assert size(12 * 10 + 5) == size(12 * 40 + 5)

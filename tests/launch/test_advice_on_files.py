@@ -50,6 +50,14 @@ def test_data_that_a_trained_model_cannot_read(data: Path, whole: Path, tmp_path
         Corpus.open(again, ModelSettings())
     shutil.copy(trained_with.path, again / "tokenizer.json")
     Corpus.open(again, ModelSettings(), trained_with)
+    read = ModelSettings(chunk_length=64)
+    with pytest.raises(UserError, match=r"tokens; make other data with --chunk-length 64$"):
+        Corpus.open(again, read, trained_with)
+    with pytest.raises(UserError, match=r"tokens; set model.chunk_length=512 or make other data"):
+        Corpus.open(again, read)
+    (tmp_path / "other").mkdir()
+    words = ("--tokenizer", trained_with.path, "--chunk-length", 64)
+    Corpus.open(shards_of(few, tmp_path / "other", *words), read, trained_with)
 
 
 def copy_of(whole: Path, tmp_path: Path) -> Path:

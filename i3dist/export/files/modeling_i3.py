@@ -9,7 +9,7 @@ Notation: B rows (sequences), n new tokens of a row, T tokens of a chunk, S of t
 D width, H heads, d = D / H, M latents, R keys of a latent, C chunks of history, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -501,15 +501,32 @@ class I3Cache:
         """Columns of input that were read, padding included."""
         return self.columns
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the cache holds, as tensors by name, for `I3ForCausalLM.load_cache`."""
+        state = {"columns": torch.tensor(self.columns)}
+
+        def keep(name: str, x: Tensor) -> Tensor:
+            state[name] = x.detach().clone(memory_format=torch.contiguous_format)
+            return x
+
+        self.mapped(keep)
+        return state
+
+    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+        """The attributes, with change(name, x) for every tensor x, [B, ...] each."""
+
+        def changed(name: str, part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return change(name, part)
+            if isinstance(part, list | tuple):
+                return type(part)(changed(f"{name}.{i}", x) for i, x in enumerate(part))
+            return part
+
+        return {name: changed(name, part) for name, part in self.__dict__.items()}
+
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to every tensor, [B, ...] each."""
-
-        def changed(part: Any) -> Any:
-            if isinstance(part, Tensor):
-                return change(part)
-            return type(part)(map(changed, part)) if isinstance(part, list | tuple) else part
-
-        self.__dict__.update({name: changed(part) for name, part in self.__dict__.items()})
+        self.__dict__.update(self.mapped(lambda _, x: change(x)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i a copy of row `beam_idx[i]`; beam_idx is [B] int64."""
@@ -634,6 +651,28 @@ class I3ForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.head = new_embeddings
 
+    def load_cache(self, state: Mapping[str, Tensor]) -> I3Cache:
+        """The cache with this `state_dict`, on the device and in the dtype of the model.
+
+        Raises:
+            ValueError: it is of a model of other sizes.
+        """
+        cache = I3Cache(0, self.config, self.slots.slot)
+        sizes = {name: x.shape for name, x in cache.state_dict().items()}  # 0 is any size
+        found = {name: x.shape for name, x in state.items()}
+        if sizes.keys() != found.keys() or not all(
+            len(found[name]) == len(size)
+            and all(a in (0, b) for a, b in zip(size, found[name], strict=True))
+            for name, size in sizes.items()
+        ):
+            raise ValueError(
+                "this is no state of a cache of the model: give what state_dict() of "
+                "past_key_values returned, with the weights that computed it"
+            )
+        cache.__dict__.update(cache.mapped(lambda name, x: state[name].to(x)))
+        cache.columns = int(state["columns"])
+        return cache
+
     @can_return_tuple
     def forward(
         self,
@@ -707,7 +746,7 @@ class I3ForCausalLM(PreTrainedModel, GenerationMixin):
         column = order.gather(1, torch.cat([mask.cumsum(1), total.unsqueeze(1)], dim=1))
         every = torch.cat(outputs, dim=1)
         x = every.gather(1, column.unsqueeze(-1).expand(-1, -1, every.shape[-1]))
-        cache.last = x[:, -1]
+        cache.last = x[:, -1].clone()  # not a view, which would keep all of x
         return x[:, :-1]
 
     def read_piece(self, tokens: Tensor, count: Tensor, cache: I3Cache) -> Tensor:
