@@ -116,10 +116,7 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
         What `compiled.noting` yields.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler
-    from torch.nn.attention import flex_attention
 
-    # Otherwise torch first compiles attention in order to run it as Python.
-    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     settings, device, dtype = step.settings, torch.device(step.device), getattr(torch, step.dtype)
     with Unfilled(meta=True):
         model = I3LM(settings.model, step.bos_id)
@@ -146,7 +143,7 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
 def update(step: Step, sizes: list[int]) -> None:
     """Call the optimizer's step on a rank's parts of tensors of so many elements."""
     settings, device = step.settings.optimizer, torch.device(step.device)
-    weights = [torch.empty(-(-n // (2 * step.ranks)) * 2, device=device) for n in sizes]
+    weights = [torch.empty(part_size(n, step.ranks), device=device) for n in sizes]
     for weight in weights:
         weight.requires_grad_().grad = torch.empty_like(weight)
     groups = [
@@ -156,6 +153,11 @@ def update(step: Step, sizes: list[int]) -> None:
     optimizer: Any = OPTIMIZERS.of(settings.kind).build(groups, settings, True)
     optimizer.grad_scale, optimizer.found_inf = torch.ones(2, device=device)
     optimizer.step()
+
+
+def part_size(elements: int, ranks: int) -> int:
+    """Elements of a flat tensor that DeepSpeed's ZeRO-2 gives each rank, padding included."""
+    return -(-elements // (2 * ranks)) * 2
 
 
 def share_kernels(step: Step, taken: Path) -> None:
@@ -198,11 +200,15 @@ def _end_with(parent: Any) -> None:
 
 def main() -> None:
     """Compile functions of the step that standard input describes in its first line."""
+    from torch.nn.attention import flex_attention
+
     folder, taken = map(Path, sys.argv[1:])
     step = Step(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
     compiled.keep_in(folder)
     share_kernels(step, taken)
+    # Otherwise torch first compiles attention in order to run it as Python.
+    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     for path, prepare in reversed(functions(step).items()):  # attention takes longest
         if _take(taken / path.name):
             prepare()

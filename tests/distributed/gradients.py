@@ -18,8 +18,10 @@ from i3dist.config import ModelSettings, OptimizerSettings, TrainSettings  # noq
 from i3dist.distributed import collectives  # noqa: E402
 from i3dist.distributed.job import Job  # noqa: E402
 from i3dist.engine import setup  # noqa: E402
+from i3dist.engine.zero2 import Zero2Engine  # noqa: E402
 from i3dist.model.lm import I3LM  # noqa: E402
 from i3dist.model.state import LaneState  # noqa: E402
+from i3dist.training.precompile import part_size  # noqa: E402
 from tests.model.conftest import BOS, SMALL  # noqa: E402
 from tests.model.streams import depth_of, stream  # noqa: E402
 
@@ -65,6 +67,9 @@ def engine_norms(job: Job, dtype: torch.dtype, bucket: int) -> list[float]:
         config["bf16"] = {"enabled": False}
     train = TrainSettings(clip=1e9)
     trained = setup.build(build(), config, OptimizerSettings(), train)
+    assert isinstance(trained, Zero2Engine)
+    sizes = [part_size(flat.parameter.numel(), job.world_size) for flat in trained._flat.flats]
+    assert trained._zero.partition_sizes == sizes, "what is compiled ahead would not fit"
     trained.accumulate(MICRO_BATCHES)
     lanes = torch.arange(LANES).tensor_split(job.world_size)[job.rank]
     whole = batch()

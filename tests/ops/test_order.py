@@ -25,3 +25,13 @@ def test_counting_orders_as_sorting_does(length: int, values: int, seed: int) ->
 
 def orders(scores: Tensor) -> list[Tensor]:
     return [highest(scores, (scores.shape[-1] + 1) // 2), true_first(scores > 0)]
+
+
+@given(rows=st.integers(1, 5), length=st.integers(1, 5))
+def test_both_forms_lie_in_memory_alike(rows: int, length: int) -> None:
+    """Code that is compiled for the tiles of attention depends on their strides."""
+    chosen = torch.ones(2, length, rows).bool().mT
+    sorts = true_first(chosen)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(order, "counts", lambda values: True)
+        assert true_first(chosen).stride() == sorts.stride() == (rows * length, length, 1)
