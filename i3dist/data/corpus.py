@@ -109,9 +109,12 @@ class Corpus:
                 )
             length = split.manifest.chunk_length
             if length != model.chunk_length:
+                # The settings of a trained model stay what they are.
+                choice = "" if trained_with else f"set model.chunk_length={length} or "
                 raise UserError(
                     f"model.chunk_length={model.chunk_length} but {split.folder} has chunks of "
-                    f"{length} tokens; set model.chunk_length={length} or make other data"
+                    f"{length} tokens; {choice}make other data with --chunk-length "
+                    f"{model.chunk_length}"
                 )
         if model.vocab_size not in ("auto", tokenizer.vocab_size):
             raise UserError(
