@@ -99,11 +99,12 @@ class _Look:
         self, document: bytes, documents: Format, tokenizer: Tokenizer, choice: Choice
     ) -> None:
         start = time.monotonic()
-        count = len(documents.encode(tokenizer, document))
+        found = documents.encode(tokenizer, document)
+        count = 0 if isinstance(found, Skip) else len(found)
         self.tokenizing += time.monotonic() - start
         self.tokenized += len(document)
         self.tokenized_documents += 1
-        if not choice.skip(self.part, count):
+        if count and not choice.skip(self.part, count):
             self.kept_documents += 1
             self.tokens += count
 

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from data_prep.sources import CHAT, TEXT, Skip, usable_text
-from i3dist.data.chat import ANSWERS, ROLES, Message, encode_conversation
+from i3dist.data.chat import ANSWERS, ROLES, ChatIds, Message, encode_conversation
 from i3dist.data.token_types import Stored, with_mask
 from i3dist.data.tokenizer import Tokenizer
 
@@ -27,12 +29,17 @@ class Format:
     """The bytes of the document that a source gives, or the reason to skip it."""
     text: Callable[[bytes], bytes]
     """The text in the bytes of a document, in UTF-8."""
-    encode: Callable[[Tokenizer, bytes], Stored]
-    """The tokens of a document as shards store them, [T], without <BOS> and <EOS>."""
+    encode: Callable[[Tokenizer, bytes], Stored | Skip]
+    """The tokens of a document as shards store them, [T], without <BOS> and <EOS>.
+
+    T > 0: a document, or a message, of which a tokenizer that changes texts leaves nothing is
+    skipped.
+    """
 
 
-def _encode_text(tokenizer: Tokenizer, document: bytes) -> Stored:
-    return tokenizer.encode_utf8(document)
+def _encode_text(tokenizer: Tokenizer, document: bytes) -> Stored | Skip:
+    ids = tokenizer.encode_utf8(document)
+    return ids if len(ids) else Skip.EMPTY
 
 
 def usable_conversation(raw: object) -> bytes | Skip:
@@ -85,8 +92,11 @@ def _conversation_text(document: bytes) -> bytes:
     return b"\n".join(message.content for message in messages_of(document))
 
 
-def _encode_conversation(tokenizer: Tokenizer, document: bytes) -> Stored:
+def _encode_conversation(tokenizer: Tokenizer, document: bytes) -> Stored | Skip:
     ids, learned = encode_conversation(tokenizer, messages_of(document))
+    chat = ChatIds.of(tokenizer)
+    if np.isin(ids[np.flatnonzero(ids == chat.end) - 1], chat.roles).any():
+        return Skip.EMPTY_MESSAGE
     return with_mask(ids, learned, copy=False)
 
 

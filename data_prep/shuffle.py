@@ -298,6 +298,9 @@ class Spiller:
             tally.usable += 1
             return []
         tokens = self.format.encode(self.tokenizer, text)
+        if isinstance(tokens, Skip):
+            tally.skipped[tokens.value] += 1
+            return []
         self.report(len(tokens) * len(found))
         if skip := self.choice.skip(part, len(tokens)):
             tally.skipped[skip.value] += 1

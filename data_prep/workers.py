@@ -16,6 +16,7 @@ from i3dist.cli.extend import LOADED, load_extension
 from i3dist.errors import UserError
 
 _POLL_S = 0.25
+_OF_TRACKER = "ignore:resource_tracker"
 _UNITS, _TOKENS = range(2)
 _work: Callable[[Any], Any] | None = None
 
@@ -54,7 +55,7 @@ def run_jobs(
         work = task.start(report)
         return [work(job) for job in jobs]
     # Spawned, not forked: the parent has threads (progress bar, Arrow) that a fork would not copy.
-    context = multiprocessing.get_context("spawn")
+    context = spawn_context()
     stopped = context.RawValue("b", 0)
     pool = [_Worker(context, task, stopped) for _ in range(min(workers, len(jobs)))]
     try:
@@ -70,6 +71,18 @@ def run_jobs(
         stopped.value = 1
         for worker in pool:
             worker.executor.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
+
+
+def spawn_context() -> SpawnContext:
+    """What starts worker processes.
+
+    A program that fails leaves without clean-up (`one_line_errors`). multiprocessing's tracker, a
+    process that takes over this one's filters of warnings, then removes its semaphores. It is not
+    to warn of them below the line of the error.
+    """
+    if _OF_TRACKER not in sys.warnoptions:
+        sys.warnoptions.append(_OF_TRACKER)
+    return multiprocessing.get_context("spawn")
 
 
 class _Worker:
@@ -130,12 +143,17 @@ class _StoppedError(Exception):
     """Another job has failed."""
 
 
+def belong_to_parent() -> None:
+    """Let this worker end when its parent does so, and not by Ctrl-C before that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
 def _start_worker(
     task: Task[Any, Any], extensions: Sequence[Path], counts: Any, stopped: Any
 ) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    belong_to_parent()
     for path in extensions:  # before the jobs arrive, whose classes may be in these files
         load_extension(path)
 

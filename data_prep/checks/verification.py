@@ -1,7 +1,5 @@
 """Checks a whole output of shard.py, in several processes, and joins their findings in order."""
 
-import multiprocessing
-import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,6 +19,7 @@ from data_prep.checks.shard_check import Ends, ShardReport, check_shard
 from data_prep.checks.stream import Stream
 from data_prep.pack import INDEX_NAME
 from data_prep.store import Store
+from data_prep.workers import belong_to_parent, spawn_context
 from i3dist.data.manifest import MANIFEST_NAME, Manifest, Shard
 from i3dist.data.shard_table import shard_name
 from i3dist.errors import UserError
@@ -240,8 +239,7 @@ class _Pool:
     def __enter__(self) -> "_Pool":
         if self._workers > 1:
             # Spawned, not forked: the parent has threads (progress bar, Arrow).
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, _ignore_interrupts)
+            self._pool = ProcessPoolExecutor(self._workers, spawn_context(), belong_to_parent)
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -265,7 +263,3 @@ class _Pool:
             raise UserError(
                 "a worker process died (out of memory?): try again with fewer --workers"
             ) from None
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers

@@ -7,6 +7,7 @@ gives the same ids on `trial_texts`. Otherwise the next one is tried, and at las
 import functools
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 import psutil
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.normalizers import NFC
 
 from i3dist.data.long_texts import Encode, Ids, encodes_in_pieces
 
 _CACHE_BYTES = 1 << 26
 _BYTES_BETWEEN_LOOKS = 1 << 22
+_BEFORE_ASCII = re.compile(rb".{1,512}[\x80-\xff]*", re.DOTALL)
+"""Pieces of a text that end before ASCII, which NFC composes with nothing before it."""
 
 
 class UnsuitableError(Exception):
@@ -76,6 +80,27 @@ class Gigatoken:
         return encode, self._process.memory_info().rss + _CACHE_BYTES
 
 
+class Normalizing:
+    """Gives an encoder the text that the tokenizer's own normalizer makes.
+
+    Libraries know other versions of Unicode, so each of them composes other rare characters.
+    """
+
+    def __init__(self, backend: HFTokenizer, encode: Encode) -> None:
+        self._normalize = backend.normalizer.normalize_str
+        self._is_nfc = isinstance(backend.normalizer, NFC)
+        self._encode = encode
+
+    def __call__(self, text: bytes) -> Ids:
+        """Ids of a text, [T]."""
+        if self._is_nfc:
+            return self._encode(b"".join(map(self._nfc, _BEFORE_ASCII.findall(text))))
+        return self._encode(self._normalize(text.decode()).encode())
+
+    def _nfc(self, piece: bytes) -> bytes:
+        return piece if piece.isascii() else self._normalize(piece.decode()).encode()
+
+
 ENCODERS: dict[str, Callable[[Mapping[str, Any]], Encode]] = {"gigatoken": Gigatoken}
 """Makers of encoders, fastest first. Each takes the content of a `tokenizer.json`."""
 
@@ -102,7 +127,7 @@ def choose_encoder(
     rejected: dict[str, str] = {}
     for name, make in ENCODERS.items():
         try:
-            encode = encodes_in_pieces(spec, make(spec))
+            encode = _normalizing(make, spec, backend)
             for text in trial_texts(tokens, [token["content"] for token in spec["added_tokens"]]):
                 _compare(encode, of_trial, text)
         except ImportError:
@@ -114,6 +139,15 @@ def choose_encoder(
         else:
             return Encoder(name, encode, rejected)
     return Encoder("tokenizers", encodes_in_pieces(spec, reference), rejected)
+
+
+def _normalizing(
+    make: Callable[[Mapping[str, Any]], Encode], spec: Mapping[str, Any], backend: HFTokenizer
+) -> Encode:
+    """The encoder that `make` makes, with the normalizer of `backend` if there is one."""
+    bare = {**spec, "normalizer": None}
+    encode = encodes_in_pieces(bare, make(bare))
+    return Normalizing(backend, encode) if backend.normalizer else encode
 
 
 @functools.lru_cache(maxsize=8)

@@ -70,13 +70,13 @@ VOCABULARIES: dict[str, Edit] = {
     "shuffled ids": shuffle_ids,
     "shuffled merges": shuffle_merges,
     "special tokens last": specials_last,
+    "normalized": lambda spec: spec.update(normalizer={"type": "NFC"}),
 }
 OTHERS: dict[str, Edit] = {
     "dropped merges": drop_merges,
     "a special word": word_is_special,
     "an added token": add_plain_token,
     "ignored merges": lambda spec: spec["model"].update(ignore_merges=True),
-    "normalized": lambda spec: spec.update(normalizer={"type": "NFC"}),
     "lower case": lambda spec: spec.update(normalizer={"type": "Lowercase"}),
     "prefix space": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
     "no pattern": lambda spec: spec["pre_tokenizer"].update(use_regex=False),
@@ -144,13 +144,14 @@ def test_ids_are_those_of_tokenizers_on_any_text(
     pairs[kind].check(text)
 
 
+@pytest.mark.parametrize("kind", ["as trained", "normalized"])
 @pytest.mark.parametrize("plane", range(17))
-def test_every_character_is_split_alike(pairs: dict[str, Pair], plane: int) -> None:
+def test_every_character_is_split_alike(pairs: dict[str, Pair], plane: int, kind: str) -> None:
     codes = range(plane << 16, (plane + 1) << 16)
     if plane > 3 and plane != 14:  # not assigned or for private use: all are of one class
         codes = codes[::16]
-    text = "".join(f"a{chr(n)}1{chr(n)} {chr(n)}\n" for n in codes if not 0xD800 <= n < 0xE000)
-    pairs["as trained"].check(text)
+    characters = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
+    pairs[kind].check("".join(f"a{one}1{one} {one}{one}\u0301\n" for one in characters))
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,15 @@ def test_without_gigatoken_tokenizers_encodes(path: Path, monkeypatch: pytest.Mo
     pair = Pair(path)
     assert str(pair.tokenizer.encoder).endswith("; gigatoken is not used: it is not installed")
     pair.check(REAL_TEXTS[1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(500, 520), st.text("ae1 \u0301\u0327\u0344가\u11a8é\u212b\n", max_size=30))
+def test_text_is_normalized_in_pieces_as_in_one(
+    pairs: dict[str, Pair], before: int, text: str
+) -> None:
+    """Pieces are of 512 bytes and what follows them up to ASCII."""
+    pairs["normalized"].check(f"{'x' * before}{text}{'y' * 600}")
 
 
 LONG_WORDS = ("abcdef", "a", "aab", "selfreturn", "07", "!?-", "é", "世界", "😀", "Ⅷ²a", "{':,1a}")

@@ -135,6 +135,30 @@ def test_data_are_made_with_it(
     assert "key tokenizer_sha256: says" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_a_text_of_which_a_tokenizer_leaves_nothing_is_skipped(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = gpt2()
+    theirs.normalizer = normalizers.Replace("\u200b", "")
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    texts = [*(f"number {number}" for number in range(40)), "\u200b", "\u200b\u200b"]
+
+    def line(text: str) -> dict[str, object]:
+        turns = [("user", text), ("assistant", "yes")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return {"text": text, "messages": messages}
+
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line(text)) + "\n" for text in texts))
+    out = tmp_path / "out"
+    build(tmp_path / "a.jsonl", out, "--tokenizer", tmp_path, "--format", form)
+    reason = "empty" if form == "text" else "empty message"
+    assert f"skipped documents: 2 {reason}" in " ".join(capsys.readouterr().out.split())
+    manifests = [Manifest.load(out / split) for split in ("train", "valid")]
+    assert sum(manifest.documents for manifest in manifests) == 40
+    verify([str(out)])
+
+
 def test_a_whole_tokenizer_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(train_tokenizer([TEXT], 400))))

@@ -15,6 +15,7 @@ import pytest
 from data_prep.passes import SpillPlan, spill_all
 from data_prep.sources import Part, Record
 from data_prep.workers import Report, run_jobs
+from i3dist.cli.program import one_line_errors  # noqa: F401  # of the code that tests run
 from i3dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,12 +65,29 @@ class Uneven:
 
 
 def test_a_job_that_fails_ends_the_others() -> None:
-    """They would write into a folder that the next run is writing."""
-    code = "from tests.data_prep.test_passes import *; "
-    code += "run_jobs(Uneven(), range(3), 3, lambda *_: None)"
+    """They would write into a folder that the next run is writing. All that is said is one line."""
+    code = "from tests.data_prep.test_passes import *\n"
+    code += "with one_line_errors(): run_jobs(Uneven(), range(3), 3, lambda *_: None)"
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stderr.strip().endswith("UserError: job 0 has failed")
+    assert done.stderr == "error: job 0 has failed\n"
+
+
+def test_verifying_that_fails_is_one_line() -> None:
+    code = "from tests.data_prep.test_passes import *\n"
+    code += "from data_prep.checks.verification import _Pool\n"
+    code += "with one_line_errors(), _Pool(2) as pool: list(pool.in_order([fails, sleeps, sleeps]))"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr == "error: a task has failed\n"
+
+
+def fails() -> None:
+    raise UserError("a task has failed")
+
+
+def sleeps() -> None:
+    time.sleep(300)
 
 
 def test_jobs_are_counted_and_their_results_in_order() -> None:
