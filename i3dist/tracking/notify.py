@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from i3dist.aside import start_module
 from i3dist.distributed.held_signals import SIGNALS, release
 from i3dist.errors import printable, warned
 from i3dist.tracking import prometheus
@@ -129,12 +130,9 @@ class Notifier:
 
 
 def _start_watcher(folder: Path, command: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "i3dist.tracking.notify", str(os.getpid()), command]
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environ = os.environ | {"I3DIST_RUN": str(folder.absolute()), "PYTHONPATH": path}
+    words, environ = (str(os.getpid()), command), {"I3DIST_RUN": str(folder.absolute())}
     # A session of its own: a signal to the job's process group is not for it.
-    return subprocess.Popen(words, stdin=subprocess.PIPE, env=environ, start_new_session=True)
+    return start_module("i3dist.tracking.notify", *words, environ=environ, start_new_session=True)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from i3dist.aside import start_module
 from i3dist.config import Settings
 from i3dist.engine.flat_parameters import FlatModel
 from i3dist.errors import warned
@@ -94,13 +95,10 @@ def compile_aside(step: Step, folder: Path, cores: int) -> None:
 
 
 def _start(text: str, folder: Path, taken: str, cores: int) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "i3dist.training.precompile", str(folder), taken]
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environ = os.environ | {"PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": str(cores)}
+    words, environ = (str(folder), taken), {"TORCHINDUCTOR_COMPILE_THREADS": str(cores)}
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, env=environ
+    process = start_module(
+        "i3dist.training.precompile", *words, environ=environ, stdout=quiet, stderr=quiet
     )
     assert process.stdin is not None
     with suppress(OSError):  # it has ended
