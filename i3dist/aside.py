@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ def aside(work: Callable[[], Result], name: str) -> Callable[[], Result]:
 
 
 def start_module(
-    name: str, *words: str, environ: Mapping[str, str], **options: Any
+    name: str, *words: str, environ: dict[str, str], **options: Any
 ) -> subprocess.Popen[bytes]:
     """Run a module in a process of its own, with a pipe as its standard input.
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ class Step:
 
 
 def compile_aside(step: Step, folder: Path, cores: int) -> None:
-    """Have processes compile the step's functions, unless they have before; wait until they end.
+    """Have processes compile the step's functions, unless they have tried before; wait until they end.
 
     Args:
         step: to be compiled.
@@ -90,8 +89,9 @@ def compile_aside(step: Step, folder: Path, cores: int) -> None:
         statuses = [process.wait() for process in started]
         if any(statuses):
             _log.info("compiling in several processes failed: exit statuses %s", statuses)
-        else:
-            done.touch()
+        # Also then: the run compiles what is missing, and the next start would wait in vain.
+        folder.mkdir(parents=True, exist_ok=True)
+        done.touch()
 
 
 def _start(text: str, folder: Path, taken: str, cores: int) -> subprocess.Popen[bytes]:
@@ -118,11 +118,12 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
     settings, device, dtype = step.settings, torch.device(step.device), getattr(torch, step.dtype)
     with Unfilled(meta=True):
         model = I3LM(settings.model, step.bos_id)
-    flats = FlatModel(model).flats
+    flat_model = FlatModel(model)
+    sizes = [flat.parameter.numel() for flat in flat_model.flats]
     with FakeTensorMode(), compiled.noting() as noted:
-        for name, extent in chain(*(zip(flat.names, flat.extents, strict=True) for flat in flats)):
-            part = torch.empty(extent.size, dtype=dtype, device=device, requires_grad=True)
-            _put(model, name, extent.computed(part))
+        flats = [torch.empty(n, dtype=dtype, device=device, requires_grad=True) for n in sizes]
+        for name, parameter in flat_model.unpack(*flats).items():
+            _put(model, name, parameter)
         for name, buffer in model.named_buffers():
             _put(model, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
         model.compile_blocks()
@@ -134,7 +135,7 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
         with torch.no_grad():
             hidden = torch.empty(tokens.numel(), model.width.computed, dtype=dtype, device=device)
             call_kernels(hidden, model.head.computed(model.head.weight), tokens.flatten())
-        update(step, [flat.parameter.numel() for flat in flats])
+        update(step, sizes)
     return noted
 
 
@@ -203,6 +204,8 @@ def main() -> None:
     folder, taken = map(Path, sys.argv[1:])
     step = Step(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
+    if step.device.startswith("cuda"):  # as in the run; else a context on the first GPU, too
+        torch.cuda.set_device(step.device)
     compiled.keep_in(folder)
     share_kernels(step, taken)
     # Otherwise torch first compiles attention in order to run it as Python.

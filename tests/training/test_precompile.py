@@ -1,5 +1,6 @@
 """Processes that compile a first step: what they compile is what the run calls."""
 
+import io
 import json
 import logging
 import subprocess
@@ -14,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from i3dist.config import Settings
 from i3dist.distributed.job import Job
@@ -145,11 +147,35 @@ def test_the_run_goes_on_without_them(
     monkeypatch.setattr(precompile, "MOST_SECONDS", 2)
     with caplog.at_level(logging.INFO):
         compile_aside(step_of(settings_with()), folder, 2 * precompile.CORES)
-    assert "exit statuses" in caplog.text and not folder.exists()
+        assert "exit statuses" in caplog.text
+        caplog.clear()
+        compile_aside(step_of(settings_with()), folder, 2 * precompile.CORES)
+    assert not caplog.text, "each start would wait for them in vain"
+
+
+def test_they_compile_for_the_gpu_of_their_rank(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which torch must know as the present one: the name of a function's file has its name."""
+    step, told = replace(step_of(settings_with()), device="cuda:3"), mock.Mock()
+    monkeypatch.setattr(sys, "argv", ["precompile", str(folder), str(tmp_path)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asdict(step))))
+    monkeypatch.setattr(precompile.threading, "Thread", mock.Mock())
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
+    monkeypatch.setattr(torch.cuda, "set_device", told.set_device)
+    monkeypatch.setattr(precompile, "share_kernels", told.share_kernels)
+    monkeypatch.setattr(precompile, "functions", mock.Mock(return_value={}))
+    precompile.main()
+    assert told.mock_calls == [
+        mock.call.set_device("cuda:3"),
+        mock.call.share_kernels(step, tmp_path),
+    ]
 
 
 def test_they_end_when_the_run_does(folder: Path, tmp_path: Path) -> None:
-    process = precompile._start(json.dumps(asdict(step_of(settings_with()))), folder, "/none", 1)
+    """Before they have compiled anything, after which they would end with 0."""
+    step = json.dumps(asdict(step_of(settings_with())))
+    process = precompile._start(step, folder, str(tmp_path), 1)
     assert process.stdin is not None
     process.stdin.close()
     began = time.monotonic()
