@@ -55,7 +55,7 @@ class Step:
     lanes: int  # of a micro-batch
     joined: float | None  # what `I3LM.join_softmaxes` is told first; None if it is not called
     dtype: str  # of the parameters, as "bfloat16"
-    device: str  # as "cuda:0"
+    device: str  # of this rank, as torch writes it
     bos_id: int
     pad_id: int
 
