@@ -67,7 +67,7 @@ class Step:
 
 
 def compile_aside(step: Step, folder: Path, cores: int) -> None:
-    """Have processes compile the step's functions, unless they have before; wait until they end.
+    """Have processes compile the step's functions, unless that was tried; wait until they end.
 
     Args:
         step: to be compiled.
@@ -89,8 +89,8 @@ def compile_aside(step: Step, folder: Path, cores: int) -> None:
         statuses = [process.wait() for process in started]
         if any(statuses):
             _log.info("compiling in several processes failed: exit statuses %s", statuses)
-        else:
-            done.touch()
+        folder.mkdir(parents=True, exist_ok=True)
+        done.touch()  # also if they failed: they would again, as where a GPU is for one process
 
 
 def _start(text: str, folder: Path, taken: str, cores: int) -> subprocess.Popen[bytes]:

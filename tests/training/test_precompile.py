@@ -138,14 +138,18 @@ def test_a_rank_with_few_cores_compiles_by_itself(
 def test_the_run_goes_on_without_them(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Nor does the next start try again what would fail again."""
+
     def start(*_: object) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", command])
 
-    monkeypatch.setattr(precompile, "_start", start)
+    begun = mock.Mock(side_effect=start)
+    monkeypatch.setattr(precompile, "_start", begun)
     monkeypatch.setattr(precompile, "MOST_SECONDS", 2)
-    with caplog.at_level(logging.INFO):
-        compile_aside(step_of(settings_with()), folder, 2 * precompile.CORES)
-    assert "exit statuses" in caplog.text and not folder.exists()
+    for _ in range(2):
+        with caplog.at_level(logging.INFO):
+            compile_aside(step_of(settings_with()), folder, 2 * precompile.CORES)
+    assert "exit statuses" in caplog.text and begun.call_count == 2
 
 
 def test_they_end_when_the_run_does(folder: Path, tmp_path: Path) -> None:
