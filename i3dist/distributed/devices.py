@@ -45,6 +45,15 @@ def choose_device(wanted: Device, environ: MutableMapping[str, str] = os.environ
     return True
 
 
+def make_current(device: torch.device) -> None:
+    """Make a GPU the one that this thread uses unless another is named; nothing for the CPU.
+
+    Otherwise it is the host's first one, where each process would take memory.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def _named_device(environ: Mapping[str, str]) -> str | None:
     """What DS_ACCELERATOR names; None if it is not set."""
     named = environ.get(ACCELERATOR)

@@ -4,8 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from i3dist.config import OptimizerSettings, TrainSettings
 from i3dist.distributed import devices, rendezvous
 from i3dist.distributed.console import print_rank_0
@@ -53,7 +51,7 @@ def start(job: Job, name: str = "") -> Peers:
     timeout = rendezvous.read_timeout()
     job.export()
     if devices.uses_cuda():
-        torch.cuda.set_device(devices.device(job))
+        devices.make_current(devices.device(job))
         writable_caches()
     with rendezvous.meet(job, name, timeout) as peers:
         rendezvous.form_group(job, timeout)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from i3dist.aside import start_module
 from i3dist.config import Settings
+from i3dist.distributed import devices
 from i3dist.engine.flat_parameters import FlatModel
 from i3dist.errors import warned
 from i3dist.model.layers import Channels
@@ -55,7 +56,7 @@ class Step:
     lanes: int  # of a micro-batch
     joined: float | None  # what `I3LM.join_softmaxes` is told first; None if it is not called
     dtype: str  # of the parameters, as "bfloat16"
-    device: str  # as "cuda:0"
+    device: str  # of this rank, as torch writes it
     bos_id: int
     pad_id: int
 
@@ -67,7 +68,7 @@ class Step:
 
 
 def compile_aside(step: Step, folder: Path, cores: int) -> None:
-    """Have processes compile the step's functions, unless they have tried before; wait until they end.
+    """Have processes compile the step's functions, unless that was tried; wait until they end.
 
     Args:
         step: to be compiled.
@@ -89,9 +90,8 @@ def compile_aside(step: Step, folder: Path, cores: int) -> None:
         statuses = [process.wait() for process in started]
         if any(statuses):
             _log.info("compiling in several processes failed: exit statuses %s", statuses)
-        # Also then: the run compiles what is missing, and the next start would wait in vain.
         folder.mkdir(parents=True, exist_ok=True)
-        done.touch()
+        done.touch()  # also if they failed: they would again, as where a GPU is for one process
 
 
 def _start(text: str, folder: Path, taken: str, cores: int) -> subprocess.Popen[bytes]:
@@ -204,8 +204,7 @@ def main() -> None:
     folder, taken = map(Path, sys.argv[1:])
     step = Step(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
-    if step.device.startswith("cuda"):  # as in the run; else a context on the first GPU, too
-        torch.cuda.set_device(step.device)
+    devices.make_current(torch.device(step.device))  # as in the run
     compiled.keep_in(folder)
     share_kernels(step, taken)
     # Otherwise torch first compiles attention in order to run it as Python.
