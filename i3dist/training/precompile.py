@@ -41,6 +41,7 @@ from i3dist.training.micro_batch import dummy_batch
 
 MOST_PROCESSES = 6
 CORES = 3  # of a process, at least: it compiles kernels in processes of its own
+THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # of a rank, as `set_up_compiler` or the user sets it
 MOST_SECONDS = 200  # until this process does without the others
 _log = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ def compile_aside(step: Step, folder: Path, cores: int) -> None:
     if count < 2 or done.exists():
         return
     with warned("compiling in several processes"), tempfile.TemporaryDirectory() as taken:
-        started = [_start(text, folder, taken, cores // count) for _ in range(count)]
+        threads = max(1, int(os.environ.get(THREADS, cores)) // count)
+        started = [_start(text, folder, taken, threads) for _ in range(count)]
         end = time.monotonic() + MOST_SECONDS
         for process in started:
             with suppress(subprocess.TimeoutExpired):
@@ -94,8 +96,8 @@ def compile_aside(step: Step, folder: Path, cores: int) -> None:
         done.touch()  # also if they failed: they would again, as where a GPU is for one process
 
 
-def _start(text: str, folder: Path, taken: str, cores: int) -> subprocess.Popen[bytes]:
-    words, environ = (str(folder), taken), {"TORCHINDUCTOR_COMPILE_THREADS": str(cores)}
+def _start(text: str, folder: Path, taken: str, threads: int) -> subprocess.Popen[bytes]:
+    words, environ = (str(folder), taken), {THREADS: str(threads)}
     quiet = subprocess.DEVNULL
     process = start_module(
         "i3dist.training.precompile", *words, environ=environ, stdout=quiet, stderr=quiet

@@ -134,6 +134,20 @@ def test_a_rank_with_few_cores_compiles_by_itself(
     assert not start.called
 
 
+@pytest.mark.parametrize("chosen, each", [(None, 4), ("7", 3), ("1", 1)])
+def test_they_share_the_threads_that_the_user_chose(
+    chosen: str | None, each: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = mock.Mock(return_value=mock.Mock(**{"wait.return_value": 0}))
+    monkeypatch.setattr(precompile, "_start", start)
+    monkeypatch.delenv(precompile.THREADS, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(precompile.THREADS, chosen)
+    monkeypatch.setattr(precompile, "CORES", 4)
+    compile_aside(step_of(settings_with()), folder, 8)
+    assert [call.args[-1] for call in start.mock_calls if call.args] == [each, each]
+
+
 @pytest.mark.parametrize(
     "command", ["raise SystemExit(3)", "import time; time.sleep(60)"], ids=["fails", "hangs"]
 )
