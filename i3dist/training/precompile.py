@@ -29,7 +29,7 @@ from i3dist.aside import start_module
 from i3dist.config import Settings
 from i3dist.distributed import devices
 from i3dist.engine.flat_parameters import FlatModel
-from i3dist.errors import warned
+from i3dist.errors import reason, warned
 from i3dist.model.layers import Channels
 from i3dist.model.lm import I3LM, Unfilled
 from i3dist.model.state import LaneState
@@ -42,6 +42,7 @@ from i3dist.training.micro_batch import dummy_batch
 MOST_PROCESSES = 6
 CORES = 3  # of a process, at least: it compiles kernels in processes of its own
 THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # of a rank, as `set_up_compiler` or the user sets it
+FAULT = "fault-"  # a file in which a process says what went wrong
 MOST_SECONDS = 200  # until this process does without the others
 _log = logging.getLogger(__name__)
 
@@ -91,7 +92,9 @@ def compile_aside(step: Step, folder: Path, cores: int) -> None:
             process.kill()
         statuses = [process.wait() for process in started]
         if any(statuses):
-            _log.info("compiling in several processes failed: exit statuses %s", statuses)
+            said = [path.read_text() for path in Path(taken).glob(f"{FAULT}*")][:1]
+            why = ": ".join([f"exit statuses {statuses}", *said])
+            _log.info("compiling in several processes failed, so this one compiles: %s", why)
         folder.mkdir(parents=True, exist_ok=True)
         done.touch()  # also if they failed: they would again, as where a GPU is for one process
 
@@ -201,9 +204,18 @@ def _end_with(parent: Any) -> None:
 
 def main() -> None:
     """Compile functions of the step that standard input describes in its first line."""
+    folder, taken = map(Path, sys.argv[1:])
+    try:
+        compile_share(folder, taken)
+    except Exception as error:
+        Path(taken, f"{FAULT}{os.getpid()}").write_text(reason(error))
+        sys.exit(1)
+
+
+def compile_share(folder: Path, taken: Path) -> None:
+    """Compile what no other process has taken; arguments are those of `_start`."""
     from torch.nn.attention import flex_attention
 
-    folder, taken = map(Path, sys.argv[1:])
     step = Step(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
     devices.make_current(torch.device(step.device))  # as in the run

@@ -134,6 +134,14 @@ def test_a_rank_with_few_cores_compiles_by_itself(
     assert not start.called
 
 
+def test_the_log_says_what_went_wrong(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    step = replace(step_of(settings_with()), device="nowhere")
+    with caplog.at_level(logging.INFO):
+        compile_aside(step, folder, 2 * precompile.CORES)
+    (line,) = caplog.messages
+    assert "exit statuses [1, 1]: RuntimeError: " in line and "nowhere" in line
+
+
 @pytest.mark.parametrize("chosen, each", [(None, 4), ("7", 3), ("1", 1)])
 def test_they_share_the_threads_that_the_user_chose(
     chosen: str | None, each: int, folder: Path, monkeypatch: pytest.MonkeyPatch
