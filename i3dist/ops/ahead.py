@@ -24,7 +24,7 @@ Form = TypeVar("Form", bound=Callable[..., object])
 
 _begun: dict[tuple[Any, ...], threading.Thread] = {}  # by form and inputs
 _one_at_a_time: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)  # by form
-_left: set[Any] = set()  # forms that another process compiles
+_skipped: set[Any] = set()  # forms that another process compiles
 _ending = threading.Event()
 
 
@@ -35,7 +35,7 @@ def compile_ahead(form: Callable[..., object], *inputs: Any) -> None:
         form: launches the kernel; for tensors of device "meta" it only compiles it (`launch`).
         inputs: its arguments, trees with tensors whose contents do not matter.
     """
-    if is_noting() or form in _left:
+    if is_noting() or form in _skipped:
         return
     leaves, tree = pytree.tree_flatten(inputs)
     device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
@@ -59,9 +59,9 @@ def wait_for(form: Form) -> Form:
     return form
 
 
-def leave(form: Callable[..., object]) -> None:
+def skip(form: Callable[..., object]) -> None:
     """Begin nothing more for `form`: another process compiles its kernel."""
-    _left.add(form)
+    _skipped.add(form)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor) -> Callable[..., object]:

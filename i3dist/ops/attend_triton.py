@@ -27,7 +27,7 @@ from torch import Tensor
 
 from i3dist.ops.attention import NEVER
 from i3dist.ops.rows_triton import _start_next, early
-from i3dist.ops.triton_keys import settle
+from i3dist.ops.triton_keys import compute_keys
 
 TILE = 32  # keys that a program reads at once; of 64 a thread's registers do not hold its part
 STAGES = 3  # tiles that are on their way or in use
@@ -395,4 +395,4 @@ def _read_latents(
     }  # fmt: skip
 
 
-settle(globals())
+compute_keys(globals())

@@ -22,7 +22,7 @@ from i3dist.ops.attend_triton import Place
 from i3dist.ops.rows_triton import _round
 from i3dist.ops.shift_mix import Norm
 from i3dist.ops.step_triton import _normed, _row, _store
-from i3dist.ops.triton_keys import settle
+from i3dist.ops.triton_keys import compute_keys
 
 
 class Plan(NamedTuple):
@@ -285,4 +285,4 @@ def begin(rows: Tensor, place: Place, chunks: int) -> None:
     _begin[(1,)](rows, *place, len(rows), chunks, N=size, num_warps=4)
 
 
-settle(globals())
+compute_keys(globals())

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from i3dist.ops.triton_keys import settle
+from i3dist.ops.triton_keys import compute_keys
 
 NONE, GELU, CHANNEL_MIX, PARTS = range(4)  # what becomes of a product
 LEAST_ROWS = 16  # that matrix units multiply
@@ -278,4 +278,4 @@ def early() -> dict[str, bool]:
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
-settle(globals())
+compute_keys(globals())

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from i3dist.ops.ahead import launch
 from i3dist.ops.shift_mix_naive import MixInputs, MixSaved
-from i3dist.ops.triton_keys import settle
+from i3dist.ops.triton_keys import compute_keys
 
 
 class Plan(NamedTuple):
@@ -407,4 +407,4 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [x.contiguous() for x in tensors]
 
 
-settle(globals())
+compute_keys(globals())

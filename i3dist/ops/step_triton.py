@@ -34,7 +34,7 @@ from i3dist.ops.rows_triton import (
     rows_product,
 )
 from i3dist.ops.shift_mix import Norm
-from i3dist.ops.triton_keys import settle
+from i3dist.ops.triton_keys import compute_keys
 from i3dist.ops.wkv_naive import EMPTY_MAXIMUM, MAX_SLIP
 
 # Token shift: the normalised tokens before, [B, P], which change; whether nothing stands before,
@@ -458,4 +458,4 @@ def _add_one(
     return Residual(out)
 
 
-settle(globals())
+compute_keys(globals())

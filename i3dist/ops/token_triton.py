@@ -16,7 +16,7 @@ from i3dist.ops.attend_triton import Place
 from i3dist.ops.rows_triton import _start_next, early
 from i3dist.ops.shift_mix import Norm
 from i3dist.ops.step_triton import _normed, _row, _store
-from i3dist.ops.triton_keys import settle
+from i3dist.ops.triton_keys import compute_keys
 
 ROWS, BLOCK = 64, 128  # blocks read at once, and their tokens, whose weights are summed first
 
@@ -198,4 +198,4 @@ def sample(
     )  # fmt: skip
 
 
-settle(globals())
+compute_keys(globals())

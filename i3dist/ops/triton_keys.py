@@ -6,7 +6,7 @@ from typing import Any
 import triton
 
 
-def settle(names: Mapping[str, Any]) -> None:
+def compute_keys(names: Mapping[str, Any]) -> None:
     """Have Triton compute the keys of a module's functions; a module's last line calls this.
 
     In Triton 3.6 a kernel's key depends on whether a function that it calls got its own before: on

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from i3dist.ops import wkv_naive
 from i3dist.ops.ahead import launch
-from i3dist.ops.triton_keys import settle
+from i3dist.ops.triton_keys import compute_keys
 from i3dist.ops.wkv_naive import Gradients, WkvInputs, WkvSaved
 
 BLOCK = 16  # L, of both kernels
@@ -376,4 +376,4 @@ def _fp32(*tensors: Tensor) -> list[Tensor]:
     return [x.float().contiguous() for x in tensors]
 
 
-settle(globals())
+compute_keys(globals())

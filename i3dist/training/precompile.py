@@ -176,7 +176,7 @@ def share_kernels(step: Step, taken: Path) -> None:
         if _take(taken / f"wkv-{backward}"):
             compile_wkv(model.chunk_length, width, dtype, device, backward)
             ahead.wait_for(form)
-        ahead.leave(form)
+        ahead.skip(form)
 
 
 def _put(model: I3LM, name: str, tensor: Tensor) -> None:

@@ -169,9 +169,9 @@ def build(
     times.end("checks")
     tracker = begin_record(start, job, corpus, verbose=times.wanted)
     times.end("run's folder, MLflow")
-    await_compiled()
-    times.end("compilation")
     with recorded(tracker, stop.peers):
+        await_compiled()
+        times.end("compilation")
         trainer = Trainer(settings, job, corpus, engine, tracker, stop, times, watchdog, cache)
         if start.checkpoint is not None and start.state is not None:
             trainer.checkpointer.restore(start.checkpoint, start.state)

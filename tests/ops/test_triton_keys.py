@@ -32,8 +32,8 @@ print(sorted((name, kernel.cache_key) for name, kernel in kernels))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_every_module_with_kernels_settles_their_keys_last(path: Path) -> None:
-    assert ast.unparse(ast.parse(path.read_text("utf-8")).body[-1]) == "settle(globals())"
+def test_every_module_with_kernels_computes_their_keys_last(path: Path) -> None:
+    assert ast.unparse(ast.parse(path.read_text("utf-8")).body[-1]) == "compute_keys(globals())"
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
