@@ -16,6 +16,8 @@ from i3dist.data.chat import ANSWERS, ROLES, ChatIds, Message, encode_conversati
 from i3dist.data.token_types import Stored, with_mask
 from i3dist.data.tokenizer import Tokenizer
 
+BLOCK = 1 << 20  # tokens that are looked at together
+
 
 @dataclass(frozen=True)
 class Format:
@@ -95,8 +97,10 @@ def _conversation_text(document: bytes) -> bytes:
 def _encode_conversation(tokenizer: Tokenizer, document: bytes) -> Stored | Skip:
     ids, learned = encode_conversation(tokenizer, messages_of(document))
     chat = ChatIds.of(tokenizer)
-    if np.isin(ids[np.flatnonzero(ids == chat.end) - 1], chat.roles).any():
-        return Skip.EMPTY_MESSAGE
+    for start in range(0, len(ids), BLOCK):  # a flag for each token at once would be large
+        ends = start + np.flatnonzero(ids[start : start + BLOCK] == chat.end)
+        if np.isin(ids[ends - 1], chat.roles).any():
+            return Skip.EMPTY_MESSAGE
     return with_mask(ids, learned, copy=False)
 
 

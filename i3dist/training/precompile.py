@@ -56,7 +56,7 @@ class Step:
     ranks: int
     window_chunks: int
     lanes: int  # of a micro-batch
-    joined: float | None  # what `I3LM.join_softmaxes` is told first; None if it is not called
+    joins: bool  # whether `I3LM.join_softmaxes` is called
     dtype: str  # of the parameters, as "bfloat16"
     device: str  # of this rank, as torch writes it
     bos_id: int
@@ -132,8 +132,8 @@ def functions(step: Step) -> dict[Path, Callable[[], object]]:
         for name, buffer in model.named_buffers():
             _put(model, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
         model.compile_blocks()
-        if step.joined is not None:
-            model.join_softmaxes(step.joined)
+        if step.joins:
+            model.join_softmaxes(0.0)
         state = LaneState.empty(step.lanes, settings.model, device, dtype)
         tokens, *others = dummy_batch(settings, state, step.pad_id)
         model(tokens, tokens, *others)

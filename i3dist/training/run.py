@@ -231,7 +231,7 @@ def precompile(
         ranks=job.world_size,
         window_chunks=train.window_chunks,
         lanes=lanes if train.micro_batch == "auto" else train.micro_batch,
-        joined=settings.compression.joined_at(0) if settings.compression.joins else None,
+        joins=settings.compression.joins,
         dtype="bfloat16" if engine_config.get("bf16", {}).get("enabled") else "float32",
         device=str(devices.device(job)),
         bos_id=corpus.tokenizer.bos_id,
