@@ -167,7 +167,7 @@ def trial_texts(tokens: Sequence[bytes], added: Iterable[str]) -> Iterator[str]:
     """Texts on which encoders may differ.
 
     They hold every token as a word of its own and all in one string, added tokens, characters of
-    all kinds beside letters, digits and blanks, contractions, and long words.
+    all kinds beside letters, digits and blanks, contractions, numbers, and long words.
     """
     whole = [text for token in tokens if (text := token.decode(errors="ignore")).encode() == token]
     yield "\n".join(whole)
@@ -178,6 +178,8 @@ def trial_texts(tokens: Sequence[bytes], added: Iterable[str]) -> Iterator[str]:
     characters = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
     yield "".join(f"a{char}1{char} {char}{char}  !{char}\n" for char in characters)
     yield "I'll can't we've 'S 'LL x''s 1's\u2019s  \t\n \r\n\n  end \n"
+    yield " ".join(digit * count for digit in "0123456789" for count in range(2, 12))
+    yield " ".join(map(str, range(0, 10**7, 9973)))  # libraries read `\p{N}{1,3}+` differently
     for word in ("ab", "7", " ", "\n", "!", "é", "\u4e16", "\u0301"):
         yield f"x{word * 4000}y"
 
