@@ -17,7 +17,7 @@ from i3dist.engine.config_file import numeric_part
 from i3dist.errors import UserError
 from i3dist.model.lm import I3LM
 from i3dist.model.state import LaneState
-from i3dist.optim.optimizers import OPTIMIZERS
+from i3dist.optim.optimizers import OPTIMIZERS, build
 
 # The share of a GPU's memory to use; the rest is for the CUDA context, NCCL and fragmentation.
 MEMORY_SHARE = 0.92
@@ -61,11 +61,7 @@ class Engine(ABC):
         self.numeric_config = numeric_part(config)
         self._module = module
         self._kind = OPTIMIZERS.of(optimizer.kind)
-        groups = [
-            {"params": group, "weight_decay": decay}
-            for group, decay in zip(parameters, (optimizer.weight_decay, 0.0), strict=True)
-        ]
-        self._optimizer = self._kind.build(groups, optimizer, model.compiled)
+        self._optimizer = build(parameters, optimizer, model.compiled)
         self._engine: Any = None  # DeepSpeed's
 
     @property

@@ -1,6 +1,6 @@
 """Optimizers that `optimizer.kind` chooses by name. To add one, register an `OptimizerKind`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,17 @@ class OptimizerKind:
 
 
 OPTIMIZERS: Registry[OptimizerKind] = Registry("optimizer.kind")
+
+
+def build(
+    parameters: Sequence[Sequence[Any]], settings: OptimizerSettings, compiled: bool
+) -> torch.optim.Optimizer:
+    """The optimizer of tensors with weight decay, and of those without: two lists."""
+    groups = [
+        {"params": group, "weight_decay": decay}
+        for group, decay in zip(parameters, (settings.weight_decay, 0.0), strict=True)
+    ]
+    return OPTIMIZERS.of(settings.kind).build(groups, settings, compiled)
 
 
 def _options(settings: OptimizerSettings) -> dict[str, Any]:

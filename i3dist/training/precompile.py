@@ -36,7 +36,7 @@ from i3dist.model.state import LaneState
 from i3dist.ops import ahead, compiled
 from i3dist.ops.cross_entropy import call_kernels
 from i3dist.ops.wkv import compile_wkv, form_of
-from i3dist.optim.optimizers import OPTIMIZERS
+from i3dist.optim.optimizers import build
 from i3dist.training.micro_batch import dummy_batch
 
 MOST_PROCESSES = 6
@@ -150,11 +150,7 @@ def update(step: Step, sizes: list[int]) -> None:
     weights = [torch.empty(part_size(n, step.ranks), device=device) for n in sizes]
     for weight in weights:
         weight.requires_grad_().grad = torch.empty_like(weight)
-    groups = [
-        {"params": [weight], "weight_decay": decay}
-        for weight, decay in zip(weights, (settings.weight_decay, 0.0), strict=True)
-    ]
-    optimizer: Any = OPTIMIZERS.of(settings.kind).build(groups, settings, True)
+    optimizer: Any = build([[weight] for weight in weights], settings, compiled=True)
     optimizer.grad_scale, optimizer.found_inf = torch.ones(2, device=device)
     optimizer.step()
 
