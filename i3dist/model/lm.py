@@ -31,7 +31,8 @@ from i3dist.ops.cross_entropy import token_losses
 # Names of parts that a layer kind cannot have, beside attributes of every module.
 RESERVED = {"compressor", "slots", "lower", "upper", "norm_out", "head", "norms"}
 # Rows are aligned already; with more padding our operators would copy their inputs.
-OPTIONS = {"comprehensive_padding": False}
+# Timing two variants of each pointwise kernel takes 3 s of a first start, and trains no faster.
+OPTIONS = {"comprehensive_padding": False, "triton.autotune_pointwise": False}
 
 
 class Below(NamedTuple):
