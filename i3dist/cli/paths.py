@@ -20,10 +20,14 @@ def literal_path(text: str) -> Path:
     """The path that a user typed: a leading `~` is the home folder, everything else is literal.
 
     Raises:
-        ValueError: the text is empty, is no path, or the home folder that it names is unknown.
+        ValueError: the text is empty, a URL or no path, or the home folder that it names is unknown.
     """
     if not text:
         raise ValueError("the path is empty: name a file or folder")
+    if is_url(text):
+        raise ValueError(
+            f"a URL cannot be used here: name a file or folder (./{text} is one of this disk)"
+        )
     if "\0" in text:
         raise ValueError("no path has a zero byte in it: name another")
     # Not Path.expanduser: Path("./~x") is Path("~x"), and would be expanded too.

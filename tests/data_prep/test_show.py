@@ -1,11 +1,12 @@
 """show.py shows exactly what the index says and what the training loader yields."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from data_prep import show
+from data_prep import report, show
 from data_prep.reports.lookup import SplitReader
 from data_prep.reports.trained import TrainedRun
 from i3dist.config import Settings
@@ -212,6 +213,22 @@ def test_what_is_not_there_is_said_in_one_line(
     run = make_run(tmp_path / "run", 2)
     with pytest.raises(UserError, match=message):
         show.main([str(built), *words.replace("RUN", str(run)).split()])
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (show.main, ["s3://bucket/data", "--shard", "0", "--chunk", "0"]),
+        (report.main, ["file:///data"]),
+        (report.main, [".", "--html", "s3://bucket/page.html"]),
+        (lambda words: Settings.load(None, words), ["run.path=s3://bucket/run"]),
+    ],
+)
+def test_a_url_is_not_taken_for_a_folder_of_this_disk(
+    main: Callable[[list[str]], object], words: list[str]
+) -> None:
+    with pytest.raises(UserError, match=r"a URL cannot be used here: name a file or folder"):
+        main(words)
 
 
 def test_a_missing_index_is_named(built: Path, tmp_path: Path) -> None:
