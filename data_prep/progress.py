@@ -14,6 +14,7 @@ from data_prep.workers import Report
 from i3dist.data.manifest import Manifest, SourceCounts
 from i3dist.errors import printable
 
+SOURCE_HEADINGS = ("source", "weight", "documents", "tokens", "epochs")
 _REDRAW_S = 0.1
 
 
@@ -66,12 +67,17 @@ def closing_table(
 def sources_table(sources: Iterable[SourceCounts]) -> Table:
     """A row for each of several sources."""
     table = Table(title="Sources")
-    for heading in ("source", "weight", "documents", "tokens", "epochs"):
+    for heading in SOURCE_HEADINGS:
         table.add_column(heading, justify="left" if heading == "source" else "right")
     for source in sources:
-        counts = f"{source.documents:,}", f"{source.tokens:,}", f"{source.epochs:,.3f}"
-        table.add_row(escape(source.name), f"{source.weight:g}", *counts)
+        table.add_row(*(escape(printable(cell)) for cell in source_row(source)))
     return table
+
+
+def source_row(source: SourceCounts) -> tuple[str, str, str, str, str]:
+    """What is shown of one of several sources, below `SOURCE_HEADINGS`."""
+    counts = f"{source.documents:,}", f"{source.tokens:,}", f"{source.epochs:,.3f}"
+    return (source.name, f"{source.weight:g}", *counts)
 
 
 def dropped_table(dropped: Mapping[str, BySource], *, of_splits: bool) -> Table:

@@ -5,13 +5,13 @@ examples:
   python data_prep/report.py data/mine --html mine.html
   python data_prep/report.py data/mine --split valid
 
-The figures: documents and tokens; what filters removed, by source and reason,
-if shard.py was told to choose documents; the lengths of documents; the chunks
-that a document lies in; the share of tokens that have 0 to 8 chunks of history
-before them, which is what a model with compressed history can use; bytes per
-token; the domains with most tokens; and a few examples, of short, median and
-long documents. --html writes them to one page with charts, which needs no
-other file.
+The figures: documents and tokens; the epochs of each of several sources; what
+filters removed, by source and reason, if shard.py was told to choose documents;
+the lengths of documents; the chunks that a document lies in; the share of
+tokens that have 0 to 8 chunks of history before them, which is what a model
+with compressed history can use; bytes per token; the domains with most tokens;
+and a few examples, of short, median and long documents. --html writes them to
+one page with charts, which needs no other file.
 
 Lengths, chunks, history and domains are read from index.parquet, all of it.
 Bytes per token are those of a sample of shards. --seed draws the sample and
@@ -28,6 +28,7 @@ from rich.table import Table
 from data_prep.arguments import number_in
 from data_prep.checks.folder_check import SPLITS
 from data_prep.output_settings import TRAIN
+from data_prep.progress import SOURCE_HEADINGS
 from data_prep.reports.figures import TOP_DOMAINS, Figures
 from data_prep.reports.lookup import reading_index
 from data_prep.reports.page import page
@@ -73,7 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def print_tables(figures: Figures, console: Console) -> None:
     """Print all figures but the examples."""
-    console.print(_table("Totals", ("", "", ""), figures.totals()))
+    sources = figures.sources()
+    source = [("source", figures.reader.manifest.source, "")] if sources is None else []
+    console.print(_table("Totals", ("", "", ""), [*source, *figures.totals()]))
+    if sources is not None:
+        console.print(_table("Sources, all splits together", SOURCE_HEADINGS, sources))
     if (dropped := figures.dropped()) is not None:
         counts = [(source, reason, f"{count:,}") for source, reason, count in dropped]
         console.print(_table("What filters removed", ("source", "reason", "documents"), counts))
@@ -93,7 +98,8 @@ def print_tables(figures: Figures, console: Console) -> None:
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", show_header=any(headings))
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+        is_text = not number or heading == "reason"
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(printable(cell)) for cell in row))
     return table

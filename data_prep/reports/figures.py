@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep.checks.stream import Stream
 from data_prep.dropped import rows
+from data_prep.progress import source_row
 from data_prep.reports.index_statistics import HISTORY, Statistics, geometric, measure
 from data_prep.reports.lookup import SplitReader
 from data_prep.reports.samples import Example, ShardSample, examples, sample
@@ -38,7 +39,7 @@ class Figures:
         return cls(reader, statistics, sample(reader, seed), drawn)
 
     def totals(self) -> list[tuple[str, str, str]]:
-        """What the split is: names, values, notes."""
+        """How much the split holds: names, values, notes."""
         manifest, sample = self.reader.manifest, self.sample
         size = sum(shard.size for shard in manifest.shards) / 1e6
         part = f"sample of {sample.shards:,} of {sample.of:,} shards"
@@ -48,7 +49,6 @@ class Figures:
         if sample.learned is not None:
             learned = [("learned", f"{sample.learned:.1%}", f"of the tokens, {part}")]
         return [
-            ("source", manifest.source, ""),
             ("documents", f"{manifest.documents:,}", ""),
             ("tokens", f"{manifest.tokens:,}", ""),
             ("chunks", f"{manifest.chunks:,}", f"of {manifest.chunk_length:,} tokens"),
@@ -58,6 +58,11 @@ class Figures:
             *learned,
         ]
 
+    def sources(self) -> list[tuple[str, str, str, str, str]] | None:
+        """Rows below `SOURCE_HEADINGS`, of all splits together; None if there is one source."""
+        found = self.reader.manifest.sources
+        return None if found is None else [source_row(source) for source in found]
+
     def dropped(self) -> list[tuple[str, str, int]] | None:
         """What was left out before packing: (source, reason, documents); None if not recorded."""
         found = self.reader.manifest.dropped
@@ -66,7 +71,7 @@ class Figures:
     def dropped_in_words(self) -> str:
         """How much `dropped` is."""
         left_out = sum(count for _, _, count in self.dropped() or ())
-        return f"{left_out:,} documents of the source were left out, before it was split."
+        return f"{left_out:,} documents were left out. Splits of the same sources share this count."
 
     def lengths(self) -> list[tuple[str, str]]:
         """Quantiles of documents' lengths."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from data_prep.progress import SOURCE_HEADINGS
 from data_prep.reports import charts
 from data_prep.reports.figures import TOP_DOMAINS, Figures
 from data_prep.reports.index_statistics import geometric
@@ -21,8 +22,9 @@ def page(figures: Figures) -> str:
     )
     chunks, history = figures.chunks(), figures.history()
     chunk_chart = charts.bars(*_columns(chunks), "chunks", "documents", "Documents by chunks")
+    short = [(label.replace(" or more", "+"), share) for label, share in history]
     history_chart = charts.bars(
-        *_columns(history), "chunks of history", "share of tokens", "Tokens by history"
+        *_columns(short), "chunks of history", "share of tokens", "Tokens by history"
     )
     shares = [(label, f"{share:.2%}") for label, share in history]
     parts = [
@@ -30,6 +32,7 @@ def page(figures: Figures) -> str:
         '<p class="soft">Prepared data, as training reads it. Figures are of all documents, unless '
         "they are said to be of a sample.</p>",
         tiles(figures.totals()),
+        *_sources(figures),
         *_dropped(figures),
         "<h2>Lengths of documents</h2>",
         "<p>&lt;BOS&gt; and &lt;EOS&gt; count as tokens. Each bar ends at 1.41 times the length at "
@@ -58,6 +61,17 @@ def _columns(rows: Iterable[tuple[str, float]]) -> tuple[list[str], list[float]]
     return list(labels), list(values)
 
 
+def _sources(figures: Figures) -> list[str]:
+    """Where the documents come from."""
+    if (sources := figures.sources()) is None:
+        return [f"<p>Source: {cell(figures.reader.manifest.source)}</p>"]
+    return [
+        "<h2>Sources</h2>",
+        "<p>Of all splits together. A document that is taken twice counts twice.</p>",
+        table(SOURCE_HEADINGS, sources, "sources"),
+    ]
+
+
 def _dropped(figures: Figures) -> list[str]:
     """What filters removed, if that is recorded."""
     if (dropped := figures.dropped()) is None:
@@ -66,7 +80,7 @@ def _dropped(figures: Figures) -> list[str]:
     return [
         "<h2>What filters removed</h2>",
         f"<p>{escape(figures.dropped_in_words())}</p>",
-        table(("source", "reason", "documents"), rows),
+        table(("source", "reason", "documents"), rows, "names"),
     ]
 
 

@@ -47,6 +47,8 @@ th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
   background: var(--back); color: var(--soft); min-width: 8rem; }
 .runs td + td { overflow-wrap: anywhere; min-width: 5.5rem; }
 @media (max-width: 44rem) { .runs { font-size: .85rem; } }
+.sources td:first-child { min-width: 8rem; }
+.names th:nth-child(2), .names td:nth-child(2) { text-align: left; overflow-wrap: anywhere; }
 .texts th, .texts td { text-align: left; vertical-align: top; }
 .texts td { overflow-wrap: anywhere; min-width: 5.5rem; }
 .bar { width: 30%; } .bar i { display: block; height: .7rem; border-radius: .2rem;
@@ -93,8 +95,9 @@ def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> str:
-    """A table of plain text. Columns stand right; of the kind "texts" they stand left, and of the
-    kind "runs" the first column stays in sight.
+    """A table of plain text. Columns but the first stand right; of the kind "texts" all stand left,
+    of the kind "names" the first two. Of the kind "sources" the first column keeps some width, and
+    of the kind "runs" it stays in sight.
     """
     head = "".join(f"<th>{cell(name)}</th>" for name in heading)
     head = f"<tr>{head}</tr>" if head else ""

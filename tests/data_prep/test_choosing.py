@@ -398,7 +398,7 @@ def test_the_end_of_a_run_and_the_report_show_what_was_dropped(
     for reason, count in dropped.items():
         assert f"│ in │ {reason} │ {count} │" in said
         assert f"<td>{reason}</td><td>{count}</td>" in page
-    assert f"{sum(dropped.values())} documents of the source were left out" in page
+    assert f"{sum(dropped.values())} documents were left out" in page
     build(source, tmp_path / "out", *CHOICE, "--valid", held_out)
     said = " ".join(capsys.readouterr().out.split())
     for reason, count in dropped.items():

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import report
+from data_prep import report, shard
 from data_prep.checks import index_check
 from data_prep.checks.stream import Stream
 from data_prep.reports import index_statistics
@@ -23,6 +23,7 @@ from i3dist.data.corpus import Split
 from i3dist.data.shards import read_shard
 from i3dist.errors import UserError
 from tests.data.splits import documents_of, split_of
+from tests.data_prep.advice import write
 from tests.data_prep.corpus import read_chunks, read_documents
 from tests.html_page import Page
 
@@ -207,6 +208,25 @@ def test_the_page_on_standard_output_stands_alone(
     out, aside = capfd.readouterr()
     assert out.startswith("<!DOCTYPE html>") and out.endswith("</html>\n")
     assert "can gain from compressed history" in aside
+
+
+def test_each_of_several_sources_is_shown(
+    built: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A single one is one line of the page."""
+    other = write(tmp_path / "in" / "<b>.jsonl", ["another text", "one more"])
+    words = ["--source", f"{texts}/a.jsonl:2", "--source", str(other), "--out", str(tmp_path / "o")]
+    shard.main([*words, "--vocab-size", "300", "--valid-fraction", "0", "--workers", "1"])
+    capsys.readouterr()
+    report.main([str(tmp_path / "o"), "--html", str(tmp_path / "page.html")])
+    text = (tmp_path / "page.html").read_text()
+    printed = capsys.readouterr().out
+    assert "<td>&lt;b&gt;.jsonl</td><td>1</td><td>2</td>" in text and "Source:" not in text
+    for name, weight in (("a.jsonl", "2"), ("<b>.jsonl", "1")):
+        assert re.search(rf"│ {re.escape(name)} +│ +{weight} │.* {weight}\.000 │\n", printed)
+    single = page(figures := Figures.of(built, "train", 0))
+    assert f"<p>Source: {figures.reader.manifest.source}</p>" in single
+    assert "<h2>Sources</h2>" not in single
 
 
 def test_bad_input_is_one_line(built: Path, tmp_path: Path) -> None:
