@@ -20,18 +20,18 @@ _REDRAW_S = 0.1
 
 @contextmanager
 def pass_bar(console: Console, title: str, unit: str, total: int) -> Iterator[Report]:
-    """Show a bar over `total` units, with the mean tokens per second since its start."""
+    """Show a bar over `total` units; of a pass over tokens also their mean rate since its start."""
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit + ", {task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f}/s"),
+        TextColumn(unit + "{task.fields[tokens]}"),
         TimeElapsedColumn(),
     )
     start = drawn = time.monotonic()
     done = tokens = 0
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=total, tokens=0, speed=0.0)
+        task = progress.add_task(title, total=total, tokens="")
 
         def report(more_units: int, more_tokens: int) -> None:
             nonlocal drawn, done, tokens
@@ -41,7 +41,8 @@ def pass_bar(console: Console, title: str, unit: str, total: int) -> Iterator[Re
             if now - drawn >= _REDRAW_S or done >= total:
                 drawn = now
                 speed = tokens / max(now - start, 1e-9)
-                progress.update(task, completed=done, tokens=tokens, speed=speed)
+                counted = f", {tokens:,} tokens, {speed:,.0f}/s" if tokens else ""
+                progress.update(task, completed=done, tokens=counted)
 
         yield report
 

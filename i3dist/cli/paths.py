@@ -20,7 +20,7 @@ def literal_path(text: str) -> Path:
     """The path that a user typed: a leading `~` is the home folder, everything else is literal.
 
     Raises:
-        ValueError: the text is empty, a URL or no path, or the home folder that it names is unknown.
+        ValueError: the text is empty, a URL or no path, or names a home folder that is unknown.
     """
     if not text:
         raise ValueError("the path is empty: name a file or folder")

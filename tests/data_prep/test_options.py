@@ -185,5 +185,12 @@ def test_the_bar_shows_all_that_was_reported_and_how_fast(monkeypatch: pytest.Mo
             now[0] += seconds
             report(units, tokens)
         report(6, 100)
-    assert [(s["completed"], s["tokens"]) for s in shown] == [(3, 31), (4, 101), (10, 201)]
-    assert [s["speed"] for s in shown] == [31 / 0.125, 101 / 2, 201 / 2]
+    assert [(s["completed"], s["tokens"]) for s in shown] == [
+        (3, ", 31 tokens, 248/s"),
+        (4, ", 101 tokens, 50/s"),
+        (10, ", 201 tokens, 100/s"),
+    ]
+    del shown[:]
+    with progress.pass_bar(Console(file=io.StringIO()), "count", "runs", 1) as report:
+        report(1, 0)
+    assert [s["tokens"] for s in shown] == [""], "a pass that reads no tokens"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import report, shard
+from data_prep import report
 from data_prep.checks import index_check
 from data_prep.checks.stream import Stream
 from data_prep.reports import index_statistics
@@ -19,6 +19,7 @@ from data_prep.reports.figures import Figures
 from data_prep.reports.index_statistics import HISTORY, Domains, domains_of, geometric, measure
 from data_prep.reports.lookup import SplitReader, reading_index
 from data_prep.reports.page import page
+from data_prep.shard import main as make_shards
 from i3dist.data.corpus import Split
 from i3dist.data.shards import read_shard
 from i3dist.errors import UserError
@@ -216,7 +217,7 @@ def test_each_of_several_sources_is_shown(
     """A single one is one line of the page."""
     other = write(tmp_path / "in" / "<b>.jsonl", ["another text", "one more"])
     words = ["--source", f"{texts}/a.jsonl:2", "--source", str(other), "--out", str(tmp_path / "o")]
-    shard.main([*words, "--vocab-size", "300", "--valid-fraction", "0", "--workers", "1"])
+    make_shards([*words, "--vocab-size", "300", "--valid-fraction", "0", "--workers", "1"])
     capsys.readouterr()
     report.main([str(tmp_path / "o"), "--html", str(tmp_path / "page.html")])
     text = (tmp_path / "page.html").read_text()
