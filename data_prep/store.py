@@ -151,8 +151,7 @@ class Store:
             filesystem, root = url_to_fs(self.url)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"cannot open --out {self}: {why(error)}; install what it asks for, or name a "
-                "folder"
+                f"cannot open {self}: {why(error)}; install what it asks for, or name a folder"
             ) from None
         return filesystem, posixpath.join(root, name) if name else root
 

@@ -148,7 +148,7 @@ class Where:
         if changing := _unstable(self.expression) - {name.casefold() for name in available}:
             return f"{min(changing)} has another value each time"
         if not self.columns(available):
-            names = ", ".join(sorted(self.names))
+            names = " or ".join(sorted(self.names))
             return f"there is no column {names}" if names else "it names no column"
         try:
             # A condition after WHERE may hold no aggregate and no window function.

@@ -165,8 +165,13 @@ def test_a_shard_that_changed_on_the_disk_is_not_uploaded(
 def test_a_url_that_keeps_no_files_is_refused(
     corpus: tuple[Path, dict[str, str]], tmp_path: Path, url: str
 ) -> None:
-    with pytest.raises(UserError, match=r"^(cannot open )?--out .*name a folder"):
+    with pytest.raises(UserError, match=r"^(cannot open|--out) .*name a folder"):
         make(corpus, tmp_path, out=url)
+
+
+def test_a_url_that_cannot_be_verified_is_no_option_of_another_program() -> None:
+    with pytest.raises(UserError, match="^cannot open nothing://x: .*name a folder$"):
+        verify.main(["nothing://x"])
 
 
 def test_an_output_at_a_url_is_verified_as_a_local_one(

@@ -70,6 +70,7 @@ THERE = "a.parquet has the columns text, int_score, language, Meta"
     [
         ("score > 1", f"there is no column score; {THERE}"),
         ("int_score > score", f"there is no column score; {THERE}"),
+        ("score > grade", f"there is no column grade or score; {THERE}"),
         ("1 = 1", f"it names no column; {THERE}"),
         ("int_score", f"it is BIGINT, not true or false; {THERE}"),
         ("(int_score > 1, true)", "it is .*, not true or false"),
