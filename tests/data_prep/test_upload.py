@@ -170,7 +170,7 @@ def test_a_url_that_keeps_no_files_is_refused(
 
 
 def test_a_url_that_cannot_be_verified_is_no_option_of_another_program() -> None:
-    with pytest.raises(UserError, match="^cannot open nothing://x: .*name a folder$"):
+    with pytest.raises(UserError, match=r"^cannot open nothing://x: .*name a folder$"):
         verify.main(["nothing://x"])
 
 
