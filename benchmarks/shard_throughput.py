@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
             if options.json:
                 with options.json.open("a") as file:
                     file.write(json.dumps({"name": name, "round": number, **run._asdict()}) + "\n")
-    Console(width=100).print(table(runs, options.workers))
+    Console(width=130).print(table(runs, options.workers))
 
 
 if __name__ == "__main__":
