@@ -132,3 +132,24 @@ def test_torchrun_ends_on_both_sides_of_a_link_that_is_down(
         hosts[1].run("ip", "link", "set", "cable", "up")
     for number, line in enumerate(("error: lost rank 1 on host2", "error: lost rank 0 on host1")):
         assert line in (tmp_path / f"host{number + 1}").read_text()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_torchrun_ends_on_both_hosts_soon_after_a_rank_is_stopped(
+    hosts: Sequence[Host], data: Path, tmp_path: Path, number: int
+) -> None:
+    """The one rank of its host, which nothing there would wake; 30 s is the agent's own wait."""
+    places = [f"data.path={data}", f"run.path={tmp_path / 'run'}"]
+    commands = torchrun(hosts, tmp_path, *QUICK, *places, "train.steps=99", "guard.hang_seconds=4")
+    wait_for_step(3, tmp_path / "host1")
+    (agent,) = psutil.Process(commands[number].pid).children()
+    (rank,) = (child for child in agent.children() if "launch/train.py" in child.cmdline())
+    rank.suspend()
+    try:
+        assert [command.wait(60) for command in commands] == [75, 75]
+    finally:
+        for command in commands:
+            command.kill()
+    said = (tmp_path / f"host{number + 1}").read_text()
+    assert f"error: rank {number} has been " in said and "another rank, which hangs" in said
+    assert "forcefully exiting" not in said and "do not meet" not in said
