@@ -62,11 +62,14 @@ def main() -> int:
         run.run(arguments)
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
-        return status_of(first.exitcode, told)
+        status = status_of(first.exitcode, told)
+        if status != REQUEUE:
+            say_ended(agents)
+        return status
     except (RendezvousError, DistError) as error:
         # The agent has ended this host's ranks, because what listened has ended with other ranks.
-        if (status := status_of_ranks(agents)) is not None:
-            return status
+        if (chosen := status_of_ranks(agents)) is not None:
+            return chosen
         place = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
         raise UserError(
             f"the hosts do not meet at {place}, or what listens there has ended "
@@ -129,6 +132,22 @@ def start_again_unless(told: list[int]) -> "list[LocalElasticAgent]":
 
     LocalElasticAgent._monitor_workers = watch  # type: ignore[method-assign]
     return agents
+
+
+def say_ended(agents: "list[LocalElasticAgent]") -> None:
+    """Tell ranks of other hosts that those of this one have failed: they may wait to meet them."""
+    from i3dist.distributed import rendezvous
+
+    for agent in agents:
+        group = agent.get_worker_group()
+        spec = group.spec
+        if group.group_world_size == 1 or not spec.rdzv_handler.use_agent_store:
+            continue
+        attempt = spec.max_restarts - agent._remaining_restarts
+        ranks = [worker.global_rank for worker in group.workers]
+        with suppress(Exception):  # what listens has ended: they notice that
+            place = str(group.master_addr), int(group.master_port or 0)
+            rendezvous.say_ended(*place, attempt, ranks)
 
 
 def status_of_ranks(agents: "list[LocalElasticAgent]") -> int | None:

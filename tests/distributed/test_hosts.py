@@ -61,13 +61,16 @@ def test_deepspeed_starts_ranks_through_ssh_and_ends_as_they_do(
         assert (seen["master_addr"], seen["launcher"]) == ("10.77.0.1", "deepspeed")
 
 
-def torchrun(hosts: Sequence[Host], folder: Path, *words: object) -> list[subprocess.Popen[str]]:
-    """Start launch/torchrun.py on both hosts; each writes to a file of `folder`."""
+def torchrun(
+    hosts: Sequence[Host], folder: Path, *words: object, on_host2: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
+    """Start launch/torchrun.py on both hosts, with more words on the second; each writes to a file
+    of `folder`."""
     options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=tests"]
     command = ["python", "launch/torchrun.py", *options, "--rdzv-endpoint=host1:29400"]
     return [
         host.start(
-            *(*command, "launch/train.py", *words),
+            *(*command, "launch/train.py", *words, *(on_host2 if number == 2 else ())),
             folder=ROOT,
             environ=environment(),
             output=folder / f"host{number}",
@@ -153,3 +156,17 @@ def test_torchrun_ends_on_both_hosts_soon_after_a_rank_is_stopped(
     said = (tmp_path / f"host{number + 1}").read_text()
     assert f"error: rank {number} has been " in said and "another rank, which hangs" in said
     assert "forcefully exiting" not in said and "do not meet" not in said
+
+
+def test_torchrun_ends_where_ranks_wait_for_those_of_a_host_that_fails(
+    hosts: Sequence[Host], tmp_path: Path
+) -> None:
+    """Before they have met, for which they have ten minutes."""
+    commands = torchrun(hosts, tmp_path, *QUICK, on_host2=["optimizer.kind=lyon"])
+    try:
+        assert [command.wait(120) for command in commands] == [1, 1]
+    finally:
+        for command in commands:
+            command.kill()
+    assert "unknown optimizer.kind 'lyon'" in (tmp_path / "host2").read_text()
+    assert "error: the ranks of host2 have ended: " in (tmp_path / "host1").read_text()
