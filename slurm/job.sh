@@ -44,14 +44,17 @@ requeue_job() {
 }
 
 # Print the words of the file's line for this task of an array, each ended by a zero byte. Empty
-# lines and comments do not count.
+# lines and comments do not count, nor does what Windows ends lines with.
 sweep_words() {
-    local file=$1 task=${SLURM_ARRAY_TASK_ID:-0} lines count
-    lines=$(sed '/^[[:space:]]*\(#\|$\)/d' "$file")
+    local file=$1 task=${SLURM_ARRAY_TASK_ID:-0} lines count line
+    [[ -f $file && -r $file ]] || fail "--sweep: $PWD has no file $file that can be read"
+    lines=$(sed 's/\r$//; /^[[:space:]]*\(#\|$\)/d' "$file")
     count=$(grep -c . <<<"$lines" || true)
     ((task >= 1 && task <= count)) ||
         fail "--sweep: $file has $count lines, and this is task $task: submit --array=1-$count"
-    sed -n "${task}p" <<<"$lines" | xargs printf '%s\0'
+    line=$(sed -n "${task}p" <<<"$lines")
+    xargs printf '%s\0' <<<"$line" 2>/dev/null ||
+        fail "--sweep: a quotation mark is not closed in this line of $file: $line"
 }
 
 # Print "NODES: GPUS" for each group of nodes of the job, where those of a group are alike.

@@ -43,6 +43,7 @@ while (($#)) && [[ $1 != -- ]]; do
         sed -n '2,/^set /{ /^set /d; s/^# \{0,1\}//; p }' "$0"
         exit
     fi
+    [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     (($# > 1)) || fail "$1 needs a value: see --help"
     case $1 in --shard | --prepare | --train | --evaluate) split "$1" "$2" ;; esac
     case $1 in
@@ -59,6 +60,9 @@ while (($#)) && [[ $1 != -- ]]; do
     shift 2
 done
 [[ ${1:-} != -- ]] || shift
+for word; do
+    case $word in data.path=* | run.path=*) fail "$word: say it with --data or --run" ;; esac
+done
 [[ -n $source && -n $data && -n $run ]] || fail "--source, --data and --run are needed: see --help"
 [[ $tasks =~ ^[1-9][0-9]*(%[1-9][0-9]*)?$ ]] || fail "--tasks $tasks is not like 32, nor like 32%8"
 [[ -f slurm/job.sh ]] || fail "$PWD is not the root of the repository: run this from there"

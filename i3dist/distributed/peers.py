@@ -28,6 +28,7 @@ import torch.distributed as torch_dist
 
 from i3dist.distributed.attempt import REQUEUE, TIME, Attempt
 from i3dist.distributed.job import Job, host_name
+from i3dist.distributed.waker import wake_if_left
 
 LOST_SECONDS = 8
 GATHER_SECONDS = 1.5  # at most, from the first rank of a lost host that is missed to the last
@@ -145,6 +146,7 @@ def connect(job: Job, store: torch_dist.Store, address: str) -> Peers:
     """
     if job.world_size == 1:
         return Peers(job)
+    wake_if_left(job)
     return _First(job, store, address) if job.rank == 0 else _Other(job, store)
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,8 +17,10 @@ from i3dist.errors import UserError, explain
 
 # Keys under which ranks leave messages for each other in the store.
 JOB_KEY, RANK_KEY, BACKEND_KEY = "i3dist/job", "i3dist/rank/", "i3dist/backend/"
+ENDED = "ended"  # in place of a rank's backend
 # Rank 0 reaches its own port at once, and names its job at once.
 FIRST_ANSWER = timedelta(seconds=30)
+SAY_ENDED = timedelta(seconds=5)  # at most
 # Minutes to wait for ranks that start late: DeepSpeed's variable, its default, and one year.
 TIMEOUT, TIMEOUT_DEFAULT, TIMEOUT_LIMIT = "DEEPSPEED_TIMEOUT", 10, 525_600
 
@@ -100,10 +102,26 @@ def _agent_listens() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _of_attempt(store: torch_dist.Store) -> torch_dist.Store:
+def _of_attempt(store: torch_dist.Store, attempt: int | None = None) -> torch_dist.Store:
     """The agent's store, which survives when it restarts the ranks, for these ranks alone."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return torch_dist.PrefixStore(f"i3dist/{attempt}", store)
+    number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if attempt is None else attempt
+    return torch_dist.PrefixStore(f"i3dist/{number}", store)
+
+
+def say_ended(address: str, port: int, attempt: int, ranks: Iterable[int]) -> None:
+    """Tell ranks of other hosts that these, which are torchrun's, do not come any more.
+
+    Args:
+        address: of the agent that listens.
+        port: at which it does.
+        attempt: how often the agent has started ranks again.
+        ranks: of this host.
+    """
+    store = torch_dist.TCPStore(
+        address, port, is_master=False, timeout=SAY_ENDED, wait_for_workers=False
+    )
+    for rank in ranks:
+        _of_attempt(store, attempt).set(f"{BACKEND_KEY}{rank}", f"{ENDED} {host_name()}")
 
 
 def _open_store(job: Job, timeout: timedelta, listen: bool) -> torch_dist.Store:
@@ -167,6 +185,8 @@ def _wait_for_ranks(job: Job, store: torch_dist.Store, timeout: timedelta) -> No
             "own messages say why, if they started at all"
         ) from None
     hosts = dict(text.decode().split(" ", 1) for text in store.multi_get(keys))
+    if ENDED in hosts:
+        raise UserError(f"the ranks of {hosts[ENDED]} have ended: their own messages say why")
     if len(hosts) > 1:
         raise UserError(
             f"{hosts['nccl']} runs on a GPU but {hosts['gloo']} on the CPU: see that torch finds a "

@@ -25,6 +25,8 @@ GRACE_SECONDS = 5.0
 # The watchdog's thread reads its clock this often. If it reads later than so many of these, the
 # process did not run.
 TICK_SECONDS, TICKS_ASLEEP = 1.0, 5
+# So long after a lost collective word may still come that another rank hangs.
+TOLD_SECONDS = 1.0
 # By how much collectives' time-outs exceed the watchdog's limit: it is to speak first.
 MARGIN_SECONDS = 60.0
 
@@ -157,12 +159,15 @@ class Watchdog:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Stop watching. If a collective timed out first, the process ends all the same."""
+        """Stop watching. If a collective failed first, the process ends all the same."""
         self.close()
         if error is not None and collectives.timed_out(error):
             waited = f"rank {self._job.rank} waited for another until the collectives' time-out"
             again = "(was the job suspended?), so the job ends, to be started again"
             self.end(f"error: {waited} {again}: {reason(error)}")
+        # A rank that was stopped finds that others have left at once with why they have.
+        if error is not None and collectives.lost_peer(error) and self._told.wait(TOLD_SECONDS):
+            self.end(f"error: rank {self._job.rank} ends with another rank, which hangs")
 
     def close(self) -> None:
         """Stop watching."""

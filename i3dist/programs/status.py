@@ -17,6 +17,8 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -25,6 +27,7 @@ from rich.text import Text
 from i3dist.cli.amounts import duration, short
 from i3dist.cli.paths import typed_path
 from i3dist.cli.program import ArgumentParser, one_line_errors
+from i3dist.errors import UserError
 from i3dist.report.status import State, Status, read_status
 
 STATUS: dict[State, int] = {
@@ -36,6 +39,7 @@ STATUS: dict[State, int] = {
     "silent": 5,
 }
 GB = 1e9
+LEAST_PAUSE, MOST_PAUSE = 0.1, 86_400  # of --watch, in seconds
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -113,18 +117,39 @@ def shown(status: Status) -> Text:
     return Text("\n".join(f"{topic:<9} {text}" for topic, text in lines(status)))
 
 
+def watch(run: Path, pause: float) -> Status:
+    """Show the run's status every `pause` seconds until it stops, and return its last.
+
+    A terminal shows the newest alone; what is no terminal gets each, and an empty line.
+    """
+    console = Console()
+    with (
+        Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live
+    ):
+        while True:
+            status = read_status(run)
+            if live is None:
+                print(shown(status), end="\n\n", flush=True)
+            else:
+                live.update(shown(status), refresh=True)
+            if STATUS[status.state] != 0:
+                return status
+            time.sleep(pause)
+
+
 def main() -> None:
     """Show the run's status, once or until it stops, and exit with it."""
     arguments = parse_arguments()
-    status = read_status(arguments.run)
-    if arguments.watch is None:
+    pause = arguments.watch
+    if pause is None:
+        status = read_status(arguments.run)
         print(shown(status))
+    elif not LEAST_PAUSE <= pause <= MOST_PAUSE:
+        raise UserError(
+            f"--watch {pause:g}: name a number of seconds from {LEAST_PAUSE} to {MOST_PAUSE:,}"
+        )
     else:
-        with Live(shown(status), console=Console(), auto_refresh=False) as live:
-            while STATUS[status.state] == 0:
-                time.sleep(max(0.1, arguments.watch))
-                status = read_status(arguments.run)
-                live.update(shown(status), refresh=True)
+        status = watch(arguments.run, pause)
     sys.exit(STATUS[status.state])
 
 

@@ -31,6 +31,7 @@ from i3dist.errors import UserError, reason
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 PATIENCE = 10  # seconds for the agent to notice that all ranks of this host have ended
 
@@ -53,7 +54,7 @@ def main() -> int:
     # On its other signals the agent ends the ranks, and then with 1.
     arguments.signals_to_handle = "SIGINT,SIGQUIT"
     told = pass_signals_on()
-    start_again_unless(told)
+    agents = start_again_unless(told)
     patience = PATIENCE + arguments.monitor_interval  # the agent looks once in so many seconds
     watch = [told, patience]
     threading.Thread(target=leave_stuck_agent, args=watch, name="agent", daemon=True).start()
@@ -61,8 +62,14 @@ def main() -> int:
         run.run(arguments)
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
-        return status_of(first.exitcode, told)
+        status = status_of(first.exitcode, told)
+        if status != REQUEUE:
+            say_ended(agents)
+        return status
     except (RendezvousError, DistError) as error:
+        # The agent has ended this host's ranks, because what listened has ended with other ranks.
+        if (chosen := status_of_ranks(agents)) is not None:
+            return chosen
         place = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
         raise UserError(
             f"the hosts do not meet at {place}, or what listens there has ended "
@@ -106,21 +113,50 @@ def pass_signals_on() -> list[int]:
     return told
 
 
-def start_again_unless(told: list[int]) -> None:
+def start_again_unless(told: list[int]) -> "list[LocalElasticAgent]":
     """From now on have agents start ranks again (--max-restarts) only while `told` is empty.
 
-    Else ranks that have saved because they were told to stop would train on.
+    Else ranks that have saved because they were told to stop would train on. Returns a list of the
+    agents that have ranks.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     monitor = LocalElasticAgent._monitor_workers
+    agents: list[LocalElasticAgent] = []
 
     def watch(agent: LocalElasticAgent, ranks: "WorkerGroup") -> "RunResult":
         if told:
             agent._remaining_restarts = 0
+        agents[:] = [agent]
         return monitor(agent, ranks)
 
     LocalElasticAgent._monitor_workers = watch  # type: ignore[method-assign]
+    return agents
+
+
+def say_ended(agents: "list[LocalElasticAgent]") -> None:
+    """Tell ranks of other hosts that those of this one have failed: they may wait to meet them."""
+    from i3dist.distributed import rendezvous
+
+    for agent in agents:
+        group = agent.get_worker_group()
+        spec = group.spec
+        if group.group_world_size == 1 or not spec.rdzv_handler.use_agent_store:
+            continue
+        attempt = spec.max_restarts - agent._remaining_restarts
+        ranks = [worker.global_rank for worker in group.workers]
+        with suppress(Exception):  # what listens has ended: they notice that
+            place = str(group.master_addr), int(group.master_port or 0)
+            rendezvous.say_ended(*place, attempt, ranks)
+
+
+def status_of_ranks(agents: "list[LocalElasticAgent]") -> int | None:
+    """What this host's ranks, which the agent has ended, chose to end with; None if one did not."""
+    handlers = [getattr(agent._pcontext, "subprocess_handlers", {}) for agent in agents]
+    codes = [handler.proc.returncode for ranks in handlers for handler in ranks.values()]
+    if not codes or any(code is None or code < 0 for code in codes):
+        return None
+    return first_failure(codes)
 
 
 def leave_stuck_agent(told: list[int], patience: float) -> None:

@@ -61,13 +61,16 @@ def test_deepspeed_starts_ranks_through_ssh_and_ends_as_they_do(
         assert (seen["master_addr"], seen["launcher"]) == ("10.77.0.1", "deepspeed")
 
 
-def torchrun(hosts: Sequence[Host], folder: Path, *words: object) -> list[subprocess.Popen[str]]:
-    """Start launch/torchrun.py on both hosts; each writes to a file of `folder`."""
+def torchrun(
+    hosts: Sequence[Host], folder: Path, *words: object, on_host2: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
+    """Start launch/torchrun.py on both hosts, with more words on the second; each writes to a file
+    of `folder`."""
     options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=tests"]
     command = ["python", "launch/torchrun.py", *options, "--rdzv-endpoint=host1:29400"]
     return [
         host.start(
-            *(*command, "launch/train.py", *words),
+            *(*command, "launch/train.py", *words, *(on_host2 if number == 2 else ())),
             folder=ROOT,
             environ=environment(),
             output=folder / f"host{number}",
@@ -132,3 +135,38 @@ def test_torchrun_ends_on_both_sides_of_a_link_that_is_down(
         hosts[1].run("ip", "link", "set", "cable", "up")
     for number, line in enumerate(("error: lost rank 1 on host2", "error: lost rank 0 on host1")):
         assert line in (tmp_path / f"host{number + 1}").read_text()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_torchrun_ends_on_both_hosts_soon_after_a_rank_is_stopped(
+    hosts: Sequence[Host], data: Path, tmp_path: Path, number: int
+) -> None:
+    """The one rank of its host, which nothing there would wake; 30 s is the agent's own wait."""
+    places = [f"data.path={data}", f"run.path={tmp_path / 'run'}"]
+    commands = torchrun(hosts, tmp_path, *QUICK, *places, "train.steps=99", "guard.hang_seconds=4")
+    wait_for_step(3, tmp_path / "host1")
+    (agent,) = psutil.Process(commands[number].pid).children()
+    (rank,) = (child for child in agent.children() if "launch/train.py" in child.cmdline())
+    rank.suspend()
+    try:
+        assert [command.wait(60) for command in commands] == [75, 75]
+    finally:
+        for command in commands:
+            command.kill()
+    said = (tmp_path / f"host{number + 1}").read_text()
+    assert f"error: rank {number} " in said and "another rank, which hangs" in said
+    assert "forcefully exiting" not in said and "do not meet" not in said
+
+
+def test_torchrun_ends_where_ranks_wait_for_those_of_a_host_that_fails(
+    hosts: Sequence[Host], tmp_path: Path
+) -> None:
+    """Before they have met, for which they have ten minutes."""
+    commands = torchrun(hosts, tmp_path, *QUICK, on_host2=["optimizer.kind=lyon"])
+    try:
+        assert [command.wait(120) for command in commands] == [1, 1]
+    finally:
+        for command in commands:
+            command.kill()
+    assert "unknown optimizer.kind 'lyon'" in (tmp_path / "host2").read_text()
+    assert "error: the ranks of host2 have ended: " in (tmp_path / "host1").read_text()

@@ -95,6 +95,18 @@ def test_a_collective_that_times_out_ends_it_as_a_hang_does(tmp_path: Path, seco
     assert any('script.py"' in line for line in stacks)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_who_finds_the_others_gone_asks_to_be_started_again_if_they_hung(
+    tmp_path: Path, told: bool
+) -> None:
+    """As a rank that is continued when they have left; its main thread notices first."""
+    hears = "threading.Timer(0.3, watchdog.other_hangs).start()\n" * told
+    fails = "with watchdog:\n    raise RuntimeError('Connection closed by peer [::1]:1')\n"
+    result = run(tmp_path, hears + fails, 4)
+    assert result.returncode == (REQUEUE if told else 1)
+    assert ("ends with another rank, which hangs" in result.stderr) == told
+
+
 def test_that_nothing_can_be_said_does_not_keep_it_from_ending(tmp_path: Path) -> None:
     """Its standard error is a pipe that nobody reads."""
     full = "reader, writer = os.pipe()\nos.dup2(writer, 2)\nos.set_blocking(2, False)\n"

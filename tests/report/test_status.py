@@ -108,7 +108,18 @@ def test_the_program_exits_with_it_and_watches_until_the_run_stops(
     with held(run) if words else nullcontext(), pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == STATUS["waiting"] == 3
-    assert "state     waiting: SIGTERM" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "state     waiting: SIGTERM" in out and out.endswith("\n")
+    assert out.count("state     training: ") == 2 * len(words[:1]), "as a file keeps it"
+
+
+@pytest.mark.parametrize("pause", ["0", "-3", "nan", "inf", "1e12"])
+def test_a_pause_that_cannot_be_kept_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, pause: str
+) -> None:
+    typed(monkeypatch, run, "--watch", pause)
+    with pytest.raises(UserError, match=r"name a number of seconds from 0.1 to 86,400"):
+        main()
 
 
 def test_a_run_that_reports_nothing_is_silent_as_soon_as_its_pace_allows_no_doubt(

@@ -288,14 +288,35 @@ def test_a_job_with_a_bare_environment_in_another_folder(cluster: Cluster, tmp_p
 
 
 def test_tasks_of_an_array_have_words_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
-    lines = "# two runs\nrun.path=a optimizer.lr=1\n\nrun.path='b c'\n"
-    (tmp_path / "sweep").write_text(lines)
+    lines = "# two runs\nrun.path=a optimizer.lr=1\r\n\r\nrun.path='b c'\r\n"
+    (tmp_path / "sweep").write_bytes(lines.encode())  # as Windows ends them
     options = ["--array=1-2", "--gpus-per-node=0", "--output=%a.out"]
     array = submit(cluster, tmp_path, TALKING, options, "--sweep", "sweep", "same")
     for task, words in (("1", "run.path=a optimizer.lr=1"), ("2", "run.path=b c")):
         assert cluster.wait(f"{array}_{task}", 60) == "COMPLETED"
         ((first,), _) = talk(tmp_path, task)
         assert first.endswith(f" {task} same {words}")
+        assert b"\r" not in (tmp_path / f"{task}.out").read_bytes()
+
+
+def test_a_sweep_that_cannot_be_followed_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "sweep").write_text("run.path='a\n")
+    options = ["--array=1-1", "--gpus-per-node=0", "--output=%A.out"]
+    script = ROOT / "slurm" / "train.sbatch"
+    told = {
+        submit(cluster, tmp_path, TALKING, options, "--sweep", "sweep"): "a quotation mark is not",
+    }
+    for words, line in (
+        (("--sweep", "nowhere"), f"{tmp_path} has no file nowhere that can be read"),
+        (("same", "--sweep", "sweep"), "--sweep FILE stands before all other arguments"),
+        (("--sweep=sweep",), "--sweep FILE stands before all other arguments"),
+    ):
+        told[cluster.submit(*options, script, *words, cwd=tmp_path)] = line
+    for job, line in told.items():
+        assert cluster.wait(f"{job}_1", 60) == "FAILED"
+        assert "ExitCode=1:0" in cluster.command("scontrol", "show", "job", f"{job}_1")
+        (said,) = (tmp_path / f"{job}.out").read_text().splitlines()
+        assert said.startswith("error: ") and line in said
 
 
 def test_one_failing_task_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:

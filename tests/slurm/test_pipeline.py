@@ -129,6 +129,8 @@ def test_a_chain_that_cannot_be_submitted_leaves_no_job(cluster: Cluster, tmp_pa
     for bad, says in (
         (["--run"], "needs a value"),
         (["--x", "1"], "--x is not an option"),
+        (["--tasks=0", "--source=a", "--data=b", "--run=c=d"], "--tasks 0 is not like 32"),
+        ([*words[:6], "--", "data.path=b"], "data.path=b: say it with --data or --run"),
         (["--train", "--nodes=2 --comment='x"], "a quotation mark is not closed"),
     ):
         result = pipeline(cluster, tmp_path, *bad)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
+from i3dist.aside import start_module
 from i3dist.config import Settings
 from i3dist.distributed.job import Job
 from i3dist.engine import setup
@@ -110,20 +111,28 @@ def test_they_compile_what_a_run_calls(
 
 
 def test_two_processes_share_the_functions(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once: a second start of the same step begins no process."""
+    """None is compiled by both. A second start of the same step begins no process."""
+    taken = tmp_path / "taken"
+
+    def start(_: str, *words: str, **options: Any) -> subprocess.Popen[bytes]:
+        return start_module("tests.training.without_kernels", *words, str(taken), **options)
+
+    monkeypatch.setattr(precompile, "start_module", start)
     step = step_of(settings_with(layers="1xrwkv,1xattention"))
+    count = len(functions(step))
     compile_aside(step, folder, 2 * precompile.CORES)
-    kept = {path.name for path in folder.iterdir() if not path.name.startswith("step-")}
-    # The names have the compiler's settings in them, which other tests may have changed here.
-    assert len(kept) == len(functions(step)) and not caplog.records
-    start = mock.Mock(side_effect=OSError("no more processes"))
-    monkeypatch.setattr(precompile, "_start", start)
+    kept = [path for path in folder.iterdir() if not path.name.startswith("step-")]
+    # Not by their names, which have the compiler's settings in them: those differ here.
+    assert len(kept) == count and not caplog.records
+    assert len(taken.read_text().splitlines()) == count
+    begun = mock.Mock(side_effect=OSError("no more processes"))
+    monkeypatch.setattr(precompile, "_start", begun)
     compile_aside(step, folder, 2 * precompile.CORES)
-    assert not start.called
+    assert not begun.called
     compile_aside(replace(step, lanes=LANES + 1), folder, 2 * precompile.CORES)
-    assert start.called, "other shapes are another step"
+    assert begun.called, "other shapes are another step"
 
 
 def test_a_rank_with_few_cores_compiles_by_itself(
