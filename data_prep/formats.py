@@ -76,7 +76,7 @@ def _usable_message(raw: Any) -> Message | Skip:
     role, content = raw["role"], raw["content"]
     if not isinstance(role, str) or role not in ROLES:
         return Skip.UNKNOWN_ROLE
-    text = usable_text(content) if isinstance(content, str) else Skip.NOT_TEXT
+    text = usable_text(content) if isinstance(content, (str, bytes)) else Skip.NOT_TEXT
     if text is Skip.EMPTY:
         return Skip.EMPTY_MESSAGE
     return text if isinstance(text, Skip) else Message(role, text)

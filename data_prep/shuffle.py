@@ -10,12 +10,15 @@ depends only on the seed and the source. Memory holds one run per process. A run
 
 import hashlib
 import itertools
+import mmap
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +30,7 @@ from data_prep.evidence import Piece, Saved
 from data_prep.formats import FORMATS, Format
 from data_prep.sources import TEXT, Part, Record, Share, Skip
 from data_prep.text_hash import text_hash, write_hashes
+from i3dist import heap
 from i3dist.data.token_types import UINT16, Stored
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.files import write_whole, written_aside
@@ -39,6 +43,8 @@ HALF = HASH_END // 2
 
 RUN_TOKENS = 1 << 25
 _RUN_DOCUMENTS = 1 << 18
+_MOST_IN_MEMORY = 1 << 28
+"""Bytes of a run's tokens that are framed in memory. Only a large document makes a larger run."""
 _DTYPE = b"dtype"
 RUN_SCHEMA = pa.schema(
     [
@@ -161,25 +167,29 @@ def sorted_by_key(run: Sequence[Document]) -> list[Document]:
     return [run[place] for place in np.lexsort(columns[::-1])]
 
 
-def run_table(run: Sequence[Document], bos_id: int, eos_id: int) -> pa.Table:
-    """The documents of a run, framed and sorted by key, as one chunk."""
+def run_table(run: Sequence[Document], bos_id: int, eos_id: int, folder: Path) -> pa.Table:
+    """The documents of a run, framed and sorted by key, as one chunk.
+
+    Many tokens are kept in a file in the folder, which has no name.
+    """
     columns = hash_columns([document.hashes for document in run])
     order = np.lexsort(columns[::-1])
     documents = [run[place] for place in order]
-    offsets = np.cumsum([0, *(len(document.tokens) + 2 for document in documents)], dtype=np.int64)
-    bounds = offsets.tolist()
-    values = np.empty(bounds[-1], run[0].tokens.dtype)
-    for start, stop, document in zip(bounds, bounds[1:], documents, strict=False):
-        values[start + 1 : stop - 1] = document.tokens
-    values[offsets[:-1]], values[offsets[1:] - 1] = bos_id, eos_id
-    buffers = [None, pa.py_buffer(values.itemsize * offsets), pa.py_buffer(values)]
+    dtype = run[0].tokens.dtype
+    bos, eos = (np.array([token], dtype) for token in (bos_id, eos_id))
+    sizes = ((len(document.tokens) + 2) * dtype.itemsize for document in documents)
+    offsets = np.cumsum([0, *sizes], dtype=np.int64)
+    framed = list(chain.from_iterable((bos, document.tokens, eos) for document in documents))
+    in_memory = offsets[-1] <= _MOST_IN_MEMORY
+    tokens = np.concatenate(framed) if in_memory else _in_file(framed, folder)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(tokens)]
     arrays = [
         *map(pa.array, columns[:, order]),
         pa.array([document.id for document in documents], pa.string()),
         pa.array([document.url for document in documents], pa.string()),
         pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(run), buffers),
     ]
-    return pa.Table.from_arrays(arrays, schema=run_schema(values.dtype))
+    return pa.Table.from_arrays(arrays, schema=run_schema(dtype))
 
 
 @dataclass
@@ -224,6 +234,7 @@ class Spiller:
 
     def spill(self, part: Part, number: int) -> PartSummary:
         """Tokenize part `number` into runs, and write its summary last."""
+        heap.keep_no_large_blocks()
         tally = _Tally()
         pieces: list[Piece] = []
         runs = self._runs(part, _records(part, pieces), tally)
@@ -248,14 +259,15 @@ class Spiller:
         """Write run `number` of a part."""
         path = self.folder / f"part-{part:06d}-run-{number:06d}.arrow"
         if self.choice.deduplicate:
-            run = sorted_by_key(run)
+            run[:] = sorted_by_key(run)
             write_hashes([d.text_hash for d in run], [d.place for d in run], path)
-        table = run_table(run, self.tokenizer.bos_id, self.tokenizer.eos_id)
+        table = run_table(run, self.tokenizer.bos_id, self.tokenizer.eos_id, self.folder)
+        documents, tokens = len(run), sum(len(document.tokens) for document in run)
+        run.clear()  # the table has its tokens, which may be many
         write_run(table, path)
         splits = table["split"].to_numpy()
-        tokens = sum(len(document.tokens) for document in run)
         bounds = int(splits.min()), int(splits.max())
-        return _Written(path.name, len(run), tokens, *bounds, path.stat().st_size)
+        return _Written(path.name, documents, tokens, *bounds, path.stat().st_size)
 
     def _copies(self, part: Part, text: bytes, position: str, same: bytes) -> list[bytes]:
         """The hashes of each copy of a document that is taken."""
@@ -318,6 +330,14 @@ def _records(part: Part, pieces: list[Piece]) -> Iterator[Record]:
 def summary_path(folder: Path, number: int) -> Path:
     """Path of the summary of part `number`, which exists once the part is finished."""
     return folder / f"part-{number:06d}.json"
+
+
+def _in_file(parts: Iterable[Stored], folder: Path) -> mmap.mmap:
+    """Their bytes, in a file that goes with the result."""
+    with TemporaryFile(dir=folder) as file:
+        file.writelines(part.data for part in parts)
+        file.flush()
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def write_run(table: pa.Table, path: Path) -> None:

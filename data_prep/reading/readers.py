@@ -1,8 +1,6 @@
 """Readers of parquet, jsonl and txt. A broken file is a `UserError` that names file and place."""
 
-import codecs
 import itertools
-import json
 import lzma
 import os
 import zlib
@@ -10,7 +8,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -20,6 +17,8 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_prep.evidence import Piece, State, sha256_between, state_of
+from data_prep.reading import json_lines
+from data_prep.reading.json_lines import Line
 from data_prep.reading.line_ranges import LineRecord
 from data_prep.reading.row_filter import give_back, kept_lines, kept_rows
 from data_prep.reading.streams import PACKINGS, HashedFile, encoding_of, read_lines, read_text
@@ -48,7 +47,6 @@ _GENTLY: Any = {"pre_buffer": False, "buffer_size": 1 << 21}
 """Options of pyarrow under which it holds 2 MB of a column, not all of a row group."""
 _ALONE: Any = {"use_threads": False}
 
-_MARK = codecs.BOM_UTF8.decode()
 _BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
 _NO_VALUE = ValueError, OverflowError, LookupError, pa.ArrowException
 
@@ -408,44 +406,18 @@ def _read_text(
         yield Record(name, name, file.scheme + name, read_text(stream, file.file_name, encoding))
         return
     # `map` and `filter` keep no line while its record is in use, as a variable would.
-    lines = map(_decoded, read_lines(stream, file.file_name, encoding))
+    # A condition may be on a text, so that it has to be one.
+    decoded = partial(json_lines.decoded, may_be_bytes=not file.where)
+    lines = map(decoded, read_lines(stream, file.file_name, encoding))
     yield from filter(None, map(partial(_line, file, name), itertools.count(first_row), lines))
 
 
-def _decoded(line: bytes) -> str:
-    """A line without its byte-order mark. Bad bytes become lone surrogates: see `usable_text`."""
-    return line.decode("utf-8", "surrogateescape").removeprefix(_MARK)
-
-
-def _line(file: TextFile, name: str, row: int, text: str) -> Record | None:
+def _line(file: TextFile, name: str, row: int, line: Line) -> Record | None:
     """The document of a line; None if it is blank."""
-    if not text or text.isspace():
+    if not line.text or line.text.isspace():
         return None
-    fields = _parse_line(text, f"{file.place}, line {row + 1}", file.column)
+    fields = json_lines.parse(line, f"{file.place}, line {row + 1}", file.column)
     return _record(f"{name}#{row}", fields, fields[file.column])
-
-
-def _parse_line(line: str, place: str, key: str) -> dict[str, Any]:
-    try:
-        fields = _loads(line, key)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deep, or a number too long")
-        raise UserError(f"{place}: broken JSON ({reason}); repair or remove it") from None
-    if not isinstance(fields, dict) or key not in fields:
-        raise UserError(f"{place}: no key {key!r} (--text-column names the one with the text)")
-    return fields
-
-
-def _loads(line: str, key: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # a whole number with more digits than `int` takes
-        fields = json.loads(line, parse_int=Decimal)
-        if isinstance(fields, dict) and key in fields:
-            return fields
-        raise
 
 
 def _record(position: str, fields: dict[str, Any], text: object) -> Record:

@@ -5,6 +5,7 @@ gives the same ids on `trial_texts`. Otherwise the next one is tried, and at las
 """
 
 import functools
+import io
 import json
 import random
 import re
@@ -18,12 +19,14 @@ import psutil
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.normalizers import NFC
 
+from i3dist import heap
 from i3dist.data.long_texts import Encode, Ids, encodes_in_pieces
 
 _CACHE_BYTES = 1 << 26
 _BYTES_BETWEEN_LOOKS = 1 << 22
-_BEFORE_ASCII = re.compile(rb".{1,512}[\x80-\xff]*", re.DOTALL)
-"""Pieces of a text that end before ASCII, which NFC composes with nothing before it."""
+_PIECE = re.compile(rb".{1,512}[\x80-\xe4\xe9-\xff]*", re.DOTALL)
+"""Pieces of a text that end before ASCII, or Chinese characters (from U+5000 to U+8FFF), which NFC
+composes with nothing before them."""
 
 
 class UnsuitableError(Exception):
@@ -94,11 +97,23 @@ class Normalizing:
     def __call__(self, text: bytes) -> Ids:
         """Ids of a text, [T]."""
         if self._is_nfc:
-            return self._encode(b"".join(map(self._nfc, _BEFORE_ASCII.findall(text))))
+            return self._encode(text if text.isascii() else self._in_nfc(text))
         return self._encode(self._normalize(text.decode()).encode())
 
+    def _in_nfc(self, text: bytes) -> bytes:
+        """The text itself if it is in NFC already, as most texts are: a copy may be large."""
+        changed: io.BytesIO | None = None
+        for piece in _PIECE.finditer(text):
+            normalized = piece[0] if piece[0].isascii() else self._nfc(piece[0])
+            if changed is None and normalized != piece[0]:
+                changed = io.BytesIO()
+                changed.write(memoryview(text)[: piece.start()])
+            if changed is not None:
+                changed.write(normalized)
+        return text if changed is None else changed.getvalue()
+
     def _nfc(self, piece: bytes) -> bytes:
-        return piece if piece.isascii() else self._normalize(piece.decode()).encode()
+        return self._normalize(piece.decode()).encode()
 
 
 ENCODERS: dict[str, Callable[[Mapping[str, Any]], Encode]] = {"gigatoken": Gigatoken}
@@ -137,6 +152,7 @@ def choose_encoder(
                 raise
             rejected[name] = " ".join(str(error).split())[:120] or type(error).__name__
         else:
+            heap.give_back()  # ids of trial texts were large
             return Encoder(name, encode, rejected)
     return Encoder("tokenizers", encodes_in_pieces(spec, reference), rejected)
 

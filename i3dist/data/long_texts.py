@@ -1,8 +1,8 @@
 """Encodes long texts in pieces, with the ids of the whole. So memory does not follow their length.
 
-GPT-2's pattern splits a text into words, and each word is encoded by itself. Most pieces end where
-a word ends. But a word may be as long as the text (a line of dashes, a genome), so pieces also end
-within words. Ids there are right for this reason.
+A pattern splits a text into words, and each word is encoded by itself. Most pieces end where a word
+ends. But a word may be as long as the text (a genome), so pieces also end within words. Ids there
+are right for this reason.
 
 A word's tokens are merged pair by pair, the pair of lowest rank first, then the leftmost. So
 tokens are those of a word if and only if each two neighbors are those of their own bytes: the first
@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 
@@ -25,15 +26,75 @@ Encode = Callable[[bytes], Ids]
 
 PIECE_BYTES = 1 << 20
 WINDOW_BYTES = 1 << 10
-_LONGEST_CONTRACTION = len("'ll")
+
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_NO_LETTERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CAPITALS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_SMALL = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K_NO_LETTERS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# Letters and punctuation of which every library has long known what they are.
+_LETTER = r"(?:(?=[\0-\u052f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3])\p{L})"
+_PUNCTUATION = r"\u3000-\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
+_ANY_CASE = regex.compile(f"{_LETTER}+")
+_SMALL_ONLY = regex.compile("[a-z]+")
+_OR_DIGITS = regex.compile(f"{_LETTER}+|[0-9]+")
+_SMALL_OR_DIGITS = regex.compile("[a-z]+|[0-9]+")
+
+PATTERNS = {
+    # Llama 3, cl100k as `transformers` writes it
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_NO_LETTERS}": _ANY_CASE,
+    # Qwen2, Qwen3
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_NO_LETTERS}": _OR_DIGITS,
+    # Qwen3.5
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": _OR_DIGITS,
+    # cl100k as tiktoken writes it
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s+": _ANY_CASE,
+    # o200k
+    rf"{_CAPITALS}*{_SMALL}+{_CONTRACTION}?|{_CAPITALS}+{_SMALL}*{_CONTRACTION}?"
+    rf"|\p{{N}}{{1,3}}|{_O200K_NO_LETTERS}": _SMALL_ONLY,
+    # Mistral's Tekken, Nemotron
+    rf"{_CAPITALS}*{_SMALL}+|{_CAPITALS}+{_SMALL}*|\p{{N}}|{_O200K_NO_LETTERS}": _SMALL_OR_DIGITS,
+}
+r"""Known patterns, and the text that may be cut anywhere within if much of it is in a row.
+
+Where a run of these letters is cut, both parts are split as before. `\p{L}+` takes a run as a whole
+wherever it begins, and so does o200k's pattern with small letters: what precedes them does not
+decide where their word ends. It does with others: "a世B" is "a世" and "B", but "世Bb" is one word.
+Digits are named where each of them is a word.
+"""
+
+_BETWEEN = regex.compile(
+    r"[^\s\0-\x1f\x7f-\x9f](?= )"
+    rf"|{_LETTER}(?=[\0-&(-@\[-`{{-\x7f{_PUNCTUATION}])"
+    r"|[0-9](?=[\0-/:-\x7f])"
+)
+r"""What stands before a place between two words, by GPT-2's pattern and all of `PATTERNS`.
+
+No word holds a space behind a character that is no white space; nor, behind a letter, anything but
+letters, marks, and the ' of a contraction; nor anything but digits behind a digit. So a word ends
+there, and the next one begins: nothing looks back. The words before stay what they are without the
+text behind, as it could not go on any of them, and `(?!\S)` and `$` are asked behind white space
+only. No other characters are named here, because libraries of other versions of Unicode may take
+them for others.
+"""
 
 
 def encodes_in_pieces(spec: Mapping[str, Any], encode: Encode) -> Encode:
     """An encoder with the ids of `encode` that gives it pieces of about 1 MiB.
 
-    `spec` is the content of the `tokenizer.json`. If its pattern is not GPT-2's, texts stay whole.
+    `spec` is the content of the `tokenizer.json`. Texts stay whole if its pattern is neither
+    GPT-2's nor one of `PATTERNS`, or if the tokenizer does more than to split and to merge.
     """
-    return InPieces(spec, encode) if _splits_as_gpt2(spec) else encode
+    if spec["normalizer"] or not all(token["special"] for token in spec["added_tokens"]):
+        return encode
+    splitter = spec["pre_tokenizer"] or {}
+    if _is_byte_level(splitter, splits=True):
+        return InPieces(spec, encode, _is_gpt2_word)
+    letters = PATTERNS.get(_pattern(splitter))
+    return InPieces(spec, encode, letters.fullmatch) if letters else encode
 
 
 class _DiffersError(Exception):
@@ -41,16 +102,21 @@ class _DiffersError(Exception):
 
 
 class InPieces:
-    """An encoder for GPT-2's pattern that gives another one pieces of a text."""
+    """An encoder that gives another one pieces of a text."""
 
-    def __init__(self, spec: Mapping[str, Any], encode: Encode) -> None:
-        """`spec` is the content of the `tokenizer.json` whose ids `encode` gives."""
+    def __init__(
+        self, spec: Mapping[str, Any], encode: Encode, in_word: Callable[[str], object]
+    ) -> None:
+        """`spec` is the content of the `tokenizer.json` whose ids `encode` gives.
+
+        `in_word` tells whether a text of `WINDOW_BYTES` may be cut in its middle, within a word.
+        """
         self.encode = encode
+        self._in_word = in_word
         self._cuts_words = _merges_plainly(spec["model"])
         vocab = spec["model"]["vocab"]
         self._bytes = np.zeros(max(vocab.values()) + 1, np.int64)
         self._bytes[list(vocab.values())] = [len(token) for token in vocab]  # a byte a character
-        self._words = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
 
     def __call__(self, text: bytes) -> Ids:
         """Ids of a text, [T]."""
@@ -86,16 +152,10 @@ class InPieces:
                 _character(text, near + size) for size in (0, WINDOW_BYTES // 2, WINDOW_BYTES)
             )
             window = text[start:stop].decode()
-            words = self._words(window)
-            if len(words) == 1 and cuts_words:
+            if found := _BETWEEN.search(window):
+                return start + len(window[: found.end()].encode()), False
+            if cuts_words and self._in_word(window):
                 return middle, True
-            # A short word at an end of the window may be a piece of a contraction, or seem one.
-            # How white space is split depends on what follows it, so nothing is cut behind it.
-            first = 1 + (len(words[0][0]) <= _LONGEST_CONTRACTION)
-            last = len(words) - (len(words[-1][0]) <= _LONGEST_CONTRACTION)
-            for count, (_, (place, _)) in enumerate(words[first:last], first):
-                if not window[place - 1].isspace():
-                    return start + sum(len(word) for word, _ in words[:count]), False
         return len(text), False
 
     def _last_tokens(self, text: bytes, stop: int, ids: Ids) -> Ids:
@@ -116,19 +176,33 @@ def _character(text: bytes, place: int) -> int:
     return min(place, len(text))
 
 
-def _splits_as_gpt2(spec: Mapping[str, Any]) -> bool:
-    """Whether the text is split by GPT-2's pattern and nothing else."""
-    splitter = spec["pre_tokenizer"] or {}
+def _is_byte_level(splitter: Mapping[str, Any], splits: bool) -> bool:
+    """Whether it makes characters of bytes, and nothing else, or splits by GPT-2's pattern."""
     return (
         splitter.get("type") == "ByteLevel"
-        and splitter["use_regex"]
+        and splitter["use_regex"] == splits
         and not splitter["add_prefix_space"]
-        and spec["normalizer"] is None
-        and all(token["special"] for token in spec["added_tokens"])
     )
 
 
+def _pattern(splitter: Mapping[str, Any]) -> str:
+    """The pattern of a splitter that takes its matches for words; empty if it does more."""
+    match splitter:
+        case {"type": "Sequence", "pretokenizers": [{"type": "Split"} as split, rest]}:
+            kept = split["behavior"], split["invert"]
+            if kept in (("Isolated", False), ("Removed", True)) and _is_byte_level(rest, False):
+                return str(split["pattern"].get("Regex", ""))
+    return ""
+
+
+def _is_gpt2_word(window: str) -> bool:
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(window)
+    return len(words) == 1
+
+
 def _merges_plainly(model: Mapping[str, Any]) -> bool:
-    """Whether words are encoded by merging pairs of tokens and nothing else."""
-    others = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-    return not any(model.get(name) for name in others)
+    """Whether words as long as half a window are encoded by merging pairs and nothing else."""
+    others = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    # With `ignore_merges` a word that is a token becomes that token.
+    longest = max(map(len, model["vocab"])) if model.get("ignore_merges") else 0
+    return longest < WINDOW_BYTES // 4 and not any(model.get(name) for name in others)

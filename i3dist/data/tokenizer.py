@@ -96,9 +96,9 @@ class Tokenizer:
         ids = self._backend.encode(token, add_special_tokens=False).ids
         return not set(self.special_ids.values()).isdisjoint(ids)
 
-    @cached_property
+    @property
     def _spec(self) -> dict[str, Any]:
-        """The tokenizer as `tokenizers` writes it, whatever the form of the file."""
+        """The tokenizer as `tokenizers` writes it, whatever the form of the file. It is large."""
         spec: dict[str, Any] = json.loads(self._backend.to_str())
         return spec
 

@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.normalizers import NFC
 
 from i3dist.data import encoders, long_texts
 from i3dist.data.encoders import Gigatoken
@@ -88,6 +90,46 @@ OTHERS: dict[str, Edit] = {
     ),
 }
 
+_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SLASHED = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_FIRST = r"[^\r\n\p{L}\p{N}]?"
+SPLITS = {
+    "Llama 3": rf"{_SHORT}|{_FIRST}\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
+    "Qwen2": rf"{_SHORT}|{_FIRST}\p{{L}}+|\p{{N}}|{_REST}",
+    "Qwen3.5": rf"{_SHORT}|{_FIRST}[\p{{L}}\p{{M}}]+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s+",
+    "o200k": rf"{_FIRST}{_UPPER}*{_LOWER}+{_SHORT}?|{_FIRST}{_UPPER}+{_LOWER}*{_SHORT}?"
+    rf"|\p{{N}}{{1,3}}|{_SLASHED}",
+    "Tekken": rf"{_FIRST}{_UPPER}*{_LOWER}+|{_FIRST}{_UPPER}+{_LOWER}*|\p{{N}}"
+    rf"|{_SLASHED}",
+}
+
+
+def split_by(name: str) -> Edit:
+    """Split as tokenizers of the ecosystem do: Llama 3 ignores merges, Qwen2 normalizes."""
+
+    def edit(spec: Spec) -> None:
+        split: Spec = {"type": "Split", "pattern": {"Regex": SPLITS[name]}}
+        inverted = name == "o200k"
+        split |= {"behavior": "Removed" if inverted else "Isolated", "invert": inverted}
+        parts = [split, {**spec["pre_tokenizer"], "use_regex": False}]
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+        spec["model"]["ignore_merges"] = name == "Llama 3"
+        for pair in (["Â", "ª"], ["Âª", "B"]):  # ª is a letter without case
+            spec["model"]["vocab"].setdefault("".join(pair), len(spec["model"]["vocab"]))
+            spec["model"]["merges"].append(pair)
+        spec["normalizer"] = {"type": "NFC"} if name == "Qwen2" else None
+
+    return edit
+
+
+ECOSYSTEM: dict[str, Edit] = {name: split_by(name) for name in SPLITS}
+KINDS = VOCABULARIES | ECOSYSTEM | OTHERS
+
 
 def split_as_tiktoken_does(spec: Spec) -> None:
     """Split by cl100k's pattern as tiktoken writes it: numbers in threes, possessively."""
@@ -113,6 +155,7 @@ class Pair:
 
     def __init__(self, file: Path) -> None:
         self.tokenizer = Tokenizer.load(file)
+        self.tokenizer.encoder  # noqa: B018  # chosen before a test makes pieces short
         self._backend = HFTokenizer.from_file(str(file))
         self._backend.encode_special_tokens = True
 
@@ -128,7 +171,7 @@ class Pair:
 @pytest.fixture(scope="module")
 def pairs(path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     folder = tmp_path_factory.mktemp("vocabularies")
-    kinds = enumerate((VOCABULARIES | OTHERS).items())
+    kinds = enumerate(KINDS.items())
     return {name: Pair(edited(path, edit, folder / f"{n}.json")) for n, (name, edit) in kinds}
 
 
@@ -140,7 +183,7 @@ def test_gigatoken_encodes_with_every_vocabulary_of_gpt2s_kind(
     assert not pairs[kind].tokenizer.encoder.rejected
 
 
-@pytest.mark.parametrize("kind", VOCABULARIES | OTHERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_tokenizers_with_every_vocabulary(
     pairs: dict[str, Pair], kind: str
 ) -> None:
@@ -264,12 +307,23 @@ def test_without_gigatoken_tokenizers_encodes(path: Path, monkeypatch: pytest.Mo
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(500, 520), st.text("ae1 \u0301\u0327\u0344가\u11a8é\u212b\n", max_size=30))
+@given(
+    st.integers(500, 520), st.text("ae1 \u0301\u0327\u0344가\u11a8é\u212b\n巴\uf951視", max_size=30)
+)
 def test_text_is_normalized_in_pieces_as_in_one(
     pairs: dict[str, Pair], before: int, text: str
 ) -> None:
-    """Pieces are of 512 bytes and what follows them up to ASCII."""
+    """Pieces are of 512 bytes and what follows them up to ASCII or a Chinese character."""
     pairs["normalized"].check(f"{'x' * before}{text}{'y' * 600}")
+    pairs["normalized"].check(f"{'x' * before}{text}{'視' * 200}{text}")
+
+
+def test_no_chinese_character_is_composed_with_what_is_before_it() -> None:
+    """As `_PIECE` assumes, by this Python's Unicode and that of `tokenizers`."""
+    composed = {unicodedata.normalize("NFD", chr(code))[1:] for code in range(0x110000)}
+    assert not {chr(code) for code in range(0x5000, 0x9000)} & set("".join(composed))
+    for code in range(0x5000, 0x9000):
+        assert NFC().normalize_str(f"e{chr(code)}\u0301") == f"e{chr(code)}\u0301"
 
 
 LONG_WORDS = ("abcdef", "a", "aab", "selfreturn", "07", "!?-", "é", "世界", "😀", "Ⅷ²a", "{':,1a}")
@@ -283,6 +337,10 @@ long_words = st.lists(
     max_size=6,
 ).map(lambda runs: "".join("".join(rng.choices(kind, k=count)) for kind, count, rng in runs))
 
+edges = st.text("aB世界、。'sL ²9/.\u0301\n\t\x1c\x85", min_size=1, max_size=12).map(
+    lambda text: text * 40
+)
+
 
 @pytest.fixture
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,9 +350,12 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_pieces")
-@pytest.mark.parametrize("kind", VOCABULARIES)
+@pytest.mark.parametrize("kind", VOCABULARIES | ECOSYSTEM)
 @settings(max_examples=150, deadline=None, suppress_health_check=[*HealthCheck])
-@given(st.one_of(long_words, texts.map(lambda text: text * 50)))
+@given(st.one_of(long_words, texts.map(lambda text: text * 50), edges))
+@example(f"a{'ª' * 200}Bb {'9' * 400}a{'B' * 200}b世" * 4)
+@example("x'self" * 90)
+@example("".join(f"{before}'LL\u0301s\t9²、" for before in "aB世9! ") * 9)
 @example("a b\u3000  c\u2028 \n d\xa0  \n e\u1680  f    g\n\n h" * 30)
 def test_a_text_in_pieces_has_the_ids_of_the_whole(
     pairs: dict[str, Pair], kind: str, text: str
@@ -303,10 +364,31 @@ def test_a_text_in_pieces_has_the_ids_of_the_whole(
 
 
 @pytest.mark.usefixtures("short_pieces")
-@pytest.mark.parametrize("kind", ["abcdefghij", "a", "0123456789", " ", "\n", "!?", "é", "世"])
-def test_words_are_cut(pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    pair, sizes = pairs["as trained"], []
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("as trained", kind) for kind in ("abcdefghij", "a", "0123", " ", "\n", "!?", "é", "世")),
+        *((name, "abcdefghij") for name in SPLITS),
+        *(
+            (name, kind)
+            for name in ("Llama 3", "Qwen2", "Qwen3.5", "cl100k")
+            for kind in ("B", "世")
+        ),
+        *((name, "0123") for name in ("Qwen2", "Qwen3.5", "Tekken")),
+        *(
+            (name, kind)
+            for name in SPLITS
+            for kind in ("9a", "/世 ", "a\n", "A+9", "世界、", "。é ")
+        ),
+    ],
+)
+def test_a_text_comes_in_small_pieces(
+    pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    pair, sizes = pairs[name], []
     in_pieces = pair.tokenizer.encoder.encode
+    if isinstance(in_pieces, encoders.Normalizing):
+        in_pieces = in_pieces._encode
     assert isinstance(in_pieces, InPieces)
 
     def encode(text: bytes, then: Encode = in_pieces.encode) -> Ids:

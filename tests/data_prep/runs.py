@@ -43,7 +43,7 @@ class Made(NamedTuple):
 
 
 def write_run(path: Path, documents: Sequence[Made], kind: TokenType = UINT16) -> Path:
-    table = run_table([made.document(kind) for made in documents], BOS, EOS)
+    table = run_table([made.document(kind) for made in documents], BOS, EOS, path.parent)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     return path

@@ -21,7 +21,14 @@ SENTENCE = "the end of a line "
 SIZE = 40_000_000
 WHOLE = SENTENCE * (SIZE // len(SENTENCE))
 
-MOST_TIMES = {"a.txt": 3.6, "a.jsonl": 4.9, "a.parquet": 5.0, "chat.jsonl": 7.0}
+MOST_TIMES = {
+    "a.txt": 3.6,
+    "a.jsonl": 4.9,
+    "wide.jsonl": 4.9,
+    "a.parquet": 5.0,
+    "chat.jsonl": 7.0,
+    "wide-chat.jsonl": 7.0,
+}
 """How many times its size a process may grow; one copy of the text more is too much."""
 
 
@@ -46,6 +53,10 @@ def test_pass_1_holds_a_large_document_a_few_times(tokenizer: Path, tmp_path: Pa
     (tmp_path / "a.txt").write_text(WHOLE)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": WHOLE}))
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    # One such character makes each of a `str` take four bytes.
+    for name, wide in (("a.jsonl", "wide.jsonl"), ("chat.jsonl", "wide-chat.jsonl")):
+        text = (tmp_path / name).read_text().replace("the end", "the \U0001f600", 1)
+        (tmp_path / wide).write_text(text)
     pq.write_table(pa.table({"text": [WHOLE]}), tmp_path / "a.parquet")
     code = "import sys; from pathlib import Path; from tests.data_prep.test_memory import peaks; "
     code += "peaks(*map(Path, sys.argv[1:3]), *sys.argv[3:])"

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from data_prep import shuffle
 from data_prep.runs import RunReader
 from data_prep.second_pass import split_ranges
-from data_prep.shuffle import HASH_END, PartSummary, Spiller, hash_columns, hashes
+from data_prep.shuffle import (
+    HASH_END,
+    Document,
+    PartSummary,
+    Spiller,
+    hash_columns,
+    hashes,
+    run_table,
+)
 from data_prep.sources import Part, Record
 from i3dist.errors import UserError
 
@@ -80,6 +88,18 @@ def test_parts_and_runs_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert pieces == whole
     assert len(list((tmp_path / "pieces").glob("*.arrow"))) > 10
     assert sorted(name for name, _ in whole) == sorted(f"id {i}" for i in range(200))
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_run_that_is_put_together_in_a_file_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: int
+) -> None:
+    tokens = [np.arange(length, dtype=np.uint32) for length in (5, 1, 99)] * copies
+    run = [Document(bytes([n]) * 24, f"id {n}", "", each) for n, each in enumerate(tokens)]
+    in_memory = run_table(run, BOS, EOS, tmp_path)
+    monkeypatch.setattr(shuffle, "_MOST_IN_MEMORY", 0)
+    assert run_table(run, BOS, EOS, tmp_path).equals(in_memory, check_metadata=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_seed_decides_the_order(tmp_path: Path) -> None:
