@@ -30,10 +30,10 @@ from data_prep.evidence import Piece, Saved
 from data_prep.formats import FORMATS, Format
 from data_prep.sources import TEXT, Part, Record, Share, Skip
 from data_prep.text_hash import text_hash, write_hashes
-from i3dist import heap
 from i3dist.data.token_types import UINT16, Stored
 from i3dist.data.tokenizer import Tokenizer
 from i3dist.files import write_whole, written_aside
+from i3dist.heap import keep_no_large_blocks
 
 HASH_END = 1 << 62
 """Hashes are smaller than this, so that they and the bounds of ranges fit into int64."""
@@ -234,7 +234,7 @@ class Spiller:
 
     def spill(self, part: Part, number: int) -> PartSummary:
         """Tokenize part `number` into runs, and write its summary last."""
-        heap.keep_no_large_blocks()
+        keep_no_large_blocks()
         tally = _Tally()
         pieces: list[Piece] = []
         runs = self._runs(part, _records(part, pieces), tally)

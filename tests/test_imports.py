@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import itself and those before it.
 LAYERS = [
     {
-        *("i3dist.aside", "i3dist.errors", "i3dist.files", "i3dist.garbage", "i3dist.registry"),
-        "i3dist.optim.schedules",
+        *("i3dist.aside", "i3dist.errors", "i3dist.files", "i3dist.garbage", "i3dist.heap"),
+        *("i3dist.registry", "i3dist.optim.schedules"),
     },
     {"i3dist.cli"},
     {"i3dist.config"},

@@ -19,8 +19,8 @@ import psutil
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.normalizers import NFC
 
-from i3dist import heap
 from i3dist.data.long_texts import Encode, Ids, encodes_in_pieces
+from i3dist.heap import give_back
 
 _CACHE_BYTES = 1 << 26
 _BYTES_BETWEEN_LOOKS = 1 << 22
@@ -152,7 +152,7 @@ def choose_encoder(
                 raise
             rejected[name] = " ".join(str(error).split())[:120] or type(error).__name__
         else:
-            heap.give_back()  # ids of trial texts were large
+            give_back()  # ids of trial texts were large
             return Encoder(name, encode, rejected)
     return Encoder("tokenizers", encodes_in_pieces(spec, reference), rejected)
 
