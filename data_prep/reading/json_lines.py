@@ -38,15 +38,15 @@ def parse(line: Line, place: str, key: str) -> dict[str, Any]:
     """The object in a line at `place`; strings may be UTF-8 bytes if `line` is.
 
     Raises:
-        UserError: it is no JSON, or has no `key`.
+        UserError: it is no JSON, is nested too deep, or has no `key`.
     """
     try:
         fields = _loads(line.text)
+        if line.is_bytes:
+            fields = _with_texts(fields)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deep, or a number too long")
         raise UserError(f"{place}: broken JSON ({reason}); repair or remove it") from None
-    if line.is_bytes:
-        fields = _with_texts(fields)
     if not isinstance(fields, dict) or key not in fields:
         raise UserError(f"{place}: no key {key!r} (--text-column names the one with the text)")
     return fields

@@ -74,3 +74,18 @@ def test_a_long_line_is_the_same_document(
     place = min(place, len(data))
     data = b"\xef\xbb\xbf" * marked + data[:place] + damage + data[place:]
     assert parsed(data, key, monkeypatch, 0) == parsed(data, key, monkeypatch, 1 << 20)
+
+
+@pytest.mark.parametrize("depth", [100, 600, 900, 10**5])
+def test_a_long_line_that_is_nested_too_deep_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    """Also where the parser takes more levels than what makes texts of bytes."""
+    monkeypatch.setattr(json_lines, "_LONG_LINE", 0)
+    line = b'{"text": "a", "others": ' + b"[" * depth + b"]" * depth + b"}"
+    try:
+        fields = json_lines.parse(json_lines.decoded(line, may_be_bytes=True), "line 1", "text")
+    except UserError as error:
+        assert depth > 100 and "nested too deep" in str(error)
+    else:
+        assert fields["text"] == "a" and depth < 10**5
