@@ -3,9 +3,10 @@
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as torch_dist
@@ -111,17 +112,26 @@ def _of_attempt(store: torch_dist.Store, attempt: int | None = None) -> torch_di
 def say_ended(address: str, port: int, attempt: int, ranks: Iterable[int]) -> None:
     """Tell ranks of other hosts that these, which are torchrun's, do not come any more.
 
+    If nothing answers there, nobody is told: the ranks notice that by themselves.
+
     Args:
         address: of the agent that listens.
         port: at which it does.
         attempt: how often the agent has started ranks again.
         ranks: of this host.
     """
-    store = torch_dist.TCPStore(
-        address, port, is_master=False, timeout=SAY_ENDED, wait_for_workers=False
-    )
-    for rank in ranks:
-        _of_attempt(store, attempt).set(f"{BACKEND_KEY}{rank}", f"{ENDED} {host_name()}")
+
+    def say() -> None:
+        with suppress(Exception):
+            store = torch_dist.TCPStore(
+                address, port, is_master=False, timeout=SAY_ENDED, wait_for_workers=False
+            )
+            for rank in ranks:
+                _of_attempt(store, attempt).set(f"{BACKEND_KEY}{rank}", f"{ENDED} {host_name()}")
+
+    thread = threading.Thread(target=say, daemon=True)  # as in `_open_store`
+    thread.start()
+    thread.join(SAY_ENDED.total_seconds())
 
 
 def _open_store(job: Job, timeout: timedelta, listen: bool) -> torch_dist.Store:

@@ -145,9 +145,8 @@ def say_ended(agents: "list[LocalElasticAgent]") -> None:
             continue
         attempt = spec.max_restarts - agent._remaining_restarts
         ranks = [worker.global_rank for worker in group.workers]
-        with suppress(Exception):  # what listens has ended: they notice that
-            place = str(group.master_addr), int(group.master_port or 0)
-            rendezvous.say_ended(*place, attempt, ranks)
+        place = str(group.master_addr), int(group.master_port or 0)
+        rendezvous.say_ended(*place, attempt, ranks)
 
 
 def status_of_ranks(agents: "list[LocalElasticAgent]") -> int | None:

@@ -183,6 +183,20 @@ def test_ranks_that_wait_in_vain_say_for_whom_and_where(monkeypatch: pytest.Monk
     del other
 
 
+def test_ranks_hear_that_those_of_another_host_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who says so does not wait for ever for an agent that does not answer."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    port = free_port()
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    rendezvous.say_ended("127.0.0.1", port, 2, [1])
+    with pytest.raises(UserError, match=r"^the ranks of .* have ended: "):
+        of_attempt = rendezvous._of_attempt(store)
+        rendezvous._wait_for_ranks(rank_of_two(0, port), of_attempt, timedelta(seconds=20))
+    monkeypatch.setattr(rendezvous, "SAY_ENDED", timedelta(seconds=0.4))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        rendezvous.say_ended("127.0.0.1", silent.getsockname()[1], 0, [1])
+
+
 @pytest.mark.parametrize("address", ["no-such-host.invalid", "203.0.113.1"])
 def test_an_address_that_is_not_the_first_ranks_is_named(address: str) -> None:
     said = try_to_meet(Job(0, 1, 0, 1, address, free_port(), "slurm"))
