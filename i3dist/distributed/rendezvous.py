@@ -129,7 +129,7 @@ def say_ended(address: str, port: int, attempt: int, ranks: Iterable[int]) -> No
             for rank in ranks:
                 _of_attempt(store, attempt).set(f"{BACKEND_KEY}{rank}", f"{ENDED} {host_name()}")
 
-    thread = threading.Thread(target=say, daemon=True)  # as in `_open_store`
+    thread = threading.Thread(target=say, name=ENDED, daemon=True)  # as in `_open_store`
     thread.start()
     thread.join(SAY_ENDED.total_seconds())
 

@@ -195,6 +195,9 @@ def test_ranks_hear_that_those_of_another_host_have_ended(monkeypatch: pytest.Mo
     monkeypatch.setattr(rendezvous, "SAY_ENDED", timedelta(seconds=0.4))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         rendezvous.say_ended("127.0.0.1", silent.getsockname()[1], 0, [1])
+    for thread in threading.enumerate():  # torch may abort if Python ends before it
+        if thread.name == rendezvous.ENDED:
+            thread.join()
 
 
 @pytest.mark.parametrize("address", ["no-such-host.invalid", "203.0.113.1"])
