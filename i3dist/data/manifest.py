@@ -105,7 +105,7 @@ class SourceCounts(Frozen):
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """How many times its documents were to be taken."""
     usable: CountFromZero
-    """Its documents, each counted once."""
+    """Its documents that were not skipped, with duplicates; a document taken twice is one."""
     documents: CountFromZero
     """Documents of the output that are its, copies included."""
     tokens: CountFromZero

@@ -165,7 +165,7 @@ class Watchdog:
             waited = f"rank {self._job.rank} waited for another until the collectives' time-out"
             again = "(was the job suspended?), so the job ends, to be started again"
             self.end(f"error: {waited} {again}: {reason(error)}")
-        # A rank that was stopped finds that others have left at once with why they have.
+        # A rank that was stopped finds that others have left, and only then hears why.
         if error is not None and collectives.lost_peer(error) and self._told.wait(TOLD_SECONDS):
             self.end(f"error: rank {self._job.rank} ends with another rank, which hangs")
 

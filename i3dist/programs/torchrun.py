@@ -67,7 +67,7 @@ def main() -> int:
             say_ended(agents)
         return status
     except (RendezvousError, DistError) as error:
-        # The agent has ended this host's ranks, because what listened has ended with other ranks.
+        # What listened ended with the ranks of its host, so the agent has ended those of this one.
         if (chosen := status_of_ranks(agents)) is not None:
             return chosen
         place = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
