@@ -119,7 +119,10 @@ class Preparation:
         """
         self._refuse_old_runs()
         if not self._output.tokenizer.exists():
-            raise UserError(f"nothing is tokenized in {self._output.folder}: run its tasks first")
+            raise UserError(
+                f"nothing is tokenized in {self._output.folder}: run its tasks first; if they "
+                "failed, their own messages say why"
+            )
         plan = self.beginning.plan(with_broken=True)
         self.beginning.begin(plan)
         summaries = [summary for summary in finished(plan) if summary]

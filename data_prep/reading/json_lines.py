@@ -29,7 +29,8 @@ class Line(NamedTuple):
 def decoded(line: bytes, may_be_bytes: bool) -> Line:
     """A line without its byte-order mark. Bad bytes become lone surrogates: see `usable_text`."""
     line = line.removeprefix(_MARK)
-    if may_be_bytes and len(line) > _LONG_LINE and not _OTHER_ESCAPE.search(line):
+    is_long = len(line) > _LONG_LINE and b"{" in line  # else it may be blank
+    if may_be_bytes and is_long and not _OTHER_ESCAPE.search(line):
         return Line(line.decode("latin-1"), is_bytes=True)
     return Line(_text(line))
 

@@ -89,3 +89,8 @@ def test_a_long_line_that_is_nested_too_deep_is_one_line(
         assert depth > 100 and "nested too deep" in str(error)
     else:
         assert fields["text"] == "a" and depth < 10**5
+
+
+def test_a_long_line_may_be_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lines, "_LONG_LINE", 0)
+    assert json_lines.decoded("\u3000\xa0\n".encode(), may_be_bytes=True).text.isspace()
