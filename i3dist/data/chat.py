@@ -64,9 +64,20 @@ def encode_conversation(
         parts += [begin, tokenizer.encode_utf8(content), (chat.end,)]
         counts += [2, len(parts[-2]) + 1]
         learned += [False, role == ANSWERS]
-    ids = np.concatenate(parts, dtype=np.uint32, casting="unsafe")
-    del parts  # perhaps hundreds of megabytes
-    return ids, np.repeat(learned, counts)
+        del content  # perhaps hundreds of megabytes
+    return _joined(parts), np.repeat(learned, counts)
+
+
+def _joined(parts: list[Sequence[int] | Ids]) -> NDArray[np.uint32]:
+    """The parts one after the other, [T]. Each is let go when it is copied."""
+    ids = np.empty(sum(map(len, parts)), np.uint32)
+    start = 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        ids[start : start + len(part)] = part
+        start += len(part)
+    return ids
 
 
 def message_of(turn: object) -> Message:
