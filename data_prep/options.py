@@ -207,5 +207,5 @@ def _add_steps(parser: ArgumentParser) -> None:
 
 def _source(text: str) -> str:
     """A source as typed, with its weight. What it names depends on the registered names."""
-    typed_path(text)
+    typed_place(text)
     return text
