@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NamedTuple
@@ -179,7 +178,9 @@ def run_table(run: Sequence[Document], bos_id: int, eos_id: int, folder: Path) -
     bos, eos = (np.array([token], dtype) for token in (bos_id, eos_id))
     sizes = ((len(document.tokens) + 2) * dtype.itemsize for document in documents)
     offsets = np.cumsum([0, *sizes], dtype=np.int64)
-    framed = list(chain.from_iterable((bos, document.tokens, eos) for document in documents))
+    framed = list(
+        itertools.chain.from_iterable((bos, document.tokens, eos) for document in documents)
+    )
     in_memory = offsets[-1] <= _MOST_IN_MEMORY
     tokens = np.concatenate(framed) if in_memory else _in_file(framed, folder)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(tokens)]

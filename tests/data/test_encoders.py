@@ -131,25 +131,6 @@ ECOSYSTEM: dict[str, Edit] = {name: split_by(name) for name in SPLITS}
 KINDS = VOCABULARIES | ECOSYSTEM | OTHERS
 
 
-def split_as_tiktoken_does(spec: Spec) -> None:
-    """Split by cl100k's pattern as tiktoken writes it: numbers in threes, possessively."""
-    pattern = (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
-        r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s+"
-    )
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    rest = {**spec["pre_tokenizer"], "use_regex": False}
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, rest]}
-
-
-OTHERS["cl100k's pattern"] = split_as_tiktoken_does
-
-
 class Pair:
     """A tokenizer and the ids that `tokenizers` makes with the same file."""
 
